@@ -1,0 +1,83 @@
+"""Attention in which packed documents never see each other, exact on CPU and fast on CUDA; registered with transformers under the name "ta".
+
+Letters: B rows, H heads, T columns, D head width, N documents.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NAME = "ta"
+
+
+def document_attention(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, lengths=(), prefixes=(), **kwargs):
+    """Causal attention inside each document: query (B, H, T, D), key and value (B, H_kv, T, D) -> (B, T, H, D).
+
+    `lengths` (host integers) cut a packed row into documents; without them, or with one row a document, rows are plain causal: right padding is then
+    harmless because no real token comes after it. `prefixes[n]` leading tokens of document n - 1 are seen by document n too. The signature is
+    the one transformers calls its attention functions with; sliding windows are honoured, soft caps and sinks are refused.
+    """
+    if kwargs.get("softcap") or kwargs.get("s_aux") is not None:
+        raise ValueError("this attention function knows no soft cap and no sinks: the model must run with its own attention")
+    if getattr(module, "is_causal", True) is False or kwargs.get("is_causal") is False:
+        raise ValueError("this attention function is causal only")
+    window = kwargs.get("sliding_window") or 0
+    dropout = dropout if module.training else 0.0
+    packed = len(query) == 1 and len(lengths) > 1
+    if packed and query.is_cuda and not prefixes and not dropout and query.dtype in (torch.float16, torch.bfloat16):
+        return _varlen(query, key, value, lengths, scaling, window), None
+    key, value = (_repeat(x, query.shape[1] // key.shape[1]) for x in (key, value))
+    if not packed:
+        return _causal(query, key, value, scaling, dropout, window).transpose(1, 2).contiguous(), None
+    if sum(lengths) != query.shape[2] or key.shape[2] != query.shape[2]:
+        raise ValueError(f"documents of {sum(lengths)} tokens in all do not make a row of {query.shape[2]} columns")
+    out, start = [], 0
+    for n, length in enumerate(lengths):
+        here = slice(start, start + length)
+        shared = prefixes[n] if prefixes else 0
+        if shared:  # run the shared prompt's queries again rather than build a mask: the prompt's rows are thrown away
+            first = slice(start - lengths[n - 1], start - lengths[n - 1] + shared)
+            q, k, v = (torch.cat([x[:, :, first], x[:, :, here]], 2) for x in (query, key, value))
+            out.append(_causal(q, k, v, scaling, dropout, window)[:, :, shared:])
+        else:
+            out.append(_causal(query[:, :, here], key[:, :, here], value[:, :, here], scaling, dropout, window))
+        start += length
+    return torch.cat(out, 2).transpose(1, 2).contiguous(), None
+
+
+def _repeat(x: Tensor, times: int) -> Tensor:
+    return x if times == 1 else x.repeat_interleave(times, 1)
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scaling, dropout: float, window: int) -> Tensor:
+    length = query.shape[2]
+    if window and length > window:
+        distance = torch.arange(length, device=query.device)[:, None] - torch.arange(length, device=query.device)
+        mask = (distance >= 0) & (distance < window)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout, scale=scaling)
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, lengths, scaling, window: int) -> Tensor:
+    """torch's own variable-length FlashAttention (CUDA, half precision): one kernel for all documents."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    bounds = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32).to(query.device, non_blocking=True)  # (N + 1,)
+    grouped = {"enable_gqa": True} if "enable_gqa" in (varlen_attn.__kwdefaults__ or {}) else {}
+    if not grouped:
+        key, value = (_repeat(x, query.shape[1] // key.shape[1]) for x in (key, value))
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
+    longest = max(lengths)
+    left = window - 1 if window else -1
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(left, 0), **grouped)
+    return out[None]
+
+
+def register() -> str:
+    """Make the function known to transformers (idempotent) and return its name; a name without a mask function gets no mask at all."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, document_attention)
+    return NAME

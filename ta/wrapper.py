@@ -1,0 +1,141 @@
+"""The root module around a language model: everything a loss needs from a Batch happens inside its forward, so that sharded weights are whole there.
+
+Letters: B rows, T columns, N sequences, M learned targets, V vocabulary, D model width, C classes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ta.batch import Batch, lay_out, to_device
+from ta.logprobs import Head, cross_entropy_sum, token_logprobs
+
+Mode = Literal["packed", "padded", "own"]
+
+
+class LanguageModel(nn.Module):
+    """A root module around a transformers model (with or without adapter): everything a loss needs happens inside its forward.
+
+    forward(batch, "sum") -> float32 scalar, the weighted sum of -log p over learned targets;
+    forward(batch, "tokens") -> (M,) log p of each learned target;
+    forward(batch, "scores") -> (N, C) the classification head at each sequence's last token;
+    forward(batch, "hidden") -> (B, T, D).
+    """
+
+    def __init__(self, inner: nn.Module, mode: Mode, autocast: torch.dtype | None = None):
+        super().__init__()
+        self.inner = inner
+        self.mode = mode
+        self.autocast = autocast
+
+    def forward(self, batch: Batch, output: Literal["sum", "tokens", "scores", "hidden"] = "sum", embeds: Tensor | None = None) -> Tensor:
+        with torch.autocast(batch.tokens.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            if self.mode == "own" and output in ("sum", "tokens"):
+                return self._from_own_logits(batch, output)
+            hidden = self.hidden(batch, embeds)  # (B, T, D)
+            if output == "hidden":
+                return hidden
+            flat = hidden.flatten(0, 1)
+            if output == "scores":
+                return base_model(self.inner).score(flat[batch.ends]).float()
+            chosen = flat[batch.learned]  # (M, D)
+            head = self._head()
+            if output == "sum":
+                return cross_entropy_sum(chosen, head, batch.targets, batch.weights)
+            return token_logprobs(chosen, head, batch.targets)
+
+    def hidden(self, batch: Batch, embeds: Tensor | None = None) -> Tensor:
+        body = base_model(self.inner).base_model
+        inputs = {"input_ids": batch.tokens} if embeds is None else {"inputs_embeds": embeds}
+        if self.mode == "own":
+            inputs["attention_mask"] = _real(batch)
+        else:
+            inputs |= {"lengths": batch.lengths, "prefixes": batch.prefixes}
+        return body(**inputs, position_ids=batch.positions, use_cache=False).last_hidden_state
+
+    def _head(self) -> Head:
+        base = base_model(self.inner)
+        layer = base.get_output_embeddings()
+        config = base.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        return Head(_weight(layer), getattr(layer, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+
+    def _from_own_logits(self, batch: Batch, output: str) -> Tensor:
+        """For models and adapters that cannot be taken apart: all logits of padded rows, virtual tokens in front cut away."""
+        logits = self.inner(input_ids=batch.tokens, attention_mask=_real(batch), use_cache=False).logits
+        logits = logits[:, logits.shape[1] - batch.tokens.shape[1] :].flatten(0, 1)[batch.learned]
+        logps = torch.log_softmax(logits.float() if logits.dtype != torch.float64 else logits, -1).gather(1, batch.targets[:, None])[:, 0]
+        return -(logps * batch.weights.to(logps)).sum() if output == "sum" else logps
+
+
+def _real(batch: Batch) -> Tensor:
+    """(B, T) ones at real tokens of right-padded rows."""
+    lengths = torch.tensor(batch.lengths or (batch.tokens.shape[1],), device=batch.tokens.device)
+    return (torch.arange(batch.tokens.shape[1], device=batch.tokens.device) < lengths[:, None]).long()
+
+
+def base_model(model):
+    """The transformers model inside adapters."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _weight(layer) -> Tensor:
+    """The (V, D) matrix that an output layer really multiplies by, trained token rows included."""
+    adapter = getattr(layer, "token_adapter", layer)
+    if hasattr(adapter, "get_merged_weights"):
+        return adapter.get_merged_weights(adapter.active_adapters)
+    return layer.weight
+
+
+def wrap(model, packing: bool = True, autocast: torch.dtype | None = None) -> tuple[LanguageModel, str]:
+    """LanguageModel(model) in the fastest mode that gives the model's own log-probabilities, found by trying; and what to tell the user, if anything."""
+    wrapper = LanguageModel(model, "packed" if packing else "padded", autocast)
+    if getattr(model, "active_peft_config", None) is not None and model.active_peft_config.is_prompt_learning:
+        return _own(wrapper), "prompt learning puts virtual tokens in front: padded batches and the model's own logits are used"
+    if base_model(model).get_output_embeddings() is None:
+        return wrapper, ""
+    gap = float("inf")
+    for mode in ("packed", "padded") if packing else ("padded",):
+        wrapper.mode = mode
+        if (gap := self_check(wrapper)) < (2e-3 if autocast is None else 0.1):
+            return wrapper, "documents would see each other when packed: batches are padded" if packing and mode == "padded" else ""
+    return _own(wrapper), f"log-probabilities from hidden states are off by {gap:.2g}: padded batches and the model's own logits are used"
+
+
+def _own(wrapper):
+    wrapper.mode = "own"
+    base_model(wrapper.inner).set_attn_implementation("sdpa" if getattr(base_model(wrapper.inner), "_supports_sdpa", False) else "eager")
+    return wrapper
+
+
+def self_check(wrapper) -> float:
+    """Greatest difference of log p (nats) between two documents in one batch and each alone through the model's own forward; inf where it fails."""
+    base = base_model(wrapper.inner)
+    generator = np.random.default_rng(0)
+    documents = [generator.integers(0, base.get_input_embeddings().weight.shape[0], n) for n in (11, 7)]
+    device = base.get_input_embeddings().weight.device
+    batch = to_device(lay_out(documents, [np.ones(len(d), np.float32) for d in documents], packed=wrapper.mode == "packed"), device)
+    before = base.config._attn_implementation
+    with torch.no_grad():
+        try:
+            ours = wrapper(batch, "tokens")
+        except (ValueError, TypeError, RuntimeError, AttributeError):
+            return float("inf")
+        base.set_attn_implementation("sdpa" if getattr(base, "_supports_sdpa", False) else "eager")
+        try:
+            with torch.autocast(device.type, dtype=wrapper.autocast, enabled=wrapper.autocast is not None):
+                alone = [
+                    wrapper.inner(input_ids=torch.tensor(d, device=device)[None], use_cache=False).logits[0].log_softmax(-1)
+                    for d in documents
+                ]
+        finally:
+            base.set_attn_implementation(before)
+        theirs = torch.cat(
+            [logps[:-1].gather(1, torch.tensor(d, device=device)[1:, None])[:, 0] for logps, d in zip(alone, documents, strict=True)]
+        )
+    gap = (ours - theirs).abs().max().item()
+    return gap if gap == gap else float("inf")
