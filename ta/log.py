@@ -1,0 +1,101 @@
+"""The run folder: who may write it, its settings, one JSON object a logged step, and files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: one writer per folder is then the user's promise
+    fcntl = None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside, sync, rename: `path` holds the old text or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def append(path: Path, record: dict) -> None:
+    """Append one JSON object as a line."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The whole objects of a JSONL log; a line torn by a kill is left out."""
+    out = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                out.append(json.loads(line))
+            except ValueError:
+                continue
+    return out
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop logged objects later than `step`, so that a resumed run tells one story."""
+    if path.exists():
+        kept = [record for record in read_lines(path) if record.get("step", 0) <= step]
+        write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+
+
+def open_run(out: str, resume: bool, overwrite: bool):
+    """Make the run folder, refuse one that holds another run, and take its lock; keep the returned file open as long as you write.
+
+    `overwrite` empties a folder that holds a run (and only such a one).
+    """
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {out} is a file: give a folder")
+    held = [path.name for path in folder.iterdir() if path.name != ".lock"] if folder.exists() else []
+    is_run = any(name in held for name in ("config.json", "checkpoints", "final", "metrics.jsonl"))
+    if held and not is_run:
+        raise ValueError(f"--out {out} holds files that are no run ({', '.join(sorted(held)[:3])}): give a new folder")
+    if held and not (resume or overwrite):
+        state = "a finished run" if "final" in held else "an unfinished run"
+        raise ValueError(f"--out {out} holds {state}: give another folder, --resume to go on, or --overwrite to start anew")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "a")  # noqa: SIM115 held open on purpose
+    if fcntl:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"--out {out} is being written by another process: wait for it or give another folder") from error
+    if held and overwrite and not resume:
+        for name in held:
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    return lock
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide results."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    out = {"python": sys.version.split()[0]}
+    for name in ("ta", "torch", "transformers", "peft", "tokenizers"):
+        try:
+            out[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return out
+
+
+def table(rows: Iterable[tuple], header: tuple[str, ...], width: int = 48) -> str:
+    """A plain-text table; cells are cut to `width` characters and shown on one line."""
+    cells = [[str(cell).replace("\n", "⏎") for cell in row] for row in (header, *rows)]
+    cells = [[cell if len(cell) <= width else cell[: width - 1] + "…" for cell in row] for row in cells]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])

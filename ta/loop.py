@@ -1,0 +1,233 @@
+"""The training loop: sums from each micro-batch, one division by the global count, one optimizer step.
+
+`step(model, batch) -> (loss_sum, count, metric_sums)` is all that a method brings. The state is the model, the optimizer and the step number;
+the learning rate, the order of records and dropout are functions of (seed, step).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ta import checkpoint, log
+from ta.optim import OptimConfig, lr_at, make_optimizer, update
+from ta.parallel import rank, sum_over_ranks, world
+from ta.progress import Prefetch, Signals, Window, bar, line, memory
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    Step = Callable[[nn.Module, Any], tuple[Tensor, Tensor | float, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    out: str = "runs/sft"
+    """Run folder: settings, metrics, samples, checkpoints and the export in OUT/final."""
+    steps: int | None = None
+    """Optimizer steps; without it --epochs decides."""
+    epochs: float = 1.0
+    """Passes over the data, where --steps is not given."""
+    batch_size: int = 64
+    """Records per optimizer step, over all devices together."""
+    max_tokens_per_micro: int = 8192
+    """Tokens in one forward pass on one device: the memory knob. It never changes results."""
+    seed: int = 0
+    """Seed of data order, choices among records, new weights and dropout."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 saves at a stop and at the end only."""
+    keep: int = 2
+    """Checkpoints to keep; 0 keeps all."""
+    eval_every: int = 0
+    """Steps between evaluations; 0 evaluates before and after training only."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint in --out."""
+    overwrite: bool = False
+    """Delete the run that --out holds and start anew."""
+
+
+class Feed(NamedTuple):
+    """Where training gets its batches: pure functions of the step."""
+
+    steps: int
+    batches: Callable[[int], list]  # step -> this process's micro-batches
+    records: Callable[[int], list[str]] = lambda step: []  # step -> names of its records (file:line), for error messages
+
+
+def train(
+    model: nn.Module,
+    feed: Feed,
+    step: Step,
+    config: LoopConfig,
+    optim: OptimConfig,
+    *,
+    identity: dict[str, Any] | None = None,
+    evaluate: Callable[[int], dict[str, float]] | None = None,
+    after_step: Callable[[int], None] | None = None,
+    lr_scales: dict[str, float] | None = None,
+) -> None:
+    """Train `model` in place for feed.steps steps. A signal ends the program after the step and a checkpoint: SystemExit(143 or 130).
+
+    `identity` names what must not differ on resume. `evaluate(step)` gives figures for metrics.jsonl, before, during and after training.
+    """
+
+    folder = Path(config.out)
+    device = next(model.parameters()).device
+    optimizer = make_optimizer(model, optim, lr_scales)
+    first = _resume(folder, model, optimizer, identity or {}) if config.resume else 0
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    names = {id(p): name for name, p in model.named_parameters()}
+    model.train()
+    if evaluate and first == 0:
+        _evaluate(evaluate, model, folder, 0)
+    window = Window()
+    with (
+        Signals() as stop,
+        Prefetch(feed.batches, first, feed.steps, device) as prefetched,
+        bar(feed.steps, first, rank() == 0) as progress,
+    ):
+        for number in range(first, feed.steps):
+            _seed_dropout(config.seed, number)
+            micro_batches = prefetched(number)
+            sums, keys = _accumulate(model, micro_batches, step, stop.received)
+            sums = sum_over_ranks(sums)
+            loss, count, stopping, tokens, learned, *metrics = sums.tolist()
+            if not count:
+                raise ValueError(f"step {number + 1} has nothing to learn in {_where(feed, number)}")
+            norm = update(optimizer, parameters, lr_at(number, feed.steps, optim), world() / count, optim.clip, loss)
+            if not math.isfinite(norm):
+                _stop_non_finite(folder, number, loss / count, parameters, names, feed, micro_batches)
+            if after_step:
+                after_step(number + 1)
+            window.add(loss, count, tokens, learned, dict(zip(keys, metrics, strict=True)))
+            done = number + 1
+            last = done == feed.steps
+            if done % config.log_every == 0 or last:
+                record = {"step": done, **window.mean(), "lr": lr_at(number, feed.steps, optim), "grad_norm": norm, **memory()}
+                if rank() == 0:
+                    log.append(folder / "metrics.jsonl", record)
+                    progress.set_postfix_str(line(record), refresh=False)
+                window = Window()
+            progress.update()
+            if stopping or last or (config.save_every and done % config.save_every == 0):
+                checkpoint.save(folder / "checkpoints", done, model, optimizer, identity or {}, config.keep)
+            if evaluate and (last or (config.eval_every and done % config.eval_every == 0 and not stopping)):
+                _evaluate(evaluate, model, folder, done)
+            if stopping and not last:
+                raise SystemExit(128 + (stop.received or 15))
+
+
+def _accumulate(model, micro_batches, step: Step, stopping: bool):
+    """Backward through every micro-batch's loss sum; ([loss, count, stop, tokens, learned, *metrics] float64, metric names)."""
+    import torch
+
+    total, keys = None, []
+    for batch in micro_batches:
+        loss, count, metrics = step(model, batch)
+        loss.backward()
+        keys = sorted(metrics)
+        tokens, learned = _sizes(batch)
+        host = torch.tensor(
+            [0.0, 0.0 if torch.is_tensor(count) else count, 0.0, tokens, learned, *(0.0 for _ in keys)], dtype=torch.float64
+        )
+        row = host.to(loss.device, non_blocking=True)
+        row[0] = loss.detach()
+        if torch.is_tensor(count):
+            row[1] = count.detach()
+        for i, key in enumerate(keys):
+            row[5 + i] = metrics[key].detach() if torch.is_tensor(metrics[key]) else metrics[key]
+        total = row if total is None else total + row
+    total[2] = float(stopping)
+    return total, keys
+
+
+def mean_over(model: nn.Module, batches: list, step: Step) -> dict[str, float]:
+    """Loss and metrics of `step` over this process's batches and all others', without gradients: {"loss": ..., ...}."""
+    import torch
+
+    was_training = model.training
+    model.eval()
+    total, keys = None, []
+    with torch.no_grad():
+        for batch in batches:
+            loss, count, metrics = step(model, batch)
+            keys = sorted(metrics)
+            row = torch.tensor([float(loss), float(count), *(float(metrics[key]) for key in keys)], dtype=torch.float64, device=loss.device)
+            total = row if total is None else total + row
+    model.train(was_training)
+    loss, count, *values = sum_over_ranks(total).tolist()
+    count = count or math.nan
+    return {"loss": loss / count, **{key: value / count for key, value in zip(keys, values, strict=True)}}
+
+
+def _evaluate(evaluate, model, folder: Path, step: int) -> None:
+    figures = evaluate(step)
+    model.train()
+    if rank() == 0:
+        log.append(folder / "metrics.jsonl", {"step": step, **{f"val_{key}": value for key, value in figures.items()}})
+        text = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
+        print(f"step {step}: {text}" if step else f"before training: {text}", file=sys.stderr, flush=True)
+
+
+def _resume(folder: Path, model, optimizer, identity: dict[str, Any]) -> int:
+    found = checkpoint.newest(folder / "checkpoints")
+    if found is None:
+        return 0
+    changed = [
+        f"{key} was {found.manifest['identity'].get(key)!r} and is {value!r}"
+        for key, value in identity.items()
+        if found.manifest["identity"].get(key) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{found.path} was made with other settings: {'; '.join(changed)}. Give the same ones, or start anew in another --out"
+        )
+    step = checkpoint.load(found, model, optimizer)
+    if rank() == 0:
+        for text in found.damaged:
+            print(f"skipped damaged checkpoint {text}", file=sys.stderr)
+        print(f"resuming from {found.path} at step {step}", file=sys.stderr, flush=True)
+        log.cut_back(folder / "metrics.jsonl", step)
+        log.cut_back(folder / "samples.jsonl", step)
+    return step
+
+
+def _stop_non_finite(folder: Path, number: int, loss: float, parameters, names, feed: Feed, micro_batches) -> None:
+    import torch
+
+    bad = next((names[id(p)] for p in parameters if p.grad is not None and not torch.isfinite(p.grad).all()), "none (the loss itself)")
+    for i, batch in enumerate(micro_batches):
+        tokens = batch_of(batch).tokens.tolist()
+        log.append(folder / "non_finite.jsonl", {"step": number + 1, "rank": rank(), "micro_batch": i, "tokens": tokens})
+    raise ValueError(
+        f"loss {loss} or its gradient is not finite at step {number + 1}; first bad gradient: {bad}; records: {_where(feed, number)}. "
+        f"Nothing was updated; token ids are in {folder / 'non_finite.jsonl'}. Lower --lr or look at these records"
+    )
+
+
+def _where(feed: Feed, number: int) -> str:
+    records = feed.records(number)
+    return ", ".join(records[:8]) + (f" and {len(records) - 8} more" if len(records) > 8 else "")
+
+
+def batch_of(batch):
+    """The Batch inside a method's own batch (the first field that leads to one)."""
+    return batch if hasattr(batch, "learned") else batch_of(batch[0])
+
+
+def _sizes(batch) -> tuple[int, int]:
+    inner = batch_of(batch)
+    return sum(inner.lengths), len(inner.learned)
+
+
+def _seed_dropout(seed: int, number: int) -> None:
+    """Dropout has no generator argument, so the global one is set: a function of (seed, step, rank)."""
+    import torch
+
+    torch.manual_seed((seed * 1_000_003 + number) * 1_009 + rank())
