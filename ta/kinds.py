@@ -41,7 +41,7 @@ def check_pair(data: dict) -> dict:
     context = _messages(data, "context")
     better, worse = _answer(data, "answer_w"), _answer(data, "answer_l")
     if better["content"] == worse["content"]:
-        raise BadRecord("chosen equal to rejected", "both answers have the same content", unusable=True)
+        raise BadRecord("chosen equals rejected", "both answers have the same content", unusable=True)
     margin = _number(data, "precomputed_margin", "precomputed_margin is not a number")
     plain = {key: value for key, value in data.items() if key != "precomputed_margin"}
     return {**plain, "context": context, "answer_w": better, "answer_l": worse} | ({} if margin is None else {"precomputed_margin": margin})
@@ -71,7 +71,7 @@ def check_candidates(data: dict) -> dict:
     answers = []
     for place, answer in enumerate(given):
         if not isinstance(answer, dict) or not isinstance(answer.get("content"), str):
-            raise BadRecord("answer is not text", f"answer {place + 1} is {named(answer)} without text content; give {{id, content}}")
+            raise BadRecord("content is not text", f"answer {place + 1} is {named(answer)} without text content; give {{id, content}}")
         name = answer.get("id", place)
         answers.append({**answer, "id": str(place if name is None else name)})
     names = [answer["id"] for answer in answers]

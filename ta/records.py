@@ -9,8 +9,7 @@ import os
 import stat
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import IO, Any
+from typing import Any
 
 MAX_LINE = 32 << 20  # bytes
 
@@ -23,19 +22,18 @@ class BadRecord(ValueError):
         self.reason, self.unusable = reason, unusable
 
 
-@contextmanager
-def _opened(path: str) -> Iterator[IO[bytes]]:
+def regular_file(path: str) -> os.stat_result:
+    """The stat of a file that can be read as data, or a ValueError that says what stands there instead."""
     try:
-        mode = os.stat(path).st_mode
+        found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path}: no such file (seen from {os.getcwd()}); give a .jsonl or .jsonl.gz file") from None
     except ValueError:
         raise ValueError(f"{path!r}: not a path; give a .jsonl or .jsonl.gz file") from None
-    if not stat.S_ISREG(mode):
-        kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file (a pipe, socket or device), which cannot be read twice"
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a directory" if stat.S_ISDIR(found.st_mode) else "not a regular file (a pipe, socket or device), which cannot be read twice"
         raise ValueError(f"{path}: is {kind}; give a .jsonl or .jsonl.gz file")
-    with gzip.open(path, "rb") if str(path).endswith(".gz") else open(path, "rb") as file:
-        yield file
+    return found
 
 
 def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
@@ -44,7 +42,8 @@ def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
     ValueError for what makes the whole file unreadable: missing, a directory or pipe, nothing in it, a damaged or cut gzip stream.
     """
     number = found = 0
-    with _opened(path) as file:
+    regular_file(path)
+    with gzip.open(path, "rb") if str(path).endswith(".gz") else open(path, "rb") as file:
         while True:
             try:
                 raw = part = file.readline(MAX_LINE + 1)
@@ -115,8 +114,8 @@ def parse_record(raw: bytes) -> dict:
         ) from None
     except RecursionError:
         raise BadRecord("nested too deep", "the JSON is nested too deep to be a record; give flat records") from None
-    except ValueError as error:
-        raise BadRecord("not a usable number", f"a number cannot be read ({error}); give a smaller one") from None
+    except ValueError:
+        raise BadRecord("not a usable number", "a whole number has thousands of digits; give a smaller one, or text") from None
     if not isinstance(data, dict):
         raise BadRecord("not an object", f"the line holds {named(data)}, not an object; give one {{...}} a line, no list around them")
     return data

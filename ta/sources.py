@@ -13,6 +13,7 @@ from typing import IO, Any, NamedTuple
 from ta.records import MAX_LINE, parse_record, read_lines
 
 EXAMPLES = 3  # places named for each reason
+CHUNK_RECORDS, CHUNK_BYTES = 1000, 8 << 20  # what is encoded at once
 
 Check = Callable[[dict], dict]
 
@@ -102,7 +103,7 @@ def select(source: Source, seed: int) -> tuple[bytearray, str]:
     for i in sorted(window, key=ranks.__getitem__)[:want] if chosen else window:
         keep[i] = 1
     wanted = source.rows or 0 if source.count is None else source.count
-    return keep, f"{source.path}: {wanted} records asked for, {len(window)} there: all taken" if wanted > len(window) else ""
+    return keep, f"{wanted} records asked for, {len(window)} there, all taken" if wanted > len(window) else ""
 
 
 class Drops:
@@ -146,9 +147,20 @@ class Drops:
         if counts[key] <= EXAMPLES:
             self.first.setdefault(key, []).append((source, line))
 
+    def reasons(self) -> dict[str, dict]:
+        """{reason: {"count", "first": [(source, line)]}}, most frequent first."""
+        return self._sorted(self.counts)
+
+    def remarks(self) -> dict[str, dict]:
+        """The same for what was noted."""
+        return self._sorted(self.notes)
+
+    def _sorted(self, counts: dict[str, int]) -> dict[str, dict]:
+        return {key: {"count": counts[key], "first": self.first[key]} for key in sorted(counts, key=counts.__getitem__, reverse=True)}
+
     def table(self) -> str:
-        """Reasons with their counts, most frequent first."""
-        return ", ".join(f"{count} {reason}" for reason, count in sorted(self.counts.items(), key=lambda item: -item[1]))
+        """The reasons in one line, with count and the first line."""
+        return ", ".join(f"{entry['count']} {reason} (line {entry['first'][0][1]})" for reason, entry in self.reasons().items())
 
 
 def scan(index: int, source: Source, keep: Sequence[int], check: Check, drops: Drops) -> Iterator[tuple[Record, bytes]]:
@@ -164,6 +176,30 @@ def scan(index: int, source: Source, keep: Sequence[int], check: Check, drops: D
         if any(a == b == "assistant" for a, b in pairwise(roles + ["assistant"] * ("context" in data))):
             drops.note(index, line, "answers twice in a row")
         yield Record(index, line, data), raw
+
+
+def chunks(stream: Iterable[tuple[Record, bytes]]) -> Iterator[list[tuple[Record, bytes]]]:
+    """Lists of at most CHUNK_RECORDS records and about CHUNK_BYTES, so that memory does not grow with the data."""
+    chunk, size = [], 0
+    for record, raw in stream:
+        chunk.append((record, raw))
+        size += len(raw)
+        if len(chunk) == CHUNK_RECORDS or size > CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def pin_errors(many: Callable[[list[dict]], Sequence], records: list[dict]) -> list:
+    """`many(records)`, with a ValueError in the place of each record that causes one (found by halving) instead of failing them all."""
+    try:
+        return list(many(records))
+    except ValueError as error:
+        if len(records) == 1:
+            return [error]
+    half = len(records) // 2
+    return pin_errors(many, records[:half]) + pin_errors(many, records[half:])
 
 
 def read_records(sources: Iterable[str], check: Check, drops: Drops | None = None, seed: int = 0) -> Iterator[Record]:
