@@ -11,9 +11,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ta import checkpoint, log
+from ta.feed import Feed
 from ta.optim import OptimConfig, lr_at, make_optimizer, update
 from ta.parallel import rank, sum_over_ranks, world
 from ta.progress import Prefetch, Signals, Window, bar, line, memory
@@ -50,14 +51,6 @@ class LoopConfig:
     """Go on from the newest whole checkpoint in --out."""
     overwrite: bool = False
     """Delete the run that --out holds and start anew."""
-
-
-class Feed(NamedTuple):
-    """Where training gets its batches: pure functions of the step."""
-
-    steps: int
-    batches: Callable[[int], list]  # step -> this process's micro-batches
-    records: Callable[[int], list[str]] = lambda step: []  # step -> names of its records (file:line), for error messages
 
 
 def train(

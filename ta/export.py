@@ -1,0 +1,78 @@
+"""The finished model as a folder that plain transformers loads: weights, tokenizer with the template that was trained, generation config that stops."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ta.parallel import barrier, rank
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@contextmanager
+def published(folder: Path):
+    """Give a folder beside `folder` to write into; it takes its name when all is written, and leaves nothing behind when that fails."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    if rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    barrier()
+    try:
+        yield temporary
+    except BaseException:
+        if rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    barrier()
+    if rank() == 0:
+        if folder.exists():
+            shutil.rmtree(folder)
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        os.rename(temporary, folder)
+    barrier()
+
+
+def export(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    chat_template: str | None = None,
+    stop_ids: Collection[int] = (),
+) -> None:
+    """Write model (or adapter) and tokenizer into `folder`, published by one rename. `stop_ids` end generation; `chat_template` is Jinja source."""
+    from ta.adapters import save_adapter
+    from ta.wrapper import base_model
+
+    base = base_model(model)
+    with published(folder) as temporary:
+        if rank():
+            return
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
+        tokenizer.save_pretrained(temporary)
+        set_generation(base, tokenizer, stop_ids)
+        if base is model:
+            model.save_pretrained(temporary)
+        else:
+            save_adapter(model, temporary)
+            if base.can_generate():
+                base.generation_config.save_pretrained(temporary)
+
+
+def set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]) -> None:
+    """Greedy by default, padded and stopped by ids; nothing for models that do not generate."""
+    if not model.can_generate():
+        return
+    model.generation_config.eos_token_id = sorted(stop_ids) or tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if tokenizer.bos_token_id is not None:
+        model.generation_config.bos_token_id = tokenizer.bos_token_id
