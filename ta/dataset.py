@@ -157,11 +157,12 @@ def _build(folder: Path, sources: list[Source], check: Check, encode_many: Encod
 
     kept = [select(source, seed) for source in sources]
     expected = sum(sum(keep) for keep, _ in kept)
+    pause = 0.2 if sys.stderr.isatty() else 30  # seconds
     counts = {"tokens": 0, "learned_tokens": 0, "max_id": -1, "records": 0, "k": 0}
     used = [0] * len(sources)
     with (
         open(folder / "drops.jsonl", "w", encoding="utf-8", errors="surrogateescape") as aside,
-        tqdm(total=expected, desc="preparing", unit=" records", delay=1, leave=False, file=sys.stderr) as bar,
+        tqdm(total=expected, desc="preparing", unit=" records", delay=1, mininterval=pause, leave=False, file=sys.stderr) as bar,
     ):
         drops = Drops(config.on_bad_record, config.max_bad_share, expected, aside)
         writers: dict[str, Column] = {}

@@ -102,7 +102,7 @@ def parse_record(raw: bytes) -> dict:
         raise
     except json.JSONDecodeError as error:
         near = text[max(error.pos - 20, 0) : error.pos + 20]
-        message = f"not JSON: {error.msg} at column {error.pos + 1}, near {near!r}; give one JSON object a line"
+        message = f"not JSON: {error.msg.removesuffix(' at')} at column {error.pos + 1}, near {near!r}; give one JSON object a line"
         raise BadRecord("not JSON", message) from None
     except UnicodeDecodeError as error:
         raise BadRecord(
@@ -110,7 +110,7 @@ def parse_record(raw: bytes) -> dict:
         ) from None
     except UnicodeEncodeError:
         raise BadRecord(
-            "lone surrogate", "a \\uD800-\\uDFFF escape stands without its other half and is no character; give valid text"
+            "lone surrogate", "a lone surrogate (\\uD800-\\uDFFF without its other half) is no character; give valid text"
         ) from None
     except RecursionError:
         raise BadRecord("nested too deep", "the JSON is nested too deep to be a record; give flat records") from None
