@@ -110,10 +110,10 @@ def train(
             progress.update()
             if stopping or last or (config.save_every and done % config.save_every == 0):
                 checkpoint.save(folder / "checkpoints", done, model, optimizer, identity or {}, config.keep)
-            if evaluate and (last or (config.eval_every and done % config.eval_every == 0 and not stopping)):
-                _evaluate(evaluate, model, folder, done)
-            if stopping and not last:
+            if stopping:
                 raise SystemExit(128 + (stop.received or 15))
+            if evaluate and (last or (config.eval_every and done % config.eval_every == 0)):
+                _evaluate(evaluate, model, folder, done)
 
 
 def _accumulate(model, micro_batches, step: Step, stopping: bool):
