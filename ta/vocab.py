@@ -59,13 +59,13 @@ def set_rows(model: PreTrainedModel, new: Sequence[NewToken]) -> None:
     """
     import torch
 
-    rows = min(table.shape[0] for table in _tables(model))
+    rows = min(table.shape[0] for table in tables(model).values())
     unset = [token for token in new if token.added or token.id >= rows]
     needed = max((token.id + 1 for token in unset), default=0)
     if needed > rows:
         resize(model, needed)
     with torch.no_grad():
-        for table in _tables(model):  # (V, D), and (V,) for an output bias
+        for table in tables(model).values():  # (V, D), and (V,) for an output bias
             means = [table[list(token.pieces)].float().mean(dim=0).to(table.dtype) for token in unset]
             for token, mean in zip(unset, means, strict=True):
                 table[token.id] = mean
@@ -83,7 +83,7 @@ def resize(model: PreTrainedModel, rows: int) -> None:
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, besides: Sequence[str] = ()) -> None:
     """ValueError when the tokenizer can give an id that the embedding table has no row for; tokens in `besides` are not looked at."""
-    rows = min(table.shape[0] for table in _tables(model))
+    rows = min(table.shape[0] for table in tables(model).values())
     token, size = max(((token, id + 1) for token, id in tokenizer.get_vocab().items() if token not in besides), key=lambda t: t[1])
     if size > rows:
         raise ValueError(
@@ -92,14 +92,15 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel,
         )
 
 
-def _tables(model: PreTrainedModel) -> list[torch.Tensor]:
-    """The tensors with one row a token: input table, output table where it is another tensor, output bias."""
-    tables = [model.get_input_embeddings().weight]
+def tables(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The tensors with one row a token: input (V, D), output (V, D) where it is another tensor, output_bias (V,) where there is one."""
+    found = {"input": model.get_input_embeddings().weight}
     output = model.get_output_embeddings()
-    if output is not None:
-        tables += [output.weight] if output.weight is not tables[0] else []
-        tables += [output.bias] if getattr(output, "bias", None) is not None else []
-    return tables
+    if output is not None and output.weight is not found["input"]:
+        found["output"] = output.weight
+    if getattr(output, "bias", None) is not None:
+        found["output_bias"] = output.bias
+    return found
 
 
 def _check_pairs(pairs: Sequence[tuple[str, str]]) -> None:
