@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ta.chat import ChatConfig
 
 FORMAT = 1  # of the files below; raise it when they change
-CODE = ("chat", "templates", "tokenizer", "records", "kinds", "sources", "dataset")  # modules that decide what a record becomes
+CODE = ("chat", "pieces", "templates", "tokenizer", "records", "kinds", "sources", "dataset")  # modules that decide what a record becomes
 
 
 @dataclass(frozen=True)
