@@ -124,7 +124,7 @@ def _fit(
         if indexes or opened or (loss_on == "all" and roles):
             kept[j] = indexes or list(range(len(roles)))
     while kept:
-        rendered = [render_chat([chat[i] for i in kept[j]], template, loss_on, opened) for j in kept for chat in jobs[j]]
+        rendered = (render_chat([chat[i] for i in kept[j]], template, loss_on, opened) for j in kept for chat in jobs[j])
         encoded = iter(tokenize_chats(rendered, vocabulary))
         again: dict[int, list[int]] = {}
         for j, indexes in kept.items():

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from itertools import islice
 from typing import NamedTuple
 
 Encode = Callable[[Sequence[str]], list[list[int]]]
+Plan = list[list[tuple[int, float]]]  # for each message its units: (slot of its ids, weight)
+GROUP = 128  # chats that are encoded by one call
 
 # what tokenizers strip beside a special token that swallows white space
 SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -46,31 +50,22 @@ class Encoded(NamedTuple):
     lengths: list[int]  # tokens of each message; of text that runs over a border, with the message where it ends
 
 
-def tokenize_chats(chats: Sequence[list[list[Piece]]], vocabulary: Vocabulary) -> list[Encoded]:
-    """Tokenizes many rendered chats with one call of the vocabulary's encoder (two where it has a start form)."""
-    table: list[list[int]] = []  # slot -> ids
-    waiting: tuple[list[str], list[str]] = ([], [])  # texts for encode, encode_start
-    slots: tuple[list[int], list[int]] = ([], [])
-    known: dict[tuple[str | int, bool], int] = {}  # slots of control text, which comes again and again
-    cut_control = lru_cache(maxsize=None)(lambda text: _parts(text, vocabulary, True))
-
-    def slot_of(text: str | int, start: bool, constant: bool) -> int:
-        slot = known.get((text, start)) if constant else None
-        if slot is None:
-            slot = len(table)
-            table.append([text] if isinstance(text, int) else [])
-            if not isinstance(text, int):
-                waiting[start].append(text)
-                slots[start].append(slot)
-            if constant:
-                known[text, start] = slot
-        return slot
-
-    plans = [_plan(chat, vocabulary, cut_control, slot_of) for chat in chats]
-    for encode, texts, places in zip((vocabulary.encode, vocabulary.encode_start), waiting, slots, strict=True):
-        for slot, ids in zip(places, encode(texts) if texts else (), strict=True):
-            table[slot] = ids
-    return [_assemble(plan, table) for plan in plans]
+def tokenize_chats(chats: Iterable[list[list[Piece]]], vocabulary: Vocabulary) -> list[Encoded]:
+    """Ids, weights and message lengths of rendered chats, which may come from a generator: while one group is encoded the next is made."""
+    done: list[Encoded] = []
+    ahead: tuple[Future, list[Plan]] | None = None
+    chats = iter(chats)
+    with ThreadPoolExecutor(1) as pool:
+        while True:
+            group = _Group(vocabulary)
+            plans = [_plan(chat, group) for chat in islice(chats, GROUP)]
+            running = (pool.submit(group.encode), plans) if plans else None
+            if ahead:
+                table = ahead[0].result()
+                done += [_assemble(plan, table) for plan in ahead[1]]
+            if not running:
+                return done
+            ahead = running
 
 
 @lru_cache(maxsize=64)
@@ -79,22 +74,61 @@ def special_border(names: frozenset[str]) -> re.Pattern[str]:
     return re.compile("(" + "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) + ")" if names else "((?!))")
 
 
-def _parts(text: str, vocabulary: Vocabulary, control: bool) -> list[str | int]:
-    """The text cut at its real special tokens, which become ids."""
-    names = frozenset(vocabulary.special) if control else vocabulary.content
-    parts = special_border(names).split(text)
-    if control and not vocabulary.content.isdisjoint(parts[1::2]):
-        used = ", ".join(sorted(vocabulary.content.intersection(parts[1::2])))
-        raise ValueError(
-            f"the chat template writes {used}, so content must not: a user could forge turns; take it off the tokens declared for content"
-        )
-    return [vocabulary.special[part] if i % 2 else part for i, part in enumerate(parts) if part]
+class _Group:
+    """The distinct control texts and all content texts of some chats, each in a slot of a table that one call of the tokenizer fills."""
+
+    def __init__(self, vocabulary: Vocabulary):
+        self.vocabulary = vocabulary
+        self.table: list[list[int]] = []  # slot -> ids
+        self.texts: tuple[list[str], list[str]] = ([], [])  # for encode, encode_start
+        self.slots: tuple[list[int], list[int]] = ([], [])
+        self.known: dict[tuple[str | int, bool], int] = {}  # slots of control text, which comes again and again
+        self.control = frozenset(vocabulary.special)
+        self.cut_control = lru_cache(maxsize=None)(self.cut_control)
+
+    def slot(self, text: str | int, start: bool, constant: bool) -> int:
+        """Where the ids of a text will stand (start: with the space a tokenizer begins a text with), or of a special token."""
+        found = self.known.get((text, start)) if constant else None
+        if found is None:
+            found = len(self.table)
+            self.table.append([text] if isinstance(text, int) else [])
+            if not isinstance(text, int):
+                self.texts[start].append(text)
+                self.slots[start].append(found)
+            if constant:
+                self.known[text, start] = found
+        return found
+
+    def cut_control(self, text: str) -> list[str | int]:
+        """Control text cut at its special tokens, which become ids."""
+        parts = special_border(self.control).split(text)
+        forged = self.vocabulary.content.intersection(parts[1::2])
+        if forged:
+            used = ", ".join(sorted(forged))
+            raise ValueError(
+                f"the chat template writes {used}: declared for content, it would let a user forge turns; take it off those tokens"
+            )
+        return self._ids(parts)
+
+    def cut_content(self, text: str) -> list[str | int]:
+        """Content cut at the tokens declared for content."""
+        return self._ids(special_border(self.vocabulary.content).split(text))
+
+    def _ids(self, parts: list[str]) -> list[str | int]:
+        return [self.vocabulary.special[part] if i % 2 else part for i, part in enumerate(parts) if part]
+
+    def encode(self) -> list[list[int]]:
+        for encode, texts, slots in zip((self.vocabulary.encode, self.vocabulary.encode_start), self.texts, self.slots, strict=True):
+            for slot, ids in zip(slots, encode(texts) if texts else (), strict=True):
+                self.table[slot] = ids
+        return self.table
 
 
-def _plan(chat: list[list[Piece]], vocabulary: Vocabulary, cut_control: Callable, slot_of: Callable) -> list[list[tuple[int, float]]]:
-    """For each message its units, as (slot, weight). A unit is text that is tokenized as one, or one special token."""
+def _plan(chat: list[list[Piece]], group: _Group) -> Plan:
+    """The units of each message. A unit is text that is tokenized as one, or one special token."""
+    vocabulary, slot_of = group.vocabulary, group.slot
     has_start, after_special, strips = vocabulary.encode_start is not None, vocabulary.start_after_special, vocabulary.strips
-    plan: list[list[tuple[int, float]]] = []
+    plan: Plan = []
     held, weight, start, constant, strip = "", 0.0, has_start, True, False
     for pieces in chat:
         units: list[tuple[int, float]] = []
@@ -106,7 +140,7 @@ def _plan(chat: list[list[Piece]], vocabulary: Vocabulary, cut_control: Callable
                     held, start, constant = "", False, True
                 strip = False
             weight = new_weight
-            for part in cut_control(text) if control else _parts(text, vocabulary, False) if vocabulary.content else (text,):
+            for part in group.cut_control(text) if control else group.cut_content(text) if vocabulary.content else (text,):
                 if isinstance(part, str):
                     held += part.lstrip(SPACE) if strip and not held else part
                     strip, constant = strip and not held, constant and control
@@ -122,7 +156,7 @@ def _plan(chat: list[list[Piece]], vocabulary: Vocabulary, cut_control: Callable
     return plan
 
 
-def _assemble(plan: list[list[tuple[int, float]]], table: list[list[int]]) -> Encoded:
+def _assemble(plan: Plan, table: list[list[int]]) -> Encoded:
     ids: list[int] = []
     weights: list[float] = []
     lengths = []

@@ -209,7 +209,7 @@ def split_chat(messages: Sequence[Message], template: Template, opened: bool = F
 
 def _split_jinja(messages: Sequence[Message], template: JinjaTemplate, opened: bool) -> list[Span]:
     tags = template.role_tags
-    given = [{**{k: v for k, v in m.items() if k not in ("loss", "disable_loss")}, "role": tags[m["role"]]} for m in messages]
+    given = [m if len(m) == 2 and tags[m["role"]] == m["role"] else _given(m, tags) for m in messages]
     roles = tuple(message["role"] for message in messages)
     skeleton = template.skeleton(roles + (ANSWER,) * opened)
     count = len(messages)
@@ -226,6 +226,11 @@ def _split_jinja(messages: Sequence[Message], template: JinjaTemplate, opened: b
     if opened:
         spans.append(Span(texts[count][starts[count] :], "", "", ""))
     return spans
+
+
+def _given(message: Message, tags: Mapping[str, str]) -> Message:
+    """The message as the template gets it: without what is ours, with its own name of the role."""
+    return {**{key: value for key, value in message.items() if key not in ("loss", "disable_loss")}, "role": tags[message["role"]]}
 
 
 def _contents(text: str, texts: tuple[str, ...], messages: Sequence[Message]) -> list[str]:
