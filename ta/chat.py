@@ -7,23 +7,8 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ta.pieces import Encoded, Piece, Tokens, Vocabulary, show, tokenize_chats, tokenize_with_loss_mask
+from ta.pieces import Encoded, Piece, Tokens, Vocabulary, show, tokenize_chats, tokenize_with_loss_mask  # noqa: F401 - one door for chats
 from ta.templates import ANSWER, SYSTEM, ChatConfig, JinjaTemplate, Message, Span, Template, canonical_role, split_chat
-
-__all__ = [
-    "ChatConfig",
-    "Drop",
-    "Message",
-    "Piece",
-    "Template",
-    "Tokens",
-    "Vocabulary",
-    "check_chat_config",
-    "cut_dialogue",
-    "encode_answers",
-]
-__all__ += ["encode_chat", "encode_chats", "encode_pairs", "encode_prompt", "encode_prompts", "random_cut", "render_chat", "show"]
-__all__ += ["tokenize_with_loss_mask", "with_system"]
 
 
 class Drop(NamedTuple):
@@ -149,8 +134,7 @@ def _shared_lengths(forms: list[Encoded], longest: int, template: Template, voca
     """Lengths of the messages in the longest form, and the tokens that stay whatever goes: BOS, the opened prefix."""
     form = next(form for form in forms if len(form.tokens.ids) == longest)
     lengths, fixed = list(form.lengths), 0
-    written = template.bos if not isinstance(template, JinjaTemplate) else True
-    if written and vocabulary.bos_id is not None and form.tokens.ids[0] == vocabulary.bos_id:
+    if (isinstance(template, JinjaTemplate) or template.bos) and vocabulary.bos_id is not None and form.tokens.ids[0] == vocabulary.bos_id:
         lengths[0] -= 1
         fixed += 1
     if opened:

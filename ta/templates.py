@@ -83,19 +83,6 @@ def canonical_role(role: str) -> str:
     return ANSWER if role == "bot" else role
 
 
-def parse_role_tags(pairs: Sequence[str]) -> dict[str, str]:
-    """("user=Human", "bot=AI") -> {"user": "Human", "assistant": "AI"}; ValueError for what is not role=tag or comes twice."""
-    tags: dict[str, str] = {}
-    for pair in pairs:
-        role, equals, tag = pair.partition("=")
-        if not equals or not role:
-            raise ValueError(f"role tag {pair!r} is not role=tag; give e.g. user=Human")
-        if canonical_role(role) in tags:
-            raise ValueError(f"role {role!r} has two tags (bot and assistant are the same role); give one")
-        tags[canonical_role(role)] = tag
-    return tags
-
-
 def explicit_template(
     prefix: str | None, suffix: str | None, role_tags: Mapping[str, str] | None = None, bos: str | None = None
 ) -> ExplicitTemplate:
@@ -153,24 +140,24 @@ def _skeleton(roles: tuple[str, ...], texts: Callable[[tuple[str, ...], bool], t
         raise ValueError(f"the tokenizer's chat template cannot write this dialogue ({' '.join(roles)}): {whole}")
     opens, ends, faults = [], [], []
     for i, role in enumerate(roles):
-        last, fault = i == len(roles) - 1, ""
-        alone = whole if last else texts(roles[: i + 1], False)
-        end = len(whole[-1]) if last else _common_end(alone[-1], whole[i + 1], border) if isinstance(alone, tuple) else None
-        if end is None:
-            fault = (
-                f"its end is written otherwise when more follows: {alone[-1]!r} alone, {whole[i + 1]!r} here"
-                if isinstance(alone, tuple)
-                else alone
-            )
-        opened = texts(roles[:i], True) if role == ANSWER else (*whole[:i], whole[i])
+        alone = texts(roles[: i + 1], False)
+        end = None if isinstance(alone, str) else _common_end(alone[-1], whole[i + 1], border)
+        fault = (
+            ""
+            if end is not None
+            else alone
+            if isinstance(alone, str)
+            else f"{alone[-1]!r} ends it alone, {whole[i + 1]!r} when more follows"
+        )
+        opened = texts(roles[:i], True) if role == ANSWER else whole[: i + 1]
         if isinstance(opened, str):
             fault = opened
         elif not whole[i].startswith(opened[-1]):
             fault = f"the generation prompt ends in {opened[-1]!r}, but before the answer stands {whole[i]!r}"
-        elif last and opened[:-1] != whole[:i]:
+        elif i == len(roles) - 1 and opened[:-1] != whole[:i]:
             fault = "the template writes the messages before the answer otherwise when the answer is there"
         opens.append(len(opened[-1]) if not fault else len(whole[i]))
-        ends.append(min(end or 0, len(whole[i + 1])))
+        ends.append(end or 0)
         faults.append(fault)
     for i in range(1, len(roles)):
         ends[i - 1] = min(ends[i - 1], opens[i])

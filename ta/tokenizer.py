@@ -6,6 +6,7 @@ import json
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,10 @@ from ta.templates import (
     ChatConfig,
     Message,
     Template,
+    canonical_role,
     explicit_template,
     export_template,
     jinja_template,
-    parse_role_tags,
     split_chat,
 )
 
@@ -153,9 +154,7 @@ def _begins(source: dict[str, Any]) -> str | None:
 
 
 def _without_prefix(source: dict[str, Any]) -> dict[str, Any]:
-    source = json.loads(json.dumps({key: source[key] for key in ("normalizer", "pre_tokenizer")})) | {
-        key: value for key, value in source.items() if key not in ("normalizer", "pre_tokenizer")
-    }
+    source = {**source, **json.loads(json.dumps({key: source[key] for key in ("normalizer", "pre_tokenizer")}))}
     for step in (*_steps(source["normalizer"]), *_steps(source["pre_tokenizer"])):
         if step["type"] == "Prepend":
             step.clear()
@@ -165,6 +164,19 @@ def _without_prefix(source: dict[str, Any]) -> dict[str, Any]:
         if "prepend_scheme" in step:
             step["prepend_scheme"] = "never"
     return source
+
+
+def parse_role_tags(pairs: Sequence[str]) -> dict[str, str]:
+    """("user=Human", "bot=AI") -> {"user": "Human", "assistant": "AI"}; ValueError for what is not role=tag or comes twice."""
+    tags: dict[str, str] = {}
+    for pair in pairs:
+        role, equals, tag = pair.partition("=")
+        if not equals or not role:
+            raise ValueError(f"role tag {pair!r} is not role=tag; give e.g. user=Human")
+        if canonical_role(role) in tags:
+            raise ValueError(f"role {role!r} has two tags (bot and assistant are the same role); give one")
+        tags[canonical_role(role)] = tag
+    return tags
 
 
 def template_of(tokenizer: PreTrainedTokenizerFast, config: ChatConfig) -> Template:
@@ -181,7 +193,8 @@ def template_of(tokenizer: PreTrainedTokenizerFast, config: ChatConfig) -> Templ
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    source, named = tokenizer.get_chat_template(), dict(tokenizer.special_tokens_map)
+    # templates that write the date write one date, also in a run over midnight
+    source, named = tokenizer.get_chat_template(), {**tokenizer.special_tokens_map, "strftime_now": datetime.now().strftime}
 
     def render(messages: list[Message], add_generation_prompt: bool) -> str:
         try:
@@ -192,12 +205,7 @@ def template_of(tokenizer: PreTrainedTokenizerFast, config: ChatConfig) -> Templ
             raise ValueError(f"the tokenizer's chat template refuses this chat: {error}") from None
         return texts[0]
 
-    return jinja_template(render, vocabulary_texts(tokenizer), source, tags)
-
-
-def vocabulary_texts(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """The texts of all added tokens."""
-    return [token.content for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values()]
+    return jinja_template(render, tokenizer.get_added_vocab(), source, tags)
 
 
 def _answer_suffix(template: Template) -> str:
