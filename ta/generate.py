@@ -1,149 +1,20 @@
 """Answers to prompts given as token ids: the slot engine for most models, transformers' own generate for beams, prompt learning and unusual caches.
 
-Letters: B rows, T columns, L prompt tokens, V vocabulary, D model width.
+Letters: B rows, L prompt tokens, V vocabulary, D model width.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING
+
+from ta.answers import Answer, Ending, GenerateConfig, check_prompts, check_settings, context_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    max_new_tokens: int = 128
-    """Tokens of an answer at most, its end token counted."""
-    temperature: float = 0.0
-    """0 takes the most probable token; above 0 samples."""
-    top_p: float = 1.0
-    """Sample among the most probable tokens that together reach this probability."""
-    top_k: int = 0
-    """Sample among this many most probable tokens; 0 is all."""
-    num_answers: int = 1
-    """Answers for each prompt."""
-    beams: int = 1
-    """Beam search of this width, through transformers' generate or vLLM's."""
-    repetition_penalty: float = 1.0
-    """Above 1 makes tokens of the prompt and of the answer so far less probable (CTRL, arXiv 1909.05858)."""
-    stop_strings: tuple[str, ...] = ()
-    """An answer ends where one of these is complete."""
-    keep_stop: bool = False
-    """Leave the stop string or end token in the text."""
-    skip_special_tokens: bool = True
-    """Leave special tokens out of the text."""
-    seed: int = 0
-    """Seed of the sampling; what a record gets does not depend on the records beside it."""
-    slots: int = 64
-    """Answers generated at the same time (a memory knob)."""
-
-
-class Answer(NamedTuple):
-    ids: list[int]  # all that was generated, the end token and the stop string's tokens included
-    text: str  # without them, unless keep_stop
-    finish: Literal["stop", "length"]
-    logprobs: list[float]  # log p of each id in nats, before penalty and temperature
-
-
-def check_settings(config: GenerateConfig) -> None:
-    """ValueError for settings that are impossible, or impossible together."""
-    c = config
-    for name, fine, want in (
-        ("max-new-tokens", c.max_new_tokens >= 1, "1 or more"),
-        ("temperature", 0 <= c.temperature < float("inf"), "0 (greedy) or a positive number"),
-        ("top-p", 0 < c.top_p <= 1, "above 0 and at most 1"),
-        ("top-k", c.top_k >= 0, "0 (all) or more"),
-        ("num-answers", c.num_answers >= 1, "1 or more"),
-        ("beams", c.beams >= 1, "1 (no beam search) or more"),
-        ("repetition-penalty", 0 < c.repetition_penalty < float("inf"), "a positive number (1 is off)"),
-        ("slots", c.slots >= 1, "1 or more"),
-        ("seed", c.seed >= 0, "0 or more"),
-        ("stop-strings", all(c.stop_strings), "strings that are not empty"),
-    ):
-        if not fine:
-            raise ValueError(f"--{name} {getattr(c, name.replace('-', '_'))} cannot be: give {want}")
-    if c.beams > 1 and c.temperature:
-        raise ValueError(f"--beams {c.beams} searches and --temperature {c.temperature} samples: give one of them")
-    if 1 < c.beams < c.num_answers:
-        raise ValueError(f"--num-answers {c.num_answers} are more than --beams {c.beams} can give: raise beams")
-    if c.beams == 1 and not c.temperature and c.num_answers > 1:
-        raise ValueError(f"--num-answers {c.num_answers} would be the same answer: give a --temperature above 0, or beams")
-    if not c.temperature and (c.top_p < 1 or c.top_k):
-        raise ValueError(
-            "--top-p and --top-k choose what is sampled, and --temperature 0 takes the most probable token: give a temperature"
-        )
-
-
-def check_prompts(prompts: Sequence[Sequence[int]], vocabulary: int, context: int | None) -> None:
-    """ValueError with the count and the first number of prompts that are empty, hold ids outside the embedding table, or leave no room to answer."""
-    empty = [i for i, p in enumerate(prompts) if len(p) == 0]
-    if empty:
-        raise ValueError(
-            f"{len(empty)} of {len(prompts)} prompts are empty (the first is number {empty[0]}): a prompt needs at least one token"
-        )
-    outside = [i for i, p in enumerate(prompts) if min(p) < 0 or max(p) >= vocabulary]
-    if outside:
-        raise ValueError(
-            f"{len(outside)} of {len(prompts)} prompts hold token ids outside the model's {vocabulary} embeddings "
-            f"(the first is number {outside[0]}): give the tokenizer that belongs to the model"
-        )
-    long = [i for i, p in enumerate(prompts) if context is not None and len(p) >= context]
-    if long:
-        raise ValueError(
-            f"{len(long)} of {len(prompts)} prompts leave no room for an answer in the model's context of {context} tokens "
-            f"(number {long[0]} has {len(prompts[long[0]])}): cut them with a --max-tokens below {context}"
-        )
-
-
-def context_of(config) -> int | None:
-    """Tokens a model of this transformers config can look at; None where it has no limit."""
-    config = config.get_text_config(decoder=True)
-    for name in ("max_position_embeddings", "max_seq_len", "seq_length"):
-        if isinstance(limit := getattr(config, name, None), int) and limit > 0:
-            return limit
-    return None
-
-
-class Ending(NamedTuple):
-    """What ends an answer, and how its text is cut there."""
-
-    tokenizer: object
-    stop_ids: frozenset[int]
-    config: GenerateConfig
-
-    def reached(self, ids: list[int]) -> bool:
-        """Whether the last token ends the answer."""
-        stops = self.config.stop_strings
-        if ids[-1] in self.stop_ids or not stops:
-            return ids[-1] in self.stop_ids
-        tail = ids[-max(len(stop.encode()) for stop in stops) - 4 :]  # every token of a stop string has a byte of it
-        return any(stop in self._decode(tail) for stop in stops) and any(stop in self._decode(ids) for stop in stops)
-
-    def answer(self, ids: list[int], logprobs: list[float]) -> Answer:
-        return Answer(ids, self.text(ids), "stop" if self.reached(ids) else "length", logprobs)
-
-    def text(self, ids: list[int]) -> str:
-        keep, skip = self.config.keep_stop, self.config.skip_special_tokens
-        if ids and ids[-1] in self.stop_ids and not keep:
-            ids = ids[:-1]
-        whole = self._decode(ids)
-        found = [(whole.find(stop), stop) for stop in self.config.stop_strings if stop in whole]
-        if not found:
-            return self._decode(ids, skip) if skip else whole
-        at, stop = min(found)
-        cut = at + len(stop) if keep else at
-        for n in range(len(ids), -1, -1):  # whole tokens before the cut lose their special ones; the token cut through gives its characters
-            before = self._decode(ids[:n])
-            if len(before) <= cut and whole.startswith(before):
-                return self._decode(ids[:n], skip) + whole[len(before) : cut]
-        return whole[:cut]
-
-    def _decode(self, ids: list[int], skip: bool = False) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+__all__ = ["Answer", "GenerateConfig", "generate"]
 
 
 def generate(
@@ -167,18 +38,22 @@ def generate(
     """
     import numpy as np
 
-    from ta.slots import Job, plain_cache
+    from ta.adapters import is_prompt_learning
+    from ta.slot_cache import plain_cache
+    from ta.slots import Job
     from ta.wrapper import base_model
 
     inner = getattr(model, "inner", model)
     base = base_model(inner)
     table = base.get_input_embeddings().weight
-    learned_prompt = getattr(getattr(inner, "active_peft_config", None), "is_prompt_learning", False)
+    virtual = is_prompt_learning(inner)
     context = context_of(base.config)
-    if learned_prompt and context is not None:
+    if virtual and context is not None:
         context -= inner.active_peft_config.num_virtual_tokens
     check_settings(config)
     check_prompts(prompts, len(table), context)
+    if embeds is not None and [len(x) for x in embeds] != [len(prompt) for prompt in prompts]:
+        raise ValueError("embeds and prompts differ in length: give one row of embeddings for every token of every prompt")
     jobs, place = [], []
     for i, prompt in enumerate(prompts):
         limit = config.max_new_tokens if context is None else min(config.max_new_tokens, context - len(prompt))
@@ -203,8 +78,10 @@ def generate(
     with _at_rest(model, inner, base):
         if config.beams > 1:
             _beams(inner, prompts, jobs, config, ending, finished, embeds)
-        elif learned_prompt or not plain_cache(base):
+        elif not plain_cache(base) or (virtual and inner.active_peft_config.peft_type == "PREFIX_TUNING"):
             _driven(inner, prompts, jobs, config, advance, finished, embeds)
+        elif virtual:
+            _slots(base, base, prompts, jobs, config, advance, finished, _with_virtual_tokens(inner, base, prompts, embeds))
         else:
             _slots(inner, base, prompts, jobs, config, advance, finished, embeds)
     return answers
@@ -212,16 +89,18 @@ def generate(
 
 @contextlib.contextmanager
 def _at_rest(model, inner, base) -> Iterator[None]:
-    """Evaluation mode, no gradients, an attention function that knows masks and caches, and no generation settings of the model's own; undone after."""
+    """Evaluation mode, no gradients, attention that knows masks and caches, no generation settings of the model's own; put back after."""
     import torch
     from transformers import GenerationConfig
 
     training = [module for module in model.modules() if module.training]
     attention, settings = base.config._attn_implementation, base.generation_config
+    owners = {base} | ({inner} if hasattr(inner, "generation_config") else set())  # peft keeps a second copy
     device, autocast = base.get_input_embeddings().weight.device, getattr(model, "autocast", None)
     try:
         model.eval()
-        base.generation_config = GenerationConfig()
+        for owner in owners:
+            owner.generation_config = GenerationConfig()
         if attention == "ta":
             base.set_attn_implementation("sdpa" if getattr(base, "_supports_sdpa", False) else "eager")
         with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
@@ -229,9 +108,22 @@ def _at_rest(model, inner, base) -> Iterator[None]:
     finally:
         if base.config._attn_implementation != attention:
             base.set_attn_implementation(attention)
-        base.generation_config = settings
+        for owner in owners:
+            owner.generation_config = settings
         for module in training:
             module.training = True
+
+
+def _with_virtual_tokens(inner, base, prompts, embeds) -> list[Tensor]:
+    """Each prompt's embeddings behind those of the virtual tokens: prompt tuning and p-tuning are no more than that."""
+    import torch
+
+    from ta.adapters import virtual_embeddings
+
+    table = base.get_input_embeddings()
+    virtual = virtual_embeddings(inner).to(table.weight.dtype)  # (virtual tokens, D)
+    own = embeds or [table(torch.tensor(prompt, device=table.weight.device)) for prompt in prompts]
+    return [torch.cat([virtual, x.to(virtual.device)]) for x in own]
 
 
 def _how(config: GenerateConfig):
@@ -245,7 +137,7 @@ def _slots(inner, base, prompts, jobs, config, advance, finished, embeds) -> Non
 
     from transformers.cache_utils import DynamicCache
 
-    from ta.slots import run_slots
+    from ta.slots import Caller, run_slots
 
     taken = inspect.signature(base.forward).parameters
     extra = {"use_cache": True} | ({"logits_to_keep": 1} if "logits_to_keep" in taken else {})
@@ -258,12 +150,14 @@ def _slots(inner, base, prompts, jobs, config, advance, finished, embeds) -> Non
     table = base.get_input_embeddings().weight
     layers = len(DynamicCache(config=base.config).layers)
     vocabulary = base.get_output_embeddings().weight.shape[0]
-    run_slots(forward, layers, prompts, jobs, _how(config), advance, finished, config.slots, embeds, vocabulary, table.device)
+    run_slots(Caller(forward, advance, finished), layers, prompts, jobs, _how(config), config.slots, embeds, vocabulary, table.device)
 
 
-def _batches(prompts, jobs, config, rows: int) -> Iterator[list[int]]:
-    """Jobs in batches of prompts of like length; of one length where padding would be penalised or limits differ."""
-    equal = config.repetition_penalty != 1 or any(job.limit < config.max_new_tokens for job in jobs)
+def _batches(inner, prompts, jobs, config, rows: int) -> Iterator[list[int]]:
+    """Jobs in batches of like length; of one length where padding would be penalised, or stand behind virtual tokens, or where limits differ."""
+    from ta.adapters import is_prompt_learning
+
+    equal = config.repetition_penalty != 1 or is_prompt_learning(inner) or any(job.limit < config.max_new_tokens for job in jobs)
     order = sorted(range(len(jobs)), key=lambda j: len(prompts[jobs[j].prompt]))
     batch: list[int] = []
     for j in order:
@@ -279,8 +173,10 @@ def _inputs(prompts, jobs, batch, embeds, device) -> dict:
     from ta.slots import left_pad
 
     chosen = [jobs[j].prompt for j in batch]
-    padded = left_pad([prompts[i] for i in chosen], None if embeds is None else [embeds[i] for i in chosen], device)
+    padded = left_pad([prompts[i] for i in chosen], device)
     padded.pop("position_ids")  # generate makes its own of the mask
+    if embeds is not None:
+        padded["inputs_embeds"] = left_pad([embeds[i] for i in chosen], device)["inputs_embeds"]
     return padded
 
 
@@ -291,7 +187,7 @@ def _driven(inner, prompts, jobs, config, advance, finished, embeds) -> None:
     from ta.slots import choose
 
     device = next(inner.parameters()).device
-    for batch in _batches(prompts, jobs, config, config.slots):
+    for batch in _batches(inner, prompts, jobs, config, config.slots):
         ids, logprobs, done = [[] for _ in batch], [[] for _ in batch], [False] * len(batch)
 
         def pick(_, logits, batch=batch, ids=ids, logprobs=logprobs, done=done):
@@ -301,7 +197,7 @@ def _driven(inner, prompts, jobs, config, advance, finished, embeds) -> None:
             if config.repetition_penalty != 1:
                 seen = torch.zeros_like(logits, dtype=torch.bool)
                 for row, j in enumerate(batch):
-                    seen[row, torch.tensor([*(prompts[jobs[j].prompt] if embeds is None else ()), *ids[row]], dtype=torch.long)] = True
+                    seen[row, torch.tensor([*prompts[jobs[j].prompt], *ids[row]], dtype=torch.long)] = True
             tokens, logps = choose(logits, uniforms, seen, _how(config))
             for row, (token, logp) in enumerate(zip(tokens.tolist(), logps.tolist(), strict=True)):
                 if not done[row]:
@@ -327,12 +223,13 @@ def _beams(inner, prompts, jobs, config, ending, finished, embeds) -> None:
 
     device = next(inner.parameters()).device
     firsts = jobs[:: config.num_answers]
-    for batch in _batches(prompts, firsts, config, max(1, config.slots // config.beams)):
+    for batch in _batches(inner, prompts, firsts, config, max(1, config.slots // config.beams)):
         inputs = _inputs(prompts, firsts, batch, embeds, device)
-        width = 0 if embeds is not None else inputs["input_ids"].shape[1]
-        stopped = [
-            lambda rows, _: torch.tensor([bool(row[width:]) and ending.reached(row[width:]) for row in rows.tolist()], device=device)
-        ]
+        width = inputs["input_ids"].shape[1]
+
+        def stopped(rows, _, width=width):
+            return torch.tensor([bool(row[width:]) and ending.reached(row[width:]) for row in rows.tolist()], device=device)
+
         out = inner.generate(
             **inputs,
             max_new_tokens=firsts[batch[0]].limit,
@@ -342,7 +239,7 @@ def _beams(inner, prompts, jobs, config, ending, finished, embeds) -> None:
             do_sample=False,
             eos_token_id=sorted(ending.stop_ids) or None,
             pad_token_id=min(ending.stop_ids, default=0),
-            stopping_criteria=stopped if config.stop_strings else [],
+            stopping_criteria=[stopped] if config.stop_strings else [],
         )
         for n, row in enumerate(out[:, width:].tolist()):
             prompt = batch[n // config.num_answers]

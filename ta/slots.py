@@ -1,8 +1,8 @@
 """A generation engine in plain torch: a fixed number of slots over a model's public forward, where a finished row is replaced by the next prompt.
 
-All rows end at the same column of one preallocated key-value buffer. A new prompt is prefilled straight into the columns left of that end, a decode
-step writes one column for every row, and a finished row is overwritten by the last one: nothing is copied but that row.
-Letters: B rows (live slots), T columns, V vocabulary, H heads, D head width.
+A new prompt is prefilled straight into the columns left of the buffer's common end, a decode step writes one column for every row, and a finished
+row is overwritten by the last one: nothing is copied but that row, and no step computes an empty slot.
+Letters: B rows (live slots), T columns, L prompt tokens, V vocabulary, D model width.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache
+
+from ta.slot_cache import SlotLayer, Window
 
 PREFILL_TOKENS = 8192  # padded prompt tokens in one prefill: bounds its activations
 
@@ -31,6 +33,14 @@ class Sampling(NamedTuple):
     repetition_penalty: float = 1.0
 
 
+class Caller(NamedTuple):
+    """What the engine asks of its caller."""
+
+    forward: Callable[[dict], Tensor]  # the model's keyword arguments -> logits (B, V) of the last column
+    advance: Callable[[int, list[int]], bool]  # after each token: (job, ids so far) -> whether the answer has ended
+    finished: Callable[[int, list[int], list[float]], None]  # (job, ids, log-probabilities), as each ends
+
+
 @dataclass
 class Row:
     """One live slot: the job it works on and what it has written so far."""
@@ -41,79 +51,133 @@ class Row:
     logprobs: list[float] = field(default_factory=list)
 
 
-class Window:
-    """Which rows and columns of the buffer the forward pass under way reads and writes; shared by all layers."""
+def run_slots(
+    caller: Caller,
+    layers: int,
+    prompts: Sequence[Sequence[int]],
+    jobs: Sequence[Job],
+    how: Sampling,
+    slots: int = 64,
+    embeds: Sequence[Tensor] | None = None,
+    vocabulary: int = 0,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Run all `jobs`, at most `slots` at a time.
 
-    def __init__(self, slots: int, capacity: int, end: int):
-        self.slots, self.capacity, self.end = slots, capacity, end
-        self.rows, self.past = slice(0, 0), 0
-
-
-class SlotLayer(CacheLayerMixin):
-    """The keys and values of one layer, (slots, H, capacity, D) each; every layer keeps all columns, sliding windows are left to the mask."""
-
-    is_sliding = False
-
-    def __init__(self, window: Window):
-        super().__init__()
-        self.window = window
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys, self.values = (self._buffer(x) for x in (key_states, value_states))
-        self.is_initialized = True
-
-    def _buffer(self, like: Tensor) -> Tensor:
-        # zeros, because a masked column still takes part in a product with probability 0
-        return like.new_zeros(self.window.slots, like.shape[1], self.window.capacity, like.shape[3])
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        w = self.window
-        new = slice(w.end, w.end + 1) if w.past else slice(w.end - key_states.shape[2], w.end)
-        self.keys[w.rows, :, new] = key_states
-        self.values[w.rows, :, new] = value_states
-        if not w.past:
-            return key_states, value_states
-        seen = slice(w.end - w.past, w.end + 1)
-        return self.keys[w.rows, :, seen], self.values[w.rows, :, seen]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.window.past + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.window.past
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def write(self, rows: slice, columns: slice, source) -> None:
-        """Rows `source` (an index or index tensor) become rows `rows`, in the given columns."""
-        for x in (self.keys, self.values):
-            x[rows, :, columns] = x[source, :, columns]
-
-    def rebase(self, width: int, live: int, old_end: int) -> None:
-        """Move the last `width` columns of the live rows to the window's new end, in a buffer of its new capacity."""
-        new, old = slice(self.window.end - width, self.window.end), slice(old_end - width, old_end)
-        for name in ("keys", "values"):
-            before = getattr(self, name)
-            after = self._buffer(before)
-            after[:live, :, new] = before[:live, :, old]
-            setattr(self, name, after)
+    layers: how many layers hold a cache. embeds[i] (L, D) is fed in place of prompt i, whose tokens only a repetition penalty then looks at.
+    vocabulary: V, read where a repetition penalty is on.
+    """
+    lengths = [len(x) for x in (prompts if embeds is None else embeds)]
+    waiting = sorted(range(len(jobs)), key=lambda j: lengths[jobs[j].prompt])  # taken from the end: longest prompts first
+    if not waiting:
+        return
+    slots = min(slots, len(jobs))
+    longest = lengths[jobs[waiting[-1]].prompt]
+    window = Window(slots, longest + min(longest // 2 + 64, max(job.limit for job in jobs)), longest)
+    cache = Cache(layers=[SlotLayer(window) for _ in range(layers)])
+    seen = torch.zeros(slots, vocabulary, dtype=torch.bool, device=device) if how.repetition_penalty != 1 else None
+    engine = Engine(caller, prompts, lengths, jobs, how, embeds, device, window, cache, seen, waiting)
+    with torch.no_grad():
+        while engine.rows or engine.waiting:
+            # a prefill of one prompt costs about a whole step: wait until some slots are free
+            while engine.waiting and slots - len(engine.rows) >= (max(1, slots // 8) if engine.rows else 1):
+                engine.prefill()
+            if engine.rows:
+                engine.step()
 
 
-def plain_cache(model) -> bool:
-    """Whether the model's past is keys and values of every layer and nothing else, so that the slot engine can hold it."""
-    config = model.config.get_text_config(decoder=True)
-    if getattr(model, "_is_stateful", False) or model.config.is_encoder_decoder or not model._supports_default_dynamic_cache():
-        return False
-    if "chunked_attention" in (getattr(config, "layer_types", None) or ()) or getattr(config, "num_kv_shared_layers", 0):
-        return False
-    try:
-        layers = DynamicCache(config=config).layers
-    except (KeyError, TypeError, AttributeError):
-        return False  # a cache that only the model's own file knows
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+@dataclass
+class Engine:
+    caller: Caller
+    prompts: Sequence[Sequence[int]]
+    lengths: Sequence[int]  # of each prompt, in columns
+    jobs: Sequence[Job]
+    how: Sampling
+    embeds: Sequence[Tensor] | None
+    device: torch.device | str
+    window: Window
+    cache: Cache
+    seen: Tensor | None  # (slots, V): tokens of each row so far
+    waiting: list[int]  # jobs, the next at the end
+    rows: list[Row] = field(default_factory=list)
+
+    def next_length(self) -> int:
+        """Tokens of the next waiting prompt, which is the longest that still waits."""
+        return self.lengths[self.jobs[self.waiting[-1]].prompt] if self.waiting else 0
+
+    def prefill(self) -> None:
+        """Admit as many waiting jobs as fit, each prompt computed once however many answers it gets."""
+        window, first, width = self.window, len(self.rows), self.next_length()
+        group: dict[int, list[int]] = {}  # prompt -> its jobs
+        taken = 0
+        while self.waiting and first + taken < window.slots:
+            prompt = self.jobs[self.waiting[-1]].prompt
+            if group and prompt not in group and (len(group) + 1) * width > PREFILL_TOKENS:
+                break
+            group.setdefault(prompt, []).append(self.waiting.pop())
+            taken += 1
+        window.rows, window.past = slice(first, first + len(group)), 0
+        inputs = left_pad([(self.prompts if self.embeds is None else self.embeds)[i] for i in group], self.device)
+        logits = self.caller.forward(inputs | {"past_key_values": self.cache})  # (prompts of the group, V)
+        if taken > len(group):
+            which = torch.tensor([n for n, members in enumerate(group.values()) for _ in members], device=self.device)
+            logits = logits[which]
+            for layer in self.cache.layers:
+                layer.copy(first + which, slice(first, first + taken), width)
+        for i, members in group.items():
+            for job in members:
+                if self.seen is not None:
+                    self.seen[len(self.rows)] = False
+                    self.seen[len(self.rows), torch.tensor(self.prompts[i], device=self.device)] = True
+                self.rows.append(Row(job, self.lengths[i]))
+        self._append(first, logits)
+
+    def step(self) -> None:
+        """One more token for every row."""
+        window, width = self.window, max(row.length for row in self.rows)
+        if window.end == window.capacity:
+            end, window.end = window.end, max(width, self.next_length())
+            window.capacity = window.end + window.end // 2 + 64
+            for layer in self.cache.layers:
+                layer.rebase(width, len(self.rows), end)
+        lengths = torch.tensor([row.length for row in self.rows], device=self.device)
+        window.rows, window.past = slice(0, len(self.rows)), width
+        inputs = {
+            "input_ids": torch.tensor([row.ids[-1:] for row in self.rows], device=self.device),
+            "attention_mask": (torch.arange(width + 1, device=self.device) >= width - lengths[:, None]).long(),
+            "position_ids": lengths[:, None],
+            "past_key_values": self.cache,
+        }
+        logits = self.caller.forward(inputs)  # (B, V)
+        window.end += 1
+        for row in self.rows:
+            row.length += 1
+        self._append(0, logits)
+
+    def _append(self, first: int, logits: Tensor) -> None:
+        """Give every row from `first` on its next token, and drop the rows that end with it."""
+        rows, seen = self.rows, self.seen
+        fresh = rows[first:]
+        uniforms = torch.tensor([self.jobs[row.job].uniforms[len(row.ids)] for row in fresh]) if self.how.temperature else None
+        ids, logprobs = choose(logits, uniforms, None if seen is None else seen[first : len(rows)], self.how)
+        if seen is not None:
+            seen[torch.arange(first, len(rows), device=ids.device), ids] = True
+        for row, token, logprob in zip(fresh, ids.tolist(), logprobs.tolist(), strict=True):
+            if logprob != logprob:
+                raise ValueError("the model's logits are not numbers (NaN): its weights or the arithmetic (dtype) are broken")
+            row.ids.append(token)
+            row.logprobs.append(logprob)
+        for r in range(len(rows) - 1, first - 1, -1):
+            if not self.caller.advance(rows[r].job, rows[r].ids) and len(rows[r].ids) < self.jobs[rows[r].job].limit:
+                continue
+            self.caller.finished(rows[r].job, rows[r].ids, rows[r].logprobs)
+            last = rows.pop()
+            if r < len(rows):
+                rows[r] = last
+                for layer in self.cache.layers:
+                    layer.copy(len(rows), r, last.length)
+                if seen is not None:
+                    seen[r] = seen[len(rows)]
 
 
 def choose(logits: Tensor, uniforms: Tensor | None, seen: Tensor | None, how: Sampling) -> tuple[Tensor, Tensor]:
@@ -144,124 +208,13 @@ def _draw(scores: Tensor, uniforms: Tensor, how: Sampling) -> Tensor:
     return torch.searchsorted(reached, uniforms.to(reached)[:, None] * reached[:, -1:], right=True)[:, 0]
 
 
-@torch.no_grad()
-def run_slots(
-    forward: Callable[[dict], Tensor],
-    layers: int,
-    prompts: Sequence[Sequence[int]],
-    jobs: Sequence[Job],
-    how: Sampling,
-    advance: Callable[[int, list[int]], bool],
-    finished: Callable[[int, list[int], list[float]], None],
-    slots: int = 64,
-    embeds: Sequence[Tensor] | None = None,
-    vocabulary: int = 0,
-    device: torch.device | str = "cpu",
-) -> None:
-    """Run all `jobs` and hand each to `finished(job, ids, log-probabilities)` as it ends.
-
-    forward(inputs) gives the logits (B, V) of the last column; `layers` is how many layers hold a cache. `advance(job, ids)` is asked after every new
-    token whether the answer has ended. `embeds[i]` (L, D) stands in for the tokens of prompt i. `vocabulary` is V, read where a repetition penalty is on.
-    """
-    waiting = sorted(range(len(jobs)), key=lambda j: len(prompts[jobs[j].prompt]))  # the end of the list comes first: longest prompts
-    if not waiting:
-        return
-    longest = len(prompts[jobs[waiting[-1]].prompt])
-    slots = min(slots, len(jobs))
-    window = Window(slots, longest + min(longest // 2 + 64, max(job.limit for job in jobs)), longest)
-    cache = Cache(layers=[SlotLayer(window) for _ in range(layers)])
-    seen = torch.zeros(slots, vocabulary, dtype=torch.bool, device=device) if how.repetition_penalty != 1 else None
-    rows: list[Row] = []
-
-    def append(first: int, logits: Tensor) -> None:
-        """Give every row from `first` on its next token, and drop the rows that end with it."""
-        fresh = rows[first:]
-        uniforms = torch.tensor([jobs[row.job].uniforms[len(row.ids)] for row in fresh]) if how.temperature else None
-        ids, logprobs = choose(logits, uniforms, None if seen is None else seen[first : len(rows)], how)
-        if seen is not None:
-            seen[torch.arange(first, len(rows), device=device), ids] = True
-        for row, token, logprob in zip(fresh, ids.tolist(), logprobs.tolist(), strict=True):
-            if logprob != logprob:
-                raise ValueError("the model's logits are not numbers (NaN): its weights or the arithmetic (dtype) are broken")
-            row.ids.append(token)
-            row.logprobs.append(logprob)
-        for r in range(len(rows) - 1, first - 1, -1):
-            row = rows[r]
-            if advance(row.job, row.ids) or len(row.ids) >= jobs[row.job].limit:
-                finished(row.job, row.ids, row.logprobs)
-                last = rows.pop()
-                if r < len(rows):
-                    rows[r] = last
-                    for layer in cache.layers:
-                        layer.write(r, slice(window.end - last.length, window.end), len(rows))
-                    if seen is not None:
-                        seen[r] = seen[len(rows)]
-
-    def prefill() -> None:
-        """Admit as many waiting jobs as fit, each prompt computed once however many answers it gets."""
-        width = len(prompts[jobs[waiting[-1]].prompt])
-        group: dict[int, list[int]] = {}
-        taken = 0
-        while (
-            waiting
-            and len(rows) + taken < slots
-            and (jobs[waiting[-1]].prompt in group or (len(group) + 1) * width <= max(PREFILL_TOKENS, width))
-        ):
-            group.setdefault(jobs[waiting[-1]].prompt, []).append(waiting.pop())
-            taken += 1
-        inputs = left_pad([prompts[i] for i in group], None if embeds is None else [embeds[i] for i in group], device)
-        first = len(rows)
-        window.rows, window.past = slice(first, first + len(group)), 0
-        logits = forward(inputs | {"past_key_values": cache})  # (prompts of the group, V)
-        if taken > len(group):
-            which = torch.tensor([n for n, members in enumerate(group.values()) for _ in members], device=device)
-            logits = logits[which]
-            for layer in cache.layers:
-                layer.write(slice(first, first + taken), slice(window.end - width, window.end), first + which)
-        for i, members in group.items():
-            for job in members:
-                if seen is not None:
-                    seen[len(rows)] = False
-                    seen[len(rows), torch.tensor(prompts[i] if embeds is None else [], dtype=torch.long, device=device)] = True
-                rows.append(Row(job, len(prompts[i])))
-        append(first, logits)
-
-    def step() -> None:
-        width = max(row.length for row in rows)
-        if window.end == window.capacity:
-            old_end, window.end = window.end, max(width, len(prompts[jobs[waiting[-1]].prompt]) if waiting else 0)
-            window.capacity = window.end + window.end // 2 + 64
-            for layer in cache.layers:
-                layer.rebase(width, len(rows), old_end)
-        lengths = torch.tensor([row.length for row in rows], device=device)
-        window.rows, window.past = slice(0, len(rows)), width
-        logits = forward(
-            {
-                "input_ids": torch.tensor([row.ids[-1:] for row in rows], device=device),
-                "attention_mask": (torch.arange(width + 1, device=device) >= width - lengths[:, None]).long(),
-                "position_ids": lengths[:, None],
-                "past_key_values": cache,
-            }
-        )  # (B, V)
-        window.end += 1
-        for row in rows:
-            row.length += 1
-        append(0, logits)
-
-    while rows or waiting:
-        while waiting and slots - len(rows) >= (max(1, slots // 8) if rows else 1):
-            prefill()
-        if rows:
-            step()
-
-
-def left_pad(prompts: Sequence[Sequence[int]], embeds: Sequence[Tensor] | None = None, device="cpu") -> dict[str, Tensor]:
-    """input_ids (or inputs_embeds), attention_mask and position_ids of prompts that all end in the last column."""
+def left_pad(prompts: Sequence[Sequence[int] | Tensor], device="cpu") -> dict[str, Tensor]:
+    """input_ids (or, of tensors (L, D), inputs_embeds), attention_mask and position_ids of prompts that all end in the last column."""
     width = max(len(prompt) for prompt in prompts)
     pad = torch.tensor([width - len(prompt) for prompt in prompts], device=device)[:, None]
     columns = torch.arange(width, device=device)
     out = {"attention_mask": (columns >= pad).long(), "position_ids": (columns - pad).clamp(min=0)}
-    if embeds is None:
-        return out | {"input_ids": torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)}
-    filled = [torch.nn.functional.pad(x.to(device), (0, 0, width - len(x), 0)) for x in embeds]
-    return out | {"inputs_embeds": torch.stack(filled)}
+    if isinstance(prompts[0], Tensor):
+        padded = [torch.nn.functional.pad(prompt.to(device), (0, 0, width - len(prompt), 0)) for prompt in prompts]
+        return out | {"inputs_embeds": torch.stack(padded)}
+    return out | {"input_ids": torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)}

@@ -1,0 +1,85 @@
+"""One preallocated key-value buffer in which every row ends at the same column, behind transformers' cache interface.
+
+Letters: B rows, T columns, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+
+class Window:
+    """Which rows and columns of the buffer the forward pass under way reads and writes; shared by all layers."""
+
+    def __init__(self, slots: int, capacity: int, end: int):
+        self.slots, self.capacity, self.end = slots, capacity, end
+        self.rows, self.past = slice(0, 0), 0
+
+
+class SlotLayer(CacheLayerMixin):
+    """The keys and values of one layer, (slots, H, capacity, D) each; every layer keeps all columns, sliding windows are left to the mask."""
+
+    is_sliding = False
+
+    def __init__(self, window: Window):
+        super().__init__()
+        self.window = window
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = (self._buffer(x) for x in (key_states, value_states))
+        self.is_initialized = True
+
+    def _buffer(self, like: Tensor) -> Tensor:
+        # zeros, because a masked column still takes part in a product with probability 0
+        return like.new_zeros(self.window.slots, like.shape[1], self.window.capacity, like.shape[3])
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        w = self.window
+        new = slice(w.end, w.end + 1) if w.past else slice(w.end - key_states.shape[2], w.end)
+        self.keys[w.rows, :, new] = key_states
+        self.values[w.rows, :, new] = value_states
+        if not w.past:
+            return key_states, value_states
+        seen = slice(w.end - w.past, w.end + 1)
+        return self.keys[w.rows, :, seen], self.values[w.rows, :, seen]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.window.past + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.window.past
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def copy(self, source, target, width: int) -> None:
+        """Rows `source` (a number or an index tensor) also become rows `target`, in the last `width` columns."""
+        columns = slice(self.window.end - width, self.window.end)
+        for x in (self.keys, self.values):
+            x[target, :, columns] = x[source, :, columns]
+
+    def rebase(self, width: int, live: int, old_end: int) -> None:
+        """Move the last `width` columns of the live rows to the window's new end, in a buffer of its new capacity."""
+        new, old = slice(self.window.end - width, self.window.end), slice(old_end - width, old_end)
+        for name in ("keys", "values"):
+            before = getattr(self, name)
+            after = self._buffer(before)
+            after[:live, :, new] = before[:live, :, old]
+            setattr(self, name, after)
+
+
+def plain_cache(model) -> bool:
+    """Whether the model's past is keys and values of every layer and nothing else, so that the slot engine can hold it."""
+    config = model.config.get_text_config(decoder=True)
+    if getattr(model, "_is_stateful", False) or model.config.is_encoder_decoder or not model._supports_default_dynamic_cache():
+        return False
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()) or getattr(config, "num_kv_shared_layers", 0):
+        return False
+    try:
+        layers = DynamicCache(config=config).layers
+    except (KeyError, TypeError, AttributeError):
+        return False  # a cache that only the model's own file knows
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
