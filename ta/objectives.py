@@ -80,10 +80,7 @@ def rag_loss(seq_logps: Tensor, doc_scores: Tensor) -> Tensor:
     `seq_logps` (Q, K): log-probability of the answer (a sum over its tokens) after passage k; `doc_scores` (Q, K): question times passage,
     -inf where a question has fewer than K passages (at least one must be there).
     """
-    scores = _float(doc_scores)
-    missing = scores == -torch.inf
-    joint = _float(seq_logps) + scores.log_softmax(-1)  # (Q, K)
-    return -torch.where(missing, -torch.inf, joint).logsumexp(-1)
+    return -(_float(seq_logps) + _float(doc_scores).log_softmax(-1)).logsumexp(-1)
 
 
 def _float(x: Tensor) -> Tensor:

@@ -38,6 +38,8 @@ def test_kto_by_hand_and_of_one_kind_only():
     for kind in (yes, no, yes[:1], no[:0]):
         got = kto(torch.full((len(kind),), -4.0), torch.full((len(kind),), -4.0), kind, zero)
         assert got.tolist() == [0.5] * len(kind)  # step 0
+    default = kto(torch.tensor([-3.0]), torch.tensor([-4.0]), yes[:1], zero)
+    assert default.item() == pytest.approx(1 / (1 + math.exp(0.1)))
     better = kto(torch.tensor([-3.0, -3.0]), torch.tensor([-4.0, -4.0]), torch.tensor([True, False]), zero, beta=1.0)
     assert better.tolist() == pytest.approx([1 / (1 + math.e), math.e / (1 + math.e)])
 
