@@ -89,13 +89,22 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 def read_facts(path: str | Path) -> Facts:
     """What the adapter in folder `path` says of its base; empty for an adapter that another library saved."""
-    from safetensors.torch import load_file
-
     folder = Path(path)
     base = _read_json(folder / BASE) if (folder / BASE).is_file() else {}
     if base and not {"name", "architecture", "task", "vocabulary", "sample"} <= base.keys():
         raise ValueError(f"{folder / BASE} is not complete: save the adapter again, or remove that file to load without knowing its base")
-    return Facts(base, load_file(folder / ROWS) if base and (folder / ROWS).is_file() else {})
+    return Facts(base, read_tensors(folder / ROWS) if base and (folder / ROWS).is_file() else {})
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; ValueError where it is torn."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file ({error}): give a complete adapter folder") from error
 
 
 def labels_of(path: str | Path) -> dict[str, Any]:

@@ -66,9 +66,7 @@ def check_adapter(config: AdapterConfig, packing: bool = False, checkpointing: b
         raise ValueError(f"--lora-targets {' '.join(config.lora_targets)}: all-linear stands alone; give it or names of modules")
     stored = read_config(config.adapter_path)["peft_type"] if config.adapter_path else KINDS.get(kind, "")
     if packing and stored in PROMPT_LEARNING:
-        raise ValueError(
-            f"{stored} cannot be packed: its virtual tokens stand at the beginning of a row; turn packing off (--packing False)"
-        )
+        raise ValueError(f"{stored} cannot be packed: its virtual tokens stand at the beginning of a row; turn packing off (--no-packing)")
     if checkpointing and stored == "PREFIX_TUNING":
         raise ValueError(
             f"{stored} with activation checkpointing: its keys and values would be lost in the backward pass; turn checkpointing off"
@@ -78,7 +76,7 @@ def check_adapter(config: AdapterConfig, packing: bool = False, checkpointing: b
 def lora_settings(model: PreTrainedModel, config: AdapterConfig, new_token_ids: Sequence[int]) -> PeftConfig:
     """peft's settings for LoRA on `model`; new tokens train in each table once (peft ties the head's rows where the tables are tied).
 
-    ValueError for names that the model does not have, and for LoRA on a table that is tied or where new tokens train.
+    ValueError for names that the model does not have, and for tables that are tied in ways that peft cannot keep.
     """
     from peft import LoraConfig
 
@@ -99,6 +97,8 @@ def lora_settings(model: PreTrainedModel, config: AdapterConfig, new_token_ids: 
         why = "its table is tied to the other one" if tied else "the rows of new tokens train there"
         raise ValueError(f"--lora-targets: LoRA on {hit[0]} cannot be merged, {why}; leave it out, or give it to --lora-modules-to-save")
     whole = [name for name in heads if _hits(name, config.lora_modules_to_save)]
+    if tied and whole and not heads[0].endswith("embed_tokens"):
+        raise ValueError(f"--lora-modules-to-save: peft would untie {heads[0]} from the head; leave it out (new tokens train without it)")
     rows = [] if tied and whole else [name for name in heads[: 1 if tied else 2] if name not in whole]
     saved = [target for target in config.lora_modules_to_save if not (tied and any(_hits(name, [target]) for name in heads))]
     saved += heads[:1] if tied and whole else []  # named once: peft makes the head follow, and its own order of names matters
@@ -113,6 +113,7 @@ def lora_settings(model: PreTrainedModel, config: AdapterConfig, new_token_ids: 
         use_rslora=config.use_rslora,
         trainable_token_indices={name: sorted(set(new_token_ids)) for name in rows} if new_token_ids and rows else None,
         ensure_weight_tying=bool(tied and whole),
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),  # GPT-2's transposed layers
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ta.adapter_base import BASE, ROWS, WEIGHTS, Facts, check_base, describe, read_config, read_facts, task_of, title
+from ta.adapter_base import BASE, ROWS, WEIGHTS, Facts, check_base, describe, read_config, read_facts, read_tensors, task_of, title
 from ta.adapter_settings import PROMPT_LEARNING, AdapterConfig, check_adapter, lora_settings, prompt_settings, start_ids
 from ta.vocab import resize, tables
 
@@ -41,9 +41,7 @@ def add_adapter(
     if config.adapter == "none":
         return model
     if new_token_ids and config.adapter != "lora":
-        raise ValueError(
-            f"new tokens cannot train with --adapter {config.adapter}, which leaves the embeddings frozen; give --adapter lora"
-        )
+        raise ValueError(f"new tokens cannot train with --adapter {config.adapter}: it leaves the embeddings frozen; give --adapter lora")
     settings = lora_settings(model, config, new_token_ids) if config.adapter == "lora" else prompt_settings(model, config)
     start = start_ids(model, config, tokenizer, seed) if config.adapter == "prompt" else None
     return _wrap(model, settings, Facts(describe(model), _rows(model, new_token_ids)), seed, start)
@@ -55,16 +53,13 @@ def load_adapter(model: PreTrainedModel, path: str, trainable: bool = False) -> 
     ValueError, naming both, for an adapter of another base (other architecture, task, vocabulary, shapes or weights).
     """
     from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
-    from safetensors.torch import load_file
 
     kind, folder = read_config(path)["peft_type"], Path(path)
     if trainable and kind == "P_TUNING" and not (folder / ENCODER).exists():
         raise ValueError(f"{path} holds no {ENCODER}, without which p-tuning cannot go on training; it can only be used")
     settings, facts = PeftConfig.from_pretrained(path), read_facts(path)
     if settings.task_type != task_of(model):
-        raise ValueError(
-            f"adapter {path} was trained for {settings.task_type}, the model given is {title(describe(model))}; give its own base"
-        )
+        raise ValueError(f"adapter {path} was trained for {settings.task_type}, the model given is {title(describe(model))}: give its base")
     if facts.base:
         check_base(model, facts, path)
         _restore_rows(model, facts)
@@ -75,7 +70,7 @@ def load_adapter(model: PreTrainedModel, path: str, trainable: bool = False) -> 
         settings.token_dim = settings.num_layers = settings.num_attention_heads = None
         if kind == "PROMPT_TUNING":
             settings.prompt_tuning_init = "RANDOM"
-    wrapped, weights = _wrap(model, settings, facts), load_file(folder / WEIGHTS)
+    wrapped, weights = _wrap(model, settings, facts), read_tensors(folder / WEIGHTS)
     expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     for name in sorted(expected.keys() | weights.keys()):
         ours, theirs = (tuple(side[name].shape) if name in side else "absent" for side in (expected, weights))
@@ -86,7 +81,7 @@ def load_adapter(model: PreTrainedModel, path: str, trainable: bool = False) -> 
             )
     set_peft_model_state_dict(wrapped, weights)
     if trainable and kind == "P_TUNING":
-        wrapped.prompt_encoder["default"].load_state_dict(load_file(folder / ENCODER))
+        wrapped.prompt_encoder["default"].load_state_dict(read_tensors(folder / ENCODER))
     return wrapped if trainable else wrapped.eval()
 
 
@@ -100,8 +95,7 @@ def save_adapter(model: PeftModel, folder: str | Path, state: dict[str, Tensor] 
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
     settings = copy.copy(model.peft_config["default"])
     settings.inference_mode = True
     for name in ("target_modules", "modules_to_save"):  # a set's order changes from run to run
@@ -119,7 +113,10 @@ def save_adapter(model: PeftModel, folder: str | Path, state: dict[str, Tensor] 
 
 
 def merge_adapter(model: PeftModel, tolerance: float | None = None) -> PreTrainedModel:
-    """The base with the adapter's update in its weights, in place; ValueError for prompt learning and where the logits do not agree."""
+    """The base with the adapter's update in its weights, in place; ValueError for prompt learning and where the logits do not agree.
+
+    They agree when they differ by at most `tolerance` of the greatest logit: by default 1e-3, in half precision (which rounds) 0.05.
+    """
     import torch
 
     if is_prompt_learning(model):
@@ -127,16 +124,19 @@ def merge_adapter(model: PeftModel, tolerance: float | None = None) -> PreTraine
             f"{model.active_peft_config.peft_type.value} cannot be merged: it adds virtual tokens and changes no weight of the base; "
             "serve the base with the adapter, or train LoRA"
         )
-    before, dtype = probe_logits(model), model.get_base_model().get_input_embeddings().weight.dtype
+    before, base = probe_logits(model), model.get_base_model()
+    dtype, tied = base.get_input_embeddings().weight.dtype, base.config.get_text_config().tie_word_embeddings
     fully = tuple(model.active_peft_config.modules_to_save or ())
     merged = model.merge_and_unload()
     for name, module in merged.named_modules():
         if fully and name.endswith(fully):
             module.to(dtype)
-    output = merged.get_output_embeddings()
-    if output is not None and not torch.equal(output.weight, merged.get_input_embeddings().weight):
-        merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = False
+    if tied and (output := merged.get_output_embeddings()) is not None:  # peft unties tables that it trained, also where they stayed equal
+        same = torch.equal(output.weight, merged.get_input_embeddings().weight)
+        merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = same
+        merged.tie_weights()
     after = probe_logits(merged)
+    tolerance = (0.05 if dtype.itemsize < 4 else 1e-3) if tolerance is None else tolerance
     if not logits_agree(before, after, tolerance):
         raise ValueError(
             f"the merged model is not the base with its adapter: logits differ by {(before - after).abs().max():.3g} "
@@ -159,12 +159,10 @@ def probe_logits(model: nn.Module) -> Tensor:
     return (out.logits if "logits" in out else out.last_hidden_state).float()
 
 
-def logits_agree(left: Tensor, right: Tensor, tolerance: float | None = None) -> bool:
-    """Whether two sets of finite float32 logits differ by at most `tolerance` (default 1e-3) of the greatest; False for any NaN."""
+def logits_agree(left: Tensor, right: Tensor, tolerance: float = 1e-3) -> bool:
+    """Whether two sets of finite float32 logits differ by at most `tolerance` of the greatest; False for any NaN and another shape."""
     scale = max(left.abs().max().item(), 1e-6)
-    return left.shape == right.shape and (left - right).abs().max().item() <= (1e-3 if tolerance is None else tolerance) * scale < float(
-        "inf"
-    )
+    return left.shape == right.shape and (left - right).abs().max().item() <= tolerance * scale < float("inf")
 
 
 def is_prompt_learning(model: nn.Module) -> bool:
@@ -195,8 +193,8 @@ def _wrap(model: PreTrainedModel, settings: PeftConfig, facts: Facts, seed: int 
         wrapped = get_peft_model(model, settings)
     if settings.peft_type in PROMPT_LEARNING:  # peft guesses the table by its size
         wrapped.word_embeddings = model.get_input_embeddings()
-    with torch.no_grad():
-        if start is not None:
+    if start is not None:
+        with torch.no_grad():
             vectors = wrapped.word_embeddings(torch.tensor(start, device=weight.device))  # (virtual tokens, D), scaled as the model does
             wrapped.prompt_encoder["default"].embedding.weight.copy_(vectors)
     for parameter in wrapped.parameters():
@@ -227,8 +225,8 @@ def _mend(model: PeftModel, dtype: torch.dtype) -> None:
 
 
 def _token_ids(settings: PeftConfig) -> list[int]:
-    ids = getattr(settings, "trainable_token_indices", None) or {}
-    return sorted({i for group in (ids.values() if isinstance(ids, dict) else [ids]) for i in group})
+    ids = getattr(settings, "trainable_token_indices", None) or []
+    return sorted(set().union(*ids.values()) if isinstance(ids, dict) else ids)
 
 
 def _rows(model: PreTrainedModel, ids: Sequence[int], path: str | None = None) -> dict[str, Tensor]:
@@ -245,10 +243,8 @@ def _rows(model: PreTrainedModel, ids: Sequence[int], path: str | None = None) -
 def _restore_rows(model: PreTrainedModel, facts: Facts) -> None:
     import torch
 
-    if not facts.rows:
-        return
     if facts.base["vocabulary"] > model.get_input_embeddings().weight.shape[0]:
         resize(model, facts.base["vocabulary"])
     with torch.no_grad():
-        for name, table in tables(model).items():
+        for name, table in tables(model).items() if facts.rows else ():
             table[facts.rows["ids"].to(table.device)] = facts.rows[name].to(table)
