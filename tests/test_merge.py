@@ -3,7 +3,9 @@
 import pytest
 import torch
 from adapted import LORA, NEW, base, train_a_step
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig, PreTrainedTokenizerFast
 
 from recipes import merge
 from ta.adapters import (
@@ -13,7 +15,7 @@ from ta.adapters import (
     save_adapter,
 )
 from ta.cli import cli
-from ta.vocab import NewToken, set_rows
+from ta.vocab import add_tokens
 
 
 def run_merge(*flags):
@@ -27,11 +29,14 @@ def test_the_merge_recipe_writes_a_folder_that_plain_transformers_loads(head, tm
     settings = {} if head is AutoModelForCausalLM else {"num_labels": 3}
     base(head=head, dtype=torch.bfloat16, **settings).save_pretrained(tmp_path / "base")
     given = head.from_pretrained(tmp_path / "base", dtype=torch.float32, **settings)
-    set_rows(given, [NewToken(str(i), i, (1, 2), True) for i in NEW])
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(20)}, unk_token="w0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+    assert tuple(token.id for token in add_tokens(tokenizer, given, ("<a>=w1", "<b>=w2"))) == NEW
     wrapped = add_adapter(given, LORA, NEW)
     train_a_step(wrapped)
     after = probe_logits(wrapped)
     save_adapter(wrapped, tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
     if not settings:
         GenerationConfig(eos_token_id=[7, 9]).save_pretrained(tmp_path / "adapter")
     flags = ("--model-path", tmp_path / "base", "--adapter-path", tmp_path / "adapter", "--out")
@@ -39,6 +44,7 @@ def test_the_merge_recipe_writes_a_folder_that_plain_transformers_loads(head, tm
     merged = head.from_pretrained(tmp_path / "out")
     assert merged.dtype == torch.bfloat16 and merged.config.vocab_size == 22
     assert logits_agree(probe_logits(merged), after, 0.05)
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "out").get_added_vocab() == {"w0": 0, "<a>": 20, "<b>": 21}
     if not settings:
         assert merged.generation_config.eos_token_id == [7, 9]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
