@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ta.chat import Drop, Tokens, with_system
+from ta.chat import ChatConfig, Drop, Tokens, with_system
 from ta.records import regular_file
 from ta.sources import Check, Drops, Record, Source, chunks, parse_source, pin_errors, scan, select
 from ta.store import Column, cache_folder, content_hash, hash_json, open_arrays, open_or_make, stamp
@@ -18,10 +18,18 @@ from ta.store import Column, cache_folder, content_hash, hash_json, open_arrays,
 if TYPE_CHECKING:
     from numpy import ndarray
 
-    from ta.chat import ChatConfig
-
 FORMAT = 1  # of the files below; raise it when they change
-CODE = ("chat", "pieces", "templates", "tokenizer", "records", "kinds", "sources", "dataset")  # modules that decide what a record becomes
+CODE = (
+    "chat",
+    "pieces",
+    "templates",
+    "tokenizer",
+    "records",
+    "kinds",
+    "sources",
+    "dataset",
+    "encode",
+)  # modules that decide what a record becomes
 
 
 @dataclass(frozen=True)
@@ -57,9 +65,6 @@ class Prepared(NamedTuple):
     k: int
 
 
-EncodeMany = Callable[[list[dict]], Sequence[Encoded | Drop]]
-
-
 def sequence(prepared: Prepared, i: int) -> tuple[ndarray, ndarray]:
     """Views of the ids and weights of sequence i of n * k, each (T,)."""
     start, end = prepared.offsets[i], prepared.offsets[i + 1]
@@ -75,7 +80,7 @@ def lengths(prepared: Prepared) -> ndarray:
 def prepare(
     sources: Sequence[str],
     check: Check,
-    encode_many: EncodeMany,
+    encode_many: Callable[[list[dict]], Sequence[Encoded | Drop]],
     settings: dict[str, Any],
     config: DataConfig,
     *,
@@ -92,8 +97,6 @@ def prepare(
     texts = sorted(sources)
     parsed = _parse(texts, config, chat)
     cache = cache_folder(config.cache_dir)
-    for source in parsed:
-        regular_file(source.path)
     stamps = [stamp(source.path) for source in parsed]
     hashes = [content_hash(source.path, cache / "hashes") for source in parsed]
     chosen = any(source.share is not None or source.count is not None for source in parsed)
@@ -114,24 +117,24 @@ def prepare(
 
 
 def read_drops(prepared: Prepared) -> Iterator[dict]:
-    """What was not used, in the order of reading: {"file", "line", "reason"}, and "text" for a bad line that was skipped."""
+    """What was not used: {"source" (index), "file", "line", "reason"}, and "text" for a bad line that was skipped."""
     with open(Path(prepared.info["folder"]) / "drops.jsonl", encoding="utf-8", errors="surrogateescape") as lines:
         for entry in map(json.loads, lines):
-            yield entry | {"file": prepared.info["sources"][entry.pop("source")]["path"]}
+            yield entry | {"file": prepared.info["sources"][entry["source"]]["path"]}
 
 
 def write_drops(prepared: Prepared, path: str) -> None:
-    """Write `read_drops` as JSONL, for the run folder."""
+    """Write {"file", "line", "reason", "text"?} of what was not used as JSONL, for the run folder."""
     with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
-        file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in read_drops(prepared))
+        for entry in read_drops(prepared):
+            file.write(json.dumps({key: entry[key] for key in entry if key != "source"}, ensure_ascii=False) + "\n")
 
 
 def report(info: dict[str, Any]) -> list[str]:
     """Lines for a person: what was taken from where, how much of it is learned, what was dropped and why."""
     share = 100 * info["learned_tokens"] / max(info["tokens"], 1)
-    lines = [
-        f"{info['records']:,} records, {info['tokens']:,} tokens, {share:.0f} % learned" + (" (prepared before)" if info["cached"] else "")
-    ]
+    before = " (prepared before)" if info["cached"] else ""
+    lines = [f"{info['records']:,} records, {info['tokens']:,} tokens, {share:.0f} % learned{before}"]
     lines += [f"  {source['used']:,} of {source['records']:,} from {source['source']}" for source in info["sources"]]
     for title, table in (("dropped", info["drops"]), ("note:", info["notes"])):
         lines += [f"  {title} {entry['count']:,}: {reason} ({', '.join(entry['first'])})" for reason, entry in table.items()]
@@ -145,13 +148,14 @@ def _parse(texts: Sequence[str], config: DataConfig, chat: ChatConfig | None) ->
         raise ValueError(f"--max-bad-share {config.max_bad_share}: a share lies in 0 to 1")
     parsed = [parse_source(text) for text in texts]
     for source in parsed:
+        regular_file(source.path)
         if source.system_prompt and chat and (chat.system_prompt or chat.ignore_system_prompt):
             other = "--ignore-system-prompt" if chat.ignore_system_prompt else "--system-prompt"
             raise ValueError(f"{source.path}: has system={source.system_prompt!r} of its own beside {other}; give one of them")
     return parsed
 
 
-def _build(folder: Path, sources: list[Source], check: Check, encode_many: EncodeMany, config: DataConfig, seed: int) -> dict:
+def _build(folder: Path, sources: list[Source], check: Check, encode_many: Callable, config: DataConfig, seed: int) -> dict:
     """Write the arrays and drops.jsonl of `folder` and give the info that goes with them."""
     from tqdm import tqdm
 
@@ -169,7 +173,7 @@ def _build(folder: Path, sources: list[Source], check: Check, encode_many: Encod
         for index, (source, (keep, _)) in enumerate(zip(sources, kept, strict=True)):
             for chunk in chunks(scan(index, source, keep, check, drops)):
                 done = []
-                results = pin_errors(encode_many, [_with_system(record.data, source) for record, _ in chunk])
+                results = pin_errors(encode_many, [_with_system(record.data, source.system_prompt) for record, _ in chunk])
                 for (record, raw), result in zip(chunk, results, strict=True):
                     if isinstance(result, ValueError):
                         drops.bad_record(index, source.path, record.line, result, raw)
@@ -184,8 +188,9 @@ def _build(folder: Path, sources: list[Source], check: Check, encode_many: Encod
         for writer in writers.values():
             writer.close()
     if not counts["records"]:
-        names = ", ".join(source.path for source in sources)
-        raise ValueError(f"{names}: all {expected} records are dropped, nothing is left to use. By reason: {drops.table()}")
+        raise ValueError(
+            f"{', '.join(source.path for source in sources)}: all {expected} records are dropped, nothing is left to use. By reason: {drops.table()}"
+        )
     taken = [{"records": len(keep), "chosen": sum(keep), "used": used[i], "remark": remark} for i, (keep, remark) in enumerate(kept)]
     return counts | {"expected": expected, "bad": drops.bad, "drops": drops.reasons(), "notes": drops.remarks(), "sources": taken}
 
@@ -195,24 +200,22 @@ def _append(folder: Path, writers: dict[str, Column], counts: dict[str, int], do
     import numpy as np
 
     first = done[0][1]
-    if not writers:
-        counts["k"] = len(first.seqs)
-        shapes = {"ids": ("int32", ()), "weights": ("float32", ()), "offsets": ("int64", ()), "origin": ("int32", (2,))}
-        shapes |= {f"extra-{name}": ("float64", ()) for name in first.extras}
-        writers |= {name: Column(folder / f"{name}.npy", *shape) for name, shape in shapes.items()}
-        writers["offsets"].append(np.zeros(1))
+    counts["k"] = counts["k"] or len(first.seqs)
+    assert all(len(encoded.seqs) == counts["k"] and encoded.extras.keys() == first.extras.keys() for _, encoded in done)
     seqs = [tokens for _, encoded in done for tokens in encoded.seqs]
     sizes = np.array([len(tokens.ids) for tokens in seqs])
-    assert all(len(encoded.seqs) == counts["k"] and encoded.extras.keys() == first.extras.keys() for _, encoded in done)
     assert sizes.min() > 0 and all(len(tokens.weights) == len(tokens.ids) for tokens in seqs)
     ids = np.fromiter(chain.from_iterable(tokens.ids for tokens in seqs), np.int32, sizes.sum())  # (tokens of the chunk,)
     weights = np.fromiter(chain.from_iterable(tokens.weights for tokens in seqs), np.float32, sizes.sum())
-    writers["ids"].append(ids)
-    writers["weights"].append(weights)
-    writers["offsets"].append(counts["tokens"] + np.cumsum(sizes))
-    writers["origin"].append(np.array([record[:2] for record, _ in done]))
-    for name in first.extras:
-        writers[f"extra-{name}"].append(np.array([encoded.extras[name] for _, encoded in done]))
+    columns = {"ids": ids, "weights": weights, "offsets": counts["tokens"] + np.cumsum(sizes, dtype=np.int64)}
+    columns["origin"] = np.array([record[:2] for record, _ in done], np.int32)
+    columns |= {f"extra-{name}": np.array([encoded.extras[name] for _, encoded in done], np.float64) for name in first.extras}
+    if not writers:
+        writers |= {name: Column(folder / f"{name}.npy", column.dtype, column.shape[1:]) for name, column in columns.items()}
+        writers["offsets"].append(np.zeros(1))
+    assert writers.keys() == columns.keys()
+    for name, column in columns.items():
+        writers[name].append(column)
     counts["tokens"] += len(ids)
     counts["learned_tokens"] += int(np.count_nonzero(weights))
     counts["max_id"] = max(counts["max_id"], int(ids.max()))
@@ -237,14 +240,11 @@ def _open(folder: Path, sources: list[Source], texts: list[str], config: DataCon
     return Prepared(*(arrays[name] for name in ("ids", "weights", "offsets", "origin")), extras, info, info["k"])
 
 
-def _with_system(data: dict, source: Source) -> dict:
-    if source.system_prompt is None:
-        return data
-    key = "messages" if "messages" in data else "context"
-    return data | {key: with_system(data[key], source.system_prompt, False)}
+def _with_system(data: dict, prompt: str | None) -> dict:
+    keys = [key for key in ("messages", "context") if key in data] if prompt else []
+    return data | {key: with_system(data[key], prompt) for key in keys}
 
 
 def _code_hash() -> str:
     """Hash of the modules that decide what a record becomes: another version of them prepares anew."""
-    files = [Path(__file__).with_name(f"{name}.py") for name in CODE]
-    return hash_json([file.read_text() if file.exists() else "" for file in files])
+    return hash_json([file.read_text() for name in CODE if (file := Path(__file__).with_name(f"{name}.py")).exists()])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy import ndarray
 
 T = TypeVar("T")
@@ -54,7 +55,7 @@ def content_hash(path: str, notes: Path) -> str:
 class Column:
     """A .npy file that grows along its first axis; its header is written again at the end."""
 
-    def __init__(self, path: Path, dtype: str, row: tuple[int, ...] = ()):
+    def __init__(self, path: Path, dtype: np.dtype | str, row: tuple[int, ...] = ()):
         import numpy as np
 
         self.dtype, self.row, self.count = np.dtype(dtype), row, 0

@@ -69,7 +69,7 @@ def test_what_went_in_comes_out(tmp_path, monkeypatch):
         assert [info[key] for key in ("records", "tokens", "learned_tokens", "max_id", "bad")] == [18, 54, 18, ord("z"), 0]
         assert [(source["records"], source["used"], source["path"]) for source in info["sources"]] == [(16, 16, a), (3, 2, b)]
         assert info["drops"] == {"has a d": {"count": 1, "first": [f"{b}:2"]}}
-        assert list(read_drops(prepared)) == [{"file": b, "line": 2, "reason": "has a d"}]
+        assert list(read_drops(prepared)) == [{"source": 1, "file": b, "line": 2, "reason": "has a d"}]
     assert not made.ids.flags.writeable and isinstance(made.ids, np.memmap)
     assert [made.ids.dtype, made.weights.dtype, made.offsets.dtype, made.origin.dtype] == ["int32", "float32", "int64", "int32"]
     lines = report(made.info)

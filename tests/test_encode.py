@@ -7,7 +7,9 @@ import pytest
 
 from ta.chat import ChatConfig
 from ta.dataset import DataConfig, sequence
-from ta.encode import coding, prepare_kind
+from ta.encode import prepare_kind
+from ta.model import ChatFormat
+from ta.tokenizer import template_of, vocabulary
 
 U, A = {"role": "user", "content": "u v"}, {"role": "assistant", "content": "x y"}
 LONG = {"role": "user", "content": "u " * 50}
@@ -33,7 +35,8 @@ def make(tmp_path, tokenizer, monkeypatch):
 
     def made(kind, *records, config=EXPLICIT, name="d.jsonl"):
         (tmp_path / name).write_text("".join(json.dumps(record) + "\n" for record in records))
-        return prepare_kind(kind, [str(tmp_path / name)], coding(tokenizer, config), DataConfig())
+        form = ChatFormat(tokenizer, template_of(tokenizer, config), vocabulary(tokenizer), [], [], [])
+        return prepare_kind(kind, [str(tmp_path / name)], form, config, DataConfig())
 
     return made
 
