@@ -104,6 +104,8 @@ def _fit(
     results: list[list[Tokens] | Drop] = [Drop("no answer", "the chat has no message that could be learned")] * len(jobs)
     kept: dict[int, list[int]] = {}
     for j, job in enumerate(jobs):
+        if not job:
+            continue
         roles = [message["role"] for message in job[0]]
         indexes = list(range(len(roles))) if opened else cut_dialogue(roles, [0] * len(roles), None, keep_end, end_in_answer)
         if indexes or opened or (loss_on == "all" and roles):

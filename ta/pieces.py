@@ -129,30 +129,30 @@ def _plan(chat: list[list[Piece]], group: _Group) -> Plan:
     vocabulary, slot_of = group.vocabulary, group.slot
     has_start, after_special, strips = vocabulary.encode_start is not None, vocabulary.start_after_special, vocabulary.strips
     plan: Plan = []
-    held, weight, start, constant, strip = "", 0.0, has_start, True, False
+    held, owner, weight, start, constant, strip = "", [], 0.0, has_start, True, False
     for pieces in chat:
         units: list[tuple[int, float]] = []
         plan.append(units)
         for text, new_weight, control, joins in pieces:
             if not joins:
                 if held:
-                    units.append((slot_of(held, start, constant), weight))
+                    owner.append((slot_of(held, start, constant), weight))
                     held, start, constant = "", False, True
                 strip = False
             weight = new_weight
             for part in group.cut_control(text) if control else group.cut_content(text) if vocabulary.content else (text,):
                 if isinstance(part, str):
                     held += part.lstrip(SPACE) if strip and not held else part
-                    strip, constant = strip and not held, constant and control
+                    owner, strip, constant = units, strip and not held, constant and control
                     continue
                 left, strip = strips.get(part, (False, False)) if strips else (False, False)
                 held = held.rstrip(SPACE) if left else held
                 if held:
-                    units.append((slot_of(held, start, constant), weight))
+                    owner.append((slot_of(held, start, constant), weight))
                 units.append((slot_of(part, False, True), weight))
                 held, start, constant = "", has_start and after_special, True
     if held:
-        plan[-1].append((slot_of(held, start, constant), weight))
+        owner.append((slot_of(held, start, constant), weight))
     return plan
 
 

@@ -121,7 +121,7 @@ def _literal(source: dict[str, Any], special: dict[str, int]) -> dict[str, Any]:
     """The tokenizer without special tokens: not as added tokens, and not as words of its model, which could match them in plain text too."""
     model = dict(source["model"])
     hidden = special.keys() & (model["vocab"].keys() if isinstance(model["vocab"], dict) else {piece for piece, _ in model["vocab"]})
-    hidden -= {model.get("unk_token")}
+    hidden -= {model.get("unk_token"), *(f"<0x{byte:02X}>" for byte in range(256) if model.get("byte_fallback"))}
     # a name nobody can write: ids must stay, so the entries must too
     rename = {text: f"{secrets.token_hex(16)}{text}" for text in hidden}
     if isinstance(model["vocab"], dict):
