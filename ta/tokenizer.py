@@ -121,17 +121,20 @@ def _literal(source: dict[str, Any], special: dict[str, int]) -> dict[str, Any]:
     """The tokenizer without special tokens: not as added tokens, and not as words of its model, which could match them in plain text too."""
     model = dict(source["model"])
     hidden = special.keys() & (model["vocab"].keys() if isinstance(model["vocab"], dict) else {piece for piece, _ in model["vocab"]})
-    hidden -= {model.get("unk_token"), *(f"<0x{byte:02X}>" for byte in range(256) if model.get("byte_fallback"))}
+    hidden -= {f"<0x{byte:02X}>" for byte in range(256) if model.get("byte_fallback")}
     # a name nobody can write: ids must stay, so the entries must too
-    rename = {text: f"{secrets.token_hex(16)}{text}" for text in hidden}
+    rename = {text: f"{secrets.token_hex(16)}{text}" for text in special}
     if isinstance(model["vocab"], dict):
-        model["vocab"] = {rename.get(text, text): id for text, id in model["vocab"].items()}
+        model["vocab"] = {rename[text] if text in hidden else text: id for text, id in model["vocab"].items()}
     else:
-        model["vocab"] = [[rename.get(text, text), score] for text, score in model["vocab"]]
+        model["vocab"] = [[rename[text] if text in hidden else text, score] for text, score in model["vocab"]]
+    if model.get("unk_token") in hidden:
+        model["unk_token"] = rename[model["unk_token"]]
     if hidden and model.get("merges"):
         pairs = [merge if isinstance(merge, list) else merge.split(" ", 1) for merge in model["merges"]]
         model["merges"] = [pair for pair in pairs if hidden.isdisjoint((*pair, "".join(pair)))]
-    kept = [token for token in source["added_tokens"] if token["content"] not in special]
+    plain = any(token["content"] not in special for token in source["added_tokens"])
+    kept = [{**token, "content": rename.get(token["content"], token["content"])} for token in source["added_tokens"]] if plain else []
     return {**source, "model": model, "added_tokens": kept, "post_processor": None, "truncation": None, "padding": None}
 
 
