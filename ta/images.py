@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageOps
 MAX_PIXELS = 64_000_000
 # Formats whose decoders read pixels and nothing else: no scripts (EPS), no nested files (ICNS), no vector or video containers.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 class Preprocessing(NamedTuple):
@@ -62,6 +63,14 @@ def media_path(root: str | Path, relative: str) -> Path:
         raise ValueError(f"media path {relative!r} leads through a symlink to {path}, outside the media root {root}")
     check_file(path)
     return path
+
+
+def find_images(root: str | Path) -> list[str]:
+    """The keys of all picture files below `root`, by their endings, in order; hidden files and folders are left out."""
+    if not Path(root).is_dir():
+        raise ValueError(f"{root} is not a folder; give the folder that holds the pictures")
+    names = (path.relative_to(root) for path in Path(root).rglob("*") if path.suffix.lower() in ENDINGS and not path.is_dir())
+    return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
 
 
 def check_file(path: str | Path) -> None:

@@ -55,7 +55,7 @@ class SeededPatches(nn.Module):
         generator = torch.Generator().manual_seed(seed)
 
         def filters(count: int, channels: int, edge: int, bias: float) -> nn.Conv2d:
-            layer = nn.Conv2d(channels, count, edge, stride=2, padding=edge // 2)
+            layer = nn.Conv2d(channels, count, edge, stride=3, padding=edge // 2)
             weight = torch.randn(layer.weight.shape, generator=generator)
             weight = weight if channels > 1 else weight - weight.mean((1, 2, 3), keepdim=True)  # a form is where the foreground changes
             layer.weight.data = weight / weight.flatten(1).norm(dim=1)[:, None, None, None]
@@ -65,13 +65,15 @@ class SeededPatches(nn.Module):
         self.colour, self.form = filters(self.colours, 3, 3, 0.3), filters(self.forms, 1, 9, 0.5)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        median = pixels.flatten(2).median(dim=2).values[:, :, None, None]
-        distance = (pixels - median).abs().amax(1, keepdim=True)  # (I, 1, H, W)
+        exact = pixels.double()  # float32 rounds otherwise in another batch; float64 and 12 bits after the point leave no trace of it
+        median = exact.flatten(2).median(dim=2).values[:, :, None, None]
+        distance = (exact - median).abs().amax(1, keepdim=True)  # (I, 1, H, W)
         foreground = distance / distance.amax((2, 3), keepdim=True).clamp(min=1e-6)
-        answers = [F.relu(layer(seen)) for layer, seen in ((self.colour, pixels), (self.form, 2 * foreground - 1))]
-        tiles = (
-            torch.cat([F.adaptive_avg_pool2d(answer, self.side) for answer in answers], dim=1).flatten(2).transpose(1, 2)
-        )  # (I, 16, 128)
+        answers = []
+        for layer, seen in ((self.colour, exact), (self.form, 2 * foreground - 1)):
+            answer = F.conv2d(seen, layer.weight.double(), layer.bias.double(), layer.stride, layer.padding).relu()
+            answers.append(F.adaptive_avg_pool2d(answer, self.side).flatten(2).transpose(1, 2))
+        tiles = (torch.cat(answers, dim=2) * 4096).round().div(4096).to(pixels.dtype)  # (I, 16, 128)
         place = torch.eye(self.side, dtype=tiles.dtype, device=tiles.device)
         place = torch.cat([place.repeat_interleave(self.side, 0), place.repeat(self.side, 1)], dim=1)  # (16, 8)
         return torch.cat([tiles, place.expand(len(tiles), -1, -1)], dim=2)

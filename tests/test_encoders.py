@@ -13,9 +13,11 @@ from test_audio import tone, write_wav
 from test_imagebind import AUDIO, IMAGE, Published
 
 from ta.encoders import ENCODERS, fingerprint, load_encoder
+from ta.featurefile import Layout
+from ta.features import check_features, extract, read_features, take
 from ta.imagebind import convert_checkpoint
-from ta.images import write_image
-from ta.pictures import draw_scene, make_scene, questions
+from ta.images import find_images, media_path, write_image
+from ta.pictures import draw_scene, make_scene, questions, write_pictures
 
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 
@@ -197,3 +199,16 @@ def test_the_demo_encoder_can_be_read_linearly():
             kept = [i for i, scene in enumerate(scenes) if kind in questions(scene)]
             data.append((pick(features[kept]), [questions(scenes[i])[kind][1] for i in kept]))
         assert linear_accuracy(*data) > 0.97, kind
+
+
+def test_cached_features_are_the_encoders_own(tmp_path):
+    write_pictures(tmp_path, train=7, held_out=1)
+    paths = {key: media_path(tmp_path / "images", key) for key in find_images(tmp_path / "images")}
+    encoder = load_encoder("builtin")
+    layout = Layout(fingerprint(encoder), (encoder.n_modality_embs, encoder.emb_dim), "F32")
+    assert extract(tmp_path / "c.safetensors", paths, encoder.read, encoder.encode, layout, batch_size=3, workers=2).done == 8
+    cache = read_features(tmp_path / "c.safetensors", fingerprint(load_encoder("builtin")))
+    check_features(cache, paths)
+    inputs = torch.stack([torch.from_numpy(encoder.read(path)) for path in paths.values()])
+    for size in (1, 2, 8):  # in batches of other sizes, too
+        assert torch.equal(take(cache, list(paths)), torch.cat([encoder.encode(part) for part in inputs.split(size)]))

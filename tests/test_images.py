@@ -15,6 +15,7 @@ from ta.images import (
     Preprocessing,
     Shape,
     draw,
+    find_images,
     media_key,
     media_path,
     preprocess,
@@ -65,6 +66,15 @@ def test_media_path_stays_below_the_root(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=reason):
             media_path(root, given)
+
+
+def test_pictures_of_a_folder(tmp_path):
+    for name in ("b.png", "a/c.JPG", "a/d.txt", ".hidden/e.png", "a/.f.png", "g.png/h.webp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_images(tmp_path) == ["a/c.JPG", "b.png", "g.png/h.webp"]
+    with pytest.raises(ValueError, match="not a folder"):
+        find_images(tmp_path / "none")
 
 
 def test_read_image_modes(tmp_path):
