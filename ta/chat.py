@@ -10,6 +10,8 @@ from typing import NamedTuple
 from ta.pieces import Encoded, Piece, Tokens, Vocabulary, show, tokenize_chats, tokenize_with_loss_mask  # noqa: F401 - one door for chats
 from ta.templates import ANSWER, SYSTEM, ChatConfig, JinjaTemplate, Message, Span, Template, canonical_role, split_chat
 
+Chat = Sequence[Message]
+
 
 class Drop(NamedTuple):
     """A record that cannot be used."""
@@ -18,7 +20,7 @@ class Drop(NamedTuple):
     detail: str
 
 
-def render_chat(messages: Sequence[Message], template: Template, loss_on: str = "answers", opened: bool = False) -> list[list[Piece]]:
+def render_chat(messages: Chat, template: Template, loss_on: str = "answers", opened: bool = False) -> list[list[Piece]]:
     """The pieces of each message, in order; with `opened` one more list, the answer's prefix. ValueError: unknown role, a bad weight, a
     template that cannot write the chat or, where a message is to be learned, does not tell where it begins and ends."""
     glued = isinstance(template, JinjaTemplate)
@@ -45,7 +47,7 @@ def _pieces(span: Span, weight: float, glued: bool, prefix_joins: bool, joins: b
     return pieces
 
 
-def _weights(messages: Sequence[Message], loss_on: str, last: int) -> list[float]:
+def _weights(messages: Chat, loss_on: str, last: int) -> list[float]:
     learned = {"answers": lambda i: messages[i]["role"] == ANSWER, "last": lambda i: i == last, "all": lambda i: True}[loss_on]
     weights = []
     for i, message in enumerate(messages):
@@ -150,23 +152,19 @@ def _checked(result: list[Tokens] | Drop, opened: bool) -> list[Tokens] | Drop:
     return Drop("nothing to learn", "no token of the chat has a weight: see loss_on and the messages' own loss")
 
 
-def encode_chats(chats: Sequence[Sequence[Message]], template: Template, vocabulary: Vocabulary, config: ChatConfig) -> list[Tokens | Drop]:
+def encode_chats(chats: Sequence[Chat], template: Template, vocabulary: Vocabulary, config: ChatConfig) -> list[Tokens | Drop]:
     """Training sequences, one a chat, in order. ValueError for a chat that is wrong (encode it alone to know which)."""
     results = _fit([[_ready(chat, config)] for chat in chats], template, vocabulary, config, config.loss_on, "chat")
     return [result if isinstance(result, Drop) else result[0] for result in results]
 
 
-def encode_chat(messages: Sequence[Message], template: Template, vocabulary: Vocabulary, config: ChatConfig) -> Tokens | Drop:
+def encode_chat(messages: Chat, template: Template, vocabulary: Vocabulary, config: ChatConfig) -> Tokens | Drop:
     """encode_chats for one."""
     return encode_chats([messages], template, vocabulary, config)[0]
 
 
 def encode_answers(
-    contexts: Sequence[Sequence[Message]],
-    answers: Sequence[Sequence[Message]],
-    template: Template,
-    vocabulary: Vocabulary,
-    config: ChatConfig,
+    contexts: Sequence[Chat], answers: Sequence[Sequence[Message]], template: Template, vocabulary: Vocabulary, config: ChatConfig
 ) -> list[list[Tokens] | Drop]:
     """For each context its answers (KTO: one; a pair: two; candidates: many), each in a sequence with the same cut context; only the answer
     is learned. The latest messages stay, whatever keep_end says: the answer is what the record is about."""
@@ -178,7 +176,7 @@ def encode_answers(
 
 
 def encode_pairs(
-    contexts: Sequence[Sequence[Message]],
+    contexts: Sequence[Chat],
     answers_w: Sequence[Message],
     answers_l: Sequence[Message],
     template: Template,
@@ -191,9 +189,7 @@ def encode_pairs(
     return [r if isinstance(r, Drop) else same if r[0].ids == r[1].ids else (r[0], r[1]) for r in results]
 
 
-def encode_prompts(
-    chats: Sequence[Sequence[Message]], template: Template, vocabulary: Vocabulary, config: ChatConfig
-) -> list[list[int] | Drop]:
+def encode_prompts(chats: Sequence[Chat], template: Template, vocabulary: Vocabulary, config: ChatConfig) -> list[list[int] | Drop]:
     """Prompts for generation: trailing answers off, the answer's prefix opened. Equal to the first ids of encode_chat(chat + [answer]).
     Over max_tokens the earliest messages go, whatever keep_end says: the last question is what is asked."""
     jobs = []
@@ -206,7 +202,7 @@ def encode_prompts(
     return [result if isinstance(result, Drop) else result[0].ids for result in results]
 
 
-def encode_prompt(messages: Sequence[Message], template: Template, vocabulary: Vocabulary, config: ChatConfig) -> list[int]:
+def encode_prompt(messages: Chat, template: Template, vocabulary: Vocabulary, config: ChatConfig) -> list[int]:
     """encode_prompts for one; ValueError where the question does not fit in max_tokens."""
     result = encode_prompts([messages], template, vocabulary, config)[0]
     if isinstance(result, Drop):
@@ -214,7 +210,7 @@ def encode_prompt(messages: Sequence[Message], template: Template, vocabulary: V
     return result
 
 
-def _ready(chat: Sequence[Message], config: ChatConfig) -> list[Message]:
+def _ready(chat: Chat, config: ChatConfig) -> list[Message]:
     messages = [_canonical(message, i) for i, message in enumerate(chat)]
     return with_system(messages, config.system_prompt, config.ignore_system_prompt)
 
@@ -235,7 +231,7 @@ def check_chat_config(config: ChatConfig) -> None:
         raise ValueError(f"--max-tokens is {config.max_tokens}, so no message would fit; give at least 1, or none for no limit")
 
 
-def with_system(messages: Sequence[Message], prompt: str | None, ignore: bool = False) -> list[Message]:
+def with_system(messages: Chat, prompt: str | None, ignore: bool = False) -> list[Message]:
     """The messages with `prompt` in place of their own leading system messages, or with `ignore` without any; both: ValueError."""
     if prompt is not None and ignore:
         raise ValueError("a system prompt is given and system prompts are to be ignored; give one of the two")
@@ -245,7 +241,7 @@ def with_system(messages: Sequence[Message], prompt: str | None, ignore: bool = 
     return [*([] if prompt is None else [{"role": SYSTEM, "content": prompt, "loss": False}]), *messages[first:]]
 
 
-def random_cut(messages: Sequence[Message], generator: random.Random) -> list[Message]:
+def random_cut(messages: Chat, generator: random.Random) -> list[Message]:
     """The messages before a random answer (cherry-picks); ValueError where there is none."""
     places = [i for i, message in enumerate(messages) if canonical_role(message["role"]) == ANSWER]
     if not places:

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 Message = dict[str, Any]  # {"role": str, "content": str, "loss"?: bool | float}; "bot" and "assistant" are one role
+Tags = Mapping[str, str]  # role -> the template's name for it
 Render = Callable[[list[Message], bool], str]  # (messages, add_generation_prompt) -> text; ValueError where the template refuses
 
 ANSWER = "assistant"
@@ -54,7 +55,7 @@ class ExplicitTemplate(NamedTuple):
 
     prefix: str
     suffix: str
-    role_tags: Mapping[str, str]
+    role_tags: Tags
     bos: str
 
 
@@ -63,7 +64,7 @@ class JinjaTemplate(NamedTuple):
 
     render: Render
     skeleton: Callable[[tuple[str, ...]], Skeleton]
-    role_tags: Mapping[str, str]
+    role_tags: Tags
     source: str
 
 
@@ -83,9 +84,7 @@ def canonical_role(role: str) -> str:
     return ANSWER if role == "bot" else role
 
 
-def explicit_template(
-    prefix: str | None, suffix: str | None, role_tags: Mapping[str, str] | None = None, bos: str | None = None
-) -> ExplicitTemplate:
+def explicit_template(prefix: str | None, suffix: str | None, role_tags: Tags | None = None, bos: str | None = None) -> ExplicitTemplate:
     """A template from its parts, any of which may be empty or None. Without tags system, developer, user, assistant and tool stand for
     themselves. `bos` is the text of the tokenizer's BOS token. ValueError: tags without the answer's role, a prefix that does not format."""
     tags = {canonical_role(role): tag for role, tag in (role_tags or DEFAULT_TAGS).items()}
@@ -101,9 +100,7 @@ def explicit_template(
     return ExplicitTemplate(prefix, suffix, tags, "" if bos and first.startswith(bos) else bos)
 
 
-def jinja_template(
-    render: Render, special: Iterable[str] = (), source: str = "", role_tags: Mapping[str, str] | None = None
-) -> JinjaTemplate:
+def jinja_template(render: Render, special: Iterable[str] = (), source: str = "", role_tags: Tags | None = None) -> JinjaTemplate:
     """A tokenizer's chat template; `special` are its control tokens. role_tags (default: the usual five) are the roles known,
     each with the name that the template is given for it."""
     tags = {canonical_role(role): tag for role, tag in (role_tags or DEFAULT_TAGS).items()}
@@ -113,25 +110,19 @@ def jinja_template(
     @lru_cache(maxsize=4096)
     def texts(roles: tuple[str, ...], opened: bool) -> tuple[str, ...] | str:
         """The template's text around the contents, or why there is none."""
-        marks = [f"q7Zk{i}x9Wv" for i in range(len(roles))]
+        marks, parts = [f"q7Zk{i}x9Wv" for i in range(len(roles))], []
         try:
             text = render([{"role": tags[role], "content": mark} for role, mark in zip(roles, marks, strict=True)], opened)
         except ValueError as error:
             return str(error)
-        parts = []
         for i, mark in enumerate(marks):
             before, found, text = text.partition(mark)
-            if not found or mark in text or mark in before:
-                where = "twice" if found else "not at all, or not in its place"
-                return f"the chat template writes message {i + 1} ({roles[i]}) {where}"
+            if not found or mark in text:
+                return f"the chat template writes message {i + 1} ({roles[i]}) {'twice' if found else 'not at all, or not in its place'}"
             parts.append(before)
         return (*parts, text)
 
-    @lru_cache(maxsize=4096)
-    def skeleton(roles: tuple[str, ...]) -> Skeleton:
-        return _skeleton(roles, texts, border)
-
-    return JinjaTemplate(render, skeleton, tags, source)
+    return JinjaTemplate(render, lru_cache(maxsize=4096)(lambda roles: _skeleton(roles, texts, border)), tags, source)
 
 
 def _skeleton(roles: tuple[str, ...], texts: Callable[[tuple[str, ...], bool], tuple[str, ...] | str], border: re.Pattern[str]) -> Skeleton:
@@ -199,8 +190,7 @@ def _split_jinja(messages: Sequence[Message], template: JinjaTemplate, opened: b
     given = [m if len(m) == 2 and tags[m["role"]] == m["role"] else _given(m, tags) for m in messages]
     roles = tuple(message["role"] for message in messages)
     skeleton = template.skeleton(roles + (ANSWER,) * opened)
-    count = len(messages)
-    texts = skeleton.texts
+    count, texts = len(messages), skeleton.texts
     if opened:
         if skeleton.faults[-1]:
             raise ValueError(f"the answer to this dialogue ({' '.join(roles)}) cannot be opened: {skeleton.faults[-1]}; {REMEDY}")
@@ -215,7 +205,7 @@ def _split_jinja(messages: Sequence[Message], template: JinjaTemplate, opened: b
     return spans
 
 
-def _given(message: Message, tags: Mapping[str, str]) -> Message:
+def _given(message: Message, tags: Tags) -> Message:
     """The message as the template gets it: without what is ours, with its own name of the role."""
     return {**{key: value for key, value in message.items() if key not in ("loss", "disable_loss")}, "role": tags[message["role"]]}
 
@@ -249,8 +239,7 @@ def export_template(template: Template) -> str:
     """Jinja source for tokenizer.chat_template that writes what was trained; a dialogue with an unknown role raises."""
     if isinstance(template, JinjaTemplate):
         return template.source
-    prefixes = {role: template.prefix.format(role=tag) for role, tag in template.role_tags.items()}
-    prefixes["bot"] = prefixes[ANSWER]
+    prefixes = {role: template.prefix.format(role=tag) for role, tag in (*template.role_tags.items(), ("bot", template.role_tags[ANSWER]))}
     quote = lambda text: json.dumps(text, ensure_ascii=False)  # noqa: E731 - Jinja reads a JSON string as its own literal
     return (
         f"{{%- set prefixes = {quote(prefixes)} -%}}{{{{- {quote(template.bos)} -}}}}"

@@ -312,7 +312,7 @@ def brute_cut(roles, lengths, limit, keep_end, end_in_answer, fixed):
     return max(ways, key=len, default=[])
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.data())
 def test_cut_dialogue_equals_brute_force(data):
     roles = ["system"] * data.draw(st.integers(0, 2)) + data.draw(
