@@ -195,11 +195,15 @@ def read_preprocessing(folder: str | Path, default: Preprocessing) -> Preprocess
     return Preprocessing(
         size=_edge(given.get("size", default.size), path) if given.get("do_resize", True) else None,
         crop=_pair(given.get("crop_size", default.crop), path) if crops else None,
-        mean=tuple(mean) if normalises else None,
-        std=tuple(std) if normalises else None,
+        mean=_channels(mean) if normalises else None,
+        std=_channels(std) if normalises else None,
         resample=int(given.get("resample", default.resample)),
         scale=float(given.get("rescale_factor", 1 / 255)) if given.get("do_rescale", True) else None,
     )
+
+
+def _channels(values: float | Sequence[float]) -> tuple[float, ...]:
+    return (float(values),) * 3 if isinstance(values, int | float) else tuple(values)
 
 
 def _edge(size: object, path: Path) -> int | tuple[int, int]:

@@ -55,7 +55,9 @@ class SeededPatches(nn.Module):
         generator = torch.Generator().manual_seed(seed)
 
         def filters(count: int, channels: int, edge: int, bias: float) -> nn.Conv2d:
-            layer = nn.Conv2d(channels, count, edge, stride=3, padding=edge // 2)
+            layer = nn.utils.skip_init(
+                nn.Conv2d, channels, count, edge, stride=3, padding=edge // 2
+            )  # the global generator stays untouched
             weight = torch.randn(layer.weight.shape, generator=generator)
             weight = weight if channels > 1 else weight - weight.mean((1, 2, 3), keepdim=True)  # a form is where the foreground changes
             layer.weight.data = weight / weight.flatten(1).norm(dim=1)[:, None, None, None]

@@ -184,8 +184,10 @@ def linear_accuracy(train, held_out):
 
 
 def test_the_demo_encoder_can_be_read_linearly():
+    before = torch.get_rng_state()
     encoder = load_encoder("builtin")
     assert torch.equal(encoder.module.form.weight, load_encoder("builtin").module.form.weight)  # seeded
+    assert torch.equal(torch.get_rng_state(), before)  # and nobody else's randomness is touched
     assert (encoder.emb_dim, encoder.n_modality_embs, encoder.grid) == (136, 16, (4, 4))
     splits = {}
     for held_out, count in ((False, 700), (True, 300)):

@@ -169,6 +169,7 @@ def test_preprocessing_equals_transformers_bit_for_bit(processor, tmp_path):
     kind, default = {"clip": (CLIPImageProcessorPil, CLIP), "siglip": (SiglipImageProcessorPil, SIGLIP)}[processor]
     random = np.random.default_rng(1)
     settings = [{}, {"size": {"shortest_edge": 20}, "crop_size": {"height": 31, "width": 16}, "do_center_crop": True, "resample": 2}]
+    settings += [{"image_mean": 0.25, "image_std": [0.5, 0.6, 0.7]}]
     settings += [{"size": {"height": 17, "width": 40}, "do_normalize": False}, {"do_resize": False, "do_rescale": False}]
     for given in settings:
         theirs = kind(**given)
