@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ta.parallel import barrier, gather_objects, rank, world
+from ta.parallel import barrier, gather_objects, local_rows, rank, world
 
 if TYPE_CHECKING:
     import torch
@@ -168,10 +168,7 @@ def _local(tensor, owner_only: bool = True):
     whole = list(tensor.shape)
     if not hasattr(tensor, "to_local"):
         return (None if owner_only and rank() else tensor.detach()), 0, whole
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tensor.to_local().detach(), offset[0], whole
+    return tensor.to_local().detach(), local_rows(tensor)[0], whole
 
 
 def _published(folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ def cli(main: Callable[[Any], None], config_class: type, argv: list[str] | None 
     import tyro
 
     doc = (sys.modules[main.__module__].__doc__ or "").strip()
-    config = tyro.cli(config_class, args=argv, description=doc, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff))
+    config = tyro.cli(config_class, args=argv, description=doc, config=(tyro.conf.OmitArgPrefixes,))
     raise SystemExit(guard(lambda: main(config)))
 
 
@@ -39,5 +39,6 @@ def guard(action: Callable[[], Any]) -> int:
 
 
 def _say(error: object, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    rank = os.environ.get("RANK", "0")
+    print(f"error: {error}" if rank == "0" else f"[rank {rank}] error: {error}", file=sys.stderr, flush=True)
     return code

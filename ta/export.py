@@ -1,4 +1,4 @@
-"""The finished model as a folder that plain transformers loads: weights, tokenizer with the template that was trained, generation config that stops."""
+"""The finished model as a folder that plain transformers loads: weights, tokenizer with the trained template, generation config that stops."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ta.parallel import barrier, rank
+from ta.parallel import barrier, rank, world
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -48,24 +49,43 @@ def export(
     chat_template: str | None = None,
     stop_ids: Collection[int] = (),
 ) -> None:
-    """Write model (or adapter) and tokenizer into `folder`, published by one rename. `stop_ids` end generation; `chat_template` is Jinja source."""
+    """Write model (or adapter) and tokenizer into `folder`, published by one rename. `stop_ids` end generation; `chat_template` is Jinja source.
+
+    Every process must call it: sharded tensors are gathered one at a time, and only rank 0 keeps them.
+    """
     from ta.adapters import save_adapter
     from ta.wrapper import base_model
 
     base = base_model(model)
     with published(folder) as temporary:
+        state = gathered(model, only_trained=base is not model)
         if rank():
             return
         if chat_template is not None:
             tokenizer.chat_template = chat_template
         tokenizer.save_pretrained(temporary)
         set_generation(base, tokenizer, stop_ids)
-        if base is model:
-            model.save_pretrained(temporary)
-        else:
-            save_adapter(model, temporary)
+        if base is not model:
+            save_adapter(model, temporary, state)
             if base.can_generate():
                 base.generation_config.save_pretrained(temporary)
+        else:
+            model.save_pretrained(temporary, state_dict=state)
+
+
+def gathered(model: nn.Module, only_trained: bool = False) -> dict[str, Tensor] | None:
+    """The state dict with whole tensors on rank 0 and {} elsewhere; None (take the model's own) on one process."""
+    if world() == 1:
+        return None
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    out = {}
+    for name, tensor in model.state_dict().items():
+        if only_trained and name not in trained:
+            continue
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        if rank() == 0:
+            out[name] = whole.detach().cpu()
+    return out
 
 
 def set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,6 +14,8 @@ try:
     import fcntl
 except ImportError:  # not a POSIX system: one writer per folder is then the user's promise
     fcntl = None
+
+RUN_FILES = ("config.json", "checkpoints", "final", "metrics.jsonl")  # any of these tells a run folder
 
 
 def write_text(path: Path, text: str) -> None:
@@ -50,21 +53,29 @@ def cut_back(path: Path, step: int) -> None:
         write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
 
 
-def open_run(out: str, resume: bool, overwrite: bool):
-    """Make the run folder, refuse one that holds another run, and take its lock; keep the returned file open as long as you write.
-
-    `overwrite` empties a folder that holds a run (and only such a one).
-    """
+def check_out(out: str, resume: bool, overwrite: bool) -> list[str]:
+    """The names of what a run folder holds; ValueError where it must not be written. Changes nothing."""
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {out} is a file: give a folder")
-    held = [path.name for path in folder.iterdir() if path.name != ".lock"] if folder.exists() else []
-    is_run = any(name in held for name in ("config.json", "checkpoints", "final", "metrics.jsonl"))
-    if held and not is_run:
-        raise ValueError(f"--out {out} holds files that are no run ({', '.join(sorted(held)[:3])}): give a new folder")
+    if resume and overwrite:
+        raise ValueError("--resume goes on with a run and --overwrite deletes it: give one of the two")
+    held = sorted(path.name for path in folder.iterdir() if path.name != ".lock") if folder.exists() else []
+    if held and not any(name in held for name in RUN_FILES):
+        raise ValueError(f"--out {out} holds files that are no run ({', '.join(held[:3])}): give a new folder")
     if held and not (resume or overwrite):
         state = "a finished run" if "final" in held else "an unfinished run"
         raise ValueError(f"--out {out} holds {state}: give another folder, --resume to go on, or --overwrite to start anew")
+    return held
+
+
+def open_run(out: str, config: object, resume: bool, overwrite: bool):
+    """Make the run folder, take its lock and write config.json; keep the returned file open as long as you write.
+
+    `overwrite` empties a folder that holds a run, and only such a one.
+    """
+    held = check_out(out, resume, overwrite)
+    folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / ".lock", "a")  # noqa: SIM115 held open on purpose
     if fcntl:
@@ -72,10 +83,12 @@ def open_run(out: str, resume: bool, overwrite: bool):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ValueError(f"--out {out} is being written by another process: wait for it or give another folder") from error
-    if held and overwrite and not resume:
+    if overwrite:
         for name in held:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    settings = {"argv": sys.argv, "config": dataclasses.asdict(config), "versions": versions()}
+    write_text(folder / "config.json", json.dumps(settings, indent=1, ensure_ascii=False))
     return lock
 
 

@@ -7,7 +7,6 @@ the learning rate, the order of records and dropout are functions of (seed, step
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ta import checkpoint, log
 from ta.feed import Feed
 from ta.optim import OptimConfig, lr_at, make_optimizer, update
-from ta.parallel import rank, sum_over_ranks, world
+from ta.parallel import rank, say, sum_over_ranks, world
 from ta.progress import Prefetch, Signals, Window, bar, line, memory
 
 if TYPE_CHECKING:
@@ -165,7 +164,7 @@ def _evaluate(evaluate, model, folder: Path, step: int) -> None:
     if rank() == 0:
         log.append(folder / "metrics.jsonl", {"step": step, **{f"val_{key}": value for key, value in figures.items()}})
         text = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
-        print(f"step {step}: {text}" if step else f"before training: {text}", file=sys.stderr, flush=True)
+        say(f"step {step}: {text}" if step else f"before training: {text}")
 
 
 def _resume(folder: Path, model, optimizer, identity: dict[str, Any]) -> int:
@@ -184,8 +183,8 @@ def _resume(folder: Path, model, optimizer, identity: dict[str, Any]) -> int:
     step = checkpoint.load(found, model, optimizer)
     if rank() == 0:
         for text in found.damaged:
-            print(f"skipped damaged checkpoint {text}", file=sys.stderr)
-        print(f"resuming from {found.path} at step {step}", file=sys.stderr, flush=True)
+            say(f"skipped damaged checkpoint {text}")
+        say(f"resuming from {found.path} at step {step}")
         log.cut_back(folder / "metrics.jsonl", step)
         log.cut_back(folder / "samples.jsonl", step)
     return step

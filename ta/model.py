@@ -6,9 +6,36 @@ Letters: B rows, T columns, N sequences, M learned targets, V vocabulary, D mode
 from __future__ import annotations
 
 import ast
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from ta.adapter_settings import AdapterConfig, check_adapter
+from ta.parallel import compile_blocks, gather_objects, rank, recompute, shard, world
+from ta.store import cache_folder, content_hash, hash_json
+from ta.templates import ChatConfig, Template
+from ta.tokenizer import TokenizerConfig, export_template, load_tokenizer, stop_ids, stop_strings, template_of, vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from ta.pieces import Vocabulary
+    from ta.vocab import NewToken
+    from ta.wrapper import LanguageModel
+
+CONTENT_TOKENS = "content_tokens"  # key in tokenizer_config.json: declared tokens that are real in content too
+
+
+class ChatFormat(NamedTuple):
+    """How chats are written for one model."""
+
+    tokenizer: PreTrainedTokenizerFast
+    template: Template
+    vocabulary: Vocabulary
+    new_tokens: list[NewToken]
+    stop_ids: list[int]  # end an answer
+    stop_strings: list[str]  # end one where no token does
 
 
 @dataclass(frozen=True)
@@ -21,8 +48,12 @@ class ModelConfig:
     """Lay sequences one after another in one row. Models whose documents would see each other are found out at the start and padded instead."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """torch.compile each block; pays on accelerators after a minute of compiling."""
     model_args: tuple[str, ...] = ()
     """Further key=value arguments of from_pretrained, such as attn_implementation=flash_attention_2."""
+    init_tokens: tuple[str, ...] = ()
+    """token=text pairs: new tokens, each starting from the mean of the embeddings of the pieces of a text, e.g. "<RS>=<s>"."""
     hub: bool = False
     """Allow model names to be looked up on the Hugging Face hub."""
     trust_remote_code: bool = False
@@ -32,7 +63,7 @@ class ModelConfig:
 def model_folder(path: str, hub: bool = False) -> str:
     """The folder (or, with `hub`, the name) to load; "builtin" is written to the cache once. ValueError where there is no such folder."""
     if path == "builtin":
-        from ta.builtin import tiny_folder
+        from ta.demo import tiny_folder
 
         return str(tiny_folder())
     if not Path(path).is_dir() and not hub:
@@ -58,18 +89,110 @@ def load_model(config: ModelConfig, kind: Literal["causal", "seq_cls", "encoder"
     auto = {"causal": "AutoModelForCausalLM", "seq_cls": "AutoModelForSequenceClassification", "encoder": "AutoModel"}[kind]
     if kind == "encoder" and arguments["attn_implementation"] == "ta":
         arguments.pop("attn_implementation")
+    auto = getattr(transformers, auto)
+    dtype = torch.float64 if config.dtype == "float64" else torch.float32
+    options = {"trust_remote_code": config.trust_remote_code, "local_files_only": not config.hub}
     try:
-        model = getattr(transformers, auto).from_pretrained(
-            folder,
-            dtype=torch.float64 if config.dtype == "float64" else torch.float32,
-            trust_remote_code=config.trust_remote_code,
-            local_files_only=not config.hub,
-            use_safetensors=True,
-            **arguments,
-        )
+        if rank():  # shapes only: rank 0 hands the weights out (parallel.shard)
+            attention = arguments.pop("attn_implementation", None)
+            settings = transformers.AutoConfig.from_pretrained(folder, **options, **arguments)
+            with torch.device("meta"):
+                return auto.from_config(settings, dtype=dtype, attn_implementation=attention).eval()
+        model = auto.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options, **arguments)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder} does not load as a {kind} model: {str(error).splitlines()[0]}") from error
-    return model.to(device).eval()
+    return model.to(device if world() == 1 else "cpu").eval()
+
+
+def open_format(config: ModelConfig, tokenizer: TokenizerConfig, chat: ChatConfig, adapter_path: str | None = None) -> ChatFormat:
+    """Tokenizer (of --tokenizer-path, else of the adapter, else of the model) with new tokens, template and vocabulary; loads no weights."""
+    from ta.chat import check_chat_config
+    from ta.vocab import add_tokens
+
+    check_chat_config(chat)
+    folder = model_folder(config.model_path, config.hub)
+    if adapter_path and (Path(adapter_path) / "tokenizer.json").exists():
+        folder = adapter_path
+    loaded = load_tokenizer(folder, tokenizer)
+    new = add_tokens(loaded, None, config.init_tokens)
+    template = template_of(loaded, chat)
+    source = export_template(template)
+    declared = [*loaded.init_kwargs.get(CONTENT_TOKENS, ()), *(token.text for token in new)]
+    content = sorted({token for token in declared if token not in source and token in loaded.get_added_vocab()})
+    if content:
+        loaded.init_kwargs[CONTENT_TOKENS] = content
+    vocab = vocabulary(loaded, content)
+    return ChatFormat(loaded, template, vocab, new, stop_ids(template, vocab), stop_strings(template, vocab))
+
+
+def open_model(
+    config: ModelConfig,
+    adapter: AdapterConfig,
+    form: ChatFormat,
+    *,
+    kind: Literal["causal", "seq_cls"] = "causal",
+    num_labels: int = 1,
+    device: str = "cpu",
+    seed: int = 0,
+) -> tuple[LanguageModel, str]:
+    """The model with new tokens and adapter, wrapped and ready to train; and what the user should be told about it."""
+    from ta.adapters import add_adapter
+    from ta.vocab import check_vocabulary, set_rows
+
+    check_adapter(adapter, checkpointing=config.activation_checkpointing)
+    model = load_model(config, kind, num_labels, device)
+    set_rows(model, form.new_tokens)
+    check_vocabulary(form.tokenizer, model)
+    if kind == "seq_cls":
+        model.config.pad_token_id = form.tokenizer.pad_token_id
+    wrapped = add_adapter(model, adapter, [token.id for token in form.new_tokens], form.tokenizer, seed)
+    if wrapped is model:
+        model.requires_grad_(True)
+    half = config.dtype == "bfloat16" or (config.dtype == "auto" and str(device).startswith("cuda"))
+    return place(wrapped, config, device, half)
+
+
+def place(model, config: ModelConfig, device: str, half: bool) -> tuple[LanguageModel, str]:
+    """Wrap a model, find its mode on rank 0, then compile, checkpoint and shard it as asked."""
+    import torch
+
+    from ta.wrapper import LanguageModel, wrap
+
+    if rank():
+        wrapper = LanguageModel(model, "packed")
+        _, mode, note = gather_objects(None)[0]
+        wrapper.set_mode(mode)
+    else:
+        wrapper, note = wrap(model, config.packing, torch.bfloat16 if half else None)
+        gather_objects((None, wrapper.mode, note))
+    if config.compile:
+        compile_blocks(wrapper)
+    if config.activation_checkpointing:
+        recompute(wrapper)
+    if world() > 1:
+        wrapper.autocast = None
+        shard(wrapper, device, half)
+    return wrapper, note
+
+
+def format_settings(form: ChatFormat, chat: ChatConfig, method: str) -> dict[str, Any]:
+    """All that decides how a record becomes ids and weights: the key of prepared data."""
+    return {
+        "method": method,
+        "template": repr(form.template[:4]) if not hasattr(form.template, "source") else form.template.source,
+        "tokenizer": hash_json([form.tokenizer.backend_tokenizer.to_str(), form.vocabulary.bos_id, sorted(form.vocabulary.content)]),
+        "chat": dataclasses.asdict(chat),
+    }
+
+
+def fingerprint(path: str, hub: bool = False) -> str:
+    """Hash of a model folder's config and weights (each file is read once and remembered)."""
+    folder = Path(model_folder(path, hub))
+    if not folder.is_dir():
+        return path
+    notes = cache_folder("") / "hashes"
+    files = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name in ("config.json", "adapter_config.json"))
+    return hash_json([[p.name, content_hash(str(p), notes)] for p in files])[:16]
 
 
 def _arguments(pairs: tuple[str, ...]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Letters: B rows, T columns, N sequences, M learned targets, V vocabulary, D mode
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
@@ -48,6 +49,14 @@ class LanguageModel(nn.Module):
                 return cross_entropy_sum(chosen, head, batch.targets, batch.weights)
             return token_logprobs(chosen, head, batch.targets)
 
+    def set_mode(self, mode: Mode) -> LanguageModel:
+        """Choose how batches are run; "own" puts the model's own attention back."""
+        self.mode = mode
+        if mode == "own":
+            base = base_model(self.inner)
+            base.set_attn_implementation("sdpa" if getattr(base, "_supports_sdpa", False) else "eager")
+        return self
+
     def hidden(self, batch: Batch, embeds: Tensor | None = None) -> Tensor:
         body = base_model(self.inner).base_model
         inputs = {"input_ids": batch.tokens} if embeds is None else {"inputs_embeds": embeds}
@@ -62,7 +71,10 @@ class LanguageModel(nn.Module):
         layer = base.get_output_embeddings()
         config = base.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-        return Head(_weight(layer), getattr(layer, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+        bias = getattr(layer, "bias", None)
+        if bias is None and hasattr(layer, "token_adapter"):
+            bias = layer.token_adapter.base_layer.bias
+        return Head(layer.weight, bias, scale, getattr(config, "final_logit_softcapping", None))
 
     def _from_own_logits(self, batch: Batch, output: str) -> Tensor:
         """For models and adapters that cannot be taken apart: all logits of padded rows, virtual tokens in front cut away."""
@@ -78,24 +90,31 @@ def _real(batch: Batch) -> Tensor:
     return (torch.arange(batch.tokens.shape[1], device=batch.tokens.device) < lengths[:, None]).long()
 
 
+@contextmanager
+def whole_root(model: LanguageModel):
+    """While open, the parts of a sharded model outside its blocks are whole, so that its insides can be called; every process must take part."""
+    if not hasattr(model, "unshard"):
+        yield
+        return
+    with torch.no_grad():
+        model(to_device(lay_out([], []), next(model.parameters()).device), "hidden")  # lets the root set itself up
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
+
+
 def base_model(model):
     """The transformers model inside adapters."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _weight(layer) -> Tensor:
-    """The (V, D) matrix that an output layer really multiplies by, trained token rows included."""
-    adapter = getattr(layer, "token_adapter", layer)
-    if hasattr(adapter, "get_merged_weights"):
-        return adapter.get_merged_weights(adapter.active_adapters)
-    return layer.weight
 
 
 def wrap(model, packing: bool = True, autocast: torch.dtype | None = None) -> tuple[LanguageModel, str]:
     """LanguageModel(model) in the fastest mode that gives the model's own log-probabilities, found by trying; and what to tell the user, if anything."""
     wrapper = LanguageModel(model, "packed" if packing else "padded", autocast)
     if getattr(model, "active_peft_config", None) is not None and model.active_peft_config.is_prompt_learning:
-        return _own(wrapper), "prompt learning puts virtual tokens in front: padded batches and the model's own logits are used"
+        return wrapper.set_mode("own"), "prompt learning puts virtual tokens in front: padded batches and the model's own logits are used"
     if base_model(model).get_output_embeddings() is None:
         return wrapper, ""
     gap = float("inf")
@@ -103,13 +122,9 @@ def wrap(model, packing: bool = True, autocast: torch.dtype | None = None) -> tu
         wrapper.mode = mode
         if (gap := self_check(wrapper)) < (2e-3 if autocast is None else 0.1):
             return wrapper, "documents would see each other when packed: batches are padded" if packing and mode == "padded" else ""
-    return _own(wrapper), f"log-probabilities from hidden states are off by {gap:.2g}: padded batches and the model's own logits are used"
-
-
-def _own(wrapper):
-    wrapper.mode = "own"
-    base_model(wrapper.inner).set_attn_implementation("sdpa" if getattr(base_model(wrapper.inner), "_supports_sdpa", False) else "eager")
-    return wrapper
+    return wrapper.set_mode(
+        "own"
+    ), f"log-probabilities from hidden states are off by {gap:.2g}: padded batches and the model's own logits are used"
 
 
 def self_check(wrapper) -> float:

@@ -1,0 +1,90 @@
+"""Cherry-picks: generate answers to a few held-out records during training, score them, show them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ta import log
+from ta.chat import encode_prompts, random_cut
+from ta.generate import GenerateConfig, generate
+from ta.parallel import rank, say
+from ta.templates import ANSWER, canonical_role
+
+if TYPE_CHECKING:
+    from ta.model import ChatFormat
+    from ta.templates import ChatConfig
+    from ta.wrapper import LanguageModel
+
+
+@dataclass(frozen=True)
+class CherryConfig:
+    cherry_records: int = 64
+    """Held-out records that are answered and scored at each evaluation; 0 turns cherry-picks off."""
+    cherry_show: int = 6
+    """Answers shown on the screen at each evaluation; all are kept in samples.jsonl."""
+    cherry_max_new_tokens: int = 64
+    """Tokens of an answer at most."""
+    cherry_metrics: tuple[str, ...] = ("accuracy",)
+    """Metrics of ta/metrics.py that take predictions and references, such as accuracy (exact match), rouge_l, meteor, perplexity."""
+    cherry_random_cut: bool = False
+    """End each prompt before a random answer (seeded) instead of the last one."""
+
+
+def prompts_of(
+    records: Sequence[dict], form: ChatFormat, chat: ChatConfig, cut_seed: int | None = None
+) -> list[tuple[int, list[int], str]]:
+    """(place in `records`, prompt ids, right answer) of every record whose prompt fits; the right answer is the one that was taken off."""
+    chats, answers = [], []
+    for i, record in enumerate(records):
+        messages = [{**m, "role": canonical_role(m["role"])} for m in record["messages"]]
+        if cut_seed is not None:
+            messages = random_cut(messages, random.Random(f"{cut_seed} {i}"))
+        while len(messages) > 1 and messages[-1]["role"] != ANSWER:
+            messages.pop()
+        chats.append(messages)
+        answers.append(messages[-1]["content"] if messages[-1]["role"] == ANSWER else "")
+    prompts = encode_prompts(chats, form.template, form.vocabulary, chat)
+    return [(i, p, answer) for i, (p, answer) in enumerate(zip(prompts, answers, strict=True)) if isinstance(p, list)]
+
+
+def pick_cherries(
+    model: LanguageModel,
+    records: Sequence[dict],
+    form: ChatFormat,
+    chat: ChatConfig,
+    config: CherryConfig,
+    folder: Path,
+    step: int,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Answer `records` greedily, append them to folder/samples.jsonl, show some, and return the chosen metrics."""
+    from ta.metrics import measure
+    from ta.wrapper import whole_root
+
+    chosen = prompts_of(records, form, chat, seed if config.cherry_random_cut else None)
+    if not chosen:
+        return {}
+    settings = GenerateConfig(max_new_tokens=config.cherry_max_new_tokens, stop_strings=tuple(form.stop_strings))
+    with whole_root(model):
+        answers = [a[0] for a in generate(model, form.tokenizer, [ids for _, ids, _ in chosen], settings, form.stop_ids)]
+    texts, references = [a.text for a in answers], [reference for _, _, reference in chosen]
+    if rank() == 0:
+        rows = []
+        for (i, _, reference), answer in zip(chosen, answers, strict=True):
+            question = next((m["content"] for m in reversed(records[i]["messages"][:-1])), "")
+            sample = {"step": step, "id": records[i].get("id", i), "prompt": question, "answer": answer.text, "reference": reference}
+            log.append(folder / "samples.jsonl", sample | {"finish": answer.finish})
+            rows.append((question, answer.text, reference))
+        say(f"\nsamples at step {step}\n{log.table(rows[: config.cherry_show], ('question', 'answer', 'right answer'))}\n")
+    data = {
+        "predictions": texts,
+        "labels": references,
+        "answers": texts,
+        "references": references,
+        "logprobs": [a.logprobs for a in answers],
+    }
+    return measure(config.cherry_metrics, **data)

@@ -1,0 +1,46 @@
+"""The built-in model and data written into the cache as ordinary files, so that a run without flags is an ordinary run."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from ta import builtin
+from ta.store import cache_folder
+
+SIZES = {"chats": (25_600, 256), "preferences": (6_400, 256), "labelled": (6_400, 256), "classes": (3_200, 256), "candidates": (256, 64)}
+
+
+def _place() -> Path:
+    """A cache folder of this version of the built-in parts."""
+    return cache_folder("") / "builtin" / hashlib.sha256(Path(builtin.__file__).read_bytes()).hexdigest()[:16]
+
+
+def tiny_folder() -> Path:
+    """The seeded tiny model with its tokenizer, as a folder that from_pretrained loads; written once."""
+    folder = _place() / "model"
+    if not (folder / "config.json").exists():
+        temporary = folder.with_name(f".model.{os.getpid()}.tmp")
+        builtin.write_tiny(temporary)
+        try:
+            os.rename(temporary, folder)
+        except OSError:  # another process was first
+            shutil.rmtree(temporary)
+    return folder
+
+
+def data_or_builtin(data: Sequence[str], val_data: Sequence[str], kind: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The sources given, or where no --data is given the built-in records of `kind` (training, held out), written once."""
+    if data:
+        return tuple(data), tuple(val_data)
+    paths = []
+    for split, n in zip(("train", "held_out"), SIZES[kind], strict=True):
+        path = _place() / f"{kind}-{split}.jsonl"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            builtin.write_jsonl(path, getattr(builtin, kind)(split, n))
+        paths.append(str(path))
+    return (paths[0],), tuple(val_data) or (paths[1],)
