@@ -36,11 +36,10 @@ def generate(
     on_answer(i, answers) is called as soon as prompt i has all its answers; on_token(i, answer, ids) after each token (not in beam search).
     ValueError: settings that exclude each other; prompts that are empty, too long for the context, or of another vocabulary; broken logits.
     """
-    import numpy as np
-
     from ta.adapters import is_prompt_learning
+    from ta.driven import run_beams, run_driven
     from ta.slot_cache import plain_cache
-    from ta.slots import Job
+    from ta.slots import Caller, Job, Sampling, run_slots
     from ta.wrapper import base_model
 
     inner = getattr(model, "inner", model)
@@ -54,36 +53,33 @@ def generate(
     check_prompts(prompts, len(table), context)
     if embeds is not None and [len(x) for x in embeds] != [len(prompt) for prompt in prompts]:
         raise ValueError("embeds and prompts differ in length: give one row of embeddings for every token of every prompt")
-    jobs, place = [], []
-    for i, prompt in enumerate(prompts):
-        limit = config.max_new_tokens if context is None else min(config.max_new_tokens, context - len(prompt))
-        for k in range(config.num_answers):
-            seeded = np.random.default_rng([config.seed, i if keys is None else keys[i], k])
-            jobs.append(Job(i, limit, seeded.random(limit, np.float32).tolist() if config.temperature else []))
-            place.append((i, k))
+    n = config.num_answers
+    limits = [config.max_new_tokens if context is None else min(config.max_new_tokens, context - len(prompt)) for prompt in prompts]
+    jobs = [Job(i, limits[i], (config.seed, i if keys is None else keys[i], k)) for i in range(len(prompts)) for k in range(n)]
     ending = Ending(tokenizer, frozenset(stop_ids), config)
-    answers: list[list[Answer | None]] = [[None] * config.num_answers for _ in prompts]
+    answers: list[list[Answer | None]] = [[None] * n for _ in prompts]
 
     def advance(job: int, ids: list[int]) -> bool:
         if on_token is not None:
-            on_token(*place[job], ids)
+            on_token(*divmod(job, n), ids)
         return ending.reached(ids)
 
     def finished(job: int, ids: list[int], logprobs: list[float]) -> None:
-        i, k = place[job]
+        i, k = divmod(job, n)
         answers[i][k] = ending.answer(ids, logprobs)
         if on_answer is not None and all(answer is not None for answer in answers[i]):
             on_answer(i, answers[i])
 
+    how = Sampling(config.temperature, config.top_p, config.top_k, config.repetition_penalty)
     with _at_rest(model, inner, base):
         if config.beams > 1:
-            _beams(inner, prompts, jobs, config, ending, finished, embeds)
+            run_beams(inner, prompts, jobs, config, ending, finished, embeds, virtual)
         elif not plain_cache(base) or (virtual and inner.active_peft_config.peft_type == "PREFIX_TUNING"):
-            _driven(inner, prompts, jobs, config, advance, finished, embeds)
-        elif virtual:
-            _slots(base, base, prompts, jobs, config, advance, finished, _with_virtual_tokens(inner, base, prompts, embeds))
+            run_driven(inner, prompts, jobs, config, how, advance, finished, embeds, virtual)
         else:
-            _slots(inner, base, prompts, jobs, config, advance, finished, embeds)
+            run, layers, width = _forward(base if virtual else model, base)
+            fed = _with_virtual_tokens(inner, base, prompts, embeds) if virtual else embeds
+            run_slots(Caller(run, advance, finished), layers, prompts, jobs, how, config.slots, fed, width, table.device)
     return answers
 
 
@@ -126,128 +122,25 @@ def _with_virtual_tokens(inner, base, prompts, embeds) -> list[Tensor]:
     return [torch.cat([virtual, x.to(virtual.device)]) for x in own]
 
 
-def _how(config: GenerateConfig):
-    from ta.slots import Sampling
-
-    return Sampling(config.temperature, config.top_p, config.top_k, config.repetition_penalty)
-
-
-def _slots(inner, base, prompts, jobs, config, advance, finished, embeds) -> None:
+def _forward(model, base) -> tuple[Callable[[dict], Tensor], int, int]:
+    """The one place where the slot engine runs a model: (function from keyword arguments to the last column's logits (B, V), cached layers, V)."""
     import inspect
 
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
     from transformers.cache_utils import DynamicCache
 
-    from ta.slots import Caller, run_slots
-
+    inner = getattr(model, "inner", model)
+    if isinstance(model, FSDPModule):  # a sharded root gathers its weights around its own methods only
+        if not hasattr(model, "run_inner"):
+            model.run_inner = lambda **inputs: inner(**inputs)
+            register_fsdp_forward_method(model, "run_inner")
+        inner = model.run_inner
     taken = inspect.signature(base.forward).parameters
     extra = {"use_cache": True} | ({"logits_to_keep": 1} if "logits_to_keep" in taken else {})
 
-    def forward(inputs):
+    def forward(inputs: dict) -> Tensor:
         if "position_ids" not in taken:
             inputs.pop("position_ids")  # such models (ALiBi) count real tokens in the mask
         return inner(**inputs, **extra).logits[:, -1]  # (B, V)
 
-    table = base.get_input_embeddings().weight
-    layers = len(DynamicCache(config=base.config).layers)
-    vocabulary = base.get_output_embeddings().weight.shape[0]
-    run_slots(Caller(forward, advance, finished), layers, prompts, jobs, _how(config), config.slots, embeds, vocabulary, table.device)
-
-
-def _batches(inner, prompts, jobs, config, rows: int) -> Iterator[list[int]]:
-    """Jobs in batches of like length; of one length where padding would be penalised, or stand behind virtual tokens, or where limits differ."""
-    from ta.adapters import is_prompt_learning
-
-    equal = config.repetition_penalty != 1 or is_prompt_learning(inner) or any(job.limit < config.max_new_tokens for job in jobs)
-    order = sorted(range(len(jobs)), key=lambda j: len(prompts[jobs[j].prompt]))
-    batch: list[int] = []
-    for j in order:
-        if batch and (len(batch) == rows or (equal and len(prompts[jobs[j].prompt]) != len(prompts[jobs[batch[0]].prompt]))):
-            yield batch
-            batch = []
-        batch.append(j)
-    if batch:
-        yield batch
-
-
-def _inputs(prompts, jobs, batch, embeds, device) -> dict:
-    from ta.slots import left_pad
-
-    chosen = [jobs[j].prompt for j in batch]
-    padded = left_pad([prompts[i] for i in chosen], device)
-    padded.pop("position_ids")  # generate makes its own of the mask
-    if embeds is not None:
-        padded["inputs_embeds"] = left_pad([embeds[i] for i in chosen], device)["inputs_embeds"]
-    return padded
-
-
-def _driven(inner, prompts, jobs, config, advance, finished, embeds) -> None:
-    """transformers' generate runs the model and keeps its cache; our own function chooses every token."""
-    import torch
-
-    from ta.slots import choose
-
-    device = next(inner.parameters()).device
-    for batch in _batches(inner, prompts, jobs, config, config.slots):
-        ids, logprobs, done = [[] for _ in batch], [[] for _ in batch], [False] * len(batch)
-
-        def pick(_, logits, batch=batch, ids=ids, logprobs=logprobs, done=done):
-            n = max(len(row) for row in ids)
-            uniforms = torch.tensor([(*jobs[j].uniforms, 0.0)[min(n, jobs[j].limit)] for j in batch]) if config.temperature else None
-            seen = None
-            if config.repetition_penalty != 1:
-                seen = torch.zeros_like(logits, dtype=torch.bool)
-                for row, j in enumerate(batch):
-                    seen[row, torch.tensor([*prompts[jobs[j].prompt], *ids[row]], dtype=torch.long)] = True
-            tokens, logps = choose(logits, uniforms, seen, _how(config))
-            for row, (token, logp) in enumerate(zip(tokens.tolist(), logps.tolist(), strict=True)):
-                if not done[row]:
-                    ids[row].append(token)
-                    logprobs[row].append(logp)
-                    done[row] = advance(batch[row], ids[row]) or len(ids[row]) == jobs[batch[row]].limit
-            return torch.full_like(logits, -torch.inf).scatter(1, tokens[:, None], 0.0)
-
-        inner.generate(
-            **_inputs(prompts, jobs, batch, embeds, device),
-            max_new_tokens=max(jobs[j].limit for j in batch),
-            do_sample=False,
-            logits_processor=[pick],
-            stopping_criteria=[lambda _, __, done=done: torch.tensor(done, device=device)],
-        )
-        for row, j in enumerate(batch):
-            finished(j, ids[row], logprobs[row])
-
-
-def _beams(inner, prompts, jobs, config, ending, finished, embeds) -> None:
-    """transformers' beam search; log-probabilities from one more forward over each answer."""
-    import torch
-
-    device = next(inner.parameters()).device
-    firsts = jobs[:: config.num_answers]
-    for batch in _batches(inner, prompts, firsts, config, max(1, config.slots // config.beams)):
-        inputs = _inputs(prompts, firsts, batch, embeds, device)
-        width = inputs["input_ids"].shape[1]
-
-        def stopped(rows, _, width=width):
-            return torch.tensor([bool(row[width:]) and ending.reached(row[width:]) for row in rows.tolist()], device=device)
-
-        out = inner.generate(
-            **inputs,
-            max_new_tokens=firsts[batch[0]].limit,
-            num_beams=config.beams,
-            num_return_sequences=config.num_answers,
-            repetition_penalty=config.repetition_penalty,
-            do_sample=False,
-            eos_token_id=sorted(ending.stop_ids) or None,
-            pad_token_id=min(ending.stop_ids, default=0),
-            stopping_criteria=[stopped] if config.stop_strings else [],
-        )
-        for n, row in enumerate(out[:, width:].tolist()):
-            prompt = batch[n // config.num_answers]
-            ids = row[: next((k for k in range(1, len(row) + 1) if ending.reached(row[:k])), len(row))]
-            before = {"input_ids": torch.tensor([[*prompts[prompt], *ids]], device=device)}
-            if embeds is not None:
-                table = inner.get_input_embeddings()
-                before = {"inputs_embeds": torch.cat([embeds[prompt].to(device), table(torch.tensor(ids, device=device))])[None]}
-            logits = inner(**before, use_cache=False).logits[0, -len(ids) - 1 : -1].float()
-            chosen = logits.log_softmax(-1).gather(1, torch.tensor(ids, device=device)[:, None])[:, 0]
-            finished(prompt * config.num_answers + n % config.num_answers, ids, chosen.tolist())
+    return forward, len(DynamicCache(config=base.config).layers), base.get_output_embeddings().weight.shape[0]

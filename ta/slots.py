@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -23,7 +24,7 @@ PREFILL_TOKENS = 8192  # padded prompt tokens in one prefill: bounds its activat
 class Job(NamedTuple):
     prompt: int  # which prompt
     limit: int  # new tokens at most
-    uniforms: Sequence[float]  # one number in [0, 1) for each new token; empty where decoding is greedy
+    seed: tuple[int, ...]  # of its sampling, which nothing else takes part in
 
 
 class Sampling(NamedTuple):
@@ -47,6 +48,7 @@ class Row:
 
     job: int
     length: int  # tokens in the cache
+    uniforms: Sequence[float]  # one number in [0, 1) for each new token; empty where decoding is greedy
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
@@ -129,7 +131,7 @@ class Engine:
                 if self.seen is not None:
                     self.seen[len(self.rows)] = False
                     self.seen[len(self.rows), torch.tensor(self.prompts[i], device=self.device)] = True
-                self.rows.append(Row(job, self.lengths[i]))
+                self.rows.append(Row(job, self.lengths[i], uniforms(self.jobs[job], self.how)))
         self._append(first, logits)
 
     def step(self) -> None:
@@ -158,8 +160,8 @@ class Engine:
         """Give every row from `first` on its next token, and drop the rows that end with it."""
         rows, seen = self.rows, self.seen
         fresh = rows[first:]
-        uniforms = torch.tensor([self.jobs[row.job].uniforms[len(row.ids)] for row in fresh]) if self.how.temperature else None
-        ids, logprobs = choose(logits, uniforms, None if seen is None else seen[first : len(rows)], self.how)
+        draws = torch.tensor([row.uniforms[len(row.ids)] for row in fresh]) if self.how.temperature else None
+        ids, logprobs = choose(logits, draws, None if seen is None else seen[first : len(rows)], self.how)
         if seen is not None:
             seen[torch.arange(first, len(rows), device=ids.device), ids] = True
         for row, token, logprob in zip(fresh, ids.tolist(), logprobs.tolist(), strict=True):
@@ -178,6 +180,11 @@ class Engine:
                     layer.copy(len(rows), r, last.length)
                 if seen is not None:
                     seen[r] = seen[len(rows)]
+
+
+def uniforms(job: Job, how: Sampling) -> Sequence[float]:
+    """The random numbers of one answer, made when its turn comes."""
+    return np.random.default_rng(job.seed).random(job.limit, np.float32).tolist() if how.temperature else ()
 
 
 def choose(logits: Tensor, uniforms: Tensor | None, seen: Tensor | None, how: Sampling) -> tuple[Tensor, Tensor]:
