@@ -37,6 +37,8 @@ def test_a_path_with_an_at(tmp_path):
     plain = write(tmp_path / "a", [1])
     assert parse_source(path + "@5") == Source(path, count=5), "the longest path there is"
     assert parse_source(plain + "@7") == Source(plain, count=7)
+    with pytest.raises(ValueError, match=": 'some' is no number"):
+        parse_source(path + "@some")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The store: columns equal what was put in, publishing is one rename, and a damaged folder is noticed."""
 
 import builtins
+import hashlib
 import os
 import threading
 
@@ -134,6 +135,21 @@ def test_hashes_are_remembered_until_the_file_changes(tmp_path, monkeypatch):
     assert content_hash(str(path), notes) != first, "same size and mtime, other content"
     next(notes.iterdir()).write_text("{")
     assert content_hash(str(path), notes) != first
+
+
+def test_a_file_that_changes_while_it_is_hashed_is_not_remembered(tmp_path, monkeypatch):
+    path, real = tmp_path / "d", hashlib.file_digest
+    path.write_bytes(b"one")
+    monkeypatch.setattr(store, "SETTLED", 0)
+
+    def digest(file, name):
+        done = real(file, name)
+        path.write_bytes(b"longer")
+        return done
+
+    monkeypatch.setattr(hashlib, "file_digest", digest)
+    assert content_hash(str(path), tmp_path / "notes") == hashlib.sha256(b"one").hexdigest()
+    assert not (tmp_path / "notes").exists()
 
 
 def test_the_cache_folder(monkeypatch, tmp_path):
