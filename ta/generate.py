@@ -132,7 +132,7 @@ def _forward(model, base) -> tuple[Callable[[dict], Tensor], int, int]:
     inner = getattr(model, "inner", model)
     if isinstance(model, FSDPModule):  # a sharded root gathers its weights around its own methods only
         if not hasattr(model, "run_inner"):
-            model.run_inner = lambda **inputs: inner(**inputs)
+            model.run_inner = model.inner.__call__
             register_fsdp_forward_method(model, "run_inner")
         inner = model.run_inner
     taken = inspect.signature(base.forward).parameters
