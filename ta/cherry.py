@@ -63,14 +63,12 @@ def pick_cherries(
 ) -> dict[str, float]:
     """Answer `records` greedily, append them to folder/samples.jsonl, show some, and return the chosen metrics."""
     from ta.metrics import measure
-    from ta.wrapper import whole_root
 
     chosen = prompts_of(records, form, chat, seed if config.cherry_random_cut else None)
     if not chosen:
         return {}
     settings = GenerateConfig(max_new_tokens=config.cherry_max_new_tokens, stop_strings=tuple(form.stop_strings))
-    with whole_root(model):
-        answers = [a[0] for a in generate(model, form.tokenizer, [ids for _, ids, _ in chosen], settings, form.stop_ids)]
+    answers = [a[0] for a in generate(model, form.tokenizer, [ids for _, ids, _ in chosen], settings, form.stop_ids)]
     texts, references = [a.text for a in answers], [reference for _, _, reference in chosen]
     if rank() == 0:
         rows = []

@@ -70,7 +70,19 @@ def export(
             if base.can_generate():
                 base.generation_config.save_pretrained(temporary)
         else:
-            model.save_pretrained(temporary, state_dict=state)
+            (model if state is None else _plain(model, state)).save_pretrained(temporary)
+
+
+def _plain(model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
+    """A model like this one that is not sharded and holds the gathered tensors."""
+    import torch
+
+    with torch.device("meta"):
+        plain = type(model)._from_config(model.config)
+    plain.load_state_dict(state, assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain
 
 
 def gathered(model: nn.Module, only_trained: bool = False) -> dict[str, Tensor] | None:

@@ -5,7 +5,6 @@ Letters: B rows, T columns, N sequences, M learned targets, V vocabulary, D mode
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
@@ -88,21 +87,6 @@ def _real(batch: Batch) -> Tensor:
     """(B, T) ones at real tokens of right-padded rows."""
     lengths = torch.tensor(batch.lengths or (batch.tokens.shape[1],), device=batch.tokens.device)
     return (torch.arange(batch.tokens.shape[1], device=batch.tokens.device) < lengths[:, None]).long()
-
-
-@contextmanager
-def whole_root(model: LanguageModel):
-    """While open, the parts of a sharded model outside its blocks are whole, so that its insides can be called; every process must take part."""
-    if not hasattr(model, "unshard"):
-        yield
-        return
-    with torch.no_grad():
-        model(to_device(lay_out([], []), next(model.parameters()).device), "hidden")  # lets the root set itself up
-    model.unshard()
-    try:
-        yield
-    finally:
-        model.reshard()
 
 
 def base_model(model):
