@@ -89,7 +89,7 @@ def test_by_hand():
     assert at("sigmoid", ref, label_smoothing=0.25) == pytest.approx(
         math.log(1 + math.exp(-0.3)) + 0.25 * 0.3
     )  # -log s(-x) = -log s(x) + x
-    assert at("hinge", ref, beta=0.1) == pytest.approx(0.7)
+    assert at("hinge", ref, beta=0.1) == pytest.approx(0.7) and at("hinge", ref, beta=0.5) == 0  # 3 apart is enough for 1 / 0.5
     assert at("ipo", ref, beta=0.25) == pytest.approx(1.0)
     assert ipo(policy, ref, beta=0.25, average=True).item() == pytest.approx((0.5 + 2 / 3 - 2) ** 2)
     assert at("slic_hf") == 2.0  # 4 apart: only the regulariser is left
@@ -190,8 +190,10 @@ def test_choose_fills_in_refuses_and_tells_what_a_loss_wants():
         choose("simpo").value(Pair(torch.zeros(2), torch.zeros(2)))
 
 
-def test_no_gradient_into_the_reference_point():
+def test_no_gradient_into_the_reference_point_or_out_of_what_is_logged():
     policy, ref, lengths, margin, kls = sample(4, 2)
     kls = [x.requires_grad_() for x in kls]
     value(choose("kto_pair"), policy, ref, lengths, margin, kls).sum().backward()
     assert policy.grad.abs().sum() > 0 and all(x.grad is None for x in kls)
+    pair, every = Pair(*policy), (rewards(Pair(*policy)), rewards(Pair(*policy), Pair(*ref)))
+    assert not any(x.requires_grad for logged in every for x in (*logged[:2], *preference_metrics(pair, logged).values()))
