@@ -65,12 +65,16 @@ def test_written_is_read(tmp_path, paths, workers):
 @pytest.mark.parametrize("more", [False, True])
 def test_an_interrupted_run_goes_on(tmp_path, paths, finished, more):
     out = tmp_path / "cache.safetensors"
-    with pytest.raises(KeyboardInterrupt):
-        extract(out, paths, read, stop_after(finished), LAYOUT, batch_size=3)
-    assert not out.exists()
-    with (tmp_path / "cache.safetensors.partial").open("ab") as data, (tmp_path / "cache.safetensors.partial.jsonl").open("a") as journal:
-        data.write(b"torn")  # a crash between data and journal, and in the middle of a journal line
-        journal.write('{"sub/6.png": "00')
+    for more_finished in (0, finished, 0) if finished < 2 else (1, 1, 0):
+        with pytest.raises(KeyboardInterrupt):
+            extract(out, paths, read, stop_after(more_finished), LAYOUT, batch_size=3)
+        assert not out.exists()
+        with (
+            (tmp_path / "cache.safetensors.partial").open("ab") as data,
+            (tmp_path / "cache.safetensors.partial.jsonl").open("a") as journal,
+        ):
+            data.write(b"torn")  # a crash between data and journal, and in the middle of a journal line
+            journal.write('{"sub/6.png": "00')
     if more:  # files that came after the beginning need a longer header than was reserved
         for value in range(8, 60):
             path = tmp_path / "media" / f"{value}.png"
