@@ -6,8 +6,9 @@ import re
 import pytest
 
 from recipes.inspect_data import InspectData, histogram, main
-from ta.builtin import chats, tiny_tokenizer
+from ta.builtin import tiny_tokenizer
 from ta.dataset import DataConfig
+from ta.tasks import chats
 from ta.templates import ChatConfig
 
 
