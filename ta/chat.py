@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ta.pieces import Encoded, Piece, Tokens, Vocabulary, show, tokenize_chats, tokenize_with_loss_mask  # noqa: F401 - one door for chats
+from ta.pieces import Piece, Tokens, Vocabulary, show, tokenize_chats, tokenize_with_loss_mask  # noqa: F401 - one door for chats
 from ta.templates import ANSWER, SYSTEM, ChatConfig, JinjaTemplate, Message, Span, Template, canonical_role, split_chat
 
 Chat = Sequence[Message]
@@ -123,7 +123,9 @@ def _fit(
                 results[j] = [form.tokens for form in forms]
                 continue
             roles = [jobs[j][0][i]["role"] for i in indexes]
-            lengths, fixed = _shared_lengths(forms, longest, template, vocabulary, opened)
+            lengths = next(list(form.lengths) for form in forms if len(form.tokens.ids) == longest)
+            fixed = lengths.pop() if opened else 0
+            # what a template writes once (BOS) counts with the first message; should that go, the next round counts again
             stay = cut_dialogue(roles, lengths, config.max_tokens, keep_end, end_in_answer, fixed)
             if stay:
                 again[j] = [indexes[i] for i in stay]
@@ -132,18 +134,6 @@ def _fit(
                 results[j] = Drop(f"no {what} fits in max_tokens", f"{longest} tokens, and no whole {what} within {config.max_tokens}")
         kept = again
     return [_checked(result, opened) for result in results]
-
-
-def _shared_lengths(forms: list[Encoded], longest: int, template: Template, vocabulary: Vocabulary, opened: bool) -> tuple[list[int], int]:
-    """Lengths of the messages in the longest form, and the tokens that stay whatever goes: BOS, the opened prefix."""
-    form = next(form for form in forms if len(form.tokens.ids) == longest)
-    lengths, fixed = list(form.lengths), 0
-    if (isinstance(template, JinjaTemplate) or template.bos) and vocabulary.bos_id is not None and form.tokens.ids[0] == vocabulary.bos_id:
-        lengths[0] -= 1
-        fixed += 1
-    if opened:
-        fixed += lengths.pop()
-    return lengths, fixed
 
 
 def _checked(result: list[Tokens] | Drop, opened: bool) -> list[Tokens] | Drop:

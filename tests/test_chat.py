@@ -411,6 +411,8 @@ def test_answers_of_candidates_and_equal_pairs():
     assert [tokens.ids for tokens in group] == [
         encode_chat([*context, {"role": "bot", **a}], template, vocab, PLAIN).ids for a in (one, two, three)
     ]
+    loud = encode_answers([[context[0], {**context[1], "loss": True}, context[2]]], [[one, two, three]], template, vocab, PLAIN)[0]
+    assert loud == group and all(weights.index(1.0) == len(encode_prompt(context, template, vocab, PLAIN)) for _, weights in loud)
     assert encode_pairs([context], [one], [one], template, vocab, PLAIN)[0].reason == "chosen equals rejected"
     assert encode_answers([context], [[]], template, vocab, PLAIN)[0].reason == "no answer"
 
