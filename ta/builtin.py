@@ -1,0 +1,119 @@
+"""Seeded tiny models and a tokenizer for them, made in code, beside the generated records they learn from."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ta import tasks
+from ta.tasks import candidates, chats, classes, exact_match, labelled, preferences, write_jsonl
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+__all__ = ["candidates", "chats", "classes", "exact_match", "labelled", "preferences", "write_jsonl"]
+
+# Chats, steps and learning rate with which the tiny model learns the tasks: TINY_STEPS * TINY_BATCH chats are seen once.
+TINY_STEPS = 400
+TINY_BATCH = 64
+TINY_LR = 3e-3
+
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] not in ('system', 'user', 'assistant') %}{{ raise_exception('unknown role ' ~ message['role']) }}{% endif %}"
+    "{{ '<|im_start|>' ~ message['role'] ~ '\n' ~ message['content'] ~ '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@functools.lru_cache(maxsize=1)
+def _trained_backend() -> str:
+    """The byte-level BPE as JSON, trained on the generated records until each of their words is a token (about 0.2 s)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [message["content"] for record in chats("train", 2000) + classes("train", 500) for message in record["messages"]]
+    words = [*tasks.THINGS, *tasks.COLOURS, *tasks.NAMES, *itertools.chain(*tasks.TOPICS), "system", "user", "assistant"] * 2
+    backend.train_from_iterator(texts + words, trainer)
+    return backend.to_str()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A new byte-level tokenizer with a ChatML template: <|im_end|> ends an answer (eos), <|endoftext|> pads, every byte encodes."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_trained_backend()),
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=1024,
+    )
+
+
+def tiny_config(**more: Any) -> LlamaConfig:
+    """The shape of the tiny models: a Llama of about a million weights for tiny_tokenizer(); `more` overrides."""
+    from transformers import LlamaConfig
+
+    tokenizer = tiny_tokenizer()
+    shape = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4}
+    ids = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+    return LlamaConfig(**shape | ids | {"max_position_embeddings": 1024, "tie_word_embeddings": True} | more)
+
+
+def tiny_model(seed: int = 0, **more: Any) -> LlamaForCausalLM:
+    """The seeded random language model in float32; its generation stops at <|im_end|>. The global generator is left as it was."""
+    from transformers import GenerationConfig, LlamaForCausalLM
+
+    model = _seeded(LlamaForCausalLM, tiny_config(**more), seed)
+    config = model.config
+    model.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
+    return model
+
+
+def tiny_classifier(num_labels: int, seed: int = 0, **more: Any) -> LlamaForSequenceClassification:
+    """The same body with a classification head of `num_labels`, read at the last token that is not padding."""
+    from transformers import LlamaForSequenceClassification
+
+    return _seeded(LlamaForSequenceClassification, tiny_config(num_labels=num_labels, **more), seed)
+
+
+def _seeded(model_class: type, config: LlamaConfig, seed: int) -> Any:
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return model_class(config).float().eval()
+
+
+def write_tiny(folder: str | os.PathLike, seed: int = 0, num_labels: int | None = None, **more: Any) -> None:
+    """Save the tiny model (with `num_labels` the classifier) and its tokenizer as a folder that from_pretrained loads."""
+    model = tiny_model(seed, **more) if num_labels is None else tiny_classifier(num_labels, seed, **more)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+
+
+def fingerprint() -> str:
+    """Changes whenever the code that makes the built-in models or records does: a key for folders that keep them."""
+    return hashlib.sha256(b"".join(Path(path).read_bytes() for path in (__file__, tasks.__file__))).hexdigest()[:16]

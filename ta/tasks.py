@@ -1,0 +1,205 @@
+"""Generated records of every kind with right answers, seeded: each recipe's no-flag run and what the tests use learn from them.
+
+The tasks are small but honest. A record belongs to the training or to the held-out split by a hash of the facts it states, in any order, so no
+held-out question can be answered from memory: the words and the addition table are known from training, their combination is new.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+Split = Literal["train", "held_out"]
+HELD_OUT_SHARE = 0.2  # of all possible facts
+
+NAMES = ["Anna", "Ben", "Carl", "Dora", "Emma", "Finn", "Gina", "Hugo", "Ida", "Jack", "Kate", "Leo", "Mia", "Nora", "Otto", "Paul"]
+COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "gray", "gold", "silver"]
+THINGS = ["key", "cup", "hat", "bag", "book", "lamp", "ball", "coat", "ring", "pen", "box", "chair"]
+TOPICS = (
+    ["cat", "dog", "cow", "pig", "fox", "owl", "wolf", "lion", "bear", "goat", "duck", "fish"],
+    ["bread", "rice", "soup", "cake", "milk", "salt", "corn", "plum", "pear", "nut", "bean", "tea"],
+    ["rain", "snow", "wind", "sun", "fog", "ice", "hail", "storm", "cloud", "frost", "mist", "sky"],
+)
+WORDS = TOPICS[0] + TOPICS[1]
+SYSTEM_PROMPTS = ("Answer in few words.", "You are a careful helper.")
+
+
+class Turn(NamedTuple):
+    """A question, its right answer, and wrong answers of the same form."""
+
+    question: str
+    answer: str
+    wrong: tuple[str, ...]
+
+
+class Dialogue(NamedTuple):
+    """A text, the facts it states (they decide the split, in any order), and the turns that ask about them."""
+
+    task: str
+    text: str
+    facts: tuple[str, ...]
+    turns: tuple[Turn, ...]
+
+
+def _lookup(rng: random.Random) -> Dialogue:
+    """Who has what in which colour."""
+    names, colours, things = (rng.sample(words, 2) for words in (NAMES, COLOURS, THINGS))
+    items = [f"a {colour} {thing}" for colour, thing in zip(colours, things, strict=True)]
+    facts = tuple(f"{name} has {item}." for name, item in zip(names, items, strict=True))
+    turns = []
+    for i in rng.sample(range(2), 2):
+        questions = (
+            (f"Who has the {things[i]}?", names),
+            (f"What colour is the {things[i]}?", colours),
+            (f"What does {names[i]} have?", items),
+        )
+        question, answers = rng.choice(questions)
+        turns.append(Turn(question, answers[i], (answers[1 - i],)))
+    return Dialogue("lookup", " ".join(facts), facts, tuple(turns))
+
+
+def _repeat(rng: random.Random) -> Dialogue:
+    """A short list of words, as it is or from its end."""
+    words = rng.sample(WORDS, rng.choice((2, 3, 4)))
+    forward, backward = " ".join(words), " ".join(reversed(words))
+    shorter = " ".join(words[1:])
+    turns = [Turn("Repeat.", forward, (backward, shorter)), Turn("Reverse.", backward, (forward, shorter))]
+    return Dialogue("repeat", f"Words: {forward}.", tuple(words), tuple(rng.sample(turns, 2)))
+
+
+def _add(rng: random.Random) -> Dialogue:
+    """The sum of two numbers of one digit."""
+    names, numbers = rng.sample(NAMES, 2), [rng.randint(1, 9), rng.randint(1, 9)]
+    total = sum(numbers)
+    facts = tuple(f"{name} has {number}." for name, number in zip(names, numbers, strict=True))
+    return Dialogue(
+        "add", " ".join(facts), facts, (Turn("How many together?", str(total), (str(total + 1), str(total - 1), str(total + 2))),)
+    )
+
+
+def _split_of(facts: Iterable[str]) -> Split:
+    """The split in which these facts may be stated, in whatever order."""
+    digest = hashlib.sha256("\n".join(sorted(facts)).encode()).digest()
+    return "held_out" if int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32 else "train"
+
+
+TASKS = (_lookup, _repeat, _add)
+SHARES = (6, 3, 1)
+
+
+def _dialogues(kind: str, split: Split, n: int, seed: int) -> Iterator[tuple[str, random.Random, Dialogue]]:
+    """n seeded (id, generator, dialogue) of a split; each kind of record has dialogues of its own."""
+    rng = _generator(kind, split, seed)
+    found = 0
+    while found < n:
+        dialogue = rng.choices(TASKS, SHARES)[0](rng)
+        if _split_of(dialogue.facts) == split:
+            yield f"{kind}-{split}-{seed}-{found}", rng, dialogue
+            found += 1
+
+
+def _generator(kind: str, split: Split, seed: int) -> random.Random:
+    if split not in ("train", "held_out"):
+        raise ValueError(f"split {split!r} is not known; give 'train' or 'held_out'")
+    return random.Random(f"{kind} {split} {seed}")
+
+
+def _messages(dialogue: Dialogue, rng: random.Random) -> list[dict[str, str]]:
+    """The dialogue as messages, the facts before the first question; one in five has a system prompt."""
+    messages = [{"role": "system", "content": rng.choice(SYSTEM_PROMPTS)}] if rng.random() < 0.2 else []
+    for place, turn in enumerate(dialogue.turns[: rng.randint(1, len(dialogue.turns))]):
+        question = turn.question if place else f"{dialogue.text} {turn.question}"
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": turn.answer}]
+    return messages
+
+
+def chats(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
+    """n chats {"id", "task", "messages", "answer"}; "answer" is the right last answer, which also ends the messages."""
+    records = []
+    for name, rng, dialogue in _dialogues("chat", split, n, seed):
+        messages = _messages(dialogue, rng)
+        records.append({"id": name, "task": dialogue.task, "messages": messages, "answer": messages[-1]["content"]})
+    return records
+
+
+def exact_match(text: str, record: dict[str, Any]) -> bool:
+    """Whether a generated answer is the record's right one, up to white space around it."""
+    return text.strip() == record["answer"]
+
+
+def _questions(kind: str, split: Split, n: int, seed: int) -> Iterator[tuple[dict[str, Any], list[dict[str, str]], random.Random, Turn]]:
+    """n of ({"id", "task"}, messages up to a question, generator, the turn it asks)."""
+    for name, rng, dialogue in _dialogues(kind, split, n, seed):
+        messages = _messages(dialogue, rng)
+        turn = dialogue.turns[sum(message["role"] == "assistant" for message in messages) - 1]
+        yield {"id": name, "task": dialogue.task}, messages[:-1], rng, turn
+
+
+def preferences(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
+    """n pairs {"id", "task", "context", "answer_w", "answer_l"}: the right answer against a wrong one of the same form."""
+    records = []
+    for head, context, rng, turn in _questions("preference", split, n, seed):
+        records.append(head | {"context": context, "answer_w": _answer(turn.answer), "answer_l": _answer(rng.choice(turn.wrong))})
+    return records
+
+
+def labelled(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
+    """n labelled answers {"id", "task", "context", "answer", "is_desirable"}; about half are right, and these are desirable."""
+    records = []
+    for head, context, rng, turn in _questions("labelled", split, n, seed):
+        right = rng.random() < 0.5
+        records.append(
+            head | {"context": context, "answer": _answer(turn.answer if right else rng.choice(turn.wrong)), "is_desirable": right}
+        )
+    return records
+
+
+def candidates(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
+    """n questions {"id", "task", "messages", "answers": [{"id", "content"}], "answer"}; one of the 2 to 4 candidates is the right "answer"."""
+    records = []
+    for head, messages, rng, turn in _questions("candidates", split, n, seed):
+        texts = rng.sample((turn.answer, *turn.wrong), 1 + len(turn.wrong))
+        answers = [{"id": str(place), "content": text} for place, text in enumerate(texts)]
+        records.append(head | {"messages": messages, "answers": answers, "answer": turn.answer})
+    return records
+
+
+def classes(split: Split, n: int, seed: int = 0, rare: bool = False) -> list[dict[str, Any]]:
+    """n one-message dialogues {"id", "messages", "label"}: three words, two of the topic (animals 0, food 1, weather 2) and one of another.
+
+    The topics are equally frequent, or with `rare` the last one has about 5 %.
+    """
+    rng = _generator(f"class {rare}", split, seed)
+    records = []
+    while len(records) < n:
+        label = rng.choices(range(3), (0.475, 0.475, 0.05) if rare else (1, 1, 1))[0]
+        other = rng.choice([topic for topic in range(3) if topic != label])
+        words = rng.sample(TOPICS[label], 2) + rng.sample(TOPICS[other], 1)
+        rng.shuffle(words)
+        if _split_of(words) == split:
+            message = {"role": "user", "content": f"Words: {' '.join(words)}."}
+            records.append({"id": f"class-{split}-{seed}-{len(records)}", "messages": [message], "label": label})
+    return records
+
+
+def _answer(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def write_jsonl(path: str | os.PathLike, records: Iterable[dict[str, Any]]) -> None:
+    """Write records one a line; the file appears whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
