@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ SIZES = {"chats": (25_600, 256), "preferences": (6_400, 256), "labelled": (6_400
 
 def _place() -> Path:
     """A cache folder of this version of the built-in parts."""
-    return cache_folder("") / "builtin" / hashlib.sha256(Path(builtin.__file__).read_bytes()).hexdigest()[:16]
+    return cache_folder("") / "builtin" / builtin.fingerprint()
 
 
 def tiny_folder() -> Path:

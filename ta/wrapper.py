@@ -48,6 +48,11 @@ class LanguageModel(nn.Module):
                 return cross_entropy_sum(chosen, head, batch.targets, batch.weights)
             return token_logprobs(chosen, head, batch.targets)
 
+    @property
+    def generates(self) -> bool:
+        """Whether this is a language model, not a classifier."""
+        return base_model(self.inner).get_output_embeddings() is not None
+
     def set_mode(self, mode: Mode) -> LanguageModel:
         """Choose how batches are run; "own" puts the model's own attention back."""
         self.mode = mode

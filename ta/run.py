@@ -1,0 +1,143 @@
+"""What every training recipe does around its step: open format, data, model and run folder; evaluate with cherry-picks; export."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from ta import demo, log, parallel
+from ta.adapter_settings import AdapterConfig
+from ta.cherry import CherryConfig, pick_cherries
+from ta.dataset import DataConfig, Prepared, report, sequence, write_drops
+from ta.encode import KINDS, Kind, prepare_kind
+from ta.export import export
+from ta.feed import Feed, evaluation_batches, training_feed
+from ta.loop import LoopConfig, mean_over
+from ta.model import ChatFormat, ModelConfig, fingerprint, open_format, open_model
+from ta.optim import OptimConfig, with_default_lr
+from ta.pieces import Tokens, show
+from ta.sources import read_records
+from ta.templates import ChatConfig, export_template
+from ta.tokenizer import TokenizerConfig
+
+if TYPE_CHECKING:
+    from ta.feed import Dress
+    from ta.wrapper import LanguageModel
+
+BUILTIN = {"chat": "chats", "pair": "preferences", "labelled": "labelled", "class": "classes"}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The settings that training recipes share; a recipe adds its own."""
+
+    model: ModelConfig = ModelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    chat: ChatConfig = ChatConfig()
+    data: DataConfig = DataConfig()
+    loop: LoopConfig = LoopConfig()
+    optim: OptimConfig = OptimConfig()
+    cherry: CherryConfig = CherryConfig()
+
+
+class Data(NamedTuple):
+    """Prepared records of one kind."""
+
+    train: Prepared
+    held_out: Prepared | None
+    held_out_records: list[dict]  # the first ones, as read, for cherry-picks
+
+
+class Run(NamedTuple):
+    """An open run: what `train`, `evaluate_with` and `finish` need."""
+
+    model: LanguageModel
+    form: ChatFormat
+    data: Data
+    feed: Feed
+    optim: OptimConfig
+    held_out: list  # this process's evaluation batches
+    identity: dict[str, Any]  # what must not differ on resume
+
+
+def open_data(config: RunConfig, form: ChatFormat, kind: Kind) -> Data:
+    """Training and held-out records of a kind: the sources given, or the built-in ones."""
+    sources, val_sources = demo.data_or_builtin(config.data.data, config.data.val_data, BUILTIN[kind])
+    make = lambda paths: prepare_kind(kind, paths, form, config.chat, config.data, config.loop.seed, say=parallel.say)  # noqa: E731
+    records = zip(range(config.cherry.cherry_records), read_records(val_sources, KINDS[kind][0]), strict=False) if val_sources else ()
+    return Data(make(sources), make(val_sources) if val_sources else None, [record.data for _, record in records])
+
+
+@contextmanager
+def open_run(
+    config: RunConfig,
+    kind: Kind,
+    *,
+    model_kind: Literal["causal", "seq_cls"] = "causal",
+    num_labels: int = 1,
+    dress: Callable[[Data], Dress] | None = None,
+    identity: dict[str, Any] | None = None,
+) -> Iterator[Run]:
+    """Everything up to the first step; nothing is written before the settings, the data and the model have proved sound.
+
+    `dress(data)` gives the function that makes the method's own batch of a Batch and its records; `identity` adds what must not differ on resume.
+    """
+    device = parallel.init()
+    loop, optim = config.loop, with_default_lr(config.optim, config.model.model_path, config.adapter.adapter)
+    log.check_out(loop.out, loop.resume, loop.overwrite)
+    form = open_format(config.model, config.tokenizer, config.chat, config.adapter.adapter_path)
+    data = open_data(config, form, kind)
+    model, note = open_model(config.model, config.adapter, form, kind=model_kind, num_labels=num_labels, device=device, seed=loop.seed)
+    shape = {"max_tokens_per_micro": loop.max_tokens_per_micro, "packed": model.mode == "packed"}
+    if dress:
+        shape["dress"] = dress(data)
+    feed = training_feed(data.train, batch_size=loop.batch_size, seed=loop.seed, steps=loop.steps, epochs=loop.epochs, **shape)
+    same = {
+        "data": data.train.info["fingerprint"],
+        "model": fingerprint(config.model.model_path, config.model.hub),
+        "adapter": dataclasses.asdict(config.adapter),
+        "steps": feed.steps,
+        "batch_size": loop.batch_size,
+        "seed": loop.seed,
+        **dataclasses.asdict(optim),
+        **(identity or {}),
+    }
+    with parallel.on_rank_zero(lambda: log.open_run(loop.out, config, loop.resume, loop.overwrite)):
+        parallel.say("\n".join([note] * bool(note) + report(data.train.info)))
+        for i in range(data.train.k):
+            ids, weights = sequence(data.train, i)
+            parallel.say(show(Tokens(ids.tolist(), weights.tolist()), form.tokenizer.decode))
+        if parallel.rank() == 0:
+            write_drops(data.train, str(Path(loop.out) / "drops.jsonl"))
+        held_out = evaluation_batches(data.held_out, **shape) if data.held_out else []
+        yield Run(model, form, data, feed, optim, held_out, same)
+    parallel.close()
+
+
+def evaluate_with(run: Run, config: RunConfig, step, more: Callable[[], dict[str, float]] | None = None) -> Callable[[int], dict] | None:
+    """evaluate(step number) for `train`: held-out loss and metrics of `step`, cherry-picks, and `more()`; None without held-out data."""
+    if not run.held_out:
+        return None
+
+    def evaluate(done: int) -> dict[str, float]:
+        figures = mean_over(run.model, run.held_out, step)
+        if config.cherry.cherry_records and run.model.generates:
+            records = run.data.held_out_records
+            figures |= pick_cherries(
+                run.model, records, run.form, config.chat, config.cherry, Path(config.loop.out), done, config.loop.seed
+            )
+        return figures | (more() if more else {})
+
+    return evaluate
+
+
+def finish(run: Run, config: RunConfig) -> None:
+    """Export the trained model (or adapter) to OUT/final."""
+    final = Path(config.loop.out) / "final"
+    export(run.model.inner, run.form.tokenizer, final, export_template(run.form.template), run.form.stop_ids)
+    parallel.say(f"done: {final}")
