@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -40,6 +42,37 @@ class Answer(NamedTuple):
     text: str  # without them, unless keep_stop
     finish: Literal["stop", "length"]
     logprobs: list[float]  # log p of each id in nats, before penalty and temperature
+
+
+def to_json(answers: Sequence[Answer], logprobs: Literal["none", "sum", "tokens"] = "none") -> list[dict]:
+    """Answers as objects of a candidates record: id, content, finish, and log-probabilities (nats) where asked."""
+    shown = [{"id": str(k), "content": answer.text, "finish": answer.finish} for k, answer in enumerate(answers)]
+    for entry, answer in zip(shown, answers, strict=True):
+        if logprobs != "none":
+            entry["logprob"] = sum(answer.logprobs)
+        if logprobs == "tokens":
+            entry |= {"tokens": answer.ids, "logprobs": answer.logprobs}
+    return shown
+
+
+def parse_settings(text: str, default: GenerateConfig) -> tuple[str, GenerateConfig]:
+    """(name, settings) of "name" or "name:temperature=0.7,num_answers=4,stop_strings=('a','b')"; what is not named stays as in `default`."""
+    name, _, given = text.partition(":")
+    known = {field.name for field in dataclasses.fields(GenerateConfig)}
+    if not name or not all(letter.isalnum() or letter in "-_" for letter in name):
+        raise ValueError(f"settings {text!r} start with no name of letters, digits, - and _: give name:temperature=0.7,num_answers=4")
+    try:
+        keywords = ast.parse(f"f({given})", mode="eval").body.keywords
+        changes = {word.arg: ast.literal_eval(word.value) for word in keywords}
+    except (SyntaxError, ValueError, AttributeError) as error:
+        raise ValueError(f"settings {text!r} are not of the form name:temperature=0.7,num_answers=4,stop_strings=('a','b')") from error
+    for key, value in changes.items():
+        if key not in known:
+            raise ValueError(f"settings {text!r} name {key!r}: known are {', '.join(sorted(known))}")
+        kind = type(getattr(default, key))
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ValueError(f"settings {text!r}: {key}={value!r} is no {kind.__name__}")
+    return name, dataclasses.replace(default, **changes)
 
 
 def check_settings(config: GenerateConfig) -> None:

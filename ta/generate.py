@@ -126,11 +126,12 @@ def _forward(model, base) -> tuple[Callable[[dict], Tensor], int, int]:
     """The one place where the slot engine runs a model: (function from keyword arguments to the last column's logits (B, V), cached layers, V)."""
     import inspect
 
-    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
     from transformers.cache_utils import DynamicCache
 
     inner = getattr(model, "inner", model)
-    if isinstance(model, FSDPModule):  # a sharded root gathers its weights around its own methods only
+    if hasattr(model, "unshard"):  # a sharded root gathers its weights around its own methods only
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
         if not hasattr(model, "run_inner"):
             model.run_inner = model.inner.__call__
             register_fsdp_forward_method(model, "run_inner")

@@ -1,0 +1,120 @@
+"""Answer every chat of a dataset with a base or a trained model: one JSON line a record, in input order, resumable, on one process or many.
+
+    python recipes/generate.py --model-path runs/sft/final --data chats.jsonl --out answers.jsonl
+    python recipes/generate.py --model-path runs/sft/final --data chats.jsonl --out answers.jsonl \\
+        --settings greedy "warm:temperature=0.8,num_answers=4"        (answers.greedy.jsonl, answers.warm.jsonl)
+    torchrun --nproc-per-node 8 recipes/generate.py ...                (each process takes every 8th record)
+    python recipes/generate.py --engine vllm --tensor-parallel-size 2 ...
+
+A line of data: {"id": 1, "messages": [{"role": "user", "content": "2 + 2?"}]}; an answer at its end is taken off and kept as "reference".
+A line of the output has the record's fields and {"answers": [{"id": "0", "content": "4", "finish": "stop"}], "key": "..."}.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from ta import demo, outputs
+from ta.answers import GenerateConfig, check_settings, parse_settings, to_json
+from ta.cli import cli
+from ta.generate import generate
+from ta.inference import InferenceConfig, open_for_inference, resolve, stand_alone
+from ta.model import fingerprint, open_format
+from ta.outputs import progress
+from ta.prompts import read_prompts
+from ta.sources import Drops
+from ta.store import hash_json
+from ta.templates import ChatConfig
+from ta.tokenizer import TokenizerConfig
+from ta.vllm_engine import VllmConfig
+
+
+@dataclass(frozen=True)
+class Generate:
+    model: InferenceConfig = InferenceConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    chat: ChatConfig = ChatConfig()
+    generation: GenerateConfig = GenerateConfig()
+    vllm: VllmConfig = VllmConfig()
+    data: tuple[str, ...] = ()
+    """Sources of chats: file.jsonl, file.jsonl@0.1 (share), file.jsonl@500 (count); none: built-in held-out chats."""
+    out: str = "answers.jsonl"
+    """File to write."""
+    settings: tuple[str, ...] = ()
+    """Several settings in one run, each name:key=value,... over the flags here; each writes its own file, OUT with the name in it."""
+    engine: Literal["hf", "vllm"] = "hf"
+    """Our engine over transformers' models, or vLLM."""
+    random_cut: bool = False
+    """End each prompt before a random answer (seeded) instead of after the last question."""
+    logprobs: Literal["none", "sum", "tokens"] = "none"
+    """Log-probabilities to keep: none, of the whole answer, or of each token too (nats)."""
+    with_prompt: bool = False
+    """Keep the prompt as the model saw it, decoded, as "prompt"."""
+    on_bad_record: Literal["error", "skip"] = "error"
+    """Stop at a record that cannot be read or answered, or count and leave it out."""
+    max_bad_share: float = 0.01
+    """With skip: more bad records than this share are an error again."""
+    resume: bool = False
+    """Go on where a stopped run left off: answers that are there are kept."""
+    overwrite: bool = False
+    """Replace an output that exists."""
+
+
+def main(config: Generate) -> None:
+    rank, world, device = stand_alone()
+    named = [parse_settings(text, config.generation) for text in config.settings] or [("", config.generation)]
+    outs = [Path(config.out).with_suffix((name and f".{name}") + Path(config.out).suffix) for name, _ in named]
+    if len(set(outs)) < len(outs):
+        raise ValueError("--settings use a name twice and would write one file twice: give each its own name")
+    if world > 1 and config.engine == "vllm":
+        raise ValueError("vLLM starts its own processes: run it without torchrun, with --tensor-parallel-size")
+    for (_, settings), out in zip(named, outs, strict=True):
+        check_settings(settings)
+        outputs.check(out, config.resume, config.overwrite, rank, world)
+    model, adapter = resolve(config.model)
+    form = open_format(model, config.tokenizer, config.chat, adapter)
+    paths = config.data or demo.data_or_builtin((), (), "chats")[1]
+    drops = Drops(config.on_bad_record, config.max_bad_share)
+    records = read_prompts(paths, form, config.chat, drops, config.generation.seed, config.random_cut)
+    if drops.counts:
+        print(f"left out: {drops.table()}", file=sys.stderr)
+    engine = open_engine(config, model, adapter, form, device)
+    who = [fingerprint(model.model_path, model.hub), fingerprint(adapter) if adapter else "", model.dtype, config.engine]
+    for (name, settings), out in zip(named, outs, strict=True):
+        outputs.begin(out, config.overwrite, rank, world)
+        settings = dataclasses.replace(settings, stop_strings=(*settings.stop_strings, *form.stop_strings))
+        what = [*who, config.logprobs, config.with_prompt, dataclasses.asdict(settings) | {"slots": 0}]  # slots change no answer
+        keys = [hash_json([what, i, *record])[:16] for i, record in enumerate(records)]
+        there = outputs.done(out, keys)
+        mine = [i for i in range(rank, len(records), world) if keys[i] not in there]
+        with outputs.Part(out, rank) as part, progress(name or "generate", len(mine), rank == 0) as advance:
+
+            def finished(n, answers, mine=mine, keys=keys, settings=settings, part=part, advance=advance):
+                data, prompt = records[mine[n]]
+                text = form.tokenizer.decode(prompt, skip_special_tokens=settings.skip_special_tokens)
+                shown = ({"prompt": text} if config.with_prompt else {}) | {"answers": to_json(answers, config.logprobs)}
+                part.append(data | shown | {"key": keys[mine[n]]})
+                advance(answers)
+
+            engine([records[i][1] for i in mine], settings, form.stop_ids, on_answer=finished, keys=mine)
+        if outputs.publish(out, keys):
+            print(f"{out}: {len(keys):,} records, {len(there):,} of them from before", file=sys.stderr)
+
+
+def open_engine(config: Generate, model, adapter: str | None, form, device: str):
+    """generate or generate_vllm with its model: (prompts, settings, stop ids, on_answer, keys) -> answers."""
+    if config.engine == "vllm":
+        from ta import vllm_engine
+
+        engine = vllm_engine.open_engine(model, form.tokenizer, adapter, config.vllm, config.generation.seed)
+        return partial(vllm_engine.generate_vllm, engine)
+    return partial(generate, open_for_inference(model, adapter, device), form.tokenizer)
+
+
+if __name__ == "__main__":
+    cli(main, Generate)

@@ -1,0 +1,83 @@
+"""Models opened for use instead of training: a base, or an adapter with its base, from the folders that a run leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ta.model import ModelConfig, load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    model_path: str = "builtin"
+    """Folder of a model, or of an adapter whose base is still where it was; a run's is RUN/final. "builtin" has learned nothing yet."""
+    adapter_path: str | None = None
+    """Folder of an adapter for the model."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Arithmetic and weights; auto is bfloat16 on accelerators and float32 on CPU."""
+    model_args: tuple[str, ...] = ()
+    """Further key=value arguments of from_pretrained, such as attn_implementation=flash_attention_2."""
+    hub: bool = False
+    """Allow model names to be looked up on the Hugging Face hub."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for folders you trust."""
+
+
+def resolve(config: InferenceConfig) -> tuple[ModelConfig, str | None]:
+    """What to load: the base, and the adapter or None."""
+    base, adapter = find_base(config.model_path, config.adapter_path)
+    rest = {name: getattr(config, name) for name in ("dtype", "model_args", "hub", "trust_remote_code")}
+    return ModelConfig(model_path=base, **rest), adapter
+
+
+def stand_alone() -> tuple[int, int, str]:
+    """(rank, world, device) where torchrun started several of us; from then on this process is one of its own and waits for nobody."""
+    import torch
+
+    rank, world = int(os.environ.pop("RANK", "0")), int(os.environ.pop("WORLD_SIZE", "1"))
+    return rank, world, f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def find_base(model_path: str, adapter_path: str | None) -> tuple[str, str | None]:
+    """(base, adapter or None): an adapter's folder given as the model is that adapter on the base it names."""
+    folder = Path(model_path)
+    if adapter_path is not None or (folder / "config.json").exists() or not (folder / "adapter_config.json").exists():
+        return model_path, adapter_path
+    base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    if not base or not Path(base).is_dir():
+        raise ValueError(
+            f"{model_path} is an adapter of base {base!r}, which is not here: give the base in --model-path, this in --adapter-path"
+        )
+    return base, model_path
+
+
+def open_for_inference(
+    config: ModelConfig,
+    adapter_path: str | None = None,
+    device: str = "cpu",
+    kind: Literal["causal", "seq_cls"] = "causal",
+    num_labels: int = 1,
+) -> PreTrainedModel:
+    """The model in `config`, with the adapter merged into it (LoRA) or around it (prompt learning), in eval mode and in the arithmetic asked.
+
+    Weights are held in that arithmetic: `auto` is bfloat16 on accelerators and float32 on CPU.
+    """
+    import torch
+
+    model = load_model(config, kind, num_labels, device)
+    if adapter_path is not None:
+        from ta.adapters import is_prompt_learning, load_adapter, merge_adapter
+
+        adapted = load_adapter(model, adapter_path)
+        model = adapted if is_prompt_learning(adapted) else merge_adapter(adapted)
+    if config.dtype == "bfloat16" or (config.dtype == "auto" and device.startswith("cuda")):
+        for parameter in model.parameters():  # not .to(dtype), which would round the rotary frequencies as well
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return model.requires_grad_(False).eval()
