@@ -62,8 +62,10 @@ def parse_settings(text: str, default: GenerateConfig) -> tuple[str, GenerateCon
     if not name or not all(letter.isalnum() or letter in "-_" for letter in name):
         raise ValueError(f"settings {text!r} start with no name of letters, digits, - and _: give name:temperature=0.7,num_answers=4")
     try:
-        keywords = ast.parse(f"f({given})", mode="eval").body.keywords
-        changes = {word.arg: ast.literal_eval(word.value) for word in keywords}
+        call = ast.parse(f"f({given})", mode="eval").body
+        changes = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+        if call.args:
+            raise ValueError("a value without a key")
     except (SyntaxError, ValueError, AttributeError) as error:
         raise ValueError(f"settings {text!r} are not of the form name:temperature=0.7,num_answers=4,stop_strings=('a','b')") from error
     for key, value in changes.items():

@@ -1,0 +1,170 @@
+"""Tests of recipes/generate.py and recipes/chat.py, as a user runs them."""
+
+import json
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+
+from ta.answers import GenerateConfig, parse_settings
+from ta.tasks import chats
+
+N = 24
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def data(tmp_path):
+    records = chats("held_out", N)
+    records[3]["label"] = 7
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return tmp_path / "chats.jsonl"
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    import recipes.generate as module
+
+    return module
+
+
+def config_of(recipe, data, out, **more):
+    return recipe.Generate(data=(str(data),), out=str(out), generation=GenerateConfig(max_new_tokens=6, slots=5), **more)
+
+
+def test_records_come_in_order_with_what_they_held(recipe, data, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    recipe.main(config_of(recipe, data, out, logprobs="tokens", with_prompt=True))
+    for before, after in zip(lines(data), lines(out), strict=True):
+        assert {k: after[k] for k in before if k != "messages"} == {k: before[k] for k in before if k != "messages"}
+        assert [*after["messages"], {"role": "assistant", "content": after["reference"]}] == before["messages"]
+        answer = after["answers"][0]
+        assert answer["id"] == "0" and answer["finish"] in ("stop", "length") and after["prompt"].endswith("assistant\n")
+        assert len(answer["tokens"]) == len(answer["logprobs"]) <= 6 and abs(sum(answer["logprobs"]) - answer["logprob"]) < 1e-9
+    with pytest.raises(ValueError, match="exists"):
+        recipe.main(config_of(recipe, data, out))
+
+
+def test_several_settings_write_a_file_each(recipe, data, tmp_path):
+    settings = ("greedy", "warm:temperature=1.5,num_answers=3")
+    recipe.main(config_of(recipe, data, tmp_path / "a.jsonl", settings=settings))
+    greedy, warm = lines(tmp_path / "a.greedy.jsonl"), lines(tmp_path / "a.warm.jsonl")
+    assert [r["id"] for r in greedy] == [r["id"] for r in warm] and not (tmp_path / "a.jsonl").exists()
+    assert {len(r["answers"]) for r in greedy} == {1} and {len(r["answers"]) for r in warm} == {3}
+    assert len({a["content"] for r in warm for a in r["answers"]}) > N
+
+
+@pytest.mark.parametrize("flags", [{}, {"generation": GenerateConfig(max_new_tokens=6, temperature=1.0, slots=3)}])
+def test_killed_at_random_moments_gives_the_same_file(recipe, data, tmp_path, flags):
+    """Ten times killed and resumed, by one or three processes: no record twice or missing, the very bytes of an undisturbed run."""
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    start = time.perf_counter()
+    recipe.main(replace(config_of(recipe, data, whole), **flags))
+    took, r, partial = time.perf_counter() - start, random.Random(len(flags)), 0
+    for attempt in range(40):
+        world = r.choice([1, 1, 3])
+        for rank in range(world):
+            if not (child := os.fork()):
+                os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+                try:
+                    recipe.main(replace(config_of(recipe, data, out), resume=attempt > 0 or rank > 0, **flags))
+                finally:
+                    os._exit(0)
+            if attempt < 10:
+                time.sleep(r.random() * took)
+                os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        parts = [p for p in tmp_path.iterdir() if ".part-" in p.name and p.stat().st_size]
+        partial += bool(parts) and not out.exists()
+        if attempt >= 10 and out.exists():
+            break
+    assert out.read_bytes() == whole.read_bytes() and partial  # the guard: some kills did find work half done
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["chats.jsonl", "killed.jsonl", "whole.jsonl"]
+
+
+def test_a_resumed_run_does_only_what_is_new(recipe, data, tmp_path, capfd):
+    out = tmp_path / "a.jsonl"
+    recipe.main(config_of(recipe, data, out))
+    first = lines(out)
+    with open(data, "a") as file:
+        file.write(json.dumps({"id": "new", "messages": [{"role": "user", "content": "More?"}]}) + "\n")
+    recipe.main(config_of(recipe, data, out, resume=True))
+    assert lines(out)[:-1] == first and lines(out)[-1]["id"] == "new" and f"{N} of them from before" in capfd.readouterr().err
+    recipe.main(replace(config_of(recipe, data, out, resume=True), generation=GenerateConfig(max_new_tokens=3)))  # other settings: all anew
+    assert "0 of them from before" in capfd.readouterr().err and len(lines(out)) == N + 1
+
+
+def test_random_cut_asks_before_some_answer(recipe, data, tmp_path):
+    recipe.main(config_of(recipe, data, tmp_path / "a.jsonl", random_cut=True))
+    kept = 0
+    for before, after in zip(lines(data), lines(tmp_path / "a.jsonl"), strict=True):
+        n = len(after["messages"])
+        assert before["messages"][:n] == after["messages"] and before["messages"][n]["content"] == after["reference"]
+        kept += n == len(before["messages"]) - 1
+    assert 0 < kept < N
+
+
+def test_what_cannot_be_answered_is_counted(recipe, data, tmp_path, capfd):
+    with open(data, "a") as file:
+        file.write(json.dumps({"messages": [{"role": "wizard", "content": "Hm"}]}) + "\n")
+    with pytest.raises(ValueError, match=rf"chats.jsonl:{N + 1}: .*wizard"):
+        recipe.main(config_of(recipe, data, tmp_path / "a.jsonl"))
+    recipe.main(config_of(recipe, data, tmp_path / "a.jsonl", on_bad_record="skip", max_bad_share=0.1))
+    assert len(lines(tmp_path / "a.jsonl")) == N and "left out: 1" in capfd.readouterr().err
+
+
+def test_settings_are_read_or_refused():
+    base = GenerateConfig(max_new_tokens=9)
+    assert parse_settings("a-1", base) == ("a-1", base)
+    name, settings = parse_settings("b:temperature=1,stop_strings=('x,', \"y\"),keep_stop=True", base)
+    assert (name, settings) == ("b", replace(base, temperature=1, stop_strings=("x,", "y"), keep_stop=True))
+    for text, message in (
+        (":temperature=1", "no name"),
+        ("a/b", "no name"),
+        ("a:temperature", "not of the form"),
+        ("a:temperature=hot", "not of the form"),
+        ("a:temprature=1", "known are beams"),
+        ("a:num_answers=1.5", "is no int"),
+        ("a:stop_strings='x'", "is no tuple"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_settings(text, base)
+
+
+@pytest.mark.slow
+def test_as_a_user_runs_it(run, data, tmp_path):
+    """Two processes under torchrun give the file of one; what is wrong is said in a line with exit code 2 and nothing is written."""
+    flags = ("--data", data, "--max-new-tokens", 6, "--slots", 5)
+    run("generate", *flags, "--out", tmp_path / "one.jsonl")
+    run("generate", *flags, "--out", tmp_path / "two.jsonl", processes=2)
+    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
+    before = sorted(tmp_path.iterdir())
+    for more, message in (
+        (("--out", tmp_path / "one.jsonl"), "exists"),
+        (("--out", tmp_path / "x.jsonl", "--model-path", tmp_path / "nothing"), "no model folder"),
+        (("--out", tmp_path / "x.jsonl", "--engine", "vllm"), "pip install 'vllm"),
+        (("--out", tmp_path / "x.jsonl", "--beams", 2, "--temperature", 1), "give one of them"),
+        (("--out", tmp_path / "one.jsonl", "--overwrite", "--model-path", tmp_path / "nothing"), "no model folder"),
+    ):
+        done = run("generate", *flags, *more, code=2)
+        assert message in done.stderr and "Traceback" not in done.stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.slow
+def test_chat_streams_an_answer_and_forgets(run):
+    import subprocess
+    import sys
+
+    command = [sys.executable, "recipes/chat.py", "--max-new-tokens", "4"]
+    said = "hello\n/reset\nhello\n\nhello\n/quit\nnot read\n"
+    done = subprocess.run(command, input=said, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": "."})
+    answers = done.stdout.split("\n")
+    assert done.returncode == 0, done.stderr
+    assert len(answers) == 4 and answers[0] == answers[1] != "" and answers[3] == ""
