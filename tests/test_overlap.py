@@ -73,6 +73,11 @@ def test_bleu_by_hand():
     assert bleu([[1, 2, 3, 4]], [[1, 2, 3, 4]]) == 1.0
 
 
+def test_bleu_measures_length_by_the_closest_reference():
+    assert _bleu([([*"abcde"], [["a"], [*"abcdef"]])], 4, effective_order=True) == pytest.approx(math.exp(1 - 6 / 5))
+    assert _bleu([([*"abcde"], [[*"abcd"], [*"abcdef"]])], 4, effective_order=True) == 1.0  # of two the shorter
+
+
 def test_self_bleu_counts_words_and_has_a_value_for_one_answer():
     assert self_bleu(["alone"]) == 0.0 == self_bleu(["", ""]) and math.isnan(self_bleu([]))
     assert self_bleu(["a b c d e", "a b c d e"]) == pytest.approx(1) == self_bleu(["a", "a"])
@@ -114,6 +119,12 @@ def test_meteor_by_hand():
     )
     assert meteor(["a"], ["a"]) == 0.5 and meteor(["running"], ["run"]) == 0.0  # one chunk of one word; no stems
     assert meteor(["a b", "c"], ["a b", "d"]) == pytest.approx((1 - 0.5 / 8) / 2)
+
+
+def test_alignment_keeps_what_a_longer_run_leaves_of_a_shorter():
+    assert _align([*"abcxcdef"], [*"abcdef"]) == (6, 2)  # cdef, then ab of abc
+    assert _align([*"abcdxcde"], [*"abcde"]) == (5, 2)  # abcd, then e of cde
+    assert _align([*"abcdexbcdefg"], [*"abcdefg"]) == (7, 2)  # bcdefg, then a of abcde
 
 
 @given(word_lists, word_lists)
