@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ta.overlap import (
     _align,
+    _bleu,
     _common_subsequence,
     adjusted_distinct,
     bleu,
