@@ -36,8 +36,19 @@ def trained(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any], keep: int = 2) -> Path:
-    """Publish folder/step-N and delete all but the newest `keep`; OSError (no room) leaves earlier checkpoints as they were."""
+def save(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    identity: dict[str, Any],
+    keep: int = 2,
+    extra: dict[str, torch.Tensor] | None = None,
+) -> Path:
+    """Publish folder/step-N and delete all but the newest `keep`; OSError (no room) leaves earlier checkpoints as they were.
+
+    `extra` names further tensors that training changes, such as a reference that follows the policy.
+    """
     from safetensors.torch import save_file
 
     target = folder / f"step-{step:08d}"
@@ -51,7 +62,7 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
         temporary.mkdir()
     barrier()
     tensors, rows = {}, {}
-    for name, parameter in trained(model).items():
+    for name, parameter in (trained(model) | (extra or {})).items():
         local, start, whole = _local(parameter)
         if local is None:
             continue
@@ -108,12 +119,12 @@ def newest(folder: Path) -> Found | None:
     return None
 
 
-def load(found: Found, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Copy tensors and moments into `model` and `optimizer` and return the number of steps done; ValueError names what does not fit."""
+def load(found: Found, model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, torch.Tensor] | None = None) -> int:
+    """Copy tensors and moments into `model`, `extra` and `optimizer` and return the number of steps done; ValueError names what does not fit."""
     import torch
     from safetensors import safe_open
 
-    parameters = trained(model)
+    parameters = trained(model) | (extra or {})
     shards = found.manifest["shards"]
     stored = {name for shard in shards for name in shard["rows"]}
     if stored != set(parameters):
@@ -124,7 +135,7 @@ def load(found: Found, model: nn.Module, optimizer: torch.optim.Optimizer) -> in
     files = [safe_open(found.path / shard["file"], "pt") for shard in shards]
     for name, parameter in parameters.items():
         local, start, whole = _local(parameter, owner_only=False)
-        for key in ("", *MOMENTS):
+        for key in ("", *MOMENTS) if name not in (extra or {}) else ("",):
             pieces = []
             for shard, file in zip(shards, files, strict=True):
                 have = shard["rows"].get(name)

@@ -6,6 +6,7 @@ the learning rate, the order of records and dropout are functions of (seed, step
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ class LoopConfig:
     """Steps between lines of metrics.jsonl."""
     resume: bool = False
     """Go on from the newest whole checkpoint in --out."""
+    allow_change: tuple[str, ...] = ()
+    """Settings that may differ from the checkpoint's on --resume, such as lr; any other difference is refused."""
     overwrite: bool = False
     """Delete the run that --out holds and start anew."""
 
@@ -61,18 +64,22 @@ def train(
     *,
     identity: dict[str, Any] | None = None,
     evaluate: Callable[[int], dict[str, float]] | None = None,
+    before_step: Callable[[nn.Module, list], list] | None = None,
     after_step: Callable[[int], None] | None = None,
+    extra: dict[str, Tensor] | None = None,
     lr_scales: dict[str, float] | None = None,
 ) -> None:
     """Train `model` in place for feed.steps steps. A signal ends the program after the step and a checkpoint: SystemExit(143 or 130).
 
     `identity` names what must not differ on resume. `evaluate(step)` gives figures for metrics.jsonl, before, during and after training.
+    `before_step(model, micro_batches)` gives the micro-batches with what needs all of them, on all processes, first. `extra` names tensors
+    besides the model's that `after_step` changes and that a checkpoint must hold.
     """
 
     folder = Path(config.out)
     device = next(model.parameters()).device
     optimizer = make_optimizer(model, optim, lr_scales)
-    first = _resume(folder, model, optimizer, identity or {}) if config.resume else 0
+    first = _resume(folder, model, optimizer, identity or {}, config, extra) if config.resume else 0
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     names = {id(p): name for name, p in model.named_parameters()}
     model.train()
@@ -86,7 +93,7 @@ def train(
     ):
         for number in range(first, feed.steps):
             _seed_dropout(config.seed, number)
-            micro_batches = prefetched(number)
+            micro_batches = before_step(model, prefetched(number)) if before_step else prefetched(number)
             sums, keys = _accumulate(model, micro_batches, step, stop.received)
             sums = sum_over_ranks(sums)
             loss, count, stopping, tokens, learned, *metrics = sums.tolist()
@@ -108,7 +115,7 @@ def train(
                 window = Window()
             progress.update()
             if stopping or last or (config.save_every and done % config.save_every == 0):
-                checkpoint.save(folder / "checkpoints", done, model, optimizer, identity or {}, config.keep)
+                checkpoint.save(folder / "checkpoints", done, model, optimizer, identity or {}, config.keep, extra)
             if stopping:
                 raise SystemExit(128 + (stop.received or 15))
             if evaluate and (last or (config.eval_every and done % config.eval_every == 0)):
@@ -167,24 +174,22 @@ def _evaluate(evaluate, model, folder: Path, step: int) -> None:
         say(f"step {step}: {text}" if step else f"before training: {text}")
 
 
-def _resume(folder: Path, model, optimizer, identity: dict[str, Any]) -> int:
+def _resume(folder: Path, model, optimizer, identity: dict[str, Any], config: LoopConfig, extra: dict[str, Tensor] | None) -> int:
     found = checkpoint.newest(folder / "checkpoints")
     if found is None:
         return 0
-    changed = [
-        f"{key} was {found.manifest['identity'].get(key)!r} and is {value!r}"
-        for key, value in identity.items()
-        if found.manifest["identity"].get(key) != value
-    ]
-    if changed:
-        raise ValueError(
-            f"{found.path} was made with other settings: {'; '.join(changed)}. Give the same ones, or start anew in another --out"
-        )
-    step = checkpoint.load(found, model, optimizer)
+    now = json.loads(json.dumps(identity))
+    if odd := set(config.allow_change) - now.keys():
+        raise ValueError(f"--allow-change {min(odd)}: give one of {', '.join(now)}")
+    before = found.manifest["identity"]
+    changed = {key: f"{key} was {before.get(key)!r} and is {value!r}" for key, value in now.items() if before.get(key) != value}
+    if refused := [text for key, text in changed.items() if key not in config.allow_change]:
+        raise ValueError(f"{found.path} was made with other settings: {'; '.join(refused)}. Give the same ones, or --allow-change NAME")
+    step = checkpoint.load(found, model, optimizer, extra)
+    for text in found.damaged:
+        say(f"skipped damaged checkpoint {text}")
+    say("; ".join([f"resuming from {found.path} at step {step}", *changed.values()]))
     if rank() == 0:
-        for text in found.damaged:
-            say(f"skipped damaged checkpoint {text}")
-        say(f"resuming from {found.path} at step {step}")
         log.cut_back(folder / "metrics.jsonl", step)
         log.cut_back(folder / "samples.jsonl", step)
     return step

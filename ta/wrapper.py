@@ -31,6 +31,10 @@ class LanguageModel(nn.Module):
         self.inner = inner
         self.mode = mode
         self.autocast = autocast
+        self.dropout = True  # False: train() leaves dropout off, as where a reference must agree to the last bit
+
+    def train(self, mode: bool = True) -> LanguageModel:
+        return super().train(mode and self.dropout)
 
     def forward(self, batch: Batch, output: Literal["sum", "tokens", "scores", "hidden"] = "sum", embeds: Tensor | None = None) -> Tensor:
         with torch.autocast(batch.tokens.device.type, dtype=self.autocast, enabled=self.autocast is not None):
@@ -104,8 +108,6 @@ def wrap(model, packing: bool = True, autocast: torch.dtype | None = None) -> tu
     wrapper = LanguageModel(model, "packed" if packing else "padded", autocast)
     if getattr(model, "active_peft_config", None) is not None and model.active_peft_config.is_prompt_learning:
         return wrapper.set_mode("own"), "prompt learning puts virtual tokens in front: padded batches and the model's own logits are used"
-    if base_model(model).get_output_embeddings() is None:
-        return wrapper, ""
     gap = float("inf")
     for mode in ("packed", "padded") if packing else ("padded",):
         wrapper.mode = mode
@@ -113,11 +115,12 @@ def wrap(model, packing: bool = True, autocast: torch.dtype | None = None) -> tu
             return wrapper, "documents would see each other when packed: batches are padded" if packing and mode == "padded" else ""
     return wrapper.set_mode(
         "own"
-    ), f"log-probabilities from hidden states are off by {gap:.2g}: padded batches and the model's own logits are used"
+    ), f"what hidden states give is off by {gap:.2g}: padded batches, the model's own attention and logits are used"
 
 
 def self_check(wrapper) -> float:
-    """Greatest difference of log p (nats) between two documents in one batch and each alone through the model's own forward; inf where it fails."""
+    """Greatest difference between two documents in one batch and each alone through the model's own forward, of their log p (nats) or, for a
+    classifier, their scores; inf where it fails."""
     base = base_model(wrapper.inner)
     generator = np.random.default_rng(0)
     documents = [generator.integers(0, base.get_input_embeddings().weight.shape[0], n) for n in (11, 7)]
@@ -126,20 +129,23 @@ def self_check(wrapper) -> float:
     before = base.config._attn_implementation
     with torch.no_grad():
         try:
-            ours = wrapper(batch, "tokens")
+            ours = wrapper(batch, "tokens" if wrapper.generates else "scores").flatten()
         except (ValueError, TypeError, RuntimeError, AttributeError):
             return float("inf")
         base.set_attn_implementation("sdpa" if getattr(base, "_supports_sdpa", False) else "eager")
         try:
             with torch.autocast(device.type, dtype=wrapper.autocast, enabled=wrapper.autocast is not None):
-                alone = [
-                    wrapper.inner(input_ids=torch.tensor(d, device=device)[None], use_cache=False).logits[0].log_softmax(-1)
-                    for d in documents
-                ]
+                theirs = torch.cat([_alone(wrapper, torch.tensor(d, device=device)) for d in documents])
         finally:
             base.set_attn_implementation(before)
-        theirs = torch.cat(
-            [logps[:-1].gather(1, torch.tensor(d, device=device)[1:, None])[:, 0] for logps, d in zip(alone, documents, strict=True)]
-        )
     gap = (ours - theirs).abs().max().item()
     return gap if gap == gap else float("inf")
+
+
+def _alone(wrapper: LanguageModel, ids: Tensor) -> Tensor:
+    """Of one document through the model's own forward: log p of its tokens after the first (T - 1,), or its scores (C,)."""
+    if wrapper.generates:
+        logps = wrapper.inner(input_ids=ids[None], use_cache=False).logits[0].log_softmax(-1)  # (T, V)
+        return logps[:-1].gather(1, ids[1:, None])[:, 0]
+    base = base_model(wrapper.inner)
+    return base.score(base.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, -1]).float()
