@@ -34,21 +34,36 @@ class CherryConfig:
     """End each prompt before a random answer (seeded) instead of the last one."""
 
 
+def dialogue_of(record: dict) -> list[dict]:
+    """The messages of a record of any kind that ends in the answer wanted: a chat's own, a context with the chosen or the desirable answer."""
+    if "messages" in record:
+        return record["messages"]
+    if "answer_w" in record:
+        return [*record["context"], record["answer_w"]]
+    return [*record["context"], record["answer"]]
+
+
 def prompts_of(
     records: Sequence[dict], form: ChatFormat, chat: ChatConfig, cut_seed: int | None = None
 ) -> list[tuple[int, list[int], str]]:
-    """(place in `records`, prompt ids, right answer) of every record whose prompt fits; the right answer is the one that was taken off."""
-    chats, answers = [], []
+    """(place in `records`, prompt ids, right answer) of every record whose prompt fits; the right answer is the one that was taken off.
+
+    A labelled answer that is not desirable has no right answer beside it and is left out.
+    """
+    places, chats, answers = [], [], []
     for i, record in enumerate(records):
-        messages = [{**m, "role": canonical_role(m["role"])} for m in record["messages"]]
+        if record.get("is_desirable") is False:
+            continue
+        messages = [{**m, "role": canonical_role(m["role"])} for m in dialogue_of(record)]
         if cut_seed is not None:
             messages = random_cut(messages, random.Random(f"{cut_seed} {i}"))
         while len(messages) > 1 and messages[-1]["role"] != ANSWER:
             messages.pop()
+        places.append(i)
         chats.append(messages)
         answers.append(messages[-1]["content"] if messages[-1]["role"] == ANSWER else "")
     prompts = encode_prompts(chats, form.template, form.vocabulary, chat)
-    return [(i, p, answer) for i, (p, answer) in enumerate(zip(prompts, answers, strict=True)) if isinstance(p, list)]
+    return [(i, p, answer) for i, p, answer in zip(places, prompts, answers, strict=True) if isinstance(p, list)]
 
 
 def pick_cherries(
@@ -73,7 +88,7 @@ def pick_cherries(
     if rank() == 0:
         rows = []
         for (i, _, reference), answer in zip(chosen, answers, strict=True):
-            question = next((m["content"] for m in reversed(records[i]["messages"][:-1])), "")
+            question = next((m["content"] for m in reversed(dialogue_of(records[i])[:-1])), "")
             sample = {"step": step, "id": records[i].get("id", i), "prompt": question, "answer": answer.text, "reference": reference}
             log.append(folder / "samples.jsonl", sample | {"finish": answer.finish})
             rows.append((question, answer.text, reference))

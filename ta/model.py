@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ta.adapter_settings import AdapterConfig, check_adapter
+from ta.adapter_settings import KINDS as ADAPTERS
+from ta.adapter_settings import PROMPT_LEARNING, AdapterConfig, check_adapter
 from ta.parallel import compile_blocks, gather_objects, rank, recompute, shard, world
 from ta.store import cache_folder, content_hash, hash_json
 from ta.templates import ChatConfig, Template
 from ta.tokenizer import TokenizerConfig, export_template, load_tokenizer, stop_ids, stop_strings, template_of, vocabulary
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from ta.pieces import Vocabulary
     from ta.vocab import NewToken
@@ -140,16 +141,53 @@ def open_model(
     from ta.vocab import check_vocabulary, set_rows
 
     check_adapter(adapter, checkpointing=config.activation_checkpointing)
-    model = load_model(config, kind, num_labels, device)
+    news = ""
+    if kind == "seq_cls":
+        model, news = load_classifier(config, adapter, num_labels, device, seed)
+        model.config.pad_token_id = form.tokenizer.pad_token_id
+    else:
+        model = load_model(config, kind, num_labels, device)
     set_rows(model, form.new_tokens)
     check_vocabulary(form.tokenizer, model)
-    if kind == "seq_cls":
-        model.config.pad_token_id = form.tokenizer.pad_token_id
     wrapped = add_adapter(model, adapter, [token.id for token in form.new_tokens], form.tokenizer, seed)
     if wrapped is model:
         model.requires_grad_(True)
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and str(device).startswith("cuda"))
-    return place(wrapped, config, device, half)
+    placed, note = place(wrapped, config, device, half)
+    return placed, "\n".join(text for text in (news, note) if text)
+
+
+def load_classifier(config: ModelConfig, adapter: AdapterConfig, num_labels: int, device: str, seed: int) -> tuple[PreTrainedModel, str]:
+    """The model with a head of `num_labels` scores, from its folder or else new and drawn from `seed`; and a line where it is new.
+
+    ValueError for adapters of virtual tokens, for a model whose head does not read the last token, and for a head of another size.
+    """
+    import torch
+    import transformers
+
+    from ta.adapter_base import read_config
+
+    stored = read_config(adapter.adapter_path)["peft_type"] if adapter.adapter_path else ADAPTERS.get(adapter.adapter, "")
+    if stored in PROMPT_LEARNING:
+        raise ValueError(
+            f"{stored} with a classification head: its virtual tokens shift the place where scores are read; give --adapter lora"
+        )
+    folder = model_folder(config.model_path, config.hub)
+    settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code, local_files_only=not config.hub)
+    old = any("SequenceClassification" in name for name in settings.architectures or ())
+    if old and settings.num_labels != num_labels:
+        raise ValueError(
+            f"{folder} has a head of {settings.num_labels} labels where {num_labels} are asked: give its number, or a base model"
+        )
+    loud = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # its table of missing weights is the line below
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = load_model(config, "seq_cls", num_labels, device)
+    transformers.logging.set_verbosity(loud)
+    if not hasattr(model, "score"):
+        raise ValueError(f"{type(model).__name__} reads no score at the last token: give a causal language model's folder")
+    return model, "" if old else f"the head of {num_labels} score{'s' * (num_labels > 1)} is new"
 
 
 def place(model, config: ModelConfig, device: str, half: bool) -> tuple[LanguageModel, str]:

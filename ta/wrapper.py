@@ -104,7 +104,7 @@ def base_model(model):
 
 
 def wrap(model, packing: bool = True, autocast: torch.dtype | None = None) -> tuple[LanguageModel, str]:
-    """LanguageModel(model) in the fastest mode that gives the model's own log-probabilities, found by trying; and what to tell the user, if anything."""
+    """LanguageModel(model) in the fastest mode that gives the model's own log-probabilities or scores, found by trying; what to tell the user."""
     wrapper = LanguageModel(model, "packed" if packing else "padded", autocast)
     if getattr(model, "active_peft_config", None) is not None and model.active_peft_config.is_prompt_learning:
         return wrapper.set_mode("own"), "prompt learning puts virtual tokens in front: padded batches and the model's own logits are used"
