@@ -46,9 +46,10 @@ def training_feed(
     check_budget(prepared, max_tokens_per_micro)
     n = len(prepared.origin)
     sizes = lengths(prepared)
+    for name, value in (("batch-size", batch_size), ("steps", 1 if steps is None else steps), ("epochs", epochs)):
+        if value <= 0:
+            raise ValueError(f"--{name} {value}: must be above 0")
     steps = steps if steps is not None else steps_in(n, batch_size, epochs)
-    if batch_size < 1 or steps < 1:
-        raise ValueError(f"--batch-size {batch_size} and --steps {steps}: both must be at least 1")
 
     def batches(step: int) -> list:
         return _micro(prepared, sizes, records_of_step(n, batch_size, seed, step), max_tokens_per_micro, packed, dress)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ta import demo, log, parallel
 from ta.adapter_settings import AdapterConfig
+from ta.chat import encode_chats
 from ta.cherry import CherryConfig, pick_cherries
 from ta.dataset import DataConfig, Prepared, report, sequence, write_drops
 from ta.encode import KINDS, Kind, prepare_kind
@@ -22,7 +23,7 @@ from ta.optim import OptimConfig, with_default_lr
 from ta.pieces import Tokens, show
 from ta.sources import read_records
 from ta.templates import ChatConfig, export_template
-from ta.tokenizer import TokenizerConfig
+from ta.tokenizer import TokenizerConfig, disagreement
 
 if TYPE_CHECKING:
     from ta.feed import Dress
@@ -100,7 +101,7 @@ def open_run(
     same = {
         "data": data.train.info["fingerprint"],
         "model": fingerprint(config.model.model_path, config.model.hub),
-        "adapter": dataclasses.asdict(config.adapter),
+        **dataclasses.asdict(config.adapter),
         "steps": feed.steps,
         "batch_size": loop.batch_size,
         "seed": loop.seed,
@@ -137,7 +138,14 @@ def evaluate_with(run: Run, config: RunConfig, step, more: Callable[[], dict[str
 
 
 def finish(run: Run, config: RunConfig) -> None:
-    """Export the trained model (or adapter) to OUT/final."""
+    """Export the trained model (or adapter) to OUT/final, and say where its template would not give the ids that were trained."""
+    form, whole = run.form, dataclasses.replace(config.chat, max_tokens=None)
+    if not (whole.system_prompt or whole.ignore_system_prompt):
+        chats = [record["messages"] for record in run.data.held_out_records if "messages" in record]
+        ids = [getattr(tokens, "ids", None) for tokens in encode_chats(chats, form.template, form.vocabulary, whole)]
+        kept = [i for i, known in enumerate(ids) if known]
+        gap = disagreement(form.tokenizer, form.template, [chats[i] for i in kept], [ids[i] for i in kept])
+        parallel.say(gap and f"note: apply_chat_template of the export differs from training where pieces of text meet: {gap}")
     final = Path(config.loop.out) / "final"
     export(run.model.inner, run.form.tokenizer, final, export_template(run.form.template), run.form.stop_ids)
     parallel.say(f"done: {final}")

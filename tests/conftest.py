@@ -51,3 +51,26 @@ def run():
         return done
 
     return start
+
+
+@pytest.fixture
+def door(capsys):
+    """Run a recipe in this process: door("sft", "--steps", 2) -> (exit code, what it printed on stderr); quick, for wrong input."""
+    import importlib.util
+
+    def start(recipe: str, *flags) -> tuple[int, str]:
+        spec = importlib.util.spec_from_file_location(f"recipe_{recipe}", ROOT / "recipes" / f"{recipe}.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        from ta.cli import cli
+
+        settings = next(
+            v for v in vars(module).values() if isinstance(v, type) and v.__module__ == spec.name and hasattr(v, "__dataclass_fields__")
+        )
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli(module.main, settings, [str(flag) for flag in flags])
+        return end.value.code, capsys.readouterr().err
+
+    return start

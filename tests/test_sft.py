@@ -1,0 +1,169 @@
+"""recipes/sft.py as a user runs it: from flags to a folder that plain transformers loads, and wrong input answered in two lines."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ta import builtin
+
+QUICK = ("--steps", 3, "--batch-size", 8, "--cherry-max-new-tokens", 4, "--cherry-records", 4, "--log-every", 1)
+
+
+def write(path, records):
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
+    return path
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write(tmp_path / "train.jsonl", builtin.chats("train", 40)), write(tmp_path / "val.jsonl", builtin.chats("held_out", 12))
+
+
+def losses(folder):
+    return [r["loss"] for r in map(json.loads, open(folder / "metrics.jsonl")) if "loss" in r]
+
+
+def test_from_flags_to_a_folder_that_plain_transformers_loads(run, data, tmp_path):
+    train, val = data
+    out = tmp_path / "run"
+    done = run("sft", "--data", train, "--val-data", val, "--out", out, *QUICK)
+    assert "samples at step 0" in done.stderr and "samples at step 3" in done.stderr and "40 records" in done.stderr
+    assert {"config.json", "metrics.jsonl", "samples.jsonl", "drops.jsonl", "checkpoints", "final"} <= {p.name for p in out.iterdir()}
+    logged = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    assert [r["step"] for r in logged] == [0, 1, 2, 3, 3]
+    assert {"loss", "lr", "grad_norm", "tokens", "learned_tokens", "seconds"} <= logged[1].keys()
+    assert {"val_loss", "val_accuracy"} <= logged[0].keys()
+    model, tokenizer = (auto.from_pretrained(out / "final") for auto in (AutoModelForCausalLM, AutoTokenizer))
+    assert model.generation_config.eos_token_id == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_tensors="pt", return_dict=False
+    )
+    assert torch.isfinite(model(ids).logits).all()
+    again = run("sft", "--data", train, "--out", out, *QUICK, code=2)
+    assert "holds a finished run" in again.stderr and "--resume" in again.stderr
+    resumed = run("sft", "--data", train, "--val-data", val, "--out", out, *QUICK, "--resume")
+    assert "at step 3" in resumed.stderr
+
+
+def test_export_renders_what_was_trained(run, data, tmp_path):
+    """An explicit template becomes the exported tokenizer's chat template: plain transformers gives the training ids."""
+    train, _ = data
+    template = (
+        "--prefix-template",
+        "<|im_start|>{role}\\n",
+        "--suffix-template",
+        "<|im_end|>",
+        "--role-tags",
+        "user=human",
+        "assistant=bot",
+        "system=sys",
+    )
+    run("sft", "--data", train, "--out", tmp_path / "run", *QUICK, *template)
+    shown = run("inspect_data", "--data", train, "--json", *template)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "final")
+    for line, record in zip(shown.stdout.splitlines(), builtin.chats("train", 40), strict=True):
+        assert json.loads(line)["ids"] == tokenizer.apply_chat_template(record["messages"], return_dict=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [(), ("--adapter", "lora", "--lora-dropout", 0.2, "--init-tokens", "<sep>=the end")])
+def test_two_processes_equal_one_and_go_on_from_each_other(run, data, tmp_path, adapter):
+    """The same losses on 1 and 2 processes, and mid-run from 1 to 2 and back; the exported weights agree."""
+    flags = ("--data", data[0], *QUICK, "--max-tokens-per-micro", 300, *adapter)
+    run("sft", *flags, "--out", tmp_path / "one")
+    run("sft", *flags, "--out", tmp_path / "two", processes=2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+    for folder, first, second in (("up", 1, 2), ("down", 2, 1)):
+        out = tmp_path / folder
+        interrupted(out, flags, first)
+        run("sft", *flags, "--out", out, "--resume", processes=second)
+        assert losses(out) == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+
+
+def interrupted(out, flags, processes):
+    """Start a run and send SIGTERM after its first logged step."""
+    command = [sys.executable, *(("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}") if processes > 1 else ())]
+    command += [str(ROOT / "recipes/sft.py"), *map(str, flags), "--out", str(out)]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
+    for _ in range(1200):
+        if (out / "metrics.jsonl").exists() and process.poll() is None:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    code = process.wait(120)
+    assert code in ((143, 0) if processes == 1 else (1, 0, 143)) or code < 0
+    assert any((out / "checkpoints").glob("step-*/manifest.json"))
+
+
+def test_bad_flags_and_folders(door, data, tmp_path):
+    """Each answered with exit code 2, what was given and what to give, no traceback, nothing written."""
+    out = tmp_path / "run"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    good = ("--data", data[0])
+    cases = [
+        (("--data", tmp_path / "absent.jsonl"), "no such file"),
+        ((*good, "--model-path", tmp_path / "absent"), "no model folder"),
+        ((*good, "--max-tokens", 4), "max_tokens"),
+        ((*good, "--role-tags", "user=u"), "assistant"),
+        ((*good, "--learning-rate", "1"), "--learning-rate"),
+        ((*good, "--out", tmp_path / "other"), "thesis.txt"),
+        ((*good, "--system-prompt", "a", "--ignore-system-prompt"), "--ignore-system-prompt"),
+        ((*good, "--init-tokens", "x"), "needs a token"),
+        ((*good, "--max-tokens-per-micro", 5), "--max-tokens-per-micro 5"),
+        ((*good, "--batch-size", 0), "--batch-size 0"),
+    ]
+    for flags, message in cases:
+        code, text = door("sft", "--out", out, *flags)
+        assert code == 2 and message in text, (flags, text)
+        assert "Traceback" not in text and not out.exists(), flags
+
+
+LINES = {
+    "not JSON": "{",
+    "nested too deep": "[" * 100_000,
+    "lone surrogate": '{"messages": [{"role": "user", "content": "\\ud800"}]}',
+    "number": '{"messages": [{"role": "user", "content": NaN}]}',
+    "content": '{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "a"}]}',
+    "role": '{"messages": [{"role": "wizard", "content": "a"}, {"role": "assistant", "content": "a"}]}',
+    "messages": '{"messages": []}',
+    "answer": '{"messages": [{"role": "user", "content": "a"}]}',
+}
+
+
+@pytest.mark.parametrize("word", LINES)
+def test_a_bad_line_is_named(door, tmp_path, word):
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    path = write(tmp_path / "bad.jsonl", [good, LINES[word], good])
+    code, text = door("inspect_data", "--data", path)
+    assert code == 2 and f"{path}:2" in text and word in text and "Traceback" not in text
+
+
+def test_a_cut_gzip_file_is_named(door, tmp_path):
+    path = tmp_path / "cut.jsonl.gz"
+    path.write_bytes(gzip.compress(b"".join(json.dumps(r).encode() + b"\n" for r in builtin.chats("train", 50)))[:-20])
+    code, text = door("inspect_data", "--data", path)
+    assert code == 2 and "gzip" in text and "Traceback" not in text
+
+
+def test_all_dropped_says_why(door, tmp_path):
+    path = write(tmp_path / "long.jsonl", builtin.chats("train", 5))
+    code, text = door("inspect_data", "--data", path, "--max-tokens", 6)
+    assert code == 2 and "all 5 records are dropped" in text and "max_tokens" in text
+
+
+@pytest.mark.slow
+def test_the_no_flag_run_learns(run, tmp_path):
+    """Held-out exact match from under 5 % to at least 90 %."""
+    run("sft", "--out", tmp_path / "run", timeout=900, OMP_NUM_THREADS="2")
+    figures = [r["val_accuracy"] for r in map(json.loads, open(tmp_path / "run" / "metrics.jsonl")) if "val_accuracy" in r]
+    assert figures[0] < 0.05 and figures[-1] >= 0.9
