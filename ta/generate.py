@@ -38,7 +38,7 @@ def generate(
     """
     from ta.adapters import is_prompt_learning
     from ta.driven import run_beams, run_driven
-    from ta.slot_cache import plain_cache
+    from ta.slot_cache import attention_for, plain_cache
     from ta.slots import Caller, Job, Sampling, run_slots
     from ta.wrapper import base_model
 
@@ -71,10 +71,11 @@ def generate(
             on_answer(i, answers[i])
 
     how = Sampling(config.temperature, config.top_p, config.top_k, config.repetition_penalty)
-    with _at_rest(model, inner, base):
+    driven = config.beams > 1 or not plain_cache(base) or (virtual and inner.active_peft_config.peft_type == "PREFIX_TUNING")
+    with _at_rest(model, inner, base, attention_for(base, not driven)):
         if config.beams > 1:
             run_beams(inner, prompts, jobs, config, ending, finished, embeds, virtual)
-        elif not plain_cache(base) or (virtual and inner.active_peft_config.peft_type == "PREFIX_TUNING"):
+        elif driven:
             run_driven(inner, prompts, jobs, config, how, advance, finished, embeds, virtual)
         else:
             run, layers, width = _forward(base if virtual else model, base)
@@ -84,26 +85,26 @@ def generate(
 
 
 @contextlib.contextmanager
-def _at_rest(model, inner, base) -> Iterator[None]:
+def _at_rest(model, inner, base, attention: str) -> Iterator[None]:
     """Evaluation mode, no gradients, attention that knows masks and caches, no generation settings of the model's own; put back after."""
     import torch
     from transformers import GenerationConfig
 
     training = [module for module in model.modules() if module.training]
-    attention, settings = base.config._attn_implementation, base.generation_config
+    before, settings = base.config._attn_implementation, base.generation_config
     owners = {base} | ({inner} if hasattr(inner, "generation_config") else set())  # peft keeps a second copy
     device, autocast = base.get_input_embeddings().weight.device, getattr(model, "autocast", None)
     try:
         model.eval()
         for owner in owners:
             owner.generation_config = GenerationConfig()
-        if attention == "ta":
-            base.set_attn_implementation("sdpa" if getattr(base, "_supports_sdpa", False) else "eager")
+        if before in ("ta", "sdpa"):  # any other was chosen by the user
+            base.set_attn_implementation(attention)
         with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             yield
     finally:
-        if base.config._attn_implementation != attention:
-            base.set_attn_implementation(attention)
+        if base.config._attn_implementation != before:
+            base.set_attn_implementation(before)
         for owner in owners:
             owner.generation_config = settings
         for module in training:

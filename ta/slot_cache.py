@@ -5,8 +5,12 @@ Letters: B rows, T columns, H heads, D head width.
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
+from transformers import AttentionInterface
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 
 class Window:
@@ -83,3 +87,33 @@ def plain_cache(model) -> bool:
     except (KeyError, TypeError, AttributeError):
         return False  # a cache that only the model's own file knows
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def grouped_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling=None, **kwargs):
+    """transformers' sdpa attention, which copies keys and values once for every query head of a group; here a single query's group shares them."""
+    groups = query.shape[1] // key.shape[1]
+    if (
+        query.shape[2] > 1
+        or groups == 1
+        or kwargs.get("position_bias") is not None
+        or (attention_mask is not None and attention_mask.shape[1] > 1)
+    ):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    rows = query.unflatten(1, (key.shape[1], groups)).squeeze(3)  # (B, key heads, groups, D): the group takes the place of the columns
+    out = F.scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scaling)
+    return out.flatten(1, 2)[:, None], None  # (B, 1, H, D)
+
+
+def attention_for(model, slots: bool) -> str:
+    """Name of an attention function that knows masks and caches and computes what the model means."""
+    capped = getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None)
+    if capped or not getattr(model, "_supports_sdpa", False):
+        return "eager"  # sdpa would leave the cap out
+    if not slots:
+        return "sdpa"
+    AttentionInterface.register(GROUPED, grouped_attention)
+    AttentionMaskInterface.register(GROUPED, sdpa_mask)
+    return GROUPED
+
+
+GROUPED = "ta-grouped"

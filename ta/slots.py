@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from ta.slot_cache import SlotLayer, Window
 
 PREFILL_TOKENS = 8192  # padded prompt tokens in one prefill: bounds its activations
+EFFICIENT = 1024  # from here on a prefill gains less from being larger than it loses to padding
 
 
 class Job(NamedTuple):
@@ -114,7 +115,8 @@ class Engine:
         taken = 0
         while self.waiting and first + taken < window.slots:
             prompt = self.jobs[self.waiting[-1]].prompt
-            if group and prompt not in group and (len(group) + 1) * width > PREFILL_TOKENS:
+            padded = (len(group) + 1) * width
+            if group and prompt not in group and (padded > PREFILL_TOKENS or (padded > EFFICIENT and self.lengths[prompt] < 0.85 * width)):
                 break
             group.setdefault(prompt, []).append(self.waiting.pop())
             taken += 1

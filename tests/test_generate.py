@@ -31,7 +31,7 @@ ARCHITECTURES = {  # name -> (model class, config class, settings)
     "llama": ("LlamaForCausalLM", "LlamaConfig", GROUPED),
     "mistral-window": ("MistralForCausalLM", "MistralConfig", GROUPED | {"sliding_window": 8}),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", GROUPED),
-    "gemma2-softcap": ("Gemma2ForCausalLM", "Gemma2Config", GROUPED | {"head_dim": 16, "sliding_window": 8}),
+    "gemma2-softcap": ("Gemma2ForCausalLM", "Gemma2Config", GROUPED | {"head_dim": 16, "sliding_window": 8, "attn_logit_softcapping": 2.0}),
     "gemma3-hybrid": ("Gemma3ForCausalLM", "Gemma3TextConfig", GROUPED | SLIDING),
     "gpt2-learned-positions": ("GPT2LMHeadModel", "GPT2Config", GPT2),
     "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", SHAPE),
@@ -60,6 +60,8 @@ def random_prompts(n=9, seed=0, longest=40):
 def one_by_one(model, prompts, **settings):
     """transformers' own greedy answers, each prompt alone."""
     model.generation_config = T.GenerationConfig()
+    if getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # transformers' sdpa leaves the cap out
     ids = [torch.tensor([p]) for p in prompts]
     with torch.no_grad():
         out = [model.generate(x, attention_mask=torch.ones_like(x), pad_token_id=0, do_sample=False, **settings) for x in ids]
