@@ -45,14 +45,13 @@ def training_feed(
 
     check_budget(prepared, max_tokens_per_micro)
     n = len(prepared.origin)
-    sizes = lengths(prepared)
     for name, value in (("batch-size", batch_size), ("steps", 1 if steps is None else steps), ("epochs", epochs)):
         if value <= 0:
             raise ValueError(f"--{name} {value}: must be above 0")
     steps = steps if steps is not None else steps_in(n, batch_size, epochs)
 
     def batches(step: int) -> list:
-        return _micro(prepared, sizes, records_of_step(n, batch_size, seed, step), max_tokens_per_micro, packed, dress)
+        return micro_batches(prepared, records_of_step(n, batch_size, seed, step), max_tokens_per_micro, packed, dress)
 
     def records(step: int) -> list[str]:
         return [name_of(prepared, i) for i in records_of_step(n, batch_size, seed, step)]
@@ -68,14 +67,16 @@ def evaluation_batches(
 
     check_budget(prepared, max_tokens_per_micro)
     n = len(prepared.origin) if limit is None else min(limit, len(prepared.origin))
-    return _micro(prepared, lengths(prepared), np.arange(n), max_tokens_per_micro, packed, dress)
+    return micro_batches(prepared, np.arange(n), max_tokens_per_micro, packed, dress)
 
 
-def _micro(prepared: Prepared, sizes, chosen, max_tokens: int, packed: bool, dress: Dress) -> list:
+def micro_batches(prepared: Prepared, records: np.ndarray, max_tokens: int, packed: bool, dress: Dress) -> list:
+    """This process's share of `records`, cut into batches of at most `max_tokens` tokens; every process gets the same number."""
     from ta.batch import split_micro
 
-    mine = split_micro(sizes[chosen].tolist(), max_tokens, world(), packed)[rank()]
-    return [dress(lay_records(prepared, chosen[places], packed), chosen[places]) for places in mine]
+    sizes = prepared.offsets[(records + 1) * prepared.k] - prepared.offsets[records * prepared.k]
+    mine = split_micro(sizes.tolist(), max_tokens, world(), packed)[rank()]
+    return [dress(lay_records(prepared, records[places], packed), records[places]) for places in mine]
 
 
 def lay_records(prepared: Prepared, records: Sequence[int], packed: bool) -> Batch:
