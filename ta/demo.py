@@ -10,6 +10,7 @@ from pathlib import Path
 from ta import builtin
 from ta.store import cache_folder
 
+TUNED = "builtin-sft"  # what --model-path calls it
 SIZES = {"chats": (25_600, 256), "preferences": (6_400, 256), "labelled": (6_400, 256), "classes": (3_200, 256), "candidates": (256, 64)}
 
 
@@ -29,6 +30,11 @@ def tiny_folder() -> Path:
         except OSError:  # another process was first
             shutil.rmtree(temporary)
     return folder
+
+
+def tuned_folder() -> Path:
+    """Where the tiny model lies after fine-tuning on the built-in chats (ta/warm.py)."""
+    return _place() / "tuned"
 
 
 def data_or_builtin(data: Sequence[str], val_data: Sequence[str], kind: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

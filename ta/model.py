@@ -63,10 +63,13 @@ class ModelConfig:
 
 def model_folder(path: str, hub: bool = False) -> str:
     """The folder (or, with `hub`, the name) to load; "builtin" is written to the cache once. ValueError where there is no such folder."""
-    if path == "builtin":
-        from ta.demo import tiny_folder
+    if path.startswith("builtin") and not Path(path).exists():
+        from ta import demo
 
-        return str(tiny_folder())
+        if path == "builtin":
+            return str(demo.tiny_folder())
+        if path == demo.TUNED and demo.tuned_folder().exists():
+            return str(demo.tuned_folder())
     if not Path(path).is_dir() and not hub:
         raise ValueError(
             f"no model folder at {path}: give a folder with config.json and *.safetensors, or add --hub to look the name up on the hub"

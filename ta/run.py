@@ -19,7 +19,7 @@ from ta.export import export
 from ta.feed import Feed, evaluation_batches, training_feed
 from ta.loop import LoopConfig, mean_over
 from ta.model import ChatFormat, ModelConfig, fingerprint, open_format, open_model
-from ta.optim import OptimConfig, with_default_lr
+from ta.optim import USUAL_LR, OptimConfig, with_default_lr
 from ta.pieces import Tokens, show
 from ta.sources import read_records
 from ta.templates import ChatConfig, export_template
@@ -54,6 +54,16 @@ class Data(NamedTuple):
     held_out_records: list[dict]  # the first ones, as read, for cherry-picks
 
 
+class Parts(NamedTuple):
+    """What a run is made of, before anything is written."""
+
+    model: LanguageModel
+    form: ChatFormat
+    data: Data
+    optim: OptimConfig
+    note: str  # about the model, for the user
+
+
 class Run(NamedTuple):
     """An open run: what `train`, `evaluate_with` and `finish` need."""
 
@@ -74,30 +84,44 @@ def open_data(config: RunConfig, form: ChatFormat, kind: Kind) -> Data:
     return Data(make(sources), make(val_sources) if val_sources else None, [record.data for _, record in records])
 
 
-@contextmanager
-def open_run(
+def open_parts(
     config: RunConfig,
     kind: Kind,
     *,
     model_kind: Literal["causal", "seq_cls"] = "causal",
     num_labels: int = 1,
-    dress: Callable[[Data], Dress] | None = None,
-    identity: dict[str, Any] | None = None,
-) -> Iterator[Run]:
-    """Everything up to the first step; nothing is written before the settings, the data and the model have proved sound.
-
-    `dress(data)` gives the function that makes the method's own batch of a Batch and its records; `identity` adds what must not differ on resume.
-    """
+    usual_lr: tuple[float, float, float] = USUAL_LR,
+) -> Parts:
+    """Format, data and model of a run, in the order of what they cost; writes nothing. `usual_lr` is what `with_default_lr` takes."""
     device = parallel.init()
-    loop, optim = config.loop, with_default_lr(config.optim, config.model.model_path, config.adapter.adapter)
+    loop, optim = config.loop, with_default_lr(config.optim, config.model.model_path, config.adapter.adapter, usual_lr)
     log.check_out(loop.out, loop.resume, loop.overwrite)
     form = open_format(config.model, config.tokenizer, config.chat, config.adapter.adapter_path)
     data = open_data(config, form, kind)
     model, note = open_model(config.model, config.adapter, form, kind=model_kind, num_labels=num_labels, device=device, seed=loop.seed)
+    return Parts(model, form, data, optim, note)
+
+
+@contextmanager
+def open_run(
+    config: RunConfig,
+    parts: Kind | Parts,
+    *,
+    dress: Callable[[Prepared], Dress] | None = None,
+    identity: dict[str, Any] | None = None,
+) -> Iterator[Run]:
+    """Everything up to the first step; nothing is written before the settings, the data and the model have proved sound.
+
+    `parts` comes of `open_parts`, or is the kind of record to open it with. `dress(prepared)`, called for training and for held-out records, gives
+    the function that makes the method's own batch of a Batch and its records; `identity` adds what must not differ on resume.
+    """
+    model, form, data, optim, note = parts if isinstance(parts, Parts) else open_parts(config, parts)
+    loop = config.loop
     shape = {"max_tokens_per_micro": loop.max_tokens_per_micro, "packed": model.mode == "packed"}
-    if dress:
-        shape["dress"] = dress(data)
-    feed = training_feed(data.train, batch_size=loop.batch_size, seed=loop.seed, steps=loop.steps, epochs=loop.epochs, **shape)
+    dress = dress or (lambda prepared: lambda batch, records: batch)
+    length = {"batch_size": loop.batch_size, "seed": loop.seed, "steps": loop.steps, "epochs": loop.epochs}
+    feed = training_feed(data.train, **length, **shape, dress=dress(data.train))
+    held_out = evaluation_batches(data.held_out, **shape, dress=dress(data.held_out)) if data.held_out else []
     same = {
         "data": data.train.info["fingerprint"],
         "model": fingerprint(config.model.model_path, config.model.hub),
@@ -115,24 +139,36 @@ def open_run(
             parallel.say(show(Tokens(ids.tolist(), weights.tolist()), form.tokenizer.decode))
         if parallel.rank() == 0:
             write_drops(data.train, str(Path(loop.out) / "drops.jsonl"))
-        held_out = evaluation_batches(data.held_out, **shape) if data.held_out else []
         yield Run(model, form, data, feed, optim, held_out, same)
     parallel.close()
 
 
-def evaluate_with(run: Run, config: RunConfig, step, more: Callable[[], dict[str, float]] | None = None) -> Callable[[int], dict] | None:
-    """evaluate(step number) for `train`: held-out loss and metrics of `step`, cherry-picks, and `more()`; None without held-out data."""
+def evaluate_with(
+    run: Run,
+    config: RunConfig,
+    step,
+    more: Callable[[int, list], dict[str, float]] | None = None,
+    before_step: Callable[[LanguageModel, list], list] | None = None,
+) -> Callable[[int], dict] | None:
+    """evaluate(step number) for `train`: held-out loss and metrics of `step`, cherry-picks, and `more(step number, batches)`; None without held-out data.
+
+    `before_step` is the one given to `train`: it then sees all held-out batches at once.
+    """
     if not run.held_out:
         return None
+    from ta.batch import to_device
 
     def evaluate(done: int) -> dict[str, float]:
-        figures = mean_over(run.model, run.held_out, step)
+        device = next(run.model.parameters()).device
+        batches = [to_device(batch, device) for batch in run.held_out]
+        batches = before_step(run.model, batches) if before_step else batches
+        figures = mean_over(run.model, batches, step)
         if config.cherry.cherry_records and run.model.generates:
             records = run.data.held_out_records
             figures |= pick_cherries(
                 run.model, records, run.form, config.chat, config.cherry, Path(config.loop.out), done, config.loop.seed
             )
-        return figures | (more() if more else {})
+        return figures | (more(done, batches) if more else {})
 
     return evaluate
 
