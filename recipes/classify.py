@@ -41,7 +41,7 @@ def weights_of(config: Classify, labels):
     if not given:
         return None
     if given == ("auto",):
-        return balanced_weights(torch.from_numpy(labels).long(), config.num_labels)
+        return balanced_weights(torch.tensor(labels).long(), config.num_labels)
     try:
         weights = [float(text) for text in given]
     except ValueError:

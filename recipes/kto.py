@@ -45,7 +45,7 @@ def step(config, model, batch):
     worse = reward * (~batch.desirable).to(reward) / (1 - batch.share).clamp(min=1e-9)
     right = (reward > config.beta * batch.kl) == batch.desirable
     figures = {"reward_desirable": better.sum(), "reward_undesirable": worse.sum(), "reward_margin": (better - worse).sum()}
-    return values.sum(), len(values), {**figures, "accuracy": right.sum(), "logp": logps.sum(), "kl": batch.kl * len(values)}
+    return values.sum(), len(values), {**figures, "reward_accuracy": right.sum(), "logp": logps.sum(), "kl": batch.kl * len(values)}
 
 
 def with_kl(reference: Reference, model, batches):

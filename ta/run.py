@@ -150,9 +150,9 @@ def evaluate_with(
     more: Callable[[int, list], dict[str, float]] | None = None,
     before_step: Callable[[LanguageModel, list], list] | None = None,
 ) -> Callable[[int], dict] | None:
-    """evaluate(step number) for `train`: held-out loss and metrics of `step`, cherry-picks, and `more(step number, batches)`; None without held-out data.
+    """evaluate(step number) for `train`: held-out loss and metrics of `step`, cherry-picks, and `more(step number, batches)`.
 
-    `before_step` is the one given to `train`: it then sees all held-out batches at once.
+    None without held-out data. `before_step` is the one given to `train`: it then sees all held-out batches at once.
     """
     if not run.held_out:
         return None

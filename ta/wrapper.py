@@ -45,7 +45,8 @@ class LanguageModel(nn.Module):
                 return hidden
             flat = hidden.flatten(0, 1)
             if output == "scores":
-                return base_model(self.inner).score(flat[batch.ends]).float()
+                scores = base_model(self.inner).score(flat[batch.ends])  # (N, C)
+                return scores if scores.dtype == torch.float64 else scores.float()
             chosen = flat[batch.learned]  # (M, D)
             head = self._head()
             if output == "sum":
