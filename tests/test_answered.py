@@ -194,11 +194,11 @@ def scorer(dtype=torch.float64, num_labels=1):
     return wrap(GPT2ForSequenceClassification._from_config(config, attn_implementation=register()).to(dtype))[0]
 
 
-def test_scores_do_not_depend_on_company(rng=np.random.default_rng(0)):
+def test_scores_do_not_depend_on_company():
     """Alone, packed, shared prompt or padded, also where a text ends in the padding token; as transformers' own on a text that does not."""
     from ta.batch import lay_out
 
-    model = scorer(num_labels=3)
+    model, rng = scorer(num_labels=3), np.random.default_rng(0)
     texts = [rng.integers(1, 64, n) for n in (5, 9, 1, 12)]
     texts[1][-1] = 0
     none = [np.zeros(len(t), np.float32) for t in texts]
