@@ -41,7 +41,7 @@ def weights_of(config: Classify, labels):
     if not given:
         return None
     if given == ("auto",):
-        return balanced_weights(torch.tensor(labels).long(), config.num_labels)
+        return balanced_weights(labels, config.num_labels)
     try:
         weights = [float(text) for text in given]
     except ValueError:
@@ -99,14 +99,14 @@ def show(run, config: Classify, done: int, probabilities, labels: list[int]) -> 
 
 
 def main(config: Classify) -> None:
-    from ta.answered import classes
+    from ta.answered import classes, labels_of
 
     if config.num_labels < 2 or config.gamma < 0:
         raise ValueError(f"--num-labels {config.num_labels} --gamma {config.gamma}: give 2 classes or more, and a gamma from 0 on")
     parts = open_parts(config, "class", model_kind="seq_cls", num_labels=config.num_labels)
+    weights = weights_of(config, labels_of(parts.data.train, config.num_labels))
     same = {"num_labels": config.num_labels, "class_weights": list(config.class_weights), "gamma": config.gamma}
     with open_run(config, parts, dress=partial(classes, num_labels=config.num_labels), identity=same) as run:
-        weights = weights_of(config, run.data.train.extras["label"])
         figures = partial(evaluate, run, config, weights) if run.held_out else None
         train(run.model, run.feed, partial(step, weights, config.gamma), config.loop, run.optim, identity=run.identity, evaluate=figures)
         finish(run, config)

@@ -133,7 +133,16 @@ def first_learned(weights: np.ndarray) -> int:
 
 
 def classes(prepared: Prepared, num_labels: int) -> Dress:
-    """ClassBatches of a prepared set of classes; ValueError names the first record whose label is none of `num_labels`."""
+    """ClassBatches of a prepared set of classes; ValueError names the first record whose label is none of `num_labels`, absent classes are told."""
+    labels = labels_of(prepared, num_labels)
+    if absent := sorted(set(range(num_labels)) - set(labels.tolist())):
+        where = ", ".join(source["path"] for source in prepared.info["sources"])
+        say(f"note: {where} has no record of class {', '.join(map(str, absent))}")
+    return lambda batch, records: ClassBatch(batch, torch.from_numpy(labels[records]), records)
+
+
+def labels_of(prepared: Prepared, num_labels: int) -> np.ndarray:
+    """(n,) int64 labels; ValueError names the first record whose label is none of `num_labels`."""
     labels = prepared.extras["label"].astype(np.int64)
     wrong = np.flatnonzero((labels < 0) | (labels >= num_labels))
     if len(wrong):
@@ -141,7 +150,4 @@ def classes(prepared: Prepared, num_labels: int) -> Dress:
             f"{name_of(prepared, wrong[0])} has label {labels[wrong[0]]} of --num-labels {num_labels} (0 to {num_labels - 1}), as have "
             f"{len(wrong) - 1} other records: raise --num-labels or mend the labels"
         )
-    if absent := sorted(set(range(num_labels)) - set(labels.tolist())):
-        where = ", ".join(source["path"] for source in prepared.info["sources"])
-        say(f"note: {where} has no record of class {', '.join(map(str, absent))}")
-    return lambda batch, records: ClassBatch(batch, torch.from_numpy(labels[records]), records)
+    return labels

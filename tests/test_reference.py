@@ -74,7 +74,7 @@ def test_dropout_stays_off_beside_a_reference(form):
 
 def test_adapter_off_is_the_base_also_when_the_adapter_has_learned(form):
     adapter = AdapterConfig(adapter="lora", lora_rank=4)
-    model, at = opened(form, adapter)
+    model, _ = opened(form, adapter)
     base, _ = opened(form)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

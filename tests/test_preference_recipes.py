@@ -1,0 +1,136 @@
+"""dpo, kto, rm and classify as a user runs them: from flags to an export that plain transformers loads, and wrong input answered in two lines."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from ta import builtin
+
+KIND = {"dpo": "preferences", "rm": "preferences", "kto": "labelled", "classify": "classes"}
+QUICK = ("--steps", 3, "--batch-size", 8, "--cherry-max-new-tokens", 4, "--cherry-records", 4, "--log-every", 1)
+FIGURES = {
+    "dpo": {"reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected"},
+    "kto": {"reward_desirable", "reward_undesirable", "reward_margin", "reward_accuracy", "logp", "kl"},
+    "rm": {"ranking_accuracy", "reward_chosen", "reward_rejected", "reward_gap"},
+    "classify": {"accuracy"},
+}
+HELD_OUT = {
+    "dpo": {"accuracy"},
+    "kto": {"accuracy", "preference"},
+    "rm": set(),
+    "classify": {"balanced_accuracy", "precision", "recall", "f1"},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    builtin.write_tiny(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for kind in sorted(set(KIND.values())):
+        for split, n in (("train", 40), ("held_out", 12)):
+            builtin.write_jsonl(folder / f"{kind}-{split}.jsonl", getattr(builtin, kind)(split, n))
+    return folder
+
+
+def flags(recipe, model, data, out, *more):
+    source = [data / f"{KIND[recipe]}-{split}.jsonl" for split in ("train", "held_out")]
+    return "--model-path", model, "--data", source[0], "--val-data", source[1], "--out", out, *QUICK, *more
+
+
+def logged(out):
+    return [json.loads(line) for line in open(out / "metrics.jsonl")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", KIND)
+def test_from_flags_to_a_folder_that_plain_transformers_loads(run, recipe, model, data, tmp_path):
+    out = tmp_path / "run"
+    done = run(recipe, *flags(recipe, model, data, out))
+    rows = logged(out)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 3] and "done:" in done.stderr
+    assert FIGURES[recipe] | {"loss", "grad_norm", "lr"} <= rows[1].keys()
+    assert {f"val_{name}" for name in FIGURES[recipe] | HELD_OUT[recipe]} <= rows[0].keys()
+    if recipe != "rm":
+        assert "samples at step 0" in done.stderr and (out / "samples.jsonl").exists()
+    labels = {"rm": 1, "classify": 3}.get(recipe)
+    loaded = (AutoModelForSequenceClassification if labels else AutoModelForCausalLM).from_pretrained(out / "final")
+    tokenizer = AutoTokenizer.from_pretrained(out / "final")
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], return_tensors="pt", return_dict=False)
+    assert loaded(ids).logits.isfinite().all() and (not labels or loaded.config.num_labels == labels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["dpo", "classify"])
+def test_two_processes_give_the_losses_of_one(run, recipe, model, data, tmp_path):
+    more = ("--loss", "kto_pair") if recipe == "dpo" else ("--class-weights", "auto")
+    for n in (1, 2):
+        run(recipe, *flags(recipe, model, data, tmp_path / str(n), "--lr", "1e-3", *more), processes=n)
+    one, two = (logged(tmp_path / str(n)) for n in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        for key in a.keys() - {"seconds", "memory_gb", "val_accuracy"}:
+            assert a[key] == pytest.approx(b[key], rel=2e-3, abs=2e-4), key
+
+
+@pytest.mark.slow
+def test_a_cached_reference_and_lora_across_a_resume(run, model, data, tmp_path):
+    """adapter_off and cached give the same losses; a run that was cut by --steps... is the same run when it goes on."""
+    for kind in ("adapter_off", "cached"):
+        run("kto", *flags("kto", model, data, tmp_path / kind, "--adapter", "lora", "--reference", kind, "--lr", "1e-3"))
+    one, two = (logged(tmp_path / kind) for kind in ("adapter_off", "cached"))
+    assert [row.get("loss") for row in one] == pytest.approx([row.get("loss") for row in two], rel=1e-5)
+    again = run(
+        "kto", *flags("kto", model, data, tmp_path / "cached", "--adapter", "lora", "--reference", "cached", "--lr", "1e-3", "--resume")
+    )
+    assert "reference log-probabilities of 40 records: from" in again.stderr and "at step 3" in again.stderr
+    changed = run("kto", *flags("kto", model, data, tmp_path / "cached", "--adapter", "lora", "--lr", "1e-3", "--resume"), code=2)
+    assert "reference was 'cached' and is 'auto'" in changed.stderr
+
+
+def write(path, records):
+    builtin.write_jsonl(path, records)
+    return path
+
+
+def test_wrong_input_is_answered_before_anything_is_written(door, model, data, tmp_path):
+    out = tmp_path / "run"
+    pair = builtin.preferences("train", 4)
+    lacking = write(tmp_path / "lacking.jsonl", [*pair[:2], {k: v for k, v in pair[2].items() if k != "answer_l"}])
+    equal = write(tmp_path / "equal.jsonl", [{**p, "answer_l": p["answer_w"]} for p in pair])
+    labels = write(tmp_path / "labels.jsonl", [{**r, "label": i} for i, r in enumerate(builtin.classes("train", 5))])
+    builtin.write_tiny(tmp_path / "three", num_labels=3)
+    cases = (
+        ("dpo", ("--loss", "simpo", "--reference", "frozen"), "--loss simpo has no reference"),
+        ("dpo", ("--loss", "hinge", "--gamma", "1"), "gamma=1.0 would have no effect"),
+        ("dpo", ("--loss", "sigmoid_with_margin"), "preferences-train.jsonl:1 has no precomputed_margin"),
+        ("dpo", ("--reference", "adapter_off"), "there is no adapter"),
+        ("dpo", ("--adapter", "lora", "--lora-dropout", "0.1"), "--lora-dropout 0.1"),
+        ("dpo", ("--data", lacking), "lacking.jsonl:3"),
+        ("rm", ("--data", equal), "chosen equals rejected"),
+        ("kto", ("--beta", "0"), "must be above 0"),
+        ("rm", ("--adapter", "prompt"), "PROMPT_TUNING with a classification head"),
+        ("rm", ("--model-path", tmp_path / "three"), "has a head of 3 labels where 1 are asked"),
+        ("classify", ("--data", labels), "labels.jsonl:4 has label 3 of --num-labels 3"),
+        ("classify", ("--class-weights", "1", "2"), "give auto, or 3 numbers"),
+        ("classify", ("--gamma", "-1"), "a gamma from 0 on"),
+    )
+    for recipe, more, words in cases:
+        code, said = door(recipe, *flags(recipe, model, data, out, *more))
+        assert code == 2 and words in said, (recipe, more, said)
+        assert not out.exists(), (recipe, more)
+
+
+def test_a_share_of_equal_pairs_is_counted(door, model, data, tmp_path):
+    pair = builtin.preferences("train", 40)
+    pair[3]["answer_l"] = pair[3]["answer_w"]
+    mixed = write(tmp_path / "mixed.jsonl", pair)
+    code, said = door("rm", *flags("rm", model, data, tmp_path / "run", "--data", mixed, "--steps", 1))
+    assert code == 0 and "dropped 1: chosen equals rejected" in said and ":4" in said
+    assert torch.isfinite(torch.tensor([row.get("loss", 0.0) for row in logged(tmp_path / "run")])).all()
