@@ -81,7 +81,8 @@ def _plain(model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
         plain = type(model)._from_config(model.config)
     plain.load_state_dict(state, assign=True)
     plain.tie_weights()
-    plain.generation_config = model.generation_config
+    if model.can_generate():
+        plain.generation_config = model.generation_config
     return plain
 
 

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from ta import builtin
+from ta.adapters import load_adapter
 
 KIND = {"dpo": "preferences", "rm": "preferences", "kto": "labelled", "classify": "classes"}
 QUICK = ("--steps", 3, "--batch-size", 8, "--cherry-max-new-tokens", 4, "--cherry-records", 4, "--log-every", 1)
@@ -68,15 +70,37 @@ def test_from_flags_to_a_folder_that_plain_transformers_loads(run, recipe, model
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["dpo", "classify"])
-def test_two_processes_give_the_losses_of_one(run, recipe, model, data, tmp_path):
-    more = ("--loss", "kto_pair") if recipe == "dpo" else ("--class-weights", "auto")
+@pytest.mark.parametrize(
+    ("recipe", "more"), [("dpo", ("--loss", "kto_pair")), ("rm", ("--adapter", "lora")), ("classify", ("--class-weights", "auto"))]
+)
+def test_two_processes_give_the_losses_and_the_export_of_one(run, recipe, more, model, data, tmp_path):
     for n in (1, 2):
         run(recipe, *flags(recipe, model, data, tmp_path / str(n), "--lr", "1e-3", *more), processes=n)
     one, two = (logged(tmp_path / str(n)) for n in (1, 2))
     for a, b in zip(one, two, strict=True):
-        for key in a.keys() - {"seconds", "memory_gb", "val_accuracy"}:
+        for key in a.keys() - {"seconds", "memory_gb", "val_accuracy", "val_reward_accuracy"}:
             assert a[key] == pytest.approx(b[key], rel=2e-3, abs=2e-4), key
+    files = {"rm": "adapter_model.safetensors"}.get(recipe, "model.safetensors")
+    one, two = (load_file(tmp_path / str(n) / "final" / files) for n in (1, 2))
+    assert one.keys() == two.keys() and any("score" in name for name in one) == (recipe != "dpo")
+    start = load_file(model / "model.safetensors")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-2, atol=2e-3)
+        assert name not in start or one[name].shape == start[name].shape
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["rm", "classify"])
+def test_a_head_is_saved_with_its_adapter(run, recipe, model, data, tmp_path):
+    """The export scores, after a new start, what the run's last evaluation scored; going on with it starts from there."""
+    out, labels = tmp_path / "run", {"rm": 1, "classify": 3}[recipe]
+    run(recipe, *flags(recipe, model, data, out, "--adapter", "lora", "--lr", "1e-2"))
+    base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=labels)
+    whole = load_adapter(base, str(out / "final"))
+    assert "score" in " ".join(load_file(out / "final" / "adapter_model.safetensors"))
+    assert whole(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+    run(recipe, *flags(recipe, model, data, tmp_path / "next", "--adapter-path", out / "final", "--lr", "1e-9"))
+    assert logged(tmp_path / "next")[0]["val_loss"] == pytest.approx(logged(out)[-1]["val_loss"], rel=1e-5)
 
 
 @pytest.mark.slow
@@ -85,7 +109,7 @@ def test_a_cached_reference_and_lora_across_a_resume(run, model, data, tmp_path)
     for kind in ("adapter_off", "cached"):
         run("kto", *flags("kto", model, data, tmp_path / kind, "--adapter", "lora", "--reference", kind, "--lr", "1e-3"))
     one, two = (logged(tmp_path / kind) for kind in ("adapter_off", "cached"))
-    assert [row.get("loss") for row in one] == pytest.approx([row.get("loss") for row in two], rel=1e-5)
+    assert [row["loss"] for row in one] == pytest.approx([row.get("loss") for row in two], rel=1e-5)
     again = run(
         "kto", *flags("kto", model, data, tmp_path / "cached", "--adapter", "lora", "--reference", "cached", "--lr", "1e-3", "--resume")
     )
