@@ -35,7 +35,9 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
     """The facts of a base that has no adapter yet; heads and token tables, which training may replace or enlarge, give no sample."""
     skip = {id(model.get_input_embeddings().weight)}
     skip |= {id(p) for name, p in model.named_parameters() if name.split(".")[0] in ("score", "classifier", "lm_head", "embed_out")}
-    sampled = [(name, p) for name, p in model.named_parameters() if p.is_floating_point() and p.ndim == 2 and id(p) not in skip]
+    sampled = [
+        (name, p) for name, p in model.named_parameters() if p.is_floating_point() and p.ndim == 2 and not p.is_meta and id(p) not in skip
+    ]
     step = max(1, len(sampled) // SAMPLED)
     facts = {
         "name": model.name_or_path,
