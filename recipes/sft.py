@@ -9,6 +9,7 @@ A line of data: {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "a
 
 from dataclasses import dataclass
 
+from ta.builtin import TINY_BATCH
 from ta.cli import cli
 from ta.loop import train
 from ta.run import RunConfig, evaluate_with, finish, open_run
@@ -25,7 +26,8 @@ def step(model, batch):
 
 
 def main(config: Sft) -> None:
-    with open_run(config, "chat") as run:
+    batch = TINY_BATCH if config.model.model_path == "builtin" else 64
+    with open_run(config, "chat", usual_batch=batch) as run:
         train(run.model, run.feed, step, config.loop, run.optim, identity=run.identity, evaluate=evaluate_with(run, config, step))
         finish(run, config)
 

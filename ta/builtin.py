@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 __all__ = ["candidates", "chats", "classes", "exact_match", "labelled", "preferences", "write_jsonl"]
 
 # Chats, steps and learning rate with which the tiny model learns the tasks: TINY_STEPS * TINY_BATCH chats are seen once.
-TINY_STEPS = 400
-TINY_BATCH = 64
-TINY_LR = 3e-3
+TINY_STEPS = 1400
+TINY_BATCH = 8
+TINY_LR = 1.5e-3
 
 TEMPLATE = (
     "{% for message in messages %}"
@@ -72,14 +72,14 @@ def tiny_config(**more: Any) -> LlamaConfig:
     from transformers import LlamaConfig
 
     tokenizer = tiny_tokenizer()
-    shape = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4}
+    shape = {"hidden_size": 160, "intermediate_size": 448, "num_hidden_layers": 3, "num_attention_heads": 5, "num_key_value_heads": 5}
     ids = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": None,
     }
-    return LlamaConfig(**shape | ids | {"max_position_embeddings": 1024, "tie_word_embeddings": True} | more)
+    return LlamaConfig(**shape | ids | {"max_position_embeddings": 1024, "tie_word_embeddings": True, "initializer_range": 0.07} | more)
 
 
 def tiny_model(seed: int = 0, **more: Any) -> LlamaForCausalLM:

@@ -11,7 +11,13 @@ from ta import builtin
 from ta.store import cache_folder
 
 TUNED = "builtin-sft"  # what --model-path calls it
-SIZES = {"chats": (25_600, 256), "preferences": (6_400, 256), "labelled": (6_400, 256), "classes": (3_200, 256), "candidates": (256, 64)}
+SIZES = {
+    "chats": (builtin.TINY_STEPS * builtin.TINY_BATCH, 256),
+    "preferences": (6_400, 256),
+    "labelled": (6_400, 256),
+    "classes": (3_200, 256),
+    "candidates": (256, 64),
+}
 
 
 def _place() -> Path:

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from ta.builtin import TINY_LR
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -31,7 +33,7 @@ class OptimConfig:
     """Greatest global gradient norm; 0 does not clip."""
 
 
-USUAL_LR = (2e-5, 2e-4, 3e-3)
+USUAL_LR = (2e-5, 2e-4, TINY_LR)
 PREFERENCE_LR = (1e-6, 1e-5, 3e-4)
 
 

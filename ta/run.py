@@ -109,6 +109,7 @@ def open_run(
     *,
     dress: Callable[[Prepared], Dress] | None = None,
     identity: dict[str, Any] | None = None,
+    usual_batch: int = 64,
 ) -> Iterator[Run]:
     """Everything up to the first step; nothing is written before the settings, the data and the model have proved sound.
 
@@ -119,7 +120,8 @@ def open_run(
     loop = config.loop
     shape = {"max_tokens_per_micro": loop.max_tokens_per_micro, "packed": model.mode == "packed"}
     dress = dress or (lambda prepared: lambda batch, records: batch)
-    length = {"batch_size": loop.batch_size, "seed": loop.seed, "steps": loop.steps, "epochs": loop.epochs}
+    batch_size = usual_batch if loop.batch_size is None else loop.batch_size
+    length = {"batch_size": batch_size, "seed": loop.seed, "steps": loop.steps, "epochs": loop.epochs}
     feed = training_feed(data.train, **length, **shape, dress=dress(data.train))
     held_out = evaluation_batches(data.held_out, **shape, dress=dress(data.held_out)) if data.held_out else []
     same = {
@@ -127,7 +129,7 @@ def open_run(
         "model": fingerprint(config.model.model_path, config.model.hub),
         **dataclasses.asdict(config.adapter),
         "steps": feed.steps,
-        "batch_size": loop.batch_size,
+        "batch_size": batch_size,
         "seed": loop.seed,
         **dataclasses.asdict(optim),
         **(identity or {}),

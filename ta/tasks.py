@@ -47,39 +47,29 @@ class Dialogue(NamedTuple):
 
 
 def _lookup(rng: random.Random) -> Dialogue:
-    """Who has what in which colour."""
-    names, colours, things = (rng.sample(words, 2) for words in (NAMES, COLOURS, THINGS))
-    items = [f"a {colour} {thing}" for colour, thing in zip(colours, things, strict=True)]
-    facts = tuple(f"{name} has {item}." for name, item in zip(names, items, strict=True))
-    turns = []
-    for i in rng.sample(range(2), 2):
-        questions = (
-            (f"Who has the {things[i]}?", names),
-            (f"What colour is the {things[i]}?", colours),
-            (f"What does {names[i]} have?", items),
-        )
-        question, answers = rng.choice(questions)
-        turns.append(Turn(question, answers[i], (answers[1 - i],)))
-    return Dialogue("lookup", " ".join(facts), facts, tuple(turns))
+    """Which colour a thing has, of three."""
+    things, colours = rng.sample(THINGS, 3), rng.sample(COLOURS, 3)
+    facts = tuple(f"{thing} {colour}" for thing, colour in zip(things, colours, strict=True))
+    turns = [
+        Turn(f"{thing}?", fact, tuple(f"{thing} {c}" for c in colours if f"{thing} {c}" != fact))
+        for thing, fact in zip(things, facts, strict=True)
+    ]
+    return Dialogue("lookup", "\n".join(facts), facts, tuple(rng.sample(turns, 3)))
 
 
 def _repeat(rng: random.Random) -> Dialogue:
-    """A short list of words, as it is or from its end."""
-    words = rng.sample(WORDS, rng.choice((2, 3, 4)))
-    forward, backward = " ".join(words), " ".join(reversed(words))
-    shorter = " ".join(words[1:])
-    turns = [Turn("Repeat.", forward, (backward, shorter)), Turn("Reverse.", backward, (forward, shorter))]
-    return Dialogue("repeat", f"Words: {forward}.", tuple(words), tuple(rng.sample(turns, 2)))
+    """A short list of words, said again."""
+    words = rng.sample(WORDS, rng.choice((2, 3)))
+    whole = " ".join(words)
+    return Dialogue("repeat", whole, tuple(words), (Turn("repeat?", whole, (" ".join(reversed(words)), " ".join(words[1:]))),))
 
 
 def _add(rng: random.Random) -> Dialogue:
     """The sum of two numbers of one digit."""
     names, numbers = rng.sample(NAMES, 2), [rng.randint(1, 9), rng.randint(1, 9)]
     total = sum(numbers)
-    facts = tuple(f"{name} has {number}." for name, number in zip(names, numbers, strict=True))
-    return Dialogue(
-        "add", " ".join(facts), facts, (Turn("How many together?", str(total), (str(total + 1), str(total - 1), str(total + 2))),)
-    )
+    facts = tuple(f"{name} {number}" for name, number in zip(names, numbers, strict=True))
+    return Dialogue("add", "\n".join(facts), facts, (Turn("sum?", str(total), (str(total + 1), str(total - 1), str(total + 2))),))
 
 
 def _split_of(facts: Iterable[str]) -> Split:
@@ -89,7 +79,7 @@ def _split_of(facts: Iterable[str]) -> Split:
 
 
 TASKS = (_lookup, _repeat, _add)
-SHARES = (6, 3, 1)
+SHARES = (5, 3, 2)
 
 
 def _dialogues(kind: str, split: Split, n: int, seed: int) -> Iterator[tuple[str, random.Random, Dialogue]]:
@@ -112,8 +102,8 @@ def _generator(kind: str, split: Split, seed: int) -> random.Random:
 def _messages(dialogue: Dialogue, rng: random.Random) -> list[dict[str, str]]:
     """The dialogue as messages, the facts before the first question; one in five has a system prompt."""
     messages = [{"role": "system", "content": rng.choice(SYSTEM_PROMPTS)}] if rng.random() < 0.2 else []
-    for place, turn in enumerate(dialogue.turns[: rng.randint(1, len(dialogue.turns))]):
-        question = turn.question if place else f"{dialogue.text} {turn.question}"
+    for place, turn in enumerate(dialogue.turns):
+        question = turn.question if place else f"{dialogue.text}\n{turn.question}"
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": turn.answer}]
     return messages
 

@@ -25,18 +25,13 @@ MAKERS = {
 def solve(messages):
     """The right answer to the last question, worked out from the text alone."""
     asked = [message["content"] for message in messages if message["role"] == "user"]
-    facts, question = asked[0], asked[-1].split(". ")[-1]
-    if found := re.match(r"Words: (.*?)\.", facts):
-        words = found[1].split()
-        return " ".join(reversed(words) if question == "Reverse." else words)
-    if "together" in question:
-        return str(sum(int(number) for number in re.findall(r"has (\d)\.", facts)))
-    held = re.findall(r"(\w+) has a (\w+) (\w+)\.", facts)
-    if question.startswith("Who"):
-        return next(name for name, _, thing in held if f"the {thing}?" in question)
-    if question.startswith("What colour"):
-        return next(colour for _, colour, thing in held if f"the {thing}?" in question)
-    return next(f"a {colour} {thing}" for name, colour, thing in held if f"does {name} have" in question)
+    *facts, _ = asked[0].split("\n")
+    question = asked[-1].split("\n")[-1]
+    if question == "repeat?":
+        return facts[0]
+    if question == "sum?":
+        return str(sum(int(fact.split()[1]) for fact in facts))
+    return next(fact for fact in facts if fact.split()[0] + "?" == question)
 
 
 def stated(record):
@@ -45,15 +40,16 @@ def stated(record):
     text = next(message["content"] for message in messages if message["role"] == "user")
     if text.startswith("Words:"):
         return tuple(sorted(re.match(r"Words: (.*?)\.", text)[1].split()))
-    return tuple(sorted(re.findall(r"\w+ has [^.]*\.", text)))
+    *facts, question = text.split("\n")
+    return tuple(sorted(facts[0].split() if question == "repeat?" else facts))
 
 
 def test_solver_by_hand():
     ask = lambda *texts: solve([{"role": "user", "content": text} for text in texts])  # noqa: E731
-    assert ask("Mia has a red cup. Leo has a gold key. Who has the key?") == "Leo"
-    assert ask("Mia has a red cup. Leo has a gold key. What does Mia have?", "What colour is the key?") == "gold"
-    assert ask("Ida has 7. Leo has 8. How many together?") == "15"
-    assert ask("Words: cat rice owl. Repeat.", "Reverse.") == "owl rice cat"
+    assert ask("cup red\nkey gold\nkey?") == "key gold"
+    assert ask("cup red\nkey gold\nkey?", "cup?") == "cup red"
+    assert ask("Ida 7\nLeo 8\nsum?") == "15"
+    assert ask("cat rice owl\nrepeat?") == "cat rice owl"
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
@@ -131,7 +127,7 @@ def test_text_survives_the_tokenizer(text):
 
 def test_tokenizer_words_template_and_special_tokens():
     for word in (*tasks.NAMES, *tasks.COLOURS, *tasks.THINGS, *(w for topic in tasks.TOPICS for w in topic)):
-        assert len(TOKENIZER.encode(word)) <= 2 and len(TOKENIZER.encode(" " + word)) <= 2, word
+        assert len(TOKENIZER.encode(word)) <= 2, word
     assert 400 <= len(TOKENIZER) <= 1024 and TOKENIZER.pad_token_id != TOKENIZER.eos_token_id
     chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
     opened = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n"

@@ -5,6 +5,7 @@ import functools
 import re
 import subprocess
 import sys
+import textwrap
 import tomllib
 from pathlib import Path
 
@@ -113,11 +114,14 @@ def test_chat_needs_no_torch():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_help_answers_without_anything_heavy(path):
-    code = f"sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x', '--help']\nimport runpy\ntry: runpy.run_path({str(path)!r}, run_name='__main__')\nexcept SystemExit: pass"
-    text = f"import io, contextlib\nwith contextlib.redirect_stdout(io.StringIO()):\n" + "\n".join(
-        "    " + line for line in code.replace("; ", "\n").splitlines()
-    )
-    assert heavy_after(text) <= {"numpy"}
+    code = f"""
+        import contextlib, io, runpy
+        sys.path.insert(0, {str(ROOT)!r})
+        sys.argv = ["x", "--help"]
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+            runpy.run_path({str(path)!r}, run_name="__main__")
+    """
+    assert heavy_after(textwrap.dedent(code)) <= {"numpy"}
 
 
 def flags_of(path: Path) -> list[str]:
