@@ -95,6 +95,9 @@ def test_the_buffer_moves_and_grows_without_a_trace():
 @pytest.mark.parametrize("name", ["llama", "gpt2-learned-positions", "mamba-no-plain-cache"])
 def test_log_probabilities_are_a_teacher_forced_forward(name):
     model, prompts = build(name), random_prompts(6)
+    if name.startswith("mamba"):
+        # rounding: one token in float32 was off by 2.8e-4; in float64 the gap is 1.2e-5 (parts of the scan stay float32), in a batch as alone
+        model = model.double()
     config = GenerateConfig(max_new_tokens=12, temperature=1.3, top_k=50, repetition_penalty=1.2, num_answers=2, slots=5)
     for prompt, answers in zip(prompts, generate(model, TOKENIZER, prompts, config, []), strict=True):
         for answer in answers:
