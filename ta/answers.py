@@ -155,6 +155,7 @@ class Ending(NamedTuple):
         return Answer(ids, self.text(ids), "stop" if self.reached(ids) else "length", logprobs)
 
     def text(self, ids: list[int]) -> str:
+        """What is shown of generated ids: without stop and special tokens, or with them, as the settings say."""
         keep, skip = self.config.keep_stop, self.config.skip_special_tokens
         if ids and ids[-1] in self.stop_ids and not keep:
             ids = ids[:-1]

@@ -18,9 +18,12 @@ RUNGS = 6
 
 
 def imports(path: Path) -> set[str]:
-    """Names of the modules of ta that a file imports, anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Names of the modules of ta that a file imports, anywhere in it but for types alone."""
+    found, tree = set(), ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            node.body = [ast.Pass()]
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module == "ta":
             found |= {alias.name for alias in node.names} & MODULES.keys()
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ta."):
