@@ -16,7 +16,7 @@ from pathlib import Path
 from ta import log
 from ta.cli import cli
 from ta.loop import LoopConfig, train
-from ta.parallel import gather_objects, rank, say
+from ta.parallel import rank, say
 from ta.run import RunConfig, finish, open_parts, open_run
 
 
@@ -64,18 +64,13 @@ def evaluate(run, config: Classify, weights, done: int) -> dict[str, float]:
     """Loss and metrics of all held-out records, and a table of the first ones."""
     import torch
 
-    from ta.batch import to_device
+    from ta.answered import scores_of
     from ta.metrics import measure, roc_auc
     from ta.objectives import class_loss
 
-    device = next(run.model.parameters()).device
-    run.model.eval()
-    with torch.no_grad():
-        mine = [(b.records.tolist(), run.model(to_device(b.seqs, device), "scores").cpu(), b.labels) for b in run.held_out]
-    shares = [part for share in gather_objects(mine) for part in share]
-    order = torch.tensor([record for records, _, _ in shares for record in records]).argsort()
-    scores, labels = (torch.cat([part[i] for part in shares])[order] for i in (1, 2))  # (records, C), (records,)
-    said = scores.argmax(1)
+    held_out = run.data.held_out
+    scores = scores_of(run.model, held_out, len(held_out.origin), config.loop.max_tokens_per_micro)[:, 0]  # (records, C)
+    labels, said = torch.tensor(held_out.extras["label"]).long(), scores.argmax(1)
     figures = {"loss": class_loss(scores, labels, class_weights=weights, gamma=config.gamma).mean().item()}
     names = ("accuracy", "balanced_accuracy", "precision", "recall", "f1")
     figures |= measure(names, predictions=said.tolist(), labels=labels.tolist())

@@ -1,6 +1,6 @@
 """Reward model: one score a dialogue, read at its last token, so that chosen answers score above rejected ones (Bradley-Terry).
 
-    python recipes/rm.py                                           # built-in tiny model and data
+    python recipes/rm.py                                           # built-in model (fine-tuned first) and data
     python recipes/rm.py --model-path MODEL --data pairs.jsonl --val-data held_out.jsonl --out runs/rm
     python recipes/rm.py --adapter lora ...                        # the head is trained and saved with the adapter
     torchrun --nproc-per-node 8 recipes/rm.py ...                  # the same losses on 8 devices
@@ -11,10 +11,15 @@ The export loads with transformers' AutoModelForSequenceClassification.
 """
 
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
+from ta import log
 from ta.cli import cli
 from ta.loop import LoopConfig, train
+from ta.parallel import rank, say
 from ta.run import RunConfig, evaluate_with, finish, open_parts, open_run
+from ta.warm import warm_start
 
 
 @dataclass(frozen=True)
@@ -32,11 +37,34 @@ def step(model, batch):
     return values.sum(), len(gap), {"ranking_accuracy": (gap > 0).sum(), **figures}
 
 
+def show(run, config: Rm, done: int, _batches) -> dict[str, float]:
+    """Score the first held-out pairs, append them to samples.jsonl and print some."""
+    from ta.answered import scores_of
+    from ta.dataset import sequence
+
+    pairs, rows = run.data.held_out, []
+    scores = scores_of(run.model, pairs, config.cherry.cherry_records, config.loop.max_tokens_per_micro).squeeze(2).tolist()
+    for i, both in enumerate(scores if rank() == 0 else []):
+        parts = [sequence(pairs, 2 * i + j) for j in (0, 1)]
+        asked, chosen, rejected = (
+            run.form.tokenizer.decode(ids, skip_special_tokens=True).strip()
+            for ids in (parts[0][0][parts[0][1] == 0], *(ids[weights != 0] for ids, weights in parts))
+        )
+        sample = {"step": done, "line": int(pairs.origin[i][1]), "prompt": asked, "chosen": chosen, "rejected": rejected, "scores": both}
+        log.append(Path(config.loop.out) / "samples.jsonl", sample)
+        rows.append((asked, chosen, f"{both[0]:.3f}", rejected, f"{both[1]:.3f}"))
+    header = ("prompt", "chosen", "score", "rejected", "score")
+    say(f"\nsamples at step {done}\n{log.table(rows[: config.cherry.cherry_show], header)}\n" if rows else "")
+    return {}
+
+
 def main(config: Rm) -> None:
     from ta.answered import pairs
 
+    config = warm_start(config)
     with open_run(config, open_parts(config, "pair", model_kind="seq_cls"), dress=pairs) as run:
-        train(run.model, run.feed, step, config.loop, run.optim, identity=run.identity, evaluate=evaluate_with(run, config, step))
+        evaluate = evaluate_with(run, config, step, partial(show, run, config))
+        train(run.model, run.feed, step, config.loop, run.optim, identity=run.identity, evaluate=evaluate)
         finish(run, config)
 
 

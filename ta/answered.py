@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ta.batch import Batch, lay_out
+from ta.batch import Batch, lay_out, to_device
 from ta.dataset import Prepared, lengths, sequence
-from ta.feed import Dress, name_of
-from ta.parallel import say
+from ta.feed import Dress, micro_batches, name_of
+from ta.parallel import gather_objects, say
 
 if TYPE_CHECKING:
+    from ta.wrapper import LanguageModel
+
     Logps = Callable[[Batch], Tensor]  # -> (N,)
 
 TRIES = 1000  # records looked at for a mismatched answer
@@ -57,7 +59,6 @@ class ClassBatch(NamedTuple):
 
     seqs: Batch  # N
     labels: Tensor  # (N,) int64
-    records: np.ndarray  # (N,) which records of the prepared set they are
 
 
 def pairs(prepared: Prepared, margins: Literal["needed", "used", "unused"] = "used") -> Dress:
@@ -138,7 +139,7 @@ def classes(prepared: Prepared, num_labels: int) -> Dress:
     if absent := sorted(set(range(num_labels)) - set(labels.tolist())):
         where = ", ".join(source["path"] for source in prepared.info["sources"])
         say(f"note: {where} has no record of class {', '.join(map(str, absent))}")
-    return lambda batch, records: ClassBatch(batch, torch.from_numpy(labels[records]), records)
+    return lambda batch, records: ClassBatch(batch, torch.from_numpy(labels[records]))
 
 
 def labels_of(prepared: Prepared, num_labels: int) -> np.ndarray:
@@ -151,3 +152,17 @@ def labels_of(prepared: Prepared, num_labels: int) -> np.ndarray:
             f"{len(wrong) - 1} other records: raise --num-labels or mend the labels"
         )
     return labels
+
+
+def scores_of(model: LanguageModel, prepared: Prepared, n: int, max_tokens: int) -> Tensor:
+    """(n, k, C) scores of each sequence of the first n records, on the CPU of every process; all processes take part."""
+    device, was_training = next(model.parameters()).device, model.training
+    records = np.arange(min(n, len(prepared.origin)))
+    batches = micro_batches(prepared, records, max_tokens, model.mode == "packed", lambda batch, chosen: (to_device(batch, device), chosen))
+    model.eval()
+    with torch.no_grad():
+        mine = [(chosen, model(batch, "scores").unflatten(0, (-1, prepared.k)).cpu()) for batch, chosen in batches]
+    model.train(was_training)
+    shares = [part for share in gather_objects(mine) for part in share]
+    order = np.argsort(np.concatenate([chosen for chosen, _ in shares]))
+    return torch.cat([scores for _, scores in shares])[order]

@@ -60,8 +60,7 @@ def test_from_flags_to_a_folder_that_plain_transformers_loads(run, recipe, model
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 3] and "done:" in done.stderr
     assert FIGURES[recipe] | {"loss", "grad_norm", "lr"} <= rows[1].keys()
     assert {f"val_{name}" for name in FIGURES[recipe] | HELD_OUT[recipe]} <= rows[0].keys()
-    if recipe != "rm":
-        assert "samples at step 0" in done.stderr and (out / "samples.jsonl").exists()
+    assert "samples at step 0" in done.stderr and (out / "samples.jsonl").exists()
     labels = {"rm": 1, "classify": 3}.get(recipe)
     loaded = (AutoModelForSequenceClassification if labels else AutoModelForCausalLM).from_pretrained(out / "final")
     tokenizer = AutoTokenizer.from_pretrained(out / "final")
