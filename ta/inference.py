@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from ta.adapter_base import labels_of
 from ta.model import ModelConfig, load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from ta.pieces import Tokens
 
 
 @dataclass(frozen=True)
@@ -81,3 +85,40 @@ def open_for_inference(
         for parameter in model.parameters():  # not .to(dtype), which would round the rotary frequencies as well
             parameter.data = parameter.data.to(torch.bfloat16)
     return model.requires_grad_(False).eval()
+
+
+def labels_in(folder: str, adapter: str | None) -> int:
+    """How many scores the head of a saved classifier gives. ValueError for a model without such a head."""
+    if adapter:
+        return labels_of(adapter)["num_labels"]
+    settings = json.loads((Path(folder) / "config.json").read_text())
+    if not any("SequenceClassification" in name for name in settings.get("architectures") or ()):
+        raise ValueError(
+            f"{folder} is no reward model or classifier ({settings.get('architectures')}): give what rm.py or classify.py exported"
+        )
+    return len(settings.get("id2label") or (0, 1))
+
+
+def scorer(model: PreTrainedModel, max_tokens_per_micro: int) -> Callable[[Sequence[Tokens]], list[list[float]]]:
+    """Function from token sequences to the C scores of each, read at its last token, whatever it is batched with."""
+    import numpy as np
+    import torch
+
+    from ta.batch import lay_out, split_micro, to_device
+    from ta.wrapper import wrap
+
+    wrapper, _ = wrap(model)
+    packed, device = wrapper.mode == "packed", next(model.parameters()).device
+
+    def score(sequences: Sequence[Tokens]) -> list[list[float]]:
+        results: list = [None] * len(sequences)
+        for places in split_micro([len(s.ids) for s in sequences], max_tokens_per_micro, packed=packed)[0]:
+            if places:
+                ids = [np.array(sequences[i].ids) for i in places]
+                with torch.no_grad():
+                    rows = wrapper(to_device(lay_out(ids, [np.zeros(len(x)) for x in ids], packed), device), "scores")  # (N, C)
+                for i, row in zip(places, rows.double().cpu().tolist(), strict=True):
+                    results[i] = row
+        return results
+
+    return score

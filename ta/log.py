@@ -38,7 +38,7 @@ def read_lines(path: Path) -> list[dict]:
     """The whole objects of a JSONL log; a line torn by a kill is left out."""
     out = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8").split("\n"):
             try:
                 out.append(json.loads(line))
             except ValueError:

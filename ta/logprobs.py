@@ -83,6 +83,7 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, weights, scale, cap, chunk):
+        """The sum, with the gradients of each chunk made while its logits exist."""
         dtype = _compute_dtype(hidden)
         h_all, w = hidden.to(dtype), weight.to(dtype)
         wide = _wide(h_all)
@@ -110,6 +111,7 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        """What the forward pass has made, times the gradient of the sum."""
         parts = (None if d is None else (d * grad).to(dtype) for d, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
         return *(d if need else None for d, need in zip(parts, ctx.needs_input_grad[:3], strict=True)), None, None, None, None, None
 
@@ -117,6 +119,7 @@ class _CrossEntropySum(torch.autograd.Function):
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, scale, cap, chunk):
+        """Log-probabilities, and the log-norms from which the backward pass makes each chunk's softmax again."""
         dtype = _compute_dtype(hidden)
         h_all, w = hidden.to(dtype), weight.to(dtype)
         out = torch.empty(len(h_all), dtype=_wide(h_all), device=hidden.device)
@@ -133,6 +136,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        """Gradients of any loss of the log-probabilities, chunk by chunk."""
         hidden, weight, bias, targets, norms = ctx.saved_tensors
         dtype, scale, cap, chunk = ctx.plan
         h_all, w = hidden.to(dtype), weight.to(dtype)

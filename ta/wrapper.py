@@ -63,7 +63,7 @@ class LanguageModel(nn.Module):
         self.mode = mode
         if mode == "own":
             base = base_model(self.inner)
-            base.set_attn_implementation("sdpa" if getattr(base, "_supports_sdpa", False) else "eager")
+            base.set_attn_implementation(own_attention(base))
         return self
 
     def hidden(self, batch: Batch, embeds: Tensor | None = None) -> Tensor:
@@ -97,6 +97,12 @@ def _real(batch: Batch) -> Tensor:
     """(B, T) ones at real tokens of right-padded rows."""
     lengths = torch.tensor(batch.lengths or (batch.tokens.shape[1],), device=batch.tokens.device)
     return (torch.arange(batch.tokens.shape[1], device=batch.tokens.device) < lengths[:, None]).long()
+
+
+def own_attention(base) -> str:
+    """The attention of transformers that computes what the model says: eager where sdpa would drop a soft cap or is not there."""
+    capped = getattr(base.config.get_text_config(), "attn_logit_softcapping", None)
+    return "sdpa" if getattr(base, "_supports_sdpa", False) and not capped else "eager"
 
 
 def base_model(model):
@@ -133,7 +139,7 @@ def self_check(wrapper) -> float:
             ours = wrapper(batch, "tokens" if wrapper.generates else "scores").flatten()
         except (ValueError, TypeError, RuntimeError, AttributeError):
             return float("inf")
-        base.set_attn_implementation("sdpa" if getattr(base, "_supports_sdpa", False) else "eager")
+        base.set_attn_implementation(own_attention(base))
         try:
             with torch.autocast(device.type, dtype=wrapper.autocast, enabled=wrapper.autocast is not None):
                 theirs = torch.cat([_alone(wrapper, torch.tensor(d, device=device)) for d in documents])

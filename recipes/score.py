@@ -1,0 +1,111 @@
+"""Score with a trained head: the reward of every candidate answer, or the class of every dialogue with its probabilities.
+
+    python recipes/score.py --model-path runs/rm/final --data candidates.jsonl --out scored.jsonl
+    python recipes/score.py --model-path runs/classify/final --kind class --data chats.jsonl --out classes.jsonl
+    torchrun --nproc-per-node 8 recipes/score.py ...                   (each process takes every 8th record)
+
+A line of data: {"messages": [{"role": "user", "content": "2 + 2?"}], "answers": [{"id": "a", "content": "4"}, {"id": "b", "content": "5"}]}
+A line of the output has the record's fields and {"rewards": {"a": 1.2, "b": -0.7}}, or {"prediction": 1, "probabilities": [0.1, 0.9]}.
+"""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ta import outputs
+from ta.chat import Drop, encode_answers
+from ta.cli import cli
+from ta.encode import KINDS
+from ta.inference import InferenceConfig, labels_in, open_for_inference, resolve, scorer, stand_alone
+from ta.kinds import check_candidates, check_chat
+from ta.model import fingerprint, model_folder, open_format
+from ta.sources import read_records
+from ta.store import hash_json
+from ta.templates import ANSWER, ChatConfig
+from ta.tokenizer import TokenizerConfig
+
+
+@dataclass(frozen=True)
+class Score:
+    model: InferenceConfig = InferenceConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    chat: ChatConfig = ChatConfig()
+    kind: Literal["candidates", "class"] = "candidates"
+    """Reward every candidate answer, or classify whole dialogues."""
+    data: tuple[str, ...] = ()
+    """Sources of records, as in training."""
+    out: str = "scored.jsonl"
+    """File to write."""
+    max_tokens_per_micro: int = 8192
+    """Tokens in one forward pass: the memory knob."""
+    resume: bool = False
+    """Keep what a stopped run has scored."""
+    overwrite: bool = False
+    """Replace an output that exists."""
+
+
+def sequences_of(config: Score, form, data: dict) -> list:
+    """The token sequences of one record: one a candidate, or the whole dialogue. ValueError where it does not fit."""
+    if config.kind == "candidates":
+        answers = [{"role": ANSWER, "content": answer["content"]} for answer in data["answers"]]
+        found = encode_answers([data["messages"]], [answers], form.template, form.vocabulary, config.chat)[0]
+    else:
+        found = KINDS["class"][1](form, config.chat, [data | {"label": 0}])[0]
+    if isinstance(found, Drop):
+        raise ValueError(f"{found.reason}: {found.detail}; raise --max-tokens")
+    return found if config.kind == "candidates" else list(found.seqs)
+
+
+def main(config: Score) -> None:
+    rank, world, device = stand_alone()
+    if not config.data:
+        raise ValueError("no data to score: give --data FILE.jsonl")
+    out = Path(config.out)
+    outputs.check(out, config.resume, config.overwrite, rank, world)
+    model, adapter = resolve(config.model)
+    form = open_format(model, config.tokenizer, config.chat, adapter)
+    num_labels = labels_in(model_folder(model.model_path, model.hub), adapter)
+    if (config.kind == "candidates") != (num_labels == 1):
+        raise ValueError(
+            f"--kind {config.kind} with a head of {num_labels} scores: candidates need a reward model (1), class a classifier (2 or more)"
+        )
+    check = check_candidates if config.kind == "candidates" else lambda data: check_chat(data, need_answer=False)
+    records = [record.data for record in read_records(config.data, check)]
+    who = [
+        fingerprint(model.model_path, model.hub),
+        adapter and fingerprint(adapter),
+        model.dtype,
+        dataclasses.asdict(config.chat),
+        config.kind,
+    ]
+    keys = [hash_json([who, i, data])[:16] for i, data in enumerate(records)]
+    outputs.begin(out, config.overwrite, rank, world)
+    there = outputs.done(out, keys)
+    mine = [i for i in range(rank, len(records), world) if keys[i] not in there]
+    score = scorer(open_for_inference(model, adapter, device, "seq_cls", num_labels), config.max_tokens_per_micro)
+    with outputs.Part(out, rank) as part, outputs.progress("score", len(mine), rank == 0) as advance:
+        for start in range(0, len(mine), 128):
+            chunk = mine[start : start + 128]
+            sequences = [sequences_of(config, form, records[i]) for i in chunk]
+            scores = iter(score([tokens for both in sequences for tokens in both]))
+            for i, parts in zip(chunk, sequences, strict=True):
+                part.append(records[i] | result_of(config.kind, records[i], [next(scores) for _ in parts]) | {"key": keys[i]})
+                advance(parts)
+    if outputs.publish(out, keys):
+        print(f"{out}: {len(keys):,} records, {len(there):,} of them from before", file=sys.stderr)
+
+
+def result_of(kind: str, data: dict, rows: list[list[float]]) -> dict:
+    """{"rewards": {answer id: reward}}, or the most probable class and all probabilities."""
+    if kind == "candidates":
+        return {"rewards": {str(answer["id"]): row[0] for answer, row in zip(data["answers"], rows, strict=True)}}
+    from math import exp
+
+    shifted = [exp(x - max(rows[0])) for x in rows[0]]
+    return {"prediction": rows[0].index(max(rows[0])), "probabilities": [x / sum(shifted) for x in shifted]}
+
+
+if __name__ == "__main__":
+    cli(main, Score)
