@@ -81,16 +81,16 @@ def main(config: Score) -> None:
         config.kind,
     ]
     keys = [hash_json([who, i, data])[:16] for i, data in enumerate(records)]
-    outputs.begin(out, config.overwrite, rank, world)
-    there = outputs.done(out, keys)
+    there = outputs.done(out, keys) if not config.overwrite else {}
     mine = [i for i in range(rank, len(records), world) if keys[i] not in there]
+    sequences = [sequences_of(config, form, records[i]) for i in mine]
     score = scorer(open_for_inference(model, adapter, device, "seq_cls", num_labels), config.max_tokens_per_micro)
+    outputs.begin(out, config.overwrite, rank, world)
     with outputs.Part(out, rank) as part, outputs.progress("score", len(mine), rank == 0) as advance:
         for start in range(0, len(mine), 128):
-            chunk = mine[start : start + 128]
-            sequences = [sequences_of(config, form, records[i]) for i in chunk]
-            scores = iter(score([tokens for both in sequences for tokens in both]))
-            for i, parts in zip(chunk, sequences, strict=True):
+            chunk = sequences[start : start + 128]
+            scores = iter(score([tokens for parts in chunk for tokens in parts]))
+            for i, parts in zip(mine[start : start + 128], chunk, strict=True):
                 part.append(records[i] | result_of(config.kind, records[i], [next(scores) for _ in parts]) | {"key": keys[i]})
                 advance(parts)
     if outputs.publish(out, keys):

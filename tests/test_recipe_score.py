@@ -1,0 +1,73 @@
+"""recipes/score.py and recipes/sample.py: rewards and classes equal plain transformers', choices follow the rewards."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from ta import builtin
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def files(tmp_path):
+    builtin.write_tiny(tmp_path / "rm", num_labels=1)
+    builtin.write_tiny(tmp_path / "classes", num_labels=3)
+    builtin.write_jsonl(tmp_path / "candidates.jsonl", builtin.candidates("held_out", 20))
+    builtin.write_jsonl(tmp_path / "chats.jsonl", builtin.classes("held_out", 20))
+    return tmp_path
+
+
+def plain_scores(folder, chats):
+    """Logits of each chat alone through plain transformers."""
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        return [model(tokenizer.apply_chat_template(c, return_tensors="pt", return_dict=False)).logits[0] for c in chats]
+
+
+def test_rewards_equal_transformers_and_drive_the_choice(door, files):
+    out = files / "scored.jsonl"
+    assert door("score", "--model-path", files / "rm", "--data", files / "candidates.jsonl", "--out", out)[0] == 0
+    scored = lines(out)
+    assert [r["id"] for r in scored] == [r["id"] for r in builtin.candidates("held_out", 20)]
+    for record in scored:
+        chats = [[*record["messages"], {"role": "assistant", "content": a["content"]}] for a in record["answers"]]
+        for answer, logits in zip(record["answers"], plain_scores(files / "rm", chats), strict=True):
+            assert record["rewards"][answer["id"]] == pytest.approx(logits.item(), abs=1e-4)
+    best = files / "best.jsonl"
+    assert door("sample", "--data", out, "--out", best)[0] == 0
+    for before, after in zip(scored, lines(best), strict=True):
+        assert [a["id"] for a in after["answers"]] == [max(before["rewards"], key=before["rewards"].get)]
+    chats = files / "chats2.jsonl"
+    assert door("sample", "--data", out, "--out", chats, "--method", "rejection", "--n", 2, "--as-chats")[0] == 0
+    assert len(lines(chats)) == 40 and all(r["messages"][-1]["role"] == "assistant" for r in lines(chats))
+
+
+def test_classes_and_probabilities(door, files):
+    out = files / "out.jsonl"
+    flags = ("score", "--model-path", files / "classes", "--kind", "class", "--data", files / "chats.jsonl", "--out", out)
+    assert door(*flags)[0] == 0
+    records = lines(out)
+    for record, logits in zip(records, plain_scores(files / "classes", [r["messages"] for r in records]), strict=True):
+        assert record["probabilities"] == pytest.approx(logits.softmax(-1).tolist(), abs=1e-4)
+        assert record["prediction"] == logits.argmax().item() and "label" in record
+    assert door(*flags)[0] == 2
+    before = out.read_bytes()
+    assert door(*flags, "--resume")[0] == 0 and out.read_bytes() == before
+
+
+def test_wrong_input_is_answered(door, files):
+    cases = [
+        (("score", "--data", files / "candidates.jsonl"), "no reward model or classifier"),
+        (("score", "--model-path", files / "rm"), "no data"),
+        (("score", "--model-path", files / "classes", "--data", files / "candidates.jsonl"), "3 scores"),
+        (("score", "--model-path", files / "rm", "--data", files / "candidates.jsonl", "--max-tokens", 3), "max_tokens"),
+        (("sample", "--data", files / "candidates.jsonl"), "no reward"),
+    ]
+    for (recipe, *flags), message in cases:
+        code, text = door(recipe, *flags, "--out", files / "new.jsonl")
+        assert code == 2 and message in text and not (files / "new.jsonl").exists(), (recipe, text)
