@@ -14,6 +14,7 @@ class Window:
         self.start, self.loss, self.count, self.tokens, self.learned, self.metrics = time.perf_counter(), 0.0, 0.0, 0.0, 0.0, {}
 
     def add(self, loss: float, count: float, tokens: float, learned: float, metrics: dict[str, float]) -> None:
+        """Take in one step's sums."""
         self.loss, self.count, self.tokens, self.learned = (
             self.loss + loss,
             self.count + count,
@@ -24,6 +25,7 @@ class Window:
             self.metrics[key] = self.metrics.get(key, 0.0) + value
 
     def mean(self) -> dict[str, float]:
+        """Means over the steps taken in, and their tokens and seconds."""
         seconds = time.perf_counter() - self.start
         means = {key: value / self.count for key, value in self.metrics.items()}
         sizes = {"tokens": int(self.tokens), "learned_tokens": int(self.learned), "seconds": round(seconds, 4)}

@@ -103,7 +103,7 @@ def test_other_tensors_are_refused(trained):
     found = checkpoint.newest(folder)
     wider = tiny(n_layer=3)
     with pytest.raises(ValueError, match="trains other tensors"):
-        checkpoint.load(found, wider, make_optimizer(wider, OptimConfig()))
+        checkpoint.load(found, wider, make_optimizer(wider, OptimConfig(lr=1e-3)))
 
 
 def test_manifest_is_plain_json_and_nothing_is_pickled(trained):

@@ -114,9 +114,9 @@ def test_resume_is_bitwise(tmp_path, stop, lora):
 
 def test_resume_refuses_changed_settings(tmp_path):
     data = prepared()
-    train(tiny(), feed_of(data, steps=2), sft_step, loop(tmp_path), OptimConfig(), identity={"data": "a", "lr": 1})
+    train(tiny(), feed_of(data, steps=2), sft_step, loop(tmp_path), OptimConfig(lr=1e-3), identity={"data": "a", "lr": 1})
     with pytest.raises(ValueError, match="data was 'a' and is 'b'"):
-        train(tiny(), feed_of(data, steps=4), sft_step, loop(tmp_path, resume=True), OptimConfig(), identity={"data": "b", "lr": 1})
+        train(tiny(), feed_of(data, steps=4), sft_step, loop(tmp_path, resume=True), OptimConfig(lr=1e-3), identity={"data": "b", "lr": 1})
 
 
 def test_a_non_finite_loss_stops_before_the_update_and_names_records(tmp_path):
@@ -144,7 +144,7 @@ def test_a_step_that_learns_nothing_is_an_error(tmp_path):
     data = prepared()
     data = data._replace(weights=np.zeros_like(data.weights))
     with pytest.raises(ValueError, match="nothing to learn"):
-        train(tiny(), feed_of(data), sft_step, loop(tmp_path), OptimConfig())
+        train(tiny(), feed_of(data), sft_step, loop(tmp_path), OptimConfig(lr=1e-3))
 
 
 def test_evaluation_is_the_token_mean_over_all_records():
@@ -168,7 +168,7 @@ def test_decay_is_for_matrices_and_scales_for_named_parts():
 def test_nothing_to_train_is_an_error():
     model = tiny().requires_grad_(False)
     with pytest.raises(ValueError, match="nothing to train"):
-        make_optimizer(model, OptimConfig())
+        make_optimizer(model, OptimConfig(lr=1e-3))
 
 
 def test_a_record_longer_than_the_budget_names_its_line():
