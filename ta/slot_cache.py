@@ -39,6 +39,7 @@ class SlotLayer(CacheLayerMixin):
         return like.new_zeros(self.window.slots, like.shape[1], self.window.capacity, like.shape[3])
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Put the new columns in their slots and give all keys and values that may be looked at."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         w = self.window

@@ -15,6 +15,7 @@ class ClipPatches(nn.Module):
         self.model = model
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """Pixels (I, 3, H, W) -> features (I, F, E), the same bits in any batch."""
         return self.model(pixel_values=pixels).last_hidden_state[:, 1:]
 
 
@@ -67,6 +68,7 @@ class SeededPatches(nn.Module):
         self.colour, self.form = filters(self.colours, 3, 3, 0.3), filters(self.forms, 1, 9, 0.5)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """Pixels (I, 3, H, W) -> features (I, F, E), the same bits in any batch."""
         exact = pixels.double()  # float32 rounds otherwise in another batch; float64 and 12 bits after the point leave no trace of it
         median = exact.flatten(2).median(dim=2).values[:, :, None, None]
         distance = (exact - median).abs().amax(1, keepdim=True)  # (I, 1, H, W)

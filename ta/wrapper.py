@@ -37,6 +37,7 @@ class LanguageModel(nn.Module):
         return super().train(mode and self.dropout)
 
     def forward(self, batch: Batch, output: Literal["sum", "tokens", "scores", "hidden"] = "sum", embeds: Tensor | None = None) -> Tensor:
+        """One of the four outputs named above; `embeds` (B, T, D) stands in for the tokens' embeddings."""
         with torch.autocast(batch.tokens.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             if self.mode == "own" and output in ("sum", "tokens"):
                 return self._from_own_logits(batch, output)
@@ -67,6 +68,7 @@ class LanguageModel(nn.Module):
         return self
 
     def hidden(self, batch: Batch, embeds: Tensor | None = None) -> Tensor:
+        """Last hidden states (B, T, D), before the head."""
         body = base_model(self.inner).base_model
         inputs = {"input_ids": batch.tokens} if embeds is None else {"inputs_embeds": embeds}
         if self.mode == "own":
