@@ -1,7 +1,4 @@
-"""Adapters on a base model, with the rows of new tokens: added, saved, loaded, checked and merged.
-
-Letters: B rows, T columns, V vocabulary, D model width, N new tokens.
-"""
+"""Adapters on a base model, with the rows of new tokens: added, saved, loaded, checked and merged. T columns, V vocabulary, D width, C labels."""
 
 from __future__ import annotations
 
@@ -161,8 +158,8 @@ def probe_logits(model: nn.Module) -> Tensor:
 
 def logits_agree(left: Tensor, right: Tensor, tolerance: float = 1e-3) -> bool:
     """Whether two sets of finite float32 logits differ by at most `tolerance` of the greatest; False for any NaN and another shape."""
-    scale = max(left.abs().max().item(), 1e-6)
-    return left.shape == right.shape and (left - right).abs().max().item() <= tolerance * scale < float("inf")
+    limit = (1e-3 if tolerance is None else tolerance) * max(left.abs().max().item(), 1e-6)
+    return left.shape == right.shape and (left - right).abs().max().item() <= limit < float("inf")
 
 
 def is_prompt_learning(model: nn.Module) -> bool:
@@ -236,8 +233,10 @@ def _rows(model: PreTrainedModel, ids: Sequence[int], path: str | None = None) -
     size = model.get_input_embeddings().weight.shape[0]
     if ids and not 0 <= min(ids) <= max(ids) < size:
         raise ValueError(f"{path or 'new tokens'}: trained token ids up to {max(ids)}, but the model has {size} rows; add the tokens first")
+    if not ids or model.get_input_embeddings().weight.is_meta:  # shapes only: rank 0 has the rows and saves them
+        return {}
     index = torch.tensor(sorted(set(ids)))
-    return {"ids": index, **{name: table.detach()[index].float().cpu() for name, table in tables(model).items()}} if ids else {}
+    return {"ids": index, **{name: table.detach()[index].float().cpu() for name, table in tables(model).items()}}
 
 
 def _restore_rows(model: PreTrainedModel, facts: Facts) -> None:

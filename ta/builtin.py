@@ -109,8 +109,15 @@ def _seeded(model_class: type, config: LlamaConfig, seed: int) -> Any:
 
 def write_tiny(folder: str | os.PathLike, seed: int = 0, num_labels: int | None = None, **more: Any) -> None:
     """Save the tiny model (with `num_labels` the classifier) and its tokenizer as a folder that from_pretrained loads."""
+    from safetensors.torch import save_model
+
     model = tiny_model(seed, **more) if num_labels is None else tiny_classifier(num_labels, seed, **more)
-    model.save_pretrained(folder)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    save_model(model, str(Path(folder) / "model.safetensors"), metadata={"format": "pt"})  # save_pretrained writes on rank 0 only
     tiny_tokenizer().save_pretrained(folder)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ta import builtin
@@ -52,6 +53,10 @@ def data_or_builtin(data: Sequence[str], val_data: Sequence[str], kind: str) -> 
         path = _place() / f"{kind}-{split}.jsonl"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            builtin.write_jsonl(path, getattr(builtin, kind)(split, n))
+            temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            builtin.write_jsonl(temporary, getattr(builtin, kind)(split, n))
+            with suppress(FileExistsError):  # another process was first: its file stays as it is
+                os.link(temporary, path)
+            temporary.unlink()
         paths.append(str(path))
     return (paths[0],), tuple(val_data) or (paths[1],)
