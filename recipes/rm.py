@@ -16,7 +16,9 @@ from pathlib import Path
 
 from ta import log
 from ta.cli import cli
+from ta.demo import TUNED
 from ta.loop import LoopConfig, train
+from ta.optim import REWARD_LR
 from ta.parallel import rank, say
 from ta.run import RunConfig, evaluate_with, finish, open_parts, open_run
 from ta.warm import warm_start
@@ -62,7 +64,8 @@ def main(config: Rm) -> None:
     from ta.answered import pairs
 
     config = warm_start(config)
-    with open_run(config, open_parts(config, "pair", model_kind="seq_cls"), dress=pairs) as run:
+    parts = open_parts(config, "pair", model_kind="seq_cls", usual_lr=REWARD_LR)
+    with open_run(config, parts, dress=pairs, usual_batch=32 if config.model.model_path == TUNED else 64) as run:
         evaluate = evaluate_with(run, config, step, partial(show, run, config))
         train(run.model, run.feed, step, config.loop, run.optim, identity=run.identity, evaluate=evaluate)
         finish(run, config)

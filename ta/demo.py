@@ -14,8 +14,8 @@ from ta.store import cache_folder
 TUNED = "builtin-sft"  # what --model-path calls it
 SIZES = {
     "chats": (builtin.TINY_STEPS * builtin.TINY_BATCH, 256),
-    "preferences": (6_400, 256),
-    "labelled": (6_400, 256),
+    "preferences": (4_000, 256),
+    "labelled": (3_200, 256),
     "classes": (3_200, 256),
     "candidates": (256, 64),
 }

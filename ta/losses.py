@@ -167,13 +167,13 @@ def rewards(policy: Pair, ref: Pair | None = None, beta: float = 1.0, per_token:
 
 
 def preference_metrics(policy: Pair, reward: Pair) -> dict[str, Tensor]:
-    """Sums over pairs, which the loop divides: rewards, their margin, pairs whose chosen reward is strictly higher, log-probabilities."""
+    """Sums over pairs, which the loop divides: rewards, their margin, pairs whose chosen reward is higher (a tie is half), log-probabilities."""
     margin = reward.chosen - reward.rejected
     return {
         "reward_chosen": reward.chosen.sum(),
         "reward_rejected": reward.rejected.sum(),
         "reward_margin": margin.sum(),
-        "reward_accuracy": (margin > 0).to(margin.dtype).sum(),
+        "reward_accuracy": ((margin.sign() + 1) / 2).sum(),
         "logp_chosen": policy.chosen.detach().sum(),
         "logp_rejected": policy.rejected.detach().sum(),
     }

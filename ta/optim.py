@@ -34,7 +34,8 @@ class OptimConfig:
 
 
 USUAL_LR = (2e-5, 2e-4, TINY_LR)
-PREFERENCE_LR = (1e-6, 1e-5, 3e-4)
+REWARD_LR = (2e-5, 2e-4, 7e-4)
+PREFERENCE_LR = (1e-6, 1e-5, 1e-4)
 
 
 def with_default_lr(config: OptimConfig, model_path: str, adapter: str, usual: tuple[float, float, float] = USUAL_LR) -> OptimConfig:

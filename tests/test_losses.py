@@ -99,7 +99,7 @@ def test_by_hand():
     assert [x.item() for x in rewards(policy, beta=2.0, per_token=True)[:2]] == [-2.0, -4.0]
     sums = preference_metrics(policy, got)
     assert sums["reward_margin"].item() == pytest.approx(0.3) and sums["reward_accuracy"] == 1 and sums["logp_rejected"] == -6
-    assert preference_metrics(policy, Pair(got.chosen, got.chosen))["reward_accuracy"] == 0  # a tie is no success
+    assert preference_metrics(policy, Pair(got.chosen, got.chosen))["reward_accuracy"] == 0.5  # a tie is chance
 
 
 def test_limits_and_symmetry():
