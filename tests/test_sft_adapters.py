@@ -1,0 +1,81 @@
+"""Every adapter trains through recipes/sft.py, exports, and answers from its folder; what cannot work is refused at the door."""
+
+import json
+
+import pytest
+
+from ta import builtin
+
+KINDS = {
+    "lora": ("--lora-rank", 4, "--init-tokens", "<sep>=the end"),
+    "prefix": ("--virtual-tokens", 4),
+    "prompt": ("--virtual-tokens", 4, "--prompt-init-text", "red cup"),
+    "p-tuning": ("--virtual-tokens", 4),
+}
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    builtin.write_jsonl(path, builtin.chats("train", 16))
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_train_export_answer(door, data, tmp_path, kind):
+    flags = (
+        "--data",
+        data,
+        "--val-data",
+        data,
+        "--steps",
+        2,
+        "--batch-size",
+        4,
+        "--cherry-records",
+        2,
+        "--cherry-max-new-tokens",
+        3,
+        "--log-every",
+        1,
+    )
+    code, text = door("sft", "--adapter", kind, *KINDS[kind], *flags, "--out", tmp_path / "run")
+    assert code == 0, text
+    losses = [r["loss"] for r in map(json.loads, open(tmp_path / "run" / "metrics.jsonl")) if "loss" in r]
+    assert len(losses) == 2 and all(0 < loss < 20 for loss in losses)
+    out = tmp_path / "answers.jsonl"
+    code, text = door("generate", "--model-path", tmp_path / "run" / "final", "--data", data, "--out", out, "--max-new-tokens", 3)
+    assert code == 0, text
+    assert len(out.read_text().splitlines()) == 16
+    code, text = door("merge", "--model-path", "builtin", "--adapter-path", tmp_path / "run" / "final", "--out", tmp_path / "merged")
+    assert code == (0 if kind == "lora" else 2), text
+
+
+def test_an_adapter_of_another_base_is_refused(door, data, tmp_path):
+    builtin.write_tiny(tmp_path / "other", hidden_size=96, num_attention_heads=3, num_key_value_heads=3)
+    flags = ("--data", data, "--steps", 1, "--batch-size", 4)
+    assert door("sft", "--adapter", "lora", *flags, "--out", tmp_path / "run")[0] == 0
+    code, text = door(
+        "sft", "--model-path", tmp_path / "other", "--adapter-path", tmp_path / "run" / "final", *flags, "--out", tmp_path / "two"
+    )
+    assert code == 2 and "base" in text and not (tmp_path / "two").exists()
+
+
+def test_ids_beyond_the_embedding_table_are_refused(door, data, tmp_path):
+    builtin.write_tiny(tmp_path / "small", vocab_size=100)
+    code, text = door("sft", "--model-path", tmp_path / "small", "--data", data, "--steps", 1, "--out", tmp_path / "run")
+    assert code == 2 and "100" in text and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (("--adapter", "prefix", "--activation-checkpointing"), "checkpointing"),
+        (("--lora-rank", 4), "--lora-rank has no effect"),
+        (("--adapter", "prompt", "--init-tokens", "<a>=b"), "new tokens cannot train"),
+        (("--resume", "--overwrite"), "one of the two"),
+    ],
+)
+def test_what_cannot_work_is_refused(door, data, tmp_path, flags, word):
+    code, text = door("sft", *flags, "--data", data, "--out", tmp_path / "run")
+    assert code == 2 and word in text and not (tmp_path / "run").exists()
