@@ -16,7 +16,7 @@ SIZES = {
     "chats": (builtin.TINY_STEPS * builtin.TINY_BATCH, 256),
     "preferences": (4_000, 256),
     "labelled": (3_200, 256),
-    "classes": (3_200, 256),
+    "classes": (4_800, 256),
     "candidates": (256, 64),
 }
 
@@ -50,7 +50,7 @@ def data_or_builtin(data: Sequence[str], val_data: Sequence[str], kind: str) -> 
         return tuple(data), tuple(val_data)
     paths = []
     for split, n in zip(("train", "held_out"), SIZES[kind], strict=True):
-        path = _place() / f"{kind}-{split}.jsonl"
+        path = _place() / f"{kind}-{split}-{n}.jsonl"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".{path.name}.{os.getpid()}")

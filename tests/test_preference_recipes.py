@@ -158,3 +158,32 @@ def test_a_share_of_equal_pairs_is_counted(door, model, data, tmp_path):
     code, said = door("rm", *flags("rm", model, data, tmp_path / "run", "--data", mixed, "--steps", 1))
     assert code == 0 and "dropped 1: chosen equals rejected" in said and ":4" in said
     assert torch.isfinite(torch.tensor([row.get("loss", 0.0) for row in logged(tmp_path / "run")])).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "rare", "start", "end"),
+    [
+        ("classify", False, {}, {"accuracy": 0.95}),
+        ("classify", True, {}, {"accuracy": 0.95, "balanced_accuracy": 0.95}),
+        ("rm", False, {}, {"ranking_accuracy": 0.95}),
+        ("dpo", False, {"reward_accuracy": 0.5}, {"reward_accuracy": 0.9}),
+        ("kto", False, {"preference": 0.5}, {"preference": 0.9}),
+    ],
+)
+def test_it_learns_without_a_flag(run, tmp_path, recipe, rare, start, end):
+    """Held-out figures of the built-in task; preference starts at chance, and the exact match on the task stays."""
+    more = ()
+    if rare:
+        files = [
+            write(tmp_path / f"{split}.jsonl", builtin.classes(split, n, rare=True)) for split, n in (("train", 4800), ("held_out", 256))
+        ]
+        more = ("--data", files[0], "--val-data", files[1], "--class-weights", "auto")
+    done = run(recipe, "--out", tmp_path / "run", *more, timeout=1800)
+    rows = logged(tmp_path / "run")
+    for name, value in start.items():
+        assert rows[0][f"val_{name}"] == value
+    for name, least in end.items():
+        assert rows[-1][f"val_{name}"] >= least and name in done.stderr
+    if recipe in ("dpo", "kto"):
+        assert rows[-1]["val_accuracy"] >= rows[0]["val_accuracy"] - 0.02 and rows[0]["val_accuracy"] > 0.9
