@@ -79,6 +79,11 @@ def lay_out(ids: Sequence[np.ndarray], weights: Sequence[np.ndarray], packed: bo
     )
 
 
+def batch_of(batch):
+    """The Batch inside a method's own batch (the first field that leads to one)."""
+    return batch if hasattr(batch, "learned") else batch_of(batch[0])
+
+
 def to_device(batch, device):
     """The same nest of NamedTuples with every tensor on `device` (copied without waiting where memory is pinned)."""
     if isinstance(batch, Tensor):

@@ -11,13 +11,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ta import checkpoint, log
 from ta.feed import Feed
 from ta.optim import OptimConfig, lr_at, make_optimizer, update
 from ta.parallel import rank, say, sum_over_ranks, world
 from ta.progress import Prefetch, Signals, Window, bar, line, memory
+from ta.sinks import open_sinks
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -53,6 +54,10 @@ class LoopConfig:
     """Settings that may differ from the checkpoint's on --resume, such as lr; any other difference is refused."""
     overwrite: bool = False
     """Delete the run that --out holds and start anew."""
+    dry_run: bool = False
+    """Open data and model, print parameters, steps and memory by part, write nothing and end."""
+    log: tuple[Literal["tensorboard", "wandb", "trackio", "clearml"], ...] = ()
+    """Services that get the figures of metrics.jsonl too."""
 
 
 def train(
@@ -75,16 +80,21 @@ def train(
     `before_step(model, micro_batches)` gives the micro-batches with what needs all of them, on all processes, first. `extra` names tensors
     besides the model's that `after_step` changes and that a checkpoint must hold.
     """
-
     folder = Path(config.out)
+    if config.dry_run:
+        from ta.memory import report
+
+        say(report(model, feed, step, before_step))
+        raise SystemExit(0)
     device = next(model.parameters()).device
     optimizer = make_optimizer(model, optim, lr_scales)
     first = _resume(folder, model, optimizer, identity or {}, config, extra) if config.resume else 0
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     names = {id(p): name for name, p in model.named_parameters()}
+    sinks = open_sinks(config.log, folder) if rank() == 0 else []
     model.train()
     if evaluate and first == 0:
-        _evaluate(evaluate, model, folder, 0)
+        _evaluate(evaluate, model, folder, 0, sinks)
     window = Window()
     with (
         Signals() as stop,
@@ -110,7 +120,7 @@ def train(
             if done % config.log_every == 0 or last:
                 record = {"step": done, **window.mean(), "lr": lr_at(number, feed.steps, optim), "grad_norm": norm, **memory()}
                 if rank() == 0:
-                    log.append(folder / "metrics.jsonl", record)
+                    _write(folder, record, sinks)
                     progress.set_postfix_str(line(record), refresh=False)
                 window = Window()
             progress.update()
@@ -119,7 +129,7 @@ def train(
             if stopping:
                 raise SystemExit(128 + (stop.received or 15))
             if evaluate and (last or (config.eval_every and done % config.eval_every == 0)):
-                _evaluate(evaluate, model, folder, done)
+                _evaluate(evaluate, model, folder, done, sinks)
 
 
 def _accumulate(model, micro_batches, step: Step, stopping: bool):
@@ -165,13 +175,19 @@ def mean_over(model: nn.Module, batches: list, step: Step) -> dict[str, float]:
     return {"loss": loss / count, **{key: value / count for key, value in zip(keys, values, strict=True)}}
 
 
-def _evaluate(evaluate, model, folder: Path, step: int) -> None:
+def _evaluate(evaluate, model, folder: Path, step: int, sinks: list) -> None:
     figures = evaluate(step)
     model.train()
     if rank() == 0:
-        log.append(folder / "metrics.jsonl", {"step": step, **{f"val_{key}": value for key, value in figures.items()}})
+        _write(folder, {"step": step, **{f"val_{key}": value for key, value in figures.items()}}, sinks)
         text = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
         say(f"step {step}: {text}" if step else f"before training: {text}")
+
+
+def _write(folder: Path, record: dict[str, float], sinks: list) -> None:
+    log.append(folder / "metrics.jsonl", record)
+    for write in sinks:
+        write(record["step"], {key: value for key, value in record.items() if key != "step"})
 
 
 def _resume(folder: Path, model, optimizer, identity: dict[str, Any], config: LoopConfig, extra: dict[str, Tensor] | None) -> int:
@@ -198,6 +214,8 @@ def _resume(folder: Path, model, optimizer, identity: dict[str, Any], config: Lo
 def _stop_non_finite(folder: Path, number: int, loss: float, parameters, names, feed: Feed, micro_batches) -> None:
     import torch
 
+    from ta.batch import batch_of
+
     bad = next((names[id(p)] for p in parameters if p.grad is not None and not torch.isfinite(p.grad).all()), "none (the loss itself)")
     for i, batch in enumerate(micro_batches):
         tokens = batch_of(batch).tokens.tolist()
@@ -213,12 +231,9 @@ def _where(feed: Feed, number: int) -> str:
     return ", ".join(records[:8]) + (f" and {len(records) - 8} more" if len(records) > 8 else "")
 
 
-def batch_of(batch):
-    """The Batch inside a method's own batch (the first field that leads to one)."""
-    return batch if hasattr(batch, "learned") else batch_of(batch[0])
-
-
 def _sizes(batch) -> tuple[int, int]:
+    from ta.batch import batch_of
+
     inner = batch_of(batch)
     return sum(inner.lengths), len(inner.learned)
 

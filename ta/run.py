@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -21,6 +21,7 @@ from ta.loop import LoopConfig, mean_over
 from ta.model import ChatFormat, ModelConfig, fingerprint, open_format, open_model
 from ta.optim import USUAL_LR, OptimConfig, with_default_lr
 from ta.pieces import Tokens, show
+from ta.sinks import check_sinks
 from ta.sources import read_records
 from ta.templates import ChatConfig, export_template
 from ta.tokenizer import TokenizerConfig, disagreement
@@ -96,6 +97,7 @@ def open_parts(
     device = parallel.init()
     loop, optim = config.loop, with_default_lr(config.optim, config.model.model_path, config.adapter.adapter, usual_lr)
     log.check_out(loop.out, loop.resume, loop.overwrite)
+    check_sinks(loop.log)
     form = open_format(config.model, config.tokenizer, config.chat, config.adapter.adapter_path)
     data = open_data(config, form, kind)
     model, note = open_model(config.model, config.adapter, form, kind=model_kind, num_labels=num_labels, device=device, seed=loop.seed)
@@ -134,12 +136,12 @@ def open_run(
         **dataclasses.asdict(optim),
         **(identity or {}),
     }
-    with parallel.on_rank_zero(lambda: log.open_run(loop.out, config, loop.resume, loop.overwrite)):
+    with nullcontext() if loop.dry_run else parallel.on_rank_zero(lambda: log.open_run(loop.out, config, loop.resume, loop.overwrite)):
         parallel.say("\n".join([note] * bool(note) + report(data.train.info)))
         for i in range(data.train.k):
             ids, weights = sequence(data.train, i)
             parallel.say(show(Tokens(ids.tolist(), weights.tolist()), form.tokenizer.decode))
-        if parallel.rank() == 0:
+        if parallel.rank() == 0 and not loop.dry_run:
             write_drops(data.train, str(Path(loop.out) / "drops.jsonl"))
         yield Run(model, form, data, feed, optim, held_out, same)
     parallel.close()

@@ -182,3 +182,32 @@ def test_feeds_are_plain_functions():
     one, two = feed.batches(3), feed.batches(3)
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(one, two, strict=True))
     assert len(feed.records(3)) == 8
+
+
+def test_a_dry_run_tells_memory_and_changes_nothing(tmp_path, capsys):
+    """Weights, gradients and moments are exact; activations grow with the token budget."""
+    from ta.memory import estimate
+
+    model, data = tiny(), prepared()
+    size = sum(p.numel() for p in model.parameters()) * 4 / 1e9
+    small, large = (estimate(model, feed_of(data, budget=budget), sft_step) for budget in (40, 160))
+    assert small["weights"] == pytest.approx(size, rel=0.2) and small["gradients"] == pytest.approx(size) == small["AdamW moments"] / 2
+    assert 2 < large["activations"] / small["activations"] < 8
+    assert large["in all"] == pytest.approx(sum(v for k, v in large.items() if k != "in all"))
+    before = weights(model)
+    with pytest.raises(SystemExit) as end:
+        train(model, feed_of(data), sft_step, loop(tmp_path, dry_run=True), OptimConfig(lr=1e-2))
+    assert end.value.code == 0 and "AdamW moments" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.parameters(), strict=True))
+
+
+def test_sinks_get_what_is_logged(tmp_path, monkeypatch):
+    from ta import sinks
+
+    seen = []
+    monkeypatch.setitem(sinks.SINKS, "tensorboard", lambda folder: lambda step, figures: seen.append((step, figures)))
+    train(tiny(), feed_of(prepared(), steps=3), sft_step, loop(tmp_path, log=("tensorboard",)), OptimConfig(lr=1e-2))
+    assert [step for step, _ in seen] == [1, 2, 3] and [f["loss"] for _, f in seen] == [value for _, value in losses(tmp_path)]
+    monkeypatch.setattr(sinks, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        sinks.check_sinks(["wandb"])
