@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+def one_thread() -> None:
+    """Compute on one thread: a tiny model is no slower so, is not slowed down by neighbours, and gives the same bits on any number of cores."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 def world() -> int:
     """Number of processes, as torchrun tells it."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -95,6 +95,8 @@ def open_parts(
 ) -> Parts:
     """Format, data and model of a run, in the order of what they cost; writes nothing. `usual_lr` is what `with_default_lr` takes."""
     device = parallel.init()
+    if config.model.model_path.startswith("builtin"):
+        parallel.one_thread()
     loop, optim = config.loop, with_default_lr(config.optim, config.model.model_path, config.adapter.adapter, usual_lr)
     log.check_out(loop.out, loop.resume, loop.overwrite)
     check_sinks(loop.log)
