@@ -11,7 +11,7 @@ from ta import builtin
 from ta.adapters import load_adapter
 
 KIND = {"dpo": "preferences", "rm": "preferences", "kto": "labelled", "classify": "classes"}
-QUICK = ("--steps", 3, "--batch-size", 8, "--cherry-max-new-tokens", 4, "--cherry-records", 4, "--log-every", 1)
+QUICK = ("--steps", 3, "--batch-size", 8, "--cherry-max-new-tokens", 4, "--cherry-records", 12, "--log-every", 1)
 FIGURES = {
     "dpo": {"reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected"},
     "kto": {"reward_desirable", "reward_undesirable", "reward_margin", "reward_accuracy", "logp", "kl"},
