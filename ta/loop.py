@@ -242,4 +242,7 @@ def _seed_dropout(seed: int, number: int) -> None:
     """Dropout has no generator argument, so the global one is set: a function of (seed, step, rank)."""
     import torch
 
-    torch.manual_seed((seed * 1_000_003 + number) * 1_009 + rank())
+    mixed = (seed * 1_000_003 + number) * 1_009 + rank()
+    torch.default_generator.manual_seed(mixed)  # torch.manual_seed costs a millisecond: it notes the call for devices that never come
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(mixed)
