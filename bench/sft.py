@@ -9,7 +9,10 @@ float32. The first step is left out of the rate and told apart; `loss` of the la
 import argparse
 import time
 
-from harness import compare, parser, peak
+try:
+    from harness import compare, parser, peak
+except ImportError:
+    from bench.harness import compare, parser, peak
 
 VOCABULARY = 16_384
 
