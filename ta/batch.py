@@ -109,6 +109,12 @@ def records_of_step(n: int, batch_size: int, seed: int, step: int) -> np.ndarray
     return _order(n, seed, epoch)[place * batch_size : (place + 1) * batch_size]
 
 
+def heaviest_step(sizes: np.ndarray, batch_size: int, seed: int, steps: int) -> int:
+    """The step of the first pass, and of the first `steps`, whose records have the most tokens in all; sizes (n,) are theirs."""
+    totals = np.add.reduceat(sizes[_order(len(sizes), seed, 0)], np.arange(0, len(sizes), batch_size))
+    return int(totals[:steps].argmax())
+
+
 def split_micro(lengths: Sequence[int], max_tokens: int, world: int = 1, packed: bool = True) -> list[list[list[int]]]:
     """Cut one step's sequences into micro-batches of at most `max_tokens` tokens: result[rank][micro] lists places in `lengths`.
 
@@ -124,7 +130,7 @@ def split_micro(lengths: Sequence[int], max_tokens: int, world: int = 1, packed:
 
 
 def _pack(lengths: Sequence[int], max_tokens: int, world: int) -> list[list[int]]:
-    """Longest first into the emptiest bin; one more bin a rank until all fit."""
+    """Longest first into the emptiest bin; one more bin a rank until all fit. The fullest bin comes first."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     rounds = max(1, -(-sum(lengths) // (max_tokens * world)))
     while True:
@@ -137,7 +143,7 @@ def _pack(lengths: Sequence[int], max_tokens: int, world: int) -> list[list[int]
             heapq.heapreplace(heap, (load + lengths[i], b))
             bins[b].append(i)
         else:
-            return [sorted(b) for b in bins]
+            return [sorted(bins[b]) for _, b in sorted(heap, key=lambda pair: (-pair[0], pair[1]))]
         rounds += 1
 
 

@@ -40,8 +40,11 @@ def training_feed(
     packed: bool = True,
     dress: Dress = _plain,
 ) -> Feed:
-    """The Feed of a prepared set: `batch_size` records a step over all processes, cut by the token budget; the same on any number of processes."""
-    from ta.batch import records_of_step, steps_in
+    """The Feed of a prepared set: `batch_size` records a step over all processes, cut by the token budget; the same on any number of processes.
+
+    The step of the first pass that has the most tokens comes first, so that memory runs out at once or not at all.
+    """
+    from ta.batch import heaviest_step, records_of_step, steps_in
 
     check_budget(prepared, max_tokens_per_micro)
     n = len(prepared.origin)
@@ -49,12 +52,16 @@ def training_feed(
         if value <= 0:
             raise ValueError(f"--{name} {value}: must be above 0")
     steps = steps if steps is not None else steps_in(n, batch_size, epochs)
+    heaviest = heaviest_step(lengths(prepared), batch_size, seed, steps)
+
+    def chosen(step: int) -> np.ndarray:
+        return records_of_step(n, batch_size, seed, {0: heaviest, heaviest: 0}.get(step, step))
 
     def batches(step: int) -> list:
-        return micro_batches(prepared, records_of_step(n, batch_size, seed, step), max_tokens_per_micro, packed, dress)
+        return micro_batches(prepared, chosen(step), max_tokens_per_micro, packed, dress)
 
     def records(step: int) -> list[str]:
-        return [name_of(prepared, i) for i in records_of_step(n, batch_size, seed, step)]
+        return [name_of(prepared, i) for i in chosen(step)]
 
     return Feed(steps, batches, records)
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ta.batch import lay_out, records_of_step, split_micro, steps_in, to_device
+from ta.batch import heaviest_step, lay_out, records_of_step, split_micro, steps_in, to_device
 
 
 def random_sequences(rng, n, longest=20):
@@ -127,3 +127,23 @@ def test_packing_real_lengths_wastes_under_three_percent():
 def test_too_long_a_sequence_is_an_error():
     with pytest.raises(ValueError, match="101 tokens cannot fit into --max-tokens-per-micro 100"):
         split_micro([3, 101], 100)
+
+
+def test_the_step_with_most_tokens_comes_first():
+    """Of the first pass, and within it the fullest micro-batch, whatever the number of processes."""
+    from small import prepared
+
+    from ta.feed import training_feed
+
+    data = prepared(n=40)
+    sizes = np.diff(data.offsets)
+    steps = [records_of_step(40, 8, 0, s) for s in range(5)]
+    assert heaviest_step(sizes, 8, 0, 5) == max(range(5), key=lambda s: sizes[steps[s]].sum())
+    assert heaviest_step(sizes, 8, 0, 1) == 0
+    feed = training_feed(data, batch_size=8, max_tokens_per_micro=60, seed=0, steps=10, epochs=1)
+    seen = [set(feed.records(s)) for s in range(5)]
+    assert sorted(map(len, seen)) == [8] * 5 and len(set.union(*seen)) == 40
+    loads = [sum(sum(batch.lengths) for batch in feed.batches(s)) for s in range(5)]
+    assert loads[0] == max(loads) and len(set(loads)) > 1
+    micro = [sum(batch.lengths) for batch in feed.batches(0)]
+    assert micro == sorted(micro, reverse=True)
