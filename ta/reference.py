@@ -114,6 +114,8 @@ def synced(policy: LanguageModel, copy: LanguageModel, every: int, alpha: float)
 
     def after_step(done: int) -> None:
         if done % every == 0:
+            if hasattr(copy, "reshard"):
+                copy.reshard()  # a sharded root stays gathered after a forward that no backward follows, and would go on with old weights
             with torch.no_grad():
                 for theirs, ours in pairs:
                     theirs, ours = (x.to_local() if hasattr(x, "to_local") else x for x in (theirs, ours))

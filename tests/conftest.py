@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -54,23 +55,79 @@ def run():
 
 
 @pytest.fixture
+def forked(tmp_path):
+    """Run a recipe in new processes that have all imports already: forked("sft", "--steps", 2, processes=2, code=0) -> what they printed.
+
+    `before(rank)` runs in each process first.
+    """
+    import judged
+
+    from ta.cli import cli
+
+    def start(recipe: str, *flags, processes: int = 1, code: int = 0, before=lambda rank: None) -> str:
+        module = judged.recipe(recipe)
+
+        def main(rank):
+            before(rank)
+            cli(module.main, settings_of(module), [str(flag) for flag in flags])
+
+        said = tmp_path / f"said-{len(list(tmp_path.glob('said-*')))}"
+        codes = together(main, processes, said)
+        text = said.read_text(errors="replace")
+        assert codes == [code] * processes, f"exit codes {codes}\n{text[-5000:]}"
+        return text
+
+    return start
+
+
+def together(main, processes: int, said: Path) -> list[int]:
+    """Exit codes of main(rank) in `processes` forked processes, which can form one process group; they print into the file `said`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(processes):
+        if pid := os.fork():
+            children.append(pid)
+            continue
+        code = 1
+        try:
+            output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(output, 1), os.dup2(output, 2)
+            sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
+            if processes > 1:
+                os.environ |= {"WORLD_SIZE": str(processes), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            main(rank)
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+
+
+def settings_of(module) -> type:
+    """The settings that a recipe's main takes."""
+    return next(
+        v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__ and hasattr(v, "__dataclass_fields__")
+    )
+
+
+@pytest.fixture
 def door(capsys):
     """Run a recipe in this process: door("sft", "--steps", 2) -> (exit code, what it printed on stderr); quick, for wrong input."""
-    import importlib.util
+    import judged
 
     def start(recipe: str, *flags) -> tuple[int, str]:
-        spec = importlib.util.spec_from_file_location(f"recipe_{recipe}", ROOT / "recipes" / f"{recipe}.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
         from ta.cli import cli
 
-        settings = next(
-            v for v in vars(module).values() if isinstance(v, type) and v.__module__ == spec.name and hasattr(v, "__dataclass_fields__")
-        )
+        module = judged.recipe(recipe)
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
-            cli(module.main, settings, [str(flag) for flag in flags])
+            cli(module.main, settings_of(module), [str(flag) for flag in flags])
         return end.value.code, capsys.readouterr().err
 
     return start

@@ -70,18 +70,26 @@ def test_from_flags_to_a_folder_that_plain_transformers_loads(run, recipe, model
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("recipe", "more"), [("dpo", ("--loss", "kto_pair")), ("rm", ("--adapter", "lora")), ("classify", ("--class-weights", "auto"))]
+    ("recipe", "more"),
+    [
+        ("dpo", ("--loss", "kto_pair")),
+        ("dpo", ("--reference", "cached")),
+        ("dpo", ("--reference", "synced", "--sync-every", 1)),
+        ("kto", ("--adapter", "lora")),
+        ("rm", ("--adapter", "lora")),
+        ("classify", ("--class-weights", "auto")),
+    ],
 )
-def test_two_processes_give_the_losses_and_the_export_of_one(run, recipe, more, model, data, tmp_path):
+def test_two_processes_give_the_losses_and_the_export_of_one(forked, recipe, more, model, data, tmp_path):
     for n in (1, 2):
-        run(recipe, *flags(recipe, model, data, tmp_path / str(n), "--lr", "1e-3", *more), processes=n)
+        forked(recipe, *flags(recipe, model, data, tmp_path / str(n), "--lr", "1e-3", *more), processes=n)
     one, two = (logged(tmp_path / str(n)) for n in (1, 2))
     for a, b in zip(one, two, strict=True):
         for key in a.keys() - {"seconds", "memory_gb", "val_accuracy", "val_reward_accuracy"}:
             assert a[key] == pytest.approx(b[key], rel=2e-3, abs=2e-4), key
-    files = {"rm": "adapter_model.safetensors"}.get(recipe, "model.safetensors")
+    files = "adapter_model.safetensors" if "--adapter" in more else "model.safetensors"
     one, two = (load_file(tmp_path / str(n) / "final" / files) for n in (1, 2))
-    assert one.keys() == two.keys() and any("score" in name for name in one) == (recipe != "dpo")
+    assert one.keys() == two.keys() and any("score" in name for name in one) == (recipe in ("rm", "classify"))
     start = load_file(model / "model.safetensors")
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-2, atol=2e-3)
@@ -90,32 +98,32 @@ def test_two_processes_give_the_losses_and_the_export_of_one(run, recipe, more, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["rm", "classify"])
-def test_a_head_is_saved_with_its_adapter(run, recipe, model, data, tmp_path):
+def test_a_head_is_saved_with_its_adapter(forked, recipe, model, data, tmp_path):
     """The export scores, after a new start, what the run's last evaluation scored; going on with it starts from there."""
     out, labels = tmp_path / "run", {"rm": 1, "classify": 3}[recipe]
-    run(recipe, *flags(recipe, model, data, out, "--adapter", "lora", "--lr", "1e-2"))
+    forked(recipe, *flags(recipe, model, data, out, "--adapter", "lora", "--lr", "1e-2"))
     base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=labels)
     whole = load_adapter(base, str(out / "final"))
     assert "score" in " ".join(load_file(out / "final" / "adapter_model.safetensors"))
     assert whole(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
-    run(recipe, *flags(recipe, model, data, tmp_path / "next", "--adapter-path", out / "final", "--lr", "1e-9"))
+    forked(recipe, *flags(recipe, model, data, tmp_path / "next", "--adapter-path", out / "final", "--lr", "1e-9"))
     assert logged(tmp_path / "next")[0]["val_loss"] == pytest.approx(logged(out)[-1]["val_loss"], rel=1e-5)
 
 
 @pytest.mark.slow
-def test_a_cached_reference_and_lora_across_a_resume(run, model, data, tmp_path):
+def test_a_cached_reference_and_lora_across_a_resume(forked, model, data, tmp_path):
     """adapter_off and cached give the same losses; a run that was cut by --steps... is the same run when it goes on."""
     for kind in ("adapter_off", "cached"):
-        run("kto", *flags("kto", model, data, tmp_path / kind, "--adapter", "lora", "--reference", kind, "--lr", "1e-3"))
+        forked("kto", *flags("kto", model, data, tmp_path / kind, "--adapter", "lora", "--reference", kind, "--lr", "1e-3"))
     one, two = (logged(tmp_path / kind) for kind in ("adapter_off", "cached"))
     one, two = ([row["loss"] for row in rows if "loss" in row] for rows in (one, two))
     assert len(one) == 3 and one == pytest.approx(two, rel=1e-5)
-    again = run(
+    again = forked(
         "kto", *flags("kto", model, data, tmp_path / "cached", "--adapter", "lora", "--reference", "cached", "--lr", "1e-3", "--resume")
     )
-    assert "reference log-probabilities of 40 records: from" in again.stderr and "at step 3" in again.stderr
-    changed = run("kto", *flags("kto", model, data, tmp_path / "cached", "--adapter", "lora", "--lr", "1e-3", "--resume"), code=2)
-    assert "reference was 'cached' and is 'auto'" in changed.stderr
+    assert "reference log-probabilities of 40 records: from" in again and "at step 3" in again
+    changed = forked("kto", *flags("kto", model, data, tmp_path / "cached", "--adapter", "lora", "--lr", "1e-3", "--resume"), code=2)
+    assert "reference was 'cached' and is 'auto'" in changed
 
 
 def write(path, records):

@@ -138,7 +138,7 @@ def test_settings_are_read_or_refused():
 
 
 @pytest.mark.slow
-def test_as_a_user_runs_it(run, data, tmp_path):
+def test_as_a_user_runs_it(run, door, data, tmp_path):
     """Two processes under torchrun give the file of one; what is wrong is said in a line with exit code 2 and nothing is written."""
     flags = ("--data", data, "--max-new-tokens", 6, "--slots", 5)
     run("generate", *flags, "--out", tmp_path / "one.jsonl")
@@ -152,8 +152,8 @@ def test_as_a_user_runs_it(run, data, tmp_path):
         (("--out", tmp_path / "x.jsonl", "--beams", 2, "--temperature", 1), "give one of them"),
         (("--out", tmp_path / "one.jsonl", "--overwrite", "--model-path", tmp_path / "nothing"), "no model folder"),
     ):
-        done = run("generate", *flags, *more, code=2)
-        assert message in done.stderr and "Traceback" not in done.stderr
+        code, said = door("generate", *flags, *more)
+        assert code == 2 and message in said and "Traceback" not in said
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -7,13 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import judged
 import pytest
+import safetensors.torch
 import torch
-from conftest import ROOT
+from conftest import ROOT, settings_of
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ta import builtin
+from ta.cli import cli
 
 QUICK = ("--steps", 3, "--batch-size", 8, "--cherry-max-new-tokens", 4, "--cherry-records", 4, "--log-every", 1)
 
@@ -32,6 +37,7 @@ def losses(folder):
     return [r["loss"] for r in map(json.loads, open(folder / "metrics.jsonl")) if "loss" in r]
 
 
+@pytest.mark.slow
 def test_from_flags_to_a_folder_that_plain_transformers_loads(run, data, tmp_path):
     train, val = data
     out = tmp_path / "run"
@@ -54,7 +60,7 @@ def test_from_flags_to_a_folder_that_plain_transformers_loads(run, data, tmp_pat
     assert "at step 3" in resumed.stderr
 
 
-def test_export_renders_what_was_trained(run, data, tmp_path):
+def test_export_renders_what_was_trained(door, capsys, data, tmp_path):
     """An explicit template becomes the exported tokenizer's chat template: plain transformers gives the training ids."""
     train, _ = data
     template = (
@@ -67,41 +73,69 @@ def test_export_renders_what_was_trained(run, data, tmp_path):
         "assistant=bot",
         "system=sys",
     )
-    run("sft", "--data", train, "--out", tmp_path / "run", *QUICK, *template)
-    shown = run("inspect_data", "--data", train, "--json", *template)
+    assert door("sft", "--data", train, "--out", tmp_path / "run", *QUICK, *template)[0] == 0
+    module = judged.recipe("inspect_data")
+    with pytest.raises(SystemExit):
+        cli(module.main, settings_of(module), [str(flag) for flag in ("--data", train, "--json", *template)])
+    shown = capsys.readouterr()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "final")
-    for line, record in zip(shown.stdout.splitlines(), builtin.chats("train", 40), strict=True):
+    for line, record in zip(shown.out.splitlines(), builtin.chats("train", 40), strict=True):
         assert json.loads(line)["ids"] == tokenizer.apply_chat_template(record["messages"], return_dict=False)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adapter", [(), ("--adapter", "lora", "--init-tokens", "<sep>=the end")])
-def test_two_processes_equal_one_and_go_on_from_each_other(run, data, tmp_path, adapter):
-    """The same losses on 1 and 2 processes, and mid-run from 1 to 2 and back; the exported weights agree."""
-    flags = ("--data", data[0], *QUICK, "--max-tokens-per-micro", 300, *adapter)
-    run("sft", *flags, "--out", tmp_path / "one")
-    run("sft", *flags, "--out", tmp_path / "two", processes=2)
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
-    for folder, first, second in (("up", 1, 2), ("down", 2, 1)):
-        out = tmp_path / folder
-        interrupted(out, flags, first)
-        run("sft", *flags, "--out", out, "--resume", processes=second)
-        assert losses(out) == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+def test_two_processes_equal_one_with_new_tokens_on_an_adapter(forked, data, tmp_path):
+    flags = ("--data", data[0], *QUICK, "--max-tokens-per-micro", 300, "--adapter", "lora", "--init-tokens", "<sep>=the end")
+    for n in (1, 2):
+        forked("sft", *flags, "--out", tmp_path / str(n), processes=n)
+    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-6)
+    one, two = (load_file(tmp_path / str(n) / "final" / "adapter_model.safetensors") for n in (1, 2))
+    assert one.keys() == two.keys() and all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
 
 
-def interrupted(out, flags, processes):
-    """Start a run and send SIGTERM after its first logged step."""
-    command = [sys.executable, *(("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}") if processes > 1 else ())]
-    command += [str(ROOT / "recipes/sft.py"), *map(str, flags), "--out", str(out)]
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
-    for _ in range(1200):
-        if (out / "metrics.jsonl").exists() and process.poll() is None:
-            break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    code = process.wait(120)
-    assert code in ((143, 0) if processes == 1 else (1, 0, 143)) or code < 0
-    assert any((out / "checkpoints").glob("step-*/manifest.json"))
+@pytest.mark.slow
+def test_torchrun_stops_at_a_signal_dies_with_a_process_and_goes_on(run, forked, data, tmp_path):
+    """Under the real launcher: the losses of one process after SIGTERM, after kill -9 of one of two, and a resume of each."""
+    flags = ("--data", data[0], *QUICK, "--steps", 40, "--save-every", 1, "--max-tokens-per-micro", 300)
+    forked("sft", *flags, "--out", tmp_path / "one")
+    out = tmp_path / "two"
+    launcher = launched(out, flags)
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(60) != 0 and any((out / "checkpoints").glob("step-*/manifest.json"))
+    launcher = launched(out, (*flags, "--resume"), len(losses(out)) + 1)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert launcher.wait(60) != 0
+    said = forked("sft", *flags, "--out", out, "--resume", processes=2)
+    assert "resuming from" in said and losses(out) == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+
+
+def launched(out, flags, lines=1):
+    """torchrun with two processes, once it has logged `lines` steps."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", ROOT / "recipes/sft.py", *flags]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([*map(str, command), "--out", str(out)], env=environment, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not ((out / "metrics.jsonl").exists() and len(losses(out)) >= lines):
+        time.sleep(0.02)
+    assert process.poll() is None
+    return process
+
+
+def test_no_room_is_said_in_a_line_and_the_run_goes_on_later(door, data, tmp_path, monkeypatch):
+    out, real = tmp_path / "run", safetensors.torch.save_file
+    flags = ("--data", data[0], *QUICK, "--save-every", 1, "--out", out)
+
+    def full(tensors, path, *more, **named):
+        if "tmp-step-00000002" in str(path):
+            raise OSError(28, "No space left on device")
+        return real(tensors, path, *more, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.torch, "save_file", full)
+        code, said = door("sft", *flags)
+    assert code == 3 and "No space left" in said.splitlines()[-1] and "Traceback" not in said
+    code, said = door("sft", *flags, "--resume")
+    assert code == 0 and "step-00000001 at step 1" in said and len(losses(out)) == 3
 
 
 def test_bad_flags_and_folders(door, data, tmp_path):

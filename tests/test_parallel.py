@@ -1,0 +1,107 @@
+"""One process and several: the same batches, losses and bits, whatever happens between."""
+
+import json
+import os
+import signal
+import time
+from functools import partial
+
+import pytest
+import torch
+from conftest import together
+from safetensors.torch import load_file
+from small import prepared, sft_step, tiny
+
+from ta import checkpoint, parallel
+from ta.feed import training_feed
+from ta.loop import LoopConfig, train
+from ta.optim import OptimConfig, make_optimizer
+
+STEPS = 8
+
+
+def model_of(lora):
+    model = tiny()
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(1)
+        model.inner = get_peft_model(model.inner, LoraConfig(target_modules="all-linear", fan_in_fan_out=True))
+    device = parallel.init()
+    if parallel.rank():
+        model.to("meta")
+    parallel.shard(model, device, half=False)
+    return model
+
+
+def work(folder, lora, stop=None):
+    """Train from what is there to the end, or until a signal after step `stop`; micro-batches of 50 tokens, so that gradients accumulate."""
+    model = model_of(lora)
+    feed = training_feed(prepared(), batch_size=8, max_tokens_per_micro=50, seed=0, steps=STEPS, epochs=1)
+    config = LoopConfig(out=str(folder), log_every=1, resume=True)
+
+    def after_step(done):
+        if done == stop and parallel.rank() == 0:  # heard by all at the next step
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    train(model, feed, sft_step, config, OptimConfig(lr=1e-2), identity={"data": 1}, after_step=after_step)
+
+
+def state(folder):
+    """Every tensor and moment of the newest checkpoint, put together from its shards."""
+    found = checkpoint.newest(folder)
+    parts = {}
+    for shard in found.manifest["shards"]:
+        tensors = load_file(found.path / shard["file"])
+        for name, rows in shard["rows"].items():
+            for key in (name, *(f"{moment}/{name}" for moment in checkpoint.MOMENTS)):
+                if key in tensors:
+                    parts.setdefault(key, []).append((rows["start"], tensors[key]))
+    return {key: torch.cat([rows for _, rows in sorted(found, key=lambda p: p[0])]) for key, found in parts.items()}
+
+
+def save_again(folder, target, lora, rank):
+    """Load the newest checkpoint on this number of processes and save it elsewhere."""
+    model = model_of(lora)
+    optimizer = make_optimizer(model, OptimConfig(lr=1e-2))
+    step = checkpoint.load(checkpoint.newest(folder), model, optimizer)
+    checkpoint.save(target, step, model, optimizer, {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_1_then_2_then_4_then_1_processes_are_one_run(lora, tmp_path):
+    """The losses of one process to 1e-6; each new number of processes holds the very bits that the one before saved."""
+    for name in ("whole", "chain"):
+        (tmp_path / name).mkdir()
+    assert together(lambda rank: work(tmp_path / "whole", lora), 1, tmp_path / "said") == [0]
+    for processes, stop, following in ((1, 1, 2), (2, 3, 4), (4, 5, 1), (1, None, 2)):
+        codes = together(lambda rank, stop=stop: work(tmp_path / "chain", lora, stop), processes, tmp_path / "said")
+        assert codes == [143 if stop else 0] * processes, (tmp_path / "said").read_text()
+        folder, again = tmp_path / "chain" / "checkpoints", tmp_path / f"again-{processes}-{stop}"
+        resave = partial(save_again, folder, again, lora)
+        assert together(resave, following, tmp_path / "said") == [0] * following
+        before, after = state(folder), state(again)
+        assert before.keys() == after.keys() and len(before) > 10
+        assert all(torch.equal(before[key], after[key]) for key in before)
+    whole, chain = (
+        [r["loss"] for r in map(json.loads, open(tmp_path / name / "metrics.jsonl")) if "loss" in r] for name in ("whole", "chain")
+    )
+    assert len(whole) == STEPS and chain == pytest.approx(whole, rel=1e-6)
+    one, many = (state(tmp_path / name / "checkpoints") for name in ("whole", "chain"))
+    assert all(torch.allclose(one[key], many[key], atol=1e-4) for key in one)
+
+
+@pytest.mark.slow
+def test_a_dead_process_ends_the_others(tmp_path):
+    """One of two dies in its first save: the other does not wait for it for ever, and no part of a checkpoint is left to be used."""
+
+    def main(rank):
+        if rank:
+            os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
+        work(tmp_path, False, 1)
+
+    start = time.monotonic()
+    codes = together(main, 2, tmp_path / "said")
+    assert codes[0] not in (0, 143) and codes[1] == -signal.SIGKILL and time.monotonic() - start < 60
+    assert checkpoint.newest(tmp_path / "checkpoints") is None
