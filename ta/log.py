@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 try:
     import fcntl
@@ -38,7 +39,7 @@ def read_lines(path: Path) -> list[dict]:
     """The whole objects of a JSONL log; a line torn by a kill is left out."""
     out = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").split("\n"):
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 out.append(json.loads(line))
             except ValueError:
@@ -69,10 +70,10 @@ def check_out(out: str, resume: bool, overwrite: bool) -> list[str]:
     return held
 
 
-def open_run(out: str, config: object, resume: bool, overwrite: bool):
+def open_run(out: str, config: object, resume: bool, overwrite: bool, more: dict[str, Any] | None = None):
     """Make the run folder, take its lock and write config.json; keep the returned file open as long as you write.
 
-    `overwrite` empties a folder that holds a run, and only such a one.
+    `more` goes into config.json beside settings, command and versions. `overwrite` empties a folder that holds a run, and only such a one.
     """
     held = check_out(out, resume, overwrite)
     folder = Path(out)
@@ -87,7 +88,7 @@ def open_run(out: str, config: object, resume: bool, overwrite: bool):
         for name in held:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    settings = {"argv": sys.argv, "config": dataclasses.asdict(config), "versions": versions()}
+    settings = {"argv": sys.argv, "config": dataclasses.asdict(config), "versions": versions(), **(more or {})}
     write_text(folder / "config.json", json.dumps(settings, indent=1, ensure_ascii=False))
     return lock
 

@@ -18,6 +18,7 @@ from ta.feed import Feed
 from ta.optim import OptimConfig, lr_at, make_optimizer, update
 from ta.parallel import rank, say, sum_over_ranks, world
 from ta.progress import Prefetch, Signals, Window, bar, line, memory
+from ta.report import write_report
 from ta.sinks import open_sinks
 
 if TYPE_CHECKING:
@@ -180,6 +181,7 @@ def _evaluate(evaluate, model, folder: Path, step: int, sinks: list) -> None:
     model.train()
     if rank() == 0:
         _write(folder, {"step": step, **{f"val_{key}": value for key, value in figures.items()}}, sinks)
+        write_report(folder)
         text = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
         say(f"step {step}: {text}" if step else f"before training: {text}")
 

@@ -33,6 +33,14 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def machine() -> dict[str, str | int]:
+    """What the run computes on, for its record."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"device": device, "processes": world(), "cores": os.cpu_count() or 1, "threads": torch.get_num_threads()}
+
+
 def init() -> str:
     """Join the process group where torchrun started us and return this process's device."""
     import torch

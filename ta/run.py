@@ -21,6 +21,7 @@ from ta.loop import LoopConfig, mean_over
 from ta.model import ChatFormat, ModelConfig, fingerprint, open_format, open_model
 from ta.optim import USUAL_LR, OptimConfig, with_default_lr
 from ta.pieces import Tokens, show
+from ta.report import write_report
 from ta.sinks import check_sinks
 from ta.sources import read_records
 from ta.templates import ChatConfig, export_template
@@ -138,7 +139,9 @@ def open_run(
         **dataclasses.asdict(optim),
         **(identity or {}),
     }
-    with nullcontext() if loop.dry_run else parallel.on_rank_zero(lambda: log.open_run(loop.out, config, loop.resume, loop.overwrite)):
+    about = {"identity": same, "machine": parallel.machine()}
+    opening = lambda: log.open_run(loop.out, config, loop.resume, loop.overwrite, about)  # noqa: E731
+    with nullcontext() if loop.dry_run else parallel.on_rank_zero(opening):
         parallel.say("\n".join([note] * bool(note) + report(data.train.info)))
         for i in range(data.train.k):
             ids, weights = sequence(data.train, i)
@@ -188,6 +191,8 @@ def finish(run: Run, config: RunConfig) -> None:
         kept = [i for i, known in enumerate(ids) if known]
         gap = disagreement(form.tokenizer, form.template, [chats[i] for i in kept], [ids[i] for i in kept])
         parallel.say(gap and f"note: apply_chat_template of the export differs from training where pieces of text meet: {gap}")
+    if parallel.rank() == 0:
+        write_report(Path(config.loop.out))
     final = Path(config.loop.out) / "final"
     export(run.model.inner, run.form.tokenizer, final, export_template(run.form.template), run.form.stop_ids)
     parallel.say(f"done: {final}")
