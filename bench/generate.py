@@ -1,12 +1,10 @@
-"""How fast is the default engine? 64 prompts of mixed lengths and answers of mixed lengths, one by one, in HF batches, continuous batching, ours.
+"""How fast is the default engine? 64 prompts of mixed lengths, answers of mixed lengths: transformers one by one, in sorted batches, with its
+continuous batching, ours, and vLLM; all must give the same tokens.
 
-    python bench/generate.py [--vllm-python PYTHON]
+    python bench/generate.py [--vllm-python PYTHON]        (a Python of an environment that has vLLM)
 
-Generated tokens per CPU-second of one thread, best of `--rounds`, contenders alternating in one process (vLLM in its own, start-up not counted).
-Answers must be identical; a contender whose answers differ gets no ratio.
+Generated tokens per CPU-second of one thread, start-up not counted; `identical` counts answers that equal those of one by one.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -16,10 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from harness import ROOT, compare, parser
 
 VOCABULARY, LONGEST_ANSWER, BATCH = 16_384, 96, 16
 
@@ -83,11 +80,14 @@ def hf_batches(model, prompts, stop):
 
 
 def continuous(model, prompts, stop):
+    """With the cache that these prompts need; by default it fills the memory with zeros first."""
     from transformers import GenerationConfig
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
+    cache = ContinuousBatchingConfig(page_size=16, num_blocks=1024, max_batch_tokens=512, use_async_batching=False)
     config = GenerationConfig(max_new_tokens=LONGEST_ANSWER, eos_token_id=stop, pad_token_id=stop[0], do_sample=False)
     try:
-        found = model.generate_batch(prompts, generation_config=config, progress_bar=False)
+        found = model.generate_batch(prompts, generation_config=config, continuous_batching_config=cache, progress_bar=False)
     finally:
         model.set_attn_implementation("sdpa")
     return [list(found[key].generated_tokens) for key in sorted(found, key=lambda key: int(key.rpartition("_")[2]))]
@@ -101,66 +101,61 @@ def ours(model, prompts, stop):
     return [row[0].ids for row in generate(model, tiny_tokenizer(), prompts, config, stop)]
 
 
-def vllm(folder: str, n: int) -> None:
-    """Run in the environment that has vLLM: prints seconds of CPU and the answers as JSON."""
+def vllm(model, prompts, stop):
+    """Answers of vLLM in this environment, and the CPU seconds of the best of two calls."""
     from ta.builtin import tiny_tokenizer
     from ta.generate import GenerateConfig
     from ta.model import ModelConfig
     from ta.vllm_engine import VllmConfig, generate_vllm, open_engine
 
-    prompts, stop = workload(n)
-    engine = open_engine(ModelConfig(folder), tiny_tokenizer(), None, VllmConfig(kv_cache_gb=0.5, max_model_len=512))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        engine = open_engine(ModelConfig(folder), tiny_tokenizer(), None, VllmConfig(kv_cache_gb=0.5, max_model_len=512))
     config = GenerateConfig(max_new_tokens=LONGEST_ANSWER, skip_special_tokens=False)
     generate_vllm(engine, prompts[:2], config, stop)
-    best = float("inf")
-    for _ in range(2):
-        engine.llm.reset_prefix_cache()
-        start = time.process_time()
-        rows = generate_vllm(engine, prompts, config, stop)
-        best = min(best, time.process_time() - start)
-    print(json.dumps({"seconds": best, "answers": [row[0].ids for row in rows]}))
+    engine.llm.reset_prefix_cache()
+    start = time.process_time()
+    rows = generate_vllm(engine, prompts, config, stop)
+    return [row[0].ids for row in rows], time.process_time() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--vllm-python", help="a Python that has vLLM")
-    parser.add_argument("--inside-vllm", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.inside_vllm:
-        return vllm(given.inside_vllm, given.prompts)
+def measured(name: str, flags: argparse.Namespace) -> dict[str, float]:
+    """Figures of one contender; the first one's answers are what the others are compared with."""
+    if name == "vllm" and Path(sys.executable) != Path(flags.vllm_python):
+        command = [flags.vllm_python, __file__, *sys.argv[1:]]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_HOST_IP": "127.0.0.1"}
+        told = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if told.returncode:
+            sys.exit(told.stderr[-3000:])
+        return json.loads(told.stdout.strip().splitlines()[-1])
     import torch
-    import transformers
 
-    model, (prompts, stop) = build(), workload(given.prompts)
-    weights = sum(p.numel() for p in model.parameters())
-    print(f"{weights / 1e6:.0f}M weights, {len(prompts)} prompts, {torch.get_num_threads()} thread, load {os.getloadavg()[0]:.1f}, "
-          f"torch {torch.__version__}, transformers {transformers.__version__}")  # fmt: skip
-    contenders = {f.__name__: f for f in (one_by_one, hf_batches, continuous, ours)}
-    seconds, answers = dict.fromkeys(contenders, float("inf")), {}
-    ours(model, prompts[:2], stop)
-    for _ in range(given.rounds):
-        for name, run in contenders.items():
-            start = time.process_time()
-            answers[name] = run(model, prompts, stop)
-            seconds[name] = min(seconds[name], time.process_time() - start)
-    if given.vllm_python:
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            command = [given.vllm_python, __file__, "--inside-vllm", folder, "--prompts", str(given.prompts)]
-            told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()[-1]
-        found = json.loads(told)
-        seconds["vllm"], answers["vllm"] = found["seconds"], found["answers"]
-    reference = answers["one_by_one"]
-    tokens = sum(map(len, reference))
-    lengths = sorted(map(len, reference))
-    print(f"{tokens} tokens; answers of {lengths[0]}-{lengths[-1]}, median {lengths[len(lengths) // 2]}")
-    for name, took in seconds.items():
-        same = sum(a == b for a, b in zip(answers[name], reference, strict=True))
-        ratio = f"{seconds['one_by_one'] / took:6.2f}x one by one" if same == len(reference) else "answers differ: no ratio"
-        print(f"{name:12} {tokens / took:8.1f} tokens/CPU-s  {took:7.2f} s  {same}/{len(reference)} identical  {ratio}")
+    torch.set_num_threads(flags.threads)
+    model, (prompts, stop) = build(), workload(flags.prompts)
+    if name == "vllm":
+        answers, seconds = vllm(model, prompts, stop)
+    else:
+        run = TRANSFORMERS_AND_OURS[name]
+        run(model, prompts[:2], stop)
+        start = time.process_time()
+        answers = run(model, prompts, stop)
+        seconds = time.process_time() - start
+    if name == "one_by_one":
+        Path(flags.answers).write_text(json.dumps(answers))
+    same = sum(a == b for a, b in zip(answers, json.loads(Path(flags.answers).read_text()), strict=True))
+    return {"tokens_a_cpu_s": sum(map(len, answers)) / seconds, "identical": same, "tokens": sum(map(len, answers))}
 
+
+TRANSFORMERS_AND_OURS = {f.__name__: f for f in (one_by_one, hf_batches, continuous, ours)}
 
 if __name__ == "__main__":
-    main()
+    flags = parser(__doc__, 2)
+    flags.add_argument("--prompts", type=int, default=64)
+    flags.add_argument("--vllm-python", default="", help="a Python that has vLLM")
+    flags.add_argument("--answers", help=argparse.SUPPRESS)
+    given = flags.parse_args()
+    names = [*TRANSFORMERS_AND_OURS, *(["vllm"] if given.vllm_python else [])]
+    with tempfile.TemporaryDirectory() as folder:
+        if not given.answers:
+            sys.argv += ["--answers", str(Path(folder) / "answers.json")]
+        compare({name: lambda flags, name=name: measured(name, flags) for name in names}, given, "one_by_one")

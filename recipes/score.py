@@ -3,6 +3,7 @@
     python recipes/score.py --model-path runs/rm/final --data candidates.jsonl --out scored.jsonl
     python recipes/score.py --model-path runs/classify/final --kind class --data chats.jsonl --out classes.jsonl
     torchrun --nproc-per-node 8 recipes/score.py ...                   (each process takes every 8th record)
+    python recipes/score.py --engine vllm ...                          (the same numbers)
 
 A line of data: {"messages": [{"role": "user", "content": "2 + 2?"}], "answers": [{"id": "a", "content": "4"}, {"id": "b", "content": "5"}]}
 A line of the output has the record's fields and {"rewards": {"a": 1.2, "b": -0.7}}, or {"prediction": 1, "probabilities": [0.1, 0.9]}.
@@ -15,16 +16,18 @@ from pathlib import Path
 from typing import Literal
 
 from ta import outputs
+from ta.answers import check_prompts
 from ta.chat import Drop, encode_answers
 from ta.cli import cli
 from ta.encode import KINDS
-from ta.inference import InferenceConfig, labels_in, open_for_inference, resolve, scorer, stand_alone
+from ta.inference import InferenceConfig, labels_in, open_scorer, resolve, stand_alone
 from ta.kinds import check_candidates, check_chat
 from ta.model import fingerprint, model_folder, open_format
 from ta.sources import read_records
 from ta.store import hash_json
 from ta.templates import ANSWER, ChatConfig
 from ta.tokenizer import TokenizerConfig
+from ta.vllm_engine import VllmConfig
 
 
 @dataclass(frozen=True)
@@ -32,14 +35,17 @@ class Score:
     model: InferenceConfig = InferenceConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     chat: ChatConfig = ChatConfig()
+    vllm: VllmConfig = VllmConfig()
     kind: Literal["candidates", "class"] = "candidates"
     """Reward every candidate answer, or classify whole dialogues."""
     data: tuple[str, ...] = ()
     """Sources of records, as in training."""
     out: str = "scored.jsonl"
     """File to write."""
+    engine: Literal["hf", "vllm"] = "hf"
+    """transformers' model, or vLLM where it computes the same head."""
     max_tokens_per_micro: int = 8192
-    """Tokens in one forward pass: the memory knob."""
+    """Tokens in one forward pass of the hf engine: the memory knob."""
     resume: bool = False
     """Keep what a stopped run has scored."""
     overwrite: bool = False
@@ -62,6 +68,8 @@ def main(config: Score) -> None:
     rank, world, device = stand_alone()
     if not config.data:
         raise ValueError("no data to score: give --data FILE.jsonl")
+    if world > 1 and config.engine == "vllm":
+        raise ValueError("vLLM starts its own processes: run it without torchrun, with --tensor-parallel-size")
     out = Path(config.out)
     outputs.check(out, config.resume, config.overwrite, rank, world)
     model, adapter = resolve(config.model)
@@ -73,18 +81,16 @@ def main(config: Score) -> None:
         )
     check = check_candidates if config.kind == "candidates" else lambda data: check_chat(data, need_answer=False)
     records = [record.data for record in read_records(config.data, check)]
-    who = [
-        fingerprint(model.model_path, model.hub),
-        adapter and fingerprint(adapter),
-        model.dtype,
-        dataclasses.asdict(config.chat),
-        config.kind,
-    ]
+    who = [fingerprint(model.model_path, model.hub), adapter and fingerprint(adapter), model.dtype, dataclasses.asdict(config.chat)]
+    who += [config.kind, config.engine]
     keys = [hash_json([who, i, data])[:16] for i, data in enumerate(records)]
     there = outputs.done(out, keys) if not config.overwrite else {}
     mine = [i for i in range(rank, len(records), world) if keys[i] not in there]
     sequences = [sequences_of(config, form, records[i]) for i in mine]
-    score = scorer(open_for_inference(model, adapter, device, "seq_cls", num_labels), config.max_tokens_per_micro)
+    score, vocabulary, context = open_scorer(
+        model, adapter, form.tokenizer, num_labels, device, config.max_tokens_per_micro, config.vllm if config.engine == "vllm" else None
+    )
+    check_prompts([tokens.ids for parts in sequences for tokens in parts], vocabulary, context, room=0)
     outputs.begin(out, config.overwrite, rank, world)
     with outputs.Part(out, rank) as part, outputs.progress("score", len(mine), rank == 0) as advance:
         for start in range(0, len(mine), 128):

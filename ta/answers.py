@@ -106,8 +106,11 @@ def check_settings(config: GenerateConfig) -> None:
         )
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], vocabulary: int, context: int | None) -> None:
-    """ValueError with the count and the first number of prompts that are empty, hold ids outside the embedding table, or leave no room to answer."""
+def check_prompts(prompts: Sequence[Sequence[int]], vocabulary: int, context: int | None, room: int = 1) -> None:
+    """ValueError with the count and the first number of prompts that are empty, hold ids outside the embedding table, or leave no room to answer.
+
+    `room`: tokens that must fit behind a prompt; 0 where it is read and not answered.
+    """
     empty = [i for i, p in enumerate(prompts) if len(p) == 0]
     if empty:
         raise ValueError(
@@ -119,10 +122,11 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocabulary: int, context: in
             f"{len(outside)} of {len(prompts)} prompts hold token ids outside the model's {vocabulary} embeddings "
             f"(the first is number {outside[0]}): give the tokenizer that belongs to the model"
         )
-    long = [i for i, p in enumerate(prompts) if context is not None and len(p) >= context]
+    long = [i for i, p in enumerate(prompts) if context is not None and len(p) + room > context]
     if long:
+        fault = "leave no room for an answer" if room else "do not fit"
         raise ValueError(
-            f"{len(long)} of {len(prompts)} prompts leave no room for an answer in the model's context of {context} tokens "
+            f"{len(long)} of {len(prompts)} prompts {fault} in the model's context of {context} tokens "
             f"(number {long[0]} has {len(prompts[long[0]])}): cut them with a --max-tokens below {context}"
         )
 

@@ -6,16 +6,19 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ta.adapter_base import labels_of
+from ta.answers import context_of
 from ta.model import ModelConfig, load_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ta.pieces import Tokens
+    from ta.vllm_engine import VllmConfig
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,25 @@ def labels_in(folder: str, adapter: str | None) -> int:
             f"{folder} is no reward model or classifier ({settings.get('architectures')}): give what rm.py or classify.py exported"
         )
     return len(settings.get("id2label") or (0, 1))
+
+
+def open_scorer(
+    config: ModelConfig,
+    adapter_path: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    num_labels: int,
+    device: str,
+    max_tokens_per_micro: int,
+    vllm: VllmConfig | None = None,
+) -> tuple[Callable[[Sequence[Tokens]], list[list[float]]], int, int | None]:
+    """(`scorer` of the classifier in `config`, on vLLM where its settings are given; embeddings; context)."""
+    if vllm is not None:
+        from ta.vllm_engine import open_engine, score_vllm
+
+        engine = open_engine(config, tokenizer, adapter_path, vllm, num_labels=num_labels)
+        return partial(score_vllm, engine), engine.vocabulary, engine.context
+    model = open_for_inference(config, adapter_path, device, "seq_cls", num_labels)
+    return scorer(model, max_tokens_per_micro), len(model.get_input_embeddings().weight), context_of(model.config)
 
 
 def scorer(model: PreTrainedModel, max_tokens_per_micro: int) -> Callable[[Sequence[Tokens]], list[list[float]]]:

@@ -34,6 +34,18 @@ def check_parallel(config, size: int) -> None:
         )
 
 
+def check_head(config) -> None:
+    """ValueError unless the scores of this transformers config's classifier are one linear map of the last token, as vLLM takes them to be."""
+    from transformers import AutoModelForSequenceClassification
+    from transformers.modeling_layers import GenericForSequenceClassification
+
+    known = AutoModelForSequenceClassification._model_mapping
+    architecture = known.get(type(config), None)
+    if architecture is None or not issubclass(architecture, GenericForSequenceClassification):
+        name = getattr(architecture, "__name__", config.model_type)
+        raise ValueError(f"{name} has a head of its own, whose scores vLLM may not compute as it was trained: give --engine hf")
+
+
 def lora_rank(adapter_path: str, runtime: bool) -> int:
     """The greatest rank of a LoRA adapter; ValueError for adapters that vLLM cannot apply or cannot apply at run time, and that cannot be merged."""
     from ta.adapter_base import read_config

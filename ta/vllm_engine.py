@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ta.answers import Answer, Ending, GenerateConfig, check_prompts, check_settings, context_of
-from ta.vllm_checks import check_installed, check_parallel, lora_rank, refuse_settings
+from ta.vllm_checks import check_head, check_installed, check_parallel, lora_rank, refuse_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ta.model import ModelConfig
+    from ta.pieces import Tokens
 
 AT_ONCE = 1024  # requests handed over together: what a killed run loses at most
 
@@ -50,12 +51,17 @@ class Engine:
 
 
 def open_engine(
-    model: ModelConfig, tokenizer: PreTrainedTokenizerBase, adapter_path: str | None, config: VllmConfig, seed: int = 0
+    model: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter_path: str | None,
+    config: VllmConfig,
+    seed: int = 0,
+    num_labels: int = 0,
 ) -> Engine:
     """Start vLLM on `model.model_path`, an adapter merged into it or applied at run time, in the dtype that the hf engine would use.
 
-    ValueError: vLLM is not installed; a tensor-parallel size that the model cannot be cut by; an adapter that vLLM cannot apply; a model that it
-    does not run.
+    With `num_labels`, on a classifier or reward model, for `score_vllm`. ValueError: vLLM is not installed; a tensor-parallel size that the model
+    cannot be cut by; an adapter that vLLM cannot apply; a head that it reads otherwise; a model that it does not run.
     """
     check_installed()
     import torch
@@ -72,15 +78,18 @@ def open_engine(
     check_parallel(settings.get_text_config(decoder=True), config.tensor_parallel_size)
     temporary = tempfile.TemporaryDirectory(prefix="ta-vllm-")
     more, lora = {}, None
+    if num_labels:
+        check_head(settings)
+        more = {"runner": "pooling"}
     if adapter_path is not None:
         rank = lora_rank(adapter_path, config.adapter_in_vllm == "runtime")
         if config.adapter_in_vllm == "runtime":
-            lora, more = (
-                adapter_path,
-                {"enable_lora": True, "max_lora_rank": next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank)},
-            )
+            lora = adapter_path
+            more |= {"enable_lora": True, "max_lora_rank": next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank)}
         else:
-            folder = _merge(model, adapter_path, dtype, temporary.name)
+            folder = _merge(model, adapter_path, dtype, temporary.name, num_labels)
+    if folder != temporary.name:
+        settings.save_pretrained(temporary.name)  # vLLM looks for it beside the tokenizer, and waits
     tokenizer.save_pretrained(temporary.name)  # with its new tokens, wherever the weights lie
     llm = _start(folder, temporary.name, dtype, config, model, seed, more, cuda)
     limits = [n for n in (context_of(settings), config.max_model_len, llm.llm_engine.model_config.max_model_len) if n]
@@ -95,6 +104,7 @@ def open_engine(
 
 def _start(folder: str, tokenizer: str, dtype: str, config: VllmConfig, model: ModelConfig, seed: int, more: dict, cuda: bool):
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if not cuda and config.tensor_parallel_size == 1:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # a minute less to start
     memory = config.kv_cache_gb if config.kv_cache_gb is not None or cuda else 1.0
@@ -121,13 +131,14 @@ def _start(folder: str, tokenizer: str, dtype: str, config: VllmConfig, model: M
         raise ValueError(f"vLLM does not run {folder}: {why.strip()}; --engine hf may") from error
 
 
-def _merge(model: ModelConfig, adapter_path: str, dtype: str, folder: str) -> str:
+def _merge(model: ModelConfig, adapter_path: str, dtype: str, folder: str, num_labels: int) -> str:
     import torch
 
     from ta.adapters import load_adapter, merge_adapter
     from ta.model import load_model
 
-    merged = merge_adapter(load_adapter(load_model(model), adapter_path))
+    base = load_model(model, "seq_cls", num_labels) if num_labels else load_model(model)
+    merged = merge_adapter(load_adapter(base, adapter_path))
     for parameter in merged.parameters():  # not .to(dtype), which would round the rotary frequencies as well
         parameter.data = parameter.data.to(getattr(torch, dtype))
     merged.save_pretrained(folder)
@@ -209,3 +220,13 @@ def _search(engine, prompts, limits, config, stop_ids, numbers) -> list[list[tup
                 ids = list(beam.tokens[len(prompts[i]) :])
                 found[i].append((ids, [step[token].logprob for token, step in zip(ids, beam.logprobs, strict=True)]))
     return found
+
+
+def score_vllm(engine: Engine, sequences: Sequence[Tokens]) -> list[list[float]]:
+    """ta.inference.scorer on an engine opened with `num_labels`: the C scores of each sequence at its last token, before any softmax."""
+    from vllm import PoolingParams
+
+    check_prompts([tokens.ids for tokens in sequences], engine.vocabulary, engine.context, room=0)
+    requests = [{"prompt_token_ids": list(tokens.ids)} for tokens in sequences]
+    plain = PoolingParams(use_activation=False)
+    return [done.outputs.data.double().tolist() for done in engine.llm.encode(requests, plain, pooling_task="classify", use_tqdm=False)]

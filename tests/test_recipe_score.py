@@ -61,11 +61,18 @@ def test_classes_and_probabilities(door, files):
 
 
 def test_wrong_input_is_answered(door, files):
+    few = [json.dumps(record) for record in builtin.candidates("held_out", 5)]
+    few.append(json.dumps({"messages": [{"role": "user", "content": "?"}], "answers": [{"id": "a", "content": "word " * 1000}]}))
+    (files / "long.jsonl").write_text("\n".join(few))
     cases = [
         (("score", "--data", files / "candidates.jsonl"), "no reward model or classifier"),
         (("score", "--model-path", files / "rm"), "no data"),
         (("score", "--model-path", files / "classes", "--data", files / "candidates.jsonl"), "3 scores"),
         (("score", "--model-path", files / "rm", "--data", files / "candidates.jsonl", "--max-tokens", 3), "max_tokens"),
+        (
+            ("score", "--model-path", files / "rm", "--data", files / "long.jsonl"),
+            " prompts do not fit in the model's context of 1024",
+        ),
         (("sample", "--data", files / "candidates.jsonl"), "no reward"),
     ]
     for (recipe, *flags), message in cases:

@@ -15,7 +15,7 @@ os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
 from ta.builtin import tiny_tokenizer
 from ta.generate import GenerateConfig, generate
 from ta.model import ModelConfig, load_model
-from ta.vllm_checks import check_parallel, lora_rank, refuse_settings
+from ta.vllm_checks import check_head, check_parallel, lora_rank, refuse_settings
 from ta.vllm_engine import VllmConfig, generate_vllm, open_engine
 
 installed = importlib.util.find_spec("vllm") is not None
@@ -120,6 +120,16 @@ def test_settings_that_beam_search_would_drop_are_refused():
             refuse_settings(config, stops, END)
 
 
+def test_heads_that_vllm_reads_otherwise_are_refused():
+    import transformers
+
+    for name in ("Llama", "Qwen2", "Gemma2", "Mistral", "Phi3", "Qwen3Moe"):
+        check_head(getattr(transformers, f"{name}Config")())
+    for name, said in (("OPT", "OPTForSequenceClassification"), ("Bert", "BertFor"), ("Zamba2", "Zamba2For"), ("Mamba", "mamba")):
+        with pytest.raises(ValueError, match=f"{said}.*--engine hf"):
+            check_head(getattr(transformers, f"{name}Config")())
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """(engine, model) of one folder."""
@@ -215,3 +225,39 @@ def test_adapters_equal_the_hf_engine(tmp_path, how):
     compare(ours, theirs)
     base = generate(load_model(config), tokenizer, [[1, 2, 3]], settings, [END])
     assert base != generate(adapted.eval(), tokenizer, [[1, 2, 3]], settings, [END])  # the guard: the adapter does change the answers
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(not installed, reason="vLLM is not installed here (README: the CPU build's own environment)")
+@pytest.mark.parametrize(("name", "labels", "adapter"), [("Llama", 1, True), ("Qwen2", 3, False)])
+def test_scores_equal_the_hf_engine(tmp_path, name, labels, adapter):
+    """A reward model's LoRA with its head, merged, and a classifier: raw scores, up to the very end of the context."""
+    import transformers
+
+    from ta.adapter_settings import AdapterConfig
+    from ta.adapters import add_adapter, save_adapter
+    from ta.inference import open_scorer
+    from ta.pieces import Tokens
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": V, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.08, "pad_token_id": 0, "num_labels": labels}
+    model = getattr(transformers, f"{name}ForSequenceClassification")(getattr(transformers, f"{name}Config")(**shape))
+    model.save_pretrained(tmp_path / "base")
+    config = ModelConfig(str(tmp_path / "base"))
+    if adapter:
+        model = add_adapter(load_model(config, "seq_cls", labels), AdapterConfig(adapter="lora", lora_rank=5))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+        save_adapter(model, tmp_path / "adapter")
+    path = str(tmp_path / "adapter") if adapter else None
+    sequences = [Tokens(ids, []) for ids in [*random_prompts(30), [7] * 128, [0, 0], [0]]]
+    plain, _, context = open_scorer(config, path, TOKENIZER, labels, "cpu", 512)
+    ours = plain(sequences)
+    scorer, _, theirs = open_scorer(config, path, TOKENIZER, labels, "cpu", 512, VllmConfig(kv_cache_gb=0.25))
+    assert torch.allclose(torch.tensor(ours), torch.tensor(scorer(sequences)), atol=1e-4) and context == theirs == 128
+    assert torch.tensor(ours).std() > 0.1 and len(ours[0]) == labels  # the guard: scores differ between sequences
+    with pytest.raises(ValueError, match=r"1 of 1 prompts do not fit in the model's context of 128"):
+        scorer([Tokens([1] * 129, [])])
