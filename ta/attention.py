@@ -33,18 +33,14 @@ def document_attention(module, query, key, value, attention_mask=None, scaling=N
         return _causal(query, key, value, scaling, dropout, window).transpose(1, 2).contiguous(), None
     if sum(lengths) != query.shape[2] or key.shape[2] != query.shape[2]:
         raise ValueError(f"documents of {sum(lengths)} tokens in all do not make a row of {query.shape[2]} columns")
-    out, start = [], 0
-    for n, length in enumerate(lengths):
-        here = slice(start, start + length)
+    parts = [x.split(lengths, 2) for x in (query, key, value)]  # slices would each have a gradient as large as the whole row
+    out = []
+    for n, (q, k, v) in enumerate(zip(*parts, strict=True)):
         shared = prefixes[n] if prefixes else 0
-        if shared:  # run the shared prompt's queries again rather than build a mask: the prompt's rows are thrown away
-            first = slice(start - lengths[n - 1], start - lengths[n - 1] + shared)
-            q, k, v = (torch.cat([x[:, :, first], x[:, :, here]], 2) for x in (query, key, value))
-            out.append(_causal(q, k, v, scaling, dropout, window)[:, :, shared:])
-        else:
-            out.append(_causal(query[:, :, here], key[:, :, here], value[:, :, here], scaling, dropout, window))
-        start += length
-    return torch.cat(out, 2).transpose(1, 2).contiguous(), None
+        if shared:
+            k, v = (torch.cat([x[n - 1][:, :, :shared], x[n]], 2) for x in parts[1:])
+        out.append(_causal(q, k, v, scaling, dropout, window).transpose(1, 2))
+    return torch.cat(out, 1), None
 
 
 def _repeat(x: Tensor, times: int) -> Tensor:
@@ -52,10 +48,11 @@ def _repeat(x: Tensor, times: int) -> Tensor:
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scaling, dropout: float, window: int) -> Tensor:
-    length = query.shape[2]
-    if window and length > window:
-        distance = torch.arange(length, device=query.device)[:, None] - torch.arange(length, device=query.device)
-        mask = (distance >= 0) & (distance < window)
+    """Queries are those of the last of the keys' positions."""
+    length, before = query.shape[2], key.shape[2] - query.shape[2]
+    if before or (window and length > window):
+        distance = torch.arange(before, before + length, device=query.device)[:, None] - torch.arange(key.shape[2], device=query.device)
+        mask = (distance >= 0) & (distance < (window or key.shape[2]))
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout, scale=scaling)
 

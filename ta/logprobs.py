@@ -57,6 +57,13 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, c
     return cap * squashed, 1 - squashed**2
 
 
+def _exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn logits (chunk, V) in place into exp(logits - best of the row); their log-norms and the rows' sums, (chunk, 1) each."""
+    best = logits.amax(1, keepdim=True)
+    mass = logits.sub_(best).exp_().sum(1, keepdim=True)
+    return best + mass.log(), mass
+
+
 def _gradients(rows: Tensor, h: Tensor, weight: Tensor, d_hidden: Tensor, d_weight, d_bias) -> None:
     """Add one chunk's gradients, given d loss / d raw logits (chunk, V) in `rows`; the weight's is summed in float32."""
     low = rows.to(h.dtype)
@@ -96,14 +103,15 @@ class _CrossEntropySum(torch.autograd.Function):
             here = slice(start, start + chunk)
             h, target, share = h_all[here], targets[here, None], weights[here, None].to(wide)
             logits, slope = _logits(h, w, bias, scale, cap)
-            norm = torch.logsumexp(logits, 1, keepdim=True)
-            total += ((norm - logits.gather(1, target)) * share).sum()
+            chosen = logits.gather(1, target)
+            norm, mass = _exponentiate(logits)
+            total += ((norm - chosen) * share).sum()
             if d_hidden is None:
                 continue
-            rows = logits.sub_(norm).exp_()
-            rows.scatter_add_(1, target, torch.full_like(share, -1.0))
-            rows.mul_(share * scale)
+            share = share * scale
+            rows = logits.mul_(share / mass).scatter_add_(1, target, -share)
             _gradients(rows if slope is None else rows * slope, h, w, d_hidden[here], d_weight, d_bias)
+            del logits, rows  # the next chunk takes their place in memory
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype if bias is not None else None
         return total
@@ -127,8 +135,10 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, len(h_all), chunk):
             here = slice(start, start + chunk)
             logits, _ = _logits(h_all[here], w, bias, scale, cap)
-            norms[here] = torch.logsumexp(logits, 1)
-            out[here] = logits.gather(1, targets[here, None])[:, 0] - norms[here]
+            chosen = logits.gather(1, targets[here, None])
+            norms[here] = _exponentiate(logits)[0][:, 0]
+            out[here] = chosen[:, 0] - norms[here]
+            del logits
         ctx.save_for_backward(hidden, weight, bias, targets, norms)
         ctx.plan = dtype, scale, cap, chunk
         return out
@@ -147,9 +157,9 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, len(h_all), chunk):
             here = slice(start, start + chunk)
             logits, slope = _logits(h_all[here], w, bias, scale, cap)
-            rows = logits.sub_(norms[here, None]).exp_().neg_()
-            rows.scatter_add_(1, targets[here, None], torch.ones_like(rows[:, :1]))
-            rows.mul_(grad[here, None] * scale)
+            share = grad[here, None] * scale
+            rows = logits.sub_(norms[here, None]).exp_().mul_(-share).scatter_add_(1, targets[here, None], share)
             _gradients(rows if slope is None else rows * slope, h_all[here], w, d_hidden[here], d_weight, d_bias)
+            del logits, rows
         cast = [d.to(x.dtype) if d is not None else None for d, x in ((d_hidden, hidden), (d_weight, weight), (d_bias, bias))]
         return *cast, None, None, None, None

@@ -92,8 +92,11 @@ def test_values_and_gradients_do_not_depend_on_company(kind, layout):
         model.zero_grad()
 
 
-def test_a_shared_prompt_equals_two_whole_sequences():
-    wrapper, _ = wrap(small("llama").double())
+@pytest.mark.parametrize(("kind", "settings"), [("llama", {}), ("mistral", {"sliding_window": 8})])
+def test_a_shared_prompt_equals_two_whole_sequences(kind, settings):
+    """In log-probabilities and, of their sum, in gradients."""
+    wrapper, _ = wrap(small(kind, **settings).double())
+    parameters = list(wrapper.parameters())
     rng = np.random.default_rng(2)
     for _ in range(10):
         prompts = [rng.integers(3, 97, rng.integers(1, 20)) for _ in range(3)]
@@ -103,6 +106,8 @@ def test_a_shared_prompt_equals_two_whole_sequences():
         one = wrapper(lay_out(ids, weights, shared=shared), "tokens")
         two = wrapper(lay_out(ids, weights), "tokens")
         torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
+        for a, b in zip(*(torch.autograd.grad((x * x.detach()).sum(), parameters) for x in (one, two)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 def test_scores_are_read_at_the_last_token_whatever_the_layout():
