@@ -18,10 +18,12 @@ import platform
 import resource
 import statistics
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
-Contenders = dict[str, Callable[[argparse.Namespace], dict[str, float]]]
+Figures = dict[str, float]
+Contenders = dict[str, Callable[[argparse.Namespace], Figures]]
 
 
 def parser(doc: str, rounds: int = 3) -> argparse.ArgumentParser:
@@ -30,42 +32,76 @@ def parser(doc: str, rounds: int = 3) -> argparse.ArgumentParser:
     flags.add_argument("--rounds", type=int, default=rounds, help="how often each contender runs")
     flags.add_argument("--threads", type=int, default=1, help="threads of every contender")
     flags.add_argument("--only", nargs="*", help="contenders to run; all by default")
+    flags.add_argument(
+        "--peer-python", help="a Python that has TRL and datasets (the extra `bench`); without it those contenders are left out"
+    )
+    flags.add_argument("--tiny", action="store_true", help="sizes at which the script only shows that it runs; nothing is logged")
     flags.add_argument("--one", help=argparse.SUPPRESS)
     flags.add_argument("--log", default=str(ROOT / "bench" / "results.jsonl"), help="file that gets one JSON line a run")
     return flags
 
 
-def compare(contenders: Contenders, flags: argparse.Namespace, against: str) -> None:
-    """Run one contender and print its figures as JSON (--one), or all of them in turn and print the table; ratios are to `against`."""
+def read(flags: argparse.ArgumentParser, **tiny) -> argparse.Namespace:
+    """The flags as given; with --tiny, one round and the sizes named here."""
+    given = flags.parse_args()
+    if given.tiny:
+        vars(given).update(rounds=1, log=os.devnull, **tiny)
+    return given
+
+
+def compare(contenders: Contenders, flags: argparse.Namespace, against: str, peers: Collection[str] = ()) -> dict[str, list[Figures]]:
+    """Run one contender and print its figures as JSON (--one), or all of them in turn and print the table; ratios are to `against`.
+
+    `peers` run under --peer-python. What the system counted for each process is added: all its CPU seconds and its peak memory.
+    """
     if flags.one:
         print(json.dumps(contenders[flags.one](flags)))
-        return
+        return {}
     names = [name for name in contenders if not flags.only or name in flags.only or name == against]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(flags.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
-    runs: dict[str, list[dict]] = {name: [] for name in names}
+    if left_out := [name for name in names if name in peers and not flags.peer_python]:
+        print(f"left out without --peer-python: {', '.join(left_out)}")
+        names = [name for name in names if name not in left_out]
+    runs: dict[str, list[Figures]] = {name: [] for name in names}
     for _ in range(flags.rounds):
         for name in names:
-            done = subprocess.run([sys.executable, *sys.argv, "--one", name], capture_output=True, text=True, env=environment)
-            if done.returncode:
-                sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
-            runs[name].append(json.loads(done.stdout.splitlines()[-1]))
+            python = flags.peer_python if name in peers else sys.executable
+            runs[name].append(command([python, *sys.argv, "--one", name], flags.threads, name))
     show(runs, against)
     machine = {"cpu": platform.machine(), "cores": os.cpu_count(), "threads": flags.threads, "load": os.getloadavg()[0], **versions()}
     with open(flags.log, "a", encoding="utf-8") as file:
         file.write(json.dumps({"argv": sys.argv, "time": time.strftime("%Y-%m-%d"), **machine, "runs": runs}) + "\n")
+    return runs
 
 
-def show(runs: dict[str, list[dict]], against: str) -> None:
+def command(arguments: list[str], threads: int, name: str, **more: str) -> Figures:
+    """Run a command to its end: the JSON object of its last line, if it is one, and the CPU seconds and peak MB of all its processes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
+    environment |= {"PYTHONPATH": str(ROOT), "TRL_EXPERIMENTAL_SILENCE": "1", **more}
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(arguments, stdout=out, stderr=errors, env=environment)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        for file in (out, errors):
+            file.seek(0)
+        if process.returncode:
+            sys.exit(f"{name} failed:\n{errors.read()[-3000:]}")
+        lines = out.read().splitlines()
+    told = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
+    return told | {"whole_cpu_s": used.ru_utime + used.ru_stime, "peak_mb": used.ru_maxrss / 1024}
+
+
+def show(runs: dict[str, list[Figures]], against: str) -> None:
     """Medians of every figure, and min/median/max of the ratio to `against` in the same round."""
-    keys = [key for key, value in runs[against][0].items() if isinstance(value, (int, float))]
+    keys = list(dict.fromkeys(key for rows in runs.values() for key in rows[0]))
     print(f"load {os.getloadavg()[0]:.1f}; ratios to {against}: min / median / max over {len(runs[against])} rounds")
-    print("".join(["contender".ljust(28), *(f"{key:>16}{'ratio':>24}" for key in keys)]))
+    print("".join(["contender".ljust(28), *(f"{key:>18}{'ratio':>20}" for key in keys)]))
     for name, rows in runs.items():
         cells = []
         for key in keys:
-            ratios = [row[key] / base[key] for row, base in zip(rows, runs[against], strict=True) if base[key]]
+            ratios = [row[key] / base[key] for row, base in zip(rows, runs[against], strict=True) if base.get(key) and key in row]
             spread = f"{min(ratios):.2f} / {statistics.median(ratios):.2f} / {max(ratios):.2f}" if ratios else ""
-            cells.append(f"{statistics.median(row[key] for row in rows):>16,.4g}{spread:>24}")
+            middle = f"{statistics.median(row[key] for row in rows):,.4g}" if key in rows[0] else ""
+            cells.append(f"{middle:>18}{spread:>20}")
         print("".join([name.ljust(28), *cells]))
 
 

@@ -1,58 +1,40 @@
-"""How many real tokens a CPU-second does fine-tuning train? Our loop against transformers' Trainer, padded and grouped by length.
+"""How many real tokens a CPU-second does fine-tuning train? Our loop against transformers' Trainer and TRL's SFTTrainer, whole model and LoRA.
 
-    python bench/sft.py --steps 6
+    python bench/sft.py --peer-python PYTHON_WITH_TRL
 
-A Llama of 26.7 million weights, seeded chats of 32-512 tokens (lognormal) whose answers (about 40 %) are learned, the same batches in the same order,
-float32. The first step is left out of the rate and told apart; `loss` of the last step shows that all train the same.
+A Llama of 26.7 million weights, seeded chats of 32-2048 tokens (lognormal) whose answers (about 40 %) are learned, the same batches in the same order
+(TRL's packing makes its own), float32, no activation checkpointing. The first step is left out of the rate and told apart, from the start of the
+process; `loss` of the last step shows that all train the same. `gflops` counts what the documents ask for; `bare` is the rate of the model's matrix
+products alone.
 """
 
-import argparse
+import itertools
+import tempfile
 import time
 
 try:
-    from harness import compare, parser, peak
+    from harness import compare, parser, read
 except ImportError:
-    from bench.harness import compare, parser, peak
+    from bench.harness import compare, parser, read
 
-VOCABULARY = 16_384
-
-
-def documents(flags: argparse.Namespace):
-    """(ids, weights) of every chat: alternating stretches, the second of which is learned."""
-    import numpy as np
-
-    generator = np.random.default_rng(0)
-    out = []
-    for _ in range(flags.batch * flags.steps):
-        n = int(np.clip(np.exp(generator.normal(4.9, 0.7)), 32, 512))
-        weights = (np.arange(n) % 50 >= 30).astype(np.float32)
-        weights[0] = 0
-        out.append((generator.integers(5, VOCABULARY, n), weights))
-    return out
+from bench.work import documents, flops, in_order, lora, marks_of, model_of, settings, shape
 
 
-def model_of(attention: str, flags):
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.set_num_threads(flags.threads)
-    torch.manual_seed(0)
-    shape = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6, "num_key_value_heads": 6}
-    config = LlamaConfig(vocab_size=VOCABULARY, **shape, max_position_embeddings=1024, pad_token_id=0, tie_word_embeddings=False)
-    return LlamaForCausalLM._from_config(config, attn_implementation=attention)
-
-
-def figures(tokens: list[int], marks: list[tuple[float, float]], start: float, loss: float) -> dict[str, float]:
-    seconds = marks[-1][0] - marks[0][0]
-    return {"tokens_a_cpu_s": sum(tokens[1:]) / seconds, "first_step_cpu_s": marks[0][0] - start, "peak_mb": peak(), "loss": loss}
+def figures(steps: list[list], marks: list[float], losses: list[float], flags, frozen: bool = False) -> dict[str, float]:
+    """Rates over all steps but the first; `steps` holds the documents of each."""
+    seconds = marks[-1] - marks[0]
+    later = [document for step in steps[1:] for document in step]
+    tokens, learned = sum(len(ids) for ids, _ in later), sum(int(weights[1:].sum()) for _, weights in later)
+    done = flops([len(ids) for ids, _ in later], learned, flags, frozen)
+    rates = {"tokens_a_cpu_s": tokens / seconds, "learned_a_cpu_s": learned / seconds, "gflops": done / seconds / 1e9}
+    return rates | {"first_step_cpu_s": marks[0], "first_loss": losses[0], "loss": losses[flags.steps - 1]}
 
 
-def ours(flags) -> dict[str, float]:
-    import tempfile
+def by_step(docs: list, flags) -> list[list]:
+    return [docs[s * flags.batch : (s + 1) * flags.batch] for s in range(flags.steps)]
 
-    start = time.process_time()
-    import numpy as np
 
+def train_ours(flags, adapted: bool = False) -> dict[str, float]:
     from ta.attention import register
     from ta.batch import lay_out, split_micro
     from ta.feed import Feed
@@ -60,42 +42,38 @@ def ours(flags) -> dict[str, float]:
     from ta.optim import OptimConfig
     from ta.wrapper import wrap
 
-    docs, marks, seen = documents(flags), [], []
-    model, _ = wrap(model_of(register(), flags))
+    steps, marks, losses, sums = by_step(documents(flags), flags), [], [], []
+    model = model_of(register(), flags)
+    model, _ = wrap(lora(model) if adapted else model)
 
     def batches(step: int) -> list:
-        mine = docs[step * flags.batch : (step + 1) * flags.batch]
-        places = split_micro([len(ids) for ids, _ in mine], 4096)[0]
-        return [lay_out([mine[i][0] for i in part], [mine[i][1] for i in part]) for part in places]
+        places = split_micro([len(ids) for ids, _ in steps[step]], flags.micro)[0]
+        return [lay_out([steps[step][i][0] for i in part], [steps[step][i][1] for i in part]) for part in places]
 
     def step(model, batch):
-        loss = model(batch, "sum")
-        seen.append((loss.item(), len(batch.targets)))
-        return loss, batch.weights.sum(), {}
+        loss, count = model(batch, "sum"), batch.weights.sum()
+        sums.append((loss.item(), count.item()))
+        return loss, count, {}
 
+    def after_step(done: int) -> None:
+        marks.append(time.process_time())
+        losses.append(sum(loss for loss, _ in sums) / sum(count for _, count in sums))
+        sums.clear()
+
+    optim = OptimConfig(lr=1e-4, schedule="constant", warmup=0, beta2=0.999)
     with tempfile.TemporaryDirectory() as out:
-        config = LoopConfig(out=out)
-        optim = OptimConfig(lr=1e-4, schedule="constant", warmup=0, beta2=0.999)
-        train(model, Feed(flags.steps, batches), step, config, optim, after_step=lambda _: marks.append((time.process_time(),)))
-    tokens = [int(np.sum([len(ids) for ids, _ in docs[s * flags.batch : (s + 1) * flags.batch]])) for s in range(flags.steps)]
-    return figures(tokens, marks, start, seen[-1][0] / seen[-1][1])
+        train(model, Feed(flags.steps, batches), step, LoopConfig(out=out), optim, after_step=after_step)
+    return figures(steps, marks, losses, flags, adapted)
 
 
-def trainer(flags, group: bool) -> dict[str, float]:
-    import tempfile
-
-    start = time.process_time()
+def train_hf(flags, group: bool) -> dict[str, float]:
     import torch
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainingArguments
 
-    docs, marks, losses = documents(flags), [], []
-    rows = [{"input_ids": ids.tolist(), "labels": [t if w else -100 for t, w in zip(ids, weights, strict=True)]} for ids, weights in docs]
+    steps, marks, losses = by_step(documents(flags), flags), [], []
     if group:  # what grouping by length does, kept inside each batch's records so that the work is the same
-        rows = [
-            row
-            for s in range(flags.steps)
-            for row in sorted(rows[s * flags.batch : (s + 1) * flags.batch], key=lambda r: len(r["input_ids"]))
-        ]
+        steps = [sorted(step, key=lambda document: len(document[0])) for step in steps]
+    rows = [row(document) for step in steps for document in step]
 
     def collate(rows):
         width = max(len(row["input_ids"]) for row in rows)
@@ -103,47 +81,99 @@ def trainer(flags, group: bool) -> dict[str, float]:
         mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows])
         return {"input_ids": fill("input_ids", 0), "labels": fill("labels", -100), "attention_mask": mask}
 
-    class Marks(TrainerCallback):
-        def on_step_end(self, *args, **kwargs):
-            marks.append((time.process_time(),))
-
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            losses.append(logs.get("loss", losses[-1] if losses else 0.0))
-
-    class InOrder(Trainer):
-        def _get_train_sampler(self, *args):
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-
+    parts = 4 if group else 1
     with tempfile.TemporaryDirectory() as out:
-        settings = TrainingArguments(
-            out,
-            per_device_train_batch_size=flags.batch // (4 if group else 1),
-            gradient_accumulation_steps=4 if group else 1,
-            max_steps=flags.steps,
-            learning_rate=1e-4,
-            lr_scheduler_type="constant",
-            weight_decay=0,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
+        given = settings(flags, out) | {"per_device_train_batch_size": flags.batch // parts, "gradient_accumulation_steps": parts}
+        callbacks = [marks_of(losses, marks)]
+        model = model_of("sdpa", flags)
+        in_order(Trainer)(model, TrainingArguments(**given), train_dataset=rows, data_collator=collate, callbacks=callbacks).train()
+    return figures(steps, marks, losses, flags)
+
+
+def train_trl(flags, adapted: bool = False, **more) -> dict[str, float]:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from ta.builtin import tiny_tokenizer
+
+    docs, marks, losses = documents(flags), [], []
+    model = model_of("sdpa", flags)
+    with tempfile.TemporaryDirectory() as out:
+        given = settings(flags, out) | {"max_length": None if more.get("padding_free") else flags.longest} | more
+        rows = Dataset.from_list([row(document) for document in docs])
+        trainer = in_order(SFTTrainer)(
+            lora(model) if adapted else model,
+            SFTConfig(**given),
+            train_dataset=rows,
+            processing_class=tiny_tokenizer(),
+            callbacks=[marks_of(losses, marks)],
         )
-        InOrder(model_of("sdpa", flags), settings, train_dataset=rows, data_collator=collate, callbacks=[Marks()]).train()
-    tokens = [sum(len(row["input_ids"]) for row in rows[s * flags.batch : (s + 1) * flags.batch]) for s in range(flags.steps)]
-    return figures(tokens, marks, start, losses[flags.steps - 1])
+        trainer.train()
+        if not more.get("packing"):
+            return figures(by_step(docs, flags), marks, losses, flags, adapted)
+        import numpy as np
+
+        packed = []
+        for pack in trainer.train_dataset:
+            bounds = np.cumsum([0, *pack["seq_lengths"]])
+            learned = (np.array(pack["labels"]) != -100).astype(np.float32)
+            packed.append([(pack["input_ids"][a:b], learned[a:b]) for a, b in itertools.pairwise(bounds)])
+    size = given["per_device_train_batch_size"]
+    steps = [[document for pack in packed[s * size : (s + 1) * size] for document in pack] for s in range(flags.steps)]
+    return figures(steps, marks, losses, flags, adapted)
 
 
-def hf_padded(flags):
-    return trainer(flags, group=False)
+def row(document: tuple) -> dict[str, list[int]]:
+    ids, weights = document
+    return {"input_ids": ids.tolist(), "labels": [t if w else -100 for t, w in zip(ids.tolist(), weights, strict=True)]}
 
 
-def hf_grouped(flags):
-    return trainer(flags, group=True)
+def trl_packing(flags) -> dict[str, float]:
+    """Packs of --longest tokens, as many a step as hold about the tokens of a step of the others."""
+    size = max(1, sum(len(ids) for ids, _ in documents(flags)) // flags.steps // flags.longest)
+    return train_trl(flags, packing=True, per_device_train_batch_size=size)
 
+
+def bare(flags) -> dict[str, float]:
+    """Forward and backward products of every linear layer, for the tokens of one step, and of the head at its learned tokens."""
+    import torch
+
+    torch.set_num_threads(flags.threads)
+    steps, s = by_step(documents(flags), flags), shape(flags)
+    tokens = sum(len(ids) for step in steps for ids, _ in step) // len(steps)
+    learned = int(sum(weights.sum() for step in steps for _, weights in step)) // len(steps)
+    width, inner = s["hidden_size"], s["intermediate_size"]
+    layers = [(tokens, width, width)] * 4 + [(tokens, width, inner)] * 2 + [(tokens, inner, width)]
+    layers = layers * s["num_hidden_layers"] + [(256, width, s["vocab_size"])] * (learned // 256)
+    parts = {key: (torch.randn(key[0], key[1]), torch.randn(key[2], key[1]), torch.randn(key[0], key[2])) for key in layers}
+    best = float("inf")
+    for _ in range(4):
+        start = time.process_time()
+        for key in layers:
+            x, weight, d = parts[key]
+            x @ weight.t(), d @ weight, d.t() @ x
+        best = min(best, time.process_time() - start)
+    return {"gflops": sum(6 * n * a * b for n, a, b in layers) / best / 1e9}
+
+
+CONTENDERS = {
+    "ours": train_ours,
+    "HF padded": lambda flags: train_hf(flags, group=False),
+    "HF grouped": lambda flags: train_hf(flags, group=True),
+    "TRL default": train_trl,
+    "TRL padding-free": lambda flags: train_trl(flags, padding_free=True),
+    "TRL packing": trl_packing,
+    "bare": bare,
+    "ours, LoRA": lambda flags: train_ours(flags, adapted=True),
+    "TRL LoRA padding-free": lambda flags: train_trl(flags, adapted=True, padding_free=True),
+}
 
 if __name__ == "__main__":
     flags = parser(__doc__)
-    flags.add_argument("--steps", type=int, default=6)
+    flags.add_argument("--steps", type=int, default=4)
     flags.add_argument("--batch", type=int, default=16, help="chats a step")
-    compare({"HF Trainer, padded": hf_padded, "HF Trainer, grouped": hf_grouped, "ours": ours}, flags.parse_args(), "HF Trainer, padded")
+    flags.add_argument("--longest", type=int, default=2048, help="tokens of the longest chat")
+    flags.add_argument("--micro", type=int, default=4096, help="our tokens in one forward pass")
+    given = read(flags, steps=2, batch=4, longest=64)
+    peers = [name for name in CONTENDERS if name.startswith("TRL")]
+    compare(CONTENDERS, given, "ours", peers)
