@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ta import log
 from ta.chat import encode_prompts, random_cut
 from ta.generate import GenerateConfig, generate
+from ta.metrics import check_metrics, measure
 from ta.parallel import rank, say
 from ta.templates import ANSWER, canonical_role
 
@@ -34,6 +35,14 @@ class CherryConfig:
     """End each prompt before a random answer (seeded) instead of the last one."""
 
 
+MEASURED = ("predictions", "labels", "answers", "references", "logprobs")
+
+
+def check_cherries(config: CherryConfig) -> None:
+    """ValueError for metrics that do not exist or that answers and references do not suffice for."""
+    check_metrics(config.cherry_metrics, MEASURED)
+
+
 def dialogue_of(record: dict) -> list[dict]:
     """The messages of a record of any kind that ends in the answer wanted: a chat's own, a context with the chosen or the desirable answer."""
     if "messages" in record:
@@ -55,8 +64,8 @@ def prompts_of(
         if record.get("is_desirable") is False:
             continue
         messages = [{**m, "role": canonical_role(m["role"])} for m in dialogue_of(record)]
-        if cut_seed is not None:
-            messages = random_cut(messages, random.Random(f"{cut_seed} {i}"))
+        if cut_seed is not None and any(m["role"] == ANSWER for m in messages):
+            messages = messages[: len(random_cut(messages, random.Random(f"{cut_seed} {i}"))) + 1]
         while len(messages) > 1 and messages[-1]["role"] != ANSWER:
             messages.pop()
         places.append(i)
@@ -77,8 +86,6 @@ def pick_cherries(
     seed: int = 0,
 ) -> dict[str, float]:
     """Answer `records` greedily, append them to folder/samples.jsonl, show some, and return the chosen metrics."""
-    from ta.metrics import measure
-
     chosen = prompts_of(records, form, chat, seed if config.cherry_random_cut else None)
     if not chosen:
         return {}
@@ -93,11 +100,5 @@ def pick_cherries(
             log.append(folder / "samples.jsonl", sample | {"finish": answer.finish})
             rows.append((question, answer.text, reference))
         say(f"\nsamples at step {step}\n{log.table(rows[: config.cherry_show], ('question', 'answer', 'right answer'))}\n")
-    data = {
-        "predictions": texts,
-        "labels": references,
-        "answers": texts,
-        "references": references,
-        "logprobs": [a.logprobs for a in answers],
-    }
-    return measure(config.cherry_metrics, **data)
+    logprobs = [answer.logprobs for answer in answers]
+    return measure(config.cherry_metrics, **dict(zip(MEASURED, (texts, references, texts, references, logprobs), strict=True)))

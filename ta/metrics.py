@@ -102,16 +102,25 @@ def retrieval_utility(logprobs: Sequence[Sequence[float]], passage_logprobs: Seq
 
 def measure(names: Iterable[str], **data: Any) -> dict[str, float]:
     """The metrics `names` of METRICS, each given those of `data` that it takes. ValueError for an unknown name or for missing data."""
-    values = {}
+    names = list(names)
+    check_metrics(names, [key for key, value in data.items() if value is not None])
+    return {name: METRICS[name](**{key: data[key] for key in _needs(name)}) for name in names}
+
+
+def check_metrics(names: Iterable[str], given: Collection[str]) -> None:
+    """ValueError for an unknown name, and for a metric that needs other arguments than those `given`."""
     for name in names:
         if name not in METRICS:
             raise ValueError(f"unknown metric {name!r}; give some of: {', '.join(METRICS)}")
-        parameters = inspect.signature(METRICS[name]).parameters.values()
-        missing = [p.name for p in parameters if p.default is p.empty and data.get(p.name) is None]
-        if missing:
-            raise ValueError(f"metric {name} needs {' and '.join(missing)}, and there is only {', '.join(data) or 'nothing'}; leave it out")
-        values[name] = METRICS[name](**{p.name: data[p.name] for p in parameters if p.default is p.empty})
-    return values
+        if missing := [key for key in _needs(name) if key not in given]:
+            raise ValueError(
+                f"metric {name} needs {' and '.join(missing)}, and there is only {', '.join(given) or 'nothing'}; leave it out"
+            )
+
+
+def _needs(name: str) -> list[str]:
+    parameters = inspect.signature(METRICS[name]).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty]
 
 
 def _mean(values: Iterable[float]) -> float:

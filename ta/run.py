@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from ta import demo, log, parallel
 from ta.adapter_settings import AdapterConfig
 from ta.chat import encode_chats
-from ta.cherry import CherryConfig, pick_cherries
+from ta.cherry import CherryConfig, check_cherries, pick_cherries
 from ta.dataset import DataConfig, Prepared, report, sequence, write_drops
 from ta.encode import KINDS, Kind, prepare_kind
 from ta.export import export
@@ -101,6 +101,7 @@ def open_parts(
     loop, optim = config.loop, with_default_lr(config.optim, config.model.model_path, config.adapter.adapter, usual_lr)
     log.check_out(loop.out, loop.resume, loop.overwrite)
     check_sinks(loop.log)
+    check_cherries(config.cherry)
     form = open_format(config.model, config.tokenizer, config.chat, config.adapter.adapter_path)
     data = open_data(config, form, kind)
     model, note = open_model(config.model, config.adapter, form, kind=model_kind, num_labels=num_labels, device=device, seed=loop.seed)

@@ -36,7 +36,7 @@ def trackio(folder: Path) -> Write:
     import trackio as service
 
     run = service.init(project="ta", name=folder.name)
-    return lambda step, figures: run.log(figures | {"step": step})
+    return lambda step, figures: run.log(figures, step=step)
 
 
 def clearml(folder: Path) -> Write:
