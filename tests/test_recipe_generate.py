@@ -1,5 +1,6 @@
 """Tests of recipes/generate.py and recipes/chat.py, as a user runs them."""
 
+import importlib.util
 import json
 import os
 import random
@@ -137,6 +138,33 @@ def test_settings_are_read_or_refused():
             parse_settings(text, base)
 
 
+def test_adapters_and_prompts_that_do_not_fit_are_refused(door, data, tmp_path, monkeypatch):
+    """Each with exit code 2, a line that says what to give, and nothing written."""
+    from ta import builtin
+    from ta.adapter_settings import AdapterConfig
+    from ta.adapters import add_adapter, save_adapter
+    from ta.model import ModelConfig, load_model
+
+    builtin.write_tiny(tmp_path / "base")
+    builtin.write_tiny(tmp_path / "other", seed=1)
+    for kind in ("lora", "prompt"):
+        save_adapter(add_adapter(load_model(ModelConfig(str(tmp_path / "base"))), AdapterConfig(adapter=kind)), tmp_path / kind)
+    long = tmp_path / "long.jsonl"
+    long.write_text(data.read_text() + json.dumps({"messages": [{"role": "user", "content": "word " * 1000}]}) + "\n")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, real=importlib.util.find_spec: name == "vllm" or real(name))
+    out, short = tmp_path / "x.jsonl", ("--max-new-tokens", 4)
+    for flags, message in (
+        (("--data", data, "--model-path", tmp_path / "other", "--adapter-path", tmp_path / "lora"), "the weights differ"),
+        (("--data", data, "--model-path", tmp_path / "base", "--adapter-path", tmp_path / "prompt", "--engine", "vllm"), "--engine hf"),
+        (("--data", data, "--model-path", tmp_path / "base", "--engine", "vllm", "--tensor-parallel-size", 2), "does not divide the model's 5 attention heads"),
+        (("--data", long), f"1 of {N + 1} prompts leave no room for an answer in the model's context of 1024"),
+    ):
+        code, said = door("generate", *flags, *short, "--out", out)
+        assert code == 2 and message in said and not out.exists() and not list(tmp_path.glob(".x*")), said
+    code, said = door("generate", "--data", long, "--max-tokens", 100, *short, "--out", out, "--with-prompt")
+    assert code == 0, said  # cut as asked: whole messages, or a single one in its middle
+
+
 @pytest.mark.slow
 def test_as_a_user_runs_it(run, door, data, tmp_path):
     """Two processes under torchrun give the file of one; what is wrong is said in a line with exit code 2 and nothing is written."""
@@ -168,3 +196,34 @@ def test_chat_streams_an_answer_and_forgets(run):
     answers = done.stdout.split("\n")
     assert done.returncode == 0, done.stderr
     assert len(answers) == 4 and answers[0] == answers[1] != "" and answers[3] == ""
+
+
+def test_chat_speaks_as_the_run_was_trained(tmp_path, monkeypatch, capsys):
+    """With --run: its final model, its system prompt and limits; a flag wins; what is no finished run is refused."""
+    import io
+
+    import recipes.chat as module
+    from ta import builtin
+    from ta.templates import ChatConfig
+
+    builtin.write_tiny(tmp_path / "final")
+    trained = {"chat": {"system_prompt": "Be brief.", "max_tokens": 90, "role_tags": []}, "model": {"dtype": "float64", "packing": True}}
+    (tmp_path / "config.json").write_text(json.dumps({"config": trained}))
+    found = module.of_run(module.Chat(run=str(tmp_path), chat=ChatConfig(max_tokens=50)))
+    assert (found.chat.system_prompt, found.chat.max_tokens, found.model.dtype) == ("Be brief.", 50, "float64")
+    assert found.model.model_path == str(tmp_path / "final")
+    asked, real = [], module.generate
+
+    def noting(model, tokenizer, prompts, *more, **named):
+        asked.append(tokenizer.decode(prompts[0]))
+        return real(model, tokenizer, prompts, *more, **named)
+
+    monkeypatch.setattr(module, "generate", noting)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nagain\n"))
+    module.main(module.Chat(run=str(tmp_path), generation=GenerateConfig(max_new_tokens=3)))
+    answers = capsys.readouterr().out.split("\n")
+    assert asked[0].startswith("<|im_start|>system\nBe brief.<|im_end|>") and "hello<|im_end|>" in asked[0]
+    assert asked[1].startswith(asked[0] + answers[0]) and "again<|im_end|>" in asked[1]
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        module.of_run(module.Chat(run=str(tmp_path)))

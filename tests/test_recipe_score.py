@@ -78,3 +78,28 @@ def test_wrong_input_is_answered(door, files):
     for (recipe, *flags), message in cases:
         code, text = door(recipe, *flags, "--out", files / "new.jsonl")
         assert code == 2 and message in text and not (files / "new.jsonl").exists(), (recipe, text)
+
+
+def test_rejection_sampling_as_the_readme_shows_it(door, files):
+    """Its four commands, one after another, on small files: what one writes the next reads, and chats of chosen answers train."""
+    import shlex
+    from pathlib import Path
+
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    block = text.split("Rejection sampling is four commands", 1)[1].split("```sh\n", 1)[1].split("```", 1)[0]
+    commands = [shlex.split(line)[1:] for line in block.strip().splitlines()]
+    assert [Path(command[0]).stem for command in commands] == ["generate", "score", "sample", "sft"]
+    builtin.write_tiny(files / "sft")
+    (files / "candidates.jsonl").unlink()
+    for folder, path in (("runs/sft/final", files / "sft"), ("runs/rm/final", files / "rm")):
+        commands = [[str(path) if word == folder else word for word in command] for command in commands]
+    commands = [[str(files / word) if word.endswith(".jsonl") or word.startswith("runs/") else word for word in c] for c in commands]
+    commands[0] += ["--data", str(files / "chats.jsonl"), "--max-new-tokens", "6"]
+    commands[3] += ["--steps", "2", "--batch-size", "4", "--log-every", "1"]
+    for path, *flags in commands:
+        code, said = door(Path(path).stem, *flags)
+        assert code == 0, said
+    scored, chosen = lines(files / "scored.jsonl"), lines(files / "chosen.jsonl")
+    assert len(scored) == 20 and all(len(record["rewards"]) == 8 for record in scored) and len(chosen) == 40
+    assert chosen[0]["messages"][-1]["content"] in [answer["content"] for answer in scored[0]["answers"]]
+    assert (files / "runs/rejection/final/config.json").exists()
