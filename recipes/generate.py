@@ -15,15 +15,13 @@ from __future__ import annotations
 import dataclasses
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from ta import demo, outputs
-from ta.answers import GenerateConfig, check_settings, parse_settings, to_json
+from ta.answers import GenerateConfig, check_prompts, check_settings, parse_settings, to_json
 from ta.cli import cli
-from ta.generate import generate
-from ta.inference import InferenceConfig, open_for_inference, resolve, stand_alone
+from ta.inference import InferenceConfig, open_generator, resolve, stand_alone
 from ta.model import fingerprint, open_format
 from ta.outputs import progress
 from ta.prompts import read_prompts
@@ -83,7 +81,9 @@ def main(config: Generate) -> None:
     records = read_prompts(paths, form, config.chat, drops, config.generation.seed, config.random_cut)
     if drops.counts:
         print(f"left out: {drops.table()}", file=sys.stderr)
-    engine = open_engine(config, model, adapter, form, device)
+    vllm = config.vllm if config.engine == "vllm" else None
+    engine, vocabulary, context = open_generator(model, adapter, form.tokenizer, device, vllm, config.generation.seed)
+    check_prompts([prompt for _, prompt in records], vocabulary, context)
     who = [fingerprint(model.model_path, model.hub), fingerprint(adapter) if adapter else "", model.dtype, config.engine]
     for (name, settings), out in zip(named, outs, strict=True):
         outputs.begin(out, config.overwrite, rank, world)
@@ -104,16 +104,6 @@ def main(config: Generate) -> None:
             engine([records[i][1] for i in mine], settings, form.stop_ids, on_answer=finished, keys=mine)
         if outputs.publish(out, keys):
             print(f"{out}: {len(keys):,} records, {len(there):,} of them from before", file=sys.stderr)
-
-
-def open_engine(config: Generate, model, adapter: str | None, form, device: str):
-    """generate or generate_vllm with its model: (prompts, settings, stop ids, on_answer, keys) -> answers."""
-    if config.engine == "vllm":
-        from ta import vllm_engine
-
-        engine = vllm_engine.open_engine(model, form.tokenizer, adapter, config.vllm, config.generation.seed)
-        return partial(vllm_engine.generate_vllm, engine)
-    return partial(generate, open_for_inference(model, adapter, device), form.tokenizer)
 
 
 if __name__ == "__main__":

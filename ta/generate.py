@@ -44,13 +44,10 @@ def generate(
 
     inner = getattr(model, "inner", model)
     base = base_model(inner)
-    table = base.get_input_embeddings().weight
     virtual = is_prompt_learning(inner)
-    context = context_of(base.config)
-    if virtual and context is not None:
-        context -= inner.active_peft_config.num_virtual_tokens
+    vocabulary, context = limits_of(model)
     check_settings(config)
-    check_prompts(prompts, len(table), context)
+    check_prompts(prompts, vocabulary, context)
     if embeds is not None and [len(x) for x in embeds] != [len(prompt) for prompt in prompts]:
         raise ValueError("embeds and prompts differ in length: give one row of embeddings for every token of every prompt")
     n = config.num_answers
@@ -80,8 +77,22 @@ def generate(
         else:
             run, layers, width = _forward(base if virtual else model, base)
             fed = _with_virtual_tokens(inner, base, prompts, embeds) if virtual else embeds
-            run_slots(Caller(run, advance, finished), layers, prompts, jobs, how, config.slots, fed, width, table.device)
+            device = base.get_input_embeddings().weight.device
+            run_slots(Caller(run, advance, finished), layers, prompts, jobs, how, config.slots, fed, width, device)
     return answers
+
+
+def limits_of(model) -> tuple[int, int | None]:
+    """(number of embeddings, tokens of prompt and answer at most or None), as `check_prompts` takes them."""
+    from ta.adapters import is_prompt_learning
+    from ta.wrapper import base_model
+
+    inner = getattr(model, "inner", model)
+    base = base_model(inner)
+    context = context_of(base.config)
+    if context is not None and is_prompt_learning(inner):
+        context -= inner.active_peft_config.num_virtual_tokens
+    return len(base.get_input_embeddings().weight), context
 
 
 @contextlib.contextmanager

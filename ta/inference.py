@@ -17,6 +17,7 @@ from ta.model import ModelConfig, load_model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ta.answers import Answer
     from ta.pieces import Tokens
     from ta.vllm_engine import VllmConfig
 
@@ -100,6 +101,26 @@ def labels_in(folder: str, adapter: str | None) -> int:
             f"{folder} is no reward model or classifier ({settings.get('architectures')}): give what rm.py or classify.py exported"
         )
     return len(settings.get("id2label") or (0, 1))
+
+
+def open_generator(
+    config: ModelConfig,
+    adapter_path: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    device: str,
+    vllm: VllmConfig | None = None,
+    seed: int = 0,
+) -> tuple[Callable[..., list[list[Answer]]], int, int | None]:
+    """(`generate` or, with vLLM's settings, `generate_vllm` with its model: (prompts, settings, stop ids, ...) -> answers; embeddings; context)."""
+    if vllm is not None:
+        from ta.vllm_engine import generate_vllm, open_engine
+
+        engine = open_engine(config, tokenizer, adapter_path, vllm, seed)
+        return partial(generate_vllm, engine), engine.vocabulary, engine.context
+    from ta.generate import generate, limits_of
+
+    model = open_for_inference(config, adapter_path, device)
+    return partial(generate, model, tokenizer), *limits_of(model)
 
 
 def open_scorer(

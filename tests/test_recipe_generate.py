@@ -156,7 +156,10 @@ def test_adapters_and_prompts_that_do_not_fit_are_refused(door, data, tmp_path, 
     for flags, message in (
         (("--data", data, "--model-path", tmp_path / "other", "--adapter-path", tmp_path / "lora"), "the weights differ"),
         (("--data", data, "--model-path", tmp_path / "base", "--adapter-path", tmp_path / "prompt", "--engine", "vllm"), "--engine hf"),
-        (("--data", data, "--model-path", tmp_path / "base", "--engine", "vllm", "--tensor-parallel-size", 2), "does not divide the model's 5 attention heads"),
+        (
+            ("--data", data, "--model-path", tmp_path / "base", "--engine", "vllm", "--tensor-parallel-size", 2),
+            "does not divide the model's 5 attention heads",
+        ),
         (("--data", long), f"1 of {N + 1} prompts leave no room for an answer in the model's context of 1024"),
     ):
         code, said = door("generate", *flags, *short, "--out", out)
