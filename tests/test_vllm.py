@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
 
+from ta import demo
 from ta.builtin import tiny_tokenizer
 from ta.generate import GenerateConfig, generate
 from ta.model import ModelConfig, load_model
@@ -191,6 +192,28 @@ class TestEngine:
             with pytest.raises(ValueError, match="1 of 1 prompts"):
                 generate_vllm(engine, prompts, GenerateConfig(), [])
         assert generate_vllm(engine, [[1]], GenerateConfig(max_new_tokens=2), [])[0][0].finish == "length"
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(not installed, reason="vLLM is not installed here (README: the CPU build's own environment)")
+def test_the_built_in_model_answers_its_chats_alike():
+    """64 held-out chats as the recipe asks them, with its own end token and limits."""
+    from ta.inference import open_generator
+    from ta.model import open_format
+    from ta.prompts import read_prompts
+    from ta.sources import Drops
+    from ta.templates import ChatConfig
+    from ta.tokenizer import TokenizerConfig
+
+    config, form = ModelConfig(), open_format(ModelConfig(), TokenizerConfig(), ChatConfig())
+    paths = demo.data_or_builtin((), (), "chats")[1]
+    prompts = [prompt for _, prompt in read_prompts(paths, form, ChatConfig(), Drops("error", 0))][:64]
+    settings, answers = GenerateConfig(max_new_tokens=32), []
+    for vllm in (None, SMALL):
+        engine, vocabulary, _ = open_generator(config, None, form.tokenizer, "cpu", vllm)
+        answers.append(engine(prompts, settings, form.stop_ids))
+    assert len(prompts) == 64 and vocabulary >= len(form.tokenizer)
+    compare(*answers)
 
 
 @pytest.mark.vllm
