@@ -1,7 +1,7 @@
 """How fast is the default engine? 64 prompts of mixed lengths, answers of mixed lengths: transformers one by one, in sorted batches, with its
 continuous batching, ours, and vLLM; all must give the same tokens.
 
-    python bench/generate.py [--vllm-python PYTHON]        (a Python of an environment that has vLLM)
+    python bench/generate.py [--peer-python PYTHON]        (a Python of an environment that has vLLM)
 
 Generated tokens per CPU-second of one thread, start-up not counted; `identical` counts answers that equal those of one by one.
 """
@@ -10,13 +10,13 @@ import argparse
 import json
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
-from harness import ROOT, compare, parser
+from harness import compare, parser, read
 
 VOCABULARY, LONGEST_ANSWER, BATCH = 16_384, 96, 16
 
@@ -101,61 +101,51 @@ def ours(model, prompts, stop):
     return [row[0].ids for row in generate(model, tiny_tokenizer(), prompts, config, stop)]
 
 
-def vllm(model, prompts, stop):
-    """Answers of vLLM in this environment, and the CPU seconds of the best of two calls."""
+def vllm(model):
+    """vLLM started on the model: its run."""
     from ta.builtin import tiny_tokenizer
     from ta.generate import GenerateConfig
     from ta.model import ModelConfig
     from ta.vllm_engine import VllmConfig, generate_vllm, open_engine
 
+    os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         engine = open_engine(ModelConfig(folder), tiny_tokenizer(), None, VllmConfig(kv_cache_gb=0.5, max_model_len=512))
     config = GenerateConfig(max_new_tokens=LONGEST_ANSWER, skip_special_tokens=False)
-    generate_vllm(engine, prompts[:2], config, stop)
-    engine.llm.reset_prefix_cache()
-    start = time.process_time()
-    rows = generate_vllm(engine, prompts, config, stop)
-    return [row[0].ids for row in rows], time.process_time() - start
+
+    def run(_, prompts, stop):
+        engine.llm.reset_prefix_cache()
+        return [row[0].ids for row in generate_vllm(engine, prompts, config, stop)]
+
+    return run
 
 
 def measured(name: str, flags: argparse.Namespace) -> dict[str, float]:
     """Figures of one contender; the first one's answers are what the others are compared with."""
-    if name == "vllm" and Path(sys.executable) != Path(flags.vllm_python):
-        command = [flags.vllm_python, __file__, *sys.argv[1:]]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_HOST_IP": "127.0.0.1"}
-        told = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if told.returncode:
-            sys.exit(told.stderr[-3000:])
-        return json.loads(told.stdout.strip().splitlines()[-1])
     import torch
 
     torch.set_num_threads(flags.threads)
     model, (prompts, stop) = build(), workload(flags.prompts)
-    if name == "vllm":
-        answers, seconds = vllm(model, prompts, stop)
-    else:
-        run = TRANSFORMERS_AND_OURS[name]
-        run(model, prompts[:2], stop)
-        start = time.process_time()
-        answers = run(model, prompts, stop)
-        seconds = time.process_time() - start
+    run = vllm(model) if name == "vllm" else CONTENDERS[name]
+    run(model, prompts[:2], stop)
+    start = time.process_time()
+    answers = run(model, prompts, stop)
+    seconds = time.process_time() - start
     if name == "one_by_one":
         Path(flags.answers).write_text(json.dumps(answers))
     same = sum(a == b for a, b in zip(answers, json.loads(Path(flags.answers).read_text()), strict=True))
     return {"tokens_a_cpu_s": sum(map(len, answers)) / seconds, "identical": same, "tokens": sum(map(len, answers))}
 
 
-TRANSFORMERS_AND_OURS = {f.__name__: f for f in (one_by_one, hf_batches, continuous, ours)}
+CONTENDERS = {f.__name__: f for f in (one_by_one, hf_batches, continuous, ours, vllm)}
 
 if __name__ == "__main__":
     flags = parser(__doc__, 2)
     flags.add_argument("--prompts", type=int, default=64)
-    flags.add_argument("--vllm-python", default="", help="a Python that has vLLM")
     flags.add_argument("--answers", help=argparse.SUPPRESS)
-    given = flags.parse_args()
-    names = [*TRANSFORMERS_AND_OURS, *(["vllm"] if given.vllm_python else [])]
+    given = read(flags, prompts=6)
     with tempfile.TemporaryDirectory() as folder:
         if not given.answers:
             sys.argv += ["--answers", str(Path(folder) / "answers.json")]
-        compare({name: lambda flags, name=name: measured(name, flags) for name in names}, given, "one_by_one")
+        compare({name: partial(measured, name) for name in CONTENDERS}, given, "one_by_one", peers=["vllm"])

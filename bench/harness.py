@@ -33,7 +33,8 @@ def parser(doc: str, rounds: int = 3) -> argparse.ArgumentParser:
     flags.add_argument("--threads", type=int, default=1, help="threads of every contender")
     flags.add_argument("--only", nargs="*", help="contenders to run; all by default")
     flags.add_argument(
-        "--peer-python", help="a Python that has TRL and datasets (the extra `bench`); without it those contenders are left out"
+        "--peer-python",
+        help="a Python that has the peers' packages (TRL and datasets, the extra `bench`, or vLLM); without it they are left out",
     )
     flags.add_argument("--tiny", action="store_true", help="sizes at which the script only shows that it runs; nothing is logged")
     flags.add_argument("--one", help=argparse.SUPPRESS)
