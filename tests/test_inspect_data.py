@@ -66,15 +66,12 @@ def test_the_histogram_counts_every_length():
         assert len(bars) <= 12 and edges[0][0] == min(sizes) and edges[-1][0] <= max(sizes) <= edges[-1][1]
 
 
-def test_a_page_for_a_person(run, tmp_path, model):
+def test_a_page_for_a_person(forked, door, tmp_path, model):
     data = write(tmp_path / "a.jsonl", *chats("train", 40), {"messages": [{"role": "user", "content": "?"}]})
-    page = run(
-        "inspect_data", "--model-path", model, "--data", data, "--on-bad-record", "skip", "--max-bad-share", 0.1, "--examples", 2
-    ).stdout
-    assert page.startswith("40 records, ") and "40 of 41 from" in page and f"dropped 1: no answer ({data}:41)" in page
+    flags = ("--model-path", model, "--data", data)
+    page = forked("inspect_data", *flags, "--on-bad-record", "skip", "--max-bad-share", 0.1, "--examples", 2)
+    assert "40 records, " in page and "40 of 41 from" in page and f"dropped 1: no answer ({data}:41)" in page
     assert sum(int(count) for count in re.findall(r"\|#* (\d+)", page)) == 40, "the histogram counts every record"
     assert page.count("\x1b[32m") >= 2 and f"{data}:2 " in page and f"{data}:3 " not in page
-    wrong = run("inspect_data", "--model-path", model, "--data", data, code=2)
-    assert (
-        re.match(rf"error: {data}:41: no message of role assistant", wrong.stderr) and "Traceback" not in wrong.stderr and not wrong.stdout
-    )
+    code, said = door("inspect_data", *flags)
+    assert code == 2 and said.startswith(f"error: {data}:41: no message of role assistant") and "Traceback" not in said

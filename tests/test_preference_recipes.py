@@ -1,6 +1,7 @@
 """dpo, kto, rm and classify as a user runs them: from flags to an export that plain transformers loads, and wrong input answered in two lines."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -169,29 +170,13 @@ def test_a_share_of_equal_pairs_is_counted(door, model, data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("recipe", "rare", "start", "end"),
-    [
-        ("classify", False, {}, {"accuracy": 0.95}),
-        ("classify", True, {}, {"accuracy": 0.95, "balanced_accuracy": 0.95}),
-        ("rm", False, {}, {"ranking_accuracy": 0.95}),
-        ("dpo", False, {"reward_accuracy": 0.5}, {"reward_accuracy": 0.9}),
-        ("kto", False, {"preference": 0.5}, {"preference": 0.9}),
-    ],
-)
-def test_it_learns_without_a_flag(run, tmp_path, recipe, rare, start, end):
-    """Held-out figures of the built-in task; preference starts at chance, and the exact match on the task stays."""
-    more = ()
-    if rare:
-        files = [
-            write(tmp_path / f"{split}.jsonl", builtin.classes(split, n, rare=True)) for split, n in (("train", 4800), ("held_out", 256))
-        ]
-        more = ("--data", files[0], "--val-data", files[1], "--class-weights", "auto")
-    done = run(recipe, "--out", tmp_path / "run", *more, timeout=1800)
-    rows = logged(tmp_path / "run")
-    for name, value in start.items():
-        assert rows[0][f"val_{name}"] == value
-    for name, least in end.items():
-        assert rows[-1][f"val_{name}"] >= least and name in done.stderr
-    if recipe in ("dpo", "kto"):
-        assert rows[-1]["val_accuracy"] >= rows[0]["val_accuracy"] - 0.02 and rows[0]["val_accuracy"] > 0.9
+@pytest.mark.parametrize("processes", [1, 2])
+def test_without_a_model_the_built_in_one_is_fine_tuned_once(forked, data, tmp_path, processes):
+    def before(rank):
+        os.environ["TA_CACHE"] = str(tmp_path / "cache")
+        builtin.TINY_STEPS = 2
+
+    more = ("--data", data / "preferences-train.jsonl", *QUICK)
+    first, second = (forked("dpo", *more, "--out", tmp_path / name, processes=processes, before=before) for name in "ab")
+    assert "fine-tuning the built-in model" in first and "fine-tuning the built-in model" not in second
+    assert (logged(tmp_path / "a")[0]["loss"], logged(tmp_path / "a")[1]["loss"]) == tuple(r["loss"] for r in logged(tmp_path / "b")[:2])

@@ -130,6 +130,7 @@ def test_help_answers_without_anything_heavy(path):
     assert heavy_after(textwrap.dedent(code)) <= {"numpy"}
 
 
+@functools.cache
 def flags_of(path: Path) -> list[str]:
     done = subprocess.run(
         [sys.executable, str(path), "--help"],
