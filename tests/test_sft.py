@@ -43,7 +43,9 @@ def test_from_flags_to_a_folder_that_plain_transformers_loads(run, data, tmp_pat
     out = tmp_path / "run"
     done = run("sft", "--data", train, "--val-data", val, "--out", out, *QUICK)
     assert "samples at step 0" in done.stderr and "samples at step 3" in done.stderr and "40 records" in done.stderr
-    assert {"config.json", "metrics.jsonl", "samples.jsonl", "drops.jsonl", "checkpoints", "final"} <= {p.name for p in out.iterdir()}
+    assert {"config.json", "metrics.jsonl", "samples.jsonl", "drops.jsonl", "report.html", "checkpoints", "final"} <= {
+        p.name for p in out.iterdir()
+    }
     logged = [json.loads(line) for line in open(out / "metrics.jsonl")]
     assert [r["step"] for r in logged] == [0, 1, 2, 3, 3]
     assert {"loss", "lr", "grad_norm", "tokens", "learned_tokens", "seconds"} <= logged[1].keys()
