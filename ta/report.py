@@ -70,12 +70,12 @@ def charts_of(metrics: Sequence[dict]) -> dict[str, dict[str, Curve]]:
     for record in metrics:
         values = {key: value for key, value in record.items() if key not in ("step", "tokens", "learned_tokens", "seconds")}
         if record.get("seconds"):
-            values["learned tokens a second"] = record.get("learned_tokens", 0) / record["seconds"]
+            values["tokens a second"] = record.get("tokens", 0) / record["seconds"]
         for key, value in values.items():
             if isinstance(value, (int, float)) and math.isfinite(value):
                 curves = charts.setdefault(key.removeprefix("val_"), {})
                 curves.setdefault("held out" if key.startswith("val_") else "training", []).append((record.get("step", 0), value))
-    last = ("lr", "grad_norm", "learned tokens a second", "memory_gb")
+    last = ("lr", "grad_norm", "tokens a second", "memory_gb")
     order = sorted(charts, key=lambda title: (title != "loss", last.index(title) + 1 if title in last else 0))
     return {title: {name: charts[title][name] for name in ("training", "held out") if name in charts[title]} for title in order}
 

@@ -49,7 +49,7 @@ def test_training_and_held_out_values_share_a_chart():
         "loss": {"training": [(10, 2.0)], "held out": [(0, 2.5), (20, 1.5)]},
         "accuracy": {"training": [(10, 0.25)], "held out": [(0, 0.0), (20, 0.5)]},
         "lr": {"training": [(10, 1e-3), (20, 5e-4)]},
-        "learned tokens a second": {"training": [(10, 80.0), (20, 120.0)]},
+        "tokens a second": {"training": [(10, 180.0), (20, 180.0)]},
     }
     assert charts_of([]) == {}
 
