@@ -5,6 +5,9 @@ Letters: B rows, H heads, T columns, D head width, N documents.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,13 +15,23 @@ from torch import Tensor
 NAME = "ta"
 
 
-def document_attention(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, lengths=(), prefixes=(), **kwargs):
+@dataclass(frozen=True)
+class Documents:
+    """How a packed row is cut: no tuple, since a compiled block would be compiled anew for every other number of documents."""
+
+    lengths: tuple[int, ...]
+    prefixes: tuple[int, ...] = ()
+
+
+@torch.compiler.disable  # what depends on lengths would be compiled anew for every batch
+def document_attention(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, documents=None, **kwargs):
     """Causal attention inside each document: query (B, H, T, D), key and value (B, H_kv, T, D) -> (B, T, H, D).
 
-    `lengths` (host integers) cut a packed row into documents; without them, or with one row a document, rows are plain causal: right padding is then
-    harmless because no real token comes after it. `prefixes[n]` leading tokens of document n - 1 are seen by document n too. The signature is
-    the one transformers calls its attention functions with; sliding windows are honoured, soft caps and sinks are refused.
+    `documents` cut a packed row; without them, or with one row a document, rows are plain causal: right padding is then harmless because no real
+    token comes after it. `documents.prefixes[n]` leading tokens of document n - 1 are seen by document n too. The signature is the one
+    transformers calls its attention functions with; sliding windows are honoured, soft caps and sinks are refused.
     """
+    lengths, prefixes = (documents.lengths, documents.prefixes) if documents else ((), ())
     if kwargs.get("softcap") or kwargs.get("s_aux") is not None:
         raise ValueError("this attention function knows no soft cap and no sinks: the model must run with its own attention")
     if getattr(module, "is_causal", True) is False or kwargs.get("is_causal") is False:
@@ -61,7 +74,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, lengths, scaling, window:
     """torch's own variable-length FlashAttention (CUDA, half precision): one kernel for all documents."""
     from torch.nn.attention.varlen import varlen_attn
 
-    bounds = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32).to(query.device, non_blocking=True)  # (N + 1,)
+    bounds = _bounds(lengths, query.device)
     grouped = {"enable_gqa": True} if "enable_gqa" in (varlen_attn.__kwdefaults__ or {}) else {}
     if not grouped:
         key, value = (_repeat(x, query.shape[1] // key.shape[1]) for x in (key, value))
@@ -70,6 +83,12 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, lengths, scaling, window:
     left = window - 1 if window else -1
     out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(left, 0), **grouped)
     return out[None]
+
+
+@lru_cache(maxsize=2)
+def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """(N + 1,) int32 where documents begin and end; every layer of a forward pass asks for the same."""
+    return torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
 
 
 def register() -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ta.attention import Documents
 from ta.batch import Batch, lay_out, to_device
 from ta.logprobs import Head, cross_entropy_sum, token_logprobs
 
@@ -74,7 +75,7 @@ class LanguageModel(nn.Module):
         if self.mode == "own":
             inputs["attention_mask"] = _real(batch)
         else:
-            inputs |= {"lengths": batch.lengths, "prefixes": batch.prefixes}
+            inputs["documents"] = Documents(batch.lengths, batch.prefixes)
         return body(**inputs, position_ids=batch.positions, use_cache=False).last_hidden_state
 
     def _head(self) -> Head:

@@ -96,6 +96,16 @@ def test_two_processes_equal_one_with_new_tokens_on_an_adapter(forked, data, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(("more", "close"), [("--activation-checkpointing", 1e-6), ("--dtype=bfloat16", 2e-2)])
+def test_memory_and_speed_options_change_no_loss(forked, data, tmp_path, processes, more, close):
+    flags = ("--data", data[0], *QUICK, "--max-tokens-per-micro", 300)
+    forked("sft", *flags, "--out", tmp_path / "plain")
+    forked("sft", *flags, "--out", tmp_path / "other", *more.split("="), processes=processes)
+    assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "plain"), rel=close)
+
+
+@pytest.mark.slow
 def test_torchrun_stops_at_a_signal_dies_with_a_process_and_goes_on(run, forked, data, tmp_path):
     """Under the real launcher: the losses of one process after SIGTERM, after kill -9 of one of two, and a resume of each."""
     flags = ("--data", data[0], *QUICK, "--steps", 40, "--save-every", 1, "--max-tokens-per-micro", 300)

@@ -129,3 +129,25 @@ def test_an_empty_micro_batch_still_has_gradients():
     loss = wrapper(lay_out([], []))
     loss.backward()
     assert loss.item() == 0
+
+
+@pytest.mark.slow
+def test_blocks_are_not_compiled_anew_for_other_documents(monkeypatch):
+    """Two shapes compile (the first, then any); how many documents a row has, and how long they are, compiles nothing, and changes nothing."""
+    from functools import partial
+
+    from torch._dynamo.testing import CompileCounter
+
+    from ta.parallel import compile_blocks
+
+    wrapper, counter, rng = wrap(small("llama"))[0], CompileCounter(), np.random.default_rng(0)
+    batches = [lay_out(*documents(rng, n)) for n in (4, 5, 3, 9, 7)]
+    before = [wrapper(batch, "sum").item() for batch in batches]
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    compile_blocks(wrapper)
+    after, counts = [], []
+    for batch in batches:
+        after.append(wrapper(batch, "sum").item())
+        counts.append(counter.frame_count)
+    assert counts[0] > 0 and counts[1] == counts[-1]
+    assert after == pytest.approx(before, rel=1e-5)
