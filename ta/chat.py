@@ -11,6 +11,7 @@ from ta.pieces import Piece, Tokens, Vocabulary, show, tokenize_chats, tokenize_
 from ta.templates import ANSWER, SYSTEM, ChatConfig, JinjaTemplate, Message, Span, Template, canonical_role, split_chat
 
 Chat = Sequence[Message]
+Parts = Sequence[tuple[str, bool]]  # a content cut into (text, whether it is placeholders of media)
 
 
 class Drop(NamedTuple):
@@ -33,18 +34,31 @@ def render_chat(messages: Chat, template: Template, loss_on: str = "answers", op
             raise ValueError(f"message {i + 1} ({role}) is to be learned, but the chat template does not tell its borders: {span.fault}")
         # an answer stands apart, learned or not, so that training ids begin with the ids of its prompt
         apart = role == ANSWER or weight != 0
-        rendered.append(_pieces(span, weight, glued, glued and not border, glued and not apart))
+        parts = messages[i].get("parts", ()) if i < len(messages) else ()
+        rendered.append(_pieces(span, weight, glued, glued and not border, glued and not apart, parts))
         border = apart
     return rendered
 
 
-def _pieces(span: Span, weight: float, glued: bool, prefix_joins: bool, joins: bool) -> list[Piece]:
+def _pieces(span: Span, weight: float, glued: bool, prefix_joins: bool, joins: bool, parts: Parts) -> list[Piece]:
     pieces = [Piece(span.prefix, 0.0, True, prefix_joins)] if span.prefix else []
-    for text, control in ((span.opening, True), (span.content, False), (span.suffix, True)):
+    for text, own, control in ((span.opening, weight, True), *_content(span.content, weight, parts), (span.suffix, weight, True)):
         if text:
-            pieces.append(Piece(text, weight, control, joins))
+            pieces.append(Piece(text, own, control, joins))
             joins = glued
     return pieces
+
+
+def _content(content: str, weight: float, parts: Parts) -> list[tuple[str, float, bool]]:
+    """(text, weight, control) of a message's content: placeholders of media are real tokens and never learned, the rest is literal."""
+    if not parts:
+        return [(content, weight, False)]
+    at, cut = "".join(text for text, _ in parts).index(content), []  # a template may have stripped it
+    for text, media in parts:
+        kept = text[max(at, 0) : max(at + len(content), 0)]
+        cut.append((kept, 0.0 if media else weight, media))
+        at -= len(text)
+    return cut
 
 
 def _weights(messages: Chat, loss_on: str, last: int) -> list[float]:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ta import log
-from ta.chat import encode_prompts, random_cut
+from ta.chat import Drop, random_cut
 from ta.generate import GenerateConfig, generate
 from ta.metrics import check_metrics, measure
+from ta.media import Media, encode_media
 from ta.parallel import rank, say
 from ta.templates import ANSWER, canonical_role
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ta.model import ChatFormat
     from ta.templates import ChatConfig
     from ta.wrapper import LanguageModel
+
+
+Embed = Callable[["LanguageModel", Sequence[Sequence[int]], Sequence[Media]], Iterable["Tensor"]]
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,9 @@ def dialogue_of(record: dict) -> list[dict]:
 
 def prompts_of(
     records: Sequence[dict], form: ChatFormat, chat: ChatConfig, cut_seed: int | None = None
-) -> list[tuple[int, list[int], str]]:
-    """(place in `records`, prompt ids, right answer) of every record whose prompt fits; the right answer is the one that was taken off.
+) -> list[tuple[int, list[int], str, Media]]:
+    """(place in `records`, prompt ids, right answer, pictures and sounds) of every record whose prompt fits; the right answer is the one that
+    was taken off.
 
     A labelled answer that is not desirable has no right answer beside it and is left out.
     """
@@ -71,8 +78,9 @@ def prompts_of(
         places.append(i)
         chats.append(messages)
         answers.append(messages[-1]["content"] if messages[-1]["role"] == ANSWER else "")
-    prompts = encode_prompts(chats, form.template, form.vocabulary, chat)
-    return [(i, p, answer) for i, p, answer in zip(places, prompts, answers, strict=True) if isinstance(p, list)]
+    prompts = encode_media(chats, form.template, form.vocabulary, chat, form.media, prompts=True)
+    found = zip(places, prompts, answers, strict=True)
+    return [(i, prompt[0].ids, answer, prompt[1]) for i, prompt, answer in found if not isinstance(prompt, Drop)]
 
 
 def pick_cherries(
@@ -84,18 +92,27 @@ def pick_cherries(
     folder: Path,
     step: int,
     seed: int = 0,
+    embed: Embed | None = None,
 ) -> dict[str, float]:
-    """Answer `records` greedily, append them to folder/samples.jsonl, show some, and return the chosen metrics."""
+    """Answer `records` greedily, append them to folder/samples.jsonl, show some, and return the chosen metrics.
+
+    `embed(model, prompts, media)` gives the prompts' embeddings (L, D) where records have pictures or sounds.
+    """
     chosen = prompts_of(records, form, chat, seed if config.cherry_random_cut else None)
     if not chosen:
         return {}
     settings = GenerateConfig(max_new_tokens=config.cherry_max_new_tokens, stop_strings=tuple(form.stop_strings))
-    answers = [a[0] for a in generate(model, form.tokenizer, [ids for _, ids, _ in chosen], settings, form.stop_ids)]
-    texts, references = [a.text for a in answers], [reference for _, _, reference in chosen]
+    prompts, media = [ids for _, ids, _, _ in chosen], [items for *_, items in chosen]
+    embeds = list(embed(model, prompts, media)) if embed else None
+    answers = [a[0] for a in generate(model, form.tokenizer, prompts, settings, form.stop_ids, embeds=embeds)]
+    texts, references = [a.text for a in answers], [reference for _, _, reference, _ in chosen]
     if rank() == 0:
         rows = []
-        for (i, _, reference), answer in zip(chosen, answers, strict=True):
+        for (i, _, reference, items), answer in zip(chosen, answers, strict=True):
             question = next((m["content"] for m in reversed(dialogue_of(records[i])[:-1])), "")
+            if items:
+                texts_of = [question] if isinstance(question, str) else [part["content"] for part in question if part["type"] == "text"]
+                question = " ".join(dict.fromkeys([*(f"[{path}]" for _, path in items), *texts_of]))
             sample = {"step": step, "id": records[i].get("id", i), "prompt": question, "answer": answer.text, "reference": reference}
             log.append(folder / "samples.jsonl", sample | {"finish": answer.finish})
             rows.append((question, answer.text, reference))

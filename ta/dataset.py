@@ -29,6 +29,7 @@ CODE = (
     "sources",
     "dataset",
     "encode",
+    "media",
 )  # modules that decide what a record becomes
 
 
@@ -51,6 +52,7 @@ class Encoded(NamedTuple):
 
     seqs: tuple[Tokens, ...]
     extras: dict[str, float] = {}  # noqa: RUF012 - a default nobody writes to
+    media: Sequence[tuple[str, str]] | None = None  # (modality, path) of its pictures and sounds in order; None where its kind has none
 
 
 class Prepared(NamedTuple):
@@ -63,6 +65,7 @@ class Prepared(NamedTuple):
     extras: dict[str, ndarray]  # (n,) float64 each
     info: dict[str, Any]  # fingerprint, folder, cached, records, bad, tokens, learned_tokens, max_id, sources, drops, notes
     k: int
+    media: tuple[ndarray, ndarray] | None = None  # JSON bytes of all records' media, (n,) where those of each record end
 
 
 def sequence(prepared: Prepared, i: int) -> tuple[ndarray, ndarray]:
@@ -75,6 +78,14 @@ def lengths(prepared: Prepared) -> ndarray:
     """(n,) tokens of each record, its k sequences together."""
     bounds = prepared.offsets[:: prepared.k]
     return bounds[1:] - bounds[:-1]
+
+
+def media_of(prepared: Prepared, record: int) -> list[tuple[str, str]]:
+    """(modality, path) of a record's pictures and sounds, in the order of its placeholders."""
+    if prepared.media is None:
+        return []
+    text, ends = prepared.media
+    return [tuple(pair) for pair in json.loads(text[ends[record - 1] if record else 0 : ends[record]].tobytes())]
 
 
 def prepare(
@@ -162,7 +173,7 @@ def _build(folder: Path, sources: list[Source], check: Check, encode_many: Calla
     kept = [select(source, seed) for source in sources]
     expected = sum(sum(keep) for keep, _ in kept)
     pause = 0.2 if sys.stderr.isatty() else 30  # seconds
-    counts = {"tokens": 0, "learned_tokens": 0, "max_id": -1, "records": 0, "k": 0}
+    counts = {"tokens": 0, "learned_tokens": 0, "max_id": -1, "records": 0, "k": 0, "media_bytes": 0}
     used = [0] * len(sources)
     with (
         open(folder / "drops.jsonl", "w", encoding="utf-8", errors="surrogateescape") as aside,
@@ -210,6 +221,11 @@ def _append(folder: Path, writers: dict[str, Column], counts: dict[str, int], do
     columns = {"ids": ids, "weights": weights, "offsets": counts["tokens"] + np.cumsum(sizes, dtype=np.int64)}
     columns["origin"] = np.array([record[:2] for record, _ in done], np.int32)
     columns |= {f"extra-{name}": np.array([encoded.extras[name] for _, encoded in done], np.float64) for name in first.extras}
+    if first.media is not None:
+        texts = [json.dumps(encoded.media).encode() for _, encoded in done]
+        columns["media"] = np.frombuffer(b"".join(texts), np.uint8)
+        columns["media_ends"] = counts["media_bytes"] + np.cumsum([len(text) for text in texts], dtype=np.int64)
+        counts["media_bytes"] += len(columns["media"])
     if not writers:
         writers |= {name: Column(folder / f"{name}.npy", column.dtype, column.shape[1:]) for name, column in columns.items()}
         writers["offsets"].append(np.zeros(1))
@@ -237,7 +253,8 @@ def _open(folder: Path, sources: list[Source], texts: list[str], config: DataCon
     for entry, source, text in zip(info["sources"], sources, texts, strict=True):
         entry |= {"source": text, "path": source.path}
     info["folder"] = str(folder)
-    return Prepared(*(arrays[name] for name in ("ids", "weights", "offsets", "origin")), extras, info, info["k"])
+    media = (arrays["media"], arrays["media_ends"]) if "media" in arrays else None
+    return Prepared(*(arrays[name] for name in ("ids", "weights", "offsets", "origin")), extras, info, info["k"], media)
 
 
 def _with_system(data: dict, prompt: str | None) -> dict:

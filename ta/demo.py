@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from ta import builtin
+from ta import builtin, pictures
 from ta.store import cache_folder
 
 TUNED = "builtin-sft"  # what --model-path calls it
@@ -19,6 +19,7 @@ SIZES = {
     "classes": (4_800, 256),
     "candidates": (256, 64),
 }
+PICTURES = (3000, 60)  # training, held out
 
 
 def _place() -> Path:
@@ -44,10 +45,26 @@ def tuned_folder() -> Path:
     return _place() / "tuned"
 
 
+def pictures_folder() -> Path:
+    """Generated pictures with their records (ta/pictures.py), drawn once; the pictures lie in its folder images."""
+    folder = _place() / f"pictures-{PICTURES[0]}-{PICTURES[1]}-{pictures.fingerprint()}"
+    if not folder.exists():
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        pictures.write_pictures(temporary, *PICTURES)
+        try:
+            os.rename(temporary, folder)
+        except OSError:  # another process was first
+            shutil.rmtree(temporary)
+    return folder
+
+
 def data_or_builtin(data: Sequence[str], val_data: Sequence[str], kind: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The sources given, or where no --data is given the built-in records of `kind` (training, held out), written once."""
     if data:
         return tuple(data), tuple(val_data)
+    if kind == "pictures":
+        folder = pictures_folder()
+        return (str(folder / "train.jsonl"),), tuple(val_data) or (str(folder / "held_out.jsonl"),)
     paths = []
     for split, n in zip(("train", "held_out"), SIZES[kind], strict=True):
         path = _place() / f"{kind}-{split}-{n}.jsonl"

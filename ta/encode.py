@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ta.chat import Drop, Tokens, encode_answers, encode_chats, encode_pairs
 from ta.dataset import DataConfig, Encoded, Prepared, prepare
-from ta.kinds import check_chat, check_class, check_labelled, check_pair
+from ta.kinds import check_chat, check_class, check_labelled, check_media, check_pair
+from ta.media import encode_media
 from ta.model import format_settings
 
 if TYPE_CHECKING:
@@ -21,15 +22,15 @@ Kind = Literal["chat", "pair", "labelled", "class"]
 
 
 def prepare_kind(
-    kind: Kind, sources: Sequence[str], form: ChatFormat, chat: ChatConfig, data: DataConfig, seed: int = 0, **more: Any
+    kind: Kind | Literal["media"], sources: Sequence[str], form: ChatFormat, chat: ChatConfig, data: DataConfig, seed: int = 0, **more: Any
 ) -> Prepared:
     """`dataset.prepare` for records of a kind, k = 2 for pairs and else 1.
 
     Extras: `margin` of a pair (NaN where none is given), `desirable` of a labelled answer (0 or 1), `label` of a class.
     """
     check, encode = KINDS[kind]
-    if kind == "chat" and chat.loss_on == "all":
-        check = partial(check_chat, need_answer=False)
+    if kind in ("chat", "media") and chat.loss_on == "all":
+        check = partial(check, need_answer=False)
     return prepare(sources, check, partial(encode, form, chat), format_settings(form, chat, kind), data, seed=seed, chat=chat, **more)
 
 
@@ -60,6 +61,11 @@ def _classes(form: ChatFormat, chat: ChatConfig, records: list[dict]) -> list[En
     return [_encoded(result, label=float(record["label"])) for result, record in zip(bare, records, strict=True)]
 
 
+def _media(form: ChatFormat, chat: ChatConfig, records: list[dict]) -> list[Encoded | Drop]:
+    results = encode_media([record["messages"] for record in records], form.template, form.vocabulary, chat, form.media)
+    return [result if isinstance(result, Drop) else Encoded((result[0],), media=result[1]) for result in results]
+
+
 def _encoded(result: Tokens | Sequence[Tokens] | Drop, **extras: float) -> Encoded | Drop:
     if isinstance(result, Drop):
         return result
@@ -71,4 +77,5 @@ KINDS: dict[str, tuple[Callable, Callable]] = {  # check(data) -> data, encode(f
     "pair": (check_pair, _pairs),
     "labelled": (check_labelled, _labelled),
     "class": (check_class, _classes),
+    "media": (check_media, _media),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,8 +48,10 @@ def export(
     folder: Path,
     chat_template: str | None = None,
     stop_ids: Collection[int] = (),
+    write: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write model (or adapter) and tokenizer into `folder`, published by one rename. `stop_ids` end generation; `chat_template` is Jinja source.
+    """Write model (or adapter) and tokenizer into `folder`, published by one rename. `stop_ids` end generation; `chat_template` is Jinja source;
+    `write(folder)`, called on rank 0, adds what else belongs to the model.
 
     Every process must call it: sharded tensors are gathered one at a time, and only rank 0 keeps them.
     """
@@ -64,6 +66,8 @@ def export(
         if chat_template is not None:
             tokenizer.chat_template = chat_template
         tokenizer.save_pretrained(temporary)
+        if write is not None:
+            write(temporary)
         set_generation(base, tokenizer, stop_ids)
         if base is not model:
             save_adapter(model, temporary, state)

@@ -27,8 +27,23 @@ def check_prompt(data: dict) -> dict:
 
 
 def check_media(data: dict, need_answer: bool = True) -> dict:
-    """A chat whose messages may be {"role", "type": text | image | audio, "content": text or path}."""
-    return check_chat(data, need_answer, types=("text", "image", "audio"))
+    """A chat whose messages may be {"role", "type": text | image | audio, "content": text or path}, or hold a list of such parts.
+
+    Pictures and sounds stand in messages that are neither answers nor system prompts and, with `need_answer`, before some answer.
+    """
+    data = check_chat(data, need_answer, types=("text", "image", "audio"))
+    answers = [place for place, message in enumerate(data["messages"]) if message["role"] == "assistant"]
+    for place, message in enumerate(data["messages"]):
+        parts = message["content"] if isinstance(message["content"], list) else [message]
+        found = next((part["type"] for part in parts if part.get("type", "text") != "text"), None)
+        if found and message["role"] in ("assistant", "system"):
+            raise BadRecord(
+                f"{found} in a message of role {message['role']}",
+                f"messages[{place}] of role {message['role']} is {found}; answers and system prompts are text, put it into a question",
+            )
+        if found and need_answer and (not answers or place > answers[-1]):
+            raise BadRecord(f"{found} without an answer", f"no answer follows the {found} of messages[{place}]; give one or take it out")
+    return data
 
 
 def check_pair(data: dict) -> dict:
@@ -110,7 +125,11 @@ def _message(given: object, where: str, types: tuple[str, ...] = ("text",)) -> d
     role, content, loss = given.get("role"), given.get("content"), given.get("loss")
     if not isinstance(role, str) or not role:
         raise BadRecord("role is not text", f"the role of {where} is {_shown(given, 'role')}; give a name such as user or assistant")
-    if not isinstance(content, str):
+    if isinstance(content, list) and content and len(types) > 1:
+        content = [_part(part, f"{where}.content[{place}]", types) for place, part in enumerate(content)]
+        if all(part["type"] == "text" for part in content):
+            content = "".join(part["content"] for part in content)
+    elif not isinstance(content, str):
         raise BadRecord("content is not text", f"the content of {where} ({role}) is {_shown(given, 'content')}; give text")
     kind = given.get("type")
     if kind is not None and kind not in types:
@@ -123,8 +142,14 @@ def _message(given: object, where: str, types: tuple[str, ...] = ("text",)) -> d
     if off and loss:
         raise BadRecord("loss and disable_loss", f"{where} has loss and disable_loss at once; keep loss")
     message = {key: value for key, value in given.items() if key not in ("loss", "disable_loss", "type")}
-    message["role"] = "assistant" if role == "bot" else role
+    message |= {"role": "assistant" if role == "bot" else role, "content": content}
     return message | ({"type": kind} if kind else {}) | ({"loss": False} if off else {} if loss is None else {"loss": loss})
+
+
+def _part(given: object, where: str, types: tuple[str, ...]) -> dict:
+    if not isinstance(given, dict) or not isinstance(given.get("content"), str) or given.get("type") not in types:
+        raise BadRecord("part of a message", f"{where} is {named(given)}; give {{type, content}} with text or path, type one of {', '.join(types)}")
+    return {"type": given["type"], "content": given["content"]}
 
 
 def _answer(data: dict, key: str) -> dict:

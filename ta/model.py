@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ta.adapter_settings import KINDS as ADAPTERS
 from ta.adapter_settings import PROMPT_LEARNING, AdapterConfig, check_adapter
+from ta.media import new_tokens
 from ta.parallel import compile_blocks, gather_objects, rank, recompute, shard, world
 from ta.store import cache_folder, content_hash, hash_json
 from ta.templates import ChatConfig, Template
@@ -21,6 +23,7 @@ from ta.tokenizer import TokenizerConfig, export_template, load_tokenizer, stop_
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from ta.media import Slot
     from ta.pieces import Vocabulary
     from ta.vocab import NewToken
     from ta.wrapper import LanguageModel
@@ -37,6 +40,7 @@ class ChatFormat(NamedTuple):
     new_tokens: list[NewToken]
     stop_ids: list[int]  # end an answer
     stop_strings: list[str]  # end one where no token does
+    media: Mapping[str, Slot] = {}  # noqa: RUF012 - by modality, how pictures and sounds stand in the text; a default nobody writes to
 
 
 @dataclass(frozen=True)
@@ -108,8 +112,17 @@ def load_model(config: ModelConfig, kind: Literal["causal", "seq_cls", "encoder"
     return model.to(device if world() == 1 else "cpu").eval()
 
 
-def open_format(config: ModelConfig, tokenizer: TokenizerConfig, chat: ChatConfig, adapter_path: str | None = None) -> ChatFormat:
-    """Tokenizer (of --tokenizer-path, else of the adapter, else of the model) with new tokens, template and vocabulary; loads no weights."""
+def open_format(
+    config: ModelConfig,
+    tokenizer: TokenizerConfig,
+    chat: ChatConfig,
+    adapter_path: str | None = None,
+    media: Mapping[str, Slot] = {},  # noqa: B006 - a default nobody writes to
+) -> ChatFormat:
+    """Tokenizer (of --tokenizer-path, else of the adapter, else of the model) with new tokens, template and vocabulary; loads no weights.
+
+    The tokens of `media` are added too, but unlike others they are plain text in what users write.
+    """
     from ta.chat import check_chat_config
     from ta.vocab import add_tokens
 
@@ -118,15 +131,17 @@ def open_format(config: ModelConfig, tokenizer: TokenizerConfig, chat: ChatConfi
     if adapter_path and (Path(adapter_path) / "tokenizer.json").exists():
         folder = adapter_path
     loaded = load_tokenizer(folder, tokenizer)
-    new = add_tokens(loaded, None, config.init_tokens)
+    own = new_tokens(media)
+    new = add_tokens(loaded, None, (*config.init_tokens, *(f"{token}={text}" for token, text in own.items())))
     template = template_of(loaded, chat)
     source = export_template(template)
-    declared = [*loaded.init_kwargs.get(CONTENT_TOKENS, ()), *(token.text for token in new)]
+    declared = [*loaded.init_kwargs.get(CONTENT_TOKENS, ()), *(token.text for token in new if token.text not in own)]
     content = sorted({token for token in declared if token not in source and token in loaded.get_added_vocab()})
     if content:
         loaded.init_kwargs[CONTENT_TOKENS] = content
     vocab = vocabulary(loaded, content)
-    return ChatFormat(loaded, template, vocab, new, stop_ids(template, vocab), stop_strings(template, vocab))
+    slots = {name: slot._replace(id=vocab.special[slot.token]) for name, slot in media.items()}
+    return ChatFormat(loaded, template, vocab, new, stop_ids(template, vocab), stop_strings(template, vocab), slots)
 
 
 def open_model(
@@ -138,8 +153,12 @@ def open_model(
     num_labels: int = 1,
     device: str = "cpu",
     seed: int = 0,
+    around: Callable[[LanguageModel], LanguageModel] = lambda model: model,
 ) -> tuple[LanguageModel, str]:
-    """The model with new tokens and adapter, wrapped and ready to train; and what the user should be told about it."""
+    """The model with new tokens and adapter, wrapped and ready to train; and what the user should be told about it.
+
+    `around` may put further modules around the wrapped model and freeze parts of it, before it is sharded.
+    """
     from ta.adapters import add_adapter
     from ta.vocab import check_vocabulary, set_rows
 
@@ -156,7 +175,7 @@ def open_model(
     if wrapped is model:
         model.requires_grad_(True)
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and str(device).startswith("cuda"))
-    placed, note = place(wrapped, config, device, half)
+    placed, note = place(wrapped, config, device, half, around)
     return placed, "\n".join(text for text in (news, note) if text)
 
 
@@ -193,7 +212,9 @@ def load_classifier(config: ModelConfig, adapter: AdapterConfig, num_labels: int
     return model, "" if old else f"the head of {num_labels} score{'s' * (num_labels > 1)} is new"
 
 
-def place(model, config: ModelConfig, device: str, half: bool) -> tuple[LanguageModel, str]:
+def place(
+    model, config: ModelConfig, device: str, half: bool, around: Callable[[LanguageModel], LanguageModel] = lambda model: model
+) -> tuple[LanguageModel, str]:
     """Wrap a model, find its mode on rank 0, then compile, checkpoint and shard it as asked."""
     import torch
 
@@ -206,6 +227,7 @@ def place(model, config: ModelConfig, device: str, half: bool) -> tuple[Language
     else:
         wrapper, note = wrap(model, config.packing, torch.bfloat16 if half else None)
         gather_objects((None, wrapper.mode, note))
+    wrapper = around(wrapper)
     if config.compile:
         compile_blocks(wrapper)
     if config.activation_checkpointing:
@@ -218,8 +240,10 @@ def place(model, config: ModelConfig, device: str, half: bool) -> tuple[Language
 
 def format_settings(form: ChatFormat, chat: ChatConfig, method: str) -> dict[str, Any]:
     """All that decides how a record becomes ids and weights: the key of prepared data."""
+    media = {name: [slot.text, slot.mark] for name, slot in form.media.items()}
     return {
         "method": method,
+        **({"media": media} if media else {}),
         "template": repr(form.template[:4]) if not hasattr(form.template, "source") else form.template.source,
         "tokenizer": hash_json([form.tokenizer.backend_tokenizer.to_str(), form.vocabulary.bos_id, sorted(form.vocabulary.content)]),
         "chat": dataclasses.asdict(chat),

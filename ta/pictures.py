@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -90,6 +91,11 @@ def question_records(scene: Scene, name: str) -> list[dict]:
     """One record a question, with its `kind`, so that accuracy can be told by kind."""
     picture = {"role": "user", "type": "image", "content": name}
     return [{"id": f"{name}#{kind}", "kind": kind, "messages": [picture, *_turn(*asked)]} for kind, asked in questions(scene).items()]
+
+
+def fingerprint() -> str:
+    """Changes whenever this code does: a key for folders that keep its pictures."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
 
 
 def _turn(question: str, answer: str) -> list[dict]:

@@ -119,11 +119,11 @@ def make_projector(
     return PROJECTORS[kind](emb_dim, n_in, dim, n_out, grid=grid, **more)
 
 
-def save_projector(projector: nn.Module, path: str | Path) -> None:
-    """Write the projector's weights as one safetensors file."""
+def save_projector(projector: nn.Module, path: str | Path, state: dict[str, Tensor] | None = None) -> None:
+    """Write the projector's weights (or `state`, what a sharded one gathered) as one safetensors file."""
     from safetensors.torch import save_file
 
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in projector.state_dict().items()}, str(path))
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in (state or projector.state_dict()).items()}, str(path))
 
 
 def load_projector(projector: nn.Module, path: str | Path) -> None:

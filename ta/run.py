@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from ta.encode import KINDS, Kind, prepare_kind
 from ta.export import export
 from ta.feed import Feed, evaluation_batches, training_feed
 from ta.loop import LoopConfig, mean_over
+from ta.media import place_media
 from ta.model import ChatFormat, ModelConfig, fingerprint, open_format, open_model
 from ta.optim import USUAL_LR, OptimConfig, with_default_lr
 from ta.pieces import Tokens, show
@@ -28,10 +29,12 @@ from ta.templates import ChatConfig, export_template
 from ta.tokenizer import TokenizerConfig, disagreement
 
 if TYPE_CHECKING:
+    from ta.cherry import Embed
     from ta.feed import Dress
+    from ta.media import Slot
     from ta.wrapper import LanguageModel
 
-BUILTIN = {"chat": "chats", "pair": "preferences", "labelled": "labelled", "class": "classes"}
+BUILTIN = {"chat": "chats", "pair": "preferences", "labelled": "labelled", "class": "classes", "media": "pictures"}
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,13 @@ def open_parts(
     model_kind: Literal["causal", "seq_cls"] = "causal",
     num_labels: int = 1,
     usual_lr: tuple[float, float, float] = USUAL_LR,
+    slots: Mapping[str, Slot] = {},  # noqa: B006 - a default nobody writes to
+    around: Callable[[ChatFormat], Callable[[LanguageModel], LanguageModel]] | None = None,
 ) -> Parts:
-    """Format, data and model of a run, in the order of what they cost; writes nothing. `usual_lr` is what `with_default_lr` takes."""
+    """Format, data and model of a run, in the order of what they cost; writes nothing. `usual_lr` is what `with_default_lr` takes.
+
+    `slots` are those of media records; `around(format)` gives what `open_model` puts around the language model.
+    """
     device = parallel.init()
     if config.model.model_path.startswith("builtin"):
         parallel.one_thread()
@@ -102,9 +110,12 @@ def open_parts(
     log.check_out(loop.out, loop.resume, loop.overwrite)
     check_sinks(loop.log)
     check_cherries(config.cherry)
-    form = open_format(config.model, config.tokenizer, config.chat, config.adapter.adapter_path)
+    form = open_format(config.model, config.tokenizer, config.chat, config.adapter.adapter_path, slots)
     data = open_data(config, form, kind)
-    model, note = open_model(config.model, config.adapter, form, kind=model_kind, num_labels=num_labels, device=device, seed=loop.seed)
+    more = {"around": around(form)} if around else {}
+    model, note = open_model(
+        config.model, config.adapter, form, kind=model_kind, num_labels=num_labels, device=device, seed=loop.seed, **more
+    )
     return Parts(model, form, data, optim, note)
 
 
@@ -159,10 +170,12 @@ def evaluate_with(
     step,
     more: Callable[[int, list], dict[str, float]] | None = None,
     before_step: Callable[[LanguageModel, list], list] | None = None,
+    embed: Embed | None = None,
 ) -> Callable[[int], dict] | None:
     """evaluate(step number) for `train`: held-out loss and metrics of `step`, cherry-picks, and `more(step number, batches)`.
 
-    None without held-out data. `before_step` is the one given to `train`: it then sees all held-out batches at once.
+    None without held-out data. `before_step` is the one given to `train`: it then sees all held-out batches at once. `embed` gives the
+    embeddings of prompts with media.
     """
     if not run.held_out:
         return None
@@ -176,18 +189,21 @@ def evaluate_with(
         if config.cherry.cherry_records and run.model.generates:
             records = run.data.held_out_records
             figures |= pick_cherries(
-                run.model, records, run.form, config.chat, config.cherry, Path(config.loop.out), done, config.loop.seed
+                run.model, records, run.form, config.chat, config.cherry, Path(config.loop.out), done, config.loop.seed, embed
             )
         return figures | (more(done, batches) if more else {})
 
     return evaluate
 
 
-def finish(run: Run, config: RunConfig) -> None:
-    """Export the trained model (or adapter) to OUT/final, and say where its template would not give the ids that were trained."""
+def finish(run: Run, config: RunConfig, write: Callable[[Path], None] | None = None) -> None:
+    """Export the trained model (or adapter) to OUT/final, and say where its template would not give the ids that were trained.
+
+    `write(folder)` adds what else belongs to the model.
+    """
     form, whole = run.form, dataclasses.replace(config.chat, max_tokens=None)
     if not (whole.system_prompt or whole.ignore_system_prompt):
-        chats = [record["messages"] for record in run.data.held_out_records if "messages" in record]
+        chats = [place_media(record["messages"], form.media)[0] for record in run.data.held_out_records if "messages" in record]
         ids = [getattr(tokens, "ids", None) for tokens in encode_chats(chats, form.template, form.vocabulary, whole)]
         kept = [i for i, known in enumerate(ids) if known]
         gap = disagreement(form.tokenizer, form.template, [chats[i] for i in kept], [ids[i] for i in kept])
@@ -195,5 +211,5 @@ def finish(run: Run, config: RunConfig) -> None:
     if parallel.rank() == 0:
         write_report(Path(config.loop.out))
     final = Path(config.loop.out) / "final"
-    export(run.model.inner, run.form.tokenizer, final, export_template(run.form.template), run.form.stop_ids)
+    export(run.model.inner, run.form.tokenizer, final, export_template(run.form.template), run.form.stop_ids, write)
     parallel.say(f"done: {final}")

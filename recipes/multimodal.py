@@ -1,0 +1,53 @@
+"""Train a language model to see and hear: a frozen encoder, a trained projector and a language model (whole, by adapter, or frozen).
+
+    python recipes/multimodal.py                                   # built-in tiny model, encoder, generated pictures and questions
+    python recipes/multimodal.py --model-path MODEL --image-encoder clip --image-encoder-path CLIP --data pictures.jsonl --image-root DIR
+    python recipes/multimodal.py ... --freeze-language-model       # the projector alone; --adapter lora trains an adapter beside it
+    python recipes/multimodal.py ... --image-features CACHE        # features made once by recipes/preprocess_images.py
+    torchrun --nproc-per-node 8 recipes/multimodal.py ...          # the same losses on 8 devices
+
+A line of data: {"messages": [{"role": "user", "type": "image", "content": "cat.png"}, {"role": "user", "content": "What is this?"},
+{"role": "assistant", "content": "A cat."}]}; the content of a message may also be a list of such parts.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+from ta import log
+from ta.cli import cli
+from ta.loop import LoopConfig, train
+from ta.modalities import MediaConfig, open_media
+from ta.parallel import init
+from ta.run import RunConfig, evaluate_with, finish, open_parts, open_run
+
+
+@dataclass(frozen=True)
+class Multimodal(RunConfig):
+    loop: LoopConfig = LoopConfig(out="runs/multimodal")
+    media: MediaConfig = MediaConfig()
+
+
+def step(fill, model, batch):
+    """Weighted sum of -log p over learned tokens, and their weight; pictures and sounds that are not features yet are encoded first."""
+    return model(fill(batch), "sum"), batch.seqs.weights.sum(), {}
+
+
+def main(config: Multimodal) -> None:
+    from ta import multimodal
+
+    log.check_out(config.loop.out, config.loop.resume, config.loop.overwrite)
+    opened = open_media(config.media, config.data.data, init())
+    around = partial(multimodal.around, opened, config.media, config.loop.seed, config.model.dtype)
+    parts = open_parts(config, "media", slots=opened.slots, around=around)
+    learn = partial(step, partial(multimodal.fill, opened))
+    scale = multimodal.projector_lr(config.media, config.model.model_path, parts.optim.lr) / parts.optim.lr
+    same = multimodal.identity(opened, config.media, parts.data) | {"projector_lr": scale * parts.optim.lr}
+    with open_run(config, parts, dress=lambda data: multimodal.dress(opened, data, read=data is parts.data.train), identity=same) as run:
+        evaluate = evaluate_with(run, config, learn, embed=partial(multimodal.embed_prompts, opened))
+        scales = {"projectors.": scale}
+        train(run.model, run.feed, learn, config.loop, run.optim, identity=run.identity, evaluate=evaluate, lr_scales=scales)
+        finish(run, config, multimodal.write_parts(opened, run.model))
+
+
+if __name__ == "__main__":
+    cli(main, Multimodal)

@@ -1,0 +1,202 @@
+"""The vision-language module: projected features stand in for placeholders, a language model reads them; what a batch and a prompt need for it.
+
+Letters: B rows, T columns, I pictures or sounds, F features of one, E encoder width, N embeddings of one, L prompt tokens, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ta.batch import Batch, lay_out, to_device
+from ta.dataset import Prepared, media_of
+from ta.export import gathered
+from ta.feed import Dress, name_of
+from ta.modalities import MediaConfig, Modality, Opened, content_of_file, encoded, inputs_of
+from ta.projectors import load_projector, make_projector, save_projector
+from ta.store import hash_json
+from ta.wrapper import LanguageModel, base_model
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ta.media import Media
+    from ta.model import ChatFormat
+    from ta.run import Data
+
+TOKENS_AT_ONCE = 8192  # of prompts that are embedded together
+
+
+class MediaBatch(NamedTuple):
+    """A Batch and, for each modality, what stands for its pictures or sounds in the order of the placeholders: their paths until they are read,
+    the encoder's inputs until they are encoded, then features (I, F, E); None where the model has no such modality."""
+
+    seqs: Batch
+    image: Tensor | tuple[str, ...] | None = None
+    audio: Tensor | tuple[str, ...] | None = None
+
+
+def embed_modalities(token_embeds: Tensor, tokens: Tensor, features: Tensor, placeholder_id: int) -> Tensor:
+    """token_embeds (B, T, D) with features (I, N, D) in place of the placeholders of tokens (B, T), in order, row by row. (B, T, D)
+
+    ValueError where there are not I * N placeholders.
+    """
+    places = (tokens.flatten() == placeholder_id).nonzero()[:, 0]
+    count = features.shape[0] * features.shape[1]
+    if len(places) != count:
+        raise ValueError(
+            f"{len(places)} placeholders of id {placeholder_id} for {count} embeddings ({features.shape[0]} x {features.shape[1]}): "
+            "every picture or sound needs one placeholder for each of its embeddings"
+        )
+    flat = token_embeds.flatten(0, 1)
+    return flat.index_copy(0, places, features.flatten(0, 1).to(flat.dtype)).view_as(token_embeds)
+
+
+class MediaModel(LanguageModel):
+    """The root module around a language model and its projectors; encoders stay outside, whole on every device, so that what they give is
+    what a cache holds. Its forward takes a MediaBatch, and has one output more: "embeds" (B, T, D)."""
+
+    def __init__(self, language: LanguageModel, projectors: Mapping[str, nn.Module], ids: Mapping[str, int]):
+        super().__init__(language.inner, language.mode, language.autocast)
+        self.projectors = nn.ModuleDict(projectors)
+        self.ids = dict(ids)  # modality -> placeholder
+
+    def forward(self, batch: MediaBatch, output: str = "sum") -> Tensor:
+        """An output of LanguageModel, or "embeds"."""
+        tokens = batch.seqs.tokens
+        with torch.autocast(tokens.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            embeds = base_model(self.inner).get_input_embeddings()(tokens)
+            for name, projector in self.projectors.items():
+                features = getattr(batch, name)
+                embeds = embed_modalities(embeds, tokens, projector(features.to(next(projector.parameters()).dtype)), self.ids[name])
+        return embeds if output == "embeds" else super().forward(batch.seqs, output, embeds)
+
+
+def around(opened: Opened, config: MediaConfig, seed: int, dtype: str, form: ChatFormat) -> Callable[[LanguageModel], MediaModel]:
+    """What puts projectors around a wrapped language model and freezes it where asked. New projectors are drawn from `seed`."""
+
+    def put(language: LanguageModel) -> MediaModel:
+        table = base_model(language.inner).get_input_embeddings()
+        if config.freeze_language_model:
+            language.requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            projectors = {name: projector_of(modality, table.embedding_dim) for name, modality in opened.modalities.items()}
+        for name, modality in opened.modalities.items():
+            if modality.projector_path:
+                load_projector(projectors[name], modality.projector_path)
+        model = MediaModel(language, projectors, {name: slot.id for name, slot in form.media.items()})
+        device = table.weight.device if table.weight.device.type != "meta" else "cpu"
+        model.projectors.to(device, torch.float64 if dtype == "float64" else torch.float32)
+        return model
+
+    return put
+
+
+def projector_lr(config: MediaConfig, model_path: str, lr: float) -> float:
+    """The peak learning rate of the projectors: 1e-3 for new ones before a language model that knows its language (LLaVA's), else its own."""
+    if config.projector_lr is not None:
+        return config.projector_lr
+    given = config.image_projector_path or config.audio_projector_path
+    return lr if given or model_path.startswith("builtin") else 1e-3
+
+
+def identity(opened: Opened, config: MediaConfig, data: Data) -> dict[str, Any]:
+    """What must not differ when a run is resumed: encoders, projectors, what is frozen, and the content of every picture and sound.
+
+    ValueError where the content of one is not what its cache was made from.
+    """
+    settings = {name: {k: v for k, v in m.settings.items() if k != "path"} for name, m in opened.modalities.items()}
+    found = [content_of(opened, prepared) for prepared in (data.train, data.held_out) if prepared]
+    return {"modalities": settings, "freeze_language_model": config.freeze_language_model, "media": found}
+
+
+def content_of(opened: Opened, prepared: Prepared) -> str:
+    """Hash of the content of all pictures and sounds. ValueError names the record whose file is gone, or is not what a cache was made from."""
+    seen: dict[tuple[str, str], str] = {}
+    for record in range(len(prepared.origin)):
+        for name, path in media_of(prepared, record):
+            if (name, path) in seen:
+                continue
+            try:
+                seen[name, path] = content_of_file(opened.modalities[name], path)
+            except ValueError as error:
+                raise ValueError(f"{name_of(prepared, record)}: {error}") from error
+    return hash_json(sorted(seen.values()))
+
+
+def projector_of(modality: Modality, dim: int) -> nn.Module:
+    """A projector with the sizes of a modality; its weights are drawn from the global generator."""
+    kind = modality.settings
+    return make_projector(
+        kind["projector"],
+        kind["emb_dim"],
+        kind["features"],
+        dim,
+        kind["embeddings"],
+        grid=tuple(kind["grid"]) if kind["grid"] else None,
+        width=kind["projector_width"],
+        depth=kind["projector_depth"],
+    )
+
+
+def dress(opened: Opened, prepared: Prepared, read: bool = True) -> Dress:
+    """What makes a MediaBatch of a Batch and its records. With `read` files or cache are read here, in the thread that lays batches out;
+    else `fill` does it, so that a list of batches holds paths only. ValueError names the record whose file cannot be read."""
+
+    def make(batch: Batch, records: np.ndarray) -> MediaBatch:
+        values: dict[str, Any] = {name: [] for name in opened.modalities}
+        for record in records:
+            for name, path in media_of(prepared, int(record)):
+                try:
+                    values[name].append(inputs_of(opened.modalities[name], path) if read else path)
+                except ValueError as error:
+                    raise ValueError(f"{name_of(prepared, int(record))}: {error}") from error
+        return MediaBatch(batch, **{name: torch.stack(found) if read and found else tuple(found) for name, found in values.items()})
+
+    return make
+
+
+def fill(opened: Opened, batch: MediaBatch) -> MediaBatch:
+    """The batch with features in the place of paths or inputs, on the device of its tokens."""
+    device = batch.seqs.tokens.device
+    found = {}
+    for name, modality in opened.modalities.items():
+        values = getattr(batch, name)
+        if isinstance(values, tuple):
+            values = torch.stack([inputs_of(modality, path) for path in values]) if values else None
+        found[name] = encoded(modality, values).to(device)
+    return batch._replace(**found)
+
+
+def embed_prompts(opened: Opened, model: MediaModel, prompts: Sequence[Sequence[int]], media: Sequence[Media]) -> Iterator[Tensor]:
+    """(L, D) of each prompt: its tokens' embeddings with its pictures and sounds in place; every process must call it alike."""
+    device = next(model.parameters()).device
+    start = 0
+    while start < len(prompts):
+        stop, total = start + 1, len(prompts[start])
+        while stop < len(prompts) and total + len(prompts[stop]) <= TOKENS_AT_ONCE:
+            total, stop = total + len(prompts[stop]), stop + 1
+        ids = [torch.tensor(prompt).numpy() for prompt in prompts[start:stop]]
+        batch = lay_out(ids, [torch.zeros(len(x)).numpy() for x in ids])
+        paths = {name: tuple(path for items in media[start:stop] for found, path in items if found == name) for name in opened.modalities}
+        with torch.no_grad():
+            embeds = model(fill(opened, to_device(MediaBatch(batch, **paths), device)), "embeds")  # (1, T, D)
+        yield from embeds[0].split(list(batch.lengths))
+        start = stop
+
+
+def write_parts(opened: Opened, model: MediaModel) -> Callable[[Path], None]:
+    """What writes projectors and media.json into an export's folder; every process must call this, and rank 0 what it gives."""
+    state = {name: gathered(projector) for name, projector in model.projectors.items()}
+
+    def write(folder: Path) -> None:
+        for name, projector in model.projectors.items():
+            save_projector(projector, folder / f"projector-{name}.safetensors", state[name])
+        opened.write(folder)
+
+    return write
