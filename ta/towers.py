@@ -77,7 +77,7 @@ class SeededPatches(nn.Module):
         for layer, seen in ((self.colour, exact), (self.form, 2 * foreground - 1)):
             answer = F.conv2d(seen, layer.weight.double(), layer.bias.double(), layer.stride, layer.padding).relu()
             answers.append(F.adaptive_avg_pool2d(answer, self.side).flatten(2).transpose(1, 2))
-        tiles = (torch.cat(answers, dim=2) * 4096).round().div(4096).to(pixels.dtype)  # (I, 16, 128)
+        tiles = (torch.cat(answers, dim=2) * 4096).round().div(512).sub(2).to(pixels.dtype)  # (I, 16, 128), most within -2 to 2
         place = torch.eye(self.side, dtype=tiles.dtype, device=tiles.device)
         place = torch.cat([place.repeat_interleave(self.side, 0), place.repeat(self.side, 1)], dim=1)  # (16, 8)
         return torch.cat([tiles, place.expand(len(tiles), -1, -1)], dim=2)
