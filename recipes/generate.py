@@ -21,8 +21,9 @@ from typing import Literal
 from ta import demo, outputs
 from ta.answers import GenerateConfig, check_prompts, check_settings, parse_settings, to_json
 from ta.cli import cli
+from ta.folders import fingerprint
 from ta.inference import InferenceConfig, open_generator, resolve, stand_alone
-from ta.model import fingerprint, open_format
+from ta.model import open_format
 from ta.outputs import progress
 from ta.prompts import read_prompts
 from ta.sources import Drops

@@ -31,7 +31,7 @@ class MergeConfig:
 def main(config: MergeConfig) -> None:
     from ta.adapters import load_adapter, merge_adapter
     from ta.export import published
-    from ta.model import model_folder
+    from ta.folders import model_folder
     from ta.vocab import check_vocabulary
 
     out, base = Path(config.out).resolve(), model_folder(config.model_path, config.hub)

@@ -20,9 +20,10 @@ from ta.answers import check_prompts
 from ta.chat import Drop, encode_answers
 from ta.cli import cli
 from ta.encode import KINDS
+from ta.folders import fingerprint, model_folder
 from ta.inference import InferenceConfig, labels_in, open_scorer, resolve, stand_alone
 from ta.kinds import check_candidates, check_chat
-from ta.model import fingerprint, model_folder, open_format
+from ta.model import open_format
 from ta.sources import read_records
 from ta.store import hash_json
 from ta.templates import ANSWER, ChatConfig

@@ -55,8 +55,7 @@ def _content(content: str, weight: float, parts: Parts) -> list[tuple[str, float
         return [(content, weight, False)]
     at, cut = "".join(text for text, _ in parts).index(content), []  # a template may have stripped it
     for text, media in parts:
-        kept = text[max(at, 0) : max(at + len(content), 0)]
-        cut.append((kept, 0.0 if media else weight, media))
+        cut.append((text[max(at, 0) : max(at + len(content), 0)], 0.0 if media else weight, media))
         at -= len(text)
     return cut
 
@@ -65,9 +64,7 @@ def _weights(messages: Chat, loss_on: str, last: int) -> list[float]:
     learned = {"answers": lambda i: messages[i]["role"] == ANSWER, "last": lambda i: i == last, "all": lambda i: True}[loss_on]
     weights = []
     for i, message in enumerate(messages):
-        loss = message.get("loss")
-        if message.get("disable_loss"):
-            loss = False
+        loss = False if message.get("disable_loss") else message.get("loss")
         weight = learned(i) if loss is None else loss
         if not isinstance(weight, (bool, int, float)) or not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"message {i + 1} has loss {loss!r}; give true, false or a finite weight >= 0")

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from ta import log
 from ta.chat import Drop, random_cut
 from ta.generate import GenerateConfig, generate
-from ta.metrics import check_metrics, measure
 from ta.media import Media, encode_media
+from ta.metrics import check_metrics, measure
 from ta.parallel import rank, say
 from ta.templates import ANSWER, canonical_role
 

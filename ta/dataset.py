@@ -19,18 +19,8 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
 FORMAT = 1  # of the files below; raise it when they change
-CODE = (
-    "chat",
-    "pieces",
-    "templates",
-    "tokenizer",
-    "records",
-    "kinds",
-    "sources",
-    "dataset",
-    "encode",
-    "media",
-)  # modules that decide what a record becomes
+# modules that decide what a record becomes
+CODE = ["chat", "pieces", "templates", "tokenizer", "records", "kinds", "sources", "dataset", "encode", "media"]
 
 
 @dataclass(frozen=True)
@@ -78,14 +68,6 @@ def lengths(prepared: Prepared) -> ndarray:
     """(n,) tokens of each record, its k sequences together."""
     bounds = prepared.offsets[:: prepared.k]
     return bounds[1:] - bounds[:-1]
-
-
-def media_of(prepared: Prepared, record: int) -> list[tuple[str, str]]:
-    """(modality, path) of a record's pictures and sounds, in the order of its placeholders."""
-    if prepared.media is None:
-        return []
-    text, ends = prepared.media
-    return [tuple(pair) for pair in json.loads(text[ends[record - 1] if record else 0 : ends[record]].tobytes())]
 
 
 def prepare(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -107,6 +108,14 @@ def common_prefix(a, weights_a, b, weights_b) -> int:
     limit = min([limit, *(int(np.argmax(w != 0)) for w in (weights_a, weights_b) if w.any())])
     differ = np.flatnonzero(a[:limit] != b[:limit])
     return int(differ[0]) if len(differ) else max(limit, 0)
+
+
+def media_of(prepared: Prepared, record: int) -> list[tuple[str, str]]:
+    """(modality, path) of a record's pictures and sounds, in the order of its placeholders."""
+    if prepared.media is None:
+        return []
+    text, ends = prepared.media
+    return [tuple(pair) for pair in json.loads(text[ends[record - 1] if record else 0 : ends[record]].tobytes())]
 
 
 def name_of(prepared: Prepared, record: int) -> str:

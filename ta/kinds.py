@@ -148,7 +148,9 @@ def _message(given: object, where: str, types: tuple[str, ...] = ("text",)) -> d
 
 def _part(given: object, where: str, types: tuple[str, ...]) -> dict:
     if not isinstance(given, dict) or not isinstance(given.get("content"), str) or given.get("type") not in types:
-        raise BadRecord("part of a message", f"{where} is {named(given)}; give {{type, content}} with text or path, type one of {', '.join(types)}")
+        raise BadRecord(
+            "part of a message", f"{where} is {named(given)}; give {{type, content}} with text or path, type one of {', '.join(types)}"
+        )
     return {"type": given["type"], "content": given["content"]}
 
 

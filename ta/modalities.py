@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -115,7 +115,9 @@ def root_of(image_root: str, sources: Sequence[str]) -> str:
         return str(demo.pictures_folder() / "images")
     folders = sorted({str(Path(parse_source(source).path).parent) for source in sources})
     if len(folders) > 1:
-        raise ValueError(f"the sources lie in {len(folders)} folders ({', '.join(folders[:3])}): give the one below which media lie in --image-root")
+        raise ValueError(
+            f"the sources lie in {len(folders)} folders ({', '.join(folders[:3])}): give the one below which media lie in --image-root"
+        )
     return folders[0]
 
 
@@ -190,7 +192,7 @@ def _checker(modality: Modality) -> Callable[[str], None]:
     """check(path): ValueError unless the file lies below the root and can be read, or is in the cache with its present content."""
     from ta.images import media_path
 
-    @lru_cache(maxsize=None)
+    @cache
     def reason(path: str) -> str:
         try:
             if modality.cache is not None:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ta.adapter_settings import KINDS as ADAPTERS
 from ta.adapter_settings import PROMPT_LEARNING, AdapterConfig, check_adapter
+from ta.folders import model_folder
 from ta.media import new_tokens
 from ta.parallel import compile_blocks, gather_objects, rank, recompute, shard, world
-from ta.store import cache_folder, content_hash, hash_json
+from ta.store import hash_json
 from ta.templates import ChatConfig, Template
 from ta.tokenizer import TokenizerConfig, export_template, load_tokenizer, stop_ids, stop_strings, template_of, vocabulary
 
@@ -40,7 +41,7 @@ class ChatFormat(NamedTuple):
     new_tokens: list[NewToken]
     stop_ids: list[int]  # end an answer
     stop_strings: list[str]  # end one where no token does
-    media: Mapping[str, Slot] = {}  # noqa: RUF012 - by modality, how pictures and sounds stand in the text; a default nobody writes to
+    media: Mapping[str, Slot] = {}
 
 
 @dataclass(frozen=True)
@@ -63,24 +64,6 @@ class ModelConfig:
     """Allow model names to be looked up on the Hugging Face hub."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for folders you trust."""
-
-
-def model_folder(path: str, hub: bool = False) -> str:
-    """The folder (or, with `hub`, the name) to load; "builtin" is written to the cache once. ValueError where there is no such folder."""
-    if path.startswith("builtin") and not Path(path).exists():
-        from ta import demo
-
-        if path == "builtin":
-            return str(demo.tiny_folder())
-        if path == demo.TUNED and demo.tuned_folder().exists():
-            return str(demo.tuned_folder())
-    if not Path(path).is_dir() and not hub:
-        raise ValueError(
-            f"no model folder at {path}: give a folder with config.json and *.safetensors, or add --hub to look the name up on the hub"
-        )
-    if Path(path).is_dir() and not any((Path(path) / name).exists() for name in ("config.json", "adapter_config.json")):
-        raise ValueError(f"{path} holds no config.json: give the folder of a saved model (a run's export is RUN/final)")
-    return path
 
 
 def load_model(config: ModelConfig, kind: Literal["causal", "seq_cls", "encoder"] = "causal", num_labels: int = 1, device: str = "cpu"):
@@ -117,7 +100,7 @@ def open_format(
     tokenizer: TokenizerConfig,
     chat: ChatConfig,
     adapter_path: str | None = None,
-    media: Mapping[str, Slot] = {},  # noqa: B006 - a default nobody writes to
+    media: Mapping[str, Slot] = {},
 ) -> ChatFormat:
     """Tokenizer (of --tokenizer-path, else of the adapter, else of the model) with new tokens, template and vocabulary; loads no weights.
 
@@ -248,16 +231,6 @@ def format_settings(form: ChatFormat, chat: ChatConfig, method: str) -> dict[str
         "tokenizer": hash_json([form.tokenizer.backend_tokenizer.to_str(), form.vocabulary.bos_id, sorted(form.vocabulary.content)]),
         "chat": dataclasses.asdict(chat),
     }
-
-
-def fingerprint(path: str, hub: bool = False) -> str:
-    """Hash of a model folder's config and weights (each file is read once and remembered)."""
-    folder = Path(model_folder(path, hub))
-    if not folder.is_dir():
-        return path
-    notes = cache_folder("") / "hashes"
-    files = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name in ("config.json", "adapter_config.json"))
-    return hash_json([[p.name, content_hash(str(p), notes)] for p in files])[:16]
 
 
 def _arguments(pairs: tuple[str, ...]) -> dict[str, Any]:

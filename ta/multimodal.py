@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ta.batch import Batch, lay_out, to_device
-from ta.dataset import Prepared, media_of
+from ta.dataset import Prepared
 from ta.export import gathered
-from ta.feed import Dress, name_of
+from ta.feed import Dress, media_of, name_of
 from ta.modalities import MediaConfig, Modality, Opened, content_of_file, encoded, inputs_of
 from ta.projectors import load_projector, make_projector, save_projector
 from ta.store import hash_json

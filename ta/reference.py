@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ta.adapter_settings import AdapterConfig
-from ta.model import ModelConfig, fingerprint, model_folder, open_model
+from ta.folders import fingerprint, model_folder
+from ta.model import ModelConfig, open_model
 from ta.parallel import say
 from ta.reftable import cached
 from ta.store import cache_folder

@@ -17,9 +17,10 @@ from ta.dataset import DataConfig, Prepared, report, sequence, write_drops
 from ta.encode import KINDS, Kind, prepare_kind
 from ta.export import export
 from ta.feed import Feed, evaluation_batches, training_feed
+from ta.folders import fingerprint
 from ta.loop import LoopConfig, mean_over
 from ta.media import place_media
-from ta.model import ChatFormat, ModelConfig, fingerprint, open_format, open_model
+from ta.model import ChatFormat, ModelConfig, open_format, open_model
 from ta.optim import USUAL_LR, OptimConfig, with_default_lr
 from ta.pieces import Tokens, show
 from ta.report import write_report
@@ -96,7 +97,7 @@ def open_parts(
     model_kind: Literal["causal", "seq_cls"] = "causal",
     num_labels: int = 1,
     usual_lr: tuple[float, float, float] = USUAL_LR,
-    slots: Mapping[str, Slot] = {},  # noqa: B006 - a default nobody writes to
+    slots: Mapping[str, Slot] = {},
     around: Callable[[ChatFormat], Callable[[LanguageModel], LanguageModel]] | None = None,
 ) -> Parts:
     """Format, data and model of a run, in the order of what they cost; writes nothing. `usual_lr` is what `with_default_lr` takes.

@@ -67,7 +67,7 @@ def open_engine(
     import torch
     from transformers import AutoConfig
 
-    from ta.model import model_folder
+    from ta.folders import model_folder
 
     cuda = torch.cuda.is_available()
     dtype = {"auto": "bfloat16" if cuda else "float32"}.get(model.dtype, model.dtype)
