@@ -23,6 +23,7 @@ from ta.answers import GenerateConfig, check_prompts, check_settings, parse_sett
 from ta.cli import cli
 from ta.folders import fingerprint
 from ta.inference import InferenceConfig, open_generator, resolve, stand_alone
+from ta.modalities import MediaFiles, reopen_media
 from ta.model import open_format
 from ta.outputs import progress
 from ta.prompts import read_prompts
@@ -40,6 +41,7 @@ class Generate:
     chat: ChatConfig = ChatConfig()
     generation: GenerateConfig = GenerateConfig()
     vllm: VllmConfig = VllmConfig()
+    media: MediaFiles = MediaFiles()
     data: tuple[str, ...] = ()
     """Sources of chats: file.jsonl, file.jsonl@0.1 (share), file.jsonl@500 (count); none: built-in held-out chats."""
     out: str = "answers.jsonl"
@@ -76,15 +78,16 @@ def main(config: Generate) -> None:
         check_settings(settings)
         outputs.check(out, config.resume, config.overwrite, rank, world)
     model, adapter = resolve(config.model)
-    form = open_format(model, config.tokenizer, config.chat, adapter)
-    paths = config.data or demo.data_or_builtin((), (), "chats")[1]
+    media = reopen_media(adapter or model.model_path, config.media, config.data, device)
+    form = open_format(model, config.tokenizer, config.chat, adapter, media.slots if media else {})
+    paths = config.data or demo.data_or_builtin((), (), "pictures" if media else "chats")[1]
     drops = Drops(config.on_bad_record, config.max_bad_share)
     records = read_prompts(paths, form, config.chat, drops, config.generation.seed, config.random_cut)
     if drops.counts:
         print(f"left out: {drops.table()}", file=sys.stderr)
     vllm = config.vllm if config.engine == "vllm" else None
-    engine, vocabulary, context = open_generator(model, adapter, form.tokenizer, device, vllm, config.generation.seed)
-    check_prompts([prompt for _, prompt in records], vocabulary, context)
+    engine, vocabulary, context = open_generator(model, adapter, form, device, vllm, config.generation.seed, media)
+    check_prompts([prompt for _, prompt, _ in records], vocabulary, context)
     who = [fingerprint(model.model_path, model.hub), fingerprint(adapter) if adapter else "", model.dtype, config.engine]
     for (name, settings), out in zip(named, outs, strict=True):
         outputs.begin(out, config.overwrite, rank, world)
@@ -96,13 +99,14 @@ def main(config: Generate) -> None:
         with outputs.Part(out, rank) as part, progress(name or "generate", len(mine), rank == 0) as advance:
 
             def finished(n, answers, mine=mine, keys=keys, settings=settings, part=part, advance=advance):
-                data, prompt = records[mine[n]]
+                data, prompt, _ = records[mine[n]]
                 text = form.tokenizer.decode(prompt, skip_special_tokens=settings.skip_special_tokens)
                 shown = ({"prompt": text} if config.with_prompt else {}) | {"answers": to_json(answers, config.logprobs)}
                 part.append(data | shown | {"key": keys[mine[n]]})
                 advance(answers)
 
-            engine([records[i][1] for i in mine], settings, form.stop_ids, on_answer=finished, keys=mine)
+            seen = {"media": [records[i][2] for i in mine]} if media else {}
+            engine([records[i][1] for i in mine], settings, form.stop_ids, on_answer=finished, keys=mine, **seen)
         if outputs.publish(out, keys):
             print(f"{out}: {len(keys):,} records, {len(there):,} of them from before", file=sys.stderr)
 

@@ -37,7 +37,7 @@ def main(config: Multimodal) -> None:
 
     log.check_out(config.loop.out, config.loop.resume, config.loop.overwrite)
     opened = open_media(config.media, config.data.data, init())
-    around = partial(multimodal.around, opened, config.media, config.loop.seed, config.model.dtype)
+    around = partial(multimodal.around, opened, freeze=config.media.freeze_language_model, seed=config.loop.seed)
     parts = open_parts(config, "media", slots=opened.slots, around=around)
     learn = partial(step, partial(multimodal.fill, opened))
     scale = multimodal.projector_lr(config.media, config.model.model_path, parts.optim.lr) / parts.optim.lr

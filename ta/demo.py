@@ -1,17 +1,16 @@
-"""The built-in model and data written into the cache as ordinary files, so that a run without flags is an ordinary run."""
+"""The built-in data written into the cache as ordinary files, so that a run without flags is an ordinary run."""
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 
-from ta import builtin, pictures
-from ta.store import cache_folder
+from ta import builtin
+from ta.folders import TUNED, pictures_folder, place, tiny_folder, tuned_folder
 
-TUNED = "builtin-sft"  # what --model-path calls it
+__all__ = ["TUNED", "data_or_builtin", "pictures_folder", "tiny_folder", "tuned_folder"]
+
 SIZES = {
     "chats": (builtin.TINY_STEPS * builtin.TINY_BATCH, 256),
     "preferences": (4_000, 256),
@@ -19,43 +18,6 @@ SIZES = {
     "classes": (4_800, 256),
     "candidates": (256, 64),
 }
-PICTURES = (3000, 60)  # training, held out
-
-
-def _place() -> Path:
-    """A cache folder of this version of the built-in parts."""
-    return cache_folder("") / "builtin" / builtin.fingerprint()
-
-
-def tiny_folder() -> Path:
-    """The seeded tiny model with its tokenizer, as a folder that from_pretrained loads; written once."""
-    folder = _place() / "model"
-    if not (folder / "config.json").exists():
-        temporary = folder.with_name(f".model.{os.getpid()}.tmp")
-        builtin.write_tiny(temporary)
-        try:
-            os.rename(temporary, folder)
-        except OSError:  # another process was first
-            shutil.rmtree(temporary)
-    return folder
-
-
-def tuned_folder() -> Path:
-    """Where the tiny model lies after fine-tuning on the built-in chats (ta/warm.py)."""
-    return _place() / "tuned"
-
-
-def pictures_folder() -> Path:
-    """Generated pictures with their records (ta/pictures.py), drawn once; the pictures lie in its folder images."""
-    folder = _place() / f"pictures-{PICTURES[0]}-{PICTURES[1]}-{pictures.fingerprint()}"
-    if not folder.exists():
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        pictures.write_pictures(temporary, *PICTURES)
-        try:
-            os.rename(temporary, folder)
-        except OSError:  # another process was first
-            shutil.rmtree(temporary)
-    return folder
 
 
 def data_or_builtin(data: Sequence[str], val_data: Sequence[str], kind: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -67,7 +29,7 @@ def data_or_builtin(data: Sequence[str], val_data: Sequence[str], kind: str) -> 
         return (str(folder / "train.jsonl"),), tuple(val_data) or (str(folder / "held_out.jsonl"),)
     paths = []
     for split, n in zip(("train", "held_out"), SIZES[kind], strict=True):
-        path = _place() / f"{kind}-{split}-{n}.jsonl"
+        path = place() / f"{kind}-{split}-{n}.jsonl"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".{path.name}.{os.getpid()}")

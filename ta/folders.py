@@ -1,21 +1,61 @@
-"""Folders of models: which one a path means, and a hash of what lies in it."""
+"""Folders of models, and of built-in parts that are written into the cache as ordinary files."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
+from ta import builtin, pictures
 from ta.store import cache_folder, content_hash, hash_json
+
+TUNED = "builtin-sft"  # what --model-path calls it
+PICTURES = (3000, 60)  # training, held out
+
+
+def place() -> Path:
+    """A cache folder of this version of the built-in parts."""
+    return cache_folder("") / "builtin" / builtin.fingerprint()
+
+
+def tiny_folder() -> Path:
+    """The seeded tiny model with its tokenizer, as a folder that from_pretrained loads; written once."""
+    folder = place() / "model"
+    if not (folder / "config.json").exists():
+        temporary = folder.with_name(f".model.{os.getpid()}.tmp")
+        builtin.write_tiny(temporary)
+        try:
+            os.rename(temporary, folder)
+        except OSError:  # another process was first
+            shutil.rmtree(temporary)
+    return folder
+
+
+def tuned_folder() -> Path:
+    """Where the tiny model lies after fine-tuning on the built-in chats (ta/warm.py)."""
+    return place() / "tuned"
+
+
+def pictures_folder() -> Path:
+    """Generated pictures with their records (ta/pictures.py), drawn once; the pictures lie in its folder images."""
+    folder = place() / f"pictures-{PICTURES[0]}-{PICTURES[1]}-{pictures.fingerprint()}"
+    if not folder.exists():
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        pictures.write_pictures(temporary, *PICTURES)
+        try:
+            os.rename(temporary, folder)
+        except OSError:  # another process was first
+            shutil.rmtree(temporary)
+    return folder
 
 
 def model_folder(path: str, hub: bool = False) -> str:
     """The folder (or, with `hub`, the name) to load; "builtin" is written to the cache once. ValueError where there is no such folder."""
     if path.startswith("builtin") and not Path(path).exists():
-        from ta import demo
-
         if path == "builtin":
-            return str(demo.tiny_folder())
-        if path == demo.TUNED and demo.tuned_folder().exists():
-            return str(demo.tuned_folder())
+            return str(tiny_folder())
+        if path == TUNED and tuned_folder().exists():
+            return str(tuned_folder())
     if not Path(path).is_dir() and not hub:
         raise ValueError(
             f"no model folder at {path}: give a folder with config.json and *.safetensors, or add --hub to look the name up on the hub"

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ta.answers import Answer
+    from ta.modalities import Opened
+    from ta.model import ChatFormat
     from ta.pieces import Tokens
     from ta.vllm_engine import VllmConfig
 
@@ -106,21 +108,33 @@ def labels_in(folder: str, adapter: str | None) -> int:
 def open_generator(
     config: ModelConfig,
     adapter_path: str | None,
-    tokenizer: PreTrainedTokenizerBase,
+    form: ChatFormat,
     device: str,
     vllm: VllmConfig | None = None,
     seed: int = 0,
+    media: Opened | None = None,
 ) -> tuple[Callable[..., list[list[Answer]]], int, int | None]:
-    """(`generate` or, with vLLM's settings, `generate_vllm` with its model: (prompts, settings, stop ids, ...) -> answers; embeddings; context)."""
+    """(`generate` or, with vLLM's settings, `generate_vllm` with its model: (prompts, settings, stop ids, ...) -> answers; embeddings; context).
+
+    With `media` the function also takes the prompts' pictures and sounds, as `answer_media` does.
+    """
     if vllm is not None:
         from ta.vllm_engine import generate_vllm, open_engine
 
-        engine = open_engine(config, tokenizer, adapter_path, vllm, seed)
-        return partial(generate_vllm, engine), engine.vocabulary, engine.context
-    from ta.generate import generate, limits_of
+        engine = open_engine(config, form.tokenizer, adapter_path, vllm, seed, embeds=media is not None)
+        run, model, sizes = partial(generate_vllm, engine), None, (engine.vocabulary, engine.context)
+    else:
+        from ta.generate import generate, limits_of
 
-    model = open_for_inference(config, adapter_path, device)
-    return partial(generate, model, tokenizer), *limits_of(model)
+        model = open_for_inference(config, adapter_path, device)
+        run, sizes = partial(generate, model, form.tokenizer), limits_of(model)
+    if media is not None:
+        from ta.multimodal import Table, answer_media, around
+        from ta.wrapper import LanguageModel
+
+        inner = Table(open_for_inference(config, adapter_path)) if model is None else model  # vLLM holds the rest
+        run = partial(answer_media, media, around(media, form)(LanguageModel(inner, "packed")).eval(), run)
+    return run, *sizes
 
 
 def open_scorer(

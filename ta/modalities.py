@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ta import demo
+from ta.folders import pictures_folder
 from ta.media import Slot
 from ta.sources import parse_source
 from ta.store import hash_json
@@ -112,7 +112,7 @@ def root_of(image_root: str, sources: Sequence[str]) -> str:
             raise ValueError(f"--image-root {image_root}: no such folder; give the folder below which the pictures and sounds lie")
         return image_root
     if not sources:
-        return str(demo.pictures_folder() / "images")
+        return str(pictures_folder() / "images")
     folders = sorted({str(Path(parse_source(source).path).parent) for source in sources})
     if len(folders) > 1:
         raise ValueError(
@@ -151,8 +151,10 @@ def open_media(config: MediaConfig, sources: Sequence[str], device: str, half: b
     return Opened(found)
 
 
-def reopen_media(folder: str | Path, files: MediaFiles, sources: Sequence[str], device: str, half: bool = False) -> Opened:
-    """The modalities of an export. ValueError where an encoder is not the one that the model was trained with."""
+def reopen_media(folder: str | Path, files: MediaFiles, sources: Sequence[str], device: str, half: bool = False) -> Opened | None:
+    """The modalities of an export, None of one that has none. ValueError where an encoder is not the one that the model was trained with."""
+    if not (Path(folder) / MANIFEST).exists():
+        return None
     root, found = root_of(files.image_root, sources), {}
     for name, settings in json.loads((Path(folder) / MANIFEST).read_text())["modalities"].items():
         path = getattr(files, f"{name}_encoder_path") or settings["path"]

@@ -5,7 +5,7 @@ Letters: B rows, T columns, I pictures or sounds, F features of one, E encoder w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,11 +24,13 @@ from ta.wrapper import LanguageModel, base_model
 if TYPE_CHECKING:
     import numpy as np
 
+    from ta.answers import GenerateConfig
     from ta.media import Media
     from ta.model import ChatFormat
     from ta.run import Data
 
 TOKENS_AT_ONCE = 8192  # of prompts that are embedded together
+PROMPTS_AT_ONCE = 256  # whose embeddings are held at one time
 
 
 class MediaBatch(NamedTuple):
@@ -76,25 +78,58 @@ class MediaModel(LanguageModel):
         return embeds if output == "embeds" else super().forward(batch.seqs, output, embeds)
 
 
-def around(opened: Opened, config: MediaConfig, seed: int, dtype: str, form: ChatFormat) -> Callable[[LanguageModel], MediaModel]:
-    """What puts projectors around a wrapped language model and freezes it where asked. New projectors are drawn from `seed`."""
+def around(opened: Opened, form: ChatFormat, freeze: bool = False, seed: int = 0) -> Callable[[LanguageModel], MediaModel]:
+    """What puts projectors around a wrapped language model, and with `freeze` trains them alone. New ones are drawn from `seed`."""
 
     def put(language: LanguageModel) -> MediaModel:
         table = base_model(language.inner).get_input_embeddings()
-        if config.freeze_language_model:
+        if freeze:
             language.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            projectors = {name: projector_of(modality, table.embedding_dim) for name, modality in opened.modalities.items()}
+            projectors = {name: projector_of(modality, table.weight.shape[1]) for name, modality in opened.modalities.items()}
         for name, modality in opened.modalities.items():
             if modality.projector_path:
                 load_projector(projectors[name], modality.projector_path)
         model = MediaModel(language, projectors, {name: slot.id for name, slot in form.media.items()})
-        device = table.weight.device if table.weight.device.type != "meta" else "cpu"
-        model.projectors.to(device, torch.float64 if dtype == "float64" else torch.float32)
+        model.projectors.to("cpu" if table.weight.is_meta else table.weight.device, table.weight.dtype)
         return model
 
     return put
+
+
+class Table(nn.Module):
+    """A language model's embedding table without the model, for an engine that holds the model elsewhere."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.table = base_model(model).get_input_embeddings()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.table
+
+
+def answer_media(
+    opened: Opened,
+    model: MediaModel,
+    engine: Callable,
+    prompts: Sequence[Sequence[int]],
+    config: GenerateConfig,
+    stop_ids: Collection[int],
+    media: Sequence[Media],
+    on_answer: Callable[[int, list], None] | None = None,
+    keys: Sequence[int] | None = None,
+) -> list[list]:
+    """`engine` (generate or generate_vllm with its model) on prompts with pictures and sounds, a part of them at a time, so that memory does not
+    grow with their number; their embeddings are those of `model`."""
+    keys = range(len(prompts)) if keys is None else keys
+    answers: list[list] = []
+    for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+        part = slice(start, start + PROMPTS_AT_ONCE)
+        embeds = list(embed_prompts(opened, model, prompts[part], media[part]))
+        told = on_answer and (lambda i, found, start=start: on_answer(start + i, found))
+        answers += engine(prompts[part], config, stop_ids, on_answer=told, keys=keys[part], embeds=embeds)
+    return answers
 
 
 def projector_lr(config: MediaConfig, model_path: str, lr: float) -> float:

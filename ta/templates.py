@@ -207,10 +207,7 @@ def _split_jinja(messages: Sequence[Message], template: JinjaTemplate, opened: b
 
 def _given(message: Message, tags: Tags) -> Message:
     """The message as the template gets it: without what is ours, with its own name of the role."""
-    return {
-        **{key: value for key, value in message.items() if key not in ("loss", "disable_loss", "type", "parts")},
-        "role": tags[message["role"]],
-    }
+    return {k: v for k, v in message.items() if k not in ("loss", "disable_loss", "type", "parts")} | {"role": tags[message["role"]]}
 
 
 def _contents(text: str, texts: tuple[str, ...], messages: Sequence[Message]) -> list[str]:

@@ -74,8 +74,10 @@ def lora_rank(adapter_path: str, runtime: bool) -> int:
     return max([settings["r"], *(settings.get("rank_pattern") or {}).values()])
 
 
-def refuse_settings(config: GenerateConfig, stop_ids: Collection[int], eos: int | None) -> None:
-    """ValueError for settings that vLLM's beam search would silently drop."""
+def refuse_settings(config: GenerateConfig, stop_ids: Collection[int], eos: int | None, embeds: bool = False) -> None:
+    """ValueError for settings that vLLM's beam search, or a prompt given as embeddings, would silently drop."""
+    if embeds and (config.beams > 1 or config.repetition_penalty != 1):
+        raise ValueError("vLLM takes pictures and sounds as embeddings, with no beams and no repetition penalty: give --engine hf")
     if config.beams == 1:
         return
     dropped = [

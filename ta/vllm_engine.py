@@ -14,6 +14,7 @@ from ta.answers import Answer, Ending, GenerateConfig, check_prompts, check_sett
 from ta.vllm_checks import check_head, check_installed, check_parallel, lora_rank, refuse_settings
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from ta.model import ModelConfig
@@ -57,11 +58,13 @@ def open_engine(
     config: VllmConfig,
     seed: int = 0,
     num_labels: int = 0,
+    embeds: bool = False,
 ) -> Engine:
     """Start vLLM on `model.model_path`, an adapter merged into it or applied at run time, in the dtype that the hf engine would use.
 
-    With `num_labels`, on a classifier or reward model, for `score_vllm`. ValueError: vLLM is not installed; a tensor-parallel size that the model
-    cannot be cut by; an adapter that vLLM cannot apply; a head that it reads otherwise; a model that it does not run.
+    With `num_labels`, on a classifier or reward model, for `score_vllm`; with `embeds`, for prompts given as embeddings.
+    ValueError: vLLM is not installed; a tensor-parallel size that the model cannot be cut by; an adapter that vLLM cannot apply; a head that it
+    reads otherwise; a model that it does not run.
     """
     check_installed()
     import torch
@@ -77,7 +80,7 @@ def open_engine(
     settings = AutoConfig.from_pretrained(folder, local_files_only=not model.hub, trust_remote_code=model.trust_remote_code)
     check_parallel(settings.get_text_config(decoder=True), config.tensor_parallel_size)
     temporary = tempfile.TemporaryDirectory(prefix="ta-vllm-")
-    more, lora = {}, None
+    more, lora = {"enable_prompt_embeds": True} if embeds else {}, None
     if num_labels:
         check_head(settings)
         more = {"runner": "pooling"}
@@ -152,10 +155,14 @@ def generate_vllm(
     stop_ids: Collection[int],
     on_answer: Callable[[int, list[Answer]], None] | None = None,
     keys: Sequence[int] | None = None,
+    embeds: Sequence[Tensor] | None = None,
 ) -> list[list[Answer]]:
-    """ta.generate.generate on a running vLLM: the same answers when greedy (to rounding); sampling has other random numbers, seeded alike."""
+    """ta.generate.generate on a running vLLM: the same answers when greedy (to rounding); sampling has other random numbers, seeded alike.
+
+    embeds: for each prompt (L, D) in place of its tokens' embeddings, on an engine opened for them.
+    """
     check_settings(config)
-    refuse_settings(config, stop_ids, engine.tokenizer.eos_token_id)
+    refuse_settings(config, stop_ids, engine.tokenizer.eos_token_id, embeds is not None)
     check_prompts(prompts, engine.vocabulary, engine.context)  # an exception inside an engine's step would hang the next call
     limits = [min(config.max_new_tokens, engine.context - len(prompt)) for prompt in prompts]
     ending = Ending(engine.tokenizer, frozenset(stop_ids), config)
@@ -165,9 +172,8 @@ def generate_vllm(
     for start in range(0, len(prompts), at_once):
         part = range(start, min(start + at_once, len(prompts)))
         numbers = [i if keys is None else keys[i] for i in part]
-        for i, found in zip(
-            part, run(engine, [prompts[i] for i in part], [limits[i] for i in part], config, stop_ids, numbers), strict=True
-        ):
+        given = [{"prompt_token_ids": list(prompts[i])} if embeds is None else {"prompt_embeds": embeds[i].cpu()} for i in part]
+        for i, found in zip(part, run(engine, given, [limits[i] for i in part], config, stop_ids, numbers), strict=True):
             answers.append([ending.answer(ids, logprobs) for ids, logprobs in found])
             if on_answer is not None:
                 on_answer(i, answers[-1])
@@ -181,7 +187,7 @@ def _sample(engine, prompts, limits, config, stop_ids, numbers) -> list[list[tup
     for prompt, limit, number in zip(prompts, limits, numbers, strict=True):
         for k in range(config.num_answers):
             seed = hashlib.blake2b(f"{config.seed} {number} {k}".encode(), digest_size=4).digest()
-            requests.append({"prompt_token_ids": list(prompt)})
+            requests.append(prompt)
             parameters.append(
                 SamplingParams(
                     max_tokens=limit,
@@ -214,10 +220,10 @@ def _search(engine, prompts, limits, config, stop_ids, numbers) -> list[list[tup
     for limit in sorted(set(limits)):
         chosen = [i for i, own in enumerate(limits) if own == limit]
         parameters = BeamSearchParams(beam_width=config.beams, max_tokens=limit, ignore_eos=not stop_ids)
-        requests = [{"prompt_token_ids": list(prompts[i])} for i in chosen]
+        requests = [prompts[i] for i in chosen]
         for i, result in zip(chosen, engine.llm.beam_search(requests, parameters, lora_request=engine.lora), strict=True):
             for beam in result.sequences[: config.num_answers]:
-                ids = list(beam.tokens[len(prompts[i]) :])
+                ids = list(beam.tokens[len(prompts[i]["prompt_token_ids"]) :])
                 found[i].append((ids, [step[token].logprob for token, step in zip(ids, beam.logprobs, strict=True)]))
     return found
 

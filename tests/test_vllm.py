@@ -210,7 +210,7 @@ def test_the_built_in_model_answers_its_chats_alike():
     prompts = [prompt for _, prompt in read_prompts(paths, form, ChatConfig(), Drops("error", 0))][:64]
     settings, answers = GenerateConfig(max_new_tokens=32), []
     for vllm in (None, SMALL):
-        engine, vocabulary, _ = open_generator(config, None, form.tokenizer, "cpu", vllm)
+        engine, vocabulary, _ = open_generator(config, None, form, "cpu", vllm)
         answers.append(engine(prompts, settings, form.stop_ids))
     assert len(prompts) == 64 and vocabulary >= len(form.tokenizer)
     compare(*answers)
