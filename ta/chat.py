@@ -11,6 +11,7 @@ from ta.pieces import Piece, Tokens, Vocabulary, show, tokenize_chats, tokenize_
 from ta.templates import ANSWER, SYSTEM, ChatConfig, JinjaTemplate, Message, Span, Template, canonical_role, split_chat
 
 Chat = Sequence[Message]
+EQUAL = "chosen equals rejected"
 Parts = Sequence[tuple[str, bool]]  # a content cut into (text, whether it is placeholders of media)
 
 
@@ -186,7 +187,7 @@ def encode_pairs(
 ) -> list[tuple[Tokens, Tokens] | Drop]:
     """(chosen, rejected) of each record, which share one cut context; only the answers are learned."""
     results = encode_answers(contexts, list(zip(answers_w, answers_l, strict=True)), template, vocabulary, config)
-    same = Drop("chosen equals rejected", "the two answers have the same tokens")
+    same = Drop(EQUAL, "the two answers have the same tokens")
     return [r if isinstance(r, Drop) else same if r[0].ids == r[1].ids else (r[0], r[1]) for r in results]
 
 

@@ -32,7 +32,7 @@ class DataConfig:
     on_bad_record: Literal["error", "skip"] = "error"
     """A record that is wrong stops the run at its file and line, or is skipped, counted and written aside."""
     max_bad_share: float = 0.01
-    """Skipping more than this share of the records is an error again (0 to 1)."""
+    """More skipped records than this share of all, or more pairs of equal answers, are an error again (0 to 1)."""
     cache_dir: str = ""
     """Where prepared data is kept. Default: $TA_CACHE, or ta in the user's cache folder."""
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from ta.chat import Drop, Tokens, encode_answers, encode_chats, encode_pairs
+from ta.chat import EQUAL, Drop, Tokens, encode_answers, encode_chats, encode_pairs
 from ta.dataset import DataConfig, Encoded, Prepared, prepare
 from ta.kinds import check_chat, check_class, check_labelled, check_media, check_pair
 from ta.media import encode_media
@@ -31,7 +31,14 @@ def prepare_kind(
     check, encode = KINDS[kind]
     if kind in ("chat", "media") and chat.loss_on == "all":
         check = partial(check, need_answer=False)
-    return prepare(sources, check, partial(encode, form, chat), format_settings(form, chat, kind), data, seed=seed, chat=chat, **more)
+    made = prepare(sources, check, partial(encode, form, chat), format_settings(form, chat, kind), data, seed=seed, chat=chat, **more)
+    equal = made.info["drops"].get(EQUAL, {"count": 0, "first": [""]})
+    if equal["count"] > data.max_bad_share * made.info["expected"]:
+        raise ValueError(
+            f"{equal['first'][0]}: {EQUAL}, as in {equal['count']:,} of {made.info['expected']:,} pairs, over --max-bad-share "
+            f"{data.max_bad_share}: mend them or raise it"
+        )
+    return made
 
 
 def _chats(form: ChatFormat, chat: ChatConfig, records: list[dict]) -> list[Encoded | Drop]:

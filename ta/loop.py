@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ta import checkpoint, log
 from ta.feed import Feed
 from ta.optim import OptimConfig, lr_at, make_optimizer, update
-from ta.parallel import rank, say, sum_over_ranks, world
+from ta.parallel import rank, say, seed_dropout, sum_over_ranks, world
 from ta.progress import Prefetch, Signals, Window, bar, line, memory
 from ta.report import write_report
 from ta.sinks import open_sinks
@@ -61,6 +61,13 @@ class LoopConfig:
     """Services that get the figures of metrics.jsonl too."""
 
 
+def check_loop(config: LoopConfig) -> None:
+    """ValueError for a number that counts nothing."""
+    for name, least in (("log_every", 1), ("save_every", 0), ("keep", 0), ("eval_every", 0), ("seed", 0)):
+        if getattr(config, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: give a number from {least} up")
+
+
 def train(
     model: nn.Module,
     feed: Feed,
@@ -103,7 +110,7 @@ def train(
         bar(feed.steps, first, rank() == 0) as progress,
     ):
         for number in range(first, feed.steps):
-            _seed_dropout(config.seed, number)
+            seed_dropout(config.seed, number)
             micro_batches = before_step(model, prefetched(number)) if before_step else prefetched(number)
             sums, keys = _accumulate(model, micro_batches, step, stop.received)
             sums = sum_over_ranks(sums)
@@ -238,13 +245,3 @@ def _sizes(batch) -> tuple[int, int]:
 
     inner = batch_of(batch)
     return sum(inner.lengths), len(inner.learned)
-
-
-def _seed_dropout(seed: int, number: int) -> None:
-    """Dropout has no generator argument, so the global one is set: a function of (seed, step, rank)."""
-    import torch
-
-    mixed = (seed * 1_000_003 + number) * 1_009 + rank()
-    torch.default_generator.manual_seed(mixed)  # torch.manual_seed costs a millisecond: it notes the call for devices that never come
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed(mixed)

@@ -45,6 +45,16 @@ def with_default_lr(config: OptimConfig, model_path: str, adapter: str, usual: t
     return config if config.lr is not None else replace(config, lr=lr)
 
 
+def check_optim(config: OptimConfig) -> None:
+    """ValueError for a setting with which nothing can be trained."""
+    limits = {"lr": (0, math.inf), "warmup": (0, math.inf), "min_lr_ratio": (0, 1), "weight_decay": (0, math.inf), "clip": (0, math.inf)}
+    for name, (low, high) in (limits | {"beta1": (0, 1 - 1e-9), "beta2": (0, 1 - 1e-9)}).items():
+        value = getattr(config, name)
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            upper = "up" if high == math.inf else f"to {high:g}" if high == 1 else "to below 1"
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give a number from {low} {upper}")
+
+
 def lr_at(step: int, steps: int, config: OptimConfig) -> float:
     """Learning rate of optimizer step `step` (from 0) of `steps`: linear warm-up, then cosine or linear to min_lr_ratio * lr, or constant."""
     warmup = config.warmup if config.warmup >= 1 else math.ceil(config.warmup * steps)

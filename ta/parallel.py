@@ -110,6 +110,16 @@ def barrier() -> None:
         torch.distributed.barrier()
 
 
+def seed_dropout(seed: int, number: int) -> None:
+    """Dropout has no generator argument, so the global one is set: a function of (seed, step, rank)."""
+    import torch
+
+    mixed = (seed * 1_000_003 + number) * 1_009 + rank()
+    torch.default_generator.manual_seed(mixed)  # torch.manual_seed costs a millisecond: it notes the call for devices that never come
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(mixed)
+
+
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks: the modules of the longest list of equal modules in the model."""
     from torch import nn

@@ -18,10 +18,10 @@ from ta.encode import KINDS, Kind, prepare_kind
 from ta.export import export
 from ta.feed import Feed, evaluation_batches, training_feed
 from ta.folders import fingerprint
-from ta.loop import LoopConfig, mean_over
+from ta.loop import LoopConfig, check_loop, mean_over
 from ta.media import place_media
 from ta.model import ChatFormat, ModelConfig, open_format, open_model
-from ta.optim import USUAL_LR, OptimConfig, with_default_lr
+from ta.optim import USUAL_LR, OptimConfig, check_optim, with_default_lr
 from ta.pieces import Tokens, show
 from ta.report import write_report
 from ta.sinks import check_sinks
@@ -104,6 +104,8 @@ def open_parts(
 
     `slots` are those of media records; `around(format)` gives what `open_model` puts around the language model.
     """
+    check_loop(config.loop)
+    check_optim(config.optim)
     device = parallel.init()
     if config.model.model_path.startswith("builtin"):
         parallel.one_thread()

@@ -33,10 +33,10 @@ def tokenizer():
 def make(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setenv("TA_CACHE", str(tmp_path / "cache"))
 
-    def made(kind, *records, config=EXPLICIT, name="d.jsonl"):
+    def made(kind, *records, config=EXPLICIT, name="d.jsonl", bad_share=0.01):
         (tmp_path / name).write_text("".join(json.dumps(record) + "\n" for record in records))
         form = ChatFormat(tokenizer, template_of(tokenizer, config), vocabulary(tokenizer), [], [], [])
-        return prepare_kind(kind, [str(tmp_path / name)], form, config, DataConfig())
+        return prepare_kind(kind, [str(tmp_path / name)], form, config, DataConfig(max_bad_share=bad_share))
 
     return made
 
@@ -66,7 +66,10 @@ def test_what_cannot_be_used_is_counted(make):
     cut = ChatConfig(**{**vars(EXPLICIT), "max_tokens": 12})
     prepared = make("chat", {"messages": [LONG, A]}, {"messages": [U, A]}, config=cut)
     assert prepared.info["records"] == 1 and sum(entry["count"] for entry in prepared.info["drops"].values()) == 1
-    pairs = make("pair", *({"context": [U], "answer_w": A, "answer_l": {**A, "content": worse}} for worse in ("x y", "x  y", "z")))
+    records = [{"context": [U], "answer_w": A, "answer_l": {**A, "content": worse}} for worse in ("x y", "x  y", "z")]
+    with pytest.raises(ValueError, match=r"d.jsonl:1: chosen equals rejected, as in 2 of 3 pairs, over --max-bad-share 0.5"):
+        make("pair", *records, bad_share=0.5)
+    pairs = make("pair", *records, bad_share=0.7)
     assert pairs.info["drops"]["chosen equals rejected"]["count"] == 2, "the same text, or the same tokens"
     with pytest.raises(ValueError, match=r"d.jsonl:2: .*narrator"):
         make("chat", {"messages": [U, A]}, {"messages": [{"role": "narrator", "content": ""}, A]})

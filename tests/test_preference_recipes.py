@@ -164,7 +164,10 @@ def test_a_share_of_equal_pairs_is_counted(door, model, data, tmp_path):
     pair = builtin.preferences("train", 40)
     pair[3]["answer_l"] = pair[3]["answer_w"]
     mixed = write(tmp_path / "mixed.jsonl", pair)
-    code, said = door("rm", *flags("rm", model, data, tmp_path / "run", "--data", mixed, "--steps", 1))
+    more = flags("rm", model, data, tmp_path / "run", "--data", mixed, "--steps", 1)
+    code, said = door("rm", *more)
+    assert code == 2 and f"{mixed}:4: chosen equals rejected" in said and "--max-bad-share 0.01" in said
+    code, said = door("rm", *more, "--max-bad-share", 0.05)
     assert code == 0 and "dropped 1: chosen equals rejected" in said and ":4" in said
     assert torch.isfinite(torch.tensor([row.get("loss", 0.0) for row in logged(tmp_path / "run")])).all()
 

@@ -167,6 +167,9 @@ def test_bad_flags_and_folders(door, data, tmp_path):
         ((*good, "--init-tokens", "x"), "needs a token"),
         ((*good, "--max-tokens-per-micro", 5), "--max-tokens-per-micro 5"),
         ((*good, "--batch-size", 0), "--batch-size 0"),
+        ((*good, "--lr", "nan"), "--lr nan"),
+        ((*good, "--beta2", 1), "--beta2 1.0: give a number from 0 to below 1"),
+        ((*good, "--eval-every", -1), "--eval-every -1"),
     ]
     for flags, message in cases:
         code, text = door("sft", "--out", out, *flags)
