@@ -178,15 +178,10 @@ def encode_answers(
 
 
 def encode_pairs(
-    contexts: Sequence[Chat],
-    answers_w: Sequence[Message],
-    answers_l: Sequence[Message],
-    template: Template,
-    vocabulary: Vocabulary,
-    config: ChatConfig,
+    contexts: Sequence[Chat], pairs: Sequence[tuple[Message, Message]], template: Template, vocabulary: Vocabulary, config: ChatConfig
 ) -> list[tuple[Tokens, Tokens] | Drop]:
     """(chosen, rejected) of each record, which share one cut context; only the answers are learned."""
-    results = encode_answers(contexts, list(zip(answers_w, answers_l, strict=True)), template, vocabulary, config)
+    results = encode_answers(contexts, pairs, template, vocabulary, config)
     same = Drop(EQUAL, "the two answers have the same tokens")
     return [r if isinstance(r, Drop) else same if r[0].ids == r[1].ids else (r[0], r[1]) for r in results]
 

@@ -47,7 +47,7 @@ def _chats(form: ChatFormat, chat: ChatConfig, records: list[dict]) -> list[Enco
 
 def _pairs(form: ChatFormat, chat: ChatConfig, records: list[dict]) -> list[Encoded | Drop]:
     contexts, better, worse = ([record[key] for record in records] for key in ("context", "answer_w", "answer_l"))
-    results = encode_pairs(contexts, better, worse, form.template, form.vocabulary, chat)
+    results = encode_pairs(contexts, list(zip(better, worse, strict=True)), form.template, form.vocabulary, chat)
     margins = [record.get("precomputed_margin", math.nan) for record in records]
     return [_encoded(result, margin=margin) for result, margin in zip(results, margins, strict=True)]
 

@@ -387,7 +387,7 @@ def test_pairs_share_one_cut_and_learn_only_the_answer(shape):
     for rng, chat in dialogues(shape, 25):
         chosen, rejected, limit = text(rng), text(rng), rng.randint(10, 120)
         context, answers = chat[:-1], [{"role": "bot", "content": answer} for answer in (chosen, rejected)]
-        result = encode_pairs([context], answers[:1], answers[1:], template, vocab, ChatConfig(max_tokens=limit))[0]
+        result = encode_pairs([context], [tuple(answers)], template, vocab, ChatConfig(max_tokens=limit))[0]
         if isinstance(result, Drop):
             short = [context[i] for i in range(len(context)) if i == len(context) - 1 or context[i]["role"] == "system"]
             longest = max(len(encode_chat([*short, answer], template, vocab, PLAIN).ids) for answer in answers)
@@ -413,7 +413,7 @@ def test_answers_of_candidates_and_equal_pairs():
     ]
     loud = encode_answers([[context[0], {**context[1], "loss": True}, context[2]]], [[one, two, three]], template, vocab, PLAIN)[0]
     assert loud == group and all(weights.index(1.0) == len(encode_prompt(context, template, vocab, PLAIN)) for _, weights in loud)
-    assert encode_pairs([context], [one], [one], template, vocab, PLAIN)[0].reason == "chosen equals rejected"
+    assert encode_pairs([context], [(one, one)], template, vocab, PLAIN)[0].reason == "chosen equals rejected"
     assert encode_answers([context], [[]], template, vocab, PLAIN)[0].reason == "no answer"
 
 
