@@ -92,7 +92,7 @@ def thin(points: Curve, most: int = POINTS) -> Curve:
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """About `count` round numbers that enclose [low, high]: multiples of 1, 2 or 5 times a power of ten."""
-    if high <= low:
+    if high - low <= 1e-12 * max(abs(low), abs(high), 1e-290):  # all one value, to rounding
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
     raw = (high - low) / count
     power = 10 ** math.floor(math.log10(raw))

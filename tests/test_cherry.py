@@ -42,7 +42,7 @@ def test_prompts_end_before_the_answer_wanted(form):
     ]
     found = prompts_of(records, form, ChatConfig())
     one, two = (encode_prompt(m, form.template, form.vocabulary, ChatConfig()) for m in ([USER], more))
-    assert found == [(0, two, "6"), (1, one, "4"), (3, one, "4"), (4, one, "4")]
+    assert found == [(0, two, "6", []), (1, one, "4", []), (3, one, "4", []), (4, one, "4", [])]
     assert dialogue_of(records[3])[-1]["content"] == "4"
 
 
@@ -50,11 +50,13 @@ def test_a_random_cut_is_seeded_and_asks_before_any_answer(form):
     turns = [{"role": role, "content": f"{role} {n}"} for n in range(4) for role in ("user", "assistant")]
     records = [{"messages": turns}] * 40
     found = prompts_of(records, form, ChatConfig(), 3)
-    wanted = [answer for _, _, answer in found]
-    assert set(wanted) == {f"assistant {n}" for n in range(4)} and wanted == [a for _, _, a in prompts_of(records, form, ChatConfig(), 3)]
-    assert wanted != [a for _, _, a in prompts_of(records, form, ChatConfig(), 4)]
-    assert {a for _, _, a in prompts_of(records, form, ChatConfig())} == {"assistant 3"}
-    for _, prompt, answer in found:
+    wanted = [answer for _, _, answer, _ in found]
+    assert set(wanted) == {f"assistant {n}" for n in range(4)} and wanted == [
+        a for _, _, a, _ in prompts_of(records, form, ChatConfig(), 3)
+    ]
+    assert wanted != [a for _, _, a, _ in prompts_of(records, form, ChatConfig(), 4)]
+    assert {a for _, _, a, _ in prompts_of(records, form, ChatConfig())} == {"assistant 3"}
+    for _, prompt, answer, _ in found:
         before = turns[: [turn["content"] for turn in turns].index(answer)]
         assert prompt == encode_prompt(before, form.template, form.vocabulary, ChatConfig())
     assert prompts_of([{"messages": [USER]}], form, ChatConfig(), 3)[0][2] == ""  # no answer before which to cut
@@ -67,7 +69,7 @@ def test_answers_are_the_engines_and_are_measured_kept_and_shown(form, tmp_path,
     figures = pick_cherries(model, records, form, ChatConfig(), config, tmp_path, 7)
     assert list(figures) == list(config.cherry_metrics) and figures["perplexity"] > 1
     kept = lines(tmp_path / "samples.jsonl")
-    prompts = [ids for _, ids, _ in prompts_of(records, form, ChatConfig())]
+    prompts = [ids for _, ids, *_ in prompts_of(records, form, ChatConfig())]
     settings = GenerateConfig(max_new_tokens=5, stop_strings=tuple(form.stop_strings))
     assert [k["answer"] for k in kept] == [a[0].text for a in generate(model, form.tokenizer, prompts, settings, form.stop_ids)]
     assert [(k["step"], k["id"], k["reference"]) for k in kept] == [(7, r["id"], r["messages"][-1]["content"]) for r in records]

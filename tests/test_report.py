@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ta.report import chart, charts_of, log_ticks, page, sample_table, thin, ticks, write_report
@@ -65,6 +65,8 @@ def test_a_chart_says_its_figures_where_the_pointer_stands():
 
 
 @given(st.floats(-1e9, 1e9), st.floats(0, 1e9), st.integers(2, 8))
+@example(0.0, 5e-324, 2)
+@example(1e9, 1e-7, 4)
 def test_ticks_enclose_and_are_few(low, width, count):
     found = ticks(low, low + width, count)
     assert found[0] <= low + 1e-6 * max(abs(low), width, 1) and found[-1] >= low + width - 1e-6 * max(abs(low), width, 1)
