@@ -92,8 +92,9 @@ def thin(points: Curve, most: int = POINTS) -> Curve:
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """About `count` round numbers that enclose [low, high]: multiples of 1, 2 or 5 times a power of ten."""
-    if high - low <= 1e-12 * max(abs(low), abs(high), 1e-290):  # all one value, to rounding
-        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
+    largest = max(abs(low), abs(high))
+    if high - low <= max(1e-12 * largest, 1e-290):  # all one value, to rounding
+        low, high = low - max(largest, 1e-6) / 2, high + max(largest, 1e-6) / 2
     raw = (high - low) / count
     power = 10 ** math.floor(math.log10(raw))
     step = next(n * power for n in (1, 2, 5, 10) if n * power >= raw * 0.999)
@@ -115,7 +116,7 @@ def chart(title: str, curves: dict[str, Curve]) -> str:
     curves = {name: thin(points) for name, points in curves.items()}
     places = sorted({x for points in curves.values() for x, _ in points})
     values = [y for points in curves.values() for _, y in points]
-    far = title == "loss" and 0 < 20 * min(values) < max(values)
+    far = title == "loss" and 1e-9 < 20 * min(values) < max(values)
     scale, y_ticks = (math.log10, log_ticks(min(values), max(values))) if far else (float, ticks(min(values), max(values)))
     bottom, height = scale(y_ticks[0]), scale(y_ticks[-1]) - scale(y_ticks[0])
     x_low, x_high = places[0], max(places[-1], places[0] + 1)
