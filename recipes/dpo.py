@@ -12,7 +12,6 @@ A line of data: {"context": [{"role": "user", "content": "2 + 2?"}], "answer_w":
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 from ta.cli import cli
 from ta.loop import LoopConfig, train
@@ -27,24 +26,9 @@ from ta.warm import warm_start
 class Dpo(RunConfig):
     loop: LoopConfig = LoopConfig(out="runs/dpo")
     reference: ReferenceConfig = ReferenceConfig()
-    loss: Literal[
-        "sigmoid",
-        "sigmoid_with_margin",
-        "hinge",
-        "ipo",
-        "kto_pair",
-        "slic_hf",
-        "cpo",
-        "orpo",
-        "simpo",
-        "apo_zero",
-        "apo_down",
-        "asft",
-        "dpop",
-        "nca_pair",
-        "cal_dpo",
-    ] = "sigmoid"
-    """The loss; sigmoid is DPO's. What each computes, and where it is from, stands in ta/losses.py."""
+    loss: str = "sigmoid"
+    """sigmoid (DPO's), sigmoid_with_margin, hinge, ipo, kto_pair, slic_hf, cpo, orpo, simpo, apo_zero, apo_down, asft, dpop, nca_pair or cal_dpo.
+    What each computes, and where it is from, stands in ta/losses.py."""
     beta: float | None = None
     """Of the losses that have it: how much the policy may leave its reference. Default, here and below: the one published with the loss."""
     label_smoothing: float | None = None

@@ -160,6 +160,20 @@ def test_wrong_input_is_answered_before_anything_is_written(door, model, data, t
         assert not out.exists(), (recipe, more)
 
 
+def test_a_loss_is_a_function_and_a_line(door, model, data, tmp_path, monkeypatch):
+    """As the README says; an unknown one is answered with those that there are."""
+    from ta import losses
+
+    def squared(policy, ref, *, beta=0.5):
+        return ((policy.chosen - ref.chosen) - (policy.rejected - ref.rejected) - beta) ** 2
+
+    more = ("--loss", "squared", "--beta", 2.0, "--cherry-records", 0)
+    assert "unknown loss 'squared'; give one of: sigmoid, " in door("dpo", *flags("dpo", model, data, tmp_path / "run"), *more)[1]
+    monkeypatch.setitem(losses.PREFERENCE_LOSSES, "squared", squared)
+    assert door("dpo", *flags("dpo", model, data, tmp_path / "run"), *more)[0] == 0
+    assert logged(tmp_path / "run")[0]["val_loss"] == pytest.approx(4.0)
+
+
 def test_a_share_of_equal_pairs_is_counted(door, model, data, tmp_path):
     pair = builtin.preferences("train", 40)
     pair[3]["answer_l"] = pair[3]["answer_w"]
