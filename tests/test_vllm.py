@@ -207,7 +207,7 @@ def test_the_built_in_model_answers_its_chats_alike():
 
     config, form = ModelConfig(), open_format(ModelConfig(), TokenizerConfig(), ChatConfig())
     paths = demo.data_or_builtin((), (), "chats")[1]
-    prompts = [prompt for _, prompt in read_prompts(paths, form, ChatConfig(), Drops("error", 0))][:64]
+    prompts = [prompt for _, prompt, *_ in read_prompts(paths, form, ChatConfig(), Drops("error", 0))][:64]
     settings, answers = GenerateConfig(max_new_tokens=32), []
     for vllm in (None, SMALL):
         engine, vocabulary, _ = open_generator(config, None, form, "cpu", vllm)
