@@ -16,7 +16,7 @@ from ta.adapter_settings import KINDS as ADAPTERS
 from ta.adapter_settings import PROMPT_LEARNING, AdapterConfig, check_adapter
 from ta.folders import model_folder
 from ta.media import new_tokens
-from ta.parallel import compile_blocks, gather_objects, rank, recompute, shard, world
+from ta.parallel import compile_blocks, gather_objects, rank, recompute, round_frozen, shard, world
 from ta.store import hash_json
 from ta.templates import ChatConfig, Template
 from ta.tokenizer import TokenizerConfig, export_template, load_tokenizer, stop_ids, stop_strings, template_of, vocabulary
@@ -211,6 +211,8 @@ def place(
         wrapper, note = wrap(model, config.packing, torch.bfloat16 if half else None)
         gather_objects((None, wrapper.mode, note))
     wrapper = around(wrapper)
+    if half:
+        round_frozen(wrapper)
     if config.compile:
         compile_blocks(wrapper)
     if config.activation_checkpointing:

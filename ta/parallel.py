@@ -138,6 +138,15 @@ def recompute(model: nn.Module) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
+def round_frozen(model: nn.Module) -> None:
+    """Hold in bfloat16, in place, every float32 weight that is not trained: half the memory, and nothing to cast in each pass."""
+    import torch
+
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
 def compile_blocks(model: nn.Module) -> None:
     """torch.compile every block, in place; to be applied before `recompute` and `shard`."""
     import torch

@@ -80,6 +80,14 @@ def adapter_off(model: LanguageModel) -> Logps:
     """Those of the base under the policy's adapter: no second model."""
     import torch
 
+    from ta.batch import lay_out, to_device
+
+    if hasattr(
+        model, "unshard"
+    ):  # FSDP takes the type of gradients from what trains at the first pass, and without its adapter nothing does
+        with torch.no_grad():
+            model(to_device(lay_out([], []), next(model.parameters()).device), "hidden")
+
     def logps(batch: Batch) -> Tensor:
         with torch.no_grad(), model.inner.disable_adapter():
             return sequence_logps(model, batch)
@@ -196,7 +204,9 @@ def _second(
     if path is not None:
         at = dataclasses.replace(at, model_path=path)
         _check_vocabulary(model_folder(path, at.hub), form)
-    copy, _ = open_model(at, adapter, form, device=device, seed=seed)
+    bare = adapter == AdapterConfig() and any(not p.requires_grad for p in policy.parameters())  # the policy's base is then held rounded
+    around = (lambda model: model.requires_grad_(False)) if bare else (lambda model: model)
+    copy, _ = open_model(at, adapter, form, device=device, seed=seed, around=around)
     copy.requires_grad_(False).eval()
     copy.dropout = False
     if copy.mode != policy.mode:

@@ -1,6 +1,7 @@
 """dpo, kto, rm and classify as a user runs them: from flags to an export that plain transformers loads, and wrong input answered in two lines."""
 
 import json
+import math
 import os
 
 import pytest
@@ -158,6 +159,15 @@ def test_wrong_input_is_answered_before_anything_is_written(door, model, data, t
         code, said = door(recipe, *flags(recipe, model, data, out, *more))
         assert code == 2 and words in said, (recipe, more, said)
         assert not out.exists(), (recipe, more)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "processes"), [("adapter_off", 2), ("frozen", 2), ("cached", 1), ("synced", 1)])
+def test_rounded_to_bfloat16_the_policy_still_starts_at_its_reference(forked, model, data, tmp_path, kind, processes):
+    more = ("--dtype", "bfloat16", "--adapter", "lora", "--reference", kind, "--cherry-records", 0, "--steps", 1)
+    more += ("--sync-every", 1) if kind == "synced" else ()
+    forked("dpo", *flags("dpo", model, data, tmp_path / "run"), *more, processes=processes)
+    assert logged(tmp_path / "run")[0]["val_loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_a_loss_is_a_function_and_a_line(door, model, data, tmp_path, monkeypatch):

@@ -97,11 +97,14 @@ def test_two_processes_equal_one_with_new_tokens_on_an_adapter(forked, data, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize(("more", "close"), [("--activation-checkpointing", 1e-6), ("--dtype=bfloat16", 2e-2)])
+@pytest.mark.parametrize(
+    ("more", "close"), [("--activation-checkpointing", 1e-6), ("--dtype=bfloat16", 2e-2), ("--dtype=bfloat16 --adapter=lora", 2e-2)]
+)
 def test_memory_and_speed_options_change_no_loss(forked, data, tmp_path, processes, more, close):
-    flags = ("--data", data[0], *QUICK, "--max-tokens-per-micro", 300)
+    more, _, adapter = more.partition(" ")
+    flags = ("--data", data[0], *QUICK, "--max-tokens-per-micro", 300, *adapter.split())
     forked("sft", *flags, "--out", tmp_path / "plain")
-    forked("sft", *flags, "--out", tmp_path / "other", *more.split("="), processes=processes)
+    forked("sft", *flags, "--out", tmp_path / "other", more, processes=processes)
     assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "plain"), rel=close)
 
 
