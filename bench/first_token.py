@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 
-from harness import ROOT, compare, parser
+from harness import ROOT, compare, parser, read
 
 BARE = """
 import sys
@@ -50,4 +50,4 @@ def ours(flags: argparse.Namespace) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    compare({"bare transformers": bare, "ours": ours}, parser(__doc__).parse_args(), "bare transformers")
+    compare({"bare transformers": bare, "ours": ours}, read(parser(__doc__)), "bare transformers")

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Collection
 
 Figures = dict[str, float]
-Contenders = dict[str, Callable[[argparse.Namespace], Figures]]
+Contenders = dict[str, Callable[[argparse.Namespace], Figures] | list[str]]
 
 
 def parser(doc: str, rounds: int = 3) -> argparse.ArgumentParser:
@@ -53,7 +53,8 @@ def read(flags: argparse.ArgumentParser, **tiny) -> argparse.Namespace:
 def compare(contenders: Contenders, flags: argparse.Namespace, against: str, peers: Collection[str] = ()) -> dict[str, list[Figures]]:
     """Run one contender and print its figures as JSON (--one), or all of them in turn and print the table; ratios are to `against`.
 
-    `peers` run under --peer-python. What the system counted for each process is added: all its CPU seconds and its peak memory.
+    A contender is a function, called in a process of its own, or a command. `peers` run under --peer-python. What the system counted for each
+    process is added: all its CPU seconds and its peak memory.
     """
     if flags.one:
         print(json.dumps(contenders[flags.one](flags)))
@@ -66,7 +67,8 @@ def compare(contenders: Contenders, flags: argparse.Namespace, against: str, pee
     for _ in range(flags.rounds):
         for name in names:
             python = flags.peer_python if name in peers else sys.executable
-            runs[name].append(command([python, *sys.argv, "--one", name], flags.threads, name))
+            work = contenders[name]
+            runs[name].append(command(work if isinstance(work, list) else [python, *sys.argv, "--one", name], flags.threads, name))
     show(runs, against)
     machine = {"cpu": platform.machine(), "cores": os.cpu_count(), "threads": flags.threads, "load": os.getloadavg()[0], **versions()}
     with open(flags.log, "a", encoding="utf-8") as file:
@@ -95,14 +97,14 @@ def show(runs: dict[str, list[Figures]], against: str) -> None:
     """Medians of every figure, and min/median/max of the ratio to `against` in the same round."""
     keys = list(dict.fromkeys(key for rows in runs.values() for key in rows[0]))
     print(f"load {os.getloadavg()[0]:.1f}; ratios to {against}: min / median / max over {len(runs[against])} rounds")
-    print("".join(["contender".ljust(28), *(f"{key:>18}{'ratio':>20}" for key in keys)]))
+    print("".join(["contender".ljust(28), *(f"{key:>18} {'ratio':>20}" for key in keys)]))
     for name, rows in runs.items():
         cells = []
         for key in keys:
             ratios = [row[key] / base[key] for row, base in zip(rows, runs[against], strict=True) if base.get(key) and key in row]
             spread = f"{min(ratios):.2f} / {statistics.median(ratios):.2f} / {max(ratios):.2f}" if ratios else ""
             middle = f"{statistics.median(row[key] for row in rows):,.4g}" if key in rows[0] else ""
-            cells.append(f"{middle:>18}{spread:>20}")
+            cells.append(f"{middle:>18} {spread:>20}")
         print("".join([name.ljust(28), *cells]))
 
 

@@ -7,7 +7,10 @@ CPU seconds and growth of peak memory of forward and backward, each contender in
 
 import argparse
 
-from harness import compare, measured, parser
+try:
+    from harness import compare, measured, parser, read
+except ImportError:
+    from bench.harness import compare, measured, parser, read
 
 
 def data(flags: argparse.Namespace):
@@ -73,4 +76,4 @@ if __name__ == "__main__":
     flags.add_argument("--tokens", type=int, default=2048)
     flags.add_argument("--width", type=int, default=384)
     flags.add_argument("--learned", type=float, default=0.15)
-    compare(CONTENDERS, flags.parse_args(), "ours")
+    compare(CONTENDERS, read(flags, vocabulary=512, tokens=64, width=32), "ours")

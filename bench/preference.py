@@ -1,55 +1,132 @@
-"""What does laying a shared prompt down once bring? DPO steps with chosen and rejected answers packed whole, padded, or behind one prompt.
+"""How many pairs a CPU-second does DPO train? Our step, the prompt laid down once or twice, against TRL's DPOTrainer.
 
-    python bench/preference.py --prompt 400 --answer 90
+    python bench/preference.py --peer-python PYTHON_WITH_TRL
+    python bench/preference.py --prompt 400 --answer 30 --only whole
 
-A Llama of 26.7 million weights, pairs of random tokens, the sigmoid loss against a given reference, forward and backward; `loss` shows that all
-compute the same. The first step is left out.
+A Llama of 26.7 million weights, pairs of random tokens in the same order, the sigmoid loss, steps with AdamW, float32. The reference is a frozen
+second model, computed on the fly, or numbers computed before (not timed). The first step is left out; `loss` of the last shows that all train the
+same. `whole` lays the prompt down twice, once for each answer; prompts vary by a quarter, answers too.
 """
 
-import argparse
+import tempfile
 import time
 
-from harness import compare, parser, peak
+try:
+    from harness import compare, parser, read
+except ImportError:
+    from bench.harness import compare, parser, read
+
+from bench.work import in_order, lora, marks_of, model_of, settings, shape
 
 
-def pairs(flags: argparse.Namespace, layout: str) -> dict[str, float]:
+def pairs(flags) -> list[tuple]:
+    """(prompt, chosen, rejected) ids."""
+    import numpy as np
+
+    generator, vocabulary = np.random.default_rng(0), shape(flags)["vocab_size"]
+    draw = lambda mean: generator.integers(5, vocabulary, int(mean * generator.uniform(0.75, 1.25)))  # noqa: E731
+    return [(draw(flags.prompt), draw(flags.answer), draw(flags.answer)) for _ in range(flags.pairs * flags.steps)]
+
+
+def figures(marks: list[float], losses: list[float], flags) -> dict[str, float]:
+    rate = (flags.steps - 1) * flags.pairs / (marks[-1] - marks[0])
+    return {"pairs_a_cpu_s": rate, "first_loss": losses[0], "loss": losses[flags.steps - 1]}
+
+
+def train_ours(flags, reference: str, shared: bool = True) -> dict[str, float]:
+    from functools import partial
+
     import numpy as np
     import torch
 
-    from bench.sft import model_of
+    from recipes.dpo import step
+    from ta.answered import PairBatch
     from ta.attention import register
     from ta.batch import lay_out
-    from ta.logprobs import sequence_sums
-    from ta.losses import Pair, sigmoid
+    from ta.feed import Feed
+    from ta.loop import LoopConfig, train
+    from ta.losses import choose
+    from ta.optim import OptimConfig
+    from ta.reference import Reference, adapter_off, still, with_reference
     from ta.wrapper import wrap
 
-    model, _ = wrap(model_of(register(), flags))
-    generator, start, loss = np.random.default_rng(0), 0.0, None
-    for step in range(flags.steps + 1):
-        if step == 1:
-            start = time.process_time()
-        ids, weights, shared = [], [], []
-        for _ in range(flags.pairs):
-            prompt = generator.integers(5, 16_000, flags.prompt)
-            for other in (0, flags.prompt):
-                ids.append(np.concatenate([prompt, generator.integers(5, 16_000, flags.answer)]))
-                weights.append((np.arange(len(ids[-1])) >= flags.prompt).astype(np.float32))
-                shared.append(other)
-        batch = lay_out(ids, weights, layout != "padded", shared if layout == "shared" else ())
-        logps = sequence_sums(model(batch, "tokens"), batch.owners, len(ids)).view(-1, 2)
-        reference = torch.full_like(logps, -9.7 * flags.answer)
-        loss = sigmoid(Pair(*logps.unbind(1)), Pair(*reference.unbind(1))).mean()
-        loss.backward()
-        model.zero_grad()
-    return {"pairs_a_cpu_s": flags.steps * flags.pairs / (time.process_time() - start), "peak_mb": peak(), "loss": loss.item()}
+    records, marks, losses = pairs(flags), [], []
+    model = model_of(register(), flags)
+    model, _ = wrap(lora(model) if reference == "adapter off" else model)
+    model.dropout = False
+    frozen = None if reference == "adapter off" else wrap(model_of(register(), flags).requires_grad_(False))[0].eval()
+    logps = adapter_off(model) if frozen is None else still(frozen)
+
+    def batches(number: int) -> list[PairBatch]:
+        ids, weights, same = [], [], []
+        for prompt, *answers in records[number * flags.pairs : (number + 1) * flags.pairs]:
+            ids += [np.concatenate([prompt, answer]) for answer in answers]
+            weights += [(np.arange(len(x)) >= len(prompt)).astype(np.float32) for x in ids[-2:]]
+            same += [0, len(prompt)]
+        return [PairBatch(lay_out(ids, weights, True, same if shared else ()), torch.zeros(flags.pairs))]
+
+    made = None
+    if reference == "cached":
+        made = [with_reference(Reference(logps), batches(number)) for number in range(flags.steps)]
+        logps = frozen = None
+    feed = Feed(flags.steps, batches if made is None else made.__getitem__)
+    loss = partial(step, choose("sigmoid", beta=0.1))
+
+    def noted(model, batch):
+        value, count, metrics = loss(model, batch)
+        losses.append(value.item() / count)
+        return value, count, metrics
+
+    optim = OptimConfig(lr=1e-4, schedule="constant", warmup=0, beta2=0.999)
+    with tempfile.TemporaryDirectory() as out:
+        before = lambda model, batches: with_reference(Reference(logps), batches)  # noqa: E731
+        after = lambda done: marks.append(time.process_time())  # noqa: E731
+        train(model, feed, noted, LoopConfig(out=out), optim, before_step=before, after_step=after)
+    return figures(marks, losses, flags)
 
 
-CONTENDERS = {name: lambda flags, name=name: pairs(flags, name) for name in ("packed", "padded", "shared")}
+def train_trl(flags, reference: str) -> dict[str, float]:
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    from ta.builtin import tiny_tokenizer
+
+    marks, losses, model = [], [], model_of("sdpa", flags)
+    rows = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), (x.tolist() for x in record), strict=True)) for record in pairs(flags)]
+
+    class Prepared(in_order(DPOTrainer)):
+        def _prepare_dataset(self, dataset, *args):
+            return dataset
+
+    with tempfile.TemporaryDirectory() as out:
+        given = settings(flags, out, flags.pairs) | {"max_length": None, "beta": 0.1}
+        trainer = Prepared(
+            lora(model) if reference == "adapter off" else model,
+            ref_model=model_of("sdpa", flags) if reference == "frozen" else None,
+            args=DPOConfig(**given, precompute_ref_log_probs=reference == "cached"),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tiny_tokenizer(),
+            callbacks=[marks_of(losses, marks)],
+        )
+        trainer.train()
+    return figures(marks, losses, flags)
+
+
+CONTENDERS = {
+    "ours": lambda flags: train_ours(flags, "frozen"),
+    "whole": lambda flags: train_ours(flags, "frozen", shared=False),
+    "TRL": lambda flags: train_trl(flags, "frozen"),
+    "ours, cached": lambda flags: train_ours(flags, "cached"),
+    "TRL, precomputed": lambda flags: train_trl(flags, "cached"),
+    "ours, LoRA": lambda flags: train_ours(flags, "adapter off"),
+    "TRL, LoRA": lambda flags: train_trl(flags, "adapter off"),
+}
 
 if __name__ == "__main__":
     flags = parser(__doc__)
-    flags.add_argument("--prompt", type=int, default=400, help="tokens of a prompt")
+    flags.add_argument("--prompt", type=int, default=160, help="tokens of a prompt")
     flags.add_argument("--answer", type=int, default=90, help="tokens of an answer")
-    flags.add_argument("--pairs", type=int, default=2, help="pairs a step")
+    flags.add_argument("--pairs", type=int, default=4, help="pairs a step")
     flags.add_argument("--steps", type=int, default=3)
-    compare(CONTENDERS, flags.parse_args(), "packed")
+    given = read(flags, prompt=16, answer=8, pairs=2, steps=2)
+    compare(CONTENDERS, given, "ours", [name for name in CONTENDERS if name.startswith("TRL")])

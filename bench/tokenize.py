@@ -1,15 +1,26 @@
-"""How fast are records prepared? Chats with masks a CPU-second: ours, the tokenizer alone, transformers' template with its assistant mask.
+"""How fast are records prepared, and how fast opened again? Chats with masks a CPU-second: ours, the tokenizer alone, transformers' masks, TRL.
 
-    python bench/tokenize.py --records 2000
+    python bench/tokenize.py --peer-python PYTHON_WITH_TRL
+    python bench/tokenize.py --again 1000000                      # only: opening so many prepared records once more
 
-Chats of about 1 kB in the built-in tokenizer's ChatML. `batch` is the tokenizer's own encode_batch over rendered texts: the floor.
+Chats of about 1 kB in the built-in tokenizer's ChatML. `batch` is the tokenizer's own encode_batch over rendered texts: the floor. `ours` is what a
+recipe does: read JSONL, check, encode, write the memory-mapped set; TRL's side reads the same file and prepares it with assistant_only_loss. With
+--again the first start is made in one process and the second is timed in others: the file is known by its stamp, the set by its hash.
 """
 
 import argparse
+import json
+import os
 import random
+import sys
+import tempfile
 import time
+from pathlib import Path
 
-from harness import compare, parser
+try:
+    from harness import compare, parser, read
+except ImportError:
+    from bench.harness import compare, parser, read
 
 MARKED = (
     "{% for message in messages %}{{ '<|im_start|>' ~ message['role'] ~ '\n' }}{% if message['role'] == 'assistant' %}"
@@ -34,7 +45,35 @@ def rate(work, flags) -> dict[str, float]:
     return {"records_a_cpu_s": flags.records / (time.process_time() - start), "records_a_s": flags.records / (time.perf_counter() - wall)}
 
 
-def ours(flags):
+def opened(flags):
+    """A function that prepares the file of chats, or opens what was prepared."""
+    from ta.chat import ChatConfig
+    from ta.dataset import DataConfig
+    from ta.encode import prepare_kind
+    from ta.model import ModelConfig, open_format
+    from ta.tokenizer import TokenizerConfig
+
+    form = open_format(ModelConfig(), TokenizerConfig(), ChatConfig())
+    config = DataConfig(cache_dir=f"{flags.folder}/cache")
+    return lambda: prepare_kind("chat", [f"{flags.folder}/chats.jsonl"], form, ChatConfig(), config, say=lambda line: None)
+
+
+def ours(flags) -> dict[str, float]:
+    import shutil
+
+    prepare = opened(flags)
+    shutil.rmtree(f"{flags.folder}/cache", ignore_errors=True)
+    return rate(prepare, flags)
+
+
+def again(flags) -> dict[str, float]:
+    prepare = opened(flags)
+    start, wall = time.process_time(), time.perf_counter()
+    assert prepare().info["cached"]
+    return {"second_start_cpu_ms": 1000 * (time.process_time() - start), "second_start_ms": 1000 * (time.perf_counter() - wall)}
+
+
+def encode_only(flags):
     from ta import builtin
     from ta.chat import encode_chats
     from ta.templates import ChatConfig
@@ -65,7 +104,52 @@ def masks(flags):
     return rate(lambda: [mask(chat) for chat in records], flags)
 
 
+def trl(flags) -> dict[str, float]:
+    """What SFTTrainer does with the data before it trains; its model has no layer."""
+    from datasets import load_dataset
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    from ta import builtin
+
+    tokenizer = builtin.tiny_tokenizer()
+    tokenizer.chat_template = MARKED
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=0, num_attention_heads=1)
+    )
+    with tempfile.TemporaryDirectory() as out:
+        given = SFTConfig(out, max_length=None, assistant_only_loss=True, report_to=[], use_cpu=True, bf16=False, disable_tqdm=True)
+
+        def work():
+            rows = load_dataset("json", data_files=f"{flags.folder}/chats.jsonl", split="train", cache_dir=out)
+            SFTTrainer(model, given, train_dataset=rows, processing_class=tokenizer)
+
+        return rate(work, flags)
+
+
+def main(given: argparse.Namespace) -> None:
+    contenders = {"ours": ours, "ours, encode only": encode_only, "batch": batch, "transformers' masks": masks, "TRL": trl}
+    contenders = {"again": again} if given.again else contenders
+    if given.one:
+        compare(contenders, given, "")
+        return
+    with tempfile.TemporaryDirectory() as given.folder:
+        sys.argv += ["--folder", given.folder]
+        lines = [json.dumps({"messages": chat}) + "\n" for chat in chats(given)]
+        with open(f"{given.folder}/chats.jsonl", "w") as file:
+            for start in range(0, given.again or len(lines), len(lines)):
+                file.writelines(lines[: (given.again or len(lines)) - start])
+        if given.again:
+            os.utime(file.name, (0, 0))
+            time.sleep(3)  # a file written just now may change again within a tick of its clock, and is hashed anew
+            opened(given)()
+            print(f"prepared {given.again:,} records of {Path(file.name).stat().st_size / 1e6:,.0f} MB")
+        compare(contenders, given, next(iter(contenders)), ["TRL"])
+
+
 if __name__ == "__main__":
     flags = parser(__doc__)
     flags.add_argument("--records", type=int, default=2000)
-    compare({"batch": batch, "ours": ours, "transformers' masks": masks}, flags.parse_args(), "batch")
+    flags.add_argument("--again", type=int, default=0, help="records of the second start; 0 compares preparing")
+    flags.add_argument("--folder", help=argparse.SUPPRESS)
+    main(read(flags, records=50, again=0))

@@ -10,7 +10,7 @@ VOCABULARY, WIDTH, INNER, LAYERS, HEADS = 16_384, 384, 1024, 8, 6
 
 def shape(flags: argparse.Namespace) -> dict[str, int]:
     """Sizes of a Llama of 26.7 million weights, or with --tiny of one of 0.3 million."""
-    layers, vocabulary = (2, 512) if flags.tiny else (LAYERS, VOCABULARY)
+    layers, vocabulary = (2, 1024) if flags.tiny else (LAYERS, VOCABULARY)
     width, inner, heads = (64, 128, 2) if flags.tiny else (WIDTH, INNER, HEADS)
     return {
         "vocab_size": vocabulary,
@@ -64,13 +64,13 @@ def flops(lengths: list[int], learned: int, flags: argparse.Namespace, frozen: b
     return k * body * sum(lengths) + attention + k * s["hidden_size"] * s["vocab_size"] * learned
 
 
-def marks_of(losses: list[float], marks: list[float]):
-    """A callback of transformers' Trainer that notes the CPU time at the end of every step, and the logged losses."""
+def marks_of(losses: list[float], marks: list[float], clock=time.process_time):
+    """A callback of transformers' Trainer that notes the (CPU) time at the end of every step, and the logged losses."""
     from transformers import TrainerCallback
 
     class Marks(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
-            marks.append(time.process_time())
+            marks.append(clock())
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             losses.extend([logs["loss"]] if "loss" in logs else [])
@@ -89,11 +89,11 @@ def in_order(trainer_class: type) -> type:
     return InOrder
 
 
-def settings(flags: argparse.Namespace, out: str) -> dict:
+def settings(flags: argparse.Namespace, out: str, batch: int) -> dict:
     """Arguments of TrainingArguments and its children: the same arithmetic as ours, no reports, no checkpoints."""
     return {
         "output_dir": out,
-        "per_device_train_batch_size": flags.batch,
+        "per_device_train_batch_size": batch,
         "max_steps": flags.steps,
         "learning_rate": 1e-4,
         "lr_scheduler_type": "constant",

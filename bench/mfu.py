@@ -1,0 +1,224 @@
+"""Which share of a GPU's matrix rate does training reach? Random models in the shape of 1B and 8B Llamas, bfloat16, packed chats; the head alone.
+
+    python bench/mfu.py                                           # any CUDA card
+    python bench/mfu.py --only "1B full, compiled" "8B LoRA, compiled"
+
+`share` is of 989 TFLOP/s (H100, H200 without sparsity), `share_of_measured` of what this card reaches on a large bfloat16 product in the same run.
+FLOPs are those the documents ask for: 6 a weight and token (4 where the base is frozen), attention inside each document, the head at learned tokens
+only, nothing for what is computed twice. The first two steps are left out. A contender that does not fit says so. Without a GPU tiny shapes run on
+the CPU, which only shows that the script works: its figures are not yet measured.
+"""
+
+import tempfile
+import time
+
+try:
+    from harness import Figures, compare, parser, read
+except ImportError:
+    from bench.harness import Figures, compare, parser, read
+
+from bench.work import in_order, lora, marks_of, settings
+
+SHAPES = {  # those of Llama 3.2 1B and 3.1 8B
+    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+}
+PEAK = 989e12  # FLOP/s
+
+
+def device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def now() -> float:
+    import torch
+
+    if device() == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def build(flags, size: str, attention: str):
+    """A random model with float32 weights on the device."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    small = device() == "cpu"
+    vocabulary = 1024 if small else 128_256
+    config = LlamaConfig(**SHAPES["tiny" if small else size], vocab_size=vocabulary, max_position_embeddings=8192, pad_token_id=0)
+    config.tie_word_embeddings = size == "1B"
+    with torch.device(device()):
+        return LlamaForCausalLM._from_config(config, attn_implementation=attention, dtype=torch.float32)
+
+
+def chats(flags, vocabulary: int) -> list[list[tuple]]:
+    """For each step documents of lognormal lengths of --tokens in all; the last 60 % of each is learned."""
+    import numpy as np
+
+    generator, steps = np.random.default_rng(0), []
+    for _ in range(flags.steps):
+        left, step = flags.tokens, []
+        while left >= 32:
+            n = min(left, int(np.clip(np.exp(generator.normal(5.5, 0.8)), 32, 2048)))
+            step.append((generator.integers(5, vocabulary, n), (np.arange(n) >= 0.4 * n).astype(np.float32)))
+            left -= n
+        steps.append(step)
+    return steps
+
+
+def counted(model, steps: list, frozen: bool) -> float:
+    """FLOPs of these steps; `model` before it gets an adapter."""
+    c, k = model.config, 4 if frozen else 6
+    body = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2)
+    documents = [document for step in steps for document in step]
+    lengths, learned = [len(ids) for ids, _ in documents], sum(weights[1:].sum() for _, weights in documents)
+    head_dim = c.hidden_size // c.num_attention_heads
+    attention = 12 * c.num_hidden_layers * c.num_attention_heads * head_dim * sum(n * (n + 1) / 2 for n in lengths)
+    return k * body * sum(lengths) + attention + k * c.hidden_size * c.vocab_size * float(learned)
+
+
+def matrix_rate() -> float:
+    """FLOP/s of a large product in bfloat16."""
+    import torch
+
+    side = 8192 if device() == "cuda" else 256
+    a, b = (torch.randn(side, side, device=device(), dtype=torch.bfloat16) for _ in range(2))
+    a @ b
+    start = now()
+    for _ in range(20):
+        a @ b
+    return 20 * 2 * side**3 / (now() - start)
+
+
+def rates(flops: float, tokens: int, seconds: float) -> Figures:
+    import torch
+
+    memory = torch.cuda.max_memory_allocated() / 2**30 if device() == "cuda" else 0.0
+    measured = matrix_rate()
+    shares = {"share": flops / seconds / PEAK, "share_of_measured": flops / seconds / measured, "measured_tflops": measured / 1e12}
+    return {"tokens_a_s": tokens / seconds, **shares, "gib": memory}
+
+
+def fits(work):
+    """The contender, saying so where the card has too little memory."""
+
+    def run(flags) -> Figures:
+        import torch
+
+        try:
+            return work(flags)
+        except torch.OutOfMemoryError:
+            return {"out_of_memory": 1.0}
+
+    return run
+
+
+def ours(flags, size: str, adapted: bool = False, compiled: bool = False, checkpointing: bool = False) -> Figures:
+    import torch
+
+    from ta import parallel
+    from ta.attention import register
+    from ta.batch import lay_out
+    from ta.feed import Feed
+    from ta.loop import LoopConfig, train
+    from ta.optim import OptimConfig
+    from ta.wrapper import wrap
+
+    model = build(flags, size, register())
+    steps = chats(flags, model.config.vocab_size)
+    flops = counted(model, steps[2:], adapted)
+    model, note = wrap(lora(model) if adapted else model, autocast=torch.bfloat16)
+    assert model.mode == "packed", note
+    if compiled and device() == "cuda":
+        parallel.compile_blocks(model)
+    if checkpointing:
+        parallel.recompute(model)
+    marks = []
+    with tempfile.TemporaryDirectory() as out:
+        feed = Feed(flags.steps, lambda number: [lay_out(*map(list, zip(*steps[number], strict=True)))])
+        step = lambda model, batch: (model(batch, "sum"), batch.weights.sum(), {})  # noqa: E731
+
+        def after_step(done: int) -> None:
+            marks.append(now())
+            if done == flags.steps:
+                raise StopIteration  # a checkpoint of 8B weights is not what is measured
+
+        try:
+            train(model, feed, step, LoopConfig(out=out), OptimConfig(lr=1e-5), after_step=after_step)
+        except StopIteration:
+            pass
+    return rates(flops, sum(len(ids) for step in steps[2:] for ids, _ in step), marks[-1] - marks[1])
+
+
+def hf(flags, size: str) -> Figures:
+    """transformers' Trainer on the same documents, padded to the longest of each of its micro-batches of eight."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+    from transformers import Trainer, TrainingArguments
+
+    model, losses, marks = build(flags, size, "sdpa"), [], []
+    steps = chats(flags, model.config.vocab_size)
+    per_step = min(len(step) for step in steps) // 8 * 8 or 1
+    steps = [step[:per_step] for step in steps]
+    flops = counted(model, steps[2:], False)
+
+    def collate(rows):
+        ids, weights = ([torch.as_tensor(row[key]) for row in rows] for key in ("ids", "weights"))
+        labels = [torch.where(w > 0, i, -100) for i, w in zip(ids, weights, strict=True)]
+        mask = pad_sequence([torch.ones(len(i), dtype=torch.long) for i in ids], batch_first=True)
+        return {"input_ids": pad_sequence(ids, True), "labels": pad_sequence(labels, True, -100), "attention_mask": mask}
+
+    small = device() == "cpu"
+    with tempfile.TemporaryDirectory() as out:
+        size = min(8, per_step)
+        given = settings(flags, out, size) | {"gradient_accumulation_steps": per_step // size, "bf16": not small, "use_cpu": small}
+        rows = [{"ids": ids, "weights": weights} for step in steps for ids, weights in step]
+        given |= {"remove_unused_columns": False}
+        in_order(Trainer)(
+            model, TrainingArguments(**given), train_dataset=rows, data_collator=collate, callbacks=[marks_of(losses, marks, now)]
+        ).train()
+    return rates(flops, sum(len(ids) for step in steps[2:] for ids, _ in step), marks[-1] - marks[1])
+
+
+def head(flags) -> Figures:
+    """Cross-entropy and both gradients at 8,192 x 4096 x 152k in bfloat16, and the memory it takes beside its inputs and the weight's gradient."""
+    import torch
+
+    from ta.logprobs import Head, cross_entropy_sum
+
+    tokens, width, vocabulary = (8192, 4096, 152_064) if device() == "cuda" else (64, 32, 512)
+    hidden, weight = (torch.randn(n, width, device=device(), dtype=torch.bfloat16).requires_grad_() for n in (tokens, vocabulary))
+    targets, weights = torch.randint(0, vocabulary, (tokens,), device=device()), torch.ones(tokens, device=device())
+    times, before = [], torch.cuda.memory_allocated() if device() == "cuda" else 0
+    for _ in range(6):
+        hidden.grad = weight.grad = None
+        start = now()
+        cross_entropy_sum(hidden, Head(weight), targets, weights).backward()
+        times.append(now() - start)
+    memory = (torch.cuda.max_memory_allocated() - before) / 2**30 if device() == "cuda" else 0.0
+    return {"ms": 1000 * min(times), "gib": memory}
+
+
+CONTENDERS = {
+    "1B full": lambda flags: ours(flags, "1B"),
+    "1B full, compiled": lambda flags: ours(flags, "1B", compiled=True),
+    "HF padded 1B full": lambda flags: hf(flags, "1B"),
+    "8B LoRA": lambda flags: ours(flags, "8B", adapted=True),
+    "8B LoRA, compiled": lambda flags: ours(flags, "8B", adapted=True, compiled=True),
+    "8B full, checkpointing": lambda flags: ours(flags, "8B", checkpointing=True),
+    "head": head,
+}
+
+if __name__ == "__main__":
+    flags = parser(__doc__, rounds=1)
+    flags.add_argument("--steps", type=int, default=8)
+    flags.add_argument("--tokens", type=int, default=16_384, help="tokens a step, one packed row")
+    given = read(flags, steps=4, tokens=256)
+    if device() == "cpu":
+        vars(given).update(steps=4, tokens=256)
+        print("no GPU here: tiny shapes on the CPU; the figures of a GPU are not yet measured")
+    compare({name: fits(work) for name, work in CONTENDERS.items()}, given, "1B full")

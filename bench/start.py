@@ -1,0 +1,139 @@
+"""How long until the first step? From nothing to one optimizer step: our recipe, transformers' Trainer, TRL's Python interface and its command.
+
+    python bench/start.py --peer-python PYTHON_WITH_TRL
+
+A saved Llama of 26.7 million weights and a JSONL file of chats; caches are empty. `first_step_cpu_s` counts from the start of the process (imports,
+model, tokenizing, one step); the commands are run to their end, each with one step and its export, so for them `whole_cpu_s` is compared.
+`peak_mb` is the largest process's.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+try:
+    from harness import ROOT, command, compare, parser, read
+except ImportError:
+    from bench.harness import ROOT, command, compare, parser, read
+
+from bench.work import in_order, marks_of, model_of, settings
+
+
+def inputs(flags) -> tuple[str, str, str]:
+    """(model folder, chats, empty folder to write to)."""
+    return str(Path(flags.folder) / "model"), str(Path(flags.folder) / "chats.jsonl"), tempfile.mkdtemp(dir=flags.folder)
+
+
+def write_inputs(flags) -> None:
+    from bench.tokenize import MARKED, chats
+    from ta import builtin
+
+    model, data, _ = inputs(flags)
+    model_of("sdpa", flags).save_pretrained(model)
+    tokenizer = builtin.tiny_tokenizer()
+    tokenizer.save_pretrained(model)
+    Path(flags.folder, "marked.jinja").write_text(MARKED)
+    with open(data, "w") as file:
+        file.writelines(json.dumps({"messages": chat}) + "\n" for chat in chats(flags))
+
+
+def recipe_flags(flags) -> list[str]:
+    model, data, out = inputs(flags)
+    sizes = ["--steps", "1", "--batch-size", str(flags.batch), "--lr", "1e-4", "--max-tokens", str(flags.longest)]
+    os.environ["TA_CACHE"] = tempfile.mkdtemp(dir=flags.folder)
+    return ["--model-path", model, "--data", data, "--out", f"{out}/run", *sizes]
+
+
+def ours(flags) -> dict[str, float]:
+    """recipes/sft.py, with a note of the time after its step."""
+    import recipes.sft as recipe
+    from ta.cli import cli
+
+    marks, train = [], recipe.train
+    recipe.train = lambda *args, **more: train(*args, **more, after_step=lambda done: marks.append(time.process_time()))
+    try:
+        cli(recipe.main, recipe.Sft, recipe_flags(flags))
+    except SystemExit as end:
+        assert not end.code
+    return {"first_step_cpu_s": marks[0]}
+
+
+def hf(flags) -> dict[str, float]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    model, data, out = inputs(flags)
+    marks, tokenizer, template = [], AutoTokenizer.from_pretrained(model), Path(flags.folder, "marked.jinja").read_text()
+    rows = []
+    for line in Path(data).read_text().splitlines():
+        made = tokenizer.apply_chat_template(
+            json.loads(line)["messages"], chat_template=template, return_dict=True, return_assistant_tokens_mask=True
+        )
+        labels = [i if mask else -100 for i, mask in zip(made["input_ids"], made["assistant_masks"], strict=True)]
+        rows.append({"input_ids": made["input_ids"][: flags.longest], "labels": labels[: flags.longest]})
+    trainer = in_order(Trainer)(
+        AutoModelForCausalLM.from_pretrained(model),
+        TrainingArguments(**settings(flags, out, flags.batch)),
+        train_dataset=rows,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        callbacks=[marks_of([], marks)],
+    )
+    trainer.train()
+    return {"first_step_cpu_s": marks[0]}
+
+
+def trl(flags) -> dict[str, float]:
+    from datasets import load_dataset
+    from trl import SFTConfig, SFTTrainer
+
+    model, data, out = inputs(flags)
+    marks = []
+    given = settings(flags, out, flags.batch) | {"max_length": flags.longest, "assistant_only_loss": True}
+    given["chat_template_path"] = str(Path(flags.folder, "marked.jinja"))
+    rows = load_dataset("json", data_files=data, split="train", cache_dir=f"{out}/cache")
+    SFTTrainer(model, SFTConfig(**given), train_dataset=rows, callbacks=[marks_of([], marks)]).train()
+    return {"first_step_cpu_s": marks[0]}
+
+
+def run_ours(flags) -> dict[str, float]:
+    command([sys.executable, str(ROOT / "recipes" / "sft.py"), *recipe_flags(flags)], flags.threads, "recipe")
+    return {}
+
+
+def run_trl(flags) -> dict[str, float]:
+    model, data, out = inputs(flags)
+    folder = Path(out, "data")
+    folder.mkdir()
+    (folder / "train.jsonl").symlink_to(data)
+    given = settings(flags, f"{out}/run", flags.batch) | {"max_length": flags.longest, "assistant_only_loss": True, "report_to": "none"}
+    given |= {"chat_template_path": str(Path(flags.folder, "marked.jinja")), "dataset_name": str(folder), "model_name_or_path": model}
+    flat = [text for key, value in given.items() for text in (f"--{key}", str(value))]
+    more = {"HF_HOME": f"{out}/cache", "ACCELERATE_USE_CPU": "true"}
+    command([str(Path(sys.executable).with_name("trl")), "sft", *flat], flags.threads, "trl sft", **more)
+    return {}
+
+
+CONTENDERS = {"ours": ours, "HF": hf, "TRL": trl, "our command": run_ours, "TRL's command": run_trl}
+
+
+def main(given: argparse.Namespace) -> None:
+    if given.one:
+        compare(CONTENDERS, given, "ours")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        given.folder = folder
+        sys.argv += ["--folder", folder]
+        write_inputs(given)
+        compare(CONTENDERS, given, "ours", ["TRL", "TRL's command"])
+
+
+if __name__ == "__main__":
+    flags = parser(__doc__)
+    flags.add_argument("--records", type=int, default=500)
+    flags.add_argument("--batch", type=int, default=4)
+    flags.add_argument("--longest", type=int, default=1024)
+    flags.add_argument("--folder", help=argparse.SUPPRESS)
+    main(read(flags.set_defaults(steps=1) or flags, records=20, batch=2))
