@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ENCODER = "prompt_encoder.safetensors"
+PROMPT = "prompt_encoder.default."  # where peft keeps what makes virtual tokens
 
 
 def add_adapter(
@@ -91,6 +92,7 @@ def save_adapter(model: PeftModel, folder: str | Path, state: dict[str, Tensor] 
 
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
+    from torch.func import functional_call
 
     (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
     settings = copy.copy(model.peft_config["default"])
@@ -98,15 +100,19 @@ def save_adapter(model: PeftModel, folder: str | Path, state: dict[str, Tensor] 
     for name in ("target_modules", "modules_to_save"):  # a set's order changes from run to run
         if isinstance(names := getattr(settings, name, None), (set, list)):
             setattr(settings, name, sorted(names) if isinstance(names, set) else list(dict.fromkeys(names)))
-    weights = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    encoder = {n.removeprefix(PROMPT): t for n, t in (state or model.state_dict()).items() if n.startswith(PROMPT)}
+    if state and encoder:  # peft would run the module that makes virtual tokens, whose own weights lie in shards
+        tokens = model.prompt_tokens["default"][None, : settings.num_virtual_tokens]
+        weights = {"prompt_embeddings": functional_call(model.prompt_encoder["default"], encoder, (tokens,))[0]}
+    else:
+        weights = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}, folder / WEIGHTS, {"format": "pt"})
     settings.save_pretrained(str(folder))
-    facts: Facts = model.adapter_facts
-    (folder / BASE).write_text(json.dumps(facts.base, indent=1))
-    if facts.rows:
-        save_file(facts.rows, folder / ROWS)
+    (folder / BASE).write_text(json.dumps(model.adapter_facts.base, indent=1))
+    if model.adapter_facts.rows:
+        save_file(model.adapter_facts.rows, folder / ROWS)
     if settings.peft_type == "P_TUNING" and not model.peft_config["default"].inference_mode:
-        save_file({name: t.cpu().contiguous() for name, t in model.prompt_encoder["default"].state_dict().items()}, folder / ENCODER)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in encoder.items()}, folder / ENCODER)
 
 
 def merge_adapter(model: PeftModel, tolerance: float | None = None) -> PreTrainedModel:
@@ -173,11 +179,6 @@ def virtual_embeddings(model: PeftModel) -> Tensor:
     if not is_prompt_learning(model) or model.active_peft_config.peft_type == "PREFIX_TUNING":
         raise ValueError(f"{type(model).__name__} has no virtual tokens with embeddings: give a model with prompt tuning or p-tuning")
     return model.get_prompt(batch_size=1)[0]
-
-
-def trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """Number of weights that train, and of all weights (a tied table counts once)."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
 
 
 def _wrap(model: PreTrainedModel, settings: PeftConfig, facts: Facts, seed: int = 0, start: Sequence[int] | None = None) -> PeftModel:

@@ -18,7 +18,6 @@ from ta.adapters import (
     merge_adapter,
     probe_logits,
     save_adapter,
-    trainable_parameters,
     virtual_embeddings,
 )
 
@@ -120,6 +119,11 @@ def test_whole_tables_trained_beside_lora_merge_and_reload(name, tmp_path):
         assert (merged.get_input_embeddings().weight is merged.get_output_embeddings().weight) == (name != "llama")
         merged.save_pretrained(tmp_path / "merged")
         assert same(probe_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), after)
+
+
+def trainable_parameters(model):
+    """Number of weights that train, and of all weights (a tied table counts once)."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
 
 
 def test_adapter_weights_are_float32_on_a_bfloat16_base_and_float64_on_a_float64_one(tmp_path):

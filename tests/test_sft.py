@@ -86,8 +86,9 @@ def test_export_renders_what_was_trained(door, capsys, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_with_new_tokens_on_an_adapter(forked, data, tmp_path):
-    flags = ("--data", data[0], *QUICK, "--max-tokens-per-micro", 300, "--adapter", "lora", "--init-tokens", "<sep>=the end")
+@pytest.mark.parametrize("more", ["lora --init-tokens <sep>=the_end", "prefix", "prompt", "p-tuning"])
+def test_two_processes_equal_one_with_adapters(forked, data, tmp_path, more):
+    flags = ("--data", data[0], "--val-data", data[1], *QUICK, "--max-tokens-per-micro", 300, "--adapter", *more.split())
     for n in (1, 2):
         forked("sft", *flags, "--out", tmp_path / str(n), processes=n)
     assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-6)
