@@ -26,7 +26,9 @@ from ta.inference import InferenceConfig, open_generator, resolve, stand_alone
 from ta.modalities import MediaFiles, reopen_media
 from ta.model import open_format
 from ta.outputs import progress
+from ta.passages import RetrievalConfig
 from ta.prompts import read_prompts
+from ta.retrieval import online
 from ta.sources import Drops
 from ta.store import hash_json
 from ta.templates import ChatConfig
@@ -42,6 +44,7 @@ class Generate:
     generation: GenerateConfig = GenerateConfig()
     vllm: VllmConfig = VllmConfig()
     media: MediaFiles = MediaFiles()
+    retrieval: RetrievalConfig = RetrievalConfig()
     data: tuple[str, ...] = ()
     """Sources of chats: file.jsonl, file.jsonl@0.1 (share), file.jsonl@500 (count); none: built-in held-out chats."""
     out: str = "answers.jsonl"
@@ -85,6 +88,7 @@ def main(config: Generate) -> None:
     records = read_prompts(paths, form, config.chat, drops, config.generation.seed, config.random_cut)
     if drops.counts:
         print(f"left out: {drops.table()}", file=sys.stderr)
+    records = online(config.retrieval, records, form, config.chat, device)
     vllm = config.vllm if config.engine == "vllm" else None
     engine, vocabulary, context = open_generator(model, adapter, form, device, vllm, config.generation.seed, media)
     check_prompts([prompt for _, prompt, _ in records], vocabulary, context)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ta import tasks
-from ta.tasks import candidates, chats, classes, exact_match, labelled, preferences, write_jsonl
+from ta.tasks import candidates, chats, classes, exact_match, labelled, passages, preferences, questions, readings, write_jsonl
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+    from transformers import BertModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-__all__ = ["candidates", "chats", "classes", "exact_match", "labelled", "preferences", "write_jsonl"]
+__all__ = ["candidates", "chats", "classes", "exact_match", "labelled", "passages", "preferences", "questions", "readings", "write_jsonl"]
 
 # Chats, steps and learning rate with which the tiny model learns the tasks: TINY_STEPS * TINY_BATCH chats are seen once.
 TINY_STEPS = 1400
@@ -31,8 +31,8 @@ TEMPLATE = (
 )
 
 
-@functools.lru_cache(maxsize=1)
-def _trained_backend() -> str:
+@functools.lru_cache(maxsize=2)
+def _trained_backend(catalogue: bool = False) -> str:
     """The byte-level BPE as JSON, trained on the generated records until each of their words is a token (about 0.2 s)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -45,19 +45,26 @@ def _trained_backend() -> str:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [message["content"] for record in chats("train", 2000) + classes("train", 500) for message in record["messages"]]
-    words = [*tasks.THINGS, *tasks.COLOURS, *tasks.NAMES, *itertools.chain(*tasks.TOPICS), "system", "user", "assistant"] * 2
-    backend.train_from_iterator(texts + words, trainer)
+    if catalogue:
+        texts = [f"{gap}{word}" for word in (*tasks.PEOPLE, *tasks.OBJECTS, *tasks.WORDS, *tasks.PLACES) for gap in ("", " ")] * 2
+        texts += [f"{number:02}" for number in range(100)] * 2 + ["number of"] * 2
+    else:
+        texts = [message["content"] for record in chats("train", 2000) + classes("train", 500) for message in record["messages"]]
+        texts += [*tasks.THINGS, *tasks.COLOURS, *tasks.NAMES, *itertools.chain(*tasks.TOPICS)] * 2
+    backend.train_from_iterator(texts + ["system", "user", "assistant"] * 2, trainer)
     return backend.to_str()
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A new byte-level tokenizer with a ChatML template: <|im_end|> ends an answer (eos), <|endoftext|> pads, every byte encodes."""
+def tiny_tokenizer(catalogue: bool = False) -> PreTrainedTokenizerFast:
+    """A new byte-level tokenizer with a ChatML template: <|im_end|> ends an answer (eos), <|endoftext|> pads, every byte encodes.
+
+    Its tokens are the words of the dialogues, or with `catalogue` those of the passages and their questions.
+    """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_trained_backend()),
+        tokenizer_object=Tokenizer.from_str(_trained_backend(catalogue)),
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=["<|im_start|>"],
@@ -67,11 +74,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_config(**more: Any) -> LlamaConfig:
-    """The shape of the tiny models: a Llama of about a million weights for tiny_tokenizer(); `more` overrides."""
+def tiny_config(catalogue: bool = False, **more: Any) -> LlamaConfig:
+    """The shape of the tiny models: a Llama of about a million weights for tiny_tokenizer(catalogue); `more` overrides."""
     from transformers import LlamaConfig
 
-    tokenizer = tiny_tokenizer()
+    tokenizer = tiny_tokenizer(catalogue)
     shape = {"hidden_size": 160, "intermediate_size": 448, "num_hidden_layers": 3, "num_attention_heads": 5, "num_key_value_heads": 5}
     ids = {
         "vocab_size": len(tokenizer),
@@ -99,7 +106,17 @@ def tiny_classifier(num_labels: int, seed: int = 0, **more: Any) -> LlamaForSequ
     return _seeded(LlamaForSequenceClassification, tiny_config(num_labels=num_labels, **more), seed)
 
 
-def _seeded(model_class: type, config: LlamaConfig, seed: int) -> Any:
+def tiny_encoder(seed: int = 0, **more: Any) -> BertModel:
+    """A seeded random text encoder of a layer for tiny_tokenizer(True): what it gives for a text is little more than a mixture of its words."""
+    from transformers import BertConfig, BertModel
+
+    tokenizer = tiny_tokenizer(True)
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 128}
+    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.05}
+    return _seeded(BertModel, BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **shape | quiet | more), seed)
+
+
+def _seeded(model_class: type, config: Any, seed: int) -> Any:
     import torch
 
     with torch.random.fork_rng(devices=[]):
@@ -109,16 +126,30 @@ def _seeded(model_class: type, config: LlamaConfig, seed: int) -> Any:
 
 def write_tiny(folder: str | os.PathLike, seed: int = 0, num_labels: int | None = None, **more: Any) -> None:
     """Save the tiny model (with `num_labels` the classifier) and its tokenizer as a folder that from_pretrained loads."""
+    _write(folder, tiny_model(seed, **more) if num_labels is None else tiny_classifier(num_labels, seed, **more))
+
+
+def write_encoder(folder: str | os.PathLike, seed: int = 0, **more: Any) -> None:
+    """Save the tiny encoder and its tokenizer as a folder that from_pretrained loads."""
+    _write(folder, tiny_encoder(seed, **more), True)
+
+
+def write_small(folder: str | os.PathLike, seed: int = 0) -> None:
+    """Save a smaller language model, which reads one short passage and learns to answer from it in a minute, likewise."""
+    shape = {"hidden_size": 96, "intermediate_size": 240, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4}
+    _write(folder, tiny_model(seed, catalogue=True, **shape), True)
+
+
+def _write(folder: str | os.PathLike, model: Any, catalogue: bool = False) -> None:
     from safetensors.torch import save_model
 
-    model = tiny_model(seed, **more) if num_labels is None else tiny_classifier(num_labels, seed, **more)
     Path(folder).mkdir(parents=True, exist_ok=True)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
     save_model(model, str(Path(folder) / "model.safetensors"), metadata={"format": "pt"})  # save_pretrained writes on rank 0 only
-    tiny_tokenizer().save_pretrained(folder)
+    tiny_tokenizer(catalogue).save_pretrained(folder)
 
 
 def fingerprint() -> str:

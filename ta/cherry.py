@@ -114,7 +114,8 @@ def pick_cherries(
                 texts_of = [question] if isinstance(question, str) else [part["content"] for part in question if part["type"] == "text"]
                 question = " ".join(dict.fromkeys([*(f"[{path}]" for _, path in items), *texts_of]))
             sample = {"step": step, "id": records[i].get("id", i), "prompt": question, "answer": answer.text, "reference": reference}
-            log.append(folder / "samples.jsonl", sample | {"finish": answer.finish})
+            found = {key: records[i][key] for key in ("passages",) if key in records[i]}
+            log.append(folder / "samples.jsonl", sample | found | {"finish": answer.finish})
             rows.append((question, answer.text, reference))
         say(f"\nsamples at step {step}\n{log.table(rows[: config.cherry_show], ('question', 'answer', 'right answer'))}\n")
     logprobs = [answer.logprobs for answer in answers]

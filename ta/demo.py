@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
+from pathlib import Path
 
 from ta import builtin
-from ta.folders import TUNED, pictures_folder, place, tiny_folder, tuned_folder
+from ta.folders import READER, TUNED, pictures_folder, place, tiny_folder, tuned_folder
 
-__all__ = ["TUNED", "data_or_builtin", "pictures_folder", "tiny_folder", "tuned_folder"]
+__all__ = ["READER", "TUNED", "data_or_builtin", "pictures_folder", "tiny_folder", "tuned_folder"]
 
 SIZES = {
     "chats": (builtin.TINY_STEPS * builtin.TINY_BATCH, 256),
@@ -17,6 +19,8 @@ SIZES = {
     "labelled": (3_200, 256),
     "classes": (4_800, 256),
     "candidates": (256, 64),
+    "questions": (9_600, 128),
+    "readings": (4_800, 128),
 }
 
 
@@ -29,13 +33,23 @@ def data_or_builtin(data: Sequence[str], val_data: Sequence[str], kind: str) -> 
         return (str(folder / "train.jsonl"),), tuple(val_data) or (str(folder / "held_out.jsonl"),)
     paths = []
     for split, n in zip(("train", "held_out"), SIZES[kind], strict=True):
-        path = place() / f"{kind}-{split}-{n}.jsonl"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}")
-            builtin.write_jsonl(temporary, getattr(builtin, kind)(split, n))
-            with suppress(FileExistsError):  # another process was first: its file stays as it is
-                os.link(temporary, path)
-            temporary.unlink()
-        paths.append(str(path))
+        paths.append(str(records_file(f"{kind}-{split}-{n}.jsonl", partial(getattr(builtin, kind), split, n))))
     return (paths[0],), tuple(val_data) or (paths[1],)
+
+
+def records_file(name: str, make: Callable[[], list[dict]]) -> Path:
+    """The file of built-in records of that name, which `make` gives where it is not there yet."""
+    path = place() / name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        builtin.write_jsonl(temporary, make())
+        with suppress(FileExistsError):  # another process was first: its file stays as it is
+            os.link(temporary, path)
+        temporary.unlink()
+    return path
+
+
+def passages_file() -> Path:
+    """The built-in passages, which built-in questions ask about."""
+    return records_file("passages.jsonl", builtin.passages)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ta.chat import EQUAL, Drop, Tokens, encode_answers, encode_chats, encode_pairs
 from ta.dataset import DataConfig, Encoded, Prepared, prepare
-from ta.kinds import check_chat, check_class, check_labelled, check_media, check_pair
+from ta.kinds import check_chat, check_class, check_labelled, check_media, check_pair, check_question
 from ta.media import encode_media
 from ta.model import format_settings
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ta.model import ChatFormat
     from ta.templates import ChatConfig
 
-Kind = Literal["chat", "pair", "labelled", "class"]
+Kind = Literal["chat", "pair", "labelled", "class", "question"]
 
 
 def prepare_kind(
@@ -73,6 +73,11 @@ def _media(form: ChatFormat, chat: ChatConfig, records: list[dict]) -> list[Enco
     return [result if isinstance(result, Drop) else Encoded((result[0],), media=result[1]) for result in results]
 
 
+def _questions(form: ChatFormat, chat: ChatConfig, records: list[dict]) -> list[Encoded | Drop]:
+    """Chats without passages; the last question stays, whatever keep_end says: it is what is searched for."""
+    return _chats(form, replace(chat, keep_end=True), records)
+
+
 def _encoded(result: Tokens | Sequence[Tokens] | Drop, **extras: float) -> Encoded | Drop:
     if isinstance(result, Drop):
         return result
@@ -85,4 +90,5 @@ KINDS: dict[str, tuple[Callable, Callable]] = {  # check(data) -> data, encode(f
     "labelled": (check_labelled, _labelled),
     "class": (check_class, _classes),
     "media": (check_media, _media),
+    "question": (check_question, _questions),
 }

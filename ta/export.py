@@ -74,7 +74,12 @@ def export(
             if base.can_generate():
                 base.generation_config.save_pretrained(temporary)
         else:
-            (model if state is None else _plain(model, state)).save_pretrained(temporary)
+            whole(model, state).save_pretrained(temporary)
+
+
+def whole(model: PreTrainedModel, state: dict[str, Tensor] | None) -> PreTrainedModel:
+    """The model, or where it is sharded one like it that holds the gathered tensors."""
+    return model if state is None else _plain(model, state)
 
 
 def _plain(model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from ta import builtin, pictures
 from ta.store import cache_folder, content_hash, hash_json
 
-TUNED = "builtin-sft"  # what --model-path calls it
+TUNED, SMALL, READER = "builtin-sft", "builtin-small", "builtin-reader"  # what --model-path calls them
 PICTURES = (3000, 60)  # training, held out
 
 
@@ -20,10 +21,25 @@ def place() -> Path:
 
 def tiny_folder() -> Path:
     """The seeded tiny model with its tokenizer, as a folder that from_pretrained loads; written once."""
-    folder = place() / "model"
-    if not (folder / "config.json").exists():
-        temporary = folder.with_name(f".model.{os.getpid()}.tmp")
-        builtin.write_tiny(temporary)
+    return written("model", builtin.write_tiny)
+
+
+def small_folder() -> Path:
+    """A smaller one for the built-in passages, likewise."""
+    return written("small", builtin.write_small)
+
+
+def encoder_folder(path: str = "builtin") -> str:
+    """The folder of a text encoder; "builtin" is a seeded tiny one, likewise."""
+    return str(written("encoder", builtin.write_encoder)) if path == "builtin" else model_folder(path)
+
+
+def written(name: str, write: Callable[[Path], None]) -> Path:
+    """The folder of built-in parts of that name, which `write` makes where it is not there yet."""
+    folder = place() / name
+    if not folder.exists():
+        temporary = folder.with_name(f".{name}.{os.getpid()}.tmp")
+        write(temporary)
         try:
             os.rename(temporary, folder)
         except OSError:  # another process was first
@@ -31,31 +47,24 @@ def tiny_folder() -> Path:
     return folder
 
 
-def tuned_folder() -> Path:
-    """Where the tiny model lies after fine-tuning on the built-in chats (ta/warm.py)."""
-    return place() / "tuned"
+def tuned_folder(name: str = TUNED) -> Path:
+    """Where a built-in model lies after fine-tuning (ta/warm.py): the tiny one on chats, or READER, the small one, on questions with passages."""
+    return place() / ("tuned" if name == TUNED else name)
 
 
 def pictures_folder() -> Path:
     """Generated pictures with their records (ta/pictures.py), drawn once; the pictures lie in its folder images."""
-    folder = place() / f"pictures-{PICTURES[0]}-{PICTURES[1]}-{pictures.fingerprint()}"
-    if not folder.exists():
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        pictures.write_pictures(temporary, *PICTURES)
-        try:
-            os.rename(temporary, folder)
-        except OSError:  # another process was first
-            shutil.rmtree(temporary)
-    return folder
+    name = f"pictures-{PICTURES[0]}-{PICTURES[1]}-{pictures.fingerprint()}"
+    return written(name, lambda folder: pictures.write_pictures(folder, *PICTURES))
 
 
 def model_folder(path: str, hub: bool = False) -> str:
     """The folder (or, with `hub`, the name) to load; "builtin" is written to the cache once. ValueError where there is no such folder."""
     if path.startswith("builtin") and not Path(path).exists():
-        if path == "builtin":
-            return str(tiny_folder())
-        if path == TUNED and tuned_folder().exists():
-            return str(tuned_folder())
+        if path in ("builtin", SMALL):
+            return str(tiny_folder() if path == "builtin" else small_folder())
+        if path in (TUNED, READER) and tuned_folder(path).exists():
+            return str(tuned_folder(path))
     if not Path(path).is_dir() and not hub:
         raise ValueError(
             f"no model folder at {path}: give a folder with config.json and *.safetensors, or add --hub to look the name up on the hub"

@@ -70,6 +70,21 @@ def check_labelled(data: dict) -> dict:
     return {**data, "context": context, "answer": answer}
 
 
+def check_question(data: dict) -> dict:
+    """A chat whose last question is to be answered from passages: {"messages", "gold"?: id or list of ids of passages that hold the answer}."""
+    gold = data.get("gold")
+    gold = [] if gold is None else gold if isinstance(gold, list) else [gold]
+    if not all(isinstance(name, str | int) and not isinstance(name, bool) for name in gold):
+        raise BadRecord("gold is no passage id", f"gold is {_shown(data, 'gold')}; give the id of a passage, or a list of ids")
+    checked = check_chat({key: value for key, value in data.items() if key != "gold"})
+    question = [message["role"] for message in checked["messages"]]
+    while question and question[-1] == "assistant":
+        question.pop()
+    if not question or question[-1] == "system":
+        raise BadRecord("no question", "no message of a user comes before the answer, so there is nothing to search for; give a question")
+    return checked | {"gold": [str(name) for name in dict.fromkeys(gold)]}
+
+
 def check_class(data: dict) -> dict:
     """{"messages", "label": int from 0}; one message is enough."""
     label = data.get("label")

@@ -26,7 +26,7 @@ def estimate(model: nn.Module, feed: Feed, step, before_step=None) -> dict[str, 
     device = next(model.parameters()).device
     largest = to_device(max(firsts, key=lambda batch: batch_of(batch).tokens.numel()), device)
     if before_step:
-        (largest,) = before_step(model, [largest])
+        largest = max(before_step(model, [largest]), key=lambda batch: batch_of(batch).tokens.numel())
     for parameter in model.parameters():  # they are there from the second micro-batch on, while activations are
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     if device.type == "cuda":

@@ -121,11 +121,11 @@ def seed_dropout(seed: int, number: int) -> None:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks: the modules of the longest list of equal modules in the model."""
+    """The transformer blocks: the modules of the longest list of equal modules in each part of the model."""
     from torch import nn
 
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(child) for child in m}) == 1]
-    return list(max(lists, key=len)) if lists else []
+    parts = [[m for m in part.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1] for part in model.children()]
+    return [block for lists in parts if lists for block in max(lists, key=len)]
 
 
 def recompute(model: nn.Module) -> None:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ta.media import Slot
     from ta.wrapper import LanguageModel
 
-BUILTIN = {"chat": "chats", "pair": "preferences", "labelled": "labelled", "class": "classes", "media": "pictures"}
+BUILTIN = {"chat": "chats", "pair": "preferences", "labelled": "labelled", "class": "classes", "media": "pictures", "question": "questions"}
 
 
 @dataclass(frozen=True)
@@ -174,11 +174,12 @@ def evaluate_with(
     more: Callable[[int, list], dict[str, float]] | None = None,
     before_step: Callable[[LanguageModel, list], list] | None = None,
     embed: Embed | None = None,
+    as_asked: Callable[[list[dict]], list[dict]] = lambda records: records,
 ) -> Callable[[int], dict] | None:
     """evaluate(step number) for `train`: held-out loss and metrics of `step`, cherry-picks, and `more(step number, batches)`.
 
     None without held-out data. `before_step` is the one given to `train`: it then sees all held-out batches at once. `embed` gives the
-    embeddings of prompts with media.
+    embeddings of prompts with media. `as_asked` gives the records of cherry-picks as the model is to see them, on all processes at once.
     """
     if not run.held_out:
         return None
@@ -190,7 +191,7 @@ def evaluate_with(
         batches = before_step(run.model, batches) if before_step else batches
         figures = mean_over(run.model, batches, step)
         if config.cherry.cherry_records and run.model.generates:
-            records = run.data.held_out_records
+            records = as_asked(run.data.held_out_records)
             figures |= pick_cherries(
                 run.model, records, run.form, config.chat, config.cherry, Path(config.loop.out), done, config.loop.seed, embed
             )

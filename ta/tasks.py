@@ -7,6 +7,7 @@ held-out question can be answered from memory: the words and the addition table 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -26,6 +27,7 @@ TOPICS = (
     ["rain", "snow", "wind", "sun", "fog", "ice", "hail", "storm", "cloud", "frost", "mist", "sky"],
 )
 WORDS = TOPICS[0] + TOPICS[1]
+PLACES = [*TOPICS[2], *COLOURS, "dawn", "dusk"]
 SYSTEM_PROMPTS = ("Answer in few words.", "You are a careful helper.")
 
 
@@ -174,6 +176,51 @@ def classes(split: Split, n: int, seed: int = 0, rare: bool = False) -> list[dic
         if _split_of(words) == split:
             message = {"role": "user", "content": f"Words: {' '.join(words)}."}
             records.append({"id": f"class-{split}-{seed}-{len(records)}", "messages": [message], "label": label})
+    return records
+
+
+PEOPLE = dict(
+    zip((*NAMES, "Rosa", "Sam", "Tina", "Uwe", "Vera", "Will", "Yara", "Zoe"), WORDS, strict=True)
+)  # and what the catalogue calls them
+OBJECTS = dict(
+    zip((*THINGS, "bike", "door", "drum", "flag", "fork", "harp", "kite", "map", "pipe", "rope", "ship", "tent"), PLACES, strict=True)
+)
+ASKED = ("{person}'s {thing}?", "{thing} of {person}?", "number of {person}'s {thing}?", "{person}, {thing}?")
+
+
+def passages() -> list[dict[str, str]]:
+    """A catalogue of 576 things as {"id", "title", "text"}: it calls their owners by an animal or a food and the things by a weather or a colour, and
+    gives each a number that no other has."""
+    codes = list(itertools.product(PEOPLE.values(), OBJECTS.values()))
+    numbers = random.Random("passages").sample(range(10_000), len(codes))
+    return [
+        {"id": "-".join(code), "title": " ".join(code), "text": f"{number // 100:02}-{number % 100:02}"}
+        for code, number in zip(codes, numbers, strict=True)
+    ]
+
+
+def questions(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
+    """n questions {"id", "messages", "answer", "gold"} about `passages()`, with which they share no word: that Anna is the cat and a key the rain can
+    only be learned. What held-out questions ask for is asked for in none of training, while each of its words is known from there."""
+    rng = _generator("question", split, seed)
+    numbers = {passage["id"]: passage["text"] for passage in passages()}
+    facts = [fact for fact in itertools.product(PEOPLE, OBJECTS) if _split_of(fact) == split]
+    records = []
+    while len(records) < n:
+        person, thing = rng.choice(facts)
+        gold = f"{PEOPLE[person]}-{OBJECTS[thing]}"
+        messages = [{"role": "user", "content": rng.choice(ASKED).format(person=person, thing=thing)}, _answer(numbers[gold])]
+        records.append({"id": f"question-{split}-{seed}-{len(records)}", "messages": messages, "answer": numbers[gold], "gold": [gold]})
+    return records
+
+
+def readings(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
+    """The same questions with the passage that answers each in front of it: what a generator learns to read from."""
+    texts = {passage["id"]: f"{passage['title']}\n{passage['text']}\n\n" for passage in passages()}
+    records = questions(split, n, seed)
+    for record in records:
+        asked, answer = record["messages"]
+        record["messages"] = [{**asked, "content": texts[record["gold"][0]] + asked["content"]}, answer]
     return records
 
 

@@ -1,11 +1,12 @@
-"""The built-in model after fine-tuning on the built-in chats: where preference methods start when no model is given."""
+"""Built-in models after fine-tuning on built-in records: where methods start when no model is given."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import shutil
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from ta import builtin, demo
 from ta.adapter_settings import AdapterConfig
@@ -13,6 +14,8 @@ from ta.dataset import DataConfig
 from ta.encode import prepare_kind
 from ta.export import export
 from ta.feed import training_feed
+from ta.folders import READER, SMALL, TUNED, tuned_folder, written
+from ta.index import EncoderConfig, begin, build
 from ta.loop import LoopConfig, train
 from ta.model import ModelConfig, open_format, open_model
 from ta.optim import OptimConfig
@@ -26,27 +29,46 @@ if TYPE_CHECKING:
     Config = TypeVar("Config", bound=RunConfig)
 
 
-def warm_start(config: Config) -> Config:
-    """The config, with the fine-tuned built-in model in place of the random one: preferences among answers need a model that answers."""
+class Warmth(NamedTuple):
+    """How a built-in model is fine-tuned first."""
+
+    base: str  # --model-path
+    records: str  # the built-in ones it learns
+    steps: int
+    batch_size: int
+    lr: float
+    what: str
+
+
+WARMTH = {
+    TUNED: Warmth("builtin", "chats", builtin.TINY_STEPS, builtin.TINY_BATCH, builtin.TINY_LR, "the built-in model on built-in chats"),
+    READER: Warmth(SMALL, "readings", 150, 32, 3e-3, "a small built-in model on questions with their passages"),
+}
+
+
+def warm_start(config: Config, name: str = TUNED) -> Config:
+    """The config, with a fine-tuned built-in model in place of the random one: preferences among answers need a model that answers, passages one
+    that reads."""
     if config.model.model_path != "builtin":
         return config
     device = init()
-    if not gather_objects(demo.tuned_folder().exists())[0]:
-        say(f"no --model-path: fine-tuning the built-in model on built-in chats first, once ({builtin.TINY_STEPS} steps)")
-        fine_tune(device)
-    say(f"no --model-path: starting from the fine-tuned built-in model in {demo.tuned_folder()}")
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, model_path=demo.TUNED))
+    if not gather_objects(tuned_folder(name).exists())[0]:
+        say(f"no --model-path: fine-tuning {WARMTH[name].what} first, once ({WARMTH[name].steps} steps)")
+        fine_tune(device, name)
+    say(f"no --model-path: starting from the fine-tuned built-in model in {tuned_folder(name)}")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, model_path=name))
 
 
-def fine_tune(device: str) -> None:
-    """Train the built-in model on the built-in chats as recipes/sft.py does, into the cache; all processes take part."""
-    folder = demo.tuned_folder()
-    work = folder.with_name(f".tuned.{gather_objects(os.getpid())[0]}.tmp")
-    form = open_format(ModelConfig(), TokenizerConfig(), ChatConfig())
-    sources, _ = demo.data_or_builtin((), (), "chats")
+def fine_tune(device: str, name: str = TUNED) -> None:
+    """Train a built-in model as recipes/sft.py does, into the cache; all processes take part."""
+    folder, how = tuned_folder(name), WARMTH[name]
+    work = folder.with_name(f".{folder.name}.{gather_objects(os.getpid())[0]}.tmp")
+    start = ModelConfig(model_path=how.base)
+    form = open_format(start, TokenizerConfig(), ChatConfig())
+    sources, _ = demo.data_or_builtin((), (), how.records)
     prepared = prepare_kind("chat", sources, form, ChatConfig(), DataConfig(), say=say)
-    model, _ = open_model(ModelConfig(), AdapterConfig(), form, device=device)
-    loop = LoopConfig(out=str(work), steps=builtin.TINY_STEPS, batch_size=builtin.TINY_BATCH)
+    model, _ = open_model(start, AdapterConfig(), form, device=device)
+    loop = LoopConfig(out=str(work), steps=how.steps, batch_size=how.batch_size)
     feed = training_feed(
         prepared,
         batch_size=loop.batch_size,
@@ -60,8 +82,18 @@ def fine_tune(device: str) -> None:
         work.mkdir(parents=True, exist_ok=True)
     barrier()
     try:
-        train(model, feed, lambda model, batch: (model(batch, "sum"), batch.weights.sum(), {}), loop, OptimConfig(lr=builtin.TINY_LR))
+        train(model, feed, lambda model, batch: (model(batch, "sum"), batch.weights.sum(), {}), loop, OptimConfig(lr=how.lr))
         export(model.inner, form.tokenizer, folder, export_template(form.template), form.stop_ids)
     finally:
         if rank() == 0:
             shutil.rmtree(work, ignore_errors=True)
+
+
+def builtin_index() -> Path:
+    """The index of the built-in passages by the built-in encoder; built once."""
+
+    def write(folder: Path) -> None:
+        begin(folder, (str(demo.passages_file()),), EncoderConfig(), overwrite=True)
+        build(folder, "cpu")
+
+    return written("index", write)

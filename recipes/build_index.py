@@ -1,0 +1,51 @@
+"""Build the index of a collection of passages: their vectors by a text encoder, for exact search; resumable, on one process or many.
+
+    python recipes/build_index.py                                                # built-in catalogue and encoder
+    python recipes/build_index.py --passages passages.jsonl --encoder-path ENCODER --out index
+    torchrun --nproc-per-node 8 recipes/build_index.py ...                       # each process embeds every 8th block
+
+A line of passages: {"id": "p1", "title": "Keys", "text": "Anna's key is red."}; id and title are optional. The index is a folder: passages.jsonl,
+vectors.safetensors and manifest.json.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from ta import demo, index
+from ta.cli import cli
+from ta.index import EncoderConfig
+from ta.inference import stand_alone
+from ta.parallel import close, init, on_rank_zero
+
+
+@dataclass(frozen=True)
+class BuildIndex:
+    encoder: EncoderConfig = EncoderConfig()
+    passages: tuple[str, ...] = ()
+    """Sources of passages: file.jsonl, file.jsonl@0.1 (share), file.jsonl@500 (count); none: the built-in catalogue."""
+    out: str = "index"
+    """Folder to write."""
+    max_tokens_per_pass: int = 8192
+    """Tokens, padding included, in one pass of the encoder: the memory knob."""
+    resume: bool = False
+    """Go on where a stopped run left off."""
+    overwrite: bool = False
+    """Replace an index that exists."""
+
+
+def main(config: BuildIndex) -> None:
+    from tqdm import tqdm
+
+    init()
+    out, sources = Path(config.out), config.passages or (str(demo.passages_file()),)
+    on_rank_zero(lambda: index.begin(out, sources, config.encoder, config.resume, config.overwrite))
+    close()
+    me, processes, device = stand_alone()  # from here on nobody waits for anybody
+    with tqdm(desc="embedding", unit=" passages", disable=me > 0, mininterval=0.5, dynamic_ncols=True) as bar:
+        if index.build(out, device, me, processes, config.max_tokens_per_pass, bar.update):
+            print(f"done: {out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli(main, BuildIndex)
