@@ -141,14 +141,16 @@ def write_small(folder: str | os.PathLike, seed: int = 0) -> None:
 
 
 def _write(folder: str | os.PathLike, model: Any, catalogue: bool = False) -> None:
-    from safetensors.torch import save_model
+    from safetensors.torch import save_file
 
     Path(folder).mkdir(parents=True, exist_ok=True)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    save_model(model, str(Path(folder) / "model.safetensors"), metadata={"format": "pt"})  # save_pretrained writes on rank 0 only
+    first = {tensor.data_ptr(): name for name, tensor in reversed(model.state_dict().items())}  # of tied tables the input's
+    weights = {name: tensor for name, tensor in model.state_dict().items() if first[tensor.data_ptr()] == name}
+    save_file(weights, Path(folder) / "model.safetensors", {"format": "pt"})  # save_pretrained writes on rank 0 only
     tiny_tokenizer(catalogue).save_pretrained(folder)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,6 +33,20 @@ def check_parallel(config, size: int) -> None:
             f"--tensor-parallel-size {size} does not divide the model's {heads} attention heads "
             f"({groups} for keys and values, {units} hidden units): give one of {', '.join(map(str, fits))}"
         )
+
+
+def check_tables(folder: str) -> None:
+    """ValueError for weights that hold a shared table under its output name alone, where vLLM would leave the input table full of zeros."""
+    from safetensors import safe_open
+
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            notes, names = file.metadata() or {}, set(file.keys())
+        for name, kept in notes.items():
+            if kept.endswith("lm_head.weight") and kept in names and name not in names:
+                raise ValueError(
+                    f"{path} holds {name} as {kept} alone, which vLLM would read as zeros: load it in transformers and save_pretrained it anew"
+                )
 
 
 def check_head(config) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ta.answers import Answer, Ending, GenerateConfig, check_prompts, check_settings, context_of
-from ta.vllm_checks import check_head, check_installed, check_parallel, lora_rank, refuse_settings
+from ta.vllm_checks import check_head, check_installed, check_parallel, check_tables, lora_rank, refuse_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,6 +91,7 @@ def open_engine(
             more |= {"enable_lora": True, "max_lora_rank": next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank)}
         else:
             folder = _merge(model, adapter_path, dtype, temporary.name, num_labels)
+    check_tables(folder)
     if folder != temporary.name:
         settings.save_pretrained(temporary.name)  # vLLM looks for it beside the tokenizer, and waits
     tokenizer.save_pretrained(temporary.name)  # with its new tokens, wherever the weights lie

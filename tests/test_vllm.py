@@ -16,7 +16,7 @@ from ta import demo
 from ta.builtin import tiny_tokenizer
 from ta.generate import GenerateConfig, generate
 from ta.model import ModelConfig, load_model
-from ta.vllm_checks import check_head, check_parallel, lora_rank, refuse_settings
+from ta.vllm_checks import check_head, check_parallel, check_tables, lora_rank, refuse_settings
 from ta.vllm_engine import VllmConfig, generate_vllm, open_engine
 
 installed = importlib.util.find_spec("vllm") is not None
@@ -129,6 +129,18 @@ def test_heads_that_vllm_reads_otherwise_are_refused():
     for name, said in (("OPT", "OPTForSequenceClassification"), ("Bert", "BertFor"), ("Zamba2", "Zamba2For"), ("Mamba", "mamba")):
         with pytest.raises(ValueError, match=f"{said}.*--engine hf"):
             check_head(getattr(transformers, f"{name}Config")())
+
+
+def test_weights_without_the_input_table_are_refused(tmp_path):
+    from safetensors.torch import save_model
+
+    from ta.builtin import tiny_model, write_tiny
+
+    write_tiny(tmp_path / "whole")
+    check_tables(str(tmp_path / "whole"))
+    save_model(tiny_model(), str(tmp_path / "model.safetensors"))  # which keeps one name of a tied table, the output's
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight as lm_head\.weight alone.*save_pretrained"):
+        check_tables(str(tmp_path))
 
 
 @pytest.fixture(scope="module")
