@@ -98,15 +98,17 @@ def extract(
     workers: int = 0,
     skip_bad: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    overwrite: bool = False,
 ) -> Extracted:
     """Encode the files of `paths` {key: file} into the cache `out`, going on where an interrupted call stopped; memory does not grow with them.
 
     `read` (run in `workers` processes; 0 reads here) gives one input, `encode` takes a batch of them to (I, F, E). A file that `read` refuses
-    with ValueError ends the call, or with `skip_bad` is counted. `progress(done, total)` is called after every batch.
+    with ValueError ends the call, or with `skip_bad` is counted. `progress(done, total)` is called after every batch. An `out` that exists is
+    replaced at the end where `overwrite` says so.
     """
     import torch
 
-    if Path(out).exists():
+    if Path(out).exists() and not overwrite:
         raise ValueError(f"{out} exists; remove it, or give another path")
     if workers < 0 or batch_size < 1:
         raise ValueError(f"workers {workers}, batch size {batch_size}: give 0 or more workers and a batch of 1 or more")

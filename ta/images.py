@@ -65,11 +65,11 @@ def media_path(root: str | Path, relative: str) -> Path:
     return path
 
 
-def find_images(root: str | Path) -> list[str]:
-    """The keys of all picture files below `root`, by their endings, in order; hidden files and folders are left out."""
+def find_files(root: str | Path, endings: Sequence[str] = ENDINGS) -> list[str]:
+    """The keys of all picture files below `root`, known by their `endings`, in order; hidden files and folders are left out."""
     if not Path(root).is_dir():
-        raise ValueError(f"{root} is not a folder; give the folder that holds the pictures")
-    names = (path.relative_to(root) for path in Path(root).rglob("*") if path.suffix.lower() in ENDINGS and not path.is_dir())
+        raise ValueError(f"{root} is not a folder; give the folder that holds the files")
+    names = (path.relative_to(root) for path in Path(root).rglob("*") if path.suffix.lower() in endings and not path.is_dir())
     return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
 
 

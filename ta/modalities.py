@@ -131,7 +131,9 @@ def open_media(config: MediaConfig, sources: Sequence[str], device: str, half: b
     found = {}
     for name, encoder_name in chosen.items():
         own = lambda key, name=name: getattr(config, f"{name}_{key}")  # noqa: E731
-        encoder, mark = _encoder(encoder_name, own("encoder_path"), name, device, half)
+        encoder, mark = load_marked(encoder_name, own("encoder_path"), device, half)
+        if encoder.modality != name:
+            raise ValueError(f"--{name}-encoder {encoder_name} reads {encoder.modality}: give an encoder of {name}")
         settings = {
             "encoder": encoder_name,
             "path": str(Path(own("encoder_path")).resolve()) if own("encoder_path") else None,
@@ -158,7 +160,7 @@ def reopen_media(folder: str | Path, files: MediaFiles, sources: Sequence[str], 
     root, found = root_of(files.image_root, sources), {}
     for name, settings in json.loads((Path(folder) / MANIFEST).read_text())["modalities"].items():
         path = getattr(files, f"{name}_encoder_path") or settings["path"]
-        encoder, mark = _encoder(settings["encoder"], path, name, device, half)
+        encoder, mark = load_marked(settings["encoder"], path, device, half)
         if mark != settings["fingerprint"]:
             raise ValueError(
                 f"{folder} was trained with another {settings['encoder']} encoder than {path} holds "
@@ -169,15 +171,13 @@ def reopen_media(folder: str | Path, files: MediaFiles, sources: Sequence[str], 
     return Opened(found)
 
 
-def _encoder(name: str, path: str | None, modality: str, device: str, half: bool) -> tuple[Encoder, str]:
-    """An encoder on `device`, and the fingerprint of its settings and float32 weights."""
+def load_marked(name: str, path: str | None, device: str, half: bool = False) -> tuple[Encoder, str]:
+    """An encoder on `device`, in bfloat16 with `half`, and the fingerprint of its settings and weights as they lie on the disk."""
     import torch
 
     from ta.encoders import fingerprint, load_encoder
 
     encoder = load_encoder(name, path, "cpu")
-    if encoder.modality != modality:
-        raise ValueError(f"--{modality}-encoder {name}: the weights in {path} read {encoder.modality}; give an encoder of {modality}")
     mark = fingerprint(encoder)
     encoder.module.to(device, torch.bfloat16 if half else torch.float32)
     return encoder, mark

@@ -16,7 +16,7 @@ from ta.encoders import ENCODERS, fingerprint, load_encoder
 from ta.featurefile import Layout
 from ta.features import check_features, extract, read_features, take
 from ta.imagebind import convert_checkpoint
-from ta.images import find_images, media_path, write_image
+from ta.images import find_files, media_path, write_image
 from ta.pictures import draw_scene, make_scene, questions, write_pictures
 
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
@@ -205,7 +205,7 @@ def test_the_demo_encoder_can_be_read_linearly():
 
 def test_cached_features_are_the_encoders_own(tmp_path):
     write_pictures(tmp_path, train=7, held_out=1)
-    paths = {key: media_path(tmp_path / "images", key) for key in find_images(tmp_path / "images")}
+    paths = {key: media_path(tmp_path / "images", key) for key in find_files(tmp_path / "images")}
     encoder = load_encoder("builtin")
     layout = Layout(fingerprint(encoder), (encoder.n_modality_embs, encoder.emb_dim), "F32")
     assert extract(tmp_path / "c.safetensors", paths, encoder.read, encoder.encode, layout, batch_size=3, workers=2).done == 8

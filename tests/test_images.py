@@ -15,7 +15,7 @@ from ta.images import (
     Preprocessing,
     Shape,
     draw,
-    find_images,
+    find_files,
     media_key,
     media_path,
     preprocess,
@@ -72,9 +72,9 @@ def test_pictures_of_a_folder(tmp_path):
     for name in ("b.png", "a/c.JPG", "a/d.txt", ".hidden/e.png", "a/.f.png", "g.png/h.webp"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert find_images(tmp_path) == ["a/c.JPG", "b.png", "g.png/h.webp"]
+    assert find_files(tmp_path) == ["a/c.JPG", "b.png", "g.png/h.webp"]
     with pytest.raises(ValueError, match="not a folder"):
-        find_images(tmp_path / "none")
+        find_files(tmp_path / "none")
 
 
 def test_read_image_modes(tmp_path):
