@@ -134,7 +134,11 @@ def _fit(
             if config.max_tokens is None or longest <= config.max_tokens:
                 results[j] = [form.tokens for form in forms]
                 continue
-            roles = [jobs[j][0][i]["role"] for i in indexes]
+            chosen = [jobs[j][0][i] for i in indexes]
+            roles = [message["role"] for message in chosen]
+            if keep_end:  # a question right behind its picture begins what is kept as little as an answer does
+                behind = [False, *("parts" in message for message in chosen)]
+                roles = [ANSWER if behind[i] and role == roles[i - 1] else role for i, role in enumerate(roles)]
             lengths = next(list(form.lengths) for form in forms if len(form.tokens.ids) == longest)
             fixed = lengths.pop() if opened else 0
             # what a template writes once (BOS) counts with the first message; should that go, the next round counts again
@@ -161,7 +165,6 @@ def encode_chats(chats: Sequence[Chat], template: Template, vocabulary: Vocabula
 
 
 def encode_chat(messages: Chat, template: Template, vocabulary: Vocabulary, config: ChatConfig) -> Tokens | Drop:
-    """encode_chats for one."""
     return encode_chats([messages], template, vocabulary, config)[0]
 
 

@@ -129,11 +129,10 @@ def open_generator(
         model = open_for_inference(config, adapter_path, device)
         run, sizes = partial(generate, model, form.tokenizer), limits_of(model)
     if media is not None:
-        from ta.multimodal import Table, answer_media, around
-        from ta.wrapper import LanguageModel
+        from ta.multimodal import Table, answer_media, seeing
 
         inner = Table(open_for_inference(config, adapter_path)) if model is None else model  # vLLM holds the rest
-        run = partial(answer_media, media, around(media, form)(LanguageModel(inner, "packed")).eval(), run)
+        run = partial(answer_media, media, seeing(media, form, inner), run)
     return run, *sizes
 
 

@@ -98,6 +98,11 @@ def around(opened: Opened, form: ChatFormat, freeze: bool = False, seed: int = 0
     return put
 
 
+def seeing(opened: Opened, form: ChatFormat, model: nn.Module) -> MediaModel:
+    """A loaded transformers model (or its Table) with its projectors, for use without training."""
+    return around(opened, form)(LanguageModel(model, "packed")).requires_grad_(False).eval()
+
+
 class Table(nn.Module):
     """A language model's embedding table without the model, for an engine that holds the model elsewhere."""
 

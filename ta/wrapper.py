@@ -41,7 +41,7 @@ class LanguageModel(nn.Module):
         """One of the four outputs named above; `embeds` (B, T, D) stands in for the tokens' embeddings."""
         with torch.autocast(batch.tokens.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             if self.mode == "own" and output in ("sum", "tokens"):
-                return self._from_own_logits(batch, output)
+                return self._from_own_logits(batch, output, embeds)
             hidden = self.hidden(batch, embeds)  # (B, T, D)
             if output == "hidden":
                 return hidden
@@ -88,9 +88,10 @@ class LanguageModel(nn.Module):
             bias = layer.token_adapter.base_layer.bias
         return Head(layer.weight, bias, scale, getattr(config, "final_logit_softcapping", None))
 
-    def _from_own_logits(self, batch: Batch, output: str) -> Tensor:
+    def _from_own_logits(self, batch: Batch, output: str, embeds: Tensor | None) -> Tensor:
         """For models and adapters that cannot be taken apart: all logits of padded rows, virtual tokens in front cut away."""
-        logits = self.inner(input_ids=batch.tokens, attention_mask=_real(batch), use_cache=False).logits
+        inputs = {"input_ids": batch.tokens} if embeds is None else {"inputs_embeds": embeds}
+        logits = self.inner(**inputs, attention_mask=_real(batch), use_cache=False).logits
         logits = logits[:, logits.shape[1] - batch.tokens.shape[1] :].flatten(0, 1)[batch.learned]
         logps = torch.log_softmax(logits.float() if logits.dtype != torch.float64 else logits, -1).gather(1, batch.targets[:, None])[:, 0]
         return -(logps * batch.weights.to(logps)).sum() if output == "sum" else logps

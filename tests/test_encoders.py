@@ -84,7 +84,7 @@ def test_red_is_the_first_channel(tmp_path, name):
     assert not torch.allclose(red, blue) and torch.equal(swapped, blue) == (name == "builtin")  # CLIP's channels differ in scale, too
 
 
-def test_whisper_equals_transformers(tmp_path):
+def save_whisper(folder):
     from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
     torch.manual_seed(0)
@@ -92,8 +92,15 @@ def test_whisper_equals_transformers(tmp_path):
     sizes = {"d_model": 16, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "num_mel_bins": 8, "max_source_positions": 50, "vocab_size": 20}
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
     model = WhisperForConditionalGeneration(WhisperConfig(**layers, **sizes, **tokens, dropout=0.5)).eval()
-    model.save_pretrained(tmp_path / "m")
-    WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(tmp_path / "m")
+    model.save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(folder)
+    return model
+
+
+def test_whisper_equals_transformers(tmp_path):
+    from transformers import WhisperFeatureExtractor
+
+    model = save_whisper(tmp_path / "m")
     encoder = load_encoder("whisper", tmp_path / "m")
     assert (encoder.modality, encoder.emb_dim, encoder.n_modality_embs, encoder.grid) == ("audio", 16, 50, (5, 10))
     write_wav(tmp_path / "a.wav", tone(440, 0.7))

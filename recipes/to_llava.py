@@ -1,0 +1,55 @@
+"""Write a trained vision-language model in transformers' Llava layout, so that plain transformers and vLLM serve it.
+
+    python recipes/to_llava.py --model-path runs/multimodal/final --out runs/multimodal/llava
+
+Where the parts allow it: a CLIP or SigLIP encoder, an mlp projector, a language model that the layout takes (an adapter is merged). The logits of
+both forms are compared before anything is published. In a prompt for it a picture is written as the start token, one placeholder and the end token
+(<MS><img></MS>).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ta.cli import cli
+from ta.inference import InferenceConfig, open_for_inference, resolve
+from ta.modalities import MediaFiles, reopen_media
+from ta.templates import ChatConfig
+from ta.tokenizer import TokenizerConfig
+
+
+@dataclass(frozen=True)
+class ToLlava:
+    model_path: str
+    """Folder of a trained model or adapter: RUN/final of recipes/multimodal.py."""
+    out: str
+    """Folder to write."""
+    image_encoder_path: str | None = None
+    """Folder of the encoder, where it is no longer where it was."""
+
+
+def main(config: ToLlava) -> None:
+    from ta.export import published
+    from ta.llava import check_llava, write_llava
+    from ta.model import open_format
+    from ta.multimodal import seeing
+
+    out = Path(config.out)
+    if out.exists():
+        raise ValueError(f"--out {out} exists: give a new folder")
+    base, adapter = resolve(InferenceConfig(model_path=config.model_path, dtype="float32"))
+    files = MediaFiles(image_root=".", image_encoder_path=config.image_encoder_path)
+    media = reopen_media(adapter or base.model_path, files, (), "cpu")
+    if media is None:
+        raise ValueError(f"{config.model_path} has no media.json, so it reads no pictures: give RUN/final of recipes/multimodal.py")
+    check_llava(media)
+    form = open_format(base, TokenizerConfig(), ChatConfig(), adapter, media.slots)
+    model = seeing(media, form, open_for_inference(base, adapter))
+    with published(out) as folder:
+        gap = write_llava(folder, media, model, form)
+        if gap > 1e-3:
+            raise ValueError(f"the Llava layout gives logits that differ by {gap:.2g}: this language model computes otherwise there")
+    print(f"{config.model_path} -> {out} (logits agree to {gap:.1g})")
+
+
+if __name__ == "__main__":
+    cli(main, ToLlava)
