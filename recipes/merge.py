@@ -30,7 +30,7 @@ class MergeConfig:
 
 def main(config: MergeConfig) -> None:
     from ta.adapters import load_adapter, merge_adapter
-    from ta.export import published
+    from ta.export import copy_media, published
     from ta.folders import model_folder
     from ta.vocab import check_vocabulary
 
@@ -45,6 +45,7 @@ def main(config: MergeConfig) -> None:
         for parameter in merged.parameters():  # not .to(dtype), which would round the rotary frequencies as well
             parameter.data = parameter.data.to(dtype)
         save(merged, tokenizer, config.adapter_path, folder)
+        copy_media(config.adapter_path, folder)
         check_saved(merged, folder)
     print(f"{config.model_path} + {config.adapter_path} -> {config.out} ({str(dtype).removeprefix('torch.')}; logits agree)")
 

@@ -36,6 +36,8 @@ def main(config: Multimodal) -> None:
     from ta import multimodal
 
     log.check_out(config.loop.out, config.loop.resume, config.loop.overwrite)
+    if config.media.freeze_language_model and config.adapter.adapter != "none":
+        raise ValueError(f"--freeze-language-model with --adapter {config.adapter.adapter}, which would train it: give one of the two")
     opened = open_media(config.media, config.data.data, init())
     around = partial(multimodal.around, opened, freeze=config.media.freeze_language_model, seed=config.loop.seed)
     parts = open_parts(config, "media", slots=opened.slots, around=around)

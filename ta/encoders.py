@@ -82,7 +82,7 @@ def clip(folder: Path) -> Encoder:
 
     config = _config(CLIPVisionConfig, folder, "clip", "clip_vision_model")
     config.num_hidden_layers -= 1  # the state before the last layer is the last state of a model with one layer fewer
-    return _patches("clip", folder, CLIP, config, ClipPatches(_load(CLIPVisionModel, folder, config)))
+    return _patches("clip", folder, CLIP, config, ClipPatches(load_tower(CLIPVisionModel, folder, config)))
 
 
 def siglip(folder: Path) -> Encoder:
@@ -91,7 +91,7 @@ def siglip(folder: Path) -> Encoder:
 
     config = _config(SiglipVisionConfig, folder, "siglip", "siglip_vision_model")
     config.num_hidden_layers -= 1
-    return _patches("siglip", folder, SIGLIP, config, SiglipPatches(_load(SiglipVisionModel, folder, config)))
+    return _patches("siglip", folder, SIGLIP, config, SiglipPatches(load_tower(SiglipVisionModel, folder, config)))
 
 
 def imagebind(folder: Path) -> Encoder:
@@ -127,7 +127,7 @@ def whisper(folder: Path) -> Encoder:
             f"{folder}: the extractor gives {extractor.feature_size} x {frames} mels, the encoder reads {config.num_mel_bins} x {2 * count}"
         )
     rows = next(rows for rows in range(math.isqrt(count), 0, -1) if count % rows == 0)
-    module = WhisperStates(_load(WhisperModel, folder, config).encoder)
+    module = WhisperStates(load_tower(WhisperModel, folder, config).encoder)
     sizes = {key: getattr(config, key) for key in ("encoder_layers", "encoder_attention_heads", "activation_function", "scale_embedding")}
     hearing = {key: getattr(extractor, key) for key in ("feature_size", "sampling_rate", "hop_length", "n_fft", "chunk_length")}
     read = partial(whisper_mels, extractor=extractor)
@@ -162,7 +162,7 @@ def _config(kind: Any, folder: Path, *types: str) -> Any:
     return kind.from_pretrained(str(folder), local_files_only=True)
 
 
-def _load(kind: Any, folder: Path, config: Any) -> nn.Module:
+def load_tower(kind: Any, folder: Path, config: Any) -> nn.Module:
     """transformers' model with every weight from the folder; weights it has no use for (the text tower, the last layer) are passed over."""
     from safetensors import SafetensorError
 

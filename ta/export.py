@@ -82,6 +82,12 @@ def whole(model: PreTrainedModel, state: dict[str, Tensor] | None) -> PreTrained
     return model if state is None else _plain(model, state)
 
 
+def copy_media(source: str, folder: Path) -> None:
+    """Take along what an adapter's folder says of pictures and sounds: projectors and media.json."""
+    for path in sorted(Path(source).glob("projector-*.safetensors")) + sorted(Path(source).glob("media.json")):
+        shutil.copy(path, folder)
+
+
 def _plain(model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
     """A model like this one that is not sharded and holds the gathered tensors."""
     import torch

@@ -59,11 +59,13 @@ def write_llava(folder: Path, media: Opened, model: MediaModel, form: ChatFormat
 
 def assembled(settings: dict, base: PreTrainedModel, projector: nn.Module, placeholder: int):
     """transformers' LlavaForConditionalGeneration of a tower's folder, a language model and an mlp. ValueError where they do not fit."""
-    import torch
     import transformers
 
+    from ta.encoders import load_tower
+
     kind, select, _ = TOWERS[settings["encoder"]]
-    tower = getattr(transformers, kind).from_pretrained(settings["path"], dtype=torch.float32, local_files_only=True)
+    kind = getattr(transformers, kind)
+    tower = load_tower(kind, Path(settings["path"]), kind.config_class.from_pretrained(settings["path"], local_files_only=True))
     config = transformers.LlavaConfig(
         vision_config=tower.config,
         text_config=base.config,

@@ -140,6 +140,8 @@ def answer_media(
 def projector_lr(config: MediaConfig, model_path: str, lr: float) -> float:
     """The peak learning rate of the projectors: 1e-3 for new ones before a language model that knows its language (LLaVA's), else its own."""
     if config.projector_lr is not None:
+        if config.projector_lr <= 0:
+            raise ValueError(f"--projector-lr {config.projector_lr}: give a learning rate above 0")
         return config.projector_lr
     given = config.image_projector_path or config.audio_projector_path
     return lr if given or model_path.startswith("builtin") else 1e-3

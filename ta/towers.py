@@ -77,7 +77,9 @@ class SeededPatches(nn.Module):
         for layer, seen in ((self.colour, exact), (self.form, 2 * foreground - 1)):
             answer = F.conv2d(seen, layer.weight.double(), layer.bias.double(), layer.stride, layer.padding).relu()
             answers.append(F.adaptive_avg_pool2d(answer, self.side).flatten(2).transpose(1, 2))
-        colour, form = answers  # (I, 16, filters): what all filters of the foreground see alike says little, what sets them apart says the shape
+        colour, form = (
+            answers  # (I, 16, filters): what all filters of the foreground see alike says little, what sets them apart says the shape
+        )
         tiles = torch.cat([colour - 0.25, 3 * (form - form.mean(2, keepdim=True))], dim=2)
         tiles = (tiles * 4096).round().div(512).to(pixels.dtype)  # (I, 16, 128), spread about as token embeddings are
         place = 4 * torch.eye(self.side, dtype=tiles.dtype, device=tiles.device) - 1
