@@ -46,7 +46,7 @@ class SeededPatches(nn.Module):
     """The demo's encoder: fixed random filters on 4 x 4 tiles of a small picture, so that colour, shape and place can be read off linearly.
 
     Each tile gives the mean rectified answer of 32 colour filters and of 96 filters on the foreground (how far a pixel is from the picture's
-    median colour, so that a shape looks the same in every colour), and the row and column of the tile, one in four.
+    median colour, so that a shape looks the same in every colour), and its share of foreground at its row and at its column.
     """
 
     side, colours, forms = 4, 32, 96
@@ -77,11 +77,10 @@ class SeededPatches(nn.Module):
         for layer, seen in ((self.colour, exact), (self.form, 2 * foreground - 1)):
             answer = F.conv2d(seen, layer.weight.double(), layer.bias.double(), layer.stride, layer.padding).relu()
             answers.append(F.adaptive_avg_pool2d(answer, self.side).flatten(2).transpose(1, 2))
-        colour, form = (
-            answers  # (I, 16, filters): what all filters of the foreground see alike says little, what sets them apart says the shape
-        )
-        tiles = torch.cat([colour - 0.25, 3 * (form - form.mean(2, keepdim=True))], dim=2)
-        tiles = (tiles * 4096).round().div(512).to(pixels.dtype)  # (I, 16, 128), spread about as token embeddings are
-        place = 4 * torch.eye(self.side, dtype=tiles.dtype, device=tiles.device) - 1
-        place = torch.cat([place.repeat_interleave(self.side, 0), place.repeat(self.side, 1)], dim=1)  # (16, 8)
-        return torch.cat([tiles, place.expand(len(tiles), -1, -1)], dim=2)
+        colour, form = answers  # (I, 16, filters)
+        form = 3 * form - 2 * form.mean(2, keepdim=True)  # what sets the filters apart says the shape, more than what all see alike
+        share = F.adaptive_avg_pool2d(foreground, self.side).flatten(1)[:, :, None]  # (I, 16, 1)
+        rows = torch.eye(self.side, dtype=share.dtype, device=share.device)
+        place = share * torch.cat([rows.repeat_interleave(self.side, 0), rows.repeat(self.side, 1)], dim=1)  # (I, 16, 8)
+        features = torch.cat([colour - 0.25, form - 0.25, place], dim=2)
+        return (features * 4096).round().div(512).to(pixels.dtype)  # (I, 16, 136), about as wide as a projector's inputs should be
