@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+MAX_FILE = "5GB"  # larger models are written as several files with an index
+
 
 @contextmanager
 def published(folder: Path):
@@ -74,7 +76,7 @@ def export(
             if base.can_generate():
                 base.generation_config.save_pretrained(temporary)
         else:
-            whole(model, state).save_pretrained(temporary)
+            whole(model, state).save_pretrained(temporary, max_shard_size=MAX_FILE)
 
 
 def whole(model: PreTrainedModel, state: dict[str, Tensor] | None) -> PreTrainedModel:
