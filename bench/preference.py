@@ -40,6 +40,7 @@ def train_ours(flags, reference: str, shared: bool = True) -> dict[str, float]:
     import torch
 
     from recipes.dpo import step
+    from ta import parallel
     from ta.answered import PairBatch
     from ta.attention import register
     from ta.batch import lay_out
@@ -50,6 +51,7 @@ def train_ours(flags, reference: str, shared: bool = True) -> dict[str, float]:
     from ta.reference import Reference, adapter_off, still, with_reference
     from ta.wrapper import wrap
 
+    parallel.init()
     records, marks, losses = pairs(flags), [], []
     model = model_of(register(), flags)
     model, _ = wrap(lora(model) if reference == "adapter off" else model)

@@ -35,6 +35,7 @@ def by_step(docs: list, flags) -> list[list]:
 
 
 def train_ours(flags, adapted: bool = False) -> dict[str, float]:
+    from ta import parallel
     from ta.attention import register
     from ta.batch import lay_out, split_micro
     from ta.feed import Feed
@@ -42,6 +43,7 @@ def train_ours(flags, adapted: bool = False) -> dict[str, float]:
     from ta.optim import OptimConfig
     from ta.wrapper import wrap
 
+    parallel.init()
     steps, marks, losses, sums = by_step(documents(flags), flags), [], [], []
     model = model_of(register(), flags)
     model, _ = wrap(lora(model) if adapted else model)

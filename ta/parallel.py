@@ -23,6 +23,16 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep what tensors leave instead of returning it and taking it anew, page by page, in every step: about 3 % of a step on CPU."""
+    if sys.platform == "linux":
+        import ctypes
+
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        for option, size in ((-1, 1 << 30), (-2, 1 << 28), (-3, 1 << 25)) if mallopt else ():  # trim above, grow by, map from
+            mallopt(option, size)
+
+
 def world() -> int:
     """Number of processes, as torchrun tells it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -49,6 +59,8 @@ def init() -> str:
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
     if cuda:
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     if world() > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     return device
