@@ -36,6 +36,9 @@ def document_attention(module, query, key, value, attention_mask=None, scaling=N
         raise ValueError("this attention function knows no soft cap and no sinks: the model must run with its own attention")
     if getattr(module, "is_causal", True) is False or kwargs.get("is_causal") is False:
         raise ValueError("this attention function is causal only")
+    device = query.device.type
+    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:  # rotary embeddings may have widened query and key
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     window = kwargs.get("sliding_window") or 0
     dropout = dropout if module.training else 0.0
     packed = len(query) == 1 and len(lengths) > 1

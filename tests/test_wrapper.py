@@ -151,3 +151,16 @@ def test_blocks_are_not_compiled_anew_for_other_documents(monkeypatch):
         counts.append(counter.frame_count)
     assert counts[0] > 0 and counts[1] == counts[-1]
     assert after == pytest.approx(before, rel=1e-5)
+
+
+def test_under_autocast_attention_runs_in_its_type(monkeypatch):
+    """Rotary embeddings of a float32 hidden state widen queries and keys again; the kernels for many documents take half precision only."""
+    from ta import attention
+
+    seen = []
+    real = attention._causal
+    monkeypatch.setattr(attention, "_causal", lambda *x: seen.extend(t.dtype for t in x[:3]) or real(*x))
+    wrapper, _ = wrap(small("llama"), autocast=torch.bfloat16)
+    seen.clear()
+    wrapper(lay_out(*documents(np.random.default_rng(0), 3)), "sum")
+    assert wrapper.mode == "packed" and set(seen) == {torch.bfloat16}
