@@ -1,11 +1,11 @@
 """How fast are records prepared, and how fast opened again? Chats with masks a CPU-second: ours, the tokenizer alone, transformers' masks, TRL.
 
     python bench/tokenize.py --peer-python PYTHON_WITH_TRL
-    python bench/tokenize.py --again 1000000                      # only: opening so many prepared records once more
+    python bench/tokenize.py --again 1000000                      # only: opening so many records once more, to a first batch
 
 Chats of about 1 kB in the built-in tokenizer's ChatML. `batch` is the tokenizer's own encode_batch over rendered texts: the floor. `ours` is what a
 recipe does: read JSONL, check, encode, write the memory-mapped set; TRL's side reads the same file and prepares it with assistant_only_loss. With
---again the first start is made in one process and the second is timed in others: the file is known by its stamp, the set by its hash.
+--again (short chats) the first start is made in one process and the second is timed in others: the file is known by its stamp, the set by its hash.
 """
 
 import argparse
@@ -29,14 +29,15 @@ MARKED = (
 )
 
 
-def chats(flags: argparse.Namespace) -> list:
+def chats(flags: argparse.Namespace, turns: int = 3, spoken: tuple[int, int] = (30, 40)) -> list:
+    """Chats of so many turns of so many words asked and answered."""
     from ta import tasks
 
     generator = random.Random(0)
     words = [*tasks.THINGS, *tasks.COLOURS, *tasks.WORDS, *tasks.NAMES, "please", "explain", "carefully", "because", "therefore"]
     say = lambda n: " ".join(generator.choice(words) for _ in range(n))  # noqa: E731
-    turn = lambda: [{"role": "user", "content": say(30)}, {"role": "assistant", "content": say(40)}]  # noqa: E731
-    return [[m for _ in range(3) for m in turn()] for _ in range(flags.records)]
+    turn = lambda: [{"role": role, "content": say(n)} for role, n in zip(("user", "assistant"), spoken, strict=True)]  # noqa: E731
+    return [[message for _ in range(turns) for message in turn()] for _ in range(flags.records)]
 
 
 def rate(work, flags) -> dict[str, float]:
@@ -67,10 +68,16 @@ def ours(flags) -> dict[str, float]:
 
 
 def again(flags) -> dict[str, float]:
+    from ta.feed import training_feed
+
     prepare = opened(flags)
     start, wall = time.process_time(), time.perf_counter()
-    assert prepare().info["cached"]
-    return {"second_start_cpu_ms": 1000 * (time.process_time() - start), "second_start_ms": 1000 * (time.perf_counter() - wall)}
+    prepared = prepare()
+    opening, middle = time.perf_counter() - wall, time.process_time()
+    assert prepared.info["cached"]
+    training_feed(prepared, batch_size=64, max_tokens_per_micro=8192, seed=0, steps=None, epochs=1).batches(0)
+    figures = {"open_ms": 1000 * opening, "open_cpu_ms": 1000 * (middle - start)}
+    return figures | {"first_batch_ms": 1000 * (time.perf_counter() - wall), "first_batch_cpu_ms": 1000 * (time.process_time() - start)}
 
 
 def encode_only(flags):
@@ -135,7 +142,7 @@ def main(given: argparse.Namespace) -> None:
         return
     with tempfile.TemporaryDirectory() as given.folder:
         sys.argv += ["--folder", given.folder]
-        lines = [json.dumps({"messages": chat}) + "\n" for chat in chats(given)]
+        lines = [json.dumps({"messages": chat}) + "\n" for chat in (chats(given, 1, (3, 3)) if given.again else chats(given))]
         with open(f"{given.folder}/chats.jsonl", "w") as file:
             for start in range(0, given.again or len(lines), len(lines)):
                 file.writelines(lines[: (given.again or len(lines)) - start])
