@@ -5,7 +5,6 @@ Letters: B rows, T columns, N sequences, M learned targets, V vocabulary, D mode
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ta.adapter_settings import KINDS as ADAPTERS
 from ta.adapter_settings import PROMPT_LEARNING, AdapterConfig, check_adapter
+from ta.arguments import parsed, quantization
 from ta.folders import model_folder
 from ta.media import new_tokens
 from ta.parallel import compile_blocks, gather_objects, rank, recompute, round_frozen, shard, world
@@ -56,6 +56,8 @@ class ModelConfig:
     """Recompute each block in the backward pass: less memory, about a third more time."""
     compile: bool = False
     """torch.compile each block; pays on accelerators after a minute of compiling."""
+    quantize: Literal["none", "8bit", "4bit"] = "none"
+    """Bits in which linear layers of a frozen base are held under a LoRA adapter (needs bitsandbytes)."""
     model_args: tuple[str, ...] = ()
     """Further key=value arguments of from_pretrained, such as attn_implementation=flash_attention_2."""
     init_tokens: tuple[str, ...] = ()
@@ -74,7 +76,8 @@ def load_model(config: ModelConfig, kind: Literal["causal", "seq_cls", "encoder"
     from ta.attention import register
 
     folder = model_folder(config.model_path, config.hub)
-    arguments = {"attn_implementation": register(), **_arguments(config.model_args)}
+    arguments = {"attn_implementation": register(), **parsed(config.model_args)}
+    arguments |= quantization(config.quantize, is_half(config, device), device)
     if kind == "seq_cls":
         arguments["num_labels"] = num_labels
     auto = {"causal": "AutoModelForCausalLM", "seq_cls": "AutoModelForSequenceClassification", "encoder": "AutoModel"}[kind]
@@ -92,7 +95,12 @@ def load_model(config: ModelConfig, kind: Literal["causal", "seq_cls", "encoder"
         model = auto.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options, **arguments)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder} does not load as a {kind} model: {str(error).splitlines()[0]}") from error
-    return model.to(device if world() == 1 else "cpu").eval()
+    return model.eval() if config.quantize != "none" else model.to(device if world() == 1 else "cpu").eval()
+
+
+def is_half(config: ModelConfig, device: str) -> bool:
+    """Whether the forward pass runs in bfloat16."""
+    return config.dtype == "bfloat16" or (config.dtype == "auto" and str(device).startswith("cuda"))
 
 
 def open_format(
@@ -155,10 +163,9 @@ def open_model(
     set_rows(model, form.new_tokens)
     check_vocabulary(form.tokenizer, model)
     wrapped = add_adapter(model, adapter, [token.id for token in form.new_tokens], form.tokenizer, seed)
-    if wrapped is model:
+    if wrapped is model and config.quantize == "none":
         model.requires_grad_(True)
-    half = config.dtype == "bfloat16" or (config.dtype == "auto" and str(device).startswith("cuda"))
-    placed, note = place(wrapped, config, device, half, around)
+    placed, note = place(wrapped, config, device, is_half(config, device), around)
     return placed, "\n".join(text for text in (news, note) if text)
 
 
@@ -233,17 +240,3 @@ def format_settings(form: ChatFormat, chat: ChatConfig, method: str) -> dict[str
         "tokenizer": hash_json([form.tokenizer.backend_tokenizer.to_str(), form.vocabulary.bos_id, sorted(form.vocabulary.content)]),
         "chat": dataclasses.asdict(chat),
     }
-
-
-def _arguments(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """key=value strings with Python literals as values; anything else stays text."""
-    out = {}
-    for pair in pairs:
-        key, separator, value = pair.partition("=")
-        if not separator or not key.isidentifier():
-            raise ValueError(f"--model-args {pair!r} is not of the form key=value")
-        try:
-            out[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            out[key] = value
-    return out

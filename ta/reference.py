@@ -187,7 +187,7 @@ def open_reference(
         logps, key = still(copy), [fingerprint(config.ref_path or at.model_path, at.hub)]
     if choice == "cached":
         tokens = [[token.text, *token.pieces] for token in form.new_tokens]
-        key = [*key, at.dtype, device.partition(":")[0], tokens, at.model_args]
+        key = [*key, at.dtype, at.quantize, device.partition(":")[0], tokens, at.model_args]
         folder = cache_folder(cache.pop("folder", "")) / "references"
         shape = {"packed": model.mode == "packed", "device": device}
         return Reference(table=lambda prepared, dress, depends: cached(logps, prepared, dress, [*key, depends], folder, **shape, **cache))

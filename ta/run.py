@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ta import demo, log, parallel
 from ta.adapter_settings import AdapterConfig
+from ta.arguments import check_quantize
 from ta.chat import encode_chats
 from ta.cherry import CherryConfig, check_cherries, pick_cherries
 from ta.dataset import DataConfig, Prepared, report, sequence, write_drops
@@ -106,6 +107,7 @@ def open_parts(
     """
     check_loop(config.loop)
     check_optim(config.optim)
+    check_quantize(config.model.quantize, config.adapter, parallel.world())
     device = parallel.init()
     if config.model.model_path.startswith("builtin"):
         parallel.one_thread()
@@ -147,6 +149,7 @@ def open_run(
     same = {
         "data": data.train.info["fingerprint"],
         "model": fingerprint(config.model.model_path, config.model.hub),
+        "quantize": config.model.quantize,
         **dataclasses.asdict(config.adapter),
         "steps": feed.steps,
         "batch_size": batch_size,

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from ta import builtin
 
@@ -79,3 +81,32 @@ def test_ids_beyond_the_embedding_table_are_refused(door, data, tmp_path):
 def test_what_cannot_work_is_refused(door, data, tmp_path, flags, word):
     code, text = door("sft", *flags, "--data", data, "--out", tmp_path / "run")
     assert code == 2 and word in text and not (tmp_path / "run").exists()
+
+
+def test_a_quantized_base_is_refused_where_it_cannot_work(door, data, tmp_path, monkeypatch):
+    import importlib.util
+
+    flags = ("--data", data, "--out", tmp_path / "run", "--quantize", "4bit")
+    code, said = door("sft", *flags)
+    assert code == 2 and "give --adapter lora" in said and not (tmp_path / "run").exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "cannot be sharded over 2 processes" in door("sft", *flags, "--adapter", "lora")[1]
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert 'pip install "ta[quantize]"' in door("sft", *flags, "--adapter", "lora")[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_a_quantized_base_trains_an_adapter_for_the_whole_one(door, data, tmp_path, bits):
+    pytest.importorskip("bitsandbytes", reason="holds weights in few bits; install ta[quantize]")
+    out = tmp_path / "run"
+    flags = ("--data", data, "--adapter", "lora", "--lr", "1e-2", "--steps", 8, "--batch-size", 8, "--log-every", 1)
+    code, said = door("sft", *flags, "--out", out, "--quantize", bits)
+    losses = [row["loss"] for row in map(json.loads, open(out / "metrics.jsonl")) if "loss" in row]
+    assert code == 0 and losses[-1] < losses[0] - 1, said
+    base = tmp_path / "base"
+    builtin.write_tiny(base)
+    more = ("--model-path", base, "--adapter-path", out / "final", "--out", tmp_path / "merged")
+    assert door("merge", *more)[0] == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.float32
