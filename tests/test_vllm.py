@@ -296,3 +296,41 @@ def test_scores_equal_the_hf_engine(tmp_path, name, labels, adapter):
     assert torch.tensor(ours).std() > 0.1 and len(ours[0]) == labels  # the guard: scores differ between sequences
     with pytest.raises(ValueError, match=r"1 of 1 prompts do not fit in the model's context of 128"):
         scorer([Tokens([1] * 129, [])])
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(not installed, reason="vLLM is not installed here (README: the CPU build's own environment)")
+def test_pictures_equal_the_hf_engine(tmp_path):
+    """Held-out questions about pictures, from an export alone: prompts go to vLLM as embeddings."""
+    from functools import partial
+
+    from ta.adapter_settings import AdapterConfig
+    from ta.export import export
+    from ta.inference import open_generator
+    from ta.modalities import MediaConfig, MediaFiles, open_media, reopen_media
+    from ta.model import open_format, open_model
+    from ta.multimodal import around, write_parts
+    from ta.pictures import write_pictures
+    from ta.prompts import read_prompts
+    from ta.sources import Drops
+    from ta.templates import ChatConfig
+    from ta.tokenizer import TokenizerConfig
+
+    _, asked = write_pictures(tmp_path, 1, 6)
+    files = MediaFiles(image_root=str(tmp_path / "images"))
+    media = open_media(MediaConfig(image_root=files.image_root, image_encoder="builtin"), (str(asked),), "cpu")
+    form = open_format(ModelConfig(), TokenizerConfig(), ChatConfig(), media=media.slots)
+    model, _ = open_model(ModelConfig(), AdapterConfig(), form, around=partial(around, media)(form))
+    export(model.inner, form.tokenizer, tmp_path / "final", write=write_parts(media, model))
+    media = reopen_media(tmp_path / "final", files, (str(asked),), "cpu")
+    config = ModelConfig(str(tmp_path / "final"))
+    form = open_format(config, TokenizerConfig(), ChatConfig(), media=media.slots)
+    records = read_prompts([str(asked)], form, ChatConfig(), Drops("error", 0))
+    prompts, seen, answers = [ids for _, ids, _ in records], [items for *_, items in records], []
+    for vllm in (None, SMALL):
+        engine, _, _ = open_generator(config, None, form, "cpu", vllm, media=media)
+        answers.append(engine(prompts, GenerateConfig(max_new_tokens=12), form.stop_ids, media=seen))
+    assert len(prompts) > 15 and len({tuple(row[0].ids) for row in answers[0]}) > 3, "pictures make a difference"
+    compare(*answers)
+    with pytest.raises(ValueError, match="no repetition penalty: give --engine hf"):
+        engine(prompts, GenerateConfig(repetition_penalty=1.2), form.stop_ids, media=seen)
