@@ -86,8 +86,9 @@ def whole(model: PreTrainedModel, state: dict[str, Tensor] | None) -> PreTrained
 
 def copy_media(source: str, folder: Path) -> None:
     """Take along what an adapter's folder says of pictures and sounds: projectors and media.json."""
-    for path in sorted(Path(source).glob("projector-*.safetensors")) + sorted(Path(source).glob("media.json")):
-        shutil.copy(path, folder)
+    if (Path(source) / "media.json").exists():
+        shutil.copy(Path(source) / "media.json", folder)
+        shutil.copytree(Path(source) / "projectors", folder / "projectors")
 
 
 def _plain(model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MODALITIES = ("image", "audio")
 MANIFEST = "media.json"
+PROJECTORS = "projectors"  # a folder of its own: vLLM takes every safetensors file beside config.json for the language model's
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class MediaConfig(MediaFiles):
     audio_embeddings: int | None = None
     """Embeddings that stand for one sound."""
     image_projector_path: str | None = None
-    """Safetensors file of weights that the picture projector starts from; a run's is RUN/final/projector-image.safetensors."""
+    """Safetensors file of weights that the picture projector starts from; a run's is RUN/final/projectors/image.safetensors."""
     audio_projector_path: str | None = None
     """The same for sounds."""
     projector_width: int = 1024
@@ -166,7 +167,7 @@ def reopen_media(folder: str | Path, files: MediaFiles, sources: Sequence[str], 
                 f"{folder} was trained with another {settings['encoder']} encoder than {path} holds "
                 f"({settings['fingerprint'][:12]}, this one is {mark[:12]}); give its folder in --{name}-encoder-path"
             )
-        weights = str(Path(folder) / f"projector-{name}.safetensors")
+        weights = str(Path(folder) / PROJECTORS / f"{name}.safetensors")
         found[name] = _modality(settings, root, encoder, getattr(files, f"{name}_features"), weights)
     return Opened(found)
 

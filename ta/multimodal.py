@@ -16,7 +16,7 @@ from ta.batch import Batch, lay_out, to_device
 from ta.dataset import Prepared
 from ta.export import gathered
 from ta.feed import Dress, media_of, name_of
-from ta.modalities import MediaConfig, Modality, Opened, content_of_file, encoded, inputs_of
+from ta.modalities import PROJECTORS, MediaConfig, Modality, Opened, content_of_file, encoded, inputs_of
 from ta.projectors import load_projector, make_projector, save_projector
 from ta.store import hash_json
 from ta.wrapper import LanguageModel, base_model
@@ -237,8 +237,9 @@ def write_parts(opened: Opened, model: MediaModel) -> Callable[[Path], None]:
     state = {name: gathered(projector) for name, projector in model.projectors.items()}
 
     def write(folder: Path) -> None:
+        (folder / PROJECTORS).mkdir()
         for name, projector in model.projectors.items():
-            save_projector(projector, folder / f"projector-{name}.safetensors", state[name])
+            save_projector(projector, folder / PROJECTORS / f"{name}.safetensors", state[name])
         opened.write(folder)
 
     return write

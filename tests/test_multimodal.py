@@ -1,6 +1,7 @@
 """Pictures and sounds in training: placeholders filled in order, only what should learn learns, cached equals uncached, packed equals alone."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -167,3 +168,28 @@ def test_sounds_beside_pictures(place, tmp_path):
     ids = prepared.ids.tolist()
     assert ids.count(form.media["audio"].id) == media.modalities["audio"].settings["features"]
     assert ids.index(form.media["audio"].id) < ids.index(form.media["image"].id)
+
+
+def test_an_encoder_is_one_function_and_one_entry(place, tmp_path, monkeypatch):
+    """What the README shows."""
+    from ta.encoders import ENCODERS, Encoder
+    from ta.images import CLIP, read_pixels
+
+    def mine(folder):
+        torch.manual_seed(0)
+        module = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 16, stride=16), torch.nn.Flatten(2), torch.nn.Linear(196, 196))
+        module.append(Transposed())
+        return Encoder("image", 8, 196, (14, 14), partial(read_pixels, how=CLIP), module, {"encoder": "mine", "version": 1})
+
+    monkeypatch.setitem(ENCODERS, "mine", mine)
+    media = opened(
+        place, image_encoder="mine", image_encoder_path=str(place), image_projector="c_abs", image_embeddings=9, projector_width=16
+    )
+    model, _, prepared, make = made(media, place / "train.jsonl")
+    model(fill(media, batch_of_records(prepared, make, [0, 1])), "sum").backward()
+    assert model.projectors["image"].positions.shape == (1, 196, 8) and model.projectors["image"].positions.grad.abs().sum() > 0
+
+
+class Transposed(torch.nn.Module):
+    def forward(self, x):
+        return x.transpose(1, 2)

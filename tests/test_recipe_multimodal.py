@@ -59,7 +59,7 @@ def test_the_export_alone_answers_as_the_trained_model_did(forked, flags, place,
     said = forked("multimodal", *flags, "--steps", 3, "--adapter", adapter, "--out", tmp_path / "run")
     assert "samples at step 0" in said and "[held_out/00000.png] What colour" in said and "samples at step 3" in said
     final = tmp_path / "run" / "final"
-    assert {"media.json", "projector-image.safetensors", "tokenizer.json"} <= {path.name for path in final.iterdir()}
+    assert {"media.json", "projectors", "tokenizer.json"} <= {path.name for path in final.iterdir()}
     ask = (
         "--data",
         place / "held_out.jsonl",
@@ -129,7 +129,7 @@ def test_two_processes_equal_one(forked, flags, tmp_path):
     for processes in (1, 2):
         forked("multimodal", *flags, *more, "--out", tmp_path / str(processes), processes=processes)
     assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "2"), rel=1e-5)
-    for name in ("model.safetensors", "projector-image.safetensors"):
+    for name in ("model.safetensors", "projectors/image.safetensors"):
         one, two = (load_file(tmp_path / n / "final" / name) for n in "12")
         assert one.keys() == two.keys() and all(torch.allclose(one[key], two[key], atol=1e-5) for key in one)
     samples = [[row["answer"] for row in lines(tmp_path / n / "samples.jsonl") if row["step"] == 0] for n in "12"]
