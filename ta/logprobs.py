@@ -119,8 +119,8 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        """What the forward pass has made, times the gradient of the sum."""
-        parts = (None if d is None else (d * grad).to(dtype) for d, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        """What the forward pass has made, times the gradient of the sum: in place, so autograd refuses to do it twice."""
+        parts = (None if d is None else d.mul_(grad).to(dtype) for d, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
         return *(d if need else None for d, need in zip(parts, ctx.needs_input_grad[:3], strict=True)), None, None, None, None, None
 
 

@@ -69,3 +69,12 @@ def test_bfloat16_is_summed_in_float32():
 def test_sequence_sums_by_hand():
     out = sequence_sums(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 2, 2]), 4)
     assert out.tolist() == [1, 0, 6, 0]
+
+
+def test_a_second_backward_pass_is_refused():
+    """The first one has scaled the gradients where they stand."""
+    hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(9, 4)
+    loss = cross_entropy_sum(hidden, Head(weight), torch.arange(5), torch.ones(5))
+    (loss * 2).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
