@@ -12,11 +12,12 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 from ta.folders import encoder_folder, fingerprint
 from ta.log import write_text
 from ta.passages import Passages, take, text_of, write_passages
+from ta.records import regular_file
 from ta.search import FORMAT, NAMES
 from ta.sources import parse_source
 from ta.store import cache_folder, content_hash, stamp
@@ -64,6 +65,8 @@ def begin(out: Path, sources: Sequence[str], config: EncoderConfig, resume: bool
     folder, notes = encoder_folder(config.encoder_path), cache_folder("") / "hashes"
     reading = reading_of(folder, config)
     parsed = [parse_source(text) for text in sorted(sources)]
+    for source in parsed:
+        regular_file(source.path)
     made_of = {
         "format": FORMAT,
         "encoder": fingerprint(folder),
@@ -93,35 +96,45 @@ def build(
     out: Path, device: str, rank: int = 0, world: int = 1, max_tokens: int = 8192, advance: Callable[[int], None] = lambda n: None
 ) -> bool:
     """Embed this process's blocks of what `begin` prepared, but those that an earlier run did; True where the index was published by this call."""
-    import numpy as np
-
     from ta.embedding import Reading, embed, open_encoder, tokenize
 
     beside = _partial(out)
-    begun = json.loads((beside / "begun.json").read_text())
-    reading = Reading(**begun["reading"])
-    encoder, tokenizer = open_encoder(begun["encoder_path"], reading, device)
-    start, n, width = _layout(beside / NAMES[1])
-    passages, done = Passages(beside / NAMES[0], _offsets(beside / NAMES[1])), _done(beside)
-    total = -(-n // BLOCK)
-    with open(beside / NAMES[1], "r+b") as file, open(beside / f"done-{rank}", "a", encoding="utf-8") as journal:
-        for block in range(rank, total, world):
-            rows = range(block * BLOCK, min((block + 1) * BLOCK, n))
-            if block not in done:
+    try:
+        begun = json.loads((beside / "begun.json").read_text())
+    except FileNotFoundError:  # the other processes had all the blocks and have published them
+        return False
+    total = -(-begun["passages"] // BLOCK)
+    done = _done(beside)
+    if left := [block for block in range(rank, total, world) if block not in done]:
+        reading = Reading(**begun["reading"])
+        encoder, tokenizer = open_encoder(begun["encoder_path"], reading, device)
+        start, n, width = _layout(beside / NAMES[1])
+        passages = Passages(beside / NAMES[0], _offsets(beside / NAMES[1]))
+        with open(beside / NAMES[1], "r+b") as file, _journal(beside / f"done-{rank}") as journal:
+            for block in left:
+                rows = range(block * BLOCK, min((block + 1) * BLOCK, n))
                 ids = tokenize([text_of(p) for p in take(passages, rows)], tokenizer, reading, "passage")
                 vectors = embed(encoder, ids, tokenizer.pad_token_id, device, max_tokens)
                 file.seek(start + rows.start * width * 4)
-                file.write(vectors.float().cpu().numpy().astype(np.float32).tobytes())
+                file.write(vectors.float().cpu().numpy().tobytes())
                 file.flush()
                 os.fsync(file.fileno())
                 journal.write(f"{block}\n")
                 journal.flush()
-            advance(len(rows))
+                advance(len(rows))
     return _publish(out, beside, begun, total)
 
 
 def _partial(out: Path) -> Path:
     return out.with_name(f".{out.name}.partial")
+
+
+def _journal(path: Path) -> IO[str]:
+    """The journal of one process, open at its end; a line torn by a kill is cut off first."""
+    if path.exists():
+        whole = path.read_bytes().rpartition(b"\n")
+        os.truncate(path, len(whole[0]) + len(whole[1]))
+    return open(path, "a", encoding="utf-8")
 
 
 def _done(beside: Path) -> set[int]:
