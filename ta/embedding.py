@@ -122,13 +122,13 @@ def open_encoder(folder: str, reading: Reading, device: str = "cpu", dtype: str 
             with torch.device("meta"):
                 model = AutoModel.from_config(_settings(folder), dtype=wide)
         else:
-            model = AutoModel.from_pretrained(folder, dtype=wide, use_safetensors=True, **LOCAL)
+            model = AutoModel.from_pretrained(folder, dtype=wide, use_safetensors=True, **LOCAL).to(device if world() == 1 else "cpu")
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder} does not load as a text encoder: {str(error).splitlines()[0]}") from error
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Encoder(model.to(device if world() == 1 else "cpu"), reading).eval(), tokenizer
+    return Encoder(model, reading).eval(), tokenizer
 
 
 def _settings(folder: str) -> Any:

@@ -99,10 +99,10 @@ def test_what_was_begun_is_not_gone_on_with_otherwise(given, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_recipe_on_one_process_and_on_two(run, given, tmp_path):
+def test_the_recipe_on_one_process_and_on_two(forked, given, tmp_path):
     flags = ("--passages", given / "passages.jsonl", "--encoder-path", given / "encoder", "--passage-prefix", "passage: ")
-    run("build_index", *flags, "--out", tmp_path / "one")
-    run("build_index", *flags, "--out", tmp_path / "two", processes=2)
+    forked("build_index", *flags, "--out", tmp_path / "one")
+    forked("build_index", *flags, "--out", tmp_path / "two", processes=2)
     one, two = (open_index(tmp_path / name) for name in ("one", "two"))
     assert torch.equal(one.vectors, two.vectors) and one.reading.passage_prefix == "passage: "
 
