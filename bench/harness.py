@@ -78,7 +78,7 @@ def compare(contenders: Contenders, flags: argparse.Namespace, against: str, pee
 
 def command(arguments: list[str], threads: int, name: str, **more: str) -> Figures:
     """Run a command to its end: the JSON object of its last line, if it is one, and the CPU seconds and peak MB of all its processes."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     environment |= {"PYTHONPATH": str(ROOT), "TRL_EXPERIMENTAL_SILENCE": "1", **more}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(arguments, stdout=out, stderr=errors, env=environment)

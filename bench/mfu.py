@@ -133,6 +133,7 @@ def ours(flags, size: str, adapted: bool = False, compiled: bool = False, checkp
     flops = counted(model, steps[2:], adapted)
     model, note = wrap(lora(model) if adapted else model, autocast=torch.bfloat16)
     assert model.mode == "packed", note
+    parallel.round_frozen(model)
     if compiled and device() == "cuda":
         parallel.compile_blocks(model)
     if checkpointing:
