@@ -15,6 +15,7 @@ CONTENDERS = {
     "mfu": ["1B full", "head"],
     "overhead": ["ours"],
     "preference": ["ours", "whole", "ours, cached"],
+    "retrieval": ["ours", "product", "encoder", "building", "opening"],
     "save": ["ours", "shard"],
     "scale": ["length 256", "vocabulary 8192", "records 500"],
     "sft": ["ours", "bare", "HF padded"],
