@@ -2,9 +2,9 @@
 
     python bench/retrieval.py [--peer-python PEERS]
 
-Search: the ten best of a million vectors of 384 numbers for 64 questions, beside the bare products of the same blocks, torch.topk over all products at
-once, and faiss's flat index. Building: an encoder of six layers of 384 over passages of 20 to 120 words, from JSONL to the published folder, beside its
-forward passes on the same batches, made beforehand. Opening: an index of ten million passages (a sparse file of 15 GB).
+Search: the ten best of a million vectors of 384 numbers for 64 questions, beside the bare products of the same blocks, torch.topk over all
+products at once, and faiss's flat index. Building: an encoder of six layers of 384 over passages of 20 to 120 words, from JSONL to the
+published folder, beside its forward passes on the same batches, made beforehand. Opening: an index of ten million passages (a sparse file of 15 GB).
 """
 
 import argparse

@@ -17,6 +17,7 @@ from ta.cli import cli
 from ta.index import EncoderConfig
 from ta.inference import stand_alone
 from ta.parallel import close, init, on_rank_zero
+from ta.search import add_approximate, need_faiss
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class BuildIndex:
     """Folder to write."""
     max_tokens_per_pass: int = 8192
     """Tokens, padding included, in one pass of the encoder: the memory knob."""
+    approximate: bool = False
+    """Put an approximate index beside the exact one (needs faiss), for `generate --approximate`; pays from millions of passages on."""
     resume: bool = False
     """Go on where a stopped run left off."""
     overwrite: bool = False
@@ -37,6 +40,8 @@ class BuildIndex:
 def main(config: BuildIndex) -> None:
     from tqdm import tqdm
 
+    if config.approximate:
+        need_faiss()
     init()
     out, sources = Path(config.out), config.passages or (str(demo.passages_file()),)
     on_rank_zero(lambda: index.begin(out, sources, config.encoder, config.resume, config.overwrite))
@@ -44,6 +49,8 @@ def main(config: BuildIndex) -> None:
     me, processes, device = stand_alone()  # from here on nobody waits for anybody
     with tqdm(desc="embedding", unit=" passages", disable=me > 0, mininterval=0.5, dynamic_ncols=True) as bar:
         if index.build(out, device, me, processes, config.max_tokens_per_pass, bar.update):
+            if config.approximate:
+                add_approximate(out)
             print(f"done: {out}", file=sys.stderr)
 
 

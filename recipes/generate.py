@@ -83,7 +83,7 @@ def main(config: Generate) -> None:
     model, adapter = resolve(config.model)
     media = reopen_media(adapter or model.model_path, config.media, config.data, device)
     form = open_format(model, config.tokenizer, config.chat, adapter, media.slots if media else {})
-    paths = config.data or demo.data_or_builtin((), (), "pictures" if media else "chats")[1]
+    paths = config.data or demo.data_or_builtin((), (), "pictures" if media else "questions" if config.retrieval.index else "chats")[1]
     drops = Drops(config.on_bad_record, config.max_bad_share)
     records = read_prompts(paths, form, config.chat, drops, config.generation.seed, config.random_cut)
     if drops.counts:

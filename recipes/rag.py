@@ -15,7 +15,7 @@ from functools import partial
 
 from ta.cli import cli
 from ta.loop import LoopConfig, train
-from ta.parallel import init
+from ta.parallel import init, say
 from ta.passages import RetrievalConfig, joining
 from ta.run import RunConfig, evaluate_with, finish, open_parts, open_run
 from ta.warm import READER, builtin_index, warm_start
@@ -42,6 +42,10 @@ def check(config: Rag) -> None:
     for name, least in (("in_batch", 0), ("encoder_lr", 0), ("reembed_every", 0), ("score_scale", 1e-9)):
         if (value := getattr(config, name)) is not None and not value >= least:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be {'above 0' if least else '0 or more'}")
+    if config.retrieval.approximate:
+        raise ValueError("--approximate in training: the vectors of questions move, and so may those of passages; leave it out")
+    if config.retrieval.num_passages == 1 and not config.in_batch and config.encoder_lr != 0:
+        say("note: with one candidate a question the encoder has nothing to learn from; give --num-passages 2 or more, or --in-batch")
 
 
 def main(config: Rag) -> None:

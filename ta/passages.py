@@ -47,6 +47,8 @@ class RetrievalConfig:
     """Passages found for each question. Default: 4, before a question all together; 1 for what rag.py trained, which reads each by itself."""
     passage_tokens: int | None = None
     """Tokens of a passage at most, as the generator counts them; longer ones are cut at their end. Default: what rag.py trained with, or 256."""
+    approximate: bool = False
+    """Search the approximate index (build_index --approximate; needs faiss): faster on millions of passages, and now and then misses one."""
     separator: str | None = None
     """Text after each passage; a token of --init-tokens may stand in it. Default: what rag.py trained with, or a blank line."""
 

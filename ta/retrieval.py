@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ta.chat import encode_prompts
 from ta.parallel import gather_objects
 from ta.passages import Joining, Passages, RetrievalConfig, join, joining, question_of, take, text_of
-from ta.search import Index, open_index, top_k
+from ta.search import Index, about_top_k, open_index, top_k
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +36,7 @@ class Retriever(NamedTuple):
     chat: ChatConfig
     how: Joining
     device: Any  # of the encoder
+    approximate: Path | None = None  # the folder whose approximate index is searched instead of the table
 
 
 def retriever_of(index: Index, tokenizer: Any, form: ChatFormat, chat: ChatConfig, how: Joining, device: Any = "cpu") -> Retriever:
@@ -61,6 +63,8 @@ def find(
     ids = tokenize(texts, retriever.tokenizer, retriever.reading, "query")
     agree = (lambda passes: max(gather_objects(passes))) if together else int
     vectors = embed(forward, ids, retriever.tokenizer.pad_token_id, retriever.device, agree=agree)  # (Q, E)
+    if retriever.approximate:
+        return *about_top_k(retriever.approximate, vectors, k), ids
     return *top_k(vectors.float(), retriever.table, k), ids
 
 
@@ -73,11 +77,12 @@ def answerable(
     """
     chats = [record["messages"] for record in records]
     scores, rows, _ = find(retriever, forward, chats, retriever.how.num_passages)
-    known = passages_of(retriever, rows.flatten().tolist())
-    texts = [[text_of(known[row]) for row in found] for found in rows.tolist()]
+    lists = [[row for row in found if row >= 0] for found in rows.tolist()]
+    known = passages_of(retriever, [row for found in lists for row in found])
+    texts = [[text_of(known[row]) for row in found] for found in lists]
     joined = join(chats, texts, encode, retriever.form.tokenizer, retriever.how, retriever.chat.max_tokens)
     results = []
-    for record, (tokens, messages, used), found, values in zip(records, joined, rows.tolist(), scores.tolist(), strict=True):
+    for record, (tokens, messages, used), found, values in zip(records, joined, lists, scores.tolist(), strict=True):
         named = [{"id": known[row]["id"], "score": value} for row, value in zip(found[:used], values, strict=False)]
         results.append((record | {"messages": messages, "passages": named}, tokens))
     return results
@@ -94,6 +99,7 @@ def online(config: RetrievalConfig, records: list[tuple], form: ChatFormat, chat
     index = open_index(config.index, config.encoder_path)
     encoder, tokenizer = open_encoder(index.encoder, index.reading, device)
     retriever = retriever_of(index, tokenizer, form, chat, joining(config, index.manifest), device)
+    retriever = retriever._replace(approximate=index.folder if config.approximate else None)
     encode = partial(encode_prompts, template=form.template, vocabulary=form.vocabulary, config=chat)
     if any(media for _, _, media in records):
         raise ValueError("--index with a model of pictures or sounds: passages are found for text alone; leave it out")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 NAMES = ("passages.jsonl", "vectors.safetensors", "manifest.json")  # an index
+APPROXIMATE = "approximate.faiss"
 BLOCK = 1 << 14  # passages whose scores are in memory at a time
 
 
@@ -67,6 +68,43 @@ def open_index(path: str | Path, encoder_path: str | None = None) -> Index:
     if fingerprint(encoder) != manifest["encoder"]:
         raise ValueError(f"{path} was built with another encoder than {encoder}: their scores would mean nothing; build it with this one")
     return Index(folder, vectors, Passages(passages, offsets), manifest, Reading(**manifest["reading"]), encoder)
+
+
+def add_approximate(path: str | Path) -> None:
+    """Put an inverted-file index of faiss beside the vectors of an index, for collections that are too large for exact search."""
+    faiss = need_faiss()
+    index = open_index(path)
+    n, width = index.vectors.shape
+    lists = max(1, min(round(4 * n**0.5), n // 39))  # faiss wants 39 vectors a list to place its centres
+    found = faiss.index_factory(width, f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
+    found.train(index.vectors[:: max(1, n // (256 * lists))].numpy())
+    for start in range(0, n, BLOCK):
+        found.add(index.vectors[start : start + BLOCK].numpy())
+    temporary = index.folder / f".{APPROXIMATE}"
+    faiss.write_index(found, str(temporary))
+    temporary.rename(index.folder / APPROXIMATE)
+
+
+def need_faiss() -> Any:
+    """faiss, or a ValueError that says how to get it."""
+    try:
+        import faiss
+    except ImportError:
+        raise ValueError('--approximate needs faiss: pip install "ta[faiss]", or leave it out') from None
+    return faiss
+
+
+def about_top_k(folder: Path, queries: Tensor, k: int, share: float = 0.1) -> tuple[Tensor, Tensor]:
+    """Like top_k on the vectors of that index, but only `share` of its lists are looked through; where these hold fewer than k, the row is -1."""
+    import torch
+
+    if not (folder / APPROXIMATE).exists():
+        raise ValueError(f"{folder} has no approximate index: build it with --approximate, or leave --approximate out")
+    faiss = need_faiss()
+    index = faiss.read_index(str(folder / APPROXIMATE))
+    index.nprobe = max(1, round(share * index.nlist))
+    scores, rows = index.search(queries.float().cpu().numpy(), min(k, index.ntotal))
+    return torch.from_numpy(scores).to(queries), torch.from_numpy(rows).to(queries.device)
 
 
 def top_k(queries: Tensor, vectors: Tensor, k: int, block: int = BLOCK) -> tuple[Tensor, Tensor]:

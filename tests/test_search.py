@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -89,3 +90,21 @@ def test_an_index_that_does_not_fit_is_refused(made, index, tmp_path):
     refused("vectors.safetensors is damaged")
     manifest.unlink()
     refused("no index at")
+
+
+def test_an_approximate_index_finds_nearly_the_same(made, index, monkeypatch):
+    """All its lists searched, it gives what exact search does; without faiss or without such an index, a line says so."""
+    pytest.importorskip("faiss")
+    from ta.search import about_top_k, add_approximate
+
+    with pytest.raises(ValueError, match="has no approximate index: build it with --approximate"):
+        about_top_k(index, torch.zeros(1, 128), 3)
+    add_approximate(index)
+    vectors = open_index(index).vectors
+    scores, rows = about_top_k(index, vectors[:5], 3, share=1.0)
+    expected = top_k(vectors[:5], vectors, 3)
+    assert torch.equal(rows, expected[1])
+    torch.testing.assert_close(scores, expected[0])
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ValueError, match="--approximate needs faiss"):
+        add_approximate(index)

@@ -87,6 +87,7 @@ HOMES = {
     "vllm": {"vllm_engine", "vllm_checks"},
     "PIL": {"images", "pictures"},
     "tyro": {"cli"},
+    "faiss": {"search"},
 }
 
 
