@@ -15,8 +15,10 @@ from functools import partial
 
 from ta import log
 from ta.cli import cli
+from ta.folders import SEEING
 from ta.loop import LoopConfig, train
 from ta.modalities import MediaConfig, open_media
+from ta.model import ModelConfig
 from ta.parallel import init
 from ta.run import RunConfig, evaluate_with, finish, open_parts, open_run
 
@@ -24,6 +26,7 @@ from ta.run import RunConfig, evaluate_with, finish, open_parts, open_run
 @dataclass(frozen=True)
 class Multimodal(RunConfig):
     loop: LoopConfig = LoopConfig(out="runs/multimodal")
+    model: ModelConfig = ModelConfig(model_path=SEEING)
     media: MediaConfig = MediaConfig()
 
 

@@ -31,8 +31,8 @@ TEMPLATE = (
 )
 
 
-@functools.lru_cache(maxsize=2)
-def _trained_backend(catalogue: bool = False) -> str:
+@functools.lru_cache(maxsize=3)
+def _trained_backend(catalogue: bool | tuple[str, ...] = False) -> str:
     """The byte-level BPE as JSON, trained on the generated records until each of their words is a token (about 0.2 s)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -45,7 +45,9 @@ def _trained_backend(catalogue: bool = False) -> str:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    if catalogue:
+    if isinstance(catalogue, tuple):
+        texts = [*catalogue] * 2
+    elif catalogue:
         texts = [f"{gap}{word}" for word in (*tasks.PEOPLE, *tasks.OBJECTS, *tasks.WORDS, *tasks.PLACES) for gap in ("", " ")] * 2
         texts += [f"{number:02}" for number in range(100)] * 2 + ["number of"] * 2
     else:
@@ -55,10 +57,11 @@ def _trained_backend(catalogue: bool = False) -> str:
     return backend.to_str()
 
 
-def tiny_tokenizer(catalogue: bool = False) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(catalogue: bool | tuple[str, ...] = False) -> PreTrainedTokenizerFast:
     """A new byte-level tokenizer with a ChatML template: <|im_end|> ends an answer (eos), <|endoftext|> pads, every byte encodes.
 
-    Its tokens are the words of the dialogues, or with `catalogue` those of the passages and their questions.
+    Its tokens are the words of the dialogues, or with `catalogue` those of the passages and their questions, or of the texts that it
+    holds.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -74,7 +77,7 @@ def tiny_tokenizer(catalogue: bool = False) -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_config(catalogue: bool = False, **more: Any) -> LlamaConfig:
+def tiny_config(catalogue: bool | tuple[str, ...] = False, **more: Any) -> LlamaConfig:
     """The shape of the tiny models: a Llama of about a million weights for tiny_tokenizer(catalogue); `more` overrides."""
     from transformers import LlamaConfig
 
@@ -140,7 +143,13 @@ def write_small(folder: str | os.PathLike, seed: int = 0) -> None:
     _write(folder, tiny_model(seed, catalogue=True, **shape), True)
 
 
-def _write(folder: str | os.PathLike, model: Any, catalogue: bool = False) -> None:
+def write_pictures_model(folder: str | os.PathLike, texts: tuple[str, ...], seed: int = 0) -> None:
+    """Save a language model whose tokens are the words of `texts`, those of the generated pictures, likewise."""
+    shape = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 4}
+    _write(folder, tiny_model(seed, catalogue=texts, **shape), texts)
+
+
+def _write(folder: str | os.PathLike, model: Any, catalogue: bool | tuple[str, ...] = False) -> None:
     from safetensors.torch import save_file
 
     Path(folder).mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from ta import builtin, pictures
 from ta.store import cache_folder, content_hash, hash_json
 
-TUNED, SMALL, READER = "builtin-sft", "builtin-small", "builtin-reader"  # what --model-path calls them
+TUNED, SMALL, READER, SEEING = "builtin-sft", "builtin-small", "builtin-reader", "builtin-pictures"  # what --model-path calls them
 PICTURES = (3000, 60)  # training, held out
 
 
@@ -52,6 +52,11 @@ def tuned_folder(name: str = TUNED) -> Path:
     return place() / ("tuned" if name == TUNED else name)
 
 
+def seeing_folder() -> Path:
+    """The seeded language model for the built-in pictures, likewise."""
+    return written(f"model-pictures-{pictures.fingerprint()}", lambda folder: builtin.write_pictures_model(folder, pictures.texts()))
+
+
 def pictures_folder() -> Path:
     """Generated pictures with their records (ta/pictures.py), drawn once; the pictures lie in its folder images."""
     name = f"pictures-{PICTURES[0]}-{PICTURES[1]}-{pictures.fingerprint()}"
@@ -61,8 +66,9 @@ def pictures_folder() -> Path:
 def model_folder(path: str, hub: bool = False) -> str:
     """The folder (or, with `hub`, the name) to load; "builtin" is written to the cache once. ValueError where there is no such folder."""
     if path.startswith("builtin") and not Path(path).exists():
-        if path in ("builtin", SMALL):
-            return str(tiny_folder() if path == "builtin" else small_folder())
+        made = {"builtin": tiny_folder, SMALL: small_folder, SEEING: seeing_folder}
+        if path in made:
+            return str(made[path]())
         if path in (TUNED, READER) and tuned_folder(path).exists():
             return str(tuned_folder(path))
     if not Path(path).is_dir() and not hub:

@@ -93,6 +93,13 @@ def question_records(scene: Scene, name: str) -> list[dict]:
     return [{"id": f"{name}#{kind}", "kind": kind, "messages": [picture, *_turn(*asked)]} for kind, asked in questions(scene).items()]
 
 
+def texts() -> tuple[str, ...]:
+    """All questions and answers there are, each once."""
+    scenes = (make_scene(0, index, False) for index in range(100))
+    asked = {text for scene in scenes for pair in questions(scene).values() for text in pair}
+    return tuple(sorted({*asked, *COLOURS, *SHAPES, *PLACES, *NUMBERS}))
+
+
 def fingerprint() -> str:
     """Changes whenever this code does: a key for folders that keep its pictures."""
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]

@@ -46,7 +46,7 @@ class SeededPatches(nn.Module):
     """The demo's encoder: fixed random filters on 4 x 4 tiles of a small picture, so that colour, shape and place can be read off linearly.
 
     Each tile gives the mean rectified answer of 32 colour filters and of 96 filters on the foreground (how far a pixel is from the picture's
-    median colour, so that a shape looks the same in every colour), and its share of foreground at its row and at its column.
+    median colour, so that a shape looks the same in every colour), and the row and column of the tile, one in four.
     """
 
     side, colours, forms = 4, 32, 96
@@ -69,7 +69,7 @@ class SeededPatches(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels (I, 3, H, W) -> features (I, F, E), the same bits in any batch."""
-        exact = pixels.double()  # float32 rounds otherwise in another batch; float64 and 12 bits after the point leave no trace of it
+        exact = pixels.double()  # float32 rounds otherwise in another batch; float64 and 8 bits after the point leave no trace of it
         median = exact.flatten(2).median(dim=2).values[:, :, None, None]
         distance = (exact - median).abs().amax(1, keepdim=True)  # (I, 1, H, W)
         foreground = distance / distance.amax((2, 3), keepdim=True).clamp(min=1e-6)
@@ -78,9 +78,8 @@ class SeededPatches(nn.Module):
             answer = F.conv2d(seen, layer.weight.double(), layer.bias.double(), layer.stride, layer.padding).relu()
             answers.append(F.adaptive_avg_pool2d(answer, self.side).flatten(2).transpose(1, 2))
         colour, form = answers  # (I, 16, filters)
-        form = 3 * form - 2 * form.mean(2, keepdim=True)  # what sets the filters apart says the shape, more than what all see alike
-        share = F.adaptive_avg_pool2d(foreground, self.side).flatten(1)[:, :, None]  # (I, 16, 1)
-        rows = torch.eye(self.side, dtype=share.dtype, device=share.device)
-        place = share * torch.cat([rows.repeat_interleave(self.side, 0), rows.repeat(self.side, 1)], dim=1)  # (I, 16, 8)
-        features = torch.cat([colour - 0.25, form - 0.25, place], dim=2)
-        return (features * 4096).round().div(512).to(pixels.dtype)  # (I, 16, 136), about as wide as a projector's inputs should be
+        form = 4 * form - 3 * form.mean(2, keepdim=True)  # what sets the filters apart says the shape, more than what all see alike
+        rows = 4 * torch.eye(self.side, dtype=exact.dtype, device=exact.device) - 1
+        place = torch.cat([rows.repeat_interleave(self.side, 0), rows.repeat(self.side, 1)], dim=1)  # (16, 8)
+        features = torch.cat([16 * colour - 4, 4 * form - 1, place.expand(len(exact), -1, -1)], dim=2)
+        return (features * 256).round().div(256).to(pixels.dtype)  # (I, 16, 136), spread as wide as a projector's first layer likes
