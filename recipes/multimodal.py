@@ -19,6 +19,7 @@ from ta.folders import SEEING
 from ta.loop import LoopConfig, train
 from ta.modalities import MediaConfig, open_media
 from ta.model import ModelConfig
+from ta.optim import SEEING_LR
 from ta.parallel import init
 from ta.run import RunConfig, evaluate_with, finish, open_parts, open_run
 
@@ -43,11 +44,12 @@ def main(config: Multimodal) -> None:
         raise ValueError(f"--freeze-language-model with --adapter {config.adapter.adapter}, which would train it: give one of the two")
     opened = open_media(config.media, config.data.data, init())
     around = partial(multimodal.around, opened, freeze=config.media.freeze_language_model, seed=config.loop.seed)
-    parts = open_parts(config, "media", slots=opened.slots, around=around)
+    parts = open_parts(config, "media", usual_lr=SEEING_LR, slots=opened.slots, around=around)
     learn = partial(step, partial(multimodal.fill, opened))
     scale = multimodal.projector_lr(config.media, config.model.model_path, parts.optim.lr) / parts.optim.lr
     same = multimodal.identity(opened, config.media, parts.data) | {"projector_lr": scale * parts.optim.lr}
-    with open_run(config, parts, dress=lambda data: multimodal.dress(opened, data, read=data is parts.data.train), identity=same) as run:
+    dress = lambda data: multimodal.dress(opened, data, read=data is parts.data.train)  # noqa: E731
+    with open_run(config, parts, dress=dress, identity=same, usual_batch=8 if config.model.model_path == SEEING else 64) as run:
         evaluate = evaluate_with(run, config, learn, embed=partial(multimodal.embed_prompts, opened))
         scales = {"projectors.": scale}
         train(run.model, run.feed, learn, config.loop, run.optim, identity=run.identity, evaluate=evaluate, lr_scales=scales)

@@ -34,6 +34,7 @@ class OptimConfig:
 
 
 USUAL_LR = (2e-5, 2e-4, TINY_LR)
+SEEING_LR = (2e-5, 2e-4, 8e-4)
 REWARD_LR = (2e-5, 2e-4, 7e-4)
 PREFERENCE_LR = (1e-6, 1e-5, 1e-4)
 
