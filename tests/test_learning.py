@@ -75,3 +75,34 @@ def test_retriever_and_generator_learn_together_and_a_generator_alone_finds_no_m
     forked("rag", "--out", tmp_path / "control", "--encoder-lr", 0, "--steps", 40)
     start, *_, end = (row for row in logged(tmp_path / "control") if "val_recall_at_1" in row)
     assert end["val_recall_at_1"] == start["val_recall_at_1"] == first["val_recall_at_1"] and end["val_accuracy"] < 0.1
+
+
+def test_pictures_are_looked_at(forked, tmp_path):
+    """Held-out questions about colour, shape and place: at least 90 % right, and at chance where every question gets another one's picture."""
+    from ta.folders import pictures_folder
+
+    def shares(answered):
+        right: dict[str, list[bool]] = {}
+        for kind, said, wanted in answered:
+            right.setdefault(kind, []).append(said.strip() == wanted)
+        return {kind: sum(found) / len(found) for kind, found in right.items()}
+
+    run = tmp_path / "run"
+    said = forked("multimodal", "--out", run, "--cherry-records", 300, "--cherry-max-new-tokens", 6)
+    assert "What colour is the shape?" in said
+    samples = [json.loads(line) for line in open(run / "samples.jsonl")]
+    last = shares((s["id"].split("#")[1], s["answer"], s["reference"]) for s in samples if s["step"] == samples[-1]["step"])
+    assert all(last[kind] >= 0.9 for kind in ("colour", "shape", "place")), last
+
+    records = [json.loads(line) for line in open(pictures_folder() / "held_out.jsonl")]
+    for kind in last:
+        alike = [record for record in records if record["kind"] == kind]
+        names = [record["messages"][0]["content"] for record in alike]
+        for record, name in zip(alike, names[7:] + names[:7], strict=True):
+            record["messages"][0]["content"] = name
+    builtin.write_jsonl(tmp_path / "shuffled.jsonl", records)
+    ask = ("--data", tmp_path / "shuffled.jsonl", "--image-root", pictures_folder() / "images", "--max-new-tokens", 6)
+    forked("generate", "--model-path", run / "final", *ask, "--out", tmp_path / "answers.jsonl")
+    answers = [json.loads(line) for line in open(tmp_path / "answers.jsonl")]
+    chance = shares((row["kind"], row["answers"][0]["content"], row["reference"]) for row in answers)
+    assert chance["colour"] < 0.4 and chance["shape"] < 0.5 and chance["place"] < 0.5, chance
