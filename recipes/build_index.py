@@ -44,10 +44,11 @@ def main(config: BuildIndex) -> None:
         need_faiss()
     init()
     out, sources = Path(config.out), config.passages or (str(demo.passages_file()),)
-    on_rank_zero(lambda: index.begin(out, sources, config.encoder, config.resume, config.overwrite))
+    count = on_rank_zero(lambda: index.begin(out, sources, config.encoder, config.resume, config.overwrite))
     close()
     me, processes, device = stand_alone()  # from here on nobody waits for anybody
-    with tqdm(desc="embedding", unit=" passages", disable=me > 0, mininterval=0.5, dynamic_ncols=True) as bar:
+    share = None if me else -(-count // processes)
+    with tqdm(total=share, desc="embedding", unit=" passages", disable=me > 0, mininterval=0.5, dynamic_ncols=True) as bar:
         if index.build(out, device, me, processes, config.max_tokens_per_pass, bar.update):
             if config.approximate:
                 add_approximate(out)

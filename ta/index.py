@@ -45,8 +45,8 @@ class EncoderConfig:
     """Tokens of a text that the encoder reads at most; what is longer is cut at its end."""
 
 
-def begin(out: Path, sources: Sequence[str], config: EncoderConfig, resume: bool = False, overwrite: bool = False) -> None:
-    """Prepare `.NAME.partial` beside `out`: passages, room for their vectors, and what the index will be made of.
+def begin(out: Path, sources: Sequence[str], config: EncoderConfig, resume: bool = False, overwrite: bool = False) -> int:
+    """Prepare `.NAME.partial` beside `out`: passages, room for their vectors, and what the index will be made of; how many passages there are.
 
     ValueError: `out` or its beginning is there and neither `resume` nor `overwrite` is asked; it was begun with other passages or another encoder;
     passages that are wrong, by file and line.
@@ -79,7 +79,7 @@ def begin(out: Path, sources: Sequence[str], config: EncoderConfig, resume: bool
         begun = json.loads((beside / "begun.json").read_text())
         if odd := [key for key, value in json.loads(json.dumps(made_of)).items() if begun[key] != value]:
             raise ValueError(f"--resume: {out} was begun with another {' and another '.join(odd)}; give the same, or --overwrite")
-        return
+        return begun["passages"]
     for old in (beside, out) if overwrite else (beside,):
         shutil.rmtree(old, ignore_errors=True)
     beside.mkdir(parents=True)
@@ -90,12 +90,16 @@ def begin(out: Path, sources: Sequence[str], config: EncoderConfig, resume: bool
         shutil.rmtree(beside)
         raise
     write_text(beside / "begun.json", json.dumps(made_of | {"passages": len(offsets) - 1}))
+    return len(offsets) - 1
 
 
 def build(
     out: Path, device: str, rank: int = 0, world: int = 1, max_tokens: int = 8192, advance: Callable[[int], None] = lambda n: None
 ) -> bool:
-    """Embed this process's blocks of what `begin` prepared, but those that an earlier run did; True where the index was published by this call."""
+    """Embed this process's blocks of what `begin` prepared, but those that an earlier run did; True where the index was published by this call.
+
+    `advance` is told of passages whose vectors are on the disk, first of those from before.
+    """
     from ta.embedding import Reading, embed, open_encoder, tokenize
 
     beside = _partial(out)
@@ -105,6 +109,7 @@ def build(
         return False
     total = -(-begun["passages"] // BLOCK)
     done = _done(beside)
+    advance(sum(min(BLOCK, begun["passages"] - block * BLOCK) for block in range(rank, total, world) if block in done))
     if left := [block for block in range(rank, total, world) if block not in done]:
         reading = Reading(**begun["reading"])
         encoder, tokenizer = open_encoder(begun["encoder_path"], reading, device)
