@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ta import builtin, tasks
-from ta.kinds import check_candidates, check_chat, check_class, check_labelled, check_pair
+from ta.kinds import check_candidates, check_chat, check_class, check_labelled, check_pair, check_question
 
 MAKERS = {
     "chats": (builtin.chats, check_chat),
@@ -182,3 +182,18 @@ def test_jsonl_is_whole_or_absent(tmp_path):
     with pytest.raises(RuntimeError, match="torn"):
         builtin.write_jsonl(path, torn())
     assert len(path.read_text("utf-8").splitlines()) == 2 and list(tmp_path.iterdir()) == [path]
+
+
+def test_each_answer_stands_in_one_passage_whose_words_no_question_has():
+    """So that only what was learned leads from a question to its passage; held-out questions ask for pairs that no other one does."""
+    catalogue = {passage["id"]: f"{passage['title']}\n{passage['text']}" for passage in builtin.passages()}
+    asked = {split: builtin.questions(split, 300) for split in ("train", "held_out")}
+    for record in (*asked["train"], *asked["held_out"]):
+        assert check_question(record)["gold"] == record["gold"] and record["messages"][-1]["content"] == record["answer"]
+        assert [name for name, text in catalogue.items() if record["answer"] in text] == record["gold"]
+        words = set(re.findall(r"\w+", record["messages"][0]["content"]))
+        assert not words & {word for text in catalogue.values() for word in re.findall(r"[a-z]+", text)}
+    known, new = ({record["gold"][0] for record in asked[split]} for split in asked)
+    assert not known & new and {half for name in new for half in name.split("-")} <= {half for name in known for half in name.split("-")}
+    reading = builtin.readings("train", 1)[0]
+    assert reading["messages"][0]["content"] == f"{catalogue[reading['gold'][0]]}\n\n{asked['train'][0]['messages'][0]['content']}"
