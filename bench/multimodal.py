@@ -9,6 +9,7 @@ model is the built-in one (1.1 million weights), and a c_abstractor makes 16 emb
 recipes/multimodal.py itself; its first step is left out of the rate. Rates are by wall time: readers are processes of their own.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -138,20 +139,18 @@ def main() -> None:
     flags.add_argument("--encoder", choices=("clip", "builtin"), default="clip")
     flags.add_argument("--pictures", type=int, default=400)
     flags.add_argument("--steps", type=int, default=12)
-    flags.add_argument("--folder", default="", help="where the pictures lie; made anew by default")
+    flags.add_argument("--folder", default="", help=argparse.SUPPRESS)
     flags = read(flags, pictures=24, steps=2)
     contenders, against = {
         "train": ({"cached": cached, "on the fly": on_the_fly}, "on the fly"),
         "preprocess": ({"ta": ours, "plain loop": plain_loop}, "plain loop"),
         "memory": ({"all pictures": cached, "few pictures": few}, "few pictures"),
     }[flags.what]
-    if flags.one:
-        compare(contenders, flags, against)
-        return
     with tempfile.TemporaryDirectory() as folder:
-        flags.folder = flags.folder or folder
-        sys.argv += ["--folder", flags.folder]
-        prepare(flags)
+        if not flags.folder:
+            flags.folder = folder
+            sys.argv += ["--folder", folder]
+            prepare(flags)
         compare(contenders, flags, against)
 
 
