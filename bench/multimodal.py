@@ -5,8 +5,8 @@
     python bench/multimodal.py --what memory --rounds 1          # peak memory of training from a cache, few pictures against many
 
 Pictures are drawn, 640 x 640 JPEG. The CLIP tower is seeded and of CLIP-base's size (86 million weights, 224 pixels, patches of 32); the language
-model is the built-in one (1.1 million weights), and a c_abstractor makes 16 embeddings of a picture, so that the encoder is what differs. Training is
-recipes/multimodal.py itself; its first step is left out of the rate. Rates are by wall time: readers are processes of their own.
+model is the built-in one for pictures (0.7 million weights), and a c_abstractor makes 16 embeddings of a picture, so that the encoder is what
+differs. Training is recipes/multimodal.py itself; its first step is left out of the rate. Rates are by wall time: readers are processes of their own.
 """
 
 import argparse
