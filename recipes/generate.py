@@ -22,7 +22,7 @@ from ta import demo, outputs
 from ta.answers import GenerateConfig, check_prompts, check_settings, parse_settings, to_json
 from ta.cli import cli
 from ta.folders import fingerprint
-from ta.inference import InferenceConfig, open_generator, resolve, stand_alone
+from ta.inference import InferenceConfig, open_generator, resolve, stand_alone, vllm_settings
 from ta.modalities import MediaFiles, reopen_media
 from ta.model import open_format
 from ta.outputs import progress
@@ -75,8 +75,7 @@ def main(config: Generate) -> None:
     outs = [Path(config.out).with_suffix((name and f".{name}") + Path(config.out).suffix) for name, _ in named]
     if len(set(outs)) < len(outs):
         raise ValueError("--settings use a name twice and would write one file twice: give each its own name")
-    if world > 1 and config.engine == "vllm":
-        raise ValueError("vLLM starts its own processes: run it without torchrun, with --tensor-parallel-size")
+    vllm = vllm_settings(config.engine, config.vllm, world)
     for (_, settings), out in zip(named, outs, strict=True):
         check_settings(settings)
         outputs.check(out, config.resume, config.overwrite, rank, world)
@@ -89,7 +88,6 @@ def main(config: Generate) -> None:
     if drops.counts:
         print(f"left out: {drops.table()}", file=sys.stderr)
     records = online(config.retrieval, records, form, config.chat, device)
-    vllm = config.vllm if config.engine == "vllm" else None
     engine, vocabulary, context = open_generator(model, adapter, form, device, vllm, config.generation.seed, media)
     check_prompts([prompt for _, prompt, _ in records], vocabulary, context)
     who = [fingerprint(model.model_path, model.hub), fingerprint(adapter) if adapter else "", model.dtype, config.engine]

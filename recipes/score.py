@@ -21,7 +21,7 @@ from ta.chat import Drop, encode_answers
 from ta.cli import cli
 from ta.encode import KINDS
 from ta.folders import fingerprint, model_folder
-from ta.inference import InferenceConfig, labels_in, open_scorer, resolve, stand_alone
+from ta.inference import InferenceConfig, labels_in, open_scorer, resolve, stand_alone, vllm_settings
 from ta.kinds import check_candidates, check_chat
 from ta.model import open_format
 from ta.sources import read_records
@@ -69,8 +69,7 @@ def main(config: Score) -> None:
     rank, world, device = stand_alone()
     if not config.data:
         raise ValueError("no data to score: give --data FILE.jsonl")
-    if world > 1 and config.engine == "vllm":
-        raise ValueError("vLLM starts its own processes: run it without torchrun, with --tensor-parallel-size")
+    vllm = vllm_settings(config.engine, config.vllm, world)
     out = Path(config.out)
     outputs.check(out, config.resume, config.overwrite, rank, world)
     model, adapter = resolve(config.model)
@@ -88,9 +87,7 @@ def main(config: Score) -> None:
     there = outputs.done(out, keys) if not config.overwrite else {}
     mine = [i for i in range(rank, len(records), world) if keys[i] not in there]
     sequences = [sequences_of(config, form, records[i]) for i in mine]
-    score, vocabulary, context = open_scorer(
-        model, adapter, form.tokenizer, num_labels, device, config.max_tokens_per_micro, config.vllm if config.engine == "vllm" else None
-    )
+    score, vocabulary, context = open_scorer(model, adapter, form.tokenizer, num_labels, device, config.max_tokens_per_micro, vllm)
     check_prompts([tokens.ids for parts in sequences for tokens in parts], vocabulary, context, room=0)
     outputs.begin(out, config.overwrite, rank, world)
     with outputs.Part(out, rank) as part, outputs.progress("score", len(mine), rank == 0) as advance:

@@ -34,7 +34,7 @@ class GenerateConfig:
     seed: int = 0
     """Seed of the sampling; what a record gets does not depend on the records beside it."""
     slots: int = 64
-    """Answers generated at the same time (a memory knob)."""
+    """Answers that the hf engine generates at the same time (a memory knob)."""
 
 
 class Answer(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -103,6 +104,18 @@ def labels_in(folder: str, adapter: str | None) -> int:
             f"{folder} is no reward model or classifier ({settings.get('architectures')}): give what rm.py or classify.py exported"
         )
     return len(settings.get("id2label") or (0, 1))
+
+
+def vllm_settings(engine: Literal["hf", "vllm"], given: VllmConfig, world: int) -> VllmConfig | None:
+    """vLLM's settings where it is the engine; ValueError where they are given to the other one, or where torchrun started several of us."""
+    from ta.vllm_engine import VllmConfig
+
+    if engine == "vllm" and world > 1:
+        raise ValueError("vLLM starts its own processes: run it without torchrun, with --tensor-parallel-size")
+    changed = [f.name.replace("_", "-") for f in dataclasses.fields(given) if getattr(given, f.name) != getattr(VllmConfig(), f.name)]
+    if engine == "hf" and changed:
+        raise ValueError(f"--{changed[0]} is a setting of vLLM: add --engine vllm, or leave it out")
+    return given if engine == "vllm" else None
 
 
 def open_generator(

@@ -50,7 +50,7 @@ def done(out: Path, keys: Iterable[str]) -> dict[str, dict]:
 
 
 class Part:
-    """The open part file of one process; a line torn by an earlier kill is cut off first."""
+    """The part file of one process, made at its first object; a line torn by an earlier kill is cut off first."""
 
     def __init__(self, out: Path, rank: int = 0):
         self.path = out.with_name(f".{out.name}.part-{rank}")
@@ -58,9 +58,10 @@ class Part:
             whole = self.path.read_bytes().rpartition(b"\n")
             with open(self.path, "r+b") as file:
                 file.truncate(len(whole[0]) + len(whole[1]))
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 closed by __exit__
+        self.file = None
 
     def append(self, record: dict) -> None:
+        self.file = self.file or open(self.path, "a", encoding="utf-8")  # noqa: SIM115 closed by __exit__
         self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self.file.flush()
 
@@ -68,7 +69,8 @@ class Part:
         return self
 
     def __exit__(self, *_) -> None:
-        self.file.close()
+        if self.file:
+            self.file.close()
 
 
 def publish(out: Path, keys: Sequence[str]) -> bool:

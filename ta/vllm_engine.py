@@ -72,6 +72,10 @@ def open_engine(
 
     from ta.folders import model_folder
 
+    if model.model_args:
+        raise ValueError(
+            f"--model-args {' '.join(model.model_args)} are arguments of transformers, which vLLM does not take: give --engine hf"
+        )
     cuda = torch.cuda.is_available()
     dtype = {"auto": "bfloat16" if cuda else "float32"}.get(model.dtype, model.dtype)
     if dtype == "float64":

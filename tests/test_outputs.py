@@ -65,6 +65,9 @@ def test_what_exists_is_neither_lost_nor_mixed_up(tmp_path):
         check(out, False, False)
     out.unlink()
     Part(out, 4).__exit__()
+    assert not list(tmp_path.iterdir())  # what has nothing to say leaves nothing
+    with Part(out, 4) as part:
+        part.append({"key": "a"})
     with pytest.raises(ValueError, match="begun and not finished"):
         check(out, False, False, rank=0, world=2)
     check(out, False, False, rank=1, world=2)  # not its part: the process that answers for it says so

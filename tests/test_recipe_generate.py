@@ -5,10 +5,12 @@ import json
 import os
 import random
 import signal
+import threading
 import time
 from dataclasses import replace
 
 import pytest
+from tqdm import tqdm
 
 from ta.answers import GenerateConfig, parse_settings
 from ta.tasks import chats
@@ -65,20 +67,30 @@ def test_several_settings_write_a_file_each(recipe, data, tmp_path):
 def test_killed_at_random_moments_gives_the_same_file(recipe, data, tmp_path, flags):
     """Ten times killed and resumed, by one or three processes: no record twice or missing, the very bytes of an undisturbed run."""
     whole, out = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    start = time.perf_counter()
     recipe.main(replace(config_of(recipe, data, whole), **flags))
-    took, r, partial = time.perf_counter() - start, random.Random(len(flags)), 0
+    r, partial = random.Random(len(flags)), 0
+
+    def written():
+        return sum(path.read_bytes().count(b"\n") for path in tmp_path.glob(".killed.jsonl.part-*"))
+
     for attempt in range(40):
         world = r.choice([1, 1, 3])
         for rank in range(world):
             if not (child := os.fork()):
                 os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+                tqdm.set_lock(threading.RLock())  # the default one is shared by forks, and a killed child may hold it
                 try:
                     recipe.main(replace(config_of(recipe, data, out), resume=attempt > 0 or rank > 0, **flags))
                 finally:
                     os._exit(0)
-            if attempt < 10:
-                time.sleep(r.random() * took)
+            if attempt < 10:  # at a random number of records more, or before the first
+                until, ended = written() + r.randrange(N // 4), False
+                time.sleep(r.random() / 10)
+                while not ended and written() < until:
+                    time.sleep(0.001)
+                    ended = os.waitpid(child, os.WNOHANG) != (0, 0)
+                if ended:
+                    continue
                 os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
         parts = [p for p in tmp_path.iterdir() if ".part-" in p.name and p.stat().st_size]
@@ -160,6 +172,8 @@ def test_adapters_and_prompts_that_do_not_fit_are_refused(door, data, tmp_path, 
             ("--data", data, "--model-path", tmp_path / "base", "--engine", "vllm", "--tensor-parallel-size", 2),
             "does not divide the model's 5 attention heads",
         ),
+        (("--data", data, "--engine", "vllm", "--model-args", "use_cache=False"), "--model-args use_cache=False"),
+        (("--data", data, "--tensor-parallel-size", 2), "--tensor-parallel-size is a setting of vLLM"),
         (("--data", long), f"1 of {N + 1} prompts leave no room for an answer in the model's context of 1024"),
     ):
         code, said = door("generate", *flags, *short, "--out", out)
