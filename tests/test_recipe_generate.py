@@ -10,7 +10,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ta.answers import GenerateConfig, parse_settings
 from ta.tasks import chats
@@ -78,7 +78,8 @@ def test_killed_at_random_moments_gives_the_same_file(recipe, data, tmp_path, fl
         for rank in range(world):
             if not (child := os.fork()):
                 os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
-                tqdm.set_lock(threading.RLock())  # the default one is shared by forks, and a killed child may hold it
+                for bar in tqdm.__mro__[:-2]:
+                    bar._lock = threading.RLock()  # the default one is shared by forks, and a killed child may hold it
                 try:
                     recipe.main(replace(config_of(recipe, data, out), resume=attempt > 0 or rank > 0, **flags))
                 finally:
