@@ -19,7 +19,7 @@ SIZES = {
     "labelled": (3_200, 256),
     "classes": (4_800, 256),
     "candidates": (256, 64),
-    "questions": (7_680, 128),
+    "questions": (9_600, 128),
     "readings": (4_800, 128),
 }
 
