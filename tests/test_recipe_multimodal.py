@@ -1,12 +1,13 @@
 """recipes/multimodal.py, preprocess_images.py, generate.py and to_llava.py as a user runs them with pictures, from flags to answers."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_encoders import save_clip
+from test_encoders import save_clip, save_siglip
 
 from ta.inference import open_for_inference
 from ta.modalities import MediaFiles, reopen_media
@@ -204,3 +205,17 @@ def test_llava_layout_gives_equal_logits(forked, door, flags, place, tmp_path):
         assert gap.abs().max() < 1e-4
     code, text = door("to_llava", "--model-path", tmp_path / "llava", "--out", tmp_path / "x")
     assert code == 2 and "no media.json" in text
+
+
+def test_siglip_takes_the_llava_layout_too(forked, flags, place, tmp_path):
+    from transformers import LlavaForConditionalGeneration
+
+    save_siglip(place / "siglip", whole=True)
+    siglip = ("--image-encoder", "siglip", "--image-encoder-path", place / "siglip")
+    forked("multimodal", *flags, *siglip, "--steps", 1, "--out", tmp_path / "run")
+    said = forked("to_llava", "--model-path", tmp_path / "run" / "final", "--out", tmp_path / "llava")
+    gap = float(re.search(r"logits agree to (\S+)\)", said).group(1))
+    assert (
+        gap < 1e-4
+        and LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava").config.vision_config.model_type == "siglip_vision_model"
+    )
