@@ -92,8 +92,8 @@ def records(flags, value: int) -> Figures:
 
 
 def processes(flags, value: int) -> Figures:
-    inner = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(value), __file__, "--steps-inside", *sys.argv[1:]]
-    told = command(inner, flags.threads, f"{value} processes")
+    inner = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(value), __file__, "--steps-inside"]
+    told = command([*inner, *(["--tiny"] if flags.tiny else [])], flags.threads, f"{value} processes")
     return {"cost_cpu_s": told["cost_cpu_s"]}
 
 
