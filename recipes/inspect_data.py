@@ -19,12 +19,12 @@ from ta import demo
 from ta.cli import cli
 from ta.dataset import DataConfig, Prepared, lengths, read_drops, report, sequence
 from ta.encode import Kind, prepare_kind
+from ta.modalities import MediaConfig, open_media
 from ta.model import ModelConfig, open_format
 from ta.pieces import Tokens, show
 from ta.templates import ChatConfig
 from ta.tokenizer import TokenizerConfig
 
-BUILTIN = {"chat": "chats", "pair": "preferences", "labelled": "labelled", "class": "classes"}
 BAR = 50  # characters
 
 
@@ -42,7 +42,9 @@ class InspectData:
     hub: bool = False
     """Allow the model's name to be looked up on the Hugging Face hub."""
     kind: Kind = "chat"
-    """What the records are: chats (sft), pairs (rm, dpo), labelled answers (kto) or classified dialogues (classify)."""
+    """What the records are: chats (sft), pairs (rm, dpo), labelled answers (kto), classified dialogues (classify), pictures and sounds
+    (multimodal) or questions (rag, without their passages)."""
+    media: MediaConfig = MediaConfig()
     examples: int = 3
     """Records shown with colours."""
     seed: int = 0
@@ -53,8 +55,9 @@ class InspectData:
 
 def main(config: InspectData) -> None:
     model = ModelConfig(model_path=config.model_path, init_tokens=config.init_tokens, hub=config.hub)
-    form = open_format(model, config.tokenizer, config.chat, config.adapter_path)
-    training, _ = demo.data_or_builtin(config.data.data, (), BUILTIN[config.kind])
+    slots = open_media(config.media, config.data.data, "cpu").slots if config.kind == "media" else {}
+    form = open_format(model, config.tokenizer, config.chat, config.adapter_path, slots)
+    training, _ = demo.data_or_builtin(config.data.data, (), demo.NAMES[config.kind])
     for sources in (training, config.data.val_data):
         if not sources:
             continue

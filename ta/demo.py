@@ -13,6 +13,7 @@ from ta.folders import READER, TUNED, pictures_folder, place, tiny_folder, tuned
 
 __all__ = ["READER", "TUNED", "data_or_builtin", "pictures_folder", "tiny_folder", "tuned_folder"]
 
+NAMES = {"chat": "chats", "pair": "preferences", "labelled": "labelled", "class": "classes", "media": "pictures", "question": "questions"}
 SIZES = {
     "chats": (builtin.TINY_STEPS * builtin.TINY_BATCH, 256),
     "preferences": (4_000, 256),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ta.model import ChatFormat
     from ta.templates import ChatConfig
 
-Kind = Literal["chat", "pair", "labelled", "class", "question"]
+Kind = Literal["chat", "pair", "labelled", "class", "media", "question"]
 
 
 def prepare_kind(

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from ta.media import Slot
     from ta.wrapper import LanguageModel
 
-BUILTIN = {"chat": "chats", "pair": "preferences", "labelled": "labelled", "class": "classes", "media": "pictures", "question": "questions"}
-
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -85,7 +83,7 @@ class Run(NamedTuple):
 
 def open_data(config: RunConfig, form: ChatFormat, kind: Kind) -> Data:
     """Training and held-out records of a kind: the sources given, or the built-in ones."""
-    sources, val_sources = demo.data_or_builtin(config.data.data, config.data.val_data, BUILTIN[kind])
+    sources, val_sources = demo.data_or_builtin(config.data.data, config.data.val_data, demo.NAMES[kind])
     make = lambda paths: prepare_kind(kind, paths, form, config.chat, config.data, config.loop.seed, say=parallel.say)  # noqa: E731
     records = zip(range(config.cherry.cherry_records), read_records(val_sources, KINDS[kind][0]), strict=False) if val_sources else ()
     return Data(make(sources), make(val_sources) if val_sources else None, [record.data for _, record in records])

@@ -219,3 +219,9 @@ def test_siglip_takes_the_llava_layout_too(forked, flags, place, tmp_path):
         gap < 1e-4
         and LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava").config.vision_config.model_type == "siglip_vision_model"
     )
+
+
+def test_the_inspector_shows_placeholders(forked, place):
+    flags = ("--data", place / "held_out.jsonl", "--image-root", place / "images", "--image-encoder", "builtin")
+    said = forked("inspect_data", "--kind", "media", *flags, "--examples", 1)
+    assert "11 of 11 from" in said and said.count("<img>") == 16 * said.count("<MS>") > 0
