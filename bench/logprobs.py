@@ -1,4 +1,4 @@
-"""What does the head cost? Cross-entropy and its gradients: our chunked function, plain full logits, logits at learned positions only.
+"""What does the head cost? Cross-entropy and its gradients: our chunked function, full logits, logits at learned positions, torch's own.
 
     python bench/logprobs.py --vocabulary 131072 --tokens 2048 --learned 0.15
 
@@ -6,6 +6,7 @@ CPU seconds and growth of peak memory of forward and backward, each contender in
 """
 
 import argparse
+from importlib.metadata import version
 
 try:
     from harness import compare, measured, parser, read
@@ -68,7 +69,19 @@ def learned_logits(flags):
     return timed(lambda h, w, t, i: F.cross_entropy((h[i] @ w.t()).float(), t[i], reduction="sum"), flags)
 
 
+def torch_chunked(flags):
+    import torch
+    import torch.nn.functional as F
+
+    how = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=256)
+    once = (torch.zeros(2, 4).requires_grad_(), torch.zeros(8, 4), torch.zeros(2, dtype=torch.int64))
+    F.linear_cross_entropy(*once, options=how).backward()  # its first call imports for a second
+    return timed(lambda h, w, t, i: F.linear_cross_entropy(h[i], w, t[i], reduction="sum", options=how), flags)
+
+
 CONTENDERS = {"ours": ours, "ours, per token": ours_per_token, "full logits": full_logits, "learned logits": learned_logits}
+if version("torch") >= "2.13":
+    CONTENDERS["F.linear_cross_entropy"] = torch_chunked
 
 if __name__ == "__main__":
     flags = parser(__doc__)
