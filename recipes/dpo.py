@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from ta.cli import cli
+from ta.demo import TUNED
 from ta.loop import LoopConfig, train
 from ta.optim import PREFERENCE_LR
 from ta.parallel import say, sum_over_ranks
@@ -90,7 +91,7 @@ def main(config: Dpo) -> None:
     def dress(prepared):
         return dressed(reference, prepared, pairs(prepared, "needed" if "margin" in loss.inputs else "unused"))
 
-    with open_run(config, parts, dress=dress, identity=same) as run:
+    with open_run(config, parts, dress=dress, identity=same, usual_batch=32 if config.model.model_path == TUNED else 64) as run:
         say(never_synced(config.reference, run.feed.steps))
         hooks = {"before_step": before, "after_step": reference.after_step, "extra": reference.extra, "identity": run.identity}
         evaluate = evaluate_with(run, config, partial(step, loss), before_step=before)

@@ -36,7 +36,7 @@ class LoopConfig:
     epochs: float = 1.0
     """Passes over the data, where --steps is not given."""
     batch_size: int | None = None
-    """Records per optimizer step, over all devices together. Default: 64; fewer where a built-in model learns its first task."""
+    """Records per optimizer step, over all devices together. Default: 64; fewer where the built-in model is trained."""
     max_tokens_per_micro: int = 8192
     """Tokens in one forward pass on one device: the memory knob. It never changes results."""
     seed: int = 0

@@ -69,7 +69,7 @@ WORDS = st.lists(st.sampled_from(["key", "red", "ünder", "lamp", "x" * 9, "\n"]
 @given(st.lists(WORDS, max_size=4), WORDS, st.integers(12, 120), st.integers(1, 40), st.booleans())
 def test_joined_chats_fit_and_keep_their_question(form, texts, question, limit, passage_tokens, prompt):
     chat = [{"role": "user", "content": question}, {"role": "assistant", "content": "red"}]
-    config, how = ChatConfig(max_tokens=limit, keep_end=True), Joining(4, passage_tokens, "\n\n")
+    config, how = ChatConfig(max_tokens=limit, keep_end=True), Joining(4, passage_tokens, "##")
     encode = lambda chats: (encode_prompts if prompt else encode_chats)(chats, form.template, form.vocabulary, config)  # noqa: E731
     ((tokens, messages, used),) = join([chat], [texts], encode, form.tokenizer, how, limit)
     alone = encode([chat])[0]
@@ -79,7 +79,7 @@ def test_joined_chats_fit_and_keep_their_question(form, texts, question, limit, 
     ids = getattr(tokens, "ids", tokens)
     assert len(ids) <= limit and messages[0]["content"].endswith(question) and tokens == encode([messages])[0]
     block = messages[0]["content"].removesuffix(question)
-    whole = put_before(chat, texts, "\n\n")
+    whole = put_before(chat, texts, "##")
     roomy = replace(config, max_tokens=limit - 8)
     room = not isinstance((encode_prompts if prompt else encode_chats)([whole], form.template, form.vocabulary, roomy)[0], Drop)
     longest = max([len(form.tokenizer(text).input_ids) for text in texts], default=0)
@@ -87,7 +87,7 @@ def test_joined_chats_fit_and_keep_their_question(form, texts, question, limit, 
         assert used == len(texts) and messages == whole
     assert used or not block
     if used:
-        kept = [len(form.tokenizer(text).input_ids) for text in block.split("\n\n")[:-1]]
+        kept = [len(form.tokenizer(text).input_ids) for text in block.split("##")[:-1]]
         assert max(kept) <= passage_tokens + 1  # a cut inside a merge can take one more
 
 
