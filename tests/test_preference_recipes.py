@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from ta import builtin
+from ta import builtin, warm
 from ta.adapters import load_adapter
 
 KIND = {"dpo": "preferences", "rm": "preferences", "kto": "labelled", "classify": "classes"}
@@ -201,7 +201,7 @@ def test_a_share_of_equal_pairs_is_counted(door, model, data, tmp_path):
 def test_without_a_model_the_built_in_one_is_fine_tuned_once(forked, data, tmp_path, processes):
     def before(rank):
         os.environ["TA_CACHE"] = str(tmp_path / "cache")
-        builtin.TINY_STEPS = 2
+        warm.WARMTH[warm.TUNED] = warm.WARMTH[warm.TUNED]._replace(steps=2)
 
     more = ("--data", data / "preferences-train.jsonl", *QUICK)
     first, second = (forked("dpo", *more, "--out", tmp_path / name, processes=processes, before=before) for name in "ab")
