@@ -2,8 +2,9 @@
 
     python bench/overhead.py
 
-A model so small that a step takes some milliseconds; the same steps with ta.loop.train and with a bare loop (forward, backward, clip, AdamW). Then
-the CPU seconds of `--help` and of imports, each in a fresh interpreter, beside those of an empty one.
+A model so small that a step takes some milliseconds: each step of ta.loop.train and right after it the same step of a bare loop (forward, backward,
+clip, AdamW) on a twin, in one process. The overhead is the median over the steps of the difference, the first 20 left out; laying out the batch is
+shown apart. Then the CPU seconds of `--help` and of imports, each in a fresh interpreter, beside those of an empty one.
 """
 
 import argparse
@@ -16,7 +17,10 @@ except ImportError:
     from bench.harness import ROOT, compare, parser, read
 
 
-def parts(flags: argparse.Namespace):
+def paired(flags: argparse.Namespace) -> dict[str, float]:
+    """Every step of ta.loop.train, and right after it the same step of a bare loop on a twin of the model, laying out the same batches."""
+    import tempfile
+
     import torch
 
     torch.set_num_threads(flags.threads)
@@ -24,43 +28,45 @@ def parts(flags: argparse.Namespace):
     from small import prepared, sft_step, tiny
 
     from ta.feed import training_feed
-
-    feed = training_feed(prepared(256), batch_size=8, max_tokens_per_micro=4096, seed=0, steps=flags.steps, epochs=1)
-    return tiny(), feed, sft_step
-
-
-def a_step(start: float, wall: float, flags) -> dict[str, float]:
-    now, wall_now = time.process_time(), time.perf_counter()
-    return {"cpu_ms_a_step": 1000 * (now - start) / flags.steps, "ms_a_step": 1000 * (wall_now - wall) / flags.steps}
-
-
-def bare(flags) -> dict[str, float]:
-    import torch
-
-    model, feed, step = parts(flags)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0, fused=True)
-    start, wall = time.process_time(), time.perf_counter()
-    for number in range(flags.steps):
-        (batch,) = feed.batches(number)
-        loss, count, _ = step(model, batch)
-        (loss / count).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return a_step(start, wall, flags)
-
-
-def ours(flags) -> dict[str, float]:
-    import tempfile
-
     from ta.loop import LoopConfig, train
     from ta.optim import OptimConfig
 
-    model, feed, step = parts(flags)
+    feed = training_feed(prepared(256), batch_size=8, max_tokens_per_micro=4096, seed=0, steps=flags.steps, epochs=1)
+    model, twin = tiny(), tiny()
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0, fused=True)
+    clock = lambda: (time.perf_counter(), time.process_time())  # noqa: E731
+    since, times = clock(), {"ours": [], "bare": [], "laying": []}
+
+    def bare_step(batch) -> None:
+        loss, count, _ = sft_step(twin, batch)
+        (loss / count).backward()
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def after_step(done: int) -> None:
+        nonlocal since
+        times["ours"].append([b - a for a, b in zip(since, clock(), strict=True)])
+        start = clock()
+        (batch,) = feed.batches(done - 1)
+        middle = clock()
+        bare_step(batch)
+        times["laying"].append([b - a for a, b in zip(start, middle, strict=True)])
+        times["bare"].append([b - a for a, b in zip(middle, clock(), strict=True)])
+        since = clock()
+
     with tempfile.TemporaryDirectory() as out:
-        start, wall = time.process_time(), time.perf_counter()
-        train(model, feed, step, LoopConfig(out=out), OptimConfig(lr=1e-4))
-        return a_step(start, wall, flags)
+        train(model, feed, sft_step, LoopConfig(out=out), OptimConfig(lr=1e-4, schedule="constant", warmup=0), after_step=after_step)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(model.parameters(), twin.parameters(), strict=True)), "not the same work"
+    ours, bare, laying = (torch.tensor(rows[20:] or rows, dtype=torch.float64) * 1000 for rows in times.values())  # (steps, 2): wall, CPU
+    middle = lambda rows, which=0: rows[:, which].median().item()  # noqa: E731
+    return {
+        "bare_ms": middle(bare),
+        "laying_ms": middle(laying),
+        "overhead_ms": middle(ours - bare - laying),
+        "overhead_cpu_ms": middle(ours - bare - laying, 1),
+        "with_laying_ms": middle(ours - bare),
+    }
 
 
 def door() -> dict[str, list[str]]:
@@ -80,6 +86,6 @@ if __name__ == "__main__":
     flags = parser(__doc__)
     flags.add_argument("--steps", type=int, default=2000)
     given = read(flags, steps=20)
-    compare({"bare": bare, "ours": ours}, given, "bare")
+    compare({"loop": paired}, given, "loop")
     if not given.one:
         compare(door(), given, "empty")

@@ -47,35 +47,30 @@ def lay_out(ids: Sequence[np.ndarray], weights: Sequence[np.ndarray], packed: bo
     if not ids:
         zero = torch.zeros(0, dtype=torch.int64)
         return Batch(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64), zero, zero, torch.zeros(0), zero, zero, ())
-    shared = tuple(shared) if shared else (0,) * len(ids)
-    lengths = tuple(len(x) - s for x, s in zip(ids, shared, strict=True))
-    width = sum(lengths) if packed else max(lengths)
-    tokens = np.zeros((1 if packed else len(ids), width), np.int64)
+    flat, flat_weights = np.concatenate(ids), np.concatenate(weights)
+    full = np.fromiter(map(len, ids), np.int64, len(ids))
+    skip = np.asarray(shared if len(shared) else [0] * len(ids), np.int64)
+    laid = full - skip
+    home = np.cumsum(laid) - laid if packed else np.arange(len(ids)) * laid.max()  # where each sequence begins
+    owner = np.repeat(np.arange(len(ids)), full)  # of every given token
+    column = np.arange(len(flat)) - np.repeat(np.cumsum(full) - full, full)  # its place in its sequence
+    place = home[owner] + column - skip[owner]  # and among the B*T positions
+    tokens = np.zeros((1, len(flat) - skip.sum()) if packed else (len(ids), laid.max()), np.int64)
     positions = np.zeros_like(tokens)
-    learned, targets, target_weights, owners, ends = [], [], [], [], []
-    start = 0
-    for n, (x, w, skip) in enumerate(zip(ids, weights, shared, strict=True)):
-        here = start if packed else n * width
-        row, column = (0, start) if packed else (n, 0)
-        tokens[row, column : column + lengths[n]] = x[skip:]
-        positions[row, column : column + lengths[n]] = np.arange(skip, len(x))
-        hit = np.flatnonzero(w[1:])  # token hit + 1 is a target, predicted at hit
-        place = np.where(hit < skip, start - lengths[n - 1] + hit, here + hit - skip) if skip else here + hit
-        learned.append(place)
-        targets.append(np.asarray(x)[hit + 1])
-        target_weights.append(np.asarray(w)[hit + 1])
-        owners.append(np.full(len(hit), n))
-        ends.append(here + lengths[n] - 1)
-        start += lengths[n]
+    if skip.any():
+        here = column >= skip[owner]
+        place = np.where(here, place, home[owner - 1] + column)
+        tokens.flat[place[here]], positions.flat[place[here]] = flat[here], column[here]
+    else:
+        tokens.flat[place], positions.flat[place] = flat, column
+    hit = np.flatnonzero((flat_weights != 0) & (column > 0))  # predicted one token earlier
     return Batch(
-        torch.from_numpy(tokens),
-        torch.from_numpy(positions),
-        *(torch.from_numpy(np.concatenate(x).astype(np.int64)) for x in (learned, targets)),
-        torch.from_numpy(np.concatenate(target_weights).astype(np.float32)),
-        torch.from_numpy(np.concatenate(owners).astype(np.int64)),
-        torch.tensor(ends),
-        lengths,
-        shared if any(shared) else (),
+        *(torch.from_numpy(x) for x in (tokens, positions, place[hit - 1], flat[hit].astype(np.int64))),
+        torch.from_numpy(flat_weights[hit].astype(np.float32)),
+        torch.from_numpy(owner[hit]),
+        torch.from_numpy(home + laid - 1),
+        tuple(laid.tolist()),
+        tuple(skip.tolist()) if skip.any() else (),
     )
 
 
@@ -85,9 +80,10 @@ def batch_of(batch):
 
 
 def to_device(batch, device):
-    """The same nest of NamedTuples with every tensor on `device` (copied without waiting where memory is pinned)."""
+    """The same nest of NamedTuples with every tensor on `device`; an accelerator's copies are pinned and not waited for."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        pinned = batch.pin_memory() if torch.device(device).type == "cuda" and batch.device.type == "cpu" else batch
+        return pinned.to(device, non_blocking=True)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(part, device) for part in batch))
     return batch

@@ -17,7 +17,7 @@ from ta import checkpoint, log
 from ta.feed import Feed
 from ta.optim import OptimConfig, lr_at, make_optimizer, update
 from ta.parallel import rank, say, seed_dropout, sum_over_ranks, world
-from ta.progress import Prefetch, Signals, Window, bar, line, memory
+from ta.progress import Signals, Window, bar, line, memory
 from ta.report import write_report
 from ta.sinks import open_sinks
 
@@ -104,16 +104,14 @@ def train(
     if evaluate and first == 0:
         _evaluate(evaluate, model, folder, 0, sinks)
     window = Window()
-    with (
-        Signals() as stop,
-        Prefetch(feed.batches, first, feed.steps, device) as prefetched,
-        bar(feed.steps, first, rank() == 0) as progress,
-    ):
+    laid_out = _laid_out(feed, first, device)
+    with Signals() as stop, bar(feed.steps, first, rank() == 0) as progress:
         for number in range(first, feed.steps):
             seed_dropout(config.seed, number)
-            micro_batches = before_step(model, prefetched(number)) if before_step else prefetched(number)
+            micro_batches = before_step(model, laid_out) if before_step else laid_out
             sums, keys = _accumulate(model, micro_batches, step, stop.received)
             sums = sum_over_ranks(sums)
+            laid_out = _laid_out(feed, number + 1, device)  # while an accelerator is still at work on this step: the next line waits for it
             loss, count, stopping, tokens, learned, *metrics = sums.tolist()
             if not count:
                 raise ValueError(f"step {number + 1} has nothing to learn in {_where(feed, number)}")
@@ -140,28 +138,34 @@ def train(
                 _evaluate(evaluate, model, folder, done, sinks)
 
 
+def _laid_out(feed: Feed, number: int, device) -> list:
+    from ta.batch import to_device
+
+    return [to_device(batch, device) for batch in feed.batches(number)] if number < feed.steps else []
+
+
 def _accumulate(model, micro_batches, step: Step, stopping: bool):
     """Backward through every micro-batch's loss sum; ([loss, count, stop, tokens, learned, *metrics] float64, metric names)."""
-    import torch
-
     total, keys = None, []
     for batch in micro_batches:
         loss, count, metrics = step(model, batch)
         loss.backward()
         keys = sorted(metrics)
-        tokens, learned = _sizes(batch)
-        host = torch.tensor(
-            [0.0, 0.0 if torch.is_tensor(count) else count, 0.0, tokens, learned, *(0.0 for _ in keys)], dtype=torch.float64
-        )
-        row = host.to(loss.device, non_blocking=True)
-        row[0] = loss.detach()
-        if torch.is_tensor(count):
-            row[1] = count.detach()
-        for i, key in enumerate(keys):
-            row[5 + i] = metrics[key].detach() if torch.is_tensor(metrics[key]) else metrics[key]
+        row = _row([loss, count, 0.0, *_sizes(batch), *(metrics[key] for key in keys)], loss.device)
         total = row if total is None else total + row
     total[2] = float(stopping)
     return total, keys
+
+
+def _row(values: list, device) -> Tensor:
+    """(n,) float64 of numbers and of tensors on the device, which is not waited for."""
+    import torch
+
+    row = torch.tensor([0.0 if torch.is_tensor(value) else value for value in values], dtype=torch.float64).to(device, non_blocking=True)
+    for place, value in enumerate(values):
+        if torch.is_tensor(value):
+            row[place] = value.detach()
+    return row
 
 
 def mean_over(model: nn.Module, batches: list, step: Step) -> dict[str, float]:
@@ -175,12 +179,11 @@ def mean_over(model: nn.Module, batches: list, step: Step) -> dict[str, float]:
         for batch in batches:
             loss, count, metrics = step(model, batch)
             keys = sorted(metrics)
-            row = torch.tensor([float(loss), float(count), *(float(metrics[key]) for key in keys)], dtype=torch.float64, device=loss.device)
+            row = _row([loss, count, *(metrics[key] for key in keys)], loss.device)
             total = row if total is None else total + row
     model.train(was_training)
     loss, count, *values = sum_over_ranks(total).tolist()
-    count = count or math.nan
-    return {"loss": loss / count, **{key: value / count for key, value in zip(keys, values, strict=True)}}
+    return {key: value / (count or math.nan) for key, value in zip(["loss", *keys], [loss, *values], strict=True)}
 
 
 def _evaluate(evaluate, model, folder: Path, step: int, sinks: list) -> None:

@@ -1,10 +1,9 @@
-"""What a long run shows and heeds: figures since the last log line, the progress bar, batches made ahead, signals that ask it to stop."""
+"""What a long run shows and heeds: figures since the last log line, the progress bar, signals that ask it to stop."""
 
 from __future__ import annotations
 
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 
 class Window:
@@ -30,31 +29,6 @@ class Window:
         means = {key: value / self.count for key, value in self.metrics.items()}
         sizes = {"tokens": int(self.tokens), "learned_tokens": int(self.learned), "seconds": round(seconds, 4)}
         return {"loss": self.loss / self.count, **means, **sizes}
-
-
-class Prefetch:
-    """Lays out the next step's batches in a thread while this one runs, and puts them on the device."""
-
-    def __init__(self, batches, first: int, steps: int, device):
-        self.batches, self.steps, self.device = batches, steps, device
-        self.pool = ThreadPoolExecutor(1)
-        self.next = self.pool.submit(self._make, first) if first < steps else None
-
-    def _make(self, number: int):
-        from ta.batch import to_device
-
-        return [to_device(batch, self.device) for batch in self.batches(number)]
-
-    def __call__(self, number: int):
-        ready = self.next.result()
-        self.next = self.pool.submit(self._make, number + 1) if number + 1 < self.steps else None
-        return ready
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.pool.shutdown(wait=True, cancel_futures=True)
 
 
 class Signals:

@@ -119,7 +119,7 @@ def open_arrays(folder: Path) -> tuple[dict[str, ndarray], dict[str, Any]] | str
             if (found := (folder / name).stat().st_size) != size:
                 return f"{name} has {found} bytes instead of {size}"
         names = [name for name in manifest["sizes"] if name.endswith(".npy")]
-        arrays = {name[:-4]: np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in names}
+        arrays = {name[:-4]: np.asarray(np.load(folder / name, mmap_mode="r", allow_pickle=False)) for name in names}  # mapped all the same
         return arrays, manifest["info"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"

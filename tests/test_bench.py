@@ -13,7 +13,7 @@ BENCH = Path(__file__).parent.parent / "bench"
 CONTENDERS = {
     "logprobs": ["ours", "full logits"],
     "mfu": ["1B full", "head"],
-    "overhead": ["ours"],
+    "overhead": ["loop"],
     "preference": ["ours", "whole", "ours, cached"],
     "retrieval": ["ours", "product", "encoder", "building", "opening"],
     "save": ["ours", "shard"],
