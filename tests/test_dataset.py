@@ -70,7 +70,7 @@ def test_what_went_in_comes_out(tmp_path, monkeypatch):
         assert [(source["records"], source["used"], source["path"]) for source in info["sources"]] == [(16, 16, a), (3, 2, b)]
         assert info["drops"] == {"has a d": {"count": 1, "first": [f"{b}:2"]}}
         assert list(read_drops(prepared)) == [{"source": 1, "file": b, "line": 2, "reason": "has a d"}]
-    assert not made.ids.flags.writeable and isinstance(made.ids, np.memmap)
+    assert not made.ids.flags.writeable and isinstance(made.ids.base, np.memmap)
     assert [made.ids.dtype, made.weights.dtype, made.offsets.dtype, made.origin.dtype] == ["int32", "float32", "int64", "int32"]
     lines = report(made.info)
     assert lines[0] == "18 records, 54 tokens, 33 % learned" and f"  2 of 3 from {b}" in lines and f"  dropped 1: has a d ({b}:2)" in lines
