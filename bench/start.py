@@ -3,22 +3,24 @@
     python bench/start.py --peer-python PYTHON_WITH_TRL
 
 A saved Llama of 26.7 million weights and a JSONL file of chats of lognormal lengths, 16 a step; caches are empty. `first_step_cpu_s` counts from
-the start of the process (imports, model, tokenizing, one step); the commands are run to their end, each with one step and its export, so for them
-`whole_cpu_s` is compared. `peak_mb` is the largest process's.
+the start of the process (imports, model, tokenizing, one step), for the commands to the moment they have told the step's loss; `whole_cpu_s` goes to
+their end, with the export (ours also writes a checkpoint). `peak_mb` is the largest process's.
 """
 
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 try:
-    from harness import ROOT, command, compare, parser, read
+    from harness import ROOT, compare, parser, read
 except ImportError:
-    from bench.harness import ROOT, command, compare, parser, read
+    from bench.harness import ROOT, compare, parser, read
 
 from bench.work import in_order, marks_of, model_of, settings
 
@@ -103,8 +105,10 @@ def trl(flags) -> dict[str, float]:
 
 
 def run_ours(flags) -> dict[str, float]:
-    command([sys.executable, str(ROOT / "recipes" / "sft.py"), *recipe_flags(flags)], flags.threads, "recipe")
-    return {}
+    given = recipe_flags(flags)
+    figures = Path(given[given.index("--out") + 1], "metrics.jsonl")
+    seen = lambda output: figures.exists() and '"step": 1' in figures.read_text()  # noqa: E731
+    return until(seen, [sys.executable, str(ROOT / "recipes" / "sft.py"), *given], flags)
 
 
 def run_trl(flags) -> dict[str, float]:
@@ -115,9 +119,37 @@ def run_trl(flags) -> dict[str, float]:
     given = settings(flags, f"{out}/run", flags.batch) | {"max_length": flags.longest, "assistant_only_loss": True, "report_to": "none"}
     given |= {"chat_template_path": str(Path(flags.folder, "marked.jinja")), "dataset_name": str(folder), "model_name_or_path": model}
     flat = [text for key, value in given.items() for text in (f"--{key}", str(value))]
-    more = {"HF_HOME": f"{out}/cache", "ACCELERATE_USE_CPU": "true"}
-    command([str(Path(sys.executable).with_name("trl")), "sft", *flat], flags.threads, "trl sft", **more)
-    return {}
+    os.environ |= {"HF_HOME": f"{out}/cache", "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"}
+    return until(lambda output: "'loss'" in output, [str(Path(sys.executable).with_name("trl")), "sft", *flat], flags)
+
+
+def until(seen: Callable[[str], bool], arguments: list[str], flags) -> dict[str, float]:
+    """CPU seconds of a command and all its children when it has told the loss of its first step; it is then let run to its end."""
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen(arguments, stdout=out, stderr=out, start_new_session=True)
+        spent = 0.0
+        while process.poll() is None and not seen(_so_far(out)):
+            spent = _session_seconds(process.pid)
+            time.sleep(0.02)
+        if process.wait():
+            sys.exit(f"{arguments[0]} failed:\n{_so_far(out)[-3000:]}")
+    return {"first_step_cpu_s": spent}
+
+
+def _so_far(file) -> str:
+    return os.pread(file.fileno(), 1 << 20, 0).decode(errors="replace")
+
+
+def _session_seconds(session: int) -> float:
+    """User and system seconds of a session's processes and of the children they have waited for (Linux)."""
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()  # from the third on: state, parent, group, session, ...
+        except OSError:  # has ended meanwhile
+            continue
+        ticks += sum(map(int, fields[11:15])) if int(fields[3]) == session else 0
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 CONTENDERS = {"ours": ours, "HF": hf, "TRL": trl, "our command": run_ours, "TRL's command": run_trl}
