@@ -177,7 +177,7 @@ if __name__ == "__main__":
     flags.add_argument("--steps", type=int, default=4)
     flags.add_argument("--batch", type=int, default=16, help="chats a step")
     flags.add_argument("--longest", type=int, default=2048, help="tokens of the longest chat")
-    flags.add_argument("--micro", type=int, default=2048, help="our tokens in one forward pass")
+    flags.add_argument("--micro", type=int, default=1024, help="our tokens in one forward pass")
     given = read(flags, steps=2, batch=4, longest=64)
     peers = [name for name in CONTENDERS if name.startswith("TRL")]
     compare(CONTENDERS, given, "ours", peers)
