@@ -43,6 +43,7 @@ def write_llava(folder: Path, media: Opened, model: MediaModel, form: ChatFormat
     whole = assembled(settings, base, model.projectors["image"], form.media["image"].id)
     gap = difference(whole, media, model, form)
     whole.save_pretrained(folder)
+    _published_names(folder)
     form.tokenizer.save_pretrained(folder)
     reader = json.loads((Path(settings["path"]) / "preprocessor_config.json").read_text())
     processor = {
@@ -55,6 +56,22 @@ def write_llava(folder: Path, media: Opened, model: MediaModel, form: ChatFormat
     (folder / "preprocessor_config.json").write_text(json.dumps(reader | {"processor_class": "LlavaProcessor"}, indent=1))
     (folder / "processor_config.json").write_text(json.dumps(processor, indent=1))
     return gap
+
+
+def _published_names(folder: Path) -> None:
+    """Call the tower's weights vision_tower.vision_model.*, as published models do: vLLM knows no other name, transformers reads both."""
+    from safetensors.torch import load_file, save_file
+
+    def name(key: str) -> str:
+        rest = key.removeprefix("vision_tower.").removeprefix("vision_model.")
+        return f"vision_tower.vision_model.{rest}" if key.startswith("vision_tower.") else key
+
+    for file in folder.glob("*.safetensors"):
+        save_file({name(key): tensor for key, tensor in load_file(file).items()}, file, {"format": "pt"})
+    for file in folder.glob("*.safetensors.index.json"):
+        index = json.loads(file.read_text())
+        index["weight_map"] = {name(key): shard for key, shard in index["weight_map"].items()}
+        file.write_text(json.dumps(index, indent=1))
 
 
 def assembled(settings: dict, base: PreTrainedModel, projector: nn.Module, placeholder: int):

@@ -180,6 +180,8 @@ def test_llava_layout_gives_equal_logits(forked, door, flags, place, tmp_path):
     forked("multimodal", *flags, *clip, "--steps", 3, "--out", tmp_path / "run")
     said = forked("to_llava", "--model-path", tmp_path / "run" / "final", "--out", tmp_path / "llava")
     assert "logits agree" in said
+    towers = [key for key in load_file(tmp_path / "llava" / "model.safetensors") if key.startswith("vision_tower.")]
+    assert towers and all(key.startswith("vision_tower.vision_model.") for key in towers), "the names that vLLM reads"
     model, tokenizer = (
         LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava").eval(),
         AutoTokenizer.from_pretrained(tmp_path / "llava"),

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 from itertools import chain
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 from ta import demo
 from ta.builtin import tiny_tokenizer
@@ -334,3 +336,44 @@ def test_pictures_equal_the_hf_engine(tmp_path):
     compare(*answers)
     with pytest.raises(ValueError, match="no repetition penalty: give --engine hf"):
         engine(prompts, GenerateConfig(repetition_penalty=1.2), form.stop_ids, media=seen)
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(not installed, reason="vLLM is not installed here (README: the CPU build's own environment)")
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_the_llava_layout_is_served_as_it_is(run, tmp_path, name):
+    """recipes/to_llava.py's folder, given to vLLM with pictures as they are, answers as recipes/generate.py does from the run's export."""
+    pytest.importorskip("torchvision", reason="vLLM reads pictures through torchvision, which is not installed here")
+    from PIL import Image
+    from test_encoders import save_clip, save_siglip
+
+    from ta.pictures import write_pictures
+
+    data, asked = write_pictures(tmp_path, 12, 4)
+    for path in (tmp_path / "images").rglob("*.png"):
+        Image.open(path).resize((28, 28)).save(path)  # the encoder's own size: torchvision and pillow scale to slightly different pixels
+    {"clip": save_clip, "siglip": save_siglip}[name](tmp_path / name, whole=True)
+    images = ("--image-root", tmp_path / "images")
+    encoder = ("--image-encoder", name, "--image-encoder-path", tmp_path / name)
+    steps = ("--steps", 1, "--batch-size", 4, "--lr", "1e-5", "--cherry-records", 0)
+    run("multimodal", "--model-path", "builtin", "--data", data, *images, *encoder, *steps, "--out", tmp_path / "run")
+    run("to_llava", "--model-path", tmp_path / "run" / "final", "--out", tmp_path / "llava")
+    ask = ("--data", asked, *images, "--max-new-tokens", 6, "--with-prompt", "--no-skip-special-tokens")
+    run("generate", "--model-path", tmp_path / "run" / "final", *ask, "--out", tmp_path / "ours.jsonl")
+    rows = [json.loads(line) for line in open(tmp_path / "ours.jsonl")]
+
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(str(tmp_path / "llava"), dtype="float32", enforce_eager=True, max_model_len=256, kv_cache_memory_bytes=64 << 20, seed=0)
+    settings = SamplingParams(temperature=0, max_tokens=6, detokenize=False)
+    prompts = [
+        {
+            "prompt": re.sub("(<img>)+", "<img>", row["prompt"]),
+            "multi_modal_data": {"image": Image.open(tmp_path / "images" / row["messages"][0]["content"])},
+        }
+        for row in rows
+    ]
+    tokenizer = llm.get_tokenizer()
+    served = [tokenizer.decode(output.outputs[0].token_ids) for output in llm.generate(prompts, settings)]
+    assert len(rows) > 8 and len(set(served)) > 3, "pictures and questions make a difference"
+    assert served == [row["answers"][0]["content"] for row in rows]
