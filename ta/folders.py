@@ -11,7 +11,7 @@ from ta import builtin, pictures
 from ta.store import cache_folder, content_hash, hash_json
 
 TUNED, SMALL, READER, SEEING = "builtin-sft", "builtin-small", "builtin-reader", "builtin-pictures"  # what --model-path calls them
-PICTURES = (5000, 60)  # training, held out
+PICTURES = (5000, 100)  # training, held out
 
 
 def place() -> Path:

@@ -42,7 +42,7 @@ def make_scene(seed: int, index: int, held_out: bool) -> Scene:
     random = np.random.default_rng([seed, index, held_out])
     count = 1 if random.random() < 0.7 else int(random.integers(2, 5))
     cells = sorted(random.choice(4, count, replace=False).tolist())
-    radius = float(random.uniform(6, 9))
+    radius = float(random.uniform(7, 10))
     reach = SIZE / 4 - 1 - radius  # how far a centre may leave the middle of its quarter
     shift = random.uniform(-reach, reach, (count, 2))
     return Scene(

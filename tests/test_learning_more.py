@@ -44,12 +44,11 @@ def test_pictures_are_looked_at(forked, tmp_path):
         return {kind: sum(found) / len(found) for kind, found in right.items()}
 
     run = tmp_path / "run"
-    said = forked("multimodal", "--out", run, "--cherry-records", 300, "--cherry-max-new-tokens", 6)
+    said = forked("multimodal", "--out", run, "--cherry-records", 400, "--cherry-max-new-tokens", 6)
     assert "What colour is the shape?" in said
     samples = [json.loads(line) for line in open(run / "samples.jsonl")]
     last = shares((s["id"].split("#")[1], s["answer"], s["reference"]) for s in samples if s["step"] == samples[-1]["step"])
-    asked = [last[kind] for kind in ("colour", "shape", "place")]
-    assert sum(asked) / 3 >= 0.9 and min(asked) >= 0.85, last
+    assert min(last[kind] for kind in ("colour", "shape", "place")) >= 0.9, last
 
     records = [json.loads(line) for line in open(pictures_folder() / "held_out.jsonl")]
     for kind in last:
