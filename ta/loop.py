@@ -103,8 +103,7 @@ def train(
     model.train()
     if evaluate and first == 0:
         _evaluate(evaluate, model, folder, 0, sinks)
-    window = Window()
-    laid_out = _laid_out(feed, first, device)
+    window, laid_out = Window(), _laid_out(feed, first, device)
     with Signals() as stop, bar(feed.steps, first, rank() == 0) as progress:
         for number in range(first, feed.steps):
             seed_dropout(config.seed, number)
@@ -133,6 +132,8 @@ def train(
             if stopping or last or (config.save_every and done % config.save_every == 0):
                 checkpoint.save(folder / "checkpoints", done, model, optimizer, identity or {}, config.keep, extra)
             if stopping:
+                if rank() == 0:
+                    write_report(folder)
                 raise SystemExit(128 + (stop.received or 15))
             if evaluate and (last or (config.eval_every and done % config.eval_every == 0)):
                 _evaluate(evaluate, model, folder, done, sinks)
@@ -224,11 +225,9 @@ def _resume(folder: Path, model, optimizer, identity: dict[str, Any], config: Lo
 
 
 def _stop_non_finite(folder: Path, number: int, loss: float, parameters, names, feed: Feed, micro_batches) -> None:
-    import torch
-
     from ta.batch import batch_of
 
-    bad = next((names[id(p)] for p in parameters if p.grad is not None and not torch.isfinite(p.grad).all()), "none (the loss itself)")
+    bad = next((names[id(p)] for p in parameters if p.grad is not None and not p.grad.isfinite().all()), "none (the loss itself)")
     for i, batch in enumerate(micro_batches):
         tokens = batch_of(batch).tokens.tolist()
         log.append(folder / "non_finite.jsonl", {"step": number + 1, "rank": rank(), "micro_batch": i, "tokens": tokens})

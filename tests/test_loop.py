@@ -104,7 +104,7 @@ def test_resume_is_bitwise(tmp_path, stop, lora):
 
     with pytest.raises(SystemExit) as exit_:
         train(fresh(), feed_of(data), sft_step, loop(tmp_path / "cut"), optim, identity={"data": 1}, after_step=interrupt)
-    assert exit_.value.code == 143
+    assert exit_.value.code == 143 and (tmp_path / "cut" / "report.html").exists()
     resumed = fresh()
     train(resumed, feed_of(data), sft_step, loop(tmp_path / "cut", resume=True), optim, identity={"data": 1})
     for (name, a), b in zip(weights(whole).items(), resumed.parameters(), strict=True):
