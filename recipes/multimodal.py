@@ -15,6 +15,7 @@ from functools import partial
 
 from ta import log
 from ta.cli import cli
+from ta.feed import read_ahead
 from ta.folders import SEEING
 from ta.loop import LoopConfig, train
 from ta.modalities import MediaConfig, open_media
@@ -52,7 +53,7 @@ def main(config: Multimodal) -> None:
     with open_run(config, parts, dress=dress, identity=same, usual_batch=8 if config.model.model_path == SEEING else 64) as run:
         evaluate = evaluate_with(run, config, learn, embed=partial(multimodal.embed_prompts, opened))
         scales = {"projectors.": scale}
-        train(run.model, run.feed, learn, config.loop, run.optim, identity=run.identity, evaluate=evaluate, lr_scales=scales)
+        train(run.model, read_ahead(run.feed), learn, config.loop, run.optim, identity=run.identity, evaluate=evaluate, lr_scales=scales)
         finish(run, config, multimodal.write_parts(opened, run.model))
 
 

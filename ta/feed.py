@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ta.dataset import lengths, sequence
@@ -65,6 +66,20 @@ def training_feed(
         return [name_of(prepared, i) for i in chosen(step)]
 
     return Feed(steps, batches, records)
+
+
+def read_ahead(feed: Feed) -> Feed:
+    """The same Feed for batches that read files: after each one the next is made in a thread, while this one is trained on."""
+    pool, coming = ThreadPoolExecutor(1), {}
+
+    def batches(step: int) -> list:
+        ready = coming.get(step) or pool.submit(feed.batches, step)
+        coming.clear()
+        if step + 1 < feed.steps:
+            coming[step + 1] = pool.submit(feed.batches, step + 1)
+        return ready.result()
+
+    return feed._replace(batches=batches)
 
 
 def evaluation_batches(

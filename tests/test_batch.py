@@ -5,8 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import prepared
 
 from ta.batch import heaviest_step, lay_out, records_of_step, split_micro, steps_in, to_device
+from ta.feed import read_ahead, training_feed
 
 
 def random_sequences(rng, n, longest=20):
@@ -147,3 +149,17 @@ def test_the_step_with_most_tokens_comes_first():
     assert loads[0] == max(loads) and len(set(loads)) > 1
     micro = [sum(batch.lengths) for batch in feed.batches(0)]
     assert micro == sorted(micro, reverse=True)
+
+
+def test_reading_ahead_changes_no_batch():
+    feed = training_feed(prepared(20), batch_size=4, max_tokens_per_micro=200, seed=0, steps=7, epochs=1)
+    made = []
+    ahead = read_ahead(feed._replace(batches=lambda step: made.append(step) or feed.batches(step)))
+    for step in (3, 4, 5, 6, 0, 2):  # in a row, as training does, and anew
+        for one, other in zip(ahead.batches(step), feed.batches(step), strict=True):
+            assert torch.equal(one.tokens, other.tokens) and torch.equal(one.learned, other.learned)
+    assert made[:4] == [3, 4, 5, 6] and 7 not in made, "each once, and none past the end"
+    broken = read_ahead(feed._replace(batches=lambda step: 1 // (step - 2)))
+    assert broken.batches(1) == -1
+    with pytest.raises(ZeroDivisionError):
+        broken.batches(2)
