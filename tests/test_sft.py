@@ -212,3 +212,21 @@ def test_all_dropped_says_why(door, tmp_path):
     path = write(tmp_path / "long.jsonl", builtin.chats("train", 5))
     code, text = door("inspect_data", "--data", path, "--max-tokens", 6)
     assert code == 2 and "all 5 records are dropped" in text and "max_tokens" in text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("more", ["", "--compile", "--adapter lora", "--activation-checkpointing"])
+def test_on_a_gpu_the_built_in_model_learns_in_bfloat16(run, tmp_path, more):
+    """As a user runs it: bfloat16 is the default there; held-out chats are answered, and plain transformers loads the export."""
+    from transformers import AutoModelForCausalLM
+
+    steps = () if not more else ("--steps", 20)
+    run("sft", *steps, *more.split(), "--out", tmp_path / "run", timeout=600)
+    rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    seen = [row["loss"] for row in rows if "loss" in row]
+    assert seen[-1] < seen[0]
+    if not more:
+        assert rows[-1]["val_accuracy"] >= 0.9
+    if "lora" not in more:
+        AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
