@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ta.featurefile import FORMAT, FeatureFile, Layout
+from ta.log import write_text
+from ta.parallel import gather_objects, rank, world
+from ta.store import SETTLED, stamp
 
 if TYPE_CHECKING:  # reader processes import this module, and none of them needs torch
     import numpy as np
@@ -38,6 +42,24 @@ def content_hash(path: str | Path) -> str:
     """BLAKE2b (128 bits, hex) of a file's bytes, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def content_hashes(files: Sequence[Path], notes: Path) -> list[str]:
+    """`content_hash` of each file. `notes`, a JSON file, remembers them by path and stamp, so that only what changed is read again; processes
+    read a share each, and all must call this alike."""
+    try:
+        known = json.loads(notes.read_text())
+    except (FileNotFoundError, ValueError):  # a torn file of notes is as good as none
+        known = {}
+    stamps = [stamp(str(file)) for file in files]
+    new = [i for i, file in enumerate(files) if known.get(str(file), [None])[0] != stamps[i]]
+    read = {i: content_hash(files[i]) for i in new[rank() :: world()]}
+    found = {i: value for part in gather_objects(read) for i, value in part.items()}
+    settled = {str(files[i]): [stamps[i], value] for i, value in found.items() if time.time_ns() - max(stamps[i][1:3]) > SETTLED}
+    if settled and rank() == 0:
+        notes.parent.mkdir(parents=True, exist_ok=True)
+        write_text(notes, json.dumps(known | settled))
+    return [found.get(i) or known[str(file)][1] for i, file in enumerate(files)]
 
 
 def read_features(path: str | Path, fingerprint: str | None = None) -> Features:
@@ -74,14 +96,15 @@ def take(features: Features, keys: Sequence[str]) -> torch.Tensor:
     return torch.stack([features.handle.get_tensor(key) for key in keys]) if keys else torch.empty(0, *features.shape)
 
 
-def check_features(features: Features, paths: Mapping[str, Path]) -> None:
-    """ValueError unless every file of `paths` {key: file} is in the cache with the content that was encoded."""
+def check_features(features: Features, paths: Mapping[str, Path], hashes: Mapping[str, str] | None = None) -> None:
+    """ValueError unless every file of `paths` {key: file} is in the cache with the content that was encoded; `hashes` where they are known."""
     absent = [key for key in paths if key not in features.hashes]
     if absent:
         raise ValueError(
             f"{features.path}: {len(absent)} of {len(paths)} files are not in the cache, the first is {absent[0]!r}; preprocess them"
         )
-    changed = [key for key, path in paths.items() if content_hash(path) != features.hashes[key]]
+    hashes = hashes or {key: content_hash(path) for key, path in paths.items()}
+    changed = [key for key, value in hashes.items() if value != features.hashes[key]]
     if changed:
         raise ValueError(
             f"{features.path} is stale: {len(changed)} of {len(paths)} files changed since, the first is {changed[0]!r}; make it again"

@@ -193,15 +193,17 @@ def _modality(settings: dict[str, Any], root: str, encoder: Encoder, cache: str 
 
 def _checker(modality: Modality) -> Callable[[str], None]:
     """check(path): ValueError unless the file lies below the root and can be read, or is in the cache with its present content."""
-    from ta.images import media_path
+    from ta.features import check_features
+    from ta.images import media_key, media_path
 
     @cache
     def reason(path: str) -> str:
         try:
+            file = media_path(modality.root, path)
             if modality.cache is not None:
-                content_of_file(modality, path)
+                check_features(modality.cache, {media_key(path): file})
             else:
-                modality.read(media_path(modality.root, path))
+                modality.read(file)
         except ValueError as error:
             return str(error)
         return ""
@@ -215,18 +217,6 @@ def _checker(modality: Modality) -> Callable[[str], None]:
 
 def _mark(modality: Modality) -> str:
     return hash_json([str(Path(modality.root).resolve()), modality.cache.hashes if modality.cache else None])
-
-
-def content_of_file(modality: Modality, path: str) -> str:
-    """Content hash of a file. ValueError where it cannot be found below the root, or is not what the cache was made from."""
-    from ta.features import check_features, content_hash
-    from ta.images import media_key, media_path
-
-    file = media_path(modality.root, path)
-    if modality.cache is None:
-        return content_hash(file)
-    check_features(modality.cache, {media_key(path): file})
-    return modality.cache.hashes[media_key(path)]
 
 
 def inputs_of(modality: Modality, path: str) -> torch.Tensor:

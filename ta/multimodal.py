@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from ta.batch import Batch, lay_out, to_device
 from ta.dataset import Prepared
 from ta.export import gathered
+from ta.features import check_features, content_hashes
 from ta.feed import Dress, media_of, name_of
-from ta.modalities import PROJECTORS, MediaConfig, Modality, Opened, content_of_file, encoded, inputs_of
-from ta.projectors import load_projector, make_projector, save_projector
-from ta.store import hash_json
+from ta.images import media_key, media_path
+from ta.modalities import PROJECTORS, MediaConfig, Opened, encoded, inputs_of
+from ta.projectors import load_projector, projector_of, save_projector
+from ta.store import cache_folder, hash_json
 from ta.wrapper import LanguageModel, base_model
 
 if TYPE_CHECKING:
@@ -87,7 +89,7 @@ def around(opened: Opened, form: ChatFormat, freeze: bool = False, seed: int = 0
             language.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            projectors = {name: projector_of(modality, table.weight.shape[1]) for name, modality in opened.modalities.items()}
+            projectors = {name: projector_of(modality.settings, table.weight.shape[1]) for name, modality in opened.modalities.items()}
         for name, modality in opened.modalities.items():
             if modality.projector_path:
                 load_projector(projectors[name], modality.projector_path)
@@ -158,32 +160,31 @@ def identity(opened: Opened, config: MediaConfig, data: Data) -> dict[str, Any]:
 
 
 def content_of(opened: Opened, prepared: Prepared) -> str:
-    """Hash of the content of all pictures and sounds. ValueError names the record whose file is gone, or is not what a cache was made from."""
-    seen: dict[tuple[str, str], str] = {}
+    """Hash of the content of all pictures and sounds; all processes take part. ValueError names the record whose file is gone, or is not what a
+    cache was made from."""
+    places: dict[tuple[str, str], int] = {}  # (modality, path) -> the first record that has it
     for record in range(len(prepared.origin)):
-        for name, path in media_of(prepared, record):
-            if (name, path) in seen:
-                continue
-            try:
-                seen[name, path] = content_of_file(opened.modalities[name], path)
-            except ValueError as error:
-                raise ValueError(f"{name_of(prepared, record)}: {error}") from error
-    return hash_json(sorted(seen.values()))
+        for item in media_of(prepared, record):
+            places.setdefault(item, record)
+    content = []
+    for name, modality in opened.modalities.items():
+        paths = {path: record for (kind, path), record in places.items() if kind == name}
+        files = {path: _named(prepared, record, media_path, modality.root, path) for path, record in paths.items()}
+        notes = cache_folder("") / "hashes" / f"media-{hash_json(str(Path(modality.root).resolve()))[:32]}.json"
+        hashes = dict(zip(files, content_hashes(list(files.values()), notes), strict=True))
+        content += hashes.values()
+        for path, record in paths.items() if modality.cache else ():
+            key = media_key(path)
+            _named(prepared, record, check_features, modality.cache, {key: files[path]}, {key: hashes[path]})
+    return hash_json(sorted(content))
 
 
-def projector_of(modality: Modality, dim: int) -> nn.Module:
-    """A projector with the sizes of a modality; its weights are drawn from the global generator."""
-    kind = modality.settings
-    return make_projector(
-        kind["projector"],
-        kind["emb_dim"],
-        kind["features"],
-        dim,
-        kind["embeddings"],
-        grid=tuple(kind["grid"]) if kind["grid"] else None,
-        width=kind["projector_width"],
-        depth=kind["projector_depth"],
-    )
+def _named(prepared: Prepared, record: int, work: Callable, *given: Any) -> Any:
+    """What `work` gives; its ValueError names the record."""
+    try:
+        return work(*given)
+    except ValueError as error:
+        raise ValueError(f"{name_of(prepared, record)}: {error}") from error
 
 
 def dress(opened: Opened, prepared: Prepared, read: bool = True) -> Dress:
@@ -194,10 +195,7 @@ def dress(opened: Opened, prepared: Prepared, read: bool = True) -> Dress:
         values: dict[str, Any] = {name: [] for name in opened.modalities}
         for record in records:
             for name, path in media_of(prepared, int(record)):
-                try:
-                    values[name].append(inputs_of(opened.modalities[name], path) if read else path)
-                except ValueError as error:
-                    raise ValueError(f"{name_of(prepared, int(record))}: {error}") from error
+                values[name].append(_named(prepared, int(record), inputs_of, opened.modalities[name], path) if read else path)
         return MediaBatch(batch, **{name: torch.stack(found) if read and found else tuple(found) for name, found in values.items()})
 
     return make

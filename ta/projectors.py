@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +119,20 @@ def make_projector(
         raise ValueError(f"projector {kind!r} is not known; give one of {', '.join(PROJECTORS)}")
     more = {"width": width, "depth": depth} if PROJECTORS[kind] is CAbstractor else {}
     return PROJECTORS[kind](emb_dim, n_in, dim, n_out, grid=grid, **more)
+
+
+def projector_of(settings: Mapping[str, Any], dim: int) -> nn.Module:
+    """A projector with the sizes in a modality's settings; its weights are drawn from the global generator."""
+    return make_projector(
+        settings["projector"],
+        settings["emb_dim"],
+        settings["features"],
+        dim,
+        settings["embeddings"],
+        grid=tuple(settings["grid"]) if settings["grid"] else None,
+        width=settings["projector_width"],
+        depth=settings["projector_depth"],
+    )
 
 
 def save_projector(projector: nn.Module, path: str | Path, state: dict[str, Tensor] | None = None) -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ta.featurefile import FeatureFile, Layout
-from ta.features import check_features, content_hash, extract, read_features, take
+from ta.features import check_features, content_hash, content_hashes, extract, read_features, take
 
 LAYOUT = Layout("f" * 64, (3, 2), "F32")
 
@@ -186,3 +186,23 @@ def test_writing_takes_the_same_memory_for_many_as_for_few(tmp_path):
     (tmp_path / "m").write_text("1")
     run = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path / "m")], check=True, capture_output=True, text=True)
     assert int(run.stdout) < 8_000  # kB
+
+
+def test_files_with_the_same_stamp_are_not_read_again(tmp_path, monkeypatch):
+    files = [tmp_path / f"{i}.bin" for i in range(4)]
+    for i, file in enumerate(files):
+        file.write_bytes(bytes([i]) * 10)
+    notes, read = tmp_path / "notes" / "media.json", []
+    monkeypatch.setattr("ta.features.content_hash", lambda path: read.append(path) or content_hash(path))
+    assert content_hashes(files, notes) == [content_hash(file) for file in files] and not notes.exists(), (
+        "just written, may change in this tick"
+    )
+    monkeypatch.setattr("ta.features.SETTLED", -1)
+    first = content_hashes(files, notes)
+    read.clear()
+    assert content_hashes(files[::-1], notes) == first[::-1] and read == []
+    files[2].write_bytes(b"x" * 10)  # of the same size
+    again = content_hashes(files, notes)
+    assert read == [files[2]] and again[2] == content_hash(files[2]) != first[2] and again[:2] + again[3:] == first[:2] + first[3:]
+    notes.write_text(notes.read_text()[:20])
+    assert content_hashes(files, notes) == again and len(read) == 5, "a torn note is as good as none"
