@@ -93,6 +93,13 @@ def open_run(out: str, config: object, resume: bool, overwrite: bool, more: dict
     return lock
 
 
+def forget(folder: Path) -> None:
+    """Take away what `open_run` wrote and the folder with it, where the run has come to nothing more than its settings and drops."""
+    opening = {".lock", "config.json", "drops.jsonl"}
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= opening:
+        shutil.rmtree(folder)
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide results."""
     from importlib.metadata import PackageNotFoundError, version

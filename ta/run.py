@@ -131,7 +131,8 @@ def open_run(
     identity: dict[str, Any] | None = None,
     usual_batch: int = 64,
 ) -> Iterator[Run]:
-    """Everything up to the first step; nothing is written before the settings, the data and the model have proved sound.
+    """Everything up to the first step; nothing is written before the settings, the data and the model have proved sound, and nothing is left of
+    what proves wrong before the first figure.
 
     `parts` comes of `open_parts`, or is the kind of record to open it with. `dress(prepared)`, called for training and for held-out records, gives
     the function that makes the method's own batch of a Batch and its records; `identity` adds what must not differ on resume.
@@ -164,7 +165,12 @@ def open_run(
             parallel.say(show(Tokens(ids.tolist(), weights.tolist()), form.tokenizer.decode))
         if parallel.rank() == 0 and not loop.dry_run:
             write_drops(data.train, str(Path(loop.out) / "drops.jsonl"))
-        yield Run(model, form, data, feed, optim, held_out, same)
+        try:
+            yield Run(model, form, data, feed, optim, held_out, same)
+        except ValueError:
+            if parallel.rank() == 0 and not loop.dry_run:
+                log.forget(Path(loop.out))
+            raise
     parallel.close()
 
 

@@ -136,7 +136,7 @@ def test_wrong_input_is_answered_before_anything_is_written(door, given, tmp_pat
         assert code == 2 and words in said, (more, said)
         assert not out.exists(), more
     code, said = door("rag", *flags(given, out, "--max-tokens-per-micro", 60))  # known when the first passages are found
-    assert code == 2 and "more than --max-tokens-per-micro 60" in said
+    assert code == 2 and "more than --max-tokens-per-micro 60" in said and not out.exists()
 
 
 def test_wrong_input_of_answering_from_an_index(door, given, tmp_path):
