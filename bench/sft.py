@@ -34,7 +34,7 @@ def by_step(docs: list, flags) -> list[list]:
     return [docs[s * flags.batch : (s + 1) * flags.batch] for s in range(flags.steps)]
 
 
-def train_ours(flags, adapted: bool = False) -> dict[str, float]:
+def train_ours(flags, adapted: bool = False, compiled: bool = False) -> dict[str, float]:
     from ta import parallel
     from ta.attention import register
     from ta.batch import lay_out, split_micro
@@ -47,6 +47,8 @@ def train_ours(flags, adapted: bool = False) -> dict[str, float]:
     steps, marks, losses, sums = by_step(documents(flags), flags), [], [], []
     model = model_of(register(), flags)
     model, _ = wrap(lora(model) if adapted else model)
+    if compiled:
+        parallel.compile_blocks(model)
 
     def batches(step: int) -> list:
         places = split_micro([len(ids) for ids, _ in steps[step]], flags.micro)[0]
@@ -162,6 +164,7 @@ def bare(flags) -> dict[str, float]:
 
 CONTENDERS = {
     "ours": train_ours,
+    "ours, compiled": lambda flags: train_ours(flags, compiled=True),
     "HF padded": lambda flags: train_hf(flags, group=False),
     "HF grouped": lambda flags: train_hf(flags, group=True),
     "TRL default": train_trl,

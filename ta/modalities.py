@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from ta.encoders import Encoder
     from ta.features import Features
 
-MODALITIES = ("image", "audio")
 MANIFEST = "media.json"
 PROJECTORS = "projectors"  # a folder of its own: vLLM takes every safetensors file beside config.json for the language model's
 
