@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ta.chat import ChatConfig, Drop, Tokens, with_system
 from ta.records import regular_file
-from ta.sources import Check, Drops, Record, Source, chunks, parse_source, pin_errors, scan, select
+from ta.sources import Check, Drops, Record, Source, chunks, no_long_collections, parse_source, pin_errors, scan, select
 from ta.store import Column, cache_folder, content_hash, hash_json, open_arrays, open_or_make, stamp
 
 if TYPE_CHECKING:
@@ -158,6 +158,7 @@ def _build(folder: Path, sources: list[Source], check: Check, encode_many: Calla
     counts = {"tokens": 0, "learned_tokens": 0, "max_id": -1, "records": 0, "k": 0, "media_bytes": 0}
     used = [0] * len(sources)
     with (
+        no_long_collections(),
         open(folder / "drops.jsonl", "w", encoding="utf-8", errors="surrogateescape") as aside,
         tqdm(total=expected, desc="preparing", unit=" records", delay=1, mininterval=pause, leave=False, file=sys.stderr) as bar,
     ):

@@ -1,14 +1,16 @@
 """Sources: what is chosen depends on the seed and the lines alone, and whatever is not used is counted and said."""
 
+import gc
 import io
 import json
 import random
+import weakref
 
 import pytest
 
 from ta.kinds import check_chat
 from ta.records import read_lines
-from ta.sources import Drops, Source, chunks, parse_source, pin_errors, read_records, scan, select
+from ta.sources import Drops, Source, chunks, no_long_collections, parse_source, pin_errors, read_records, scan, select
 
 
 def write(path, ids):
@@ -182,3 +184,23 @@ def test_chunks_are_bounded_by_number_and_bytes():
     sizes = [[len(raw) for _, raw in chunk] for chunk in chunks((None, b"x" * (3 << 20)) for _ in range(7))]
     assert sizes == [[3 << 20] * 3, [3 << 20] * 3, [3 << 20]]
     assert [len(chunk) for chunk in chunks((None, b"") for _ in range(2500))] == [1000, 1000, 500]
+
+
+def test_dead_cycles_of_a_chunk_do_not_stay_while_long_collections_rest():
+    class Node:
+        pass
+
+    def cycle(i):
+        node = Node()
+        node.self = node
+        alive.add(weakref.ref(node, alive.discard))
+        return None, b""
+
+    alive, most = set(), 0
+    with pytest.raises(ValueError), no_long_collections():
+        assert not gc.isenabled()
+        for _ in chunks(cycle(i) for i in range(5000)):
+            most = max(most, len(alive))
+        assert 1000 <= most <= 2000
+        raise ValueError
+    assert gc.isenabled()
