@@ -49,20 +49,22 @@ def lay_out(ids: Sequence[np.ndarray], weights: Sequence[np.ndarray], packed: bo
         return Batch(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64), zero, zero, torch.zeros(0), zero, zero, ())
     flat, flat_weights = np.concatenate(ids), np.concatenate(weights)
     full = np.fromiter(map(len, ids), np.int64, len(ids))
-    skip = np.asarray(shared if len(shared) else [0] * len(ids), np.int64)
-    laid = full - skip
-    home = np.cumsum(laid) - laid if packed else np.arange(len(ids)) * laid.max()  # where each sequence begins
+    starts = np.cumsum(full) - full
     owner = np.repeat(np.arange(len(ids)), full)  # of every given token
-    column = np.arange(len(flat)) - np.repeat(np.cumsum(full) - full, full)  # its place in its sequence
-    place = home[owner] + column - skip[owner]  # and among the B*T positions
-    tokens = np.zeros((1, len(flat) - skip.sum()) if packed else (len(ids), laid.max()), np.int64)
-    positions = np.zeros_like(tokens)
-    if skip.any():
-        here = column >= skip[owner]
-        place = np.where(here, place, home[owner - 1] + column)
-        tokens.flat[place[here]], positions.flat[place[here]] = flat[here], column[here]
+    place = np.arange(len(flat))  # among the B*T positions, where all are laid down in one row
+    column = place - starts[owner]  # and in its sequence
+    if packed and not any(shared):
+        laid, home, shared = full, starts, ()
+        tokens, positions = flat.astype(np.int64)[None], column[None]
     else:
-        tokens.flat[place], positions.flat[place] = flat, column
+        skip = np.asarray(shared if len(shared) else [0] * len(ids), np.int64)
+        laid = full - skip
+        home = np.cumsum(laid) - laid if packed else np.arange(len(ids)) * laid.max()  # where each sequence begins
+        here = column >= skip[owner]
+        place = np.where(here, home[owner] + column - skip[owner], home[owner - 1] + column)
+        tokens = np.zeros((1, laid.sum()) if packed else (len(ids), laid.max()), np.int64)
+        positions = np.zeros_like(tokens)
+        tokens.flat[place[here]], positions.flat[place[here]] = flat[here], column[here]
     hit = np.flatnonzero((flat_weights != 0) & (column > 0))  # predicted one token earlier
     return Batch(
         *(torch.from_numpy(x) for x in (tokens, positions, place[hit - 1], flat[hit].astype(np.int64))),
@@ -70,7 +72,7 @@ def lay_out(ids: Sequence[np.ndarray], weights: Sequence[np.ndarray], packed: bo
         torch.from_numpy(owner[hit]),
         torch.from_numpy(home + laid - 1),
         tuple(laid.tolist()),
-        tuple(skip.tolist()) if skip.any() else (),
+        tuple(shared) if any(shared) else (),
     )
 
 
