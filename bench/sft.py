@@ -162,6 +162,33 @@ def bare(flags) -> dict[str, float]:
     return {"gflops": 3 * sum(6 * n * a * b for n, a, b in layers) / sum(turn() for _ in range(3)) / 1e9}
 
 
+def profile(flags) -> None:
+    """What the CPU time of one step's forward and backward passes goes to (torch profiler)."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    from ta import parallel
+    from ta.attention import register
+    from ta.batch import lay_out, split_micro
+    from ta.wrapper import wrap
+
+    parallel.init()
+    model, _ = wrap(model_of(register(), flags))
+    docs = by_step(documents(flags), flags)[0]
+    parts = [
+        lay_out(*map(list, zip(*(docs[i] for i in part), strict=True))) for part in split_micro([len(d[0]) for d in docs], flags.micro)[0]
+    ]
+
+    def turn() -> None:
+        for part in parts:
+            model(part, "sum").backward()
+
+    turn()  # warms up
+    with record(activities=[ProfilerActivity.CPU]) as seen:
+        turn()
+    print(seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=48))
+
+
 CONTENDERS = {
     "ours": train_ours,
     "ours, compiled": lambda flags: train_ours(flags, compiled=True),
@@ -181,6 +208,9 @@ if __name__ == "__main__":
     flags.add_argument("--batch", type=int, default=16, help="chats a step")
     flags.add_argument("--longest", type=int, default=2048, help="tokens of the longest chat")
     flags.add_argument("--micro", type=int, default=1024, help="our tokens in one forward pass")
+    flags.add_argument("--profile", action="store_true", help="show what our step's time goes to, and end")
     given = read(flags, steps=2, batch=4, longest=64)
+    if given.profile:
+        raise SystemExit(profile(given))
     peers = [name for name in CONTENDERS if name.startswith("TRL")]
     compare(CONTENDERS, given, "ours", peers)

@@ -3,9 +3,10 @@
     python bench/tokenize.py --peer-python PYTHON_WITH_TRL
     python bench/tokenize.py --again 1000000                      # only: opening so many records once more, to a first batch
 
-Chats of about 1 kB in the built-in tokenizer's ChatML. `batch` is the tokenizer's own encode_batch over rendered texts: the floor. `ours` is what a
-recipe does: read JSONL, check, encode, write the memory-mapped set; TRL's side reads the same file and prepares it with assistant_only_loss. With
---again (short chats) the first start is made in one process and the second is timed in others: the file is known by its stamp, the set by its hash.
+Chats of about 1 kB in the built-in tokenizer's ChatML. `batch` is the tokenizer's own encode_batch over rendered texts, `contents` its
+encode_batch_fast over the messages' contents alone: the floor. `ours` is what a recipe does: read JSONL, check, encode, write the memory-mapped set;
+TRL's side reads the same file and prepares it with assistant_only_loss. With --again (short chats) the first start is made in one process and the
+second is timed in others: the file is known by its stamp, the set by its hash.
 """
 
 import argparse
@@ -100,6 +101,14 @@ def batch(flags):
     return rate(lambda: [e.ids for e in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)], flags)
 
 
+def contents(flags):
+    from ta import builtin
+
+    backend = builtin.tiny_tokenizer().backend_tokenizer
+    texts = [message["content"] for chat in chats(flags) for message in chat]
+    return rate(lambda: [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)], flags)
+
+
 def masks(flags):
     from ta import builtin
 
@@ -135,7 +144,14 @@ def trl(flags) -> dict[str, float]:
 
 
 def main(given: argparse.Namespace) -> None:
-    contenders = {"ours": ours, "ours, encode only": encode_only, "batch": batch, "transformers' masks": masks, "TRL": trl}
+    contenders = {
+        "ours": ours,
+        "ours, encode only": encode_only,
+        "batch": batch,
+        "contents": contents,
+        "transformers' masks": masks,
+        "TRL": trl,
+    }
     contenders = {"again": again} if given.again else contenders
     if given.one:
         compare(contenders, given, "")

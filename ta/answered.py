@@ -103,6 +103,7 @@ def partners(prepared: Prepared, seed: int) -> Callable[[int], int | None]:
     place[order] = np.arange(n)
 
     def partner(i: int) -> int | None:
+        """The record whose answer stands in for that of record i, or None where none fits."""
         ids, weights = sequence(prepared, i)
         start = first_learned(weights)
         for step in range(1, min(n, TRIES + 1)):

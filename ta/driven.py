@@ -46,6 +46,7 @@ def run_driven(inner, prompts, jobs, config, how, advance, finished, embeds, vir
         draws = [(*uniforms(jobs[j], how), 0.0) for j in batch]
 
         def pick(_, logits, batch=batch, ids=ids, logprobs=logprobs, done=done, draws=draws):
+            """The next token of every row (transformers' step), which is noted with its log-probability."""
             drawn = torch.tensor([draw[len(row)] for draw, row in zip(draws, ids, strict=True)]) if config.temperature else None
             seen = None
             if config.repetition_penalty != 1:

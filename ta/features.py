@@ -142,6 +142,7 @@ def extract(
         left = [(key, path) for key, path in paths.items() if key not in partial.hashes]
 
         def flush() -> None:
+            """Encode and write what has been read."""
             if batch:
                 keys, hashes, inputs = zip(*batch, strict=True)
                 partial.append(keys, hashes, encode(torch.stack([torch.from_numpy(x) for x in inputs])))

@@ -180,6 +180,7 @@ def scorer(model: PreTrainedModel, max_tokens_per_micro: int) -> Callable[[Seque
     packed, device = wrapper.mode == "packed", next(model.parameters()).device
 
     def score(sequences: Sequence[Tokens]) -> list[list[float]]:
+        """A row of scores for each sequence."""
         results: list = [None] * len(sequences)
         for places in split_micro([len(s.ids) for s in sequences], max_tokens_per_micro, packed=packed)[0]:
             if places:

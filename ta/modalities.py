@@ -197,6 +197,7 @@ def _checker(modality: Modality) -> Callable[[str], None]:
 
     @cache
     def reason(path: str) -> str:
+        """Why a file cannot be used, or nothing; each is tried once."""
         try:
             file = media_path(modality.root, path)
             if modality.cache is not None:

@@ -84,6 +84,7 @@ def around(opened: Opened, form: ChatFormat, freeze: bool = False, seed: int = 0
     """What puts projectors around a wrapped language model, and with `freeze` trains them alone. New ones are drawn from `seed`."""
 
     def put(language: LanguageModel) -> MediaModel:
+        """The language model with its projectors."""
         table = base_model(language.inner).get_input_embeddings()
         if freeze:
             language.requires_grad_(False)

@@ -230,6 +230,7 @@ def write_retriever(encoder: Encoder, retriever: Retriever, index: Index) -> Cal
     state = gathered(encoder.model)
 
     def write(folder: Path) -> None:
+        """Encoder, tokenizer and index into the folder."""
         to = folder / "encoder"
         whole(encoder.model, state).save_pretrained(to)
         retriever.tokenizer.save_pretrained(to)

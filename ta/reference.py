@@ -122,6 +122,7 @@ def synced(policy: LanguageModel, copy: LanguageModel, every: int, alpha: float)
     extra = {f"reference/{name}": of[name] for name in trained}
 
     def after_step(done: int) -> None:
+        """Move the copy, where it is the time."""
         if done % every == 0:
             if hasattr(copy, "reshard"):
                 copy.reshard()  # a sharded root stays gathered after a forward that no backward follows, and would go on with old weights

@@ -193,6 +193,7 @@ def evaluate_with(
     from ta.batch import to_device
 
     def evaluate(done: int) -> dict[str, float]:
+        """Figures after step `done`."""
         device = next(run.model.parameters()).device
         batches = [to_device(batch, device) for batch in run.held_out]
         batches = before_step(run.model, batches) if before_step else batches

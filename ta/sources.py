@@ -196,8 +196,7 @@ def chunks(stream: Iterable[tuple[Record, bytes]]) -> Iterator[list[tuple[Record
 
 @contextmanager
 def no_long_collections() -> Iterator[None]:
-    """Python's search for dead cycles walks all records and tokens again and again, a sixth of the time of preparing: that of what is new, which
-    `chunks` asks for, is enough."""
+    """Python's search for dead cycles would walk all records and tokens again and again: that of what is new, which `chunks` asks for, is enough."""
     was = gc.isenabled()
     gc.disable()
     try:

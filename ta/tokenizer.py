@@ -200,6 +200,7 @@ def template_of(tokenizer: PreTrainedTokenizerFast, config: ChatConfig) -> Templ
     source, named = tokenizer.get_chat_template(), {**tokenizer.special_tokens_map, "strftime_now": datetime.now().strftime}
 
     def render(messages: list[Message], add_generation_prompt: bool) -> str:
+        """The template's text; ValueError where it refuses the messages."""
         try:
             texts, _ = render_jinja_template(
                 conversations=[messages], chat_template=source, add_generation_prompt=add_generation_prompt, **named

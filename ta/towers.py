@@ -56,6 +56,7 @@ class SeededPatches(nn.Module):
         generator = torch.Generator().manual_seed(seed)
 
         def filters(count: int, channels: int, edge: int, bias: float) -> nn.Conv2d:
+            """Random filters of unit norm."""
             layer = nn.utils.skip_init(
                 nn.Conv2d, channels, count, edge, stride=3, padding=edge // 2
             )  # the global generator stays untouched
