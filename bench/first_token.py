@@ -27,7 +27,11 @@ def to_first_byte(*command: str) -> dict[str, float]:
     start = time.perf_counter()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
-        [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+        [sys.executable, *command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
     ) as process:
         process.stdin.write(b"hello\n")
         process.stdin.flush()
@@ -36,11 +40,14 @@ def to_first_byte(*command: str) -> dict[str, float]:
         with open(f"/proc/{process.pid}/stat") as file:
             fields = file.read().rpartition(")")[2].split()
         process.kill()
-    return {"seconds": wall, "cpu_s": (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")}
+    return {
+        "seconds": wall,
+        "cpu_s": (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"),
+    }
 
 
 def bare(flags: argparse.Namespace) -> dict[str, float]:
-    from ta.demo import tiny_folder
+    from ta.builtin.data_files import tiny_folder
 
     return to_first_byte("-c", BARE, str(tiny_folder()))
 

@@ -34,9 +34,21 @@ def build():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    shape = {"vocab_size": VOCABULARY, "hidden_size": 448, "intermediate_size": 1216, "num_hidden_layers": 6, "num_attention_heads": 14}
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 448,
+        "intermediate_size": 1216,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 14,
+    }
     model = LlamaForCausalLM(
-        LlamaConfig(**shape, num_key_value_heads=7, max_position_embeddings=512, bos_token_id=None, eos_token_id=None)
+        LlamaConfig(
+            **shape,
+            num_key_value_heads=7,
+            max_position_embeddings=512,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
     ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -64,7 +76,7 @@ def one_by_one(model, prompts, stop):
 
 def hf_batches(model, prompts, stop):
     """Sorted by length, left-padded."""
-    from ta.slots import left_pad
+    from ta.generation.slot_engine import left_pad
 
     out = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -72,7 +84,13 @@ def hf_batches(model, prompts, stop):
         batch = order[start : start + BATCH]
         inputs = left_pad([prompts[i] for i in batch])
         inputs.pop("position_ids")
-        rows = model.generate(**inputs, max_new_tokens=LONGEST_ANSWER, eos_token_id=stop, pad_token_id=stop[0], do_sample=False)
+        rows = model.generate(
+            **inputs,
+            max_new_tokens=LONGEST_ANSWER,
+            eos_token_id=stop,
+            pad_token_id=stop[0],
+            do_sample=False,
+        )
         for i, row in zip(batch, rows[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
             end = next((k for k, token in enumerate(row) if token in set(stop)), len(row) - 1)
             out[i] = row[: end + 1]
@@ -84,18 +102,27 @@ def continuous(model, prompts, stop):
     from transformers import GenerationConfig
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-    cache = ContinuousBatchingConfig(page_size=16, num_blocks=1024, max_batch_tokens=512, use_async_batching=False)
-    config = GenerationConfig(max_new_tokens=LONGEST_ANSWER, eos_token_id=stop, pad_token_id=stop[0], do_sample=False)
+    cache = ContinuousBatchingConfig(
+        page_size=16, num_blocks=1024, max_batch_tokens=512, use_async_batching=False
+    )
+    config = GenerationConfig(
+        max_new_tokens=LONGEST_ANSWER, eos_token_id=stop, pad_token_id=stop[0], do_sample=False
+    )
     try:
-        found = model.generate_batch(prompts, generation_config=config, continuous_batching_config=cache, progress_bar=False)
+        found = model.generate_batch(
+            prompts, generation_config=config, continuous_batching_config=cache, progress_bar=False
+        )
     finally:
         model.set_attn_implementation("sdpa")
-    return [list(found[key].generated_tokens) for key in sorted(found, key=lambda key: int(key.rpartition("_")[2]))]
+    return [
+        list(found[key].generated_tokens)
+        for key in sorted(found, key=lambda key: int(key.rpartition("_")[2]))
+    ]
 
 
 def ours(model, prompts, stop):
-    from ta.builtin import tiny_tokenizer
-    from ta.generate import GenerateConfig, generate
+    from ta.builtin.models import tiny_tokenizer
+    from ta.generation.generate import GenerateConfig, generate
 
     config = GenerateConfig(max_new_tokens=LONGEST_ANSWER, skip_special_tokens=False)
     return [row[0].ids for row in generate(model, tiny_tokenizer(), prompts, config, stop)]
@@ -103,15 +130,20 @@ def ours(model, prompts, stop):
 
 def vllm(model):
     """vLLM started on the model: its run."""
-    from ta.builtin import tiny_tokenizer
-    from ta.generate import GenerateConfig
-    from ta.model import ModelConfig
-    from ta.vllm_engine import VllmConfig, generate_vllm, open_engine
+    from ta.builtin.models import tiny_tokenizer
+    from ta.generation.generate import GenerateConfig
+    from ta.generation.vllm_engine import VllmConfig, generate_vllm, open_engine
+    from ta.model.load import ModelConfig
 
     os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        engine = open_engine(ModelConfig(folder), tiny_tokenizer(), None, VllmConfig(kv_cache_gb=0.5, max_model_len=512))
+        engine = open_engine(
+            ModelConfig(folder),
+            tiny_tokenizer(),
+            None,
+            VllmConfig(kv_cache_gb=0.5, max_model_len=512),
+        )
     config = GenerateConfig(max_new_tokens=LONGEST_ANSWER, skip_special_tokens=False)
 
     def run(_, prompts, stop):
@@ -134,8 +166,14 @@ def measured(name: str, flags: argparse.Namespace) -> dict[str, float]:
     seconds = time.process_time() - start
     if name == "one_by_one":
         Path(flags.answers).write_text(json.dumps(answers))
-    same = sum(a == b for a, b in zip(answers, json.loads(Path(flags.answers).read_text()), strict=True))
-    return {"tokens_a_cpu_s": sum(map(len, answers)) / seconds, "identical": same, "tokens": sum(map(len, answers))}
+    same = sum(
+        a == b for a, b in zip(answers, json.loads(Path(flags.answers).read_text()), strict=True)
+    )
+    return {
+        "tokens_a_cpu_s": sum(map(len, answers)) / seconds,
+        "identical": same,
+        "tokens": sum(map(len, answers)),
+    }
 
 
 CONTENDERS = {f.__name__: f for f in (one_by_one, hf_batches, continuous, ours, vllm)}
@@ -148,4 +186,9 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         if not given.answers:
             sys.argv += ["--answers", str(Path(folder) / "answers.json")]
-        compare({name: partial(measured, name) for name in CONTENDERS}, given, "one_by_one", peers=["vllm"])
+        compare(
+            {name: partial(measured, name) for name in CONTENDERS},
+            given,
+            "one_by_one",
+            peers=["vllm"],
+        )

@@ -28,7 +28,9 @@ Contenders = dict[str, Callable[[argparse.Namespace], Figures] | list[str]]
 
 def parser(doc: str, rounds: int = 3) -> argparse.ArgumentParser:
     """The flags every bench has."""
-    flags = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     flags.add_argument("--rounds", type=int, default=rounds, help="how often each contender runs")
     flags.add_argument("--threads", type=int, default=1, help="threads of every contender")
     flags.add_argument("--only", nargs="*", help="contenders to run; all by default")
@@ -36,9 +38,17 @@ def parser(doc: str, rounds: int = 3) -> argparse.ArgumentParser:
         "--peer-python",
         help="a Python that has the peers' packages (TRL and datasets, the extra `bench`, or vLLM); without it they are left out",
     )
-    flags.add_argument("--tiny", action="store_true", help="sizes at which the script only shows that it runs; nothing is logged")
+    flags.add_argument(
+        "--tiny",
+        action="store_true",
+        help="sizes at which the script only shows that it runs; nothing is logged",
+    )
     flags.add_argument("--one", help=argparse.SUPPRESS)
-    flags.add_argument("--log", default=str(ROOT / "bench" / "results.jsonl"), help="file that gets one JSON line a run")
+    flags.add_argument(
+        "--log",
+        default=str(ROOT / "bench" / "results.jsonl"),
+        help="file that gets one JSON line a run",
+    )
     return flags
 
 
@@ -50,7 +60,9 @@ def read(flags: argparse.ArgumentParser, **tiny) -> argparse.Namespace:
     return given
 
 
-def compare(contenders: Contenders, flags: argparse.Namespace, against: str, peers: Collection[str] = ()) -> dict[str, list[Figures]]:
+def compare(
+    contenders: Contenders, flags: argparse.Namespace, against: str, peers: Collection[str] = ()
+) -> dict[str, list[Figures]]:
     """Run one contender and print its figures as JSON (--one), or all of them in turn and print the table; ratios are to `against`.
 
     A contender is a function, called in a process of its own, or a command. `peers` run under --peer-python. What the system counted for each
@@ -68,17 +80,39 @@ def compare(contenders: Contenders, flags: argparse.Namespace, against: str, pee
         for name in names:
             python = flags.peer_python if name in peers else sys.executable
             work = contenders[name]
-            runs[name].append(command(work if isinstance(work, list) else [python, *sys.argv, "--one", name], flags.threads, name))
+            runs[name].append(
+                command(
+                    work if isinstance(work, list) else [python, *sys.argv, "--one", name],
+                    flags.threads,
+                    name,
+                )
+            )
     show(runs, against)
-    machine = {"cpu": platform.machine(), "cores": os.cpu_count(), "threads": flags.threads, "load": os.getloadavg()[0], **versions()}
+    machine = {
+        "cpu": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": flags.threads,
+        "load": os.getloadavg()[0],
+        **versions(),
+    }
     with open(flags.log, "a", encoding="utf-8") as file:
-        file.write(json.dumps({"argv": sys.argv, "time": time.strftime("%Y-%m-%d"), **machine, "runs": runs}) + "\n")
+        file.write(
+            json.dumps(
+                {"argv": sys.argv, "time": time.strftime("%Y-%m-%d"), **machine, "runs": runs}
+            )
+            + "\n"
+        )
     return runs
 
 
 def command(arguments: list[str], threads: int, name: str, **more: str) -> Figures:
     """Run a command to its end: the JSON object of its last line, if it is one, and the CPU seconds and peak MB of all its processes."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "RAYON_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+    }
     environment |= {"PYTHONPATH": str(ROOT), "TRL_EXPERIMENTAL_SILENCE": "1", **more}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(arguments, stdout=out, stderr=errors, env=environment)
@@ -96,13 +130,23 @@ def command(arguments: list[str], threads: int, name: str, **more: str) -> Figur
 def show(runs: dict[str, list[Figures]], against: str) -> None:
     """Medians of every figure, and min/median/max of the ratio to `against` in the same round."""
     keys = list(dict.fromkeys(key for rows in runs.values() for key in rows[0]))
-    print(f"load {os.getloadavg()[0]:.1f}; ratios to {against}: min / median / max over {len(runs[against])} rounds")
+    print(
+        f"load {os.getloadavg()[0]:.1f}; ratios to {against}: min / median / max over {len(runs[against])} rounds"
+    )
     print("".join(["contender".ljust(28), *(f"{key:>18} {'ratio':>20}" for key in keys)]))
     for name, rows in runs.items():
         cells = []
         for key in keys:
-            ratios = [row[key] / base[key] for row, base in zip(rows, runs[against], strict=True) if base.get(key) and key in row]
-            spread = f"{min(ratios):.2f} / {statistics.median(ratios):.2f} / {max(ratios):.2f}" if ratios else ""
+            ratios = [
+                row[key] / base[key]
+                for row, base in zip(rows, runs[against], strict=True)
+                if base.get(key) and key in row
+            ]
+            spread = (
+                f"{min(ratios):.2f} / {statistics.median(ratios):.2f} / {max(ratios):.2f}"
+                if ratios
+                else ""
+            )
             middle = f"{statistics.median(row[key] for row in rows):,.4g}" if key in rows[0] else ""
             cells.append(f"{middle:>18} {spread:>20}")
         print("".join([name.ljust(28), *cells]))
@@ -122,7 +166,9 @@ def peak() -> float:
 
 def versions() -> dict[str, str]:
     """Packages that decide speed, and the commit."""
-    from ta.log import versions
+    from ta.train.run_folder import versions
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
+    ).stdout.strip()
     return versions() | {"commit": commit}

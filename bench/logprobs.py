@@ -27,7 +27,9 @@ def data(flags: argparse.Namespace):
 
 def timed(loss_of, flags: argparse.Namespace) -> dict[str, float]:
     hidden, weight, targets, learned = data(flags)
-    weight.grad = weight.detach() * 0  # the buffer that every contender adds into stands before the measurement
+    weight.grad = (
+        weight.detach() * 0
+    )  # the buffer that every contender adds into stands before the measurement
 
     def work():
         loss = loss_of(hidden, weight, targets, learned)
@@ -41,13 +43,15 @@ def timed(loss_of, flags: argparse.Namespace) -> dict[str, float]:
 def ours(flags):
     import torch
 
-    from ta.logprobs import Head, cross_entropy_sum
+    from ta.model.logprobs import Head, cross_entropy_sum
 
-    return timed(lambda h, w, t, i: cross_entropy_sum(h[i], Head(w), t[i], torch.ones(len(i))), flags)
+    return timed(
+        lambda h, w, t, i: cross_entropy_sum(h[i], Head(w), t[i], torch.ones(len(i))), flags
+    )
 
 
 def ours_per_token(flags):
-    from ta.logprobs import Head, token_logprobs
+    from ta.model.logprobs import Head, token_logprobs
 
     return timed(lambda h, w, t, i: -token_logprobs(h[i], Head(w), t[i]).sum(), flags)
 
@@ -66,7 +70,9 @@ def full_logits(flags):
 def learned_logits(flags):
     import torch.nn.functional as F
 
-    return timed(lambda h, w, t, i: F.cross_entropy((h[i] @ w.t()).float(), t[i], reduction="sum"), flags)
+    return timed(
+        lambda h, w, t, i: F.cross_entropy((h[i] @ w.t()).float(), t[i], reduction="sum"), flags
+    )
 
 
 def torch_chunked(flags):
@@ -74,12 +80,24 @@ def torch_chunked(flags):
     import torch.nn.functional as F
 
     how = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=256)
-    once = (torch.zeros(2, 4).requires_grad_(), torch.zeros(8, 4), torch.zeros(2, dtype=torch.int64))
+    once = (
+        torch.zeros(2, 4).requires_grad_(),
+        torch.zeros(8, 4),
+        torch.zeros(2, dtype=torch.int64),
+    )
     F.linear_cross_entropy(*once, options=how).backward()  # its first call imports for a second
-    return timed(lambda h, w, t, i: F.linear_cross_entropy(h[i], w, t[i], reduction="sum", options=how), flags)
+    return timed(
+        lambda h, w, t, i: F.linear_cross_entropy(h[i], w, t[i], reduction="sum", options=how),
+        flags,
+    )
 
 
-CONTENDERS = {"ours": ours, "ours, per token": ours_per_token, "full logits": full_logits, "learned logits": learned_logits}
+CONTENDERS = {
+    "ours": ours,
+    "ours, per token": ours_per_token,
+    "full logits": full_logits,
+    "learned logits": learned_logits,
+}
 if tuple(map(int, version("torch").split(".")[:2])) >= (2, 13):
     CONTENDERS["F.linear_cross_entropy"] = torch_chunked
 

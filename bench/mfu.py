@@ -20,9 +20,27 @@ except ImportError:
 from bench.work import in_order, lora, marks_of, settings
 
 SHAPES = {  # those of Llama 3.2 1B and 3.1 8B
-    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
-    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "1B": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "8B": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
 }
 PEAK = 989e12  # FLOP/s
 
@@ -49,10 +67,17 @@ def build(flags, size: str, attention: str):
     torch.manual_seed(0)
     small = device() == "cpu"
     vocabulary = 1024 if small else 128_256
-    config = LlamaConfig(**SHAPES["tiny" if small else size], vocab_size=vocabulary, max_position_embeddings=8192, pad_token_id=0)
+    config = LlamaConfig(
+        **SHAPES["tiny" if small else size],
+        vocab_size=vocabulary,
+        max_position_embeddings=8192,
+        pad_token_id=0,
+    )
     config.tie_word_embeddings = size == "1B"
     with torch.device(device()):
-        return LlamaForCausalLM._from_config(config, attn_implementation=attention, dtype=torch.float32)
+        return LlamaForCausalLM._from_config(
+            config, attn_implementation=attention, dtype=torch.float32
+        )
 
 
 def chats(flags, vocabulary: int) -> list[list[tuple]]:
@@ -64,7 +89,9 @@ def chats(flags, vocabulary: int) -> list[list[tuple]]:
         left, step = flags.tokens, []
         while left >= 32:
             n = min(left, int(np.clip(np.exp(generator.normal(5.5, 0.8)), 32, 2048)))
-            step.append((generator.integers(5, vocabulary, n), (np.arange(n) >= 0.4 * n).astype(np.float32)))
+            step.append(
+                (generator.integers(5, vocabulary, n), (np.arange(n) >= 0.4 * n).astype(np.float32))
+            )
             left -= n
         steps.append(step)
     return steps
@@ -73,11 +100,22 @@ def chats(flags, vocabulary: int) -> list[list[tuple]]:
 def counted(model, steps: list, frozen: bool) -> float:
     """FLOPs of these steps; `model` before it gets an adapter."""
     c, k = model.config, 4 if frozen else 6
-    body = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2)
+    body = sum(
+        p.numel() for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2
+    )
     documents = [document for step in steps for document in step]
-    lengths, learned = [len(ids) for ids, _ in documents], sum(weights[1:].sum() for _, weights in documents)
+    lengths, learned = (
+        [len(ids) for ids, _ in documents],
+        sum(weights[1:].sum() for _, weights in documents),
+    )
     head_dim = c.hidden_size // c.num_attention_heads
-    attention = 12 * c.num_hidden_layers * c.num_attention_heads * head_dim * sum(n * (n + 1) / 2 for n in lengths)
+    attention = (
+        12
+        * c.num_hidden_layers
+        * c.num_attention_heads
+        * head_dim
+        * sum(n * (n + 1) / 2 for n in lengths)
+    )
     return k * body * sum(lengths) + attention + k * c.hidden_size * c.vocab_size * float(learned)
 
 
@@ -99,7 +137,11 @@ def rates(flops: float, tokens: int, seconds: float) -> Figures:
 
     memory = torch.cuda.max_memory_allocated() / 2**30 if device() == "cuda" else 0.0
     measured = matrix_rate()
-    shares = {"share": flops / seconds / PEAK, "share_of_measured": flops / seconds / measured, "measured_tflops": measured / 1e12}
+    shares = {
+        "share": flops / seconds / PEAK,
+        "share_of_measured": flops / seconds / measured,
+        "measured_tflops": measured / 1e12,
+    }
     return {"tokens_a_s": tokens / seconds, **shares, "gib": memory}
 
 
@@ -117,16 +159,18 @@ def fits(work):
     return run
 
 
-def ours(flags, size: str, adapted: bool = False, compiled: bool = False, checkpointing: bool = False) -> Figures:
+def ours(
+    flags, size: str, adapted: bool = False, compiled: bool = False, checkpointing: bool = False
+) -> Figures:
     import torch
 
     from ta import parallel
-    from ta.attention import register
-    from ta.batch import lay_out
-    from ta.feed import Feed
-    from ta.loop import LoopConfig, train
-    from ta.optim import OptimConfig
-    from ta.wrapper import wrap
+    from ta.data.batch import lay_out
+    from ta.data.loader import Feed
+    from ta.model.attention import register
+    from ta.model.language_model import wrap
+    from ta.train.loop import LoopConfig, train
+    from ta.train.optim import OptimConfig
 
     model = build(flags, size, register())
     steps = chats(flags, model.config.vocab_size)
@@ -140,8 +184,10 @@ def ours(flags, size: str, adapted: bool = False, compiled: bool = False, checkp
         parallel.recompute(model)
     marks = []
     with tempfile.TemporaryDirectory() as out:
-        feed = Feed(flags.steps, lambda number: [lay_out(*map(list, zip(*steps[number], strict=True)))])
-        step = lambda model, batch: (model(batch, "sum"), batch.weights.sum(), {})  # noqa: E731
+        feed = Feed(
+            flags.steps, lambda number: [lay_out(*map(list, zip(*steps[number], strict=True)))]
+        )
+        step = lambda model, batch: (model(batch, "sum"), batch.weights.sum(), {})
 
         def after_step(done: int) -> None:
             marks.append(now())
@@ -149,10 +195,14 @@ def ours(flags, size: str, adapted: bool = False, compiled: bool = False, checkp
                 raise StopIteration  # a checkpoint of 8B weights is not what is measured
 
         try:
-            train(model, feed, step, LoopConfig(out=out), OptimConfig(lr=1e-5), after_step=after_step)
+            train(
+                model, feed, step, LoopConfig(out=out), OptimConfig(lr=1e-5), after_step=after_step
+            )
         except StopIteration:
             pass
-    return rates(flops, sum(len(ids) for step in steps[2:] for ids, _ in step), marks[-1] - marks[1])
+    return rates(
+        flops, sum(len(ids) for step in steps[2:] for ids, _ in step), marks[-1] - marks[1]
+    )
 
 
 def hf(flags, size: str) -> Figures:
@@ -171,29 +221,49 @@ def hf(flags, size: str) -> Figures:
         ids, weights = ([torch.as_tensor(row[key]) for row in rows] for key in ("ids", "weights"))
         labels = [torch.where(w > 0, i, -100) for i, w in zip(ids, weights, strict=True)]
         mask = pad_sequence([torch.ones(len(i), dtype=torch.long) for i in ids], batch_first=True)
-        return {"input_ids": pad_sequence(ids, True), "labels": pad_sequence(labels, True, -100), "attention_mask": mask}
+        return {
+            "input_ids": pad_sequence(ids, True),
+            "labels": pad_sequence(labels, True, -100),
+            "attention_mask": mask,
+        }
 
     small = device() == "cpu"
     with tempfile.TemporaryDirectory() as out:
         size = min(8, per_step)
-        given = settings(flags, out, size) | {"gradient_accumulation_steps": per_step // size, "bf16": not small, "use_cpu": small}
+        given = settings(flags, out, size) | {
+            "gradient_accumulation_steps": per_step // size,
+            "bf16": not small,
+            "use_cpu": small,
+        }
         rows = [{"ids": ids, "weights": weights} for step in steps for ids, weights in step]
         given |= {"remove_unused_columns": False}
         in_order(Trainer)(
-            model, TrainingArguments(**given), train_dataset=rows, data_collator=collate, callbacks=[marks_of(losses, marks, now)]
+            model,
+            TrainingArguments(**given),
+            train_dataset=rows,
+            data_collator=collate,
+            callbacks=[marks_of(losses, marks, now)],
         ).train()
-    return rates(flops, sum(len(ids) for step in steps[2:] for ids, _ in step), marks[-1] - marks[1])
+    return rates(
+        flops, sum(len(ids) for step in steps[2:] for ids, _ in step), marks[-1] - marks[1]
+    )
 
 
 def head(flags) -> Figures:
     """Cross-entropy and both gradients at 8,192 x 4096 x 152k in bfloat16, and the memory it takes beside its inputs and the weight's gradient."""
     import torch
 
-    from ta.logprobs import Head, cross_entropy_sum
+    from ta.model.logprobs import Head, cross_entropy_sum
 
     tokens, width, vocabulary = (8192, 4096, 152_064) if device() == "cuda" else (64, 32, 512)
-    hidden, weight = (torch.randn(n, width, device=device(), dtype=torch.bfloat16).requires_grad_() for n in (tokens, vocabulary))
-    targets, weights = torch.randint(0, vocabulary, (tokens,), device=device()), torch.ones(tokens, device=device())
+    hidden, weight = (
+        torch.randn(n, width, device=device(), dtype=torch.bfloat16).requires_grad_()
+        for n in (tokens, vocabulary)
+    )
+    targets, weights = (
+        torch.randint(0, vocabulary, (tokens,), device=device()),
+        torch.ones(tokens, device=device()),
+    )
     times, before = [], torch.cuda.memory_allocated() if device() == "cuda" else 0
     for _ in range(6):
         hidden.grad = weight.grad = None

@@ -30,31 +30,49 @@ def write_clip(folder: Path, tiny: bool) -> None:
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2} if tiny else {}
+    shape = (
+        {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        }
+        if tiny
+        else {}
+    )
     torch.manual_seed(0)
-    CLIPVisionModel(CLIPVisionConfig(image_size=224, patch_size=32, **shape)).save_pretrained(folder)
+    CLIPVisionModel(CLIPVisionConfig(image_size=224, patch_size=32, **shape)).save_pretrained(
+        folder
+    )
     sizes = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "CLIPImageProcessor", **sizes}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": "CLIPImageProcessor", **sizes})
+    )
 
 
 def write_pictures(folder: Path, count: int) -> None:
     """Drawn pictures of 640 x 640 and one dialogue about each."""
-    from ta.images import Shape, draw, write_image
-    from ta.pictures import make_scene, training_record
+    from ta.builtin.pictures import make_scene, training_record
+    from ta.media.images import Shape, draw, write_image
 
     (folder / "images").mkdir()
     with open(folder / "train.jsonl", "w", encoding="utf-8") as file:
         for i in range(count):
             scene = make_scene(0, i, False)
-            shapes = [Shape(scene.shape, (200, 60, 60), 13 * x, 13 * y, 13 * scene.radius) for x, y in scene.centres]
+            shapes = [
+                Shape(scene.shape, (200, 60, 60), 13 * x, 13 * y, 13 * scene.radius)
+                for x, y in scene.centres
+            ]
             write_image(folder / "images" / f"{i}.jpg", draw(640, scene.background, shapes))
             file.write(json.dumps(training_record(scene, f"{i}.jpg", 0, i)) + "\n")
 
 
 def encoder_of(flags):
-    from ta.modalities import load_marked
+    from ta.media.settings import load_marked
 
-    return load_marked(flags.encoder, f"{flags.folder}/clip" if flags.encoder == "clip" else None, "cpu")
+    return load_marked(
+        flags.encoder, f"{flags.folder}/clip" if flags.encoder == "clip" else None, "cpu"
+    )
 
 
 def files_of(flags, count: int) -> dict[str, Path]:
@@ -63,8 +81,8 @@ def files_of(flags, count: int) -> dict[str, Path]:
 
 def make_cache(flags, out: str, count: int, workers: int) -> float:
     """Seconds that ta's own way takes for the features of `count` pictures."""
-    from ta.featurefile import Layout
-    from ta.features import extract
+    from ta.media.feature_file import Layout
+    from ta.media.features import extract
 
     encoder, mark = encoder_of(flags)
     start = time.perf_counter()
@@ -82,7 +100,9 @@ def make_cache(flags, out: str, count: int, workers: int) -> float:
 
 def ours(flags) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
-        return {"pictures_a_s": flags.pictures / make_cache(flags, f"{folder}/c", flags.pictures, 2)}
+        return {
+            "pictures_a_s": flags.pictures / make_cache(flags, f"{folder}/c", flags.pictures, 2)
+        }
 
 
 def plain_loop(flags) -> dict[str, float]:
@@ -92,25 +112,67 @@ def plain_loop(flags) -> dict[str, float]:
 
     encoder, _ = encoder_of(flags)
     start = time.perf_counter()
-    found = {key: encoder.encode(torch.from_numpy(encoder.read(path))[None])[0] for key, path in files_of(flags, flags.pictures).items()}
+    found = {
+        key: encoder.encode(torch.from_numpy(encoder.read(path))[None])[0]
+        for key, path in files_of(flags, flags.pictures).items()
+    }
     with tempfile.TemporaryDirectory() as folder:
         save_file(found, f"{folder}/c")
     return {"pictures_a_s": flags.pictures / (time.perf_counter() - start)}
 
 
 def command(flags, data: str, *more: str) -> list[str]:
-    where = ["--data", f"{flags.folder}/{data}", "--image-root", f"{flags.folder}/images", "--steps", str(flags.steps), "--batch-size", "8"]
-    clip = ["--image-encoder", "clip", "--image-encoder-path", f"{flags.folder}/clip", "--image-projector", "c_abstractor"]
-    return [sys.executable, RECIPE, *where, *clip, "--image-embeddings", "16", "--projector-width", "128", "--log-every", "1", *more]
+    where = [
+        "--data",
+        f"{flags.folder}/{data}",
+        "--image-root",
+        f"{flags.folder}/images",
+        "--steps",
+        str(flags.steps),
+        "--batch-size",
+        "8",
+    ]
+    clip = [
+        "--image-encoder",
+        "clip",
+        "--image-encoder-path",
+        f"{flags.folder}/clip",
+        "--image-projector",
+        "c_abstractor",
+    ]
+    return [
+        sys.executable,
+        RECIPE,
+        *where,
+        *clip,
+        "--image-embeddings",
+        "16",
+        "--projector-width",
+        "128",
+        "--log-every",
+        "1",
+        *more,
+    ]
 
 
 def train(flags, *more: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(command(flags, "train.jsonl", "--out", f"{folder}/run", *more), capture_output=True, text=True, cwd=ROOT)
+        done = subprocess.run(
+            command(flags, "train.jsonl", "--out", f"{folder}/run", *more),
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        )
         if done.returncode:
             sys.exit(done.stderr[-3000:])
-        rows = [json.loads(line) for line in Path(f"{folder}/run/metrics.jsonl").read_text().splitlines()][1:]
-    return {"tokens_a_s": sum(row["tokens"] for row in rows) / sum(row["seconds"] for row in rows), "loss": rows[-1]["loss"]}
+        rows = [
+            json.loads(line)
+            for line in Path(f"{folder}/run/metrics.jsonl").read_text().splitlines()
+        ][1:]
+    return {
+        "tokens_a_s": sum(row["tokens"] for row in rows) / sum(row["seconds"] for row in rows),
+        "loss": rows[-1]["loss"],
+    }
 
 
 def on_the_fly(flags):
@@ -122,7 +184,13 @@ def cached(flags):
 
 
 def few(flags):
-    return train(flags, "--image-features", f"{flags.folder}/cache", "--data", f"{flags.folder}/train.jsonl@{flags.steps * 8}")
+    return train(
+        flags,
+        "--image-features",
+        f"{flags.folder}/cache",
+        "--data",
+        f"{flags.folder}/train.jsonl@{flags.steps * 8}",
+    )
 
 
 def prepare(flags) -> None:

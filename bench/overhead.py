@@ -27,14 +27,18 @@ def paired(flags: argparse.Namespace) -> dict[str, float]:
     sys.path.insert(0, str(ROOT / "tests"))
     from small import prepared, sft_step, tiny
 
-    from ta.feed import training_feed
-    from ta.loop import LoopConfig, train
-    from ta.optim import OptimConfig
+    from ta.data.loader import training_feed
+    from ta.train.loop import LoopConfig, train
+    from ta.train.optim import OptimConfig
 
-    feed = training_feed(prepared(256), batch_size=8, max_tokens_per_micro=4096, seed=0, steps=flags.steps, epochs=1)
+    feed = training_feed(
+        prepared(256), batch_size=8, max_tokens_per_micro=4096, seed=0, steps=flags.steps, epochs=1
+    )
     model, twin = tiny(), tiny()
-    optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0, fused=True)
-    clock = lambda: (time.perf_counter(), time.process_time())  # noqa: E731
+    optimizer = torch.optim.AdamW(
+        twin.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0, fused=True
+    )
+    clock = lambda: (time.perf_counter(), time.process_time())
     since, times = clock(), {"ours": [], "bare": [], "laying": []}
 
     def bare_step(batch) -> None:
@@ -56,10 +60,22 @@ def paired(flags: argparse.Namespace) -> dict[str, float]:
         since = clock()
 
     with tempfile.TemporaryDirectory() as out:
-        train(model, feed, sft_step, LoopConfig(out=out), OptimConfig(lr=1e-4, schedule="constant", warmup=0), after_step=after_step)
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(model.parameters(), twin.parameters(), strict=True)), "not the same work"
-    ours, bare, laying = (torch.tensor(rows[20:] or rows, dtype=torch.float64) * 1000 for rows in times.values())  # (steps, 2): wall, CPU
-    middle = lambda rows, which=0: rows[:, which].median().item()  # noqa: E731
+        train(
+            model,
+            feed,
+            sft_step,
+            LoopConfig(out=out),
+            OptimConfig(lr=1e-4, schedule="constant", warmup=0),
+            after_step=after_step,
+        )
+    assert all(
+        torch.allclose(a, b, atol=1e-5)
+        for a, b in zip(model.parameters(), twin.parameters(), strict=True)
+    ), "not the same work"
+    ours, bare, laying = (
+        torch.tensor(rows[20:] or rows, dtype=torch.float64) * 1000 for rows in times.values()
+    )  # (steps, 2): wall, CPU
+    middle = lambda rows, which=0: rows[:, which].median().item()
     return {
         "bare_ms": middle(bare),
         "laying_ms": middle(laying),
@@ -71,12 +87,12 @@ def paired(flags: argparse.Namespace) -> dict[str, float]:
 
 def door() -> dict[str, list[str]]:
     """Commands in fresh interpreters."""
-    run = lambda code: [sys.executable, "-c", code]  # noqa: E731
+    run = lambda code: [sys.executable, "-c", code]
     return {
         "empty": run("pass"),
         "sft.py --help": [sys.executable, str(ROOT / "recipes" / "sft.py"), "--help"],
         "dpo.py --help": [sys.executable, str(ROOT / "recipes" / "dpo.py"), "--help"],
-        "import ta.run": run("import ta.run"),
+        "import ta.train.run": run("import ta.train.run"),
         "import torch": run("import torch"),
         "from transformers import Trainer": run("from transformers import Trainer"),
     }

@@ -24,8 +24,11 @@ def pairs(flags) -> list[tuple]:
     import numpy as np
 
     generator, vocabulary = np.random.default_rng(0), shape(flags)["vocab_size"]
-    draw = lambda mean: generator.integers(5, vocabulary, int(mean * generator.uniform(0.75, 1.25)))  # noqa: E731
-    return [(draw(flags.prompt), draw(flags.answer), draw(flags.answer)) for _ in range(flags.pairs * flags.steps)]
+    draw = lambda mean: generator.integers(5, vocabulary, int(mean * generator.uniform(0.75, 1.25)))
+    return [
+        (draw(flags.prompt), draw(flags.answer), draw(flags.answer))
+        for _ in range(flags.pairs * flags.steps)
+    ]
 
 
 def figures(marks: list[float], losses: list[float], flags) -> dict[str, float]:
@@ -41,22 +44,26 @@ def train_ours(flags, reference: str, shared: bool = True) -> dict[str, float]:
 
     from recipes.dpo import step
     from ta import parallel
-    from ta.answered import PairBatch
-    from ta.attention import register
-    from ta.batch import lay_out
-    from ta.feed import Feed
-    from ta.loop import LoopConfig, train
+    from ta.data.answer_batches import PairBatch
+    from ta.data.batch import lay_out
+    from ta.data.loader import Feed
     from ta.losses import choose
-    from ta.optim import OptimConfig
+    from ta.model.attention import register
+    from ta.model.language_model import wrap
     from ta.reference import Reference, adapter_off, still, with_reference
-    from ta.wrapper import wrap
+    from ta.train.loop import LoopConfig, train
+    from ta.train.optim import OptimConfig
 
     parallel.init()
     records, marks, losses = pairs(flags), [], []
     model = model_of(register(), flags)
     model, _ = wrap(lora(model) if reference == "adapter off" else model)
     model.dropout = False
-    frozen = None if reference == "adapter off" else wrap(model_of(register(), flags).requires_grad_(False))[0].eval()
+    frozen = (
+        None
+        if reference == "adapter off"
+        else wrap(model_of(register(), flags).requires_grad_(False))[0].eval()
+    )
     logps = adapter_off(model) if frozen is None else still(frozen)
 
     def batches(number: int) -> list[PairBatch]:
@@ -65,7 +72,9 @@ def train_ours(flags, reference: str, shared: bool = True) -> dict[str, float]:
             ids += [np.concatenate([prompt, answer]) for answer in answers]
             weights += [(np.arange(len(x)) >= len(prompt)).astype(np.float32) for x in ids[-2:]]
             same += [0, len(prompt)]
-        return [PairBatch(lay_out(ids, weights, True, same if shared else ()), torch.zeros(flags.pairs))]
+        return [
+            PairBatch(lay_out(ids, weights, True, same if shared else ()), torch.zeros(flags.pairs))
+        ]
 
     made = None
     if reference == "cached":
@@ -81,8 +90,8 @@ def train_ours(flags, reference: str, shared: bool = True) -> dict[str, float]:
 
     optim = OptimConfig(lr=1e-4, schedule="constant", warmup=0, beta2=0.999)
     with tempfile.TemporaryDirectory() as out:
-        before = lambda model, batches: with_reference(Reference(logps), batches)  # noqa: E731
-        after = lambda done: marks.append(time.process_time())  # noqa: E731
+        before = lambda model, batches: with_reference(Reference(logps), batches)
+        after = lambda done: marks.append(time.process_time())
         train(model, feed, noted, LoopConfig(out=out), optim, before_step=before, after_step=after)
     return figures(marks, losses, flags)
 
@@ -91,10 +100,19 @@ def train_trl(flags, reference: str) -> dict[str, float]:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    from ta.builtin import tiny_tokenizer
+    from ta.builtin.models import tiny_tokenizer
 
     marks, losses, model = [], [], model_of("sdpa", flags)
-    rows = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), (x.tolist() for x in record), strict=True)) for record in pairs(flags)]
+    rows = [
+        dict(
+            zip(
+                ("prompt_ids", "chosen_ids", "rejected_ids"),
+                (x.tolist() for x in record),
+                strict=True,
+            )
+        )
+        for record in pairs(flags)
+    ]
 
     class Prepared(in_order(DPOTrainer)):
         def _prepare_dataset(self, dataset, *args):

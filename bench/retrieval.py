@@ -24,7 +24,9 @@ def vectors(flags: argparse.Namespace):
 
     torch.set_num_threads(flags.threads)
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(64, 384, generator=generator), torch.randn(flags.vectors, 384, generator=generator)
+    return torch.randn(64, 384, generator=generator), torch.randn(
+        flags.vectors, 384, generator=generator
+    )
 
 
 def timed(work, flags) -> Figures:
@@ -33,7 +35,10 @@ def timed(work, flags) -> Figures:
     start, cpu = time.perf_counter(), time.process_time()
     for _ in range(flags.repeats):
         work()
-    return {"cpu_ms": 1000 * (time.process_time() - cpu) / flags.repeats, "ms": 1000 * (time.perf_counter() - start) / flags.repeats}
+    return {
+        "cpu_ms": 1000 * (time.process_time() - cpu) / flags.repeats,
+        "ms": 1000 * (time.perf_counter() - start) / flags.repeats,
+    }
 
 
 def product(flags) -> Figures:
@@ -43,7 +48,7 @@ def product(flags) -> Figures:
 
 
 def ours(flags) -> Figures:
-    from ta.search import top_k
+    from ta.rag.search import top_k
 
     q, z = vectors(flags)
     return timed(lambda: top_k(q, z, 10), flags)
@@ -70,13 +75,18 @@ def passages(flags, folder: Path) -> tuple[list[dict], str]:
 
     import torch
 
-    from ta import builtin
+    from ta.builtin import models
 
     torch.set_num_threads(flags.threads)
     rng = random.Random(0)
-    shape = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 1 if flags.tiny else 6, "num_attention_heads": 12}
-    builtin.write_encoder(folder / "encoder", **shape, max_position_embeddings=512)
-    words = [*builtin.tasks.PEOPLE, *builtin.tasks.OBJECTS]
+    shape = {
+        "hidden_size": 384,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 1 if flags.tiny else 6,
+        "num_attention_heads": 12,
+    }
+    models.write_encoder(folder / "encoder", **shape, max_position_embeddings=512)
+    words = [*models.tasks.PEOPLE, *models.tasks.OBJECTS]
     texts = [" ".join(rng.choices(words, k=rng.randint(20, 120))) for _ in range(flags.passages)]
     return [{"id": str(i), "text": text} for i, text in enumerate(texts)], str(folder / "encoder")
 
@@ -85,13 +95,15 @@ def encoder(flags) -> Figures:
     """The forward passes alone."""
     import torch
 
-    from ta.embedding import Reading, open_encoder, pad, tokenize
+    from ta.rag.embedding import Reading, open_encoder, pad, tokenize
 
     with tempfile.TemporaryDirectory() as folder:
         records, path = passages(flags, Path(folder))
         reading = Reading("mean", True, "", "", 512)
         model, tokenizer = open_encoder(path, reading)
-    ids = sorted(tokenize([record["text"] for record in records], tokenizer, reading, "passage"), key=len)
+    ids = sorted(
+        tokenize([record["text"] for record in records], tokenizer, reading, "passage"), key=len
+    )
     batches, group = [], []
     for row in ids:
         if group and (len(group) + 1) * len(row) > 8192:
@@ -107,21 +119,25 @@ def encoder(flags) -> Figures:
 
 
 def building(flags) -> Figures:
-    from ta import builtin
-    from ta.embedding import Texts, open_encoder
-    from ta.index import EncoderConfig, begin, build
+    from ta.builtin import models
+    from ta.rag.embedding import Texts, open_encoder
+    from ta.rag.index import EncoderConfig, begin, build
 
     with tempfile.TemporaryDirectory() as folder:
         records, path = passages(flags, Path(folder))
-        builtin.write_jsonl(Path(folder) / "passages.jsonl", records)
+        models.write_jsonl(Path(folder) / "passages.jsonl", records)
         import torch
 
-        from ta.embedding import reading_of
+        from ta.rag.embedding import reading_of
 
         config = EncoderConfig(encoder_path=path)
         warm, _ = open_encoder(path, reading_of(path, config))
         with torch.no_grad():
-            warm(Texts(torch.ones(16, 100, dtype=torch.int64), torch.ones(16, 100, dtype=torch.int64)))
+            warm(
+                Texts(
+                    torch.ones(16, 100, dtype=torch.int64), torch.ones(16, 100, dtype=torch.int64)
+                )
+            )
         cpu = time.process_time()
         begin(Path(folder) / "index", [str(Path(folder) / "passages.jsonl")], config)
         assert build(Path(folder) / "index", "cpu")
@@ -133,11 +149,11 @@ def opening(flags) -> Figures:
 
     import numpy as np
 
-    from ta.embedding import reading_of
     from ta.folders import fingerprint
-    from ta.index import EncoderConfig, _make_room, seal
-    from ta.passages import take
-    from ta.search import open_index
+    from ta.rag.embedding import reading_of
+    from ta.rag.index import EncoderConfig, _make_room, seal
+    from ta.rag.passages import take
+    from ta.rag.search import open_index
 
     with tempfile.TemporaryDirectory() as place:
         _, path = passages(flags, Path(place))
@@ -145,12 +161,21 @@ def opening(flags) -> Figures:
         folder.mkdir()
         line = json.dumps({"id": "0", "text": "a passage"}).encode() + b"\n"
         (folder / "passages.jsonl").write_bytes(line * n)
-        _make_room(folder / "vectors.safetensors", np.arange(n + 1, dtype=np.int64) * len(line), 384)
+        _make_room(
+            folder / "vectors.safetensors", np.arange(n + 1, dtype=np.int64) * len(line), 384
+        )
         reading = reading_of(path, EncoderConfig())._asdict()
-        seal(folder, {"format": 1, "encoder": fingerprint(path), "encoder_path": path, "reading": reading})
+        seal(
+            folder,
+            {"format": 1, "encoder": fingerprint(path), "encoder_path": path, "reading": reading},
+        )
         start = time.perf_counter()
         index = open_index(folder)
-        assert index.vectors.shape == (n, 384) and take(index.passages, [n - 1])[0]["id"] == "0" and not index.vectors[n // 2].any()
+        assert (
+            index.vectors.shape == (n, 384)
+            and take(index.passages, [n - 1])[0]["id"] == "0"
+            and not index.vectors[n // 2].any()
+        )
         return {"open_s": time.perf_counter() - start}
 
 

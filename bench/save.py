@@ -41,16 +41,20 @@ def timed(save, load, folder: Path) -> Figures:
     load()
     times = {"save_s": middle - start, "load_s": time.perf_counter() - middle}
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
-    return times | {"save_cpu_s": cpu_middle - cpu, "load_cpu_s": time.process_time() - cpu_middle, "mb": size}
+    return times | {
+        "save_cpu_s": cpu_middle - cpu,
+        "load_cpu_s": time.process_time() - cpu_middle,
+        "mb": size,
+    }
 
 
 def ours(flags) -> Figures:
-    from ta import checkpoint
+    from ta.train import checkpoint
 
     model, optimizer = state(flags)
     with tempfile.TemporaryDirectory(dir=flags.where) as out:
         folder = Path(out)
-        load = lambda: checkpoint.load(checkpoint.newest(folder), model, optimizer)  # noqa: E731
+        load = lambda: checkpoint.load(checkpoint.newest(folder), model, optimizer)
         return timed(lambda: checkpoint.save(folder, 1, model, optimizer, {}), load, folder)
 
 
@@ -85,10 +89,15 @@ def distributed(flags) -> Figures:
         def load():
             model_state, optimizer_state = get_state_dict(model, optimizer)
             dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=out)
-            set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+            set_state_dict(
+                model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state
+            )
 
         def save():
-            dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True)), checkpoint_id=out)
+            dcp.save(
+                dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True)),
+                checkpoint_id=out,
+            )
 
         return timed(save, load, Path(out))
 
@@ -99,9 +108,9 @@ def step(flags, how: str) -> Figures:
     import torch
 
     from ta import parallel
-    from ta.attention import register
-    from ta.batch import lay_out
-    from ta.wrapper import LanguageModel
+    from ta.data.batch import lay_out
+    from ta.model.attention import register
+    from ta.model.language_model import LanguageModel
 
     model = LanguageModel(model_of(register(), flags), "packed")
     if how == "shard":
@@ -111,7 +120,9 @@ def step(flags, how: str) -> Figures:
         from torch.distributed.fsdp import fully_shard
 
         with tempfile.TemporaryDirectory() as store:
-            torch.distributed.init_process_group("gloo", init_method=f"file://{store}/store", rank=0, world_size=1)
+            torch.distributed.init_process_group(
+                "gloo", init_method=f"file://{store}/store", rank=0, world_size=1
+            )
         for module in (*parallel.blocks(model), model):
             fully_shard(module)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -129,11 +140,15 @@ def step(flags, how: str) -> Figures:
 
 
 SAVING = {"ours": ours, "torch.save": torch_save, "distributed.checkpoint": distributed}
-STEPS = {name: lambda flags, name=name: step(flags, name) for name in ("plain", "shard", "fully_shard")}
+STEPS = {
+    name: lambda flags, name=name: step(flags, name) for name in ("plain", "shard", "fully_shard")
+}
 
 if __name__ == "__main__":
     flags = parser(__doc__)
-    flags.add_argument("--where", help="folder on the disk to be measured; the temporary one by default")
+    flags.add_argument(
+        "--where", help="folder on the disk to be measured; the temporary one by default"
+    )
     given = read(flags)
     if given.one:
         compare(SAVING | STEPS, given, "")

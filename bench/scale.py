@@ -33,9 +33,9 @@ def row(flags, lengths: list[int]) -> Figures:
     """Best of three forward and backward passes over documents of these lengths, half of whose tokens are learned."""
     import numpy as np
 
-    from ta.attention import register
-    from ta.batch import lay_out
-    from ta.wrapper import wrap
+    from ta.data.batch import lay_out
+    from ta.model.attention import register
+    from ta.model.language_model import wrap
 
     generator, vocabulary = np.random.default_rng(0), shape(flags)["vocab_size"]
     model, _ = wrap(model_of(register(), flags))
@@ -62,10 +62,13 @@ def batch(flags, value: int) -> Figures:
 def vocabulary(flags, value: int) -> Figures:
     import torch
 
-    from ta.logprobs import Head, cross_entropy_sum
+    from ta.model.logprobs import Head, cross_entropy_sum
 
     torch.set_num_threads(flags.threads)
-    hidden, weight = torch.randn(256, 384).requires_grad_(), torch.randn(value, 384).requires_grad_()
+    hidden, weight = (
+        torch.randn(256, 384).requires_grad_(),
+        torch.randn(value, 384).requires_grad_(),
+    )
     targets = torch.randint(0, value, (256,))
 
     def once() -> float:
@@ -82,7 +85,10 @@ def records(flags, value: int) -> Figures:
 
     with tempfile.TemporaryDirectory() as folder:
         with open(f"{folder}/chats.jsonl", "w") as file:
-            file.writelines(json.dumps({"messages": chat}) + "\n" for chat in chats(SimpleNamespace(records=value)))
+            file.writelines(
+                json.dumps({"messages": chat}) + "\n"
+                for chat in chats(SimpleNamespace(records=value))
+            )
         prepare = opened(SimpleNamespace(folder=folder))
         start = time.process_time()
         prepare()
@@ -92,8 +98,18 @@ def records(flags, value: int) -> Figures:
 
 
 def processes(flags, value: int) -> Figures:
-    inner = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(value), __file__, "--steps-inside"]
-    told = command([*inner, *(["--tiny"] if flags.tiny else [])], flags.threads, f"{value} processes")
+    inner = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(value),
+        __file__,
+        "--steps-inside",
+    ]
+    told = command(
+        [*inner, *(["--tiny"] if flags.tiny else [])], flags.threads, f"{value} processes"
+    )
     return {"cost_cpu_s": told["cost_cpu_s"]}
 
 
@@ -105,12 +121,12 @@ def steps_inside(flags) -> None:
     import torch
 
     from ta import parallel
-    from ta.attention import register
-    from ta.batch import lay_out, split_micro
-    from ta.feed import Feed
-    from ta.loop import LoopConfig, train
-    from ta.optim import OptimConfig
-    from ta.wrapper import LanguageModel
+    from ta.data.batch import lay_out, split_micro
+    from ta.data.loader import Feed
+    from ta.model.attention import register
+    from ta.model.language_model import LanguageModel
+    from ta.train.loop import LoopConfig, train
+    from ta.train.optim import OptimConfig
 
     device, rank, world = parallel.init(), parallel.rank(), parallel.world()
     model = LanguageModel(model_of(register(), flags), "packed")
@@ -119,14 +135,24 @@ def steps_inside(flags) -> None:
 
     def batches(step: int) -> list:
         places = split_micro([len(x) for x in ids], 2048, world)[rank]
-        return [lay_out([ids[i] for i in part], [np.ones(128, np.float32) for _ in part]) for part in places]
+        return [
+            lay_out([ids[i] for i in part], [np.ones(128, np.float32) for _ in part])
+            for part in places
+        ]
 
     marks = []
     with tempfile.TemporaryDirectory() as mine:
         out = parallel.gather_objects(mine)[0]
-        step = lambda model, batch: (model(batch, "sum"), batch.weights.sum(), {})  # noqa: E731
-        after = lambda done: marks.append(time.process_time())  # noqa: E731
-        train(model, Feed(5, batches), step, LoopConfig(out=out), OptimConfig(lr=1e-4), after_step=after)
+        step = lambda model, batch: (model(batch, "sum"), batch.weights.sum(), {})
+        after = lambda done: marks.append(time.process_time())
+        train(
+            model,
+            Feed(5, batches),
+            step,
+            LoopConfig(out=out),
+            OptimConfig(lr=1e-4),
+            after_step=after,
+        )
         parallel.barrier()
     mine = statistics.median(b - a for a, b in itertools.pairwise(marks))
     total = parallel.sum_over_ranks(torch.tensor([mine])).item()
@@ -151,14 +177,22 @@ if __name__ == "__main__":
     if given.steps_inside:
         sys.exit(steps_inside(given))
     chosen = {name: axes(given)[name] for name in given.axes}
-    contenders = {f"{name} {value}": partial(work, value=value) for name, (work, values) in chosen.items() for value in values}
+    contenders = {
+        f"{name} {value}": partial(work, value=value)
+        for name, (work, values) in chosen.items()
+        for value in values
+    }
     runs = compare(contenders, given, next(iter(contenders)))
     if not given.one:
         import numpy as np
 
         for name, (_, values) in chosen.items():
             for key in ("cost_cpu_s", "again_cpu_s"):
-                costs = [np.median([row[key] for row in runs[f"{name} {value}"]]) for value in values if key in runs[f"{name} {value}"][0]]
+                costs = [
+                    np.median([row[key] for row in runs[f"{name} {value}"]])
+                    for value in values
+                    if key in runs[f"{name} {value}"][0]
+                ]
                 if costs:
                     print(
                         f"{name:12} {key:12} exponent {np.polyfit(np.log(values), np.log(costs), 1)[0]:.2f} over {values[0]} to {values[-1]}"

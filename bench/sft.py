@@ -20,14 +20,27 @@ except ImportError:
 from bench.work import documents, flops, in_order, lora, marks_of, model_of, settings, shape
 
 
-def figures(steps: list[list], marks: list[float], losses: list[float], flags, frozen: bool = False) -> dict[str, float]:
+def figures(
+    steps: list[list], marks: list[float], losses: list[float], flags, frozen: bool = False
+) -> dict[str, float]:
     """Rates over all steps but the first; `steps` holds the documents of each."""
     seconds = marks[-1] - marks[0]
     later = [document for step in steps[1:] for document in step]
-    tokens, learned = sum(len(ids) for ids, _ in later), sum(int(weights[1:].sum()) for _, weights in later)
+    tokens, learned = (
+        sum(len(ids) for ids, _ in later),
+        sum(int(weights[1:].sum()) for _, weights in later),
+    )
     done = flops([len(ids) for ids, _ in later], learned, flags, frozen)
-    rates = {"tokens_a_cpu_s": tokens / seconds, "learned_a_cpu_s": learned / seconds, "gflops": done / seconds / 1e9}
-    return rates | {"first_step_cpu_s": marks[0], "first_loss": losses[0], "loss": losses[flags.steps - 1]}
+    rates = {
+        "tokens_a_cpu_s": tokens / seconds,
+        "learned_a_cpu_s": learned / seconds,
+        "gflops": done / seconds / 1e9,
+    }
+    return rates | {
+        "first_step_cpu_s": marks[0],
+        "first_loss": losses[0],
+        "loss": losses[flags.steps - 1],
+    }
 
 
 def by_step(docs: list, flags) -> list[list]:
@@ -36,12 +49,12 @@ def by_step(docs: list, flags) -> list[list]:
 
 def train_ours(flags, adapted: bool = False, compiled: bool = False) -> dict[str, float]:
     from ta import parallel
-    from ta.attention import register
-    from ta.batch import lay_out, split_micro
-    from ta.feed import Feed
-    from ta.loop import LoopConfig, train
-    from ta.optim import OptimConfig
-    from ta.wrapper import wrap
+    from ta.data.batch import lay_out, split_micro
+    from ta.data.loader import Feed
+    from ta.model.attention import register
+    from ta.model.language_model import wrap
+    from ta.train.loop import LoopConfig, train
+    from ta.train.optim import OptimConfig
 
     parallel.init()
     steps, marks, losses, sums = by_step(documents(flags), flags), [], [], []
@@ -52,7 +65,10 @@ def train_ours(flags, adapted: bool = False, compiled: bool = False) -> dict[str
 
     def batches(step: int) -> list:
         places = split_micro([len(ids) for ids, _ in steps[step]], flags.micro)[0]
-        return [lay_out([steps[step][i][0] for i in part], [steps[step][i][1] for i in part]) for part in places]
+        return [
+            lay_out([steps[step][i][0] for i in part], [steps[step][i][1] for i in part])
+            for part in places
+        ]
 
     def step(model, batch):
         loss, count = model(batch, "sum"), batch.weights.sum()
@@ -66,7 +82,14 @@ def train_ours(flags, adapted: bool = False, compiled: bool = False) -> dict[str
 
     optim = OptimConfig(lr=1e-4, schedule="constant", warmup=0, beta2=0.999)
     with tempfile.TemporaryDirectory() as out:
-        train(model, Feed(flags.steps, batches), step, LoopConfig(out=out), optim, after_step=after_step)
+        train(
+            model,
+            Feed(flags.steps, batches),
+            step,
+            LoopConfig(out=out),
+            optim,
+            after_step=after_step,
+        )
     return figures(steps, marks, losses, flags, adapted)
 
 
@@ -81,16 +104,30 @@ def train_hf(flags, group: bool) -> dict[str, float]:
 
     def collate(rows):
         width = max(len(row["input_ids"]) for row in rows)
-        fill = lambda key, value: torch.tensor([row[key] + [value] * (width - len(row[key])) for row in rows])  # noqa: E731
-        mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows])
-        return {"input_ids": fill("input_ids", 0), "labels": fill("labels", -100), "attention_mask": mask}
+        fill = lambda key, value: torch.tensor(
+            [row[key] + [value] * (width - len(row[key])) for row in rows]
+        )
+        mask = torch.tensor(
+            [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows]
+        )
+        return {
+            "input_ids": fill("input_ids", 0),
+            "labels": fill("labels", -100),
+            "attention_mask": mask,
+        }
 
     parts = 4 if group else 1
     with tempfile.TemporaryDirectory() as out:
         given = settings(flags, out, flags.batch // parts) | {"gradient_accumulation_steps": parts}
         callbacks = [marks_of(losses, marks)]
         model = model_of("sdpa", flags)
-        in_order(Trainer)(model, TrainingArguments(**given), train_dataset=rows, data_collator=collate, callbacks=callbacks).train()
+        in_order(Trainer)(
+            model,
+            TrainingArguments(**given),
+            train_dataset=rows,
+            data_collator=collate,
+            callbacks=callbacks,
+        ).train()
     return figures(steps, marks, losses, flags)
 
 
@@ -98,12 +135,16 @@ def train_trl(flags, adapted: bool = False, **more) -> dict[str, float]:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from ta.builtin import tiny_tokenizer
+    from ta.builtin.models import tiny_tokenizer
 
     docs, marks, losses = documents(flags), [], []
     model = model_of("sdpa", flags)
     with tempfile.TemporaryDirectory() as out:
-        given = settings(flags, out, flags.batch) | {"max_length": None if more.get("padding_free") else flags.longest} | more
+        given = (
+            settings(flags, out, flags.batch)
+            | {"max_length": None if more.get("padding_free") else flags.longest}
+            | more
+        )
         rows = Dataset.from_list([row(document) for document in docs])
         trainer = in_order(SFTTrainer)(
             lora(model) if adapted else model,
@@ -121,15 +162,23 @@ def train_trl(flags, adapted: bool = False, **more) -> dict[str, float]:
         for pack in trainer.train_dataset:
             bounds = np.cumsum([0, *pack["seq_lengths"]])
             learned = (np.array(pack["labels"]) != -100).astype(np.float32)
-            packed.append([(pack["input_ids"][a:b], learned[a:b]) for a, b in itertools.pairwise(bounds)])
+            packed.append(
+                [(pack["input_ids"][a:b], learned[a:b]) for a, b in itertools.pairwise(bounds)]
+            )
     size = given["per_device_train_batch_size"]
-    steps = [[document for pack in packed[s * size : (s + 1) * size] for document in pack] for s in range(flags.steps)]
+    steps = [
+        [document for pack in packed[s * size : (s + 1) * size] for document in pack]
+        for s in range(flags.steps)
+    ]
     return figures(steps, marks, losses, flags, adapted)
 
 
 def row(document: tuple) -> dict[str, list[int]]:
     ids, weights = document
-    return {"input_ids": ids.tolist(), "labels": [t if w else -100 for t, w in zip(ids.tolist(), weights, strict=True)]}
+    return {
+        "input_ids": ids.tolist(),
+        "labels": [t if w else -100 for t, w in zip(ids.tolist(), weights, strict=True)],
+    }
 
 
 def trl_packing(flags) -> dict[str, float]:
@@ -149,7 +198,10 @@ def bare(flags) -> dict[str, float]:
     width, inner = s["hidden_size"], s["intermediate_size"]
     layers = [(tokens, width, width)] * 4 + [(tokens, width, inner)] * 2 + [(tokens, inner, width)]
     layers = layers * s["num_hidden_layers"] + [(256, width, s["vocab_size"])] * (learned // 256)
-    parts = {key: (torch.randn(key[0], key[1]), torch.randn(key[2], key[1]), torch.randn(key[0], key[2])) for key in layers}
+    parts = {
+        key: (torch.randn(key[0], key[1]), torch.randn(key[2], key[1]), torch.randn(key[0], key[2]))
+        for key in layers
+    }
 
     def turn() -> float:
         start = time.process_time()
@@ -159,7 +211,9 @@ def bare(flags) -> dict[str, float]:
         return time.process_time() - start
 
     turn()  # warms up
-    return {"gflops": 3 * sum(6 * n * a * b for n, a, b in layers) / sum(turn() for _ in range(3)) / 1e9}
+    return {
+        "gflops": 3 * sum(6 * n * a * b for n, a, b in layers) / sum(turn() for _ in range(3)) / 1e9
+    }
 
 
 def profile(flags) -> None:
@@ -168,15 +222,16 @@ def profile(flags) -> None:
     from torch.profiler import profile as record
 
     from ta import parallel
-    from ta.attention import register
-    from ta.batch import lay_out, split_micro
-    from ta.wrapper import wrap
+    from ta.data.batch import lay_out, split_micro
+    from ta.model.attention import register
+    from ta.model.language_model import wrap
 
     parallel.init()
     model, _ = wrap(model_of(register(), flags))
     docs = by_step(documents(flags), flags)[0]
     parts = [
-        lay_out(*map(list, zip(*(docs[i] for i in part), strict=True))) for part in split_micro([len(d[0]) for d in docs], flags.micro)[0]
+        lay_out(*map(list, zip(*(docs[i] for i in part), strict=True)))
+        for part in split_micro([len(d[0]) for d in docs], flags.micro)[0]
     ]
 
     def turn() -> None:
@@ -186,7 +241,11 @@ def profile(flags) -> None:
     turn()  # warms up
     with record(activities=[ProfilerActivity.CPU]) as seen:
         turn()
-    print(seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=48))
+    print(
+        seen.key_averages().table(
+            sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=48
+        )
+    )
 
 
 CONTENDERS = {
@@ -208,7 +267,9 @@ if __name__ == "__main__":
     flags.add_argument("--batch", type=int, default=16, help="chats a step")
     flags.add_argument("--longest", type=int, default=2048, help="tokens of the longest chat")
     flags.add_argument("--micro", type=int, default=1024, help="our tokens in one forward pass")
-    flags.add_argument("--profile", action="store_true", help="show what our step's time goes to, and end")
+    flags.add_argument(
+        "--profile", action="store_true", help="show what our step's time goes to, and end"
+    )
     given = read(flags, steps=2, batch=4, longest=64)
     if given.profile:
         raise SystemExit(profile(given))

@@ -27,29 +27,44 @@ from bench.work import in_order, marks_of, model_of, settings
 
 def inputs(flags) -> tuple[str, str, str]:
     """(model folder, chats, empty folder to write to)."""
-    return str(Path(flags.folder) / "model"), str(Path(flags.folder) / "chats.jsonl"), tempfile.mkdtemp(dir=flags.folder)
+    return (
+        str(Path(flags.folder) / "model"),
+        str(Path(flags.folder) / "chats.jsonl"),
+        tempfile.mkdtemp(dir=flags.folder),
+    )
 
 
 def write_inputs(flags) -> None:
     import numpy as np
 
     from bench.tokenize import MARKED, chats
-    from ta import builtin
+    from ta.builtin import models
 
     model, data, _ = inputs(flags)
     model_of("sdpa", flags).save_pretrained(model)
-    tokenizer = builtin.tiny_tokenizer()
+    tokenizer = models.tiny_tokenizer()
     tokenizer.save_pretrained(model)
     Path(flags.folder, "marked.jinja").write_text(MARKED)
     generator, one = np.random.default_rng(0), argparse.Namespace(records=1)
-    words = [max(2, int(np.exp(generator.normal(4.9, 0.7)) / 4)) for _ in range(flags.records)]  # twice, of about two tokens each
+    words = [
+        max(2, int(np.exp(generator.normal(4.9, 0.7)) / 4)) for _ in range(flags.records)
+    ]  # twice, of about two tokens each
     with open(data, "w") as file:
         file.writelines(json.dumps({"messages": chats(one, 1, (n, n))[0]}) + "\n" for n in words)
 
 
 def recipe_flags(flags) -> list[str]:
     model, data, out = inputs(flags)
-    sizes = ["--steps", "1", "--batch-size", str(flags.batch), "--lr", "1e-4", "--max-tokens", str(flags.longest)]
+    sizes = [
+        "--steps",
+        "1",
+        "--batch-size",
+        str(flags.batch),
+        "--lr",
+        "1e-4",
+        "--max-tokens",
+        str(flags.longest),
+    ]
     os.environ["TA_CACHE"] = tempfile.mkdtemp(dir=flags.folder)
     return ["--model-path", model, "--data", data, "--out", f"{out}/run", *sizes]
 
@@ -60,7 +75,9 @@ def ours(flags) -> dict[str, float]:
     from ta.cli import cli
 
     marks, train = [], recipe.train
-    recipe.train = lambda *args, **more: train(*args, **more, after_step=lambda done: marks.append(time.process_time()))
+    recipe.train = lambda *args, **more: train(
+        *args, **more, after_step=lambda done: marks.append(time.process_time())
+    )
     try:
         cli(recipe.main, recipe.Sft, recipe_flags(flags))
     except SystemExit as end:
@@ -69,17 +86,35 @@ def ours(flags) -> dict[str, float]:
 
 
 def hf(flags) -> dict[str, float]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        DataCollatorForSeq2Seq,
+        Trainer,
+        TrainingArguments,
+    )
 
     model, data, out = inputs(flags)
-    marks, tokenizer, template = [], AutoTokenizer.from_pretrained(model), Path(flags.folder, "marked.jinja").read_text()
+    marks, tokenizer, template = (
+        [],
+        AutoTokenizer.from_pretrained(model),
+        Path(flags.folder, "marked.jinja").read_text(),
+    )
     rows = []
     for line in Path(data).read_text().splitlines():
         made = tokenizer.apply_chat_template(
-            json.loads(line)["messages"], chat_template=template, return_dict=True, return_assistant_tokens_mask=True
+            json.loads(line)["messages"],
+            chat_template=template,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
         )
-        labels = [i if mask else -100 for i, mask in zip(made["input_ids"], made["assistant_masks"], strict=True)]
-        rows.append({"input_ids": made["input_ids"][: flags.longest], "labels": labels[: flags.longest]})
+        labels = [
+            i if mask else -100
+            for i, mask in zip(made["input_ids"], made["assistant_masks"], strict=True)
+        ]
+        rows.append(
+            {"input_ids": made["input_ids"][: flags.longest], "labels": labels[: flags.longest]}
+        )
     trainer = in_order(Trainer)(
         AutoModelForCausalLM.from_pretrained(model),
         TrainingArguments(**settings(flags, out, flags.batch)),
@@ -97,17 +132,22 @@ def trl(flags) -> dict[str, float]:
 
     model, data, out = inputs(flags)
     marks = []
-    given = settings(flags, out, flags.batch) | {"max_length": flags.longest, "assistant_only_loss": True}
+    given = settings(flags, out, flags.batch) | {
+        "max_length": flags.longest,
+        "assistant_only_loss": True,
+    }
     given["chat_template_path"] = str(Path(flags.folder, "marked.jinja"))
     rows = load_dataset("json", data_files=data, split="train", cache_dir=f"{out}/cache")
-    SFTTrainer(model, SFTConfig(**given), train_dataset=rows, callbacks=[marks_of([], marks)]).train()
+    SFTTrainer(
+        model, SFTConfig(**given), train_dataset=rows, callbacks=[marks_of([], marks)]
+    ).train()
     return {"first_step_cpu_s": marks[0]}
 
 
 def run_ours(flags) -> dict[str, float]:
     given = recipe_flags(flags)
     figures = Path(given[given.index("--out") + 1], "metrics.jsonl")
-    seen = lambda output: figures.exists() and '"step": 1' in figures.read_text()  # noqa: E731
+    seen = lambda output: figures.exists() and '"step": 1' in figures.read_text()
     return until(seen, [sys.executable, str(ROOT / "recipes" / "sft.py"), *given], flags)
 
 
@@ -116,11 +156,23 @@ def run_trl(flags) -> dict[str, float]:
     folder = Path(out, "data")
     folder.mkdir()
     (folder / "train.jsonl").symlink_to(data)
-    given = settings(flags, f"{out}/run", flags.batch) | {"max_length": flags.longest, "assistant_only_loss": True, "report_to": "none"}
-    given |= {"chat_template_path": str(Path(flags.folder, "marked.jinja")), "dataset_name": str(folder), "model_name_or_path": model}
+    given = settings(flags, f"{out}/run", flags.batch) | {
+        "max_length": flags.longest,
+        "assistant_only_loss": True,
+        "report_to": "none",
+    }
+    given |= {
+        "chat_template_path": str(Path(flags.folder, "marked.jinja")),
+        "dataset_name": str(folder),
+        "model_name_or_path": model,
+    }
     flat = [text for key, value in given.items() for text in (f"--{key}", str(value))]
     os.environ |= {"HF_HOME": f"{out}/cache", "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"}
-    return until(lambda output: "'loss'" in output, [str(Path(sys.executable).with_name("trl")), "sft", *flat], flags)
+    return until(
+        lambda output: "'loss'" in output,
+        [str(Path(sys.executable).with_name("trl")), "sft", *flat],
+        flags,
+    )
 
 
 def until(seen: Callable[[str], bool], arguments: list[str], flags) -> dict[str, float]:
@@ -145,7 +197,9 @@ def _session_seconds(session: int) -> float:
     ticks = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            fields = stat.read_text().rpartition(")")[2].split()  # from the third on: state, parent, group, session, ...
+            fields = (
+                stat.read_text().rpartition(")")[2].split()
+            )  # from the third on: state, parent, group, session, ...
         except OSError:  # has ended meanwhile
             continue
         ticks += sum(map(int, fields[11:15])) if int(fields[3]) == session else 0

@@ -32,32 +32,50 @@ MARKED = (
 
 def chats(flags: argparse.Namespace, turns: int = 3, spoken: tuple[int, int] = (30, 40)) -> list:
     """Chats of so many turns of so many words asked and answered."""
-    from ta import tasks
+    from ta.builtin import tasks
 
     generator = random.Random(0)
-    words = [*tasks.THINGS, *tasks.COLOURS, *tasks.WORDS, *tasks.NAMES, "please", "explain", "carefully", "because", "therefore"]
-    say = lambda n: " ".join(generator.choice(words) for _ in range(n))  # noqa: E731
-    turn = lambda: [{"role": role, "content": say(n)} for role, n in zip(("user", "assistant"), spoken, strict=True)]  # noqa: E731
+    words = [
+        *tasks.THINGS,
+        *tasks.COLOURS,
+        *tasks.WORDS,
+        *tasks.NAMES,
+        "please",
+        "explain",
+        "carefully",
+        "because",
+        "therefore",
+    ]
+    say = lambda n: " ".join(generator.choice(words) for _ in range(n))
+    turn = lambda: [
+        {"role": role, "content": say(n)}
+        for role, n in zip(("user", "assistant"), spoken, strict=True)
+    ]
     return [[message for _ in range(turns) for message in turn()] for _ in range(flags.records)]
 
 
 def rate(work, flags) -> dict[str, float]:
     start, wall = time.process_time(), time.perf_counter()
     work()
-    return {"records_a_cpu_s": flags.records / (time.process_time() - start), "records_a_s": flags.records / (time.perf_counter() - wall)}
+    return {
+        "records_a_cpu_s": flags.records / (time.process_time() - start),
+        "records_a_s": flags.records / (time.perf_counter() - wall),
+    }
 
 
 def opened(flags):
     """A function that prepares the file of chats, or opens what was prepared."""
-    from ta.chat import ChatConfig
-    from ta.dataset import DataConfig
-    from ta.encode import prepare_kind
-    from ta.model import ModelConfig, open_format
-    from ta.tokenizer import TokenizerConfig
+    from ta.chat.encode import ChatConfig
+    from ta.chat.tokenizer import TokenizerConfig
+    from ta.data.kinds import prepare_kind
+    from ta.data.prepare import DataConfig
+    from ta.model.load import ModelConfig, open_format
 
     form = open_format(ModelConfig(), TokenizerConfig(), ChatConfig())
     config = DataConfig(cache_dir=f"{flags.folder}/cache")
-    return lambda: prepare_kind("chat", [f"{flags.folder}/chats.jsonl"], form, ChatConfig(), config, say=lambda line: None)
+    return lambda: prepare_kind(
+        "chat", [f"{flags.folder}/chats.jsonl"], form, ChatConfig(), config, say=lambda line: None
+    )
 
 
 def ours(flags) -> dict[str, float]:
@@ -69,51 +87,63 @@ def ours(flags) -> dict[str, float]:
 
 
 def again(flags) -> dict[str, float]:
-    from ta.feed import training_feed
+    from ta.data.loader import training_feed
 
     prepare = opened(flags)
     start, wall = time.process_time(), time.perf_counter()
     prepared = prepare()
     opening, middle = time.perf_counter() - wall, time.process_time()
     assert prepared.info["cached"]
-    training_feed(prepared, batch_size=64, max_tokens_per_micro=8192, seed=0, steps=None, epochs=1).batches(0)
+    training_feed(
+        prepared, batch_size=64, max_tokens_per_micro=8192, seed=0, steps=None, epochs=1
+    ).batches(0)
     figures = {"open_ms": 1000 * opening, "open_cpu_ms": 1000 * (middle - start)}
-    return figures | {"first_batch_ms": 1000 * (time.perf_counter() - wall), "first_batch_cpu_ms": 1000 * (time.process_time() - start)}
+    return figures | {
+        "first_batch_ms": 1000 * (time.perf_counter() - wall),
+        "first_batch_cpu_ms": 1000 * (time.process_time() - start),
+    }
 
 
 def encode_only(flags):
-    from ta import builtin
-    from ta.chat import encode_chats
-    from ta.templates import ChatConfig
-    from ta.tokenizer import template_of, vocabulary
+    from ta.builtin import models
+    from ta.chat.encode import encode_chats
+    from ta.chat.template import ChatConfig
+    from ta.chat.tokenizer import template_of, vocabulary
 
-    tokenizer, records = builtin.tiny_tokenizer(), chats(flags)
+    tokenizer, records = models.tiny_tokenizer(), chats(flags)
     template, vocab = template_of(tokenizer, ChatConfig()), vocabulary(tokenizer)
     encode_chats(records[:10], template, vocab, ChatConfig())
     return rate(lambda: encode_chats(records, template, vocab, ChatConfig()), flags)
 
 
 def batch(flags):
-    from ta import builtin
+    from ta.builtin import models
 
-    tokenizer, records = builtin.tiny_tokenizer(), chats(flags)
+    tokenizer, records = models.tiny_tokenizer(), chats(flags)
     texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in records]
-    return rate(lambda: [e.ids for e in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)], flags)
+    return rate(
+        lambda: [
+            e.ids for e in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+        ],
+        flags,
+    )
 
 
 def contents(flags):
-    from ta import builtin
+    from ta.builtin import models
 
-    backend = builtin.tiny_tokenizer().backend_tokenizer
+    backend = models.tiny_tokenizer().backend_tokenizer
     texts = [message["content"] for chat in chats(flags) for message in chat]
-    return rate(lambda: [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)], flags)
+    return rate(
+        lambda: [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)], flags
+    )
 
 
 def masks(flags):
-    from ta import builtin
+    from ta.builtin import models
 
-    tokenizer, records = builtin.tiny_tokenizer(), chats(flags)
-    mask = lambda chat: tokenizer.apply_chat_template(  # noqa: E731
+    tokenizer, records = models.tiny_tokenizer(), chats(flags)
+    mask = lambda chat: tokenizer.apply_chat_template(
         chat, chat_template=MARKED, return_dict=True, return_assistant_tokens_mask=True
     )
     mask(records[0])
@@ -126,18 +156,34 @@ def trl(flags) -> dict[str, float]:
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    from ta import builtin
+    from ta.builtin import models
 
-    tokenizer = builtin.tiny_tokenizer()
+    tokenizer = models.tiny_tokenizer()
     tokenizer.chat_template = MARKED
     model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=0, num_attention_heads=1)
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=0,
+            num_attention_heads=1,
+        )
     )
     with tempfile.TemporaryDirectory() as out:
-        given = SFTConfig(out, max_length=None, assistant_only_loss=True, report_to=[], use_cpu=True, bf16=False, disable_tqdm=True)
+        given = SFTConfig(
+            out,
+            max_length=None,
+            assistant_only_loss=True,
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+        )
 
         def work():
-            rows = load_dataset("json", data_files=f"{flags.folder}/chats.jsonl", split="train", cache_dir=out)
+            rows = load_dataset(
+                "json", data_files=f"{flags.folder}/chats.jsonl", split="train", cache_dir=out
+            )
             SFTTrainer(model, given, train_dataset=rows, processing_class=tokenizer)
 
         return rate(work, flags)
@@ -158,21 +204,30 @@ def main(given: argparse.Namespace) -> None:
         return
     with tempfile.TemporaryDirectory() as given.folder:
         sys.argv += ["--folder", given.folder]
-        lines = [json.dumps({"messages": chat}) + "\n" for chat in (chats(given, 1, (3, 3)) if given.again else chats(given))]
+        lines = [
+            json.dumps({"messages": chat}) + "\n"
+            for chat in (chats(given, 1, (3, 3)) if given.again else chats(given))
+        ]
         with open(f"{given.folder}/chats.jsonl", "w") as file:
             for start in range(0, given.again or len(lines), len(lines)):
                 file.writelines(lines[: (given.again or len(lines)) - start])
         if given.again:
             os.utime(file.name, (0, 0))
-            time.sleep(3)  # a file written just now may change again within a tick of its clock, and is hashed anew
+            time.sleep(
+                3
+            )  # a file written just now may change again within a tick of its clock, and is hashed anew
             opened(given)()
-            print(f"prepared {given.again:,} records of {Path(file.name).stat().st_size / 1e6:,.0f} MB")
+            print(
+                f"prepared {given.again:,} records of {Path(file.name).stat().st_size / 1e6:,.0f} MB"
+            )
         compare(contenders, given, next(iter(contenders)), ["TRL"])
 
 
 if __name__ == "__main__":
     flags = parser(__doc__)
     flags.add_argument("--records", type=int, default=2000)
-    flags.add_argument("--again", type=int, default=0, help="records of the second start; 0 compares preparing")
+    flags.add_argument(
+        "--again", type=int, default=0, help="records of the second start; 0 compares preparing"
+    )
     flags.add_argument("--folder", help=argparse.SUPPRESS)
     main(read(flags, records=50, again=0))

@@ -28,7 +28,9 @@ def model_of(attention: str, flags: argparse.Namespace):
 
     torch.set_num_threads(flags.threads)
     torch.manual_seed(0)
-    config = LlamaConfig(**shape(flags), max_position_embeddings=4096, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = LlamaConfig(
+        **shape(flags), max_position_embeddings=4096, pad_token_id=0, bos_token_id=1, eos_token_id=2
+    )
     return LlamaForCausalLM._from_config(config, attn_implementation=attention)
 
 
@@ -39,7 +41,9 @@ def lora(model):
 
     torch.manual_seed(1)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    return peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM"))
+    return peft.get_peft_model(
+        model, peft.LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM")
+    )
 
 
 def documents(flags: argparse.Namespace) -> list[tuple]:
@@ -55,12 +59,18 @@ def documents(flags: argparse.Namespace) -> list[tuple]:
     return out
 
 
-def flops(lengths: list[int], learned: int, flags: argparse.Namespace, frozen: bool = False) -> float:
+def flops(
+    lengths: list[int], learned: int, flags: argparse.Namespace, frozen: bool = False
+) -> float:
     """Multiplications and additions that training these documents asks for: attention inside each document, the head at learned tokens only,
     6 a weight and token (4 where the base is frozen), nothing for what is computed twice."""
     s, k = shape(flags), 4 if frozen else 6
-    body = s["num_hidden_layers"] * (4 * s["hidden_size"] ** 2 + 3 * s["hidden_size"] * s["intermediate_size"])
-    attention = 12 * s["num_hidden_layers"] * s["hidden_size"] * sum(n * (n + 1) / 2 for n in lengths)
+    body = s["num_hidden_layers"] * (
+        4 * s["hidden_size"] ** 2 + 3 * s["hidden_size"] * s["intermediate_size"]
+    )
+    attention = (
+        12 * s["num_hidden_layers"] * s["hidden_size"] * sum(n * (n + 1) / 2 for n in lengths)
+    )
     return k * body * sum(lengths) + attention + k * s["hidden_size"] * s["vocab_size"] * learned
 
 

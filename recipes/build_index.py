@@ -12,12 +12,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ta import demo, index
+from ta.builtin import data_files
 from ta.cli import cli
-from ta.index import EncoderConfig
-from ta.inference import stand_alone
+from ta.model.inference import stand_alone
 from ta.parallel import close, init, on_rank_zero
-from ta.search import add_approximate, need_faiss
+from ta.rag import index
+from ta.rag.index import EncoderConfig
+from ta.rag.search import add_approximate, need_faiss
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,21 @@ def main(config: BuildIndex) -> None:
     if config.approximate:
         need_faiss()
     init()
-    out, sources = Path(config.out), config.passages or (str(demo.passages_file()),)
-    count = on_rank_zero(lambda: index.begin(out, sources, config.encoder, config.resume, config.overwrite))
+    out, sources = Path(config.out), config.passages or (str(data_files.passages_file()),)
+    count = on_rank_zero(
+        lambda: index.begin(out, sources, config.encoder, config.resume, config.overwrite)
+    )
     close()
     me, processes, device = stand_alone()  # from here on nobody waits for anybody
     share = None if me else -(-count // processes)
-    with tqdm(total=share, desc="embedding", unit=" passages", disable=me > 0, mininterval=0.5, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=share,
+        desc="embedding",
+        unit=" passages",
+        disable=me > 0,
+        mininterval=0.5,
+        dynamic_ncols=True,
+    ) as bar:
         if index.build(out, device, me, processes, config.max_tokens_per_pass, bar.update):
             if config.approximate:
                 add_approximate(out)

@@ -14,14 +14,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ta.answers import Ending, GenerateConfig, check_settings
-from ta.chat import encode_prompt
+from ta.chat.encode import encode_prompt
+from ta.chat.template import ANSWER, ChatConfig
+from ta.chat.tokenizer import TokenizerConfig
 from ta.cli import cli
-from ta.generate import generate
-from ta.inference import InferenceConfig, open_for_inference, resolve
-from ta.model import open_format
-from ta.templates import ANSWER, ChatConfig
-from ta.tokenizer import TokenizerConfig
+from ta.generation.generate import generate
+from ta.generation.settings import Ending, GenerateConfig, check_settings
+from ta.model.inference import InferenceConfig, open_for_inference, resolve
+from ta.model.load import open_format
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ def main(config: Chat) -> None:
     model, adapter = resolve(config.model)
     form = open_format(model, config.tokenizer, config.chat, adapter)
     loaded = open_for_inference(model, adapter, "cuda" if torch.cuda.is_available() else "cpu")
-    settings = dataclasses.replace(config.generation, stop_strings=(*config.generation.stop_strings, *form.stop_strings))
+    settings = dataclasses.replace(
+        config.generation, stop_strings=(*config.generation.stop_strings, *form.stop_strings)
+    )
     ending = Ending(form.tokenizer, frozenset(form.stop_ids), settings)
     messages: list[dict] = []
     print("/reset forgets the dialogue, /quit ends it", file=sys.stderr)
@@ -54,10 +56,24 @@ def main(config: Chat) -> None:
             printer = Printer(ending)
             try:
                 prompt = encode_prompt(messages, form.template, form.vocabulary, config.chat)
-                answer = generate(loaded, form.tokenizer, [prompt], settings, form.stop_ids, on_token=printer, keys=[len(messages)])[0][0]
-            except (ValueError, KeyboardInterrupt) as error:  # the dialogue goes on without this question
+                answer = generate(
+                    loaded,
+                    form.tokenizer,
+                    [prompt],
+                    settings,
+                    form.stop_ids,
+                    on_token=printer,
+                    keys=[len(messages)],
+                )[0][0]
+            except (
+                ValueError,
+                KeyboardInterrupt,
+            ) as error:  # the dialogue goes on without this question
                 messages.pop()
-                print(f"error: {error}" if isinstance(error, ValueError) else " (stopped)", file=sys.stderr)
+                print(
+                    f"error: {error}" if isinstance(error, ValueError) else " (stopped)",
+                    file=sys.stderr,
+                )
                 continue
             printer.end(answer.text)
             messages.append({"role": ANSWER, "content": answer.text})
@@ -67,17 +83,32 @@ def of_run(config: Chat) -> Chat:
     """The settings of a run where the flags leave them at their defaults."""
     path = Path(config.run) / "config.json"
     if not path.exists() or not (Path(config.run) / "final").is_dir():
-        raise ValueError(f"--run {config.run} holds no config.json and final model: give the folder of a finished run, or --model-path")
+        raise ValueError(
+            f"--run {config.run} holds no config.json and final model: give the folder of a finished run, or --model-path"
+        )
     trained = json.loads(path.read_text(encoding="utf-8"))["config"]
 
     def merged(given, key):
         """Fields of a settings object, those left at their default taken from the run."""
         known = {f.name: f.default for f in dataclasses.fields(given)}
-        own = {k: tuple(v) if isinstance(v, list) else v for k, v in trained.get(key, {}).items() if k in known}
-        return dataclasses.replace(given, **{k: v for k, v in own.items() if getattr(given, k) == known[k]})
+        own = {
+            k: tuple(v) if isinstance(v, list) else v
+            for k, v in trained.get(key, {}).items()
+            if k in known
+        }
+        return dataclasses.replace(
+            given, **{k: v for k, v in own.items() if getattr(given, k) == known[k]}
+        )
 
-    final = str(Path(config.run) / "final") if config.model.model_path == InferenceConfig.model_path else config.model.model_path
-    options = {name: getattr(merged(config.model, "model"), name) for name in ("dtype", "trust_remote_code")}
+    final = (
+        str(Path(config.run) / "final")
+        if config.model.model_path == InferenceConfig.model_path
+        else config.model.model_path
+    )
+    options = {
+        name: getattr(merged(config.model, "model"), name)
+        for name in ("dtype", "trust_remote_code")
+    }
     model = dataclasses.replace(config.model, model_path=final, **options)
     return dataclasses.replace(config, model=model, chat=merged(config.chat, "chat"))
 
@@ -100,7 +131,9 @@ class Printer:
     def __call__(self, prompt: int, number: int, ids: list[int]) -> None:
         text = self.ending.text(ids).rstrip("\ufffd")
         stops = self.ending.config.stop_strings
-        held = max((n for stop in stops for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
+        held = max(
+            (n for stop in stops for n in range(len(stop)) if text.endswith(stop[:n])), default=0
+        )
         self.end(text[: len(text) - held], "")
 
     def end(self, text: str, close: str = "\n") -> None:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ta import log
 from ta.cli import cli
-from ta.loop import LoopConfig, train
 from ta.parallel import rank, say
-from ta.run import RunConfig, finish, open_parts, open_run
+from ta.train import run_folder
+from ta.train.loop import LoopConfig, train
+from ta.train.run import RunConfig, finish, open_parts, open_run
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,14 @@ def weights_of(config: Classify, labels):
         weights = [float(text) for text in given]
     except ValueError:
         weights = []
-    if len(weights) != config.num_labels or not all(0 <= weight < float("inf") for weight in weights) or not any(weights):
-        raise ValueError(f"--class-weights {' '.join(given)}: give auto, or {config.num_labels} numbers from 0 on, not all of them 0")
+    if (
+        len(weights) != config.num_labels
+        or not all(0 <= weight < float("inf") for weight in weights)
+        or not any(weights)
+    ):
+        raise ValueError(
+            f"--class-weights {' '.join(given)}: give auto, or {config.num_labels} numbers from 0 on, not all of them 0"
+        )
     return torch.tensor(weights)
 
 
@@ -64,14 +70,18 @@ def evaluate(run, config: Classify, weights, done: int) -> dict[str, float]:
     """Loss and metrics of all held-out records, and a table of the first ones."""
     import torch
 
-    from ta.answered import scores_of
-    from ta.metrics import measure, roc_auc
+    from ta.data.answer_batches import scores_of
+    from ta.generation.metrics import measure, roc_auc
     from ta.objectives import class_loss
 
     held_out = run.data.held_out
-    scores = scores_of(run.model, held_out, len(held_out.origin), config.loop.max_tokens_per_micro)[:, 0]  # (records, C)
+    scores = scores_of(run.model, held_out, len(held_out.origin), config.loop.max_tokens_per_micro)[
+        :, 0
+    ]  # (records, C)
     labels, said = torch.tensor(held_out.extras["label"]).long(), scores.argmax(1)
-    figures = {"loss": class_loss(scores, labels, class_weights=weights, gamma=config.gamma).mean().item()}
+    figures = {
+        "loss": class_loss(scores, labels, class_weights=weights, gamma=config.gamma).mean().item()
+    }
     names = ("accuracy", "balanced_accuracy", "precision", "recall", "f1")
     figures |= measure(names, predictions=said.tolist(), labels=labels.tolist())
     if config.num_labels == 2:
@@ -84,26 +94,58 @@ def evaluate(run, config: Classify, weights, done: int) -> dict[str, float]:
 def show(run, config: Classify, done: int, probabilities, labels: list[int]) -> None:
     """Append the first held-out records to samples.jsonl and print some."""
     rows, origin = [], run.data.held_out.origin
-    for i, (shares, label) in enumerate(zip(probabilities[: config.cherry.cherry_records].tolist(), labels, strict=False)):
-        text = run.form.tokenizer.decode(run.data.held_out.ids[slice(*run.data.held_out.offsets[i : i + 2])], skip_special_tokens=True)
-        sample = {"step": done, "line": int(origin[i][1]), "text": text, "label": label, "predicted": shares.index(max(shares))}
-        log.append(Path(config.loop.out) / "samples.jsonl", sample | {"probabilities": [round(p, 6) for p in shares]})
+    for i, (shares, label) in enumerate(
+        zip(probabilities[: config.cherry.cherry_records].tolist(), labels, strict=False)
+    ):
+        text = run.form.tokenizer.decode(
+            run.data.held_out.ids[slice(*run.data.held_out.offsets[i : i + 2])],
+            skip_special_tokens=True,
+        )
+        sample = {
+            "step": done,
+            "line": int(origin[i][1]),
+            "text": text,
+            "label": label,
+            "predicted": shares.index(max(shares)),
+        }
+        run_folder.append(
+            Path(config.loop.out) / "samples.jsonl",
+            sample | {"probabilities": [round(p, 6) for p in shares]},
+        )
         rows.append((text, sample["predicted"], f"{max(shares):.3f}", label))
     if rows:
-        say(f"\nsamples at step {done}\n{log.table(rows[: config.cherry.cherry_show], ('text', 'class', 'probability', 'right class'))}\n")
+        say(
+            f"\nsamples at step {done}\n{run_folder.table(rows[: config.cherry.cherry_show], ('text', 'class', 'probability', 'right class'))}\n"
+        )
 
 
 def main(config: Classify) -> None:
-    from ta.answered import classes, labels_of
+    from ta.data.answer_batches import classes, labels_of
 
     if config.num_labels < 2 or config.gamma < 0:
-        raise ValueError(f"--num-labels {config.num_labels} --gamma {config.gamma}: give 2 classes or more, and a gamma from 0 on")
+        raise ValueError(
+            f"--num-labels {config.num_labels} --gamma {config.gamma}: give 2 classes or more, and a gamma from 0 on"
+        )
     parts = open_parts(config, "class", model_kind="seq_cls", num_labels=config.num_labels)
     weights = weights_of(config, labels_of(parts.data.train, config.num_labels))
-    same = {"num_labels": config.num_labels, "class_weights": list(config.class_weights), "gamma": config.gamma}
-    with open_run(config, parts, dress=partial(classes, num_labels=config.num_labels), identity=same) as run:
+    same = {
+        "num_labels": config.num_labels,
+        "class_weights": list(config.class_weights),
+        "gamma": config.gamma,
+    }
+    with open_run(
+        config, parts, dress=partial(classes, num_labels=config.num_labels), identity=same
+    ) as run:
         figures = partial(evaluate, run, config, weights) if run.held_out else None
-        train(run.model, run.feed, partial(step, weights, config.gamma), config.loop, run.optim, identity=run.identity, evaluate=figures)
+        train(
+            run.model,
+            run.feed,
+            partial(step, weights, config.gamma),
+            config.loop,
+            run.optim,
+            identity=run.identity,
+            evaluate=figures,
+        )
         finish(run, config)
 
 

@@ -13,14 +13,23 @@ import dataclasses
 from dataclasses import dataclass
 from functools import partial
 
+from ta.builtin.data_files import TUNED
+from ta.builtin.fine_tuned import warm_start
 from ta.cli import cli
-from ta.demo import TUNED
-from ta.loop import LoopConfig, train
-from ta.optim import PREFERENCE_LR
 from ta.parallel import say, sum_over_ranks
-from ta.reference import Reference, ReferenceConfig, dressed, learned_tokens, never_synced, open_reference, sequence_logps, with_reference
-from ta.run import RunConfig, evaluate_with, finish, open_parts, open_run
-from ta.warm import warm_start
+from ta.reference import (
+    Reference,
+    ReferenceConfig,
+    dressed,
+    learned_tokens,
+    never_synced,
+    open_reference,
+    sequence_logps,
+    with_reference,
+)
+from ta.train.loop import LoopConfig, train
+from ta.train.optim import PREFERENCE_LR
+from ta.train.run import RunConfig, evaluate_with, finish, open_parts, open_run
 
 
 @dataclass(frozen=True)
@@ -51,10 +60,25 @@ def step(loss, model, batch):
     from ta.losses import Pair, preference_metrics, rewards
 
     logps, tokens = batch.both(partial(sequence_logps, model)), batch.both(learned_tokens)  # (P, 2)
-    policy, ref = Pair(*logps.unbind(1), *tokens.unbind(1)), Pair(*batch.ref.unbind(1)) if "ref" in loss.inputs else None
-    data = {"policy": policy, "ref": ref, "margin": batch.margin, "kl_chosen": batch.kl[0], "kl_rejected": batch.kl[1]}
+    policy, ref = (
+        Pair(*logps.unbind(1), *tokens.unbind(1)),
+        Pair(*batch.ref.unbind(1)) if "ref" in loss.inputs else None,
+    )
+    data = {
+        "policy": policy,
+        "ref": ref,
+        "margin": batch.margin,
+        "kl_chosen": batch.kl[0],
+        "kl_rejected": batch.kl[1],
+    }
     values = loss.value(**{name: data[name] for name in loss.inputs})  # (P,)
-    return values.sum(), len(values), preference_metrics(policy, rewards(policy, ref, loss.settings.get("beta", 1.0), loss.per_token))
+    return (
+        values.sum(),
+        len(values),
+        preference_metrics(
+            policy, rewards(policy, ref, loss.settings.get("beta", 1.0), loss.per_token)
+        ),
+    )
 
 
 def with_kl(reference: Reference, model, batches):
@@ -65,37 +89,72 @@ def with_kl(reference: Reference, model, batches):
 
     batches = with_reference(reference, batches)
     with torch.no_grad():
-        ratios = torch.cat([batch.both(partial(sequence_logps, model)) - batch.ref for batch in batches]).double()  # (P, 2)
+        ratios = torch.cat(
+            [batch.both(partial(sequence_logps, model)) - batch.ref for batch in batches]
+        ).double()  # (P, 2)
     *sums, count = sum_over_ranks(torch.stack([*ratios.sum(0), ratios.new_tensor(len(ratios))]))
     kl = torch.stack([kl_estimate(total, count) for total in sums])
     return [batch._replace(kl=kl) for batch in batches]
 
 
 def main(config: Dpo) -> None:
-    from ta.answered import pairs
+    from ta.data.answer_batches import pairs
     from ta.losses import choose
 
     names = ("beta", "label_smoothing", "gamma", "alpha", "delta", "penalty", "average")
     loss = choose(config.loss, **{name: getattr(config, name) for name in names})
     if "ref" not in loss.inputs and config.reference != ReferenceConfig():
-        raise ValueError(f"--loss {config.loss} has no reference: leave --reference, --ref-path and --sync-... out")
+        raise ValueError(
+            f"--loss {config.loss} has no reference: leave --reference, --ref-path and --sync-... out"
+        )
     config = warm_start(config)
     parts = open_parts(config, "pair", usual_lr=PREFERENCE_LR)
-    at = {"seed": config.loop.seed, "max_tokens_per_micro": config.loop.max_tokens_per_micro, "folder": config.data.cache_dir}
+    at = {
+        "seed": config.loop.seed,
+        "max_tokens_per_micro": config.loop.max_tokens_per_micro,
+        "folder": config.data.cache_dir,
+    }
     reference = Reference()
     if "ref" in loss.inputs:
-        reference = open_reference(config.reference, parts.model, parts.form, config.model, config.adapter, **at)
-    before = partial(with_kl, reference) if "kl_chosen" in loss.inputs else lambda model, batches: with_reference(reference, batches)
+        reference = open_reference(
+            config.reference, parts.model, parts.form, config.model, config.adapter, **at
+        )
+    before = (
+        partial(with_kl, reference)
+        if "kl_chosen" in loss.inputs
+        else lambda model, batches: with_reference(reference, batches)
+    )
     same = {"loss": config.loss, **loss.settings, **dataclasses.asdict(config.reference)}
 
     def dress(prepared):
-        return dressed(reference, prepared, pairs(prepared, "needed" if "margin" in loss.inputs else "unused"))
+        return dressed(
+            reference, prepared, pairs(prepared, "needed" if "margin" in loss.inputs else "unused")
+        )
 
-    with open_run(config, parts, dress=dress, identity=same, usual_batch=32 if config.model.model_path == TUNED else 64) as run:
+    with open_run(
+        config,
+        parts,
+        dress=dress,
+        identity=same,
+        usual_batch=32 if config.model.model_path == TUNED else 64,
+    ) as run:
         say(never_synced(config.reference, run.feed.steps))
-        hooks = {"before_step": before, "after_step": reference.after_step, "extra": reference.extra, "identity": run.identity}
+        hooks = {
+            "before_step": before,
+            "after_step": reference.after_step,
+            "extra": reference.extra,
+            "identity": run.identity,
+        }
         evaluate = evaluate_with(run, config, partial(step, loss), before_step=before)
-        train(run.model, run.feed, partial(step, loss), config.loop, run.optim, evaluate=evaluate, **hooks)
+        train(
+            run.model,
+            run.feed,
+            partial(step, loss),
+            config.loop,
+            run.optim,
+            evaluate=evaluate,
+            **hooks,
+        )
         finish(run, config)
 
 

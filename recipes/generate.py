@@ -18,22 +18,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ta import demo, outputs
-from ta.answers import GenerateConfig, check_prompts, check_settings, parse_settings, to_json
+from ta.builtin import data_files
+from ta.chat.template import ChatConfig
+from ta.chat.tokenizer import TokenizerConfig
 from ta.cli import cli
+from ta.data.sources import Drops
+from ta.files import hash_json
 from ta.folders import fingerprint
-from ta.inference import InferenceConfig, open_generator, resolve, stand_alone, vllm_settings
-from ta.modalities import MediaFiles, reopen_media
-from ta.model import open_format
-from ta.outputs import progress
-from ta.passages import RetrievalConfig
-from ta.prompts import read_prompts
-from ta.retrieval import online
-from ta.sources import Drops
-from ta.store import hash_json
-from ta.templates import ChatConfig
-from ta.tokenizer import TokenizerConfig
-from ta.vllm_engine import VllmConfig
+from ta.generation import answers_file
+from ta.generation.answers_file import progress
+from ta.generation.prompts import read_prompts
+from ta.generation.settings import (
+    GenerateConfig,
+    check_prompts,
+    check_settings,
+    parse_settings,
+    to_json,
+)
+from ta.generation.vllm_engine import VllmConfig
+from ta.media.settings import MediaFiles, reopen_media
+from ta.model.inference import InferenceConfig, open_generator, resolve, stand_alone, vllm_settings
+from ta.model.load import open_format
+from ta.rag.passages import RetrievalConfig
+from ta.rag.retrieval import online
 
 
 @dataclass(frozen=True)
@@ -71,46 +78,92 @@ class Generate:
 
 def main(config: Generate) -> None:
     rank, world, device = stand_alone()
-    named = [parse_settings(text, config.generation) for text in config.settings] or [("", config.generation)]
-    outs = [Path(config.out).with_suffix((name and f".{name}") + Path(config.out).suffix) for name, _ in named]
+    named = [parse_settings(text, config.generation) for text in config.settings] or [
+        ("", config.generation)
+    ]
+    outs = [
+        Path(config.out).with_suffix((name and f".{name}") + Path(config.out).suffix)
+        for name, _ in named
+    ]
     if len(set(outs)) < len(outs):
-        raise ValueError("--settings use a name twice and would write one file twice: give each its own name")
+        raise ValueError(
+            "--settings use a name twice and would write one file twice: give each its own name"
+        )
     vllm = vllm_settings(config.engine, config.vllm, world)
     for (_, settings), out in zip(named, outs, strict=True):
         check_settings(settings)
-        outputs.check(out, config.resume, config.overwrite, rank, world)
+        answers_file.check(out, config.resume, config.overwrite, rank, world)
     model, adapter = resolve(config.model)
     media = reopen_media(adapter or model.model_path, config.media, config.data, device)
     form = open_format(model, config.tokenizer, config.chat, adapter, media.slots if media else {})
-    paths = config.data or demo.data_or_builtin((), (), "pictures" if media else "questions" if config.retrieval.index else "chats")[1]
+    paths = (
+        config.data
+        or data_files.data_or_builtin(
+            (), (), "pictures" if media else "questions" if config.retrieval.index else "chats"
+        )[1]
+    )
     drops = Drops(config.on_bad_record, config.max_bad_share)
-    records = read_prompts(paths, form, config.chat, drops, config.generation.seed, config.random_cut)
+    records = read_prompts(
+        paths, form, config.chat, drops, config.generation.seed, config.random_cut
+    )
     if drops.counts:
         print(f"left out: {drops.table()}", file=sys.stderr)
     records = online(config.retrieval, records, form, config.chat, device)
-    engine, vocabulary, context = open_generator(model, adapter, form, device, vllm, config.generation.seed, media)
+    engine, vocabulary, context = open_generator(
+        model, adapter, form, device, vllm, config.generation.seed, media
+    )
     check_prompts([prompt for _, prompt, _ in records], vocabulary, context)
-    who = [fingerprint(model.model_path, model.hub), fingerprint(adapter) if adapter else "", model.dtype, config.engine]
+    who = [
+        fingerprint(model.model_path, model.hub),
+        fingerprint(adapter) if adapter else "",
+        model.dtype,
+        config.engine,
+    ]
     for (name, settings), out in zip(named, outs, strict=True):
-        outputs.begin(out, config.overwrite, rank, world)
-        settings = dataclasses.replace(settings, stop_strings=(*settings.stop_strings, *form.stop_strings))
-        what = [*who, config.logprobs, config.with_prompt, dataclasses.asdict(settings) | {"slots": 0}]  # slots change no answer
+        answers_file.begin(out, config.overwrite, rank, world)
+        settings = dataclasses.replace(
+            settings, stop_strings=(*settings.stop_strings, *form.stop_strings)
+        )
+        what = [
+            *who,
+            config.logprobs,
+            config.with_prompt,
+            dataclasses.asdict(settings) | {"slots": 0},
+        ]  # slots change no answer
         keys = [hash_json([what, i, *record])[:16] for i, record in enumerate(records)]
-        there = outputs.done(out, keys)
+        there = answers_file.done(out, keys)
         mine = [i for i in range(rank, len(records), world) if keys[i] not in there]
-        with outputs.Part(out, rank) as part, progress(name or "generate", len(mine), rank == 0) as advance:
+        with (
+            answers_file.Part(out, rank) as part,
+            progress(name or "generate", len(mine), rank == 0) as advance,
+        ):
 
-            def finished(n, answers, mine=mine, keys=keys, settings=settings, part=part, advance=advance):
+            def finished(
+                n, answers, mine=mine, keys=keys, settings=settings, part=part, advance=advance
+            ):
                 data, prompt, _ = records[mine[n]]
-                text = form.tokenizer.decode(prompt, skip_special_tokens=settings.skip_special_tokens)
-                shown = ({"prompt": text} if config.with_prompt else {}) | {"answers": to_json(answers, config.logprobs)}
+                text = form.tokenizer.decode(
+                    prompt, skip_special_tokens=settings.skip_special_tokens
+                )
+                shown = ({"prompt": text} if config.with_prompt else {}) | {
+                    "answers": to_json(answers, config.logprobs)
+                }
                 part.append(data | shown | {"key": keys[mine[n]]})
                 advance(answers)
 
             seen = {"media": [records[i][2] for i in mine]} if media else {}
-            engine([records[i][1] for i in mine], settings, form.stop_ids, on_answer=finished, keys=mine, **seen)
-        if outputs.publish(out, keys):
-            print(f"{out}: {len(keys):,} records, {len(there):,} of them from before", file=sys.stderr)
+            engine(
+                [records[i][1] for i in mine],
+                settings,
+                form.stop_ids,
+                on_answer=finished,
+                keys=mine,
+                **seen,
+            )
+        if answers_file.publish(out, keys):
+            print(
+                f"{out}: {len(keys):,} records, {len(there):,} of them from before", file=sys.stderr
+            )
 
 
 if __name__ == "__main__":

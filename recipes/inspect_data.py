@@ -15,15 +15,15 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ta import demo
+from ta.builtin import data_files
+from ta.chat.pieces import Tokens, show
+from ta.chat.template import ChatConfig
+from ta.chat.tokenizer import TokenizerConfig
 from ta.cli import cli
-from ta.dataset import DataConfig, Prepared, lengths, read_drops, report, sequence
-from ta.encode import Kind, prepare_kind
-from ta.modalities import MediaConfig, open_media
-from ta.model import ModelConfig, open_format
-from ta.pieces import Tokens, show
-from ta.templates import ChatConfig
-from ta.tokenizer import TokenizerConfig
+from ta.data.kinds import Kind, prepare_kind
+from ta.data.prepare import DataConfig, Prepared, lengths, read_drops, report, sequence
+from ta.media.settings import MediaConfig, open_media
+from ta.model.load import ModelConfig, open_format
 
 BAR = 50  # characters
 
@@ -54,24 +54,38 @@ class InspectData:
 
 
 def main(config: InspectData) -> None:
-    model = ModelConfig(model_path=config.model_path, init_tokens=config.init_tokens, hub=config.hub)
-    slots = open_media(config.media, config.data.data, "cpu").slots if config.kind == "media" else {}
+    model = ModelConfig(
+        model_path=config.model_path, init_tokens=config.init_tokens, hub=config.hub
+    )
+    slots = (
+        open_media(config.media, config.data.data, "cpu").slots if config.kind == "media" else {}
+    )
     form = open_format(model, config.tokenizer, config.chat, config.adapter_path, slots)
-    training, _ = demo.data_or_builtin(config.data.data, (), demo.NAMES[config.kind])
+    training, _ = data_files.data_or_builtin(config.data.data, (), data_files.NAMES[config.kind])
     for sources in (training, config.data.val_data):
         if not sources:
             continue
         prepared = prepare_kind(config.kind, sources, form, config.chat, config.data, config.seed)
-        for line in json_lines(prepared) if config.json else page(prepared, config.examples, form.tokenizer.decode):
+        for line in (
+            json_lines(prepared)
+            if config.json
+            else page(prepared, config.examples, form.tokenizer.decode)
+        ):
             print(line)
 
 
 def json_lines(prepared: Prepared) -> Iterator[str]:
     """One line a record in the order of the sources; with several sources each names its file."""
-    drops = sorted((entry["source"], entry["line"], entry["reason"]) for entry in read_drops(prepared))
+    drops = sorted(
+        (entry["source"], entry["line"], entry["reason"]) for entry in read_drops(prepared)
+    )
     records = [(*origin, i) for i, origin in enumerate(prepared.origin.tolist())]
     for source, line, found in sorted([*records, *drops], key=lambda entry: entry[:2]):
-        head = {"file": prepared.info["sources"][source]["path"]} if len(prepared.info["sources"]) > 1 else {}
+        head = (
+            {"file": prepared.info["sources"][source]["path"]}
+            if len(prepared.info["sources"]) > 1
+            else {}
+        )
         body = {"dropped": found} if isinstance(found, str) else record_of(prepared, found)
         yield json.dumps(head | {"line": line} | body, ensure_ascii=False)
 
@@ -83,7 +97,10 @@ def record_of(prepared: Prepared, i: int) -> dict:
         ids, weights = (array.tolist() for array in sequence(prepared, i * prepared.k + j))
         labels = [token if weight else -100 for token, weight in zip(ids, weights, strict=True)]
         parts.append({"ids": ids, "labels": labels, "weights": weights})
-    extras = {name: None if math.isnan(values[i]) else float(values[i]) for name, values in prepared.extras.items()}
+    extras = {
+        name: None if math.isnan(values[i]) else float(values[i])
+        for name, values in prepared.extras.items()
+    }
     return (parts[0] if prepared.k == 1 else {"sequences": parts}) | extras
 
 

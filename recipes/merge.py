@@ -29,10 +29,10 @@ class MergeConfig:
 
 
 def main(config: MergeConfig) -> None:
-    from ta.adapters import load_adapter, merge_adapter
-    from ta.export import copy_media, published
     from ta.folders import model_folder
-    from ta.vocab import check_vocabulary
+    from ta.model.adapters import load_adapter, merge_adapter
+    from ta.model.export import copy_media, published
+    from ta.model.new_rows import check_vocabulary
 
     out, base = Path(config.out).resolve(), model_folder(config.model_path, config.hub)
     check_out(out, [Path(base).resolve(), Path(config.adapter_path).resolve()], config.overwrite)
@@ -42,23 +42,31 @@ def main(config: MergeConfig) -> None:
     if tokenizer is not None:
         check_vocabulary(tokenizer, merged)
     with published(out) as folder:
-        for parameter in merged.parameters():  # not .to(dtype), which would round the rotary frequencies as well
+        for parameter in (
+            merged.parameters()
+        ):  # not .to(dtype), which would round the rotary frequencies as well
             parameter.data = parameter.data.to(dtype)
         save(merged, tokenizer, config.adapter_path, folder)
         copy_media(config.adapter_path, folder)
         check_saved(merged, folder)
-    print(f"{config.model_path} + {config.adapter_path} -> {config.out} ({str(dtype).removeprefix('torch.')}; logits agree)")
+    print(
+        f"{config.model_path} + {config.adapter_path} -> {config.out} ({str(dtype).removeprefix('torch.')}; logits agree)"
+    )
 
 
 def check_out(out: Path, inputs: list[Path], overwrite: bool) -> None:
     """ValueError when writing `out` would lose something: what it holds already, or one of the inputs."""
     for path in inputs:
         if path.exists() and (out == path or out in path.parents):
-            raise ValueError(f"--out {out} is or holds {path}, which is read from: give another folder")
+            raise ValueError(
+                f"--out {out} is or holds {path}, which is read from: give another folder"
+            )
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: give a folder")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise ValueError(f"--out {out} is not empty: give a new folder, or add --overwrite True to replace it")
+        raise ValueError(
+            f"--out {out} is not empty: give a new folder, or add --overwrite True to replace it"
+        )
 
 
 def load_base(base: str, adapter_path: str, hub: bool):
@@ -66,7 +74,7 @@ def load_base(base: str, adapter_path: str, hub: bool):
     import torch
     import transformers
 
-    from ta.adapter_base import labels_of, read_config
+    from ta.model.adapter_base import labels_of, read_config
 
     task = read_config(adapter_path)["task_type"]
     if task not in AUTO:
@@ -76,10 +84,16 @@ def load_base(base: str, adapter_path: str, hub: bool):
         stored = transformers.AutoConfig.from_pretrained(base, **common).get_text_config().dtype
         labels = labels_of(adapter_path) if task == "SEQ_CLS" else {}
         auto = getattr(transformers, AUTO[task])
-        model = auto.from_pretrained(base, dtype=torch.float32, use_safetensors=True, **labels, **common)
+        model = auto.from_pretrained(
+            base, dtype=torch.float32, use_safetensors=True, **labels, **common
+        )
     except (OSError, KeyError, TypeError) as error:
-        raise ValueError(f"{base} does not load as {AUTO[task]}: {str(error).splitlines()[0]}") from error
-    return model.eval(), getattr(torch, stored) if isinstance(stored, str) else stored or torch.float32
+        raise ValueError(
+            f"{base} does not load as {AUTO[task]}: {str(error).splitlines()[0]}"
+        ) from error
+    return model.eval(), getattr(torch, stored) if isinstance(
+        stored, str
+    ) else stored or torch.float32
 
 
 def load_tokenizer(adapter_path: str, base: str, hub: bool):
@@ -87,8 +101,12 @@ def load_tokenizer(adapter_path: str, base: str, hub: bool):
     from transformers import AutoTokenizer
 
     for folder in (adapter_path, base):
-        if any((Path(folder) / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")) or (folder == base and hub):
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=not hub)
+        if any(
+            (Path(folder) / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")
+        ) or (folder == base and hub):
+            return AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=not hub
+            )
     return None
 
 
@@ -105,14 +123,24 @@ def save(model, tokenizer, adapter_path: str, folder: Path) -> None:
 
 def check_saved(model, folder: Path) -> None:
     """ValueError unless the folder gives the very logits of the model that was written to it."""
-    from ta.adapters import logits_agree, probe_logits
+    from ta.model.adapters import logits_agree, probe_logits
 
-    again = type(model).from_pretrained(folder, dtype=model.dtype, local_files_only=True, use_safetensors=True).eval()
+    again = (
+        type(model)
+        .from_pretrained(folder, dtype=model.dtype, local_files_only=True, use_safetensors=True)
+        .eval()
+    )
     if not logits_agree(probe_logits(model), probe_logits(again), 1e-5):
-        raise ValueError("the merged model does not read back as it was written: is the disk sound?")
+        raise ValueError(
+            "the merged model does not read back as it was written: is the disk sound?"
+        )
 
 
-AUTO = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification", "FEATURE_EXTRACTION": "AutoModel"}
+AUTO = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
 
 if __name__ == "__main__":
     cli(main, MergeConfig)

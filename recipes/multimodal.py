@@ -13,16 +13,16 @@ A line of data: {"messages": [{"role": "user", "type": "image", "content": "cat.
 from dataclasses import dataclass
 from functools import partial
 
-from ta import log
 from ta.cli import cli
-from ta.feed import read_ahead
+from ta.data.loader import read_ahead
 from ta.folders import SEEING
-from ta.loop import LoopConfig, train
-from ta.modalities import MediaConfig, open_media
-from ta.model import ModelConfig
-from ta.optim import SEEING_LR
+from ta.media.settings import MediaConfig, open_media
+from ta.model.load import ModelConfig
 from ta.parallel import init
-from ta.run import RunConfig, evaluate_with, finish, open_parts, open_run
+from ta.train import run_folder
+from ta.train.loop import LoopConfig, train
+from ta.train.optim import SEEING_LR
+from ta.train.run import RunConfig, evaluate_with, finish, open_parts, open_run
 
 
 @dataclass(frozen=True)
@@ -38,22 +38,48 @@ def step(fill, model, batch):
 
 
 def main(config: Multimodal) -> None:
-    from ta import multimodal
+    from ta.media import multimodal
 
-    log.check_out(config.loop.out, config.loop.resume, config.loop.overwrite)
+    run_folder.check_out(config.loop.out, config.loop.resume, config.loop.overwrite)
     if config.media.freeze_language_model and config.adapter.adapter != "none":
-        raise ValueError(f"--freeze-language-model with --adapter {config.adapter.adapter}, which would train it: give one of the two")
+        raise ValueError(
+            f"--freeze-language-model with --adapter {config.adapter.adapter}, which would train it: give one of the two"
+        )
     opened = open_media(config.media, config.data.data, init())
-    around = partial(multimodal.around, opened, freeze=config.media.freeze_language_model, seed=config.loop.seed)
+    around = partial(
+        multimodal.around, opened, freeze=config.media.freeze_language_model, seed=config.loop.seed
+    )
     parts = open_parts(config, "media", usual_lr=SEEING_LR, slots=opened.slots, around=around)
     learn = partial(step, partial(multimodal.fill, opened))
-    scale = multimodal.projector_lr(config.media, config.model.model_path, parts.optim.lr) / parts.optim.lr
-    same = multimodal.identity(opened, config.media, parts.data) | {"projector_lr": scale * parts.optim.lr}
-    dress = lambda data: multimodal.dress(opened, data, read=data is parts.data.train)  # noqa: E731
-    with open_run(config, parts, dress=dress, identity=same, usual_batch=8 if config.model.model_path == SEEING else 64) as run:
-        evaluate = evaluate_with(run, config, learn, embed=partial(multimodal.embed_prompts, opened))
+    scale = (
+        multimodal.projector_lr(config.media, config.model.model_path, parts.optim.lr)
+        / parts.optim.lr
+    )
+    same = multimodal.identity(opened, config.media, parts.data) | {
+        "projector_lr": scale * parts.optim.lr
+    }
+    dress = lambda data: multimodal.dress(opened, data, read=data is parts.data.train)
+    with open_run(
+        config,
+        parts,
+        dress=dress,
+        identity=same,
+        usual_batch=8 if config.model.model_path == SEEING else 64,
+    ) as run:
+        evaluate = evaluate_with(
+            run, config, learn, embed=partial(multimodal.embed_prompts, opened)
+        )
         scales = {"projectors.": scale}
-        train(run.model, read_ahead(run.feed), learn, config.loop, run.optim, identity=run.identity, evaluate=evaluate, lr_scales=scales)
+        train(
+            run.model,
+            read_ahead(run.feed),
+            learn,
+            config.loop,
+            run.optim,
+            identity=run.identity,
+            evaluate=evaluate,
+            lr_scales=scales,
+        )
         finish(run, config, multimodal.write_parts(opened, run.model))
 
 

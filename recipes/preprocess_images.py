@@ -41,10 +41,10 @@ def main(config: Preprocess) -> None:
     import torch
     from tqdm import tqdm
 
-    from ta.featurefile import Layout
-    from ta.features import extract
-    from ta.images import ENDINGS, find_files, media_path
-    from ta.modalities import load_marked
+    from ta.media.feature_file import Layout
+    from ta.media.features import extract
+    from ta.media.images import ENDINGS, find_files, media_path
+    from ta.media.settings import load_marked
 
     out = Path(config.out)
     if out.exists() and not config.overwrite:
@@ -61,18 +61,37 @@ def main(config: Preprocess) -> None:
                 raise
             skipped.append((key, str(error)))
     if not paths:
-        raise ValueError(f"--root {config.root}: no {encoder.modality} file in it; give the folder that holds them")
+        raise ValueError(
+            f"--root {config.root}: no {encoder.modality} file in it; give the folder that holds them"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     layout = Layout(mark, (encoder.n_modality_embs, encoder.emb_dim), "BF16" if half else "F32")
-    with tqdm(total=len(paths), desc="encode", unit=f" {encoder.modality}s", dynamic_ncols=True) as bar:
-        how = {"batch_size": config.batch_size, "workers": config.workers, "skip_bad": config.on_bad_file == "skip"}
-        tell = lambda done, total: bar.update(done - bar.n)  # noqa: E731
-        done = extract(out, paths, encoder.read, encoder.encode, layout, **how, progress=tell, overwrite=config.overwrite)
+    with tqdm(
+        total=len(paths), desc="encode", unit=f" {encoder.modality}s", dynamic_ncols=True
+    ) as bar:
+        how = {
+            "batch_size": config.batch_size,
+            "workers": config.workers,
+            "skip_bad": config.on_bad_file == "skip",
+        }
+        tell = lambda done, total: bar.update(done - bar.n)
+        done = extract(
+            out,
+            paths,
+            encoder.read,
+            encoder.encode,
+            layout,
+            **how,
+            progress=tell,
+            overwrite=config.overwrite,
+        )
     skipped += done.skipped
     for key, why in skipped[:10]:
         say(f"left out {key}: {why}")
     more = f", {len(skipped):,} left out" if skipped else ""
-    say(f"{out}: features of {done.done:,} files, {done.done - done.encoded:,} of them from before{more}")
+    say(
+        f"{out}: features of {done.done:,} files, {done.done - done.encoded:,} of them from before{more}"
+    )
 
 
 if __name__ == "__main__":

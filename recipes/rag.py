@@ -13,12 +13,12 @@ gold, ids of passages that hold the answer, is optional. A line of passages: {"i
 from dataclasses import dataclass
 from functools import partial
 
+from ta.builtin.fine_tuned import READER, builtin_index, warm_start
 from ta.cli import cli
-from ta.loop import LoopConfig, train
 from ta.parallel import init, say
-from ta.passages import RetrievalConfig, joining
-from ta.run import RunConfig, evaluate_with, finish, open_parts, open_run
-from ta.warm import READER, builtin_index, warm_start
+from ta.rag.passages import RetrievalConfig, joining
+from ta.train.loop import LoopConfig, train
+from ta.train.run import RunConfig, evaluate_with, finish, open_parts, open_run
 
 
 @dataclass(frozen=True)
@@ -39,21 +39,32 @@ class Rag(RunConfig):
 
 def check(config: Rag) -> None:
     """ValueError for numbers that cannot be."""
-    for name, least in (("in_batch", 0), ("encoder_lr", 0), ("reembed_every", 0), ("score_scale", 1e-9)):
+    for name, least in (
+        ("in_batch", 0),
+        ("encoder_lr", 0),
+        ("reembed_every", 0),
+        ("score_scale", 1e-9),
+    ):
         if (value := getattr(config, name)) is not None and not value >= least:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be {'above 0' if least else '0 or more'}")
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value}: must be {'above 0' if least else '0 or more'}"
+            )
     if config.retrieval.approximate:
-        raise ValueError("--approximate in training: the vectors of questions move, and so may those of passages; leave it out")
+        raise ValueError(
+            "--approximate in training: the vectors of questions move, and so may those of passages; leave it out"
+        )
     if config.retrieval.num_passages == 1 and not config.in_batch and config.encoder_lr != 0:
-        say("note: with one candidate a question the encoder has nothing to learn from; give --num-passages 2 or more, or --in-batch")
+        say(
+            "note: with one candidate a question the encoder has nothing to learn from; give --num-passages 2 or more, or --in-batch"
+        )
 
 
 def main(config: Rag) -> None:
-    from ta import rag
-    from ta.chat import encode_prompts
-    from ta.embedding import open_encoder
-    from ta.retrieval import answerable, retriever_of
-    from ta.search import open_index
+    from ta.chat.encode import encode_prompts
+    from ta.rag import joint
+    from ta.rag.embedding import open_encoder
+    from ta.rag.retrieval import answerable, retriever_of
+    from ta.rag.search import open_index
 
     check(config)
     device, loop = init(), config.loop
@@ -62,37 +73,88 @@ def main(config: Rag) -> None:
     how = joining(config.retrieval, index.manifest)
     k = config.retrieval.num_passages or 4
     encoder, tokenizer = open_encoder(index.encoder, index.reading, device, config.model.dtype)
-    encoder_lr = config.encoder_lr if config.encoder_lr is not None else 2e-5 if config.retrieval.index else 3e-3
+    encoder_lr = (
+        config.encoder_lr
+        if config.encoder_lr is not None
+        else 2e-5
+        if config.retrieval.index
+        else 3e-3
+    )
     encoder.requires_grad_(encoder_lr > 0)
-    scale = config.score_scale if config.score_scale is not None else 20.0 if index.reading.normalize else 1.0
-    around = lambda form: lambda generator: rag.RagModel(generator, encoder)  # noqa: E731
+    scale = (
+        config.score_scale
+        if config.score_scale is not None
+        else 20.0
+        if index.reading.normalize
+        else 1.0
+    )
+    around = lambda form: lambda generator: joint.RagModel(generator, encoder)
     parts = open_parts(config, "question", usual_lr=(2e-5, 2e-4, 1e-3), around=around)
-    retriever = retriever_of(index, tokenizer, parts.form, config.chat, how._replace(num_passages=k), device)
+    retriever = retriever_of(
+        index, tokenizer, parts.form, config.chat, how._replace(num_passages=k), device
+    )
     if config.reembed_every:
         retriever = retriever._replace(table=retriever.table.clone())
-    one = retriever._replace(how=how._replace(num_passages=1))  # as each sequence of training has it
-    same = {"index": [index.manifest["encoder"], index.manifest["passages_sha256"]], "scale": scale, **retriever.how._asdict()}
-    same |= {name: getattr(config, name) for name in ("gold", "in_batch", "reembed_every")} | {"encoder_lr": encoder_lr}
+    one = retriever._replace(
+        how=how._replace(num_passages=1)
+    )  # as each sequence of training has it
+    same = {
+        "index": [index.manifest["encoder"], index.manifest["passages_sha256"]],
+        "scale": scale,
+        **retriever.how._asdict(),
+    }
+    same |= {name: getattr(config, name) for name in ("gold", "in_batch", "reembed_every")} | {
+        "encoder_lr": encoder_lr
+    }
 
-    with open_run(config, parts, dress=partial(rag.asked, passages=index.passages, seed=loop.seed), identity=same, usual_batch=32) as run:
-        prompts = partial(encode_prompts, template=run.form.template, vocabulary=run.form.vocabulary, config=config.chat)
-        before = partial(rag.with_passages, retriever, max_tokens_per_micro=loop.max_tokens_per_micro)
+    with open_run(
+        config,
+        parts,
+        dress=partial(joint.asked, passages=index.passages, seed=loop.seed),
+        identity=same,
+        usual_batch=32,
+    ) as run:
+        prompts = partial(
+            encode_prompts,
+            template=run.form.template,
+            vocabulary=run.form.vocabulary,
+            config=config.chat,
+        )
+        before = partial(
+            joint.with_passages, retriever, max_tokens_per_micro=loop.max_tokens_per_micro
+        )
 
         def as_asked(records):
             run.model.eval()
-            return [record for record, _ in answerable(one, partial(run.model, output="embed"), records, prompts)]
+            return [
+                record
+                for record, _ in answerable(
+                    one, partial(run.model, output="embed"), records, prompts
+                )
+            ]
 
         def after_step(done):
             if config.reembed_every and done % config.reembed_every == 0:
-                retriever.table.copy_(rag.reembedded(retriever, run.model))
+                retriever.table.copy_(joint.reembedded(retriever, run.model))
 
-        hooks = {"before_step": partial(before, gold=config.gold, in_batch=config.in_batch), "after_step": after_step}
-        hooks |= {"extra": {"table": retriever.table} if config.reembed_every else None, "identity": run.identity}
+        hooks = {
+            "before_step": partial(before, gold=config.gold, in_batch=config.in_batch),
+            "after_step": after_step,
+        }
+        hooks |= {
+            "extra": {"table": retriever.table} if config.reembed_every else None,
+            "identity": run.identity,
+        }
         hooks["lr_scales"] = {"encoder.": encoder_lr / run.optim.lr}
-        step, more = partial(rag.step, scale), lambda _, batches: rag.figures(run.model, batches, k)
-        evaluate = evaluate_with(run, config, step, more, partial(before, ranked=rag.RANKED), as_asked=as_asked)
+        step, more = (
+            partial(joint.step, scale),
+            lambda _, batches: joint.figures(run.model, batches, k),
+        )
+        evaluate = evaluate_with(
+            run, config, step, more, partial(before, ranked=joint.RANKED), as_asked=as_asked
+        )
         train(run.model, run.feed, step, loop, run.optim, evaluate=evaluate, **hooks)
-        finish(run, config, rag.write_retriever(run.model.encoder, one, index))
+        finish(run, config, joint.write_retriever(run.model.encoder, one, index))
 
 
 if __name__ == "__main__":

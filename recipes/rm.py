@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ta import log
+from ta.builtin.data_files import TUNED
+from ta.builtin.fine_tuned import warm_start
 from ta.cli import cli
-from ta.demo import TUNED
-from ta.loop import LoopConfig, train
-from ta.optim import REWARD_LR
 from ta.parallel import rank, say
-from ta.run import RunConfig, evaluate_with, finish, open_parts, open_run
-from ta.warm import warm_start
+from ta.train import run_folder
+from ta.train.loop import LoopConfig, train
+from ta.train.optim import REWARD_LR
+from ta.train.run import RunConfig, evaluate_with, finish, open_parts, open_run
 
 
 @dataclass(frozen=True)
@@ -35,39 +35,71 @@ def step(model, batch):
 
     chosen, rejected = model(batch.seqs, "scores").view(-1, 2).unbind(1)  # (P,) each
     values, gap = reward_loss(chosen, rejected, batch.margin), (chosen - rejected).detach()
-    figures = {"reward_chosen": chosen.detach().sum(), "reward_rejected": rejected.detach().sum(), "reward_gap": gap.sum()}
+    figures = {
+        "reward_chosen": chosen.detach().sum(),
+        "reward_rejected": rejected.detach().sum(),
+        "reward_gap": gap.sum(),
+    }
     return values.sum(), len(gap), {"ranking_accuracy": (gap > 0).sum(), **figures}
 
 
 def show(run, config: Rm, done: int, _batches) -> dict[str, float]:
     """Score the first held-out pairs, append them to samples.jsonl and print some."""
-    from ta.answered import scores_of
-    from ta.dataset import sequence
+    from ta.data.answer_batches import scores_of
+    from ta.data.prepare import sequence
 
     pairs, rows = run.data.held_out, []
-    scores = scores_of(run.model, pairs, config.cherry.cherry_records, config.loop.max_tokens_per_micro).squeeze(2).tolist()
+    scores = (
+        scores_of(run.model, pairs, config.cherry.cherry_records, config.loop.max_tokens_per_micro)
+        .squeeze(2)
+        .tolist()
+    )
     for i, both in enumerate(scores if rank() == 0 else []):
         parts = [sequence(pairs, 2 * i + j) for j in (0, 1)]
         asked, chosen, rejected = (
             run.form.tokenizer.decode(ids, skip_special_tokens=True).strip()
-            for ids in (parts[0][0][parts[0][1] == 0], *(ids[weights != 0] for ids, weights in parts))
+            for ids in (
+                parts[0][0][parts[0][1] == 0],
+                *(ids[weights != 0] for ids, weights in parts),
+            )
         )
-        sample = {"step": done, "line": int(pairs.origin[i][1]), "prompt": asked, "chosen": chosen, "rejected": rejected, "scores": both}
-        log.append(Path(config.loop.out) / "samples.jsonl", sample)
+        sample = {
+            "step": done,
+            "line": int(pairs.origin[i][1]),
+            "prompt": asked,
+            "chosen": chosen,
+            "rejected": rejected,
+            "scores": both,
+        }
+        run_folder.append(Path(config.loop.out) / "samples.jsonl", sample)
         rows.append((asked, chosen, f"{both[0]:.3f}", rejected, f"{both[1]:.3f}"))
     header = ("prompt", "chosen", "score", "rejected", "score")
-    say(f"\nsamples at step {done}\n{log.table(rows[: config.cherry.cherry_show], header)}\n" if rows else "")
+    say(
+        f"\nsamples at step {done}\n{run_folder.table(rows[: config.cherry.cherry_show], header)}\n"
+        if rows
+        else ""
+    )
     return {}
 
 
 def main(config: Rm) -> None:
-    from ta.answered import pairs
+    from ta.data.answer_batches import pairs
 
     config = warm_start(config)
     parts = open_parts(config, "pair", model_kind="seq_cls", usual_lr=REWARD_LR)
-    with open_run(config, parts, dress=pairs, usual_batch=32 if config.model.model_path == TUNED else 64) as run:
+    with open_run(
+        config, parts, dress=pairs, usual_batch=32 if config.model.model_path == TUNED else 64
+    ) as run:
         evaluate = evaluate_with(run, config, step, partial(show, run, config))
-        train(run.model, run.feed, step, config.loop, run.optim, identity=run.identity, evaluate=evaluate)
+        train(
+            run.model,
+            run.feed,
+            step,
+            config.loop,
+            run.optim,
+            identity=run.identity,
+            evaluate=evaluate,
+        )
         finish(run, config)
 
 

@@ -14,12 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from ta import outputs
 from ta.cli import cli
-from ta.kinds import check_candidates
-from ta.log import write_text
-from ta.sampling import SAMPLERS
-from ta.sources import read_records
+from ta.data.records import check_candidates
+from ta.data.sources import read_records
+from ta.generation import answers_file
+from ta.generation.sampling import SAMPLERS
+from ta.train.run_folder import write_text
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ def chosen(config: Sample, place: int, data: dict) -> list[dict]:
             f"record {place + 1}: answer {missing[0]!r} has no reward, which --method {config.method} needs; score the file first"
         )
     extra = {"seed": seed, "beta": config.beta} if config.method == "rejection" else {}
-    kept = partial(SAMPLERS[config.method], **extra)([rewards[answer["id"]] for answer in answers], config.n)
+    kept = partial(SAMPLERS[config.method], **extra)(
+        [rewards[answer["id"]] for answer in answers], config.n
+    )
     return [answers[i] for i in sorted(kept, key=lambda i: -rewards[answers[i]["id"]])]
 
 
@@ -61,11 +63,15 @@ def main(config: Sample) -> None:
     if not config.data:
         raise ValueError("no data to choose from: give --data FILE.jsonl with candidate answers")
     out = Path(config.out)
-    outputs.check(out, False, config.overwrite)
+    answers_file.check(out, False, config.overwrite)
     lines = []
     for place, record in enumerate(read_records(config.data, check_candidates)):
         answers = chosen(config, place, record.data)
-        rest = {key: value for key, value in record.data.items() if key not in ("answers", "rewards", "key")}
+        rest = {
+            key: value
+            for key, value in record.data.items()
+            if key not in ("answers", "rewards", "key")
+        }
         if config.as_chats:
             for answer in answers:
                 message = {"role": "assistant", "content": answer["content"]}

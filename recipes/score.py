@@ -15,20 +15,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ta import outputs
-from ta.answers import check_prompts
-from ta.chat import Drop, encode_answers
+from ta.chat.encode import Drop, encode_answers
+from ta.chat.template import ANSWER, ChatConfig
+from ta.chat.tokenizer import TokenizerConfig
 from ta.cli import cli
-from ta.encode import KINDS
+from ta.data.kinds import KINDS
+from ta.data.records import check_candidates, check_chat
+from ta.data.sources import read_records
+from ta.files import hash_json
 from ta.folders import fingerprint, model_folder
-from ta.inference import InferenceConfig, labels_in, open_scorer, resolve, stand_alone, vllm_settings
-from ta.kinds import check_candidates, check_chat
-from ta.model import open_format
-from ta.sources import read_records
-from ta.store import hash_json
-from ta.templates import ANSWER, ChatConfig
-from ta.tokenizer import TokenizerConfig
-from ta.vllm_engine import VllmConfig
+from ta.generation import answers_file
+from ta.generation.settings import check_prompts
+from ta.generation.vllm_engine import VllmConfig
+from ta.model.inference import (
+    InferenceConfig,
+    labels_in,
+    open_scorer,
+    resolve,
+    stand_alone,
+    vllm_settings,
+)
+from ta.model.load import open_format
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,9 @@ def sequences_of(config: Score, form, data: dict) -> list:
     """The token sequences of one record: one a candidate, or the whole dialogue. ValueError where it does not fit."""
     if config.kind == "candidates":
         answers = [{"role": ANSWER, "content": answer["content"]} for answer in data["answers"]]
-        found = encode_answers([data["messages"]], [answers], form.template, form.vocabulary, config.chat)[0]
+        found = encode_answers(
+            [data["messages"]], [answers], form.template, form.vocabulary, config.chat
+        )[0]
     else:
         found = KINDS["class"][1](form, config.chat, [data | {"label": 0}])[0]
     if isinstance(found, Drop):
@@ -71,7 +80,7 @@ def main(config: Score) -> None:
         raise ValueError("no data to score: give --data FILE.jsonl")
     vllm = vllm_settings(config.engine, config.vllm, world)
     out = Path(config.out)
-    outputs.check(out, config.resume, config.overwrite, rank, world)
+    answers_file.check(out, config.resume, config.overwrite, rank, world)
     model, adapter = resolve(config.model)
     form = open_format(model, config.tokenizer, config.chat, adapter)
     num_labels = labels_in(model_folder(model.model_path, model.hub), adapter)
@@ -79,36 +88,63 @@ def main(config: Score) -> None:
         raise ValueError(
             f"--kind {config.kind} with a head of {num_labels} scores: candidates need a reward model (1), class a classifier (2 or more)"
         )
-    check = check_candidates if config.kind == "candidates" else lambda data: check_chat(data, need_answer=False)
+    check = (
+        check_candidates
+        if config.kind == "candidates"
+        else lambda data: check_chat(data, need_answer=False)
+    )
     records = [record.data for record in read_records(config.data, check)]
-    who = [fingerprint(model.model_path, model.hub), adapter and fingerprint(adapter), model.dtype, dataclasses.asdict(config.chat)]
+    who = [
+        fingerprint(model.model_path, model.hub),
+        adapter and fingerprint(adapter),
+        model.dtype,
+        dataclasses.asdict(config.chat),
+    ]
     who += [config.kind, config.engine]
     keys = [hash_json([who, i, data])[:16] for i, data in enumerate(records)]
-    there = outputs.done(out, keys) if not config.overwrite else {}
+    there = answers_file.done(out, keys) if not config.overwrite else {}
     mine = [i for i in range(rank, len(records), world) if keys[i] not in there]
     sequences = [sequences_of(config, form, records[i]) for i in mine]
-    score, vocabulary, context = open_scorer(model, adapter, form.tokenizer, num_labels, device, config.max_tokens_per_micro, vllm)
-    check_prompts([tokens.ids for parts in sequences for tokens in parts], vocabulary, context, room=0)
-    outputs.begin(out, config.overwrite, rank, world)
-    with outputs.Part(out, rank) as part, outputs.progress("score", len(mine), rank == 0) as advance:
+    score, vocabulary, context = open_scorer(
+        model, adapter, form.tokenizer, num_labels, device, config.max_tokens_per_micro, vllm
+    )
+    check_prompts(
+        [tokens.ids for parts in sequences for tokens in parts], vocabulary, context, room=0
+    )
+    answers_file.begin(out, config.overwrite, rank, world)
+    with (
+        answers_file.Part(out, rank) as part,
+        answers_file.progress("score", len(mine), rank == 0) as advance,
+    ):
         for start in range(0, len(mine), 128):
             chunk = sequences[start : start + 128]
             scores = iter(score([tokens for parts in chunk for tokens in parts]))
             for i, parts in zip(mine[start : start + 128], chunk, strict=True):
-                part.append(records[i] | result_of(config.kind, records[i], [next(scores) for _ in parts]) | {"key": keys[i]})
+                part.append(
+                    records[i]
+                    | result_of(config.kind, records[i], [next(scores) for _ in parts])
+                    | {"key": keys[i]}
+                )
                 advance(parts)
-    if outputs.publish(out, keys):
+    if answers_file.publish(out, keys):
         print(f"{out}: {len(keys):,} records, {len(there):,} of them from before", file=sys.stderr)
 
 
 def result_of(kind: str, data: dict, rows: list[list[float]]) -> dict:
     """{"rewards": {answer id: reward}}, or the most probable class and all probabilities."""
     if kind == "candidates":
-        return {"rewards": {str(answer["id"]): row[0] for answer, row in zip(data["answers"], rows, strict=True)}}
+        return {
+            "rewards": {
+                str(answer["id"]): row[0] for answer, row in zip(data["answers"], rows, strict=True)
+            }
+        }
     from math import exp
 
     shifted = [exp(x - max(rows[0])) for x in rows[0]]
-    return {"prediction": rows[0].index(max(rows[0])), "probabilities": [x / sum(shifted) for x in shifted]}
+    return {
+        "prediction": rows[0].index(max(rows[0])),
+        "probabilities": [x / sum(shifted) for x in shifted],
+    }
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ A line of data: {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "a
 
 from dataclasses import dataclass
 
-from ta.builtin import TINY_BATCH
+from ta.builtin.models import TINY_BATCH
 from ta.cli import cli
-from ta.loop import train
-from ta.run import RunConfig, evaluate_with, finish, open_run
+from ta.train.loop import train
+from ta.train.run import RunConfig, evaluate_with, finish, open_run
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,15 @@ def step(model, batch):
 def main(config: Sft) -> None:
     batch = TINY_BATCH if config.model.model_path == "builtin" else 64
     with open_run(config, "chat", usual_batch=batch) as run:
-        train(run.model, run.feed, step, config.loop, run.optim, identity=run.identity, evaluate=evaluate_with(run, config, step))
+        train(
+            run.model,
+            run.feed,
+            step,
+            config.loop,
+            run.optim,
+            identity=run.identity,
+            evaluate=evaluate_with(run, config, step),
+        )
         finish(run, config)
 
 

@@ -10,11 +10,11 @@ both forms are compared before anything is published. In a prompt for it a pictu
 from dataclasses import dataclass
 from pathlib import Path
 
+from ta.chat.template import ChatConfig
+from ta.chat.tokenizer import TokenizerConfig
 from ta.cli import cli
-from ta.inference import InferenceConfig, open_for_inference, resolve
-from ta.modalities import MediaFiles, reopen_media
-from ta.templates import ChatConfig
-from ta.tokenizer import TokenizerConfig
+from ta.media.settings import MediaFiles, reopen_media
+from ta.model.inference import InferenceConfig, open_for_inference, resolve
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class ToLlava:
 
 
 def main(config: ToLlava) -> None:
-    from ta.export import published
-    from ta.llava import check_llava, write_llava
-    from ta.model import open_format
-    from ta.multimodal import seeing
+    from ta.media.llava import check_llava, write_llava
+    from ta.media.multimodal import seeing
+    from ta.model.export import published
+    from ta.model.load import open_format
 
     out = Path(config.out)
     if out.exists():
@@ -40,14 +40,18 @@ def main(config: ToLlava) -> None:
     files = MediaFiles(image_root=".", image_encoder_path=config.image_encoder_path)
     media = reopen_media(adapter or base.model_path, files, (), "cpu")
     if media is None:
-        raise ValueError(f"{config.model_path} has no media.json, so it reads no pictures: give RUN/final of recipes/multimodal.py")
+        raise ValueError(
+            f"{config.model_path} has no media.json, so it reads no pictures: give RUN/final of recipes/multimodal.py"
+        )
     check_llava(media)
     form = open_format(base, TokenizerConfig(), ChatConfig(), adapter, media.slots)
     model = seeing(media, form, open_for_inference(base, adapter))
     with published(out) as folder:
         gap = write_llava(folder, media, model, form)
         if gap > 1e-3:
-            raise ValueError(f"the Llava layout gives logits that differ by {gap:.2g}: this language model computes otherwise there")
+            raise ValueError(
+                f"the Llava layout gives logits that differ by {gap:.2g}: this language model computes otherwise there"
+            )
     print(f"{config.model_path} -> {out} (logits agree to {gap:.1g})")
 
 

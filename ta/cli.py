@@ -40,5 +40,9 @@ def guard(action: Callable[[], Any]) -> int:
 
 def _say(error: object, code: int) -> int:
     rank = os.environ.get("RANK", "0")
-    print(f"error: {error}" if rank == "0" else f"[rank {rank}] error: {error}", file=sys.stderr, flush=True)
+    print(
+        f"error: {error}" if rank == "0" else f"[rank {rank}] error: {error}",
+        file=sys.stderr,
+        flush=True,
+    )
     return code

@@ -7,31 +7,38 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from ta import builtin, pictures
-from ta.store import cache_folder, content_hash, hash_json
+from ta.builtin import models, pictures
+from ta.files import cache_folder, content_hash, hash_json
 
-TUNED, SMALL, READER, SEEING = "builtin-sft", "builtin-small", "builtin-reader", "builtin-pictures"  # what --model-path calls them
+TUNED, SMALL, READER, SEEING = (
+    "builtin-sft",
+    "builtin-small",
+    "builtin-reader",
+    "builtin-pictures",
+)  # what --model-path calls them
 PICTURES = (5000, 100)  # training, held out
 
 
 def place() -> Path:
     """A cache folder of this version of the built-in parts."""
-    return cache_folder("") / "builtin" / builtin.fingerprint()
+    return cache_folder("") / "builtin" / models.fingerprint()
 
 
 def tiny_folder() -> Path:
     """The seeded tiny model with its tokenizer, as a folder that from_pretrained loads; written once."""
-    return written("model", builtin.write_tiny)
+    return written("model", models.write_tiny)
 
 
 def small_folder() -> Path:
     """A smaller one for the built-in passages, likewise."""
-    return written("small", builtin.write_small)
+    return written("small", models.write_small)
 
 
 def encoder_folder(path: str = "builtin") -> str:
     """The folder of a text encoder; "builtin" is a seeded tiny one, likewise."""
-    return str(written("encoder", builtin.write_encoder)) if path == "builtin" else model_folder(path)
+    return (
+        str(written("encoder", models.write_encoder)) if path == "builtin" else model_folder(path)
+    )
 
 
 def written(name: str, write: Callable[[Path], None]) -> Path:
@@ -48,17 +55,20 @@ def written(name: str, write: Callable[[Path], None]) -> Path:
 
 
 def tuned_folder(name: str = TUNED) -> Path:
-    """Where a built-in model lies after fine-tuning (ta/warm.py): the tiny one on chats, or READER, the small one, on questions with passages."""
+    """Where a built-in model lies after fine-tuning (ta/builtin/fine_tuned.py): the tiny one on chats, or READER, the small one, on questions with passages."""
     return place() / ("tuned" if name == TUNED else name)
 
 
 def seeing_folder() -> Path:
     """The seeded language model for the built-in pictures, likewise."""
-    return written(f"model-pictures-{pictures.fingerprint()}", lambda folder: builtin.write_pictures_model(folder, pictures.texts()))
+    return written(
+        f"model-pictures-{pictures.fingerprint()}",
+        lambda folder: models.write_pictures_model(folder, pictures.texts()),
+    )
 
 
 def pictures_folder() -> Path:
-    """Generated pictures with their records (ta/pictures.py), drawn once; the pictures lie in its folder images."""
+    """Generated pictures with their records (ta/builtin/pictures.py), drawn once; the pictures lie in its folder images."""
     name = f"pictures-{PICTURES[0]}-{PICTURES[1]}-{pictures.fingerprint()}"
     return written(name, lambda folder: pictures.write_pictures(folder, *PICTURES))
 
@@ -75,8 +85,12 @@ def model_folder(path: str, hub: bool = False) -> str:
         raise ValueError(
             f"no model folder at {path}: give a folder with config.json and *.safetensors, or add --hub to look the name up on the hub"
         )
-    if Path(path).is_dir() and not any((Path(path) / name).exists() for name in ("config.json", "adapter_config.json")):
-        raise ValueError(f"{path} holds no config.json: give the folder of a saved model (a run's export is RUN/final)")
+    if Path(path).is_dir() and not any(
+        (Path(path) / name).exists() for name in ("config.json", "adapter_config.json")
+    ):
+        raise ValueError(
+            f"{path} holds no config.json: give the folder of a saved model (a run's export is RUN/final)"
+        )
     return path
 
 
@@ -86,5 +100,9 @@ def fingerprint(path: str, hub: bool = False) -> str:
     if not folder.is_dir():
         return path
     notes = cache_folder("") / "hashes"
-    files = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name in ("config.json", "adapter_config.json"))
+    files = sorted(
+        p
+        for p in folder.iterdir()
+        if p.suffix == ".safetensors" or p.name in ("config.json", "adapter_config.json")
+    )
     return hash_json([[p.name, content_hash(str(p), notes)] for p in files])[:16]

@@ -69,14 +69,19 @@ def ipo(policy: Pair, ref: Pair, *, beta: float = 0.1, average: bool = False) ->
     return (ratio.chosen - ratio.rejected - 1 / (2 * beta)).square()
 
 
-def kto_pair(policy: Pair, ref: Pair, *, kl_chosen: Tensor, kl_rejected: Tensor, beta: float = 0.1) -> Tensor:
+def kto_pair(
+    policy: Pair, ref: Pair, *, kl_chosen: Tensor, kl_rejected: Tensor, beta: float = 0.1
+) -> Tensor:
     """KTO on pairs, after arXiv 2402.01306 section 4: the mean of 1 - s(beta (r_w - kl_rejected)) and 1 - s(beta (kl_chosen - r_l)).
 
     `kl_chosen` and `kl_rejected` are scalars: `objectives.kl_estimate` of all r_w and of all r_l of the global batch. Each side is judged
     against the other's, as in TRL's paired form; as in the paper, no gradient flows into them.
     """
     ratio = _log_ratios(policy, ref)
-    h_w, h_l = beta * (ratio.chosen - kl_rejected.detach()), beta * (ratio.rejected - kl_chosen.detach())
+    h_w, h_l = (
+        beta * (ratio.chosen - kl_rejected.detach()),
+        beta * (ratio.rejected - kl_chosen.detach()),
+    )
     return (torch.sigmoid(-h_w) + torch.sigmoid(h_l)) / 2
 
 
@@ -124,7 +129,9 @@ def apo_zero(policy: Pair, ref: Pair, *, beta: float = 0.1) -> Tensor:
 def apo_down(policy: Pair, ref: Pair, *, beta: float = 0.1) -> Tensor:
     """APO-down, eq. 8 of arXiv 2408.06266 plus the same 1: s(beta r_w) + 1 - s(beta (r_w - r_l)), for chosen worse than the model's own."""
     ratio = _log_ratios(policy, ref)
-    return torch.sigmoid(beta * ratio.chosen) + torch.sigmoid(-beta * (ratio.chosen - ratio.rejected))
+    return torch.sigmoid(beta * ratio.chosen) + torch.sigmoid(
+        -beta * (ratio.chosen - ratio.rejected)
+    )
 
 
 def asft(policy: Pair, *, beta: float = 0.1) -> Tensor:
@@ -156,10 +163,16 @@ def cal_dpo(policy: Pair, ref: Pair, *, beta: float = 0.002) -> Tensor:
     """
     ratio = _log_ratios(policy, ref)
     target = 1 / (2 * beta)
-    return -logsigmoid(ratio.chosen - ratio.rejected) + (ratio.chosen - target).square() + (ratio.rejected + target).square()
+    return (
+        -logsigmoid(ratio.chosen - ratio.rejected)
+        + (ratio.chosen - target).square()
+        + (ratio.rejected + target).square()
+    )
 
 
-def rewards(policy: Pair, ref: Pair | None = None, beta: float = 1.0, per_token: bool = False) -> Pair:
+def rewards(
+    policy: Pair, ref: Pair | None = None, beta: float = 1.0, per_token: bool = False
+) -> Pair:
     """What a method calls its rewards, for logging: beta r, or beta pi without a reference; of means where `per_token`. No gradient."""
     pair = _floats(policy) if ref is None else _log_ratios(policy, ref)
     pair = _per_token(pair) if per_token else pair
@@ -188,13 +201,19 @@ def choose(name: str, **settings: float | None) -> Loss:
     given = {key: value for key, value in settings.items() if value is not None}
     for key, value in given.items():
         if key not in own:
-            raise ValueError(f"{key}={value} would have no effect: loss {name} takes {', '.join(own)}; leave {key} out")
+            raise ValueError(
+                f"{key}={value} would have no effect: loss {name} takes {', '.join(own)}; leave {key} out"
+            )
         if key in ("beta", "delta") and not value > 0:
-            raise ValueError(f"{key}={value} leaves loss {name} nothing to learn or reverses it; give a number above 0")
+            raise ValueError(
+                f"{key}={value} leaves loss {name} nothing to learn or reverses it; give a number above 0"
+            )
         if key in ("gamma", "alpha", "penalty") and not value >= 0:
             raise ValueError(f"{key}={value} reverses a term of loss {name}; give 0 or more")
         if key == "label_smoothing" and not 0 <= value < 0.5:
-            raise ValueError(f"label_smoothing={value} is the share of swapped labels; give at least 0 and less than 0.5")
+            raise ValueError(
+                f"label_smoothing={value} is the share of swapped labels; give at least 0 and less than 0.5"
+            )
     inputs = frozenset(p.name for p in parameters if p.default is p.empty)
     return Loss(partial(PREFERENCE_LOSSES[name], **given), inputs, own | given, name in PER_TOKEN)
 
@@ -215,7 +234,10 @@ def _floats(pair: Pair) -> Pair:
 
 def _log_ratios(policy: Pair, ref: Pair) -> Pair:
     """The r of both answers, with the policy's lengths."""
-    return policy._replace(chosen=_float(policy.chosen) - _float(ref.chosen), rejected=_float(policy.rejected) - _float(ref.rejected))
+    return policy._replace(
+        chosen=_float(policy.chosen) - _float(ref.chosen),
+        rejected=_float(policy.rejected) - _float(ref.rejected),
+    )
 
 
 def _difference(policy: Pair, ref: Pair) -> Tensor:
@@ -225,7 +247,9 @@ def _difference(policy: Pair, ref: Pair) -> Tensor:
 
 def _per_token(pair: Pair) -> Pair:
     if pair.chosen_len is None or pair.rejected_len is None:
-        raise ValueError("the pair has no lengths, of which this method makes means; give Pair(chosen, rejected, chosen_len, rejected_len)")
+        raise ValueError(
+            "the pair has no lengths, of which this method makes means; give Pair(chosen, rejected, chosen_len, rejected_len)"
+        )
     return Pair(_float(pair.chosen) / pair.chosen_len, _float(pair.rejected) / pair.rejected_len)
 
 

@@ -28,7 +28,10 @@ def kto(
     desirable answers is 1 to 4/3 of that of the others.
     """
     ratio = _float(logps) - _float(ref_logps) - kl.detach()  # (N,)
-    good, bad = desirable_weight * torch.sigmoid(-beta * ratio), undesirable_weight * torch.sigmoid(beta * ratio)
+    good, bad = (
+        desirable_weight * torch.sigmoid(-beta * ratio),
+        undesirable_weight * torch.sigmoid(beta * ratio),
+    )
     return torch.where(desirable, good, bad)
 
 
@@ -38,20 +41,26 @@ def kl_estimate(log_ratio_sum: Tensor, count: Tensor | int) -> Tensor:
     return (log_ratio_sum.detach() / count.clamp(min=1)).clamp(min=0)
 
 
-def reward_loss(chosen_scores: Tensor, rejected_scores: Tensor, margin: Tensor | None = None) -> Tensor:
+def reward_loss(
+    chosen_scores: Tensor, rejected_scores: Tensor, margin: Tensor | None = None
+) -> Tensor:
     """Bradley-Terry, -log s(chosen - rejected - margin), eq. 1 and 2 of arXiv 2307.09288 (Llama 2). All (P,)."""
     h = _float(chosen_scores) - _float(rejected_scores)
     return -logsigmoid(h if margin is None else h - margin.to(h.dtype))
 
 
-def class_loss(logits: Tensor, labels: Tensor, *, class_weights: Tensor | None = None, gamma: float = 0.0) -> Tensor:
+def class_loss(
+    logits: Tensor, labels: Tensor, *, class_weights: Tensor | None = None, gamma: float = 0.0
+) -> Tensor:
     """Cross-entropy, -weight_y (1 - p_y)^gamma log p_y: focal loss where gamma > 0, eq. 4 and 5 of arXiv 1708.02002. -> (N,)
 
     `logits` (N, C); `labels` (N,) int; `class_weights` (C,). p is the model's own probability, never a weighted one. The values are to be
     divided by N, not by the sum of their weights: with `balanced_weights` the mean weight is 1.
     """
     if gamma < 0:
-        raise ValueError(f"gamma={gamma} would stress what is already right; give 0 (cross-entropy) or more (2 is the paper's)")
+        raise ValueError(
+            f"gamma={gamma} would stress what is already right; give 0 (cross-entropy) or more (2 is the paper's)"
+        )
     logp = _float(logits).log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)  # (N,)
     loss = -logp
     if gamma > 0:  # held one rounding step from p = 1, where the power has no slope for gamma < 1
@@ -68,7 +77,9 @@ def balanced_weights(labels: Sequence[int] | Tensor, num_labels: int) -> Tensor:
     if len(labels) == 0:
         raise ValueError("balanced class weights of no labels; give the labels of the training set")
     if labels.min() < 0 or labels.max() >= num_labels:
-        raise ValueError(f"labels from {labels.min()} to {labels.max()} do not fit num_labels={num_labels}; give 0 to {num_labels - 1}")
+        raise ValueError(
+            f"labels from {labels.min()} to {labels.max()} do not fit num_labels={num_labels}; give 0 to {num_labels - 1}"
+        )
     counts = torch.bincount(labels, minlength=num_labels).double()
     weights = len(labels) / ((counts > 0).sum() * counts.clamp(min=1))
     return torch.where(counts > 0, weights, 1.0).float()

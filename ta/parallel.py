@@ -29,7 +29,9 @@ def keep_freed_memory() -> None:
         import ctypes
 
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        for option, size in ((-1, 1 << 30), (-2, 1 << 28), (-3, 1 << 25)) if mallopt else ():  # trim above, grow by, map from
+        for option, size in (
+            ((-1, 1 << 30), (-2, 1 << 28), (-3, 1 << 25)) if mallopt else ()
+        ):  # trim above, grow by, map from
             mallopt(option, size)
 
 
@@ -48,7 +50,12 @@ def machine() -> dict[str, str | int]:
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"device": device, "processes": world(), "cores": os.cpu_count() or 1, "threads": torch.get_num_threads()}
+    return {
+        "device": device,
+        "processes": world(),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def init() -> str:
@@ -127,7 +134,9 @@ def seed_dropout(seed: int, number: int) -> None:
     import torch
 
     mixed = (seed * 1_000_003 + number) * 1_009 + rank()
-    torch.default_generator.manual_seed(mixed)  # torch.manual_seed costs a millisecond: it notes the call for devices that never come
+    torch.default_generator.manual_seed(
+        mixed
+    )  # torch.manual_seed costs a millisecond: it notes the call for devices that never come
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(mixed)
 
@@ -136,7 +145,14 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks: the modules of the longest list of equal modules in each part of the model."""
     from torch import nn
 
-    parts = [[m for m in part.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1] for part in model.children()]
+    parts = [
+        [
+            m
+            for m in part.modules()
+            if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1
+        ]
+        for part in model.children()
+    ]
     return [block for lists in parts if lists for block in max(lists, key=len)]
 
 
@@ -179,14 +195,20 @@ def shard(root: nn.Module, device: str, half: bool) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     full = {name: tensor.detach() if rank() == 0 else None for name, tensor in _tensors(root)}
-    policy = MixedPrecisionPolicy(torch.bfloat16 if half else None, torch.float32 if half else None, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        torch.bfloat16 if half else None, torch.float32 if half else None, cast_forward_inputs=False
+    )
     mesh = torch.distributed.device_mesh.init_device_mesh(device.split(":")[0], (world(),))
     made: dict[int, tuple] = {}  # id -> (itself, what replaces it)
     for module in (*blocks(root), root):  # one block at a time is whole on the device
         _empty_like(module, device, made)
         fully_shard(module, mesh=mesh, mp_policy=policy)
     for name, tensor in _tensors(root):
-        whole = full[name].to(device).contiguous() if rank() == 0 else torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        whole = (
+            full[name].to(device).contiguous()
+            if rank() == 0
+            else torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        )
         torch.distributed.broadcast(whole, 0)
         with torch.no_grad():
             if hasattr(tensor, "to_local"):
@@ -208,7 +230,11 @@ def _empty_like(root: nn.Module, device: str, made: dict[int, tuple]) -> None:
                     continue
                 if id(old) not in made:
                     new = torch.empty(old.shape, dtype=old.dtype, device=device)
-                    new = torch.nn.Parameter(new, old.requires_grad) if isinstance(old, torch.nn.Parameter) else new
+                    new = (
+                        torch.nn.Parameter(new, old.requires_grad)
+                        if isinstance(old, torch.nn.Parameter)
+                        else new
+                    )
                     made |= {id(old): (old, new), id(new): (new, new)}
                 table[name] = made[id(old)][1]
 
@@ -223,5 +249,7 @@ def local_rows(tensor) -> tuple[int, int]:
     """(first row, number of rows) that this process holds of a tensor sharded along its first dimension."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    shape, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
     return offset[0], shape[0]

@@ -10,23 +10,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ta.adapter_settings import AdapterConfig
+from ta.chat.tokenizer import TokenizerConfig, load_tokenizer
+from ta.files import cache_folder
 from ta.folders import fingerprint, model_folder
-from ta.model import ModelConfig, open_model
+from ta.model.adapter_settings import AdapterConfig
+from ta.model.load import ModelConfig, open_model
 from ta.parallel import say
-from ta.reftable import cached
-from ta.store import cache_folder
-from ta.tokenizer import TokenizerConfig, load_tokenizer
+from ta.reference_table import cached
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ta.answered import Logps
-    from ta.batch import Batch
-    from ta.dataset import Prepared
-    from ta.feed import Dress
-    from ta.model import ChatFormat
-    from ta.wrapper import LanguageModel
+    from ta.data.answer_batches import Logps
+    from ta.data.batch import Batch
+    from ta.data.loader import Dress
+    from ta.data.prepare import Prepared
+    from ta.model.language_model import LanguageModel
+    from ta.model.load import ChatFormat
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,16 @@ class Reference(NamedTuple):
     """What `open_reference` gives to a recipe."""
 
     logps: Logps | None = None  # None: the method has no reference
-    table: Callable[[Prepared, Dress, Any], Tensor] | None = None  # (n, 2) numbers of a prepared set, where they are computed beforehand
+    table: Callable[[Prepared, Dress, Any], Tensor] | None = (
+        None  # (n, 2) numbers of a prepared set, where they are computed beforehand
+    )
     after_step: Callable[[int], None] | None = None
     extra: dict[str, Tensor] | None = None  # what a checkpoint must hold besides the policy
 
 
 def sequence_logps(model: LanguageModel, batch: Batch) -> Tensor:
     """(N,) the sum of log p over the learned tokens of each sequence."""
-    from ta.logprobs import sequence_sums
+    from ta.model.logprobs import sequence_sums
 
     return sequence_sums(model(batch, "tokens"), batch.owners, len(batch.ends))
 
@@ -80,7 +82,7 @@ def adapter_off(model: LanguageModel) -> Logps:
     """Those of the base under the policy's adapter: no second model."""
     import torch
 
-    from ta.batch import lay_out, to_device
+    from ta.data.batch import lay_out, to_device
 
     if hasattr(
         model, "unshard"
@@ -105,19 +107,30 @@ def dressed(reference: Reference, prepared: Prepared, dress: Dress, depends: Any
 
 def with_reference(reference: Reference, batches: list) -> list:
     """The batches with the reference's log-probabilities; they are there already where they were computed beforehand, or not wanted."""
-    return [batch._replace(ref=batch.both(reference.logps)) for batch in batches] if reference.logps else batches
+    return (
+        [batch._replace(ref=batch.both(reference.logps)) for batch in batches]
+        if reference.logps
+        else batches
+    )
 
 
-def synced(policy: LanguageModel, copy: LanguageModel, every: int, alpha: float) -> tuple[Callable[[int], None], dict[str, Tensor]]:
+def synced(
+    policy: LanguageModel, copy: LanguageModel, every: int, alpha: float
+) -> tuple[Callable[[int], None], dict[str, Tensor]]:
     """TR-DPO, arXiv 2404.09656, eq. 5 and 6: after every n-th step the copy's tensors become alpha * policy's + (1 - alpha) * their own.
 
     -> after_step for `train`, and the tensors of the copy that change, by name.
     """
     import torch
 
-    of, trained = dict(copy.named_parameters()), {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    of, trained = (
+        dict(copy.named_parameters()),
+        {name: p for name, p in policy.named_parameters() if p.requires_grad},
+    )
     if odd := [name for name, p in trained.items() if name not in of or of[name].shape != p.shape]:
-        raise ValueError(f"a synced reference has the policy's shape, and this one's {odd[0]} is another: give --reference frozen")
+        raise ValueError(
+            f"a synced reference has the policy's shape, and this one's {odd[0]} is another: give --reference frozen"
+        )
     pairs = [(of[name], parameter) for name, parameter in trained.items()]
     extra = {f"reference/{name}": of[name] for name in trained}
 
@@ -128,7 +141,9 @@ def synced(policy: LanguageModel, copy: LanguageModel, every: int, alpha: float)
                 copy.reshard()  # a sharded root stays gathered after a forward that no backward follows, and would go on with old weights
             with torch.no_grad():
                 for theirs, ours in pairs:
-                    theirs, ours = (x.to_local() if hasattr(x, "to_local") else x for x in (theirs, ours))
+                    theirs, ours = (
+                        x.to_local() if hasattr(x, "to_local") else x for x in (theirs, ours)
+                    )
                     theirs.lerp_(ours, alpha)
 
     return after_step, extra
@@ -148,12 +163,23 @@ def choose(config: ReferenceConfig, adapter: AdapterConfig) -> str:
     if choice == "auto":
         choice = "adapter_off" if new and config.ref_path is None else "frozen"
     if choice == "adapter_off" and (config.ref_path or not (new or adapter.adapter_path)):
-        what = f"it is no second model as --ref-path {config.ref_path} is" if config.ref_path else "there is no adapter"
+        what = (
+            f"it is no second model as --ref-path {config.ref_path} is"
+            if config.ref_path
+            else "there is no adapter"
+        )
         raise ValueError(f"--reference adapter_off: {what}; give frozen")
-    if choice != "synced" and (config.sync_every, config.sync_alpha) != (default.sync_every, default.sync_alpha):
-        raise ValueError(f"--sync-every and --sync-alpha have no effect with --reference {choice}: give --reference synced")
+    if choice != "synced" and (config.sync_every, config.sync_alpha) != (
+        default.sync_every,
+        default.sync_alpha,
+    ):
+        raise ValueError(
+            f"--sync-every and --sync-alpha have no effect with --reference {choice}: give --reference synced"
+        )
     if choice == "synced" and config.ref_path and (new or adapter.adapter_path):
-        raise ValueError(f"--reference synced follows the adapter, which --ref-path {config.ref_path} does not have: leave --ref-path out")
+        raise ValueError(
+            f"--reference synced follows the adapter, which --ref-path {config.ref_path} does not have: leave --ref-path out"
+        )
     if config.sync_every < 1 or not 0 < config.sync_alpha <= 1:
         raise ValueError(
             f"--sync-every {config.sync_every} --sync-alpha {config.sync_alpha}: give at least 1 step, and a share above 0 and up to 1"
@@ -166,7 +192,14 @@ def choose(config: ReferenceConfig, adapter: AdapterConfig) -> str:
 
 
 def open_reference(
-    config: ReferenceConfig, model: LanguageModel, form: ChatFormat, at: ModelConfig, adapter: AdapterConfig, *, seed: int, **cache: Any
+    config: ReferenceConfig,
+    model: LanguageModel,
+    form: ChatFormat,
+    at: ModelConfig,
+    adapter: AdapterConfig,
+    *,
+    seed: int,
+    **cache: Any,
 ) -> Reference:
     """The reference of a policy that was opened from `at` and `adapter` with `seed`. The policy's dropout is turned off for good.
 
@@ -180,10 +213,20 @@ def open_reference(
         return Reference(adapter_off(model))
     if choice == "cached" and config.ref_path is None:
         fresh = adapter.adapter != "none"
-        logps, start = (adapter_off(model) if fresh else still(model)), (AdapterConfig() if fresh else adapter)
-        key = [fingerprint(at.model_path, at.hub), start.adapter_path and fingerprint(start.adapter_path)]
+        logps, start = (
+            (adapter_off(model) if fresh else still(model)),
+            (AdapterConfig() if fresh else adapter),
+        )
+        key = [
+            fingerprint(at.model_path, at.hub),
+            start.adapter_path and fingerprint(start.adapter_path),
+        ]
     else:
-        own = adapter if config.ref_path is None and (choice == "synced" or adapter.adapter_path) else AdapterConfig()
+        own = (
+            adapter
+            if config.ref_path is None and (choice == "synced" or adapter.adapter_path)
+            else AdapterConfig()
+        )
         copy = _second(config.ref_path, model, form, at, own, device, seed)
         logps, key = still(copy), [fingerprint(config.ref_path or at.model_path, at.hub)]
     if choice == "cached":
@@ -191,7 +234,11 @@ def open_reference(
         key = [*key, at.dtype, at.quantize, device.partition(":")[0], tokens, at.model_args]
         folder = cache_folder(cache.pop("folder", "")) / "references"
         shape = {"packed": model.mode == "packed", "device": device}
-        return Reference(table=lambda prepared, dress, depends: cached(logps, prepared, dress, [*key, depends], folder, **shape, **cache))
+        return Reference(
+            table=lambda prepared, dress, depends: cached(
+                logps, prepared, dress, [*key, depends], folder, **shape, **cache
+            )
+        )
     if choice == "synced":
         after_step, extra = synced(model, copy, config.sync_every, config.sync_alpha)
         return Reference(logps, None, after_step, extra)
@@ -199,13 +246,21 @@ def open_reference(
 
 
 def _second(
-    path: str | None, policy: LanguageModel, form: ChatFormat, at: ModelConfig, adapter: AdapterConfig, device: str, seed: int
+    path: str | None,
+    policy: LanguageModel,
+    form: ChatFormat,
+    at: ModelConfig,
+    adapter: AdapterConfig,
+    device: str,
+    seed: int,
 ) -> LanguageModel:
     """A frozen model opened like the policy, or from `path`; both then run in the same mode."""
     if path is not None:
         at = dataclasses.replace(at, model_path=path)
         _check_vocabulary(model_folder(path, at.hub), form)
-    bare = adapter == AdapterConfig() and any(not p.requires_grad for p in policy.parameters())  # the policy's base is then held rounded
+    bare = adapter == AdapterConfig() and any(
+        not p.requires_grad for p in policy.parameters()
+    )  # the policy's base is then held rounded
     around = (lambda model: model.requires_grad_(False)) if bare else (lambda model: model)
     copy, _ = open_model(at, adapter, form, device=device, seed=seed, around=around)
     copy.requires_grad_(False).eval()
@@ -221,7 +276,9 @@ def _second(
 def _check_vocabulary(folder: str, form: ChatFormat) -> None:
     mine, theirs = form.tokenizer.get_vocab(), load_tokenizer(folder, TokenizerConfig()).get_vocab()
     declared = {token.text for token in form.new_tokens} | set(form.tokenizer.all_special_tokens)
-    odd = [t for t, i in theirs.items() if mine.get(t) != i] + [t for t in mine if t not in theirs and t not in declared]
+    odd = [t for t, i in theirs.items() if mine.get(t) != i] + [
+        t for t in mine if t not in theirs and t not in declared
+    ]
     if odd:
         raise ValueError(
             f"--ref-path {folder} has another vocabulary than the policy ({len(odd)} tokens differ, such as {odd[0]!r}), so its "

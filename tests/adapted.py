@@ -3,8 +3,8 @@
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from ta.adapter_settings import AdapterConfig
-from ta.vocab import NewToken, set_rows
+from ta.model.adapter_settings import AdapterConfig
+from ta.model.new_rows import NewToken, set_rows
 
 ROWS = 20
 SMALL = {
@@ -19,7 +19,15 @@ GATED = {"num_key_value_heads": 1, "head_dim": 8}
 MODELS = {
     "llama": {**SMALL, **GATED},
     "llama-tied": {**SMALL, **GATED, "tie_word_embeddings": True},
-    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": ROWS, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+    "gpt2": {
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "vocab_size": ROWS,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    },
     "phi": SMALL,  # the output layer has a bias
     "gemma": {**SMALL, **GATED},  # tied, embeddings scaled in the lookup
     "qwen3": {**SMALL, **GATED},
@@ -31,7 +39,9 @@ LORA = AdapterConfig(adapter="lora", lora_rank=2)
 
 def base(name="llama", new=(), seed=0, head=AutoModelForCausalLM, dtype=torch.float32, **settings):
     torch.manual_seed(seed)
-    model = head.from_config(CONFIG_MAPPING[name.removesuffix("-tied")](**{**MODELS[name], **settings}), dtype=dtype)
+    model = head.from_config(
+        CONFIG_MAPPING[name.removesuffix("-tied")](**{**MODELS[name], **settings}), dtype=dtype
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.3)
@@ -44,7 +54,10 @@ def train_a_step(model, ids=((3, 20, 21, 5, 7),)):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
     for _ in range(2):  # LoRA's A gets its first gradient once B is not zero
-        out = model(input_ids=torch.tensor(ids) % model.get_input_embeddings().weight.shape[0], use_cache=False)
+        out = model(
+            input_ids=torch.tensor(ids) % model.get_input_embeddings().weight.shape[0],
+            use_cache=False,
+        )
         out.logits.float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()

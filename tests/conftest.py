@@ -26,7 +26,9 @@ def _closed_sockets():
     connect = socket.socket.connect
 
     def guarded(self, address):
-        if self.family in (socket.AF_INET, socket.AF_INET6) and not str(address[0]).startswith(("127.", "::1", "localhost")):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and not str(address[0]).startswith(
+            ("127.", "::1", "localhost")
+        ):
             raise OSError(f"tests reach no network: {address}")
         return connect(self, address)
 
@@ -44,16 +46,35 @@ def _own_cache(tmp_path_factory):
 def run():
     """Run a recipe as a user does: run("sft", "--steps", 2, code=0) -> CompletedProcess; `processes` starts it under torchrun."""
 
-    def start(recipe: str, *flags, code: int | None = 0, processes: int = 1, timeout: float = 300, **environment):
+    def start(
+        recipe: str,
+        *flags,
+        code: int | None = 0,
+        processes: int = 1,
+        timeout: float = 300,
+        **environment,
+    ):
         command = [sys.executable]
         if processes > 1:
-            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+            command += [
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc-per-node={processes}",
+            ]
         command += [str(ROOT / "recipes" / f"{recipe}.py"), *map(str, flags)]
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}
+            command,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         )
         if code is not None:
-            assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+            assert done.returncode == code, (
+                f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+            )
         return done
 
     return start
@@ -69,7 +90,9 @@ def forked(tmp_path):
 
     from ta.cli import cli
 
-    def start(recipe: str, *flags, processes: int = 1, code: int = 0, before=lambda rank: None) -> str:
+    def start(
+        recipe: str, *flags, processes: int = 1, code: int = 0, before=lambda rank: None
+    ) -> str:
         module = judged.recipe(recipe)
 
         def main(rank):
@@ -99,9 +122,16 @@ def together(main, processes: int, said: Path) -> list[int]:
         try:
             output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(output, 1), os.dup2(output, 2)
-            sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
+            sys.stdout, sys.stderr = (
+                open(1, "w", buffering=1, closefd=False),
+                open(2, "w", buffering=1, closefd=False),
+            )
             if processes > 1:
-                os.environ |= {"WORLD_SIZE": str(processes), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                os.environ |= {
+                    "WORLD_SIZE": str(processes),
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                }
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             main(rank)
             code = 0
@@ -117,7 +147,11 @@ def together(main, processes: int, said: Path) -> list[int]:
 def settings_of(module) -> type:
     """The settings that a recipe's main takes."""
     return next(
-        v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__ and hasattr(v, "__dataclass_fields__")
+        v
+        for v in vars(module).values()
+        if isinstance(v, type)
+        and v.__module__ == module.__name__
+        and hasattr(v, "__dataclass_fields__")
     )
 
 

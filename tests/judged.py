@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 from small import prepared
 
-from ta.feed import micro_batches
+from ta.data.loader import micro_batches
 
 
 @cache
@@ -31,7 +31,11 @@ def pair_set(n=13, seed=0, margins=True, **more):
 def labelled_set(n=13, seed=0, desirable=None, **more):
     """n answers, learned from their first token to their last; about half of them desirable."""
     data = prepared(n, seed, learn=1.0, **more)
-    given = (np.random.default_rng(seed).random(n) < 0.5) if desirable is None else np.full(n, desirable)
+    given = (
+        (np.random.default_rng(seed).random(n) < 0.5)
+        if desirable is None
+        else np.full(n, desirable)
+    )
     return data._replace(extras={"desirable": given.astype(float)})
 
 
@@ -49,15 +53,23 @@ def gradients(model, data, dress, step, before=None, budget=64, packed=True, rec
         figures = {key: figures.get(key, 0.0) + float(value) for key, value in metrics.items()}
     found = {name: p.grad / count for name, p in model.named_parameters() if p.grad is not None}
     return SimpleNamespace(
-        loss=total / count, metrics={k: v / count for k, v in figures.items()}, grads=found, count=count, batches=len(batches)
+        loss=total / count,
+        metrics={k: v / count for k, v in figures.items()},
+        grads=found,
+        count=count,
+        batches=len(batches),
     )
 
 
 def agree(ours, theirs, tolerance=1e-11):
     """Same loss, metrics and gradients."""
     assert ours.count == theirs.count
-    torch.testing.assert_close(torch.tensor(ours.loss), torch.tensor(theirs.loss), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        torch.tensor(ours.loss), torch.tensor(theirs.loss), rtol=tolerance, atol=tolerance
+    )
     for key in ours.metrics:
-        torch.testing.assert_close(torch.tensor(ours.metrics[key]), torch.tensor(theirs.metrics[key]), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            torch.tensor(ours.metrics[key]), torch.tensor(theirs.metrics[key]), rtol=1e-9, atol=1e-9
+        )
     for name, grad in ours.grads.items():
         torch.testing.assert_close(grad, theirs.grads[name], rtol=1e-8, atol=tolerance, msg=name)

@@ -4,15 +4,23 @@ import numpy as np
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from ta.attention import register
-from ta.dataset import Prepared
-from ta.wrapper import wrap
+from ta.data.prepare import Prepared
+from ta.model.attention import register
+from ta.model.language_model import wrap
 
 
 def tiny(seed=0, dtype=torch.float32, **more):
     """A wrapped GPT-2 of two layers over 64 tokens, untied and without dropout: all of it computes in `dtype`, unlike Llama's float32 norms."""
     torch.manual_seed(seed)
-    shape = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "bos_token_id": 0, "eos_token_id": 0}
+    shape = {
+        "vocab_size": 64,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 128,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
     quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "tie_word_embeddings": False}
     config = GPT2Config(**shape | quiet | more)
     model = GPT2LMHeadModel._from_config(config, attn_implementation=register()).to(dtype)
@@ -34,7 +42,9 @@ def prepared(n=48, seed=0, k=1, longest=30, learn=0.5) -> Prepared:
     offsets = np.concatenate([[0], np.cumsum([len(x) for x in ids])])
     origin = np.stack([np.zeros(n), np.arange(n) + 1], 1).astype(np.int32)
     info = {"sources": [{"path": "made.jsonl"}], "fingerprint": f"{n}-{seed}"}
-    return Prepared(np.concatenate(ids).astype(np.int32), np.concatenate(weights), offsets, origin, {}, info, k)
+    return Prepared(
+        np.concatenate(ids).astype(np.int32), np.concatenate(weights), offsets, origin, {}, info, k
+    )
 
 
 def sft_step(model, batch):

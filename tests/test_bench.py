@@ -23,7 +23,9 @@ CONTENDERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "name"), [(script, name) for script, names in CONTENDERS.items() for name in names])
+@pytest.mark.parametrize(
+    ("script", "name"), [(script, name) for script, names in CONTENDERS.items() for name in names]
+)
 def test_a_contender_tells_finite_figures(script, name, monkeypatch, capsys):
     threads = torch.get_num_threads()
     monkeypatch.setattr(sys, "argv", [f"bench/{script}.py", "--tiny", "--one", name])

@@ -14,10 +14,11 @@ from conftest import together
 from safetensors.torch import load_file
 from small import prepared, sft_step, tiny
 
-from ta import checkpoint, parallel
-from ta.feed import training_feed
-from ta.loop import LoopConfig, train
-from ta.optim import OptimConfig, make_optimizer
+from ta import parallel
+from ta.data.loader import training_feed
+from ta.train import checkpoint
+from ta.train.loop import LoopConfig, train
+from ta.train.optim import OptimConfig, make_optimizer
 
 STEPS = 8
 
@@ -28,7 +29,9 @@ def model_of(lora):
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(1)
-        model.inner = get_peft_model(model.inner, LoraConfig(target_modules="all-linear", fan_in_fan_out=True))
+        model.inner = get_peft_model(
+            model.inner, LoraConfig(target_modules="all-linear", fan_in_fan_out=True)
+        )
     device = parallel.init()
     if parallel.rank():
         model.to("meta")
@@ -39,14 +42,24 @@ def model_of(lora):
 def work(folder, lora, stop=None):
     """Train from what is there to the end, or until a signal after step `stop`; micro-batches of 50 tokens, so that gradients accumulate."""
     model = model_of(lora)
-    feed = training_feed(prepared(), batch_size=8, max_tokens_per_micro=50, seed=0, steps=STEPS, epochs=1)
+    feed = training_feed(
+        prepared(), batch_size=8, max_tokens_per_micro=50, seed=0, steps=STEPS, epochs=1
+    )
     config = LoopConfig(out=str(folder), log_every=1, resume=True)
 
     def after_step(done):
         if done == stop and parallel.rank() == 0:  # heard by all at the next step
             os.kill(os.getpid(), signal.SIGTERM)
 
-    train(model, feed, sft_step, config, OptimConfig(lr=1e-2), identity={"data": 1}, after_step=after_step)
+    train(
+        model,
+        feed,
+        sft_step,
+        config,
+        OptimConfig(lr=1e-2),
+        identity={"data": 1},
+        after_step=after_step,
+    )
 
 
 def state(folder):
@@ -59,7 +72,10 @@ def state(folder):
             for key in (name, *(f"{moment}/{name}" for moment in checkpoint.MOMENTS)):
                 if key in tensors:
                     parts.setdefault(key, []).append((rows["start"], tensors[key]))
-    return {key: torch.cat([rows for _, rows in sorted(found, key=lambda p: p[0])]) for key, found in parts.items()}
+    return {
+        key: torch.cat([rows for _, rows in sorted(found, key=lambda p: p[0])])
+        for key, found in parts.items()
+    }
 
 
 def save_again(folder, target, lora, rank):
@@ -78,7 +94,11 @@ def test_1_then_2_then_4_then_1_processes_are_one_run(lora, tmp_path):
         (tmp_path / name).mkdir()
     assert together(lambda rank: work(tmp_path / "whole", lora), 1, tmp_path / "said") == [0]
     for processes, stop, following in ((1, 1, 2), (2, 3, 4), (4, 5, 1), (1, None, 2)):
-        codes = together(lambda rank, stop=stop: work(tmp_path / "chain", lora, stop), processes, tmp_path / "said")
+        codes = together(
+            lambda rank, stop=stop: work(tmp_path / "chain", lora, stop),
+            processes,
+            tmp_path / "said",
+        )
         assert codes == [143 if stop else 0] * processes, (tmp_path / "said").read_text()
         folder, again = tmp_path / "chain" / "checkpoints", tmp_path / f"again-{processes}-{stop}"
         resave = partial(save_again, folder, again, lora)
@@ -87,7 +107,8 @@ def test_1_then_2_then_4_then_1_processes_are_one_run(lora, tmp_path):
         assert before.keys() == after.keys() and len(before) > 10
         assert all(torch.equal(before[key], after[key]) for key in before)
     whole, chain = (
-        [r["loss"] for r in map(json.loads, open(tmp_path / name / "metrics.jsonl")) if "loss" in r] for name in ("whole", "chain")
+        [r["loss"] for r in map(json.loads, open(tmp_path / name / "metrics.jsonl")) if "loss" in r]
+        for name in ("whole", "chain")
     )
     assert len(whole) == STEPS and chain == pytest.approx(whole, rel=1e-6)
     one, many = (state(tmp_path / name / "checkpoints") for name in ("whole", "chain"))
@@ -105,7 +126,9 @@ def test_a_dead_process_ends_the_others(tmp_path):
 
     start = time.monotonic()
     codes = together(main, 2, tmp_path / "said")
-    assert codes[0] not in (0, 143) and codes[1] == -signal.SIGKILL and time.monotonic() - start < 60
+    assert (
+        codes[0] not in (0, 143) and codes[1] == -signal.SIGKILL and time.monotonic() - start < 60
+    )
     assert checkpoint.newest(tmp_path / "checkpoints") is None
 
 
@@ -126,6 +149,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
 def test_freed_memory_is_used_again_without_page_faults():
     plain, kept = (
-        int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True).stdout) for how in ("", "kept")
+        int(
+            subprocess.run(
+                [sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True
+            ).stdout
+        )
+        for how in ("", "kept")
     )
     assert kept < 0.1 * plain

@@ -12,17 +12,27 @@ import torch
 from judged import gradients, labelled_set, pair_set, recipe
 from small import tiny
 
-from ta import builtin, reference, reftable
-from ta.adapter_settings import AdapterConfig
-from ta.answered import labelled, pairs
-from ta.feed import training_feed
-from ta.loop import LoopConfig, train
+from ta import reference, reference_table
+from ta.builtin import models
+from ta.chat.template import ChatConfig
+from ta.chat.tokenizer import TokenizerConfig
+from ta.data.answer_batches import labelled, pairs
+from ta.data.loader import training_feed
 from ta.losses import choose
-from ta.model import ModelConfig, open_format, open_model
-from ta.optim import OptimConfig
-from ta.reference import Reference, ReferenceConfig, adapter_off, dressed, open_reference, still, synced, with_reference
-from ta.templates import ChatConfig
-from ta.tokenizer import TokenizerConfig
+from ta.model.adapter_settings import AdapterConfig
+from ta.model.load import ModelConfig, open_format, open_model
+from ta.reference import (
+    Reference,
+    ReferenceConfig,
+    adapter_off,
+    dressed,
+    open_reference,
+    still,
+    synced,
+    with_reference,
+)
+from ta.train.loop import LoopConfig, train
+from ta.train.optim import OptimConfig
 
 LN2 = float(np.float32(math.log(2)))
 
@@ -39,10 +49,16 @@ def opened(form, adapter=AdapterConfig(), **more):  # noqa: B008
 
 def first_loss(model, ref, data, packed=True, budget=200, name="sigmoid"):
     dpo = recipe("dpo")
-    before = lambda model, batches: with_reference(ref, batches)  # noqa: E731
+    before = lambda model, batches: with_reference(ref, batches)
     model.train()
     return gradients(
-        model, data, dressed(ref, data, pairs(data)), partial(dpo.step, choose(name)), before, budget, packed and model.mode == "packed"
+        model,
+        data,
+        dressed(ref, data, pairs(data)),
+        partial(dpo.step, choose(name)),
+        before,
+        budget,
+        packed and model.mode == "packed",
     )
 
 
@@ -53,11 +69,22 @@ def test_training_starts_at_ln_2(form, tmp_path, kind, lora):
         pytest.skip("no adapter to turn off")
     adapter = AdapterConfig(adapter="lora", lora_rank=4) if lora else AdapterConfig()
     model, at = opened(form, adapter)
-    ref = open_reference(ReferenceConfig(kind), model, form, at, adapter, seed=0, max_tokens_per_micro=200, folder=str(tmp_path))
+    ref = open_reference(
+        ReferenceConfig(kind),
+        model,
+        form,
+        at,
+        adapter,
+        seed=0,
+        max_tokens_per_micro=200,
+        folder=str(tmp_path),
+    )
     start = first_loss(model, ref, pair_set())
     assert start.loss == pytest.approx(LN2, abs=0 if kind != "cached" else 1e-6)
     assert max(g.abs().max() for g in start.grads.values()) > 0
-    other = first_loss(model, Reference(still(tiny(seed=5).eval())), pair_set())  # guard: another reference starts elsewhere
+    other = first_loss(
+        model, Reference(still(tiny(seed=5).eval())), pair_set()
+    )  # guard: another reference starts elsewhere
     assert abs(other.loss - LN2) > 1e-3
 
 
@@ -82,7 +109,7 @@ def test_adapter_off_is_the_base_also_when_the_adapter_has_learned(form):
                 parameter.normal_()
     data = pair_set()
     dress = pairs(data)
-    from ta.feed import micro_batches
+    from ta.data.loader import micro_batches
 
     (batch,) = micro_batches(data, np.arange(13), 10_000, True, dress)
     assert torch.equal(adapter_off(model)(batch.seqs), still(base)(batch.seqs))
@@ -105,10 +132,12 @@ class Counted:
 
 @pytest.mark.parametrize("kind", ["pairs", "labelled"])
 def test_a_table_is_computed_once_and_resumed(tmp_path, monkeypatch, capsys, kind):
-    monkeypatch.setattr(reftable, "PART", 4)
+    monkeypatch.setattr(reference_table, "PART", 4)
     data = pair_set() if kind == "pairs" else labelled_set()
     dress = pairs(data) if kind == "pairs" else labelled(data, 0)
-    make = partial(reftable.cached, folder=tmp_path, max_tokens_per_micro=60, packed=True, device="cpu")
+    make = partial(
+        reference_table.cached, folder=tmp_path, max_tokens_per_micro=60, packed=True, device="cpu"
+    )
     model = tiny(dtype=torch.float64)
     whole = Counted(model)
     table = make(whole, data, dress, ["a"], folder=tmp_path / "other")
@@ -125,13 +154,18 @@ def test_a_table_is_computed_once_and_resumed(tmp_path, monkeypatch, capsys, kin
     make(again, data, dress, ["b"])
     assert again.calls == whole.calls  # other settings, other numbers
     file.write_bytes(file.read_bytes()[:-9])
-    assert torch.equal(make(again, data, dress, ["a"]), table) and "is damaged" in capsys.readouterr().err
+    assert (
+        torch.equal(make(again, data, dress, ["a"]), table)
+        and "is damaged" in capsys.readouterr().err
+    )
     for i in range(13):  # each row is its own record's, whatever batch it was computed in
-        from ta.feed import lay_records
+        from ta.data.loader import lay_records
 
         batch = dress(lay_records(data, [i], True), np.array([i]))
         torch.testing.assert_close(batch.both(still(model))[0], table[i], rtol=1e-10, atol=1e-12)
-        filled = dressed(Reference(table=lambda *_: table), data, dress)(lay_records(data, [i], True), np.array([i]))
+        filled = dressed(Reference(table=lambda *_: table), data, dress)(
+            lay_records(data, [i], True), np.array([i])
+        )
         assert torch.equal(filled.ref, table[[i]])
 
 
@@ -149,8 +183,16 @@ def run_synced(folder, every=2, alpha=0.5, steps=5, stop=None, resume=False):
             os.kill(os.getpid(), signal.SIGTERM)
 
     folder.mkdir(exist_ok=True)
-    feed = training_feed(data, batch_size=8, max_tokens_per_micro=200, seed=0, steps=steps, epochs=1, dress=pairs(data))
-    before = lambda model, batches: with_reference(ref, batches)  # noqa: E731
+    feed = training_feed(
+        data,
+        batch_size=8,
+        max_tokens_per_micro=200,
+        seed=0,
+        steps=steps,
+        epochs=1,
+        dress=pairs(data),
+    )
+    before = lambda model, batches: with_reference(ref, batches)
     loop = LoopConfig(out=str(folder), log_every=1, resume=resume)
     train(
         policy,
@@ -185,8 +227,12 @@ def test_a_synced_reference_follows(tmp_path):
     run_synced(tmp_path / "twice", every=2)
     run_synced(tmp_path / "always", every=1, alpha=1.0)
     never, twice, always = (losses(tmp_path / name) for name in ("never", "twice", "always"))
-    assert never[:2] == twice[:2] and never[2] != twice[2]  # the effect starts after the second step
-    assert always == pytest.approx([math.log(2)] * 5, abs=1e-6)  # a reference that is always the policy
+    assert (
+        never[:2] == twice[:2] and never[2] != twice[2]
+    )  # the effect starts after the second step
+    assert always == pytest.approx(
+        [math.log(2)] * 5, abs=1e-6
+    )  # a reference that is always the policy
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3])
@@ -202,22 +248,34 @@ def test_a_synced_reference_survives_a_resume(tmp_path, stop):
 
 def test_another_vocabulary_is_an_error(form, tmp_path):
     model, at = opened(form)
-    builtin.write_tiny(tmp_path / "same", seed=3)
-    builtin.write_tiny(tmp_path / "other", seed=3)
+    models.write_tiny(tmp_path / "same", seed=3)
+    models.write_tiny(tmp_path / "other", seed=3)
     text = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
     vocab = text["model"]["vocab"]
     a, b = sorted(vocab, key=vocab.get)[10:12]
     vocab[a], vocab[b] = vocab[b], vocab[a]
     (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(text))
     with pytest.raises(ValueError, match="another vocabulary than the policy \\(2 tokens differ"):
-        open_reference(ReferenceConfig(ref_path=str(tmp_path / "other")), model, form, at, AdapterConfig(), seed=0)
-    ref = open_reference(ReferenceConfig(ref_path=str(tmp_path / "same")), model, form, at, AdapterConfig(), seed=0)
+        open_reference(
+            ReferenceConfig(ref_path=str(tmp_path / "other")),
+            model,
+            form,
+            at,
+            AdapterConfig(),
+            seed=0,
+        )
+    ref = open_reference(
+        ReferenceConfig(ref_path=str(tmp_path / "same")), model, form, at, AdapterConfig(), seed=0
+    )
     assert abs(first_loss(model, ref, pair_set()).loss - LN2) > 1e-4
 
 
 def test_settings_that_cannot_be():
     lora, none = AdapterConfig(adapter="lora"), AdapterConfig()
-    assert reference.choose(ReferenceConfig(), lora) == "adapter_off" and reference.choose(ReferenceConfig(), none) == "frozen"
+    assert (
+        reference.choose(ReferenceConfig(), lora) == "adapter_off"
+        and reference.choose(ReferenceConfig(), none) == "frozen"
+    )
     assert reference.choose(ReferenceConfig(ref_path="m"), lora) == "frozen"
     assert reference.choose(ReferenceConfig(), AdapterConfig(adapter_path="a")) == "frozen"
     for config, adapter, words in (
@@ -230,4 +288,6 @@ def test_settings_that_cannot_be():
     ):
         with pytest.raises(ValueError, match=words):
             reference.choose(config, adapter)
-    assert "never follows" in reference.never_synced(ReferenceConfig("synced"), 100) and not reference.never_synced(ReferenceConfig(), 100)
+    assert "never follows" in reference.never_synced(
+        ReferenceConfig("synced"), 100
+    ) and not reference.never_synced(ReferenceConfig(), 100)

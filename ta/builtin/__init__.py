@@ -1,0 +1,1 @@
+"""Tiny models and generated records, made in code."""

@@ -1,0 +1,263 @@
+"""Seeded tiny models and a tokenizer for them, made in code, beside the generated records they learn from."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ta.builtin import tasks
+from ta.builtin.tasks import (
+    candidates,
+    chats,
+    classes,
+    exact_match,
+    labelled,
+    passages,
+    preferences,
+    questions,
+    readings,
+    write_jsonl,
+)
+
+if TYPE_CHECKING:
+    from transformers import (
+        BertModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        LlamaForSequenceClassification,
+        PreTrainedTokenizerFast,
+    )
+
+__all__ = [
+    "candidates",
+    "chats",
+    "classes",
+    "exact_match",
+    "labelled",
+    "passages",
+    "preferences",
+    "questions",
+    "readings",
+    "write_jsonl",
+]
+
+# Chats, steps and learning rate with which the tiny model learns the tasks: TINY_STEPS * TINY_BATCH chats are seen once.
+TINY_STEPS = 1400
+TINY_BATCH = 8
+TINY_LR = 1.5e-3
+
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] not in ('system', 'user', 'assistant') %}{{ raise_exception('unknown role ' ~ message['role']) }}{% endif %}"
+    "{{ '<|im_start|>' ~ message['role'] ~ '\n' ~ message['content'] ~ '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@functools.lru_cache(maxsize=3)
+def _trained_backend(catalogue: bool | tuple[str, ...] = False) -> str:
+    """The byte-level BPE as JSON, trained on the generated records until each of their words is a token (about 0.2 s)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    if isinstance(catalogue, tuple):
+        texts = [*catalogue] * 2
+    elif catalogue:
+        texts = [
+            f"{gap}{word}"
+            for word in (*tasks.PEOPLE, *tasks.OBJECTS, *tasks.WORDS, *tasks.PLACES)
+            for gap in ("", " ")
+        ] * 2
+        texts += [f"{number:02}" for number in range(100)] * 2 + ["number of"] * 2
+    else:
+        texts = [
+            message["content"]
+            for record in chats("train", 2000) + classes("train", 500)
+            for message in record["messages"]
+        ]
+        texts += [*tasks.THINGS, *tasks.COLOURS, *tasks.NAMES, *itertools.chain(*tasks.TOPICS)] * 2
+    backend.train_from_iterator(texts + ["system", "user", "assistant"] * 2, trainer)
+    return backend.to_str()
+
+
+def tiny_tokenizer(catalogue: bool | tuple[str, ...] = False) -> PreTrainedTokenizerFast:
+    """A new byte-level tokenizer with a ChatML template: <|im_end|> ends an answer (eos), <|endoftext|> pads, every byte encodes.
+
+    Its tokens are the words of the dialogues, or with `catalogue` those of the passages and their questions, or of the texts that it
+    holds.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_trained_backend(catalogue)),
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=1024,
+    )
+
+
+def tiny_config(catalogue: bool | tuple[str, ...] = False, **more: Any) -> LlamaConfig:
+    """The shape of the tiny models: a Llama of about a million weights for tiny_tokenizer(catalogue); `more` overrides."""
+    from transformers import LlamaConfig
+
+    tokenizer = tiny_tokenizer(catalogue)
+    shape = {
+        "hidden_size": 160,
+        "intermediate_size": 448,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 5,
+    }
+    ids = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+    return LlamaConfig(
+        **shape
+        | ids
+        | {"max_position_embeddings": 1024, "tie_word_embeddings": True, "initializer_range": 0.07}
+        | more
+    )
+
+
+def tiny_model(seed: int = 0, **more: Any) -> LlamaForCausalLM:
+    """The seeded random language model in float32; its generation stops at <|im_end|>. The global generator is left as it was."""
+    from transformers import GenerationConfig, LlamaForCausalLM
+
+    model = _seeded(LlamaForCausalLM, tiny_config(**more), seed)
+    config = model.config
+    model.generation_config = GenerationConfig(
+        eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+    return model
+
+
+def tiny_classifier(num_labels: int, seed: int = 0, **more: Any) -> LlamaForSequenceClassification:
+    """The same body with a classification head of `num_labels`, read at the last token that is not padding."""
+    from transformers import LlamaForSequenceClassification
+
+    return _seeded(LlamaForSequenceClassification, tiny_config(num_labels=num_labels, **more), seed)
+
+
+def tiny_encoder(seed: int = 0, **more: Any) -> BertModel:
+    """A seeded random text encoder of a layer for tiny_tokenizer(True): what it gives for a text is little more than a mixture of its words."""
+    from transformers import BertConfig, BertModel
+
+    tokenizer = tiny_tokenizer(True)
+    shape = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+    }
+    quiet = {
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.05,
+    }
+    return _seeded(
+        BertModel,
+        BertConfig(
+            vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **shape | quiet | more
+        ),
+        seed,
+    )
+
+
+def _seeded(model_class: type, config: Any, seed: int) -> Any:
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return model_class(config).float().eval()
+
+
+def write_tiny(
+    folder: str | os.PathLike, seed: int = 0, num_labels: int | None = None, **more: Any
+) -> None:
+    """Save the tiny model (with `num_labels` the classifier) and its tokenizer as a folder that from_pretrained loads."""
+    _write(
+        folder,
+        tiny_model(seed, **more)
+        if num_labels is None
+        else tiny_classifier(num_labels, seed, **more),
+    )
+
+
+def write_encoder(folder: str | os.PathLike, seed: int = 0, **more: Any) -> None:
+    """Save the tiny encoder and its tokenizer as a folder that from_pretrained loads."""
+    _write(folder, tiny_encoder(seed, **more), True)
+
+
+def write_small(folder: str | os.PathLike, seed: int = 0) -> None:
+    """Save a smaller language model, which reads one short passage and learns to answer from it in a minute, likewise."""
+    shape = {
+        "hidden_size": 96,
+        "intermediate_size": 240,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    }
+    _write(folder, tiny_model(seed, catalogue=True, **shape), True)
+
+
+def write_pictures_model(folder: str | os.PathLike, texts: tuple[str, ...], seed: int = 0) -> None:
+    """Save a language model whose tokens are the words of `texts`, those of the generated pictures, likewise."""
+    shape = {
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    }
+    _write(folder, tiny_model(seed, catalogue=texts, **shape), texts)
+
+
+def _write(
+    folder: str | os.PathLike, model: Any, catalogue: bool | tuple[str, ...] = False
+) -> None:
+    from safetensors.torch import save_file
+
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    first = {
+        tensor.data_ptr(): name for name, tensor in reversed(model.state_dict().items())
+    }  # of tied tables the input's
+    weights = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if first[tensor.data_ptr()] == name
+    }
+    save_file(
+        weights, Path(folder) / "model.safetensors", {"format": "pt"}
+    )  # save_pretrained writes on rank 0 only
+    tiny_tokenizer(catalogue).save_pretrained(folder)
+
+
+def fingerprint() -> str:
+    """Changes whenever the code that makes the built-in models or records does: a key for folders that keep them."""
+    return hashlib.sha256(
+        b"".join(Path(path).read_bytes() for path in (__file__, tasks.__file__))
+    ).hexdigest()[:16]

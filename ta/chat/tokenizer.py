@@ -1,0 +1,336 @@
+"""Tokenizers: load one, make the literal vocabulary that chats are encoded with, and choose, export and end its chat template."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ta.chat.pieces import SPACE, Vocabulary, special_border
+from ta.chat.template import (
+    ANSWER,
+    SYSTEM,
+    ChatConfig,
+    Message,
+    Template,
+    canonical_role,
+    explicit_template,
+    export_template,
+    jinja_template,
+    split_chat,
+)
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = [
+    "TokenizerConfig",
+    "disagreement",
+    "export_template",
+    "load_tokenizer",
+    "stop_ids",
+    "stop_strings",
+    "template_of",
+    "vocabulary",
+]
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    tokenizer_path: str | None = None
+    """Folder of the tokenizer; None: that of the model."""
+    bos_token: str | None = None
+    """BOS token for a tokenizer that names none; must be in its vocabulary."""
+    eos_token: str | None = None
+    """EOS token for a tokenizer that names none; must be in its vocabulary."""
+    pad_token: str | None = None
+    """Padding token for a tokenizer that names none; must be in its vocabulary."""
+
+
+def load_tokenizer(
+    path: str | None, config: TokenizerConfig = TokenizerConfig()
+) -> PreTrainedTokenizerFast:
+    """The tokenizer in config.tokenizer_path, else in `path` (the model's folder); nothing is looked up on a hub.
+
+    ValueError: no such folder, no fast tokenizer in it, a token that the vocabulary lacks or that the tokenizer has already named otherwise."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    folder = Path(config.tokenizer_path or path or "")
+    if not (config.tokenizer_path or path) or not folder.is_dir():
+        raise ValueError(
+            f"tokenizer folder {str(folder)!r} does not exist; give the folder of a tokenizer in --tokenizer-path"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = str(error).strip().splitlines()[:1] or [repr(error)]
+        raise ValueError(
+            f"folder {str(folder)!r} holds no tokenizer that can be loaded ({why[0]}); give one with a tokenizer.json"
+        ) from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(
+            f"the tokenizer in {str(folder)!r} is not backed by a tokenizer.json, which chats are encoded with; convert it to a fast one"
+        )
+    for kind in ("bos_token", "eos_token", "pad_token"):
+        _set_token(tokenizer, kind, getattr(config, kind))
+    return tokenizer
+
+
+def _set_token(tokenizer: PreTrainedTokenizerFast, kind: str, token: str | None) -> None:
+    has = getattr(tokenizer, kind)
+    if token is None or token == has:
+        return
+    flag = "--" + kind.replace("_", "-")
+    if has is not None:
+        raise ValueError(
+            f"{flag} {token!r} is given, but the tokenizer's own is {has!r} and the model was trained with it; leave the flag out"
+        )
+    if token not in tokenizer.get_vocab():
+        raise ValueError(
+            f"{flag} {token!r} is not in the vocabulary; give a token that is, or declare it with --init-tokens"
+        )
+    setattr(tokenizer, kind, token)
+
+
+def vocabulary(
+    tokenizer: PreTrainedTokenizerFast, content_tokens: Sequence[str] = ()
+) -> Vocabulary:
+    """What chats are encoded with. `content_tokens` are added tokens that count in content too, e.g. <doc_sep>; any other is plain text there.
+    ValueError: a content token that is no added token. Make it again after adding tokens."""
+    backend = tokenizer.backend_tokenizer
+    added = {token.content: (id, token) for id, token in backend.get_added_tokens_decoder().items()}
+    # runs of white space are text to every user, whatever table a tokenizer keeps them in
+    special = {text: id for text, (id, _) in added.items() if text.strip(SPACE + "\u2581")}
+    for text in content_tokens:
+        if text not in special:
+            raise ValueError(
+                f"content token {text!r} is no added token of the tokenizer; add it with --init-tokens, or leave it out"
+            )
+    source = json.loads(backend.to_str())
+    literal = _literal(source, special)
+    begins = _begins(source)
+    return Vocabulary(
+        encode=_encoder(_without_prefix(literal)),
+        special=special,
+        content=frozenset(content_tokens),
+        bos_id=tokenizer.bos_token_id,
+        encode_start=_encoder(literal) if begins else None,
+        start_after_special=begins == "always",
+        strips={
+            id: (token.lstrip, token.rstrip)
+            for id, token in added.values()
+            if token.lstrip or token.rstrip
+        },
+    )
+
+
+def _encoder(source: dict[str, Any]):
+    from tokenizers import Tokenizer
+
+    backend: Tokenizer = Tokenizer.from_str(json.dumps(source))
+
+    def encode(texts: Sequence[str]) -> list[list[int]]:
+        return [
+            encoding.ids
+            for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
+
+    return encode
+
+
+def _literal(source: dict[str, Any], special: dict[str, int]) -> dict[str, Any]:
+    """The tokenizer without special tokens: not as added tokens, and not as words of its model, which could match them in plain text too."""
+    model = dict(source["model"])
+    hidden = special.keys() & (
+        model["vocab"].keys()
+        if isinstance(model["vocab"], dict)
+        else {piece for piece, _ in model["vocab"]}
+    )
+    hidden -= {f"<0x{byte:02X}>" for byte in range(256) if model.get("byte_fallback")}
+    # a name nobody can write: ids must stay, so the entries must too
+    rename = {text: f"{secrets.token_hex(16)}{text}" for text in special}
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {
+            rename[text] if text in hidden else text: id for text, id in model["vocab"].items()
+        }
+    else:
+        model["vocab"] = [
+            [rename[text] if text in hidden else text, score] for text, score in model["vocab"]
+        ]
+    if model.get("unk_token") in hidden:
+        model["unk_token"] = rename[model["unk_token"]]
+    if hidden and model.get("merges"):
+        pairs = [
+            merge if isinstance(merge, list) else merge.split(" ", 1) for merge in model["merges"]
+        ]
+        model["merges"] = [pair for pair in pairs if hidden.isdisjoint((*pair, "".join(pair)))]
+    plain = any(token["content"] not in special for token in source["added_tokens"])
+    kept = (
+        [
+            {**token, "content": rename.get(token["content"], token["content"])}
+            for token in source["added_tokens"]
+        ]
+        if plain
+        else []
+    )
+    return {
+        **source,
+        "model": model,
+        "added_tokens": kept,
+        "post_processor": None,
+        "truncation": None,
+        "padding": None,
+    }
+
+
+def _steps(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    if step:
+        yield step
+        for inner in (*step.get("pretokenizers", ()), *step.get("normalizers", ())):
+            yield from _steps(inner)
+
+
+def _begins(source: dict[str, Any]) -> str | None:
+    """Where the tokenizer puts a space in front of a text: "first" only at its very beginning, "always" after each special token too."""
+    found = None
+    for step in (*_steps(source["normalizer"]), *_steps(source["pre_tokenizer"])):
+        if (
+            step["type"] == "Prepend"
+            or step.get("add_prefix_space")
+            or step.get("prepend_scheme") == "always"
+        ):
+            return "always"
+        if step.get("prepend_scheme") == "first":
+            found = "first"
+    return found
+
+
+def _without_prefix(source: dict[str, Any]) -> dict[str, Any]:
+    source = {
+        **source,
+        **json.loads(json.dumps({key: source[key] for key in ("normalizer", "pre_tokenizer")})),
+    }
+    for step in (*_steps(source["normalizer"]), *_steps(source["pre_tokenizer"])):
+        if step["type"] == "Prepend":
+            step.clear()
+            step.update({"type": "Replace", "pattern": {"String": "\u2581"}, "content": "\u2581"})
+        if "add_prefix_space" in step:
+            step["add_prefix_space"] = False
+        if "prepend_scheme" in step:
+            step["prepend_scheme"] = "never"
+    return source
+
+
+def parse_role_tags(pairs: Sequence[str]) -> dict[str, str]:
+    """("user=Human", "bot=AI") -> {"user": "Human", "assistant": "AI"}; ValueError for what is not role=tag or comes twice."""
+    tags: dict[str, str] = {}
+    for pair in pairs:
+        role, equals, tag = pair.partition("=")
+        if not equals or not role:
+            raise ValueError(f"role tag {pair!r} is not role=tag; give e.g. user=Human")
+        if canonical_role(role) in tags:
+            raise ValueError(
+                f"role {role!r} has two tags (bot and assistant are the same role); give one"
+            )
+        tags[canonical_role(role)] = tag
+    return tags
+
+
+def template_of(tokenizer: PreTrainedTokenizerFast, config: ChatConfig) -> Template:
+    """The explicit template where config gives a prefix or suffix, else the tokenizer's own. Role tags name the roles of the explicit one,
+    or rename roles for the tokenizer's own. ValueError: no template at all, or parts that cannot work."""
+    tags = parse_role_tags(config.role_tags)
+    if config.prefix_template is not None or config.suffix_template is not None:
+        prefix, suffix = (
+            text and text.replace("\\n", "\n").replace("\\t", "\t")
+            for text in (config.prefix_template, config.suffix_template)
+        )
+        return explicit_template(prefix, suffix, tags, tokenizer.bos_token)
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "the tokenizer has no chat template; give --prefix-template and --suffix-template (and --role-tags)"
+        )
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    # templates that write the date write one date, also in a run over midnight
+    source, named = (
+        tokenizer.get_chat_template(),
+        {**tokenizer.special_tokens_map, "strftime_now": datetime.now().strftime},
+    )
+
+    def render(messages: list[Message], add_generation_prompt: bool) -> str:
+        """The template's text; ValueError where it refuses the messages."""
+        try:
+            texts, _ = render_jinja_template(
+                conversations=[messages],
+                chat_template=source,
+                add_generation_prompt=add_generation_prompt,
+                **named,
+            )
+        except (
+            TemplateError,
+            TypeError,
+            KeyError,
+            IndexError,
+            AttributeError,
+            ValueError,
+        ) as error:
+            raise ValueError(f"the tokenizer's chat template refuses this chat: {error}") from None
+        return texts[0]
+
+    return jinja_template(render, tokenizer.get_added_vocab(), source, tags)
+
+
+def _answer_suffix(template: Template) -> str:
+    asks = [role for role in template.role_tags if role not in (SYSTEM, ANSWER)]
+    question = [{"role": "user" if "user" in asks else asks[0], "content": "x"}] if asks else []
+    return split_chat([*question, {"role": ANSWER, "content": "x"}], template)[-1].suffix
+
+
+def stop_ids(template: Template, vocab: Vocabulary) -> list[int]:
+    """The special token that ends an answer (for generation_config.eos_token_id), [] where an answer ends in plain text or not at all."""
+    found = special_border(frozenset(vocab.special)).search(_answer_suffix(template))
+    return [vocab.special[found.group()]] if found else []
+
+
+def stop_strings(template: Template, vocab: Vocabulary) -> list[str]:
+    """The plain text that ends an answer where no special token does; [] where one does or nothing ends it."""
+    suffix = _answer_suffix(template)
+    return [] if stop_ids(template, vocab) or not suffix else [suffix]
+
+
+def disagreement(
+    tokenizer: PreTrainedTokenizerFast,
+    template: Template,
+    chats: Sequence[Sequence[Message]],
+    encoded: Sequence[Sequence[int]],
+) -> str:
+    """How the exported template, tokenized as one text by plain transformers, first differs from the ids that were trained; "" where it
+    does not. Templates whose borders are plain text can differ, since a tokenizer merges across borders that training keeps."""
+    source = export_template(template)
+    for i, (chat, ids) in enumerate(zip(chats, encoded, strict=True)):
+        plain = [
+            {key: message[key] for key in message if key not in ("loss", "disable_loss")}
+            for message in chat
+        ]
+        theirs = tokenizer.apply_chat_template(
+            plain, chat_template=source, tokenize=True, return_dict=False
+        )
+        if list(ids) != theirs:
+            at = next(
+                (k for k, (a, b) in enumerate(zip(ids, theirs, strict=False)) if a != b),
+                min(len(ids), len(theirs)),
+            )
+            mine, other = (
+                tokenizer.convert_ids_to_tokens(list(side[at : at + 3])) for side in (ids, theirs)
+            )
+            return f"chat {i + 1}, token {at}: trained {mine}, exported template gives {other}"
+    return ""

@@ -1,0 +1,172 @@
+"""JSONL read line by line: each line an object, each failure an error with file and line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+import stat
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+MAX_LINE = 32 << 20  # bytes
+
+
+class BadRecord(ValueError):
+    """What is wrong with one record: a short countable `reason`, and `unusable` where the record is well formed but teaches nothing."""
+
+    def __init__(self, reason: str, message: str, unusable: bool = False):
+        super().__init__(message)
+        self.reason, self.unusable = reason, unusable
+
+
+def regular_file(path: str) -> os.stat_result:
+    """The stat of a file that can be read as data, or a ValueError that says what stands there instead."""
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(
+            f"{path}: no such file (seen from {os.getcwd()}); give a .jsonl or .jsonl.gz file"
+        ) from None
+    except ValueError:
+        raise ValueError(f"{path!r}: not a path; give a .jsonl or .jsonl.gz file") from None
+    if not stat.S_ISREG(found.st_mode):
+        kind = (
+            "a directory"
+            if stat.S_ISDIR(found.st_mode)
+            else "not a regular file (a pipe, socket or device), which cannot be read twice"
+        )
+        raise ValueError(f"{path}: is {kind}; give a .jsonl or .jsonl.gz file")
+    return found
+
+
+def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """Stream (1-based line, bytes) of the lines that are not blank; of a line over MAX_LINE only its first MAX_LINE + 1 bytes.
+
+    ValueError for what makes the whole file unreadable: missing, a directory or pipe, nothing in it, a damaged or cut gzip stream.
+    """
+    number = found = 0
+    regular_file(path)
+    with gzip.open(path, "rb") if str(path).endswith(".gz") else open(path, "rb") as file:
+        while True:
+            try:
+                raw = part = file.readline(MAX_LINE + 1)
+                while len(part) > MAX_LINE and not part.endswith(b"\n"):
+                    part = file.readline(MAX_LINE + 1)
+            except EOFError:
+                raise ValueError(
+                    f"{path}:{number + 1}: the gzip file ends before its end mark (a cut download?); give the whole file"
+                ) from None
+            except (gzip.BadGzipFile, zlib.error) as error:
+                raise ValueError(
+                    f"{path}:{number + 1}: not sound gzip ({error}); give a .jsonl.gz, or a plain .jsonl without .gz"
+                ) from None
+            if not raw:
+                break
+            number += 1
+            if raw.strip():
+                found += 1
+                yield number, raw.rstrip(b"\r\n")
+    if not found:
+        raise ValueError(f"{path}: empty, no record in it; give a file with one JSON object a line")
+
+
+def _refuse_constant(name: str) -> None:
+    raise BadRecord(
+        "not a finite number",
+        f"{name} is not a JSON number; give a finite number or leave the key out",
+    )
+
+
+def _finite(text: str) -> float:
+    return value if math.isfinite(value := float(text)) else _refuse_constant(text)
+
+
+def _single_keys(pairs: list[tuple[str, Any]]) -> dict:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise BadRecord(
+            "key given twice",
+            f"key {twice!r} stands twice in one object, so one of its values would be lost; keep one",
+        )
+    return data
+
+
+_decode = json.JSONDecoder(
+    parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_single_keys
+).decode
+
+
+def parse_record(raw: bytes) -> dict:
+    """The JSON object of one line. BadRecord where it is none; a key given twice is refused, since JSON would keep the last in silence."""
+    if len(raw) > MAX_LINE:
+        raise BadRecord(
+            "line over 32 MiB",
+            "the line is over 32 MiB, surely no single record; give one JSON object a line",
+        )
+    if raw.startswith(b"\xef\xbb\xbf"):
+        raise BadRecord(
+            "byte order mark",
+            "the line starts with a byte order mark; save the file as UTF-8 without BOM",
+        )
+    try:
+        text = raw.decode()
+        data = _decode(text)
+        if b"\\ud" in raw or b"\\uD" in raw:
+            json.dumps(data, ensure_ascii=False).encode()
+    except BadRecord:
+        raise
+    except json.JSONDecodeError as error:
+        near = text[max(error.pos - 20, 0) : error.pos + 20]
+        message = f"not JSON: {error.msg.removesuffix(' at')} at column {error.pos + 1}, near {near!r}; give one JSON object a line"
+        raise BadRecord("not JSON", message) from None
+    except UnicodeDecodeError as error:
+        raise BadRecord(
+            "not UTF-8",
+            f"byte {error.start + 1} of the line is not UTF-8 (0x{raw[error.start]:02x}); save the file as UTF-8",
+        ) from None
+    except UnicodeEncodeError:
+        raise BadRecord(
+            "lone surrogate",
+            "a lone surrogate (\\uD800-\\uDFFF without its other half) is no character; give valid text",
+        ) from None
+    except RecursionError:
+        raise BadRecord(
+            "nested too deep", "the JSON is nested too deep to be a record; give flat records"
+        ) from None
+    except ValueError:
+        raise BadRecord(
+            "not a usable number",
+            "a whole number has thousands of digits; give a smaller one, or text",
+        ) from None
+    if not isinstance(data, dict):
+        raise BadRecord(
+            "not an object",
+            f"the line holds {named(data)}, not an object; give one {{...}} a line, no list around them",
+        )
+    return data
+
+
+def read_jsonl(path: str) -> Iterator[tuple[int, dict]]:
+    """Stream (1-based line, object) of a .jsonl or .jsonl.gz file; every failure is a ValueError "file:line: what, why, what to give"."""
+    for line, raw in read_lines(path):
+        try:
+            data = parse_record(raw)
+        except BadRecord as error:
+            raise ValueError(f"{path}:{line}: {error}") from None
+        yield line, data
+
+
+def named(value: object) -> str:
+    """What a JSON value is, in words for an error."""
+    return {
+        dict: "an object",
+        list: "a list",
+        str: "text",
+        bool: "true or false",
+        type(None): "null",
+    }.get(type(value), "a number")

@@ -1,0 +1,328 @@
+"""The kinds of records: one checker each, which says what is wrong or gives the record in its one canonical form."""
+
+from __future__ import annotations
+
+import json
+
+from ta.data.jsonl import BadRecord, named
+
+MAX_NUMBER = 1e30  # what margins, rewards and weights may reach without leaving float32
+
+
+def check_chat(data: dict, need_answer: bool = True, types: tuple[str, ...] = ("text",)) -> dict:
+    """{"messages": [{role, content, loss?}]}: the record with canonical messages; unknown keys stay, an optional key that is null is absent.
+
+    Like every checker: `bot` becomes `assistant`, `disable_loss: true` becomes `loss: false`, and BadRecord says what is wrong.
+    With `need_answer`, some message must be an answer (or carry a `loss` of its own).
+    """
+    messages = _messages(data, "messages", types)
+    if need_answer and not any(
+        message["role"] == "assistant" or message.get("loss") for message in messages
+    ):
+        raise BadRecord(
+            "no answer",
+            f"no message of role assistant (roles: {_roles(messages)}), so nothing can be learned; give an answer",
+        )
+    return {**data, "messages": messages}
+
+
+def check_prompt(data: dict) -> dict:
+    """A chat to be answered: {"messages": [...]}, an answer at its end is allowed and not needed."""
+    return check_chat(data, need_answer=False)
+
+
+def check_media(data: dict, need_answer: bool = True) -> dict:
+    """A chat whose messages may be {"role", "type": text | image | audio, "content": text or path}, or hold a list of such parts.
+
+    Pictures and sounds stand in messages that are neither answers nor system prompts and, with `need_answer`, before some answer.
+    """
+    data = check_chat(data, need_answer, types=("text", "image", "audio"))
+    answers = [
+        place for place, message in enumerate(data["messages"]) if message["role"] == "assistant"
+    ]
+    for place, message in enumerate(data["messages"]):
+        parts = message["content"] if isinstance(message["content"], list) else [message]
+        found = next((part["type"] for part in parts if part.get("type", "text") != "text"), None)
+        if found and message["role"] in ("assistant", "system"):
+            raise BadRecord(
+                f"{found} in a message of role {message['role']}",
+                f"messages[{place}] of role {message['role']} is {found}; answers and system prompts are text, put it into a question",
+            )
+        if found and need_answer and (not answers or place > answers[-1]):
+            raise BadRecord(
+                f"{found} without an answer",
+                f"no answer follows the {found} of messages[{place}]; give one or take it out",
+            )
+    return data
+
+
+def check_pair(data: dict) -> dict:
+    """{"context", "answer_w", "answer_l", precomputed_margin?}, or prompt/chosen/rejected as text or messages, read into the former.
+
+    Two equal answers are no error but unusable: nothing tells them apart.
+    """
+    if "context" not in data and ("chosen" in data or "rejected" in data):
+        data = _from_chosen(data)
+    context = _messages(data, "context")
+    better, worse = _answer(data, "answer_w"), _answer(data, "answer_l")
+    if better["content"] == worse["content"]:
+        raise BadRecord(
+            "chosen equals rejected", "both answers have the same content", unusable=True
+        )
+    margin = _number(data, "precomputed_margin", "precomputed_margin is not a number")
+    plain = {key: value for key, value in data.items() if key != "precomputed_margin"}
+    return {**plain, "context": context, "answer_w": better, "answer_l": worse} | (
+        {} if margin is None else {"precomputed_margin": margin}
+    )
+
+
+def check_labelled(data: dict) -> dict:
+    """{"context", "answer", "is_desirable": bool}."""
+    context, answer = _messages(data, "context"), _answer(data, "answer")
+    if not isinstance(data.get("is_desirable"), bool):
+        raise BadRecord(
+            "is_desirable is not a bool",
+            f"is_desirable is {_shown(data, 'is_desirable')}; give true or false",
+        )
+    return {**data, "context": context, "answer": answer}
+
+
+def check_question(data: dict) -> dict:
+    """A chat whose last question is to be answered from passages: {"messages", "gold"?: id or list of ids of passages that hold the answer}."""
+    gold = data.get("gold")
+    gold = [] if gold is None else gold if isinstance(gold, list) else [gold]
+    if not all(isinstance(name, str | int) and not isinstance(name, bool) for name in gold):
+        raise BadRecord(
+            "gold is no passage id",
+            f"gold is {_shown(data, 'gold')}; give the id of a passage, or a list of ids",
+        )
+    checked = check_chat({key: value for key, value in data.items() if key != "gold"})
+    question = [message["role"] for message in checked["messages"]]
+    while question and question[-1] == "assistant":
+        question.pop()
+    if not question or question[-1] == "system":
+        raise BadRecord(
+            "no question",
+            "no message of a user comes before the answer, so there is nothing to search for; give a question",
+        )
+    return checked | {"gold": [str(name) for name in dict.fromkeys(gold)]}
+
+
+def check_class(data: dict) -> dict:
+    """{"messages", "label": int from 0}; one message is enough."""
+    label = data.get("label")
+    if type(label) is not int or label < 0:
+        raise BadRecord(
+            "label is not a class number",
+            f"label is {_shown(data, 'label')}; give a whole number from 0",
+        )
+    return check_chat(data, need_answer=False)
+
+
+def check_candidates(data: dict) -> dict:
+    """{"messages", "answers": [{id, content}], rewards?: {answer id: number}}; ids become text, an answer without one gets its place."""
+    given = data.get("answers")
+    if not isinstance(given, list) or not given:
+        raise BadRecord(
+            "no answers", f"answers is {_shown(data, 'answers')}; give a list of {{id, content}}"
+        )
+    answers = []
+    for place, answer in enumerate(given):
+        if not isinstance(answer, dict) or not isinstance(answer.get("content"), str):
+            raise BadRecord(
+                "content is not text",
+                f"answer {place + 1} is {named(answer)} without text content; give {{id, content}}",
+            )
+        name = answer.get("id", place)
+        answers.append({**answer, "id": str(place if name is None else name)})
+    names = [answer["id"] for answer in answers]
+    if len(set(names)) < len(names):
+        raise BadRecord(
+            "answer id given twice",
+            f"the answer ids {names} are not all different; give each its own",
+        )
+    rewards = data.get("rewards")
+    if rewards is not None:
+        if not isinstance(rewards, dict) or rewards.keys() != set(names):
+            raise BadRecord(
+                "rewards do not fit",
+                f"rewards is {_shown(data, 'rewards')} for answers {names}; give one number for each id",
+            )
+        rewards = {name: _number(rewards, name, "rewards do not fit") for name in names}
+        if None in rewards.values():
+            raise BadRecord(
+                "rewards do not fit",
+                f"a reward of answers {names} is null; give one number for each id",
+            )
+    plain = {key: value for key, value in data.items() if key != "rewards"}
+    return {**check_chat(plain, need_answer=False), "answers": answers} | (
+        {} if rewards is None else {"rewards": rewards}
+    )
+
+
+def check_passage(data: dict) -> dict:
+    """{id?, title?, text} of a collection to search in."""
+    if not isinstance(data.get("text"), str) or not data["text"].strip():
+        raise BadRecord(
+            "passage without text", f"text is {_shown(data, 'text')}; give the passage's text"
+        )
+    if not isinstance(data.get("title", ""), str | None):
+        raise BadRecord(
+            "title is not text", f"title is {_shown(data, 'title')}; give text or leave it out"
+        )
+    return {
+        key: value for key, value in data.items() if key not in ("id", "title") or value is not None
+    }
+
+
+def _messages(data: dict, key: str, types: tuple[str, ...] = ("text",)) -> list[dict]:
+    given = data.get(key)
+    if not isinstance(given, list) or not given:
+        raise BadRecord(
+            "no messages", f"{key} is {_shown(data, key)}; give a list of {{role, content}}"
+        )
+    return [_message(message, f"{key}[{place}]", types) for place, message in enumerate(given)]
+
+
+def _message(given: object, where: str, types: tuple[str, ...] = ("text",)) -> dict:
+    if not isinstance(given, dict):
+        raise BadRecord(
+            "message is not an object", f"{where} is {named(given)}; give {{role, content}}"
+        )
+    role, content, loss = given.get("role"), given.get("content"), given.get("loss")
+    if not isinstance(role, str) or not role:
+        raise BadRecord(
+            "role is not text",
+            f"the role of {where} is {_shown(given, 'role')}; give a name such as user or assistant",
+        )
+    if isinstance(content, list) and content and len(types) > 1:
+        content = [
+            _part(part, f"{where}.content[{place}]", types) for place, part in enumerate(content)
+        ]
+        if all(part["type"] == "text" for part in content):
+            content = "".join(part["content"] for part in content)
+    elif not isinstance(content, str):
+        raise BadRecord(
+            "content is not text",
+            f"the content of {where} ({role}) is {_shown(given, 'content')}; give text",
+        )
+    kind = given.get("type")
+    if kind is not None and kind not in types:
+        raise BadRecord(
+            "message type",
+            f"the type of {where} is {_shown(given, 'type')}; this reads {', '.join(types)}",
+        )
+    off = given.get("disable_loss")
+    if off is not None and not isinstance(off, bool):
+        raise BadRecord(
+            "disable_loss is not a bool",
+            f"disable_loss of {where} is {_shown(given, 'disable_loss')}; give true or false",
+        )
+    if (
+        loss is not None
+        and not isinstance(loss, bool)
+        and not (isinstance(loss, int | float) and 0 <= loss < MAX_NUMBER)
+    ):
+        raise BadRecord(
+            "loss is not a weight",
+            f"the loss of {where} is {_shown(given, 'loss')}; give true, false or a weight from 0",
+        )
+    if off and loss:
+        raise BadRecord(
+            "loss and disable_loss", f"{where} has loss and disable_loss at once; keep loss"
+        )
+    message = {
+        key: value for key, value in given.items() if key not in ("loss", "disable_loss", "type")
+    }
+    message |= {"role": "assistant" if role == "bot" else role, "content": content}
+    return (
+        message
+        | ({"type": kind} if kind else {})
+        | ({"loss": False} if off else {} if loss is None else {"loss": loss})
+    )
+
+
+def _part(given: object, where: str, types: tuple[str, ...]) -> dict:
+    if (
+        not isinstance(given, dict)
+        or not isinstance(given.get("content"), str)
+        or given.get("type") not in types
+    ):
+        raise BadRecord(
+            "part of a message",
+            f"{where} is {named(given)}; give {{type, content}} with text or path, type one of {', '.join(types)}",
+        )
+    return {"type": given["type"], "content": given["content"]}
+
+
+def _answer(data: dict, key: str) -> dict:
+    given = data.get(key)
+    if given is None:
+        raise BadRecord(
+            "no answer", f"{key} is {_shown(data, key)}; give {{role, content}} or text"
+        )
+    if isinstance(given, list) and len(given) == 1:
+        given = given[0]
+    answer = _message(
+        {"role": "assistant", "content": given} if isinstance(given, str) else given, key
+    )
+    if answer["role"] != "assistant":
+        raise BadRecord(
+            "answer of another role",
+            f"the role of {key} is {answer['role']!r}; an answer's role is assistant",
+        )
+    return answer
+
+
+def _from_chosen(data: dict) -> dict:
+    """prompt/chosen/rejected -> context/answer_w/answer_l; chosen and rejected may be answers or whole dialogues with a common beginning."""
+    plain = {
+        key: value for key, value in data.items() if key not in ("prompt", "chosen", "rejected")
+    }
+    answers, starts = {}, []
+    for key, name in (("chosen", "answer_w"), ("rejected", "answer_l")):
+        given = data.get(key)
+        dialogue = _messages(data, key) if isinstance(given, list) else [_answer(data, key)]
+        answers[name] = dialogue[-1]
+        starts.append(dialogue[:-1])
+    if starts[0] != starts[1]:
+        raise BadRecord(
+            "dialogues differ early",
+            "chosen and rejected differ before their last message; give both the same beginning",
+        )
+    prompt, start = data.get("prompt"), starts[0]
+    if prompt is None:
+        return {**plain, **answers, "context": start}
+    context = (
+        [{"role": "user", "content": prompt}]
+        if isinstance(prompt, str)
+        else _messages(data, "prompt")
+    )
+    if start and start[-len(context) :] != context:
+        raise BadRecord(
+            "prompt not in chosen",
+            "chosen starts with other messages than prompt; give the prompt once, or twice the same",
+        )
+    return {**plain, **answers, "context": start or context}
+
+
+def _number(data: dict, key: str, reason: str) -> float | None:
+    value = data.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MAX_NUMBER:
+        raise BadRecord(reason, f"{key} is {_shown(data, key)}; give a number or leave it out")
+    return float(value)
+
+
+def _roles(messages: list[dict]) -> str:
+    return ", ".join(dict.fromkeys(message["role"] for message in messages))
+
+
+def _shown(data: dict, key: str) -> str:
+    if key not in data:
+        return "missing"
+    value = data[key]
+    if isinstance(value, list | dict):
+        return f"{named(value)} of {len(value)}"
+    return json.dumps(value, ensure_ascii=False)[:40]

@@ -1,0 +1,1 @@
+"""Answers to prompts, files of answers, and figures of them."""

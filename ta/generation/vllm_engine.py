@@ -1,0 +1,327 @@
+"""vLLM behind the signature of ta.generate: token ids in, the same answers out; what vLLM cannot honour is refused, never dropped."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ta.generation.settings import (
+    Answer,
+    Ending,
+    GenerateConfig,
+    check_prompts,
+    check_settings,
+    context_of,
+)
+from ta.generation.vllm_checks import (
+    check_head,
+    check_installed,
+    check_parallel,
+    check_tables,
+    lora_rank,
+    refuse_settings,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from ta.chat.pieces import Tokens
+    from ta.model.load import ModelConfig
+
+AT_ONCE = 1024  # requests handed over together: what a killed run loses at most
+
+
+@dataclass(frozen=True)
+class VllmConfig:
+    tensor_parallel_size: int = 1
+    """Devices that share each layer; must divide the attention heads."""
+    gpu_memory_utilization: float = 0.9
+    """Share of a device's memory that vLLM takes."""
+    kv_cache_gb: float | None = None
+    """Memory for keys and values in GiB; None: what is left on a GPU, 1 on CPU."""
+    max_model_len: int | None = None
+    """Tokens of prompt and answer at most; None: the model's context."""
+    enforce_eager: bool = False
+    """Skip compilation and CUDA graphs: starts sooner, runs slower. Always so on CPU."""
+    adapter_in_vllm: Literal["merged", "runtime"] = "merged"
+    """Merge the adapter into its base first, or let vLLM apply it at run time (plain LoRA only)."""
+
+
+@dataclass
+class Engine:
+    """A running vLLM; keep it open for several settings."""
+
+    llm: Any
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: int
+    context: int
+    lora: Any = None
+    folder: Any = field(
+        default=None, repr=False
+    )  # the temporary folder of merged weights and tokenizer, deleted with the engine
+
+
+def open_engine(
+    model: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter_path: str | None,
+    config: VllmConfig,
+    seed: int = 0,
+    num_labels: int = 0,
+    embeds: bool = False,
+) -> Engine:
+    """Start vLLM on `model.model_path`, an adapter merged into it or applied at run time, in the dtype that the hf engine would use.
+
+    With `num_labels`, on a classifier or reward model, for `score_vllm`; with `embeds`, for prompts given as embeddings.
+    ValueError: vLLM is not installed; a tensor-parallel size that the model cannot be cut by; an adapter that vLLM cannot apply; a head that it
+    reads otherwise; a model that it does not run.
+    """
+    check_installed()
+    import torch
+    from transformers import AutoConfig
+
+    from ta.folders import model_folder
+
+    if model.model_args:
+        raise ValueError(
+            f"--model-args {' '.join(model.model_args)} are arguments of transformers, which vLLM does not take: give --engine hf"
+        )
+    cuda = torch.cuda.is_available()
+    dtype = {"auto": "bfloat16" if cuda else "float32"}.get(model.dtype, model.dtype)
+    if dtype == "float64":
+        raise ValueError("--dtype float64 is not in vLLM: give float32 or bfloat16, or --engine hf")
+    folder = model_folder(model.model_path, model.hub)
+    settings = AutoConfig.from_pretrained(
+        folder, local_files_only=not model.hub, trust_remote_code=model.trust_remote_code
+    )
+    check_parallel(settings.get_text_config(decoder=True), config.tensor_parallel_size)
+    temporary = tempfile.TemporaryDirectory(prefix="ta-vllm-")
+    more, lora = {"enable_prompt_embeds": True} if embeds else {}, None
+    if num_labels:
+        check_head(settings)
+        more = {"runner": "pooling"}
+    if adapter_path is not None:
+        rank = lora_rank(adapter_path, config.adapter_in_vllm == "runtime")
+        if config.adapter_in_vllm == "runtime":
+            lora = adapter_path
+            more |= {
+                "enable_lora": True,
+                "max_lora_rank": next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank),
+            }
+        else:
+            folder = _merge(model, adapter_path, dtype, temporary.name, num_labels)
+    check_tables(folder)
+    if folder != temporary.name:
+        settings.save_pretrained(
+            temporary.name
+        )  # vLLM looks for it beside the tokenizer, and waits
+    tokenizer.save_pretrained(temporary.name)  # with its new tokens, wherever the weights lie
+    llm = _start(folder, temporary.name, dtype, config, model, seed, more, cuda)
+    limits = [
+        n
+        for n in (
+            context_of(settings),
+            config.max_model_len,
+            llm.llm_engine.model_config.max_model_len,
+        )
+        if n
+    ]
+    request = None
+    if lora is not None:
+        from vllm.lora.request import LoRARequest
+
+        request = LoRARequest("adapter", 1, str(Path(lora).resolve()))
+    vocabulary = llm.llm_engine.model_config.get_vocab_size()
+    return Engine(llm, tokenizer, vocabulary, min(limits), request, temporary)
+
+
+def _start(
+    folder: str,
+    tokenizer: str,
+    dtype: str,
+    config: VllmConfig,
+    model: ModelConfig,
+    seed: int,
+    more: dict,
+    cuda: bool,
+):
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if not cuda and config.tensor_parallel_size == 1:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # a minute less to start
+    memory = config.kv_cache_gb if config.kv_cache_gb is not None or cuda else 1.0
+    if memory is not None:
+        more = more | {"kv_cache_memory_bytes": int(memory * 2**30)}
+    try:
+        from vllm import LLM
+
+        return LLM(
+            model=folder,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            seed=seed,
+            tensor_parallel_size=config.tensor_parallel_size,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            max_model_len=config.max_model_len,
+            enforce_eager=config.enforce_eager or not cuda,
+            generation_config="vllm",  # a model's own sampling settings must not leak in
+            trust_remote_code=model.trust_remote_code,
+            **more,
+        )
+    except (
+        ValueError,
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+        KeyError,
+        ImportError,
+    ) as error:
+        why = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        raise ValueError(f"vLLM does not run {folder}: {why.strip()}; --engine hf may") from error
+
+
+def _merge(model: ModelConfig, adapter_path: str, dtype: str, folder: str, num_labels: int) -> str:
+    import torch
+
+    from ta.model.adapters import load_adapter, merge_adapter
+    from ta.model.load import load_model
+
+    base = load_model(model, "seq_cls", num_labels) if num_labels else load_model(model)
+    merged = merge_adapter(load_adapter(base, adapter_path))
+    for (
+        parameter
+    ) in merged.parameters():  # not .to(dtype), which would round the rotary frequencies as well
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+    merged.save_pretrained(folder)
+    return folder
+
+
+def generate_vllm(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    config: GenerateConfig,
+    stop_ids: Collection[int],
+    on_answer: Callable[[int, list[Answer]], None] | None = None,
+    keys: Sequence[int] | None = None,
+    embeds: Sequence[Tensor] | None = None,
+) -> list[list[Answer]]:
+    """ta.generation.generate.generate on a running vLLM: the same answers when greedy (to rounding); sampling has other random numbers, seeded alike.
+
+    embeds: for each prompt (L, D) in place of its tokens' embeddings, on an engine opened for them.
+    """
+    check_settings(config)
+    refuse_settings(config, stop_ids, engine.tokenizer.eos_token_id, embeds is not None)
+    check_prompts(
+        prompts, engine.vocabulary, engine.context
+    )  # an exception inside an engine's step would hang the next call
+    limits = [min(config.max_new_tokens, engine.context - len(prompt)) for prompt in prompts]
+    ending = Ending(engine.tokenizer, frozenset(stop_ids), config)
+    run = _sample if config.beams == 1 else _search
+    answers: list[list[Answer]] = []
+    at_once = max(1, AT_ONCE // max(config.num_answers, config.beams))
+    for start in range(0, len(prompts), at_once):
+        part = range(start, min(start + at_once, len(prompts)))
+        numbers = [i if keys is None else keys[i] for i in part]
+        given = [
+            {"prompt_token_ids": list(prompts[i])}
+            if embeds is None
+            else {"prompt_embeds": embeds[i].cpu()}
+            for i in part
+        ]
+        for i, found in zip(
+            part,
+            run(engine, given, [limits[i] for i in part], config, stop_ids, numbers),
+            strict=True,
+        ):
+            answers.append([ending.answer(ids, logprobs) for ids, logprobs in found])
+            if on_answer is not None:
+                on_answer(i, answers[-1])
+    return answers
+
+
+def _sample(
+    engine, prompts, limits, config, stop_ids, numbers
+) -> list[list[tuple[list[int], list[float]]]]:
+    from vllm import SamplingParams
+
+    requests, parameters = [], []
+    for prompt, limit, number in zip(prompts, limits, numbers, strict=True):
+        for k in range(config.num_answers):
+            seed = hashlib.blake2b(f"{config.seed} {number} {k}".encode(), digest_size=4).digest()
+            requests.append(prompt)
+            parameters.append(
+                SamplingParams(
+                    max_tokens=limit,
+                    temperature=config.temperature,
+                    top_p=config.top_p,
+                    top_k=config.top_k,
+                    repetition_penalty=config.repetition_penalty,
+                    seed=int.from_bytes(seed) if config.temperature else None,
+                    stop=list(config.stop_strings),
+                    stop_token_ids=sorted(stop_ids),
+                    ignore_eos=True,  # the ids given end an answer, and no others
+                    detokenize=bool(config.stop_strings),
+                    skip_special_tokens=False,
+                    logprobs=0,
+                )
+            )
+    done = engine.llm.generate(requests, parameters, lora_request=engine.lora, use_tqdm=False)
+    found = []
+    for request in done:
+        ids = list(request.outputs[0].token_ids)
+        chosen = [
+            step[token].logprob
+            for token, step in zip(ids, request.outputs[0].logprobs, strict=True)
+        ]
+        found.append((ids, chosen))
+    return [found[i : i + config.num_answers] for i in range(0, len(found), config.num_answers)]
+
+
+def _search(
+    engine, prompts, limits, config, stop_ids, numbers
+) -> list[list[tuple[list[int], list[float]]]]:
+    from vllm.sampling_params import BeamSearchParams
+
+    found: list[list] = [[] for _ in prompts]
+    for limit in sorted(set(limits)):
+        chosen = [i for i, own in enumerate(limits) if own == limit]
+        parameters = BeamSearchParams(
+            beam_width=config.beams, max_tokens=limit, ignore_eos=not stop_ids
+        )
+        requests = [prompts[i] for i in chosen]
+        for i, result in zip(
+            chosen,
+            engine.llm.beam_search(requests, parameters, lora_request=engine.lora),
+            strict=True,
+        ):
+            for beam in result.sequences[: config.num_answers]:
+                ids = list(beam.tokens[len(prompts[i]["prompt_token_ids"]) :])
+                found[i].append(
+                    (
+                        ids,
+                        [
+                            step[token].logprob
+                            for token, step in zip(ids, beam.logprobs, strict=True)
+                        ],
+                    )
+                )
+    return found
+
+
+def score_vllm(engine: Engine, sequences: Sequence[Tokens]) -> list[list[float]]:
+    """ta.model.inference.scorer on an engine opened with `num_labels`: the C scores of each sequence at its last token, before any softmax."""
+    from vllm import PoolingParams
+
+    check_prompts([tokens.ids for tokens in sequences], engine.vocabulary, engine.context, room=0)
+    requests = [{"prompt_token_ids": list(tokens.ids)} for tokens in sequences]
+    plain = PoolingParams(use_activation=False)
+    return [
+        done.outputs.data.double().tolist()
+        for done in engine.llm.encode(requests, plain, pooling_task="classify", use_tqdm=False)
+    ]

@@ -1,0 +1,1 @@
+"""Pictures and sounds: encoders, projectors, features."""

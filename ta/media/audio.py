@@ -1,0 +1,146 @@
+"""Sound from disk to arrays: wav files to mono float samples at 16 kHz, and the two published spectrograms."""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+import wave
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import WhisperFeatureExtractor
+
+RATE = 16_000
+MAX_SECONDS = 600.0
+
+
+def read_audio(path: str | Path, rate: int = RATE, max_seconds: float = MAX_SECONDS) -> np.ndarray:
+    """Decode a PCM wav file (8, 16, 24 or 32 bits) to (N,) float32 in [-1, 1]: channels averaged, resampled to `rate` Hz.
+
+    The length is read from the header and checked against `max_seconds` before anything is decoded. ValueError names the path of what is
+    missing, empty, too long, cut short or no such file.
+    """
+    if not os.path.exists(path):
+        raise ValueError(f"{path}: no such file; check the media root and the path in the record")
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{path} is not a regular file; give a wav file")
+    with open(path, "rb") as file:
+        try:
+            sound = wave.open(file)  # noqa: SIM115 (it closes with the file)
+        except (wave.Error, EOFError) as error:
+            raise ValueError(
+                f"{path}: not a PCM wav file ({error or 'cut short'}); convert it to 16-bit PCM wav"
+            ) from error
+        channels, width, given_rate, count = sound.getparams()[:4]
+        if given_rate < 1 or channels < 1 or width not in (1, 2, 3, 4):
+            raise ValueError(
+                f"{path}: {channels} channels of {width} bytes at {given_rate} Hz; convert it to 16-bit PCM wav"
+            )
+        if count < 1:
+            raise ValueError(f"{path}: no samples in it; remove it or record it again")
+        if count / given_rate > max_seconds:
+            raise ValueError(
+                f"{path}: {count / given_rate:.1f} s of sound, the limit is {max_seconds:g} s; cut it into pieces"
+            )
+        data = sound.readframes(count)
+    if len(data) != count * channels * width:
+        raise ValueError(
+            f"{path}: cut short: {len(data)} bytes of sound, its header promises {count * channels * width}"
+        )
+    return resample(
+        _samples(data, width).reshape(count, channels).mean(axis=1), given_rate, rate
+    ).astype(np.float32)
+
+
+def _samples(data: bytes, width: int) -> np.ndarray:
+    """Little-endian PCM to float64 in [-1, 1]; 8-bit wav is unsigned, the wider ones are signed."""
+    if width == 1:
+        return np.frombuffer(data, np.uint8).astype(np.float64) / 128 - 1
+    raw = np.frombuffer(data, np.uint8).reshape(-1, width)
+    wide = np.zeros((len(raw), 4), np.uint8)
+    wide[:, 4 - width :] = raw  # the missing low bytes are zero, the sign stays on top
+    return wide.view("<i4")[:, 0] / float(1 << 31)
+
+
+def resample(samples: np.ndarray, rate: int, to: int, zeros: int = 16) -> np.ndarray:
+    """Change the sampling rate of (N,) by a polyphase filter: a sinc of `zeros` crossings under a Hann window, cut at 0.95 of the lower
+    Nyquist frequency (Smith, Digital Audio Resampling). (ceil(N * to / rate),) float64; a constant stays the same constant."""
+    if rate == to:
+        return samples.astype(np.float64)
+    common = math.gcd(rate, to)
+    up, down = to // common, rate // common  # output n sits at input position n * down / up
+    cutoff = min(1.0, up / down) * 0.95
+    reach = math.ceil(zeros / cutoff)
+    length = math.ceil(len(samples) * up / down)
+    padded = np.pad(samples.astype(np.float64), (reach, reach + down + 1), mode="edge")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1)
+    out = np.empty(length)
+    for phase in range(min(up, length)):
+        start, fraction = divmod(phase * down, up)
+        offset = (
+            np.arange(-reach, reach + 1) - fraction / up
+        )  # input samples before and after this output
+        taps = np.sinc(offset * cutoff) * np.cos(np.pi / 2 * np.clip(offset / reach, -1, 1)) ** 2
+        out[phase::up] = windows[start::down][: len(out[phase::up])] @ (taps / taps.sum())
+    return out
+
+
+def whisper_mels(path: str | Path, extractor: WhisperFeatureExtractor) -> np.ndarray:
+    """Whisper's log-mel spectrogram (mels, frames) float32 of a file, padded with silence; longer than the window is a ValueError."""
+    samples = read_audio(path, extractor.sampling_rate)
+    if len(samples) > extractor.n_samples:
+        seconds = len(samples) / extractor.sampling_rate
+        raise ValueError(
+            f"{path}: {seconds:.1f} s of sound, this encoder hears {extractor.chunk_length} s; cut the file into pieces"
+        )
+    return extractor(samples, sampling_rate=extractor.sampling_rate, return_tensors="np")[
+        "input_features"
+    ][0]
+
+
+def fbank_clips(
+    path: str | Path, mels: int, frames: int, clips: int, seconds: float = 2.0
+) -> np.ndarray:
+    """ImageBind's input (clips, 1, mels, frames) float32: `clips` stretches of `seconds` spread evenly over the file, each as a log filter
+    bank padded with zeros or cut to `frames`, then (x + 4.268) / 9.138 (arXiv 2305.05665, appendix on data)."""
+    samples = read_audio(path)
+    length = round(seconds * RATE)
+    starts = [round(i * max(len(samples) - length, 0) / max(clips - 1, 1)) for i in range(clips)]
+    banks = [kaldi_fbank(samples[start : start + length], mels)[:, :frames] for start in starts]
+    padded = np.stack([np.pad(bank, ((0, 0), (0, frames - bank.shape[1]))) for bank in banks])
+    return ((padded[:, None] + 4.268) / 9.138).astype(np.float32)
+
+
+def kaldi_fbank(samples: np.ndarray, mels: int) -> np.ndarray:
+    """Kaldi's log mel filter bank (mels, frames) of 16 kHz samples: 25 ms Hann windows every 10 ms, mean removed, no dither."""
+    from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
+
+    if len(samples) < 400:
+        samples = np.pad(samples, (0, 400 - len(samples)))  # shorter than one window
+    return spectrogram(
+        samples - samples.mean(),
+        window_function(400, "hann", periodic=False),
+        frame_length=400,
+        hop_length=160,
+        fft_length=512,
+        power=2.0,
+        center=False,
+        preemphasis=0.97,
+        remove_dc_offset=True,
+        mel_filters=mel_filter_bank(
+            257,
+            mels,
+            20,
+            RATE // 2,
+            RATE,
+            norm=None,
+            mel_scale="kaldi",
+            triangularize_in_mel_space=True,
+        ),
+        log_mel="log",
+        mel_floor=float(np.finfo(np.float32).eps),
+    )

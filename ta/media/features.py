@@ -1,0 +1,223 @@
+"""Cached encoder features: made from media files by reader processes and an encoder, read by slices, refused when stale."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ta.files import SETTLED, stamp
+from ta.media.feature_file import FORMAT, FeatureFile, Layout
+from ta.parallel import gather_objects, rank, world
+from ta.train.run_folder import write_text
+
+if TYPE_CHECKING:  # reader processes import this module, and none of them needs torch
+    import numpy as np
+    import torch
+
+
+class Features(NamedTuple):
+    """An open cache: nothing of it is in memory but its header."""
+
+    path: Path
+    fingerprint: str
+    shape: tuple[int, int]  # (F, E) of every tensor
+    hashes: dict[str, str]  # key -> content hash of the file it came from
+    handle: Any  # safetensors' memory-mapped reader
+
+
+class Extracted(NamedTuple):
+    """What `extract` did."""
+
+    done: int  # features in the published file
+    encoded: int  # of these, encoded by this call; the others were found half done
+    skipped: list[tuple[str, str]]  # (key, why)
+
+
+def content_hash(path: str | Path) -> str:
+    """BLAKE2b (128 bits, hex) of a file's bytes, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def content_hashes(files: Sequence[Path], notes: Path) -> list[str]:
+    """`content_hash` of each file. `notes`, a JSON file, remembers them by path and stamp, so that only what changed is read again; processes
+    read a share each, and all must call this alike."""
+    try:
+        known = json.loads(notes.read_text())
+    except (FileNotFoundError, ValueError):  # a torn file of notes is as good as none
+        known = {}
+    stamps = [stamp(str(file)) for file in files]
+    new = [i for i, file in enumerate(files) if known.get(str(file), [None])[0] != stamps[i]]
+    read = {i: content_hash(files[i]) for i in new[rank() :: world()]}
+    found = {i: value for part in gather_objects(read) for i, value in part.items()}
+    settled = {
+        str(files[i]): [stamps[i], value]
+        for i, value in found.items()
+        if time.time_ns() - max(stamps[i][1:3]) > SETTLED
+    }
+    if settled and rank() == 0:
+        notes.parent.mkdir(parents=True, exist_ok=True)
+        write_text(notes, json.dumps(known | settled))
+    return [found.get(i) or known[str(file)][1] for i, file in enumerate(files)]
+
+
+def read_features(path: str | Path, fingerprint: str | None = None) -> Features:
+    """Open a cache; ValueError if it is no cache or another encoder (or other settings) made it. `fingerprint` None takes any encoder's."""
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file; make the cache with recipes/preprocess_images.py")
+    try:
+        handle = safe_open(str(path), framework="pt")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: not a safetensors file ({error}); make the cache with recipes/preprocess_images.py"
+        ) from error
+    info = handle.metadata() or {}
+    if info.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} is a safetensors file, but not a cache of features; make one with recipes/preprocess_images.py"
+        )
+    if fingerprint not in (None, info["fingerprint"]):
+        raise ValueError(
+            f"{path} was made by another encoder or other settings ({info['fingerprint'][:12]}, this encoder is {fingerprint[:12]}); "
+            "make it again with this encoder, or give the encoder that made it"
+        )
+    rows, width = json.loads(info["shape"])
+    return Features(
+        Path(path),
+        info["fingerprint"],
+        (rows, width),
+        dict(zip(sorted(handle.keys()), info["hashes"].split(), strict=True)),
+        handle,
+    )
+
+
+def take(features: Features, keys: Sequence[str]) -> torch.Tensor:
+    """(I, F, E) features of `keys` in their order, read from the file; ValueError names a key that is not in the cache."""
+    import torch
+
+    for key in keys:
+        if key not in features.hashes:
+            raise ValueError(
+                f"{key!r} is not among the {len(features.hashes)} files of the cache {features.path}; preprocess it too"
+            )
+    return (
+        torch.stack([features.handle.get_tensor(key) for key in keys])
+        if keys
+        else torch.empty(0, *features.shape)
+    )
+
+
+def check_features(
+    features: Features, paths: Mapping[str, Path], hashes: Mapping[str, str] | None = None
+) -> None:
+    """ValueError unless every file of `paths` {key: file} is in the cache with the content that was encoded; `hashes` where they are known."""
+    absent = [key for key in paths if key not in features.hashes]
+    if absent:
+        raise ValueError(
+            f"{features.path}: {len(absent)} of {len(paths)} files are not in the cache, the first is {absent[0]!r}; preprocess them"
+        )
+    hashes = hashes or {key: content_hash(path) for key, path in paths.items()}
+    changed = [key for key, value in hashes.items() if value != features.hashes[key]]
+    if changed:
+        raise ValueError(
+            f"{features.path} is stale: {len(changed)} of {len(paths)} files changed since, the first is {changed[0]!r}; make it again"
+        )
+
+
+def extract(
+    out: str | Path,
+    paths: Mapping[str, Path],
+    read: Callable[[Path], np.ndarray],
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    layout: Layout,
+    batch_size: int = 32,
+    workers: int = 0,
+    skip_bad: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    overwrite: bool = False,
+) -> Extracted:
+    """Encode the files of `paths` {key: file} into the cache `out`, going on where an interrupted call stopped; memory does not grow with them.
+
+    `read` (run in `workers` processes; 0 reads here) gives one input, `encode` takes a batch of them to (I, F, E). A file that `read` refuses
+    with ValueError ends the call, or with `skip_bad` is counted. `progress(done, total)` is called after every batch. An `out` that exists is
+    replaced at the end where `overwrite` says so.
+    """
+    import torch
+
+    if Path(out).exists() and not overwrite:
+        raise ValueError(f"{out} exists; remove it, or give another path")
+    if workers < 0 or batch_size < 1:
+        raise ValueError(
+            f"workers {workers}, batch size {batch_size}: give 0 or more workers and a batch of 1 or more"
+        )
+    skipped: list[tuple[str, str]] = []
+    with FeatureFile(Path(out), layout, paths) as partial:
+        found = len(partial.hashes)
+        batch: list[tuple[str, str, np.ndarray]] = []
+        left = [(key, path) for key, path in paths.items() if key not in partial.hashes]
+
+        def flush() -> None:
+            """Encode and write what has been read."""
+            if batch:
+                keys, hashes, inputs = zip(*batch, strict=True)
+                partial.append(
+                    keys, hashes, encode(torch.stack([torch.from_numpy(x) for x in inputs]))
+                )
+                batch.clear()
+            if progress is not None:
+                progress(len(partial.hashes) + len(skipped), len(paths))
+
+        for key, content, value, reason in _read_all(left, read, workers):
+            if reason is not None and not skip_bad:
+                raise ValueError(reason)
+            if reason is not None:
+                skipped.append((key, reason))
+            else:
+                batch.append((key, content, value))
+                if len(batch) == batch_size:
+                    flush()
+        flush()
+        if not partial.hashes:
+            raise ValueError(
+                f"{out}: none of the {len(paths)} files could be encoded"
+                + (f"; the first: {skipped[0][1]}" if skipped else "")
+            )
+        partial.publish()
+        return Extracted(len(partial.hashes), len(partial.hashes) - found, skipped)
+
+
+Read = tuple[str, str, Any, str | None]  # key, content hash, input, why it could not be read
+
+
+def _read_one(read: Callable[[Path], np.ndarray], key: str, path: Path) -> Read:
+    try:
+        return key, content_hash(path), read(path), None
+    except ValueError as error:
+        return key, "", None, str(error)
+
+
+def _read_all(
+    left: Iterable[tuple[str, Path]], read: Callable[[Path], np.ndarray], workers: int
+) -> Iterator[Read]:
+    """Read in order, a few ahead in each of `workers` fresh processes; a forked one would inherit torch's threads."""
+    if workers == 0:
+        yield from (_read_one(read, key, path) for key, path in left)
+        return
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        ahead: deque = deque()
+        for key, path in left:
+            ahead.append(pool.submit(_read_one, read, key, path))
+            if len(ahead) > 8 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()

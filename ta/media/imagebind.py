@@ -1,0 +1,279 @@
+"""ImageBind's picture and sound trunks (arXiv 2305.05665) in plain torch, with weights converted from the published checkpoint's names.
+
+The published model pools each trunk to one joint embedding. Language models read more from the patches, so `tokens` gives every patch after the
+head's layer norm, where the published head would pick the class token; `embedding` gives the published joint embedding of unit length
+(without the fixed logit scale that training multiplied onto it), one token that means the same for pictures and sounds.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class TrunkConfig:
+    modality: Literal["image", "audio"] = "image"
+    """what the trunk reads"""
+    output: Literal["tokens", "embedding"] = "tokens"
+    """every patch of the last layer, or the one joint embedding"""
+    width: int = 1280
+    """channels"""
+    depth: int = 32
+    """blocks"""
+    heads: int = 16
+    """attention heads"""
+    joint_dim: int = 1024
+    """width of the joint embedding"""
+    size: tuple[int, int] = (224, 224)
+    """input height and width: pixels, or mel bins and frames"""
+    kernel: int = 14
+    """patch edge"""
+    stride: int = 14
+    """distance of patches; sound patches overlap"""
+    clips: int = 1
+    """stretches of a sound; their patches follow one another, their embeddings are averaged"""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches of one clip."""
+        return tuple((edge - self.kernel) // self.stride + 1 for edge in self.size)
+
+
+IMAGE_HUGE = TrunkConfig()
+AUDIO_HUGE = TrunkConfig(
+    "audio", width=768, depth=12, heads=12, size=(128, 204), kernel=16, stride=10, clips=3
+)
+
+
+class Attention(nn.Module):
+    """Full self-attention; with `extra`, every sequence gets one learned key and value more (add_bias_kv of torch's own module)."""
+
+    def __init__(self, width: int, heads: int, extra: bool):
+        super().__init__()
+        self.heads = heads
+        self.inputs = nn.Linear(width, 3 * width)
+        self.output = nn.Linear(width, width)
+        self.extra = nn.Parameter(torch.zeros(2, width)) if extra else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.inputs(x).chunk(3, dim=-1)  # (B, T, D) each
+        if self.extra is not None:
+            key, value = (
+                torch.cat([seen, more.expand(len(x), 1, -1)], dim=1)
+                for seen, more in zip((key, value), self.extra, strict=True)
+            )
+        split = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value)
+        )  # (B, heads, T, D / heads)
+        return self.output(F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int, extra: bool):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width, eps=1e-6)
+        self.attention = Attention(width, heads, extra)
+        self.mlp_norm = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Trunk(nn.Module):
+    """Patches, class token, blocks, head. Pictures: (I, 3, H, W), seen as two equal video frames. Sounds: (I, clips, 1, mels, frames)."""
+
+    def __init__(self, config: TrunkConfig):
+        super().__init__()
+        self.config = config
+        width, kernel, image = config.width, config.kernel, config.modality == "image"
+        patches = config.grid[0] * config.grid[1]
+        if image:
+            self.stem = nn.Conv3d(
+                3, width, (2, kernel, kernel), (2, config.stride, config.stride), bias=False
+            )
+        else:
+            self.stem = nn.Conv2d(1, width, kernel, config.stride, bias=False)
+        self.stem_norm = nn.Identity() if image else nn.LayerNorm(width)
+        self.class_token = nn.Parameter(torch.randn(1, 1, width) * width**-0.5)
+        self.positions = nn.Parameter(torch.randn(1, patches + 1, width) * width**-0.5)
+        self.norm = nn.LayerNorm(width, eps=1e-6) if image else nn.Identity()
+        self.blocks = nn.ModuleList(
+            Block(width, config.heads, extra=not image) for _ in range(config.depth)
+        )
+        self.head_norm = nn.LayerNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, config.joint_dim, bias=False)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of one picture or sound."""
+        return (
+            self.config.clips * self.config.grid[0] * self.config.grid[1]
+            if self.config.output == "tokens"
+            else 1
+        )
+
+    @property
+    def out_dim(self) -> int:
+        """Width of a token."""
+        return self.config.width if self.config.output == "tokens" else self.config.joint_dim
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(I, n_tokens, out_dim)."""
+        return (
+            self.tokens(inputs)
+            if self.config.output == "tokens"
+            else self.embedding(inputs)[:, None]
+        )
+
+    def tokens(self, inputs: Tensor) -> Tensor:
+        """(I, clips * patches, width): patches after the head's layer norm, row by row, clip after clip."""
+        states = self._states(inputs)[:, 1:]
+        return states.reshape(len(inputs), -1, self.config.width)
+
+    def embedding(self, inputs: Tensor) -> Tensor:
+        """(I, joint_dim): the joint embedding, unit length for each clip, averaged over clips as published."""
+        joint = F.normalize(self.head(self._states(inputs)[:, 0]), dim=-1)
+        return joint.reshape(len(inputs), -1, self.config.joint_dim).mean(dim=1)
+
+    def _states(self, inputs: Tensor) -> Tensor:
+        still = self.config.modality == "image"
+        x = (
+            inputs[:, :, None].expand(-1, -1, 2, -1, -1) if still else inputs.flatten(0, 1)
+        )  # two equal frames, or (I * clips, 1, mels, frames)
+        x = self.stem_norm(self.stem(x).flatten(2).transpose(1, 2))  # (B, patches, D)
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1) + self.positions
+        x = self.norm(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head_norm(x)  # (I or I * clips, 1 + patches, D)
+
+
+_SECTIONS = {"image": "vision", "audio": "audio"}
+_RENAMES = [
+    (r"modality_preprocessors\.M\.cls_token", "class_token"),
+    (r"modality_preprocessors\.M\.pos_embedding_helper\.pos_embed", "positions"),
+    (r"modality_preprocessors\.M\.rgbt_stem\.proj\.(?:1\.)?weight", "stem.weight"),
+    (r"modality_preprocessors\.M\.rgbt_stem\.norm_layer\.(weight|bias)", r"stem_norm.\1"),
+    (r"modality_trunks\.M\.pre_transformer_layer\.0\.(weight|bias)", r"norm.\1"),
+    (r"modality_trunks\.M\.blocks\.(\d+)\.norm_1\.(weight|bias)", r"blocks.\1.attention_norm.\2"),
+    (
+        r"modality_trunks\.M\.blocks\.(\d+)\.attn\.in_proj_(weight|bias)",
+        r"blocks.\1.attention.inputs.\2",
+    ),
+    (
+        r"modality_trunks\.M\.blocks\.(\d+)\.attn\.out_proj\.(weight|bias)",
+        r"blocks.\1.attention.output.\2",
+    ),
+    (r"modality_trunks\.M\.blocks\.(\d+)\.attn\.bias_([kv])", r"blocks.\1.attention.extra.\2"),
+    (r"modality_trunks\.M\.blocks\.(\d+)\.norm_2\.(weight|bias)", r"blocks.\1.mlp_norm.\2"),
+    (r"modality_trunks\.M\.blocks\.(\d+)\.mlp\.fc1\.(weight|bias)", r"blocks.\1.mlp.0.\2"),
+    (r"modality_trunks\.M\.blocks\.(\d+)\.mlp\.fc2\.(weight|bias)", r"blocks.\1.mlp.2.\2"),
+    (r"modality_heads\.M\.0\.(weight|bias)", r"head_norm.\1"),
+    (r"modality_heads\.M\.2\.weight", "head.weight"),
+]
+
+
+def convert_names(names: Iterable[str], modality: str) -> dict[str, str]:
+    """{published name: ours} of the weights of one modality; other modalities and the logit scale are left out.
+
+    Names as in imagebind_huge.pth of github.com/facebookresearch/ImageBind. bias_k and bias_v become the two rows of `attention.extra`.
+    """
+    rules = [
+        (re.compile(pattern.replace("M", _SECTIONS[modality], 1)), ours)
+        for pattern, ours in _RENAMES
+    ]
+    return {
+        name: match.expand(ours)
+        for name in names
+        for pattern, ours in rules
+        if (match := pattern.fullmatch(name))
+    }
+
+
+def convert_weights(published: Mapping[str, Tensor], modality: str) -> dict[str, Tensor]:
+    """The published state dict's weights of one modality under our names."""
+    named = {
+        ours: published[name].float().contiguous()
+        for name, ours in convert_names(published, modality).items()
+    }
+    for name in [name for name in named if name.endswith("extra.k")]:
+        rows = [named.pop(name).flatten(), named.pop(f"{name[:-1]}v").flatten()]
+        named[name[:-2]] = torch.stack(rows)
+    return named
+
+
+def convert_checkpoint(checkpoint: str | Path, folder: str | Path, config: TrunkConfig) -> None:
+    """Write the trunk that `config` describes from a published .pth file as `folder`/model.safetensors and config.json.
+
+    Only tensors are unpickled (weights_only). ValueError if the file is none, or its weights do not fit `config`.
+    """
+    from safetensors.torch import save_file
+
+    if not Path(checkpoint).is_file():
+        raise ValueError(f"{checkpoint}: no such file; give the published imagebind_huge.pth")
+    try:
+        published = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError and more for what is no checkpoint
+        raise ValueError(
+            f"{checkpoint}: not a checkpoint of weights alone ({error}); give the published imagebind_huge.pth"
+        ) from error
+    weights = convert_weights(published, config.modality)
+    with torch.device("meta"):
+        _check(Trunk(config), weights, checkpoint)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(weights, str(Path(folder) / "model.safetensors"))
+    (Path(folder) / "config.json").write_text(
+        json.dumps({"model_type": "imagebind", **asdict(config)}, indent=2) + "\n"
+    )
+
+
+def load_trunk(folder: str | Path) -> Trunk:
+    """The trunk in a converted folder, strictly: every weight present with its shape, none left over."""
+    from safetensors.torch import load_file
+
+    paths = Path(folder) / "config.json", Path(folder) / "model.safetensors"
+    given = json.loads(paths[0].read_text()) if paths[0].is_file() else {}
+    if given.pop("model_type", None) != "imagebind" or not paths[1].is_file():
+        raise ValueError(
+            f"{folder}: no converted ImageBind trunk; make one with convert_checkpoint from imagebind_huge.pth"
+        )
+    try:
+        config = TrunkConfig(**{**given, "size": tuple(given["size"])})
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{paths[0]}: not the config of a trunk ({error}); convert the checkpoint again"
+        ) from error
+    with torch.device("meta"):
+        trunk = Trunk(config)
+    weights = load_file(str(paths[1]))
+    _check(trunk, weights, folder)
+    trunk.load_state_dict(weights, assign=True)
+    return trunk
+
+
+def _check(trunk: Trunk, weights: Mapping[str, Tensor], where: object) -> None:
+    wanted = trunk.state_dict()
+    for name in sorted(wanted.keys() | weights.keys()):
+        have, want = (
+            str(tuple(tensors[name].shape)) if name in tensors else "absent"
+            for tensors in (weights, wanted)
+        )
+        if have != want:
+            raise ValueError(
+                f"{where}: weight {name} is {have}, a {trunk.config.modality} trunk of these sizes wants {want}; give its own sizes"
+            )

@@ -1,0 +1,137 @@
+"""An export in transformers' Llava layout: CLIP or SigLIP, an mlp projector and a language model in one folder, for plain transformers and vLLM."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from ta.media.multimodal import MediaModel
+    from ta.media.settings import Opened
+    from ta.model.load import ChatFormat
+
+TOWERS = {
+    "clip": ("CLIPVisionModel", "default", 1),
+    "siglip": ("SiglipVisionModel", "full", 0),
+}  # class, what is selected, class tokens
+
+
+def check_llava(media: Opened) -> None:
+    """ValueError unless the layout has room for these modalities: pictures alone, through CLIP or SigLIP and an mlp."""
+    if set(media.modalities) != {"image"}:
+        raise ValueError(
+            f"the Llava layout holds pictures alone, this model reads {' and '.join(media.modalities)}; serve it with recipes/generate.py"
+        )
+    settings = media.modalities["image"].settings
+    if settings["encoder"] not in TOWERS or settings["projector"] not in ("mlp", "llava"):
+        raise ValueError(
+            f"the Llava layout holds clip or siglip and an mlp, not {settings['encoder']} and {settings['projector']}; "
+            "serve this model with recipes/generate.py"
+        )
+
+
+def write_llava(folder: Path, media: Opened, model: MediaModel, form: ChatFormat) -> float:
+    """Write `model` into `folder` in the layout; the greatest difference between its logits and ours on one picture.
+
+    ValueError where the language model does not fit the layout.
+    """
+    from ta.model.language_model import base_model
+
+    settings, base = media.modalities["image"].settings, base_model(model.inner)
+    _, select, classes = TOWERS[settings["encoder"]]
+    whole = assembled(settings, base, model.projectors["image"], form.media["image"].id)
+    gap = difference(whole, media, model, form)
+    whole.save_pretrained(folder)
+    _published_names(folder)
+    form.tokenizer.save_pretrained(folder)
+    reader = json.loads((Path(settings["path"]) / "preprocessor_config.json").read_text())
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "image_token": settings["token"],
+        "patch_size": whole.config.vision_config.patch_size,
+        "num_additional_image_tokens": classes,
+        "vision_feature_select_strategy": select,
+    }
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(reader | {"processor_class": "LlavaProcessor"}, indent=1)
+    )
+    (folder / "processor_config.json").write_text(json.dumps(processor, indent=1))
+    return gap
+
+
+def _published_names(folder: Path) -> None:
+    """Call the tower's weights vision_tower.vision_model.*, as published models do: vLLM knows no other name, transformers reads both."""
+    from safetensors.torch import load_file, save_file
+
+    def name(key: str) -> str:
+        rest = key.removeprefix("vision_tower.").removeprefix("vision_model.")
+        return f"vision_tower.vision_model.{rest}" if key.startswith("vision_tower.") else key
+
+    for file in folder.glob("*.safetensors"):
+        save_file(
+            {name(key): tensor for key, tensor in load_file(file).items()}, file, {"format": "pt"}
+        )
+    for file in folder.glob("*.safetensors.index.json"):
+        index = json.loads(file.read_text())
+        index["weight_map"] = {name(key): shard for key, shard in index["weight_map"].items()}
+        file.write_text(json.dumps(index, indent=1))
+
+
+def assembled(settings: dict, base: PreTrainedModel, projector: nn.Module, placeholder: int):
+    """transformers' LlavaForConditionalGeneration of a tower's folder, a language model and an mlp. ValueError where they do not fit."""
+    import transformers
+
+    from ta.media.encoders import load_tower
+
+    kind, select, _ = TOWERS[settings["encoder"]]
+    kind = getattr(transformers, kind)
+    tower = load_tower(
+        kind,
+        Path(settings["path"]),
+        kind.config_class.from_pretrained(settings["path"], local_files_only=True),
+    )
+    config = transformers.LlavaConfig(
+        vision_config=tower.config,
+        text_config=base.config,
+        image_token_index=placeholder,
+        image_seq_length=settings["features"],
+        vision_feature_select_strategy=select,
+        vision_feature_layer=-2,
+    )
+    whole = transformers.LlavaForConditionalGeneration(config).eval()
+    try:
+        whole.model.vision_tower.load_state_dict(tower.state_dict())
+        whole.model.language_model.load_state_dict(base.base_model.state_dict())
+        whole.lm_head.load_state_dict(base.get_output_embeddings().state_dict())
+        for name, layer in zip(("linear_1", "linear_2"), projector.layers[::2], strict=True):
+            getattr(whole.model.multi_modal_projector, name).load_state_dict(layer.state_dict())
+    except RuntimeError as error:
+        why = str(error).splitlines()[-1].strip()
+        raise ValueError(
+            f"{type(base).__name__} does not fit the Llava layout ({why}); serve it with recipes/generate.py"
+        ) from error
+    whole.generation_config = base.generation_config
+    return whole
+
+
+def difference(whole, media: Opened, model: MediaModel, form: ChatFormat) -> float:
+    """Greatest difference between the logits of the two models on one random picture and a few tokens."""
+    import torch
+
+    from ta.media.multimodal import embed_modalities
+    from ta.model.language_model import base_model, own_attention
+
+    modality, slot, base = media.modalities["image"], form.media["image"], base_model(model.inner)
+    edge = whole.config.vision_config.image_size
+    pixels = torch.randn(1, 3, edge, edge, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[1, *[slot.id] * slot.count, 2, 3]])
+    base.set_attn_implementation(own_attention(base))
+    with torch.no_grad():
+        projected = model.projectors["image"](modality.encode(pixels))
+        embeds = embed_modalities(base.get_input_embeddings()(ids), ids, projected, slot.id)
+        ours = base(inputs_embeds=embeds, use_cache=False).logits
+        return (ours - whole(input_ids=ids, pixel_values=pixels).logits).abs().max().item()

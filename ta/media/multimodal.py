@@ -1,0 +1,306 @@
+"""The vision-language module: projected features stand in for placeholders, a language model reads them; what a batch and a prompt need for it.
+
+Letters: B rows, T columns, I pictures or sounds, F features of one, E encoder width, N embeddings of one, L prompt tokens, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ta.data.batch import Batch, lay_out, to_device
+from ta.data.loader import Dress, media_of, name_of
+from ta.data.prepare import Prepared
+from ta.files import cache_folder, hash_json
+from ta.media.features import check_features, content_hashes
+from ta.media.images import media_key, media_path
+from ta.media.projectors import load_projector, projector_of, save_projector
+from ta.media.settings import PROJECTORS, MediaConfig, Opened, encoded, inputs_of
+from ta.model.export import gathered
+from ta.model.language_model import LanguageModel, base_model
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ta.generation.settings import GenerateConfig
+    from ta.media.dialogue import Media
+    from ta.model.load import ChatFormat
+    from ta.train.run import Data
+
+TOKENS_AT_ONCE = 8192  # of prompts that are embedded together
+PROMPTS_AT_ONCE = 256  # whose embeddings are held at one time
+
+
+class MediaBatch(NamedTuple):
+    """A Batch and, for each modality, what stands for its pictures or sounds in the order of the placeholders: their paths until they are read,
+    the encoder's inputs until they are encoded, then features (I, F, E); None where the model has no such modality."""
+
+    seqs: Batch
+    image: Tensor | tuple[str, ...] | None = None
+    audio: Tensor | tuple[str, ...] | None = None
+
+
+def embed_modalities(
+    token_embeds: Tensor, tokens: Tensor, features: Tensor, placeholder_id: int
+) -> Tensor:
+    """token_embeds (B, T, D) with features (I, N, D) in place of the placeholders of tokens (B, T), in order, row by row. (B, T, D)
+
+    ValueError where there are not I * N placeholders.
+    """
+    places = (tokens.flatten() == placeholder_id).nonzero()[:, 0]
+    count = features.shape[0] * features.shape[1]
+    if len(places) != count:
+        raise ValueError(
+            f"{len(places)} placeholders of id {placeholder_id} for {count} embeddings ({features.shape[0]} x {features.shape[1]}): "
+            "every picture or sound needs one placeholder for each of its embeddings"
+        )
+    flat = token_embeds.flatten(0, 1)
+    return flat.index_copy(0, places, features.flatten(0, 1).to(flat.dtype)).view_as(token_embeds)
+
+
+class MediaModel(LanguageModel):
+    """The root module around a language model and its projectors; encoders stay outside, whole on every device, so that what they give is
+    what a cache holds. Its forward takes a MediaBatch, and has one output more: "embeds" (B, T, D)."""
+
+    def __init__(
+        self, language: LanguageModel, projectors: Mapping[str, nn.Module], ids: Mapping[str, int]
+    ):
+        super().__init__(language.inner, language.mode, language.autocast)
+        self.projectors = nn.ModuleDict(projectors)
+        self.ids = dict(ids)  # modality -> placeholder
+
+    def forward(self, batch: MediaBatch, output: str = "sum") -> Tensor:
+        """An output of LanguageModel, or "embeds"."""
+        tokens = batch.seqs.tokens
+        with torch.autocast(
+            tokens.device.type, dtype=self.autocast, enabled=self.autocast is not None
+        ):
+            embeds = base_model(self.inner).get_input_embeddings()(tokens)
+            for name, projector in self.projectors.items():
+                features = getattr(batch, name)
+                embeds = embed_modalities(
+                    embeds,
+                    tokens,
+                    projector(features.to(next(projector.parameters()).dtype)),
+                    self.ids[name],
+                )
+        return embeds if output == "embeds" else super().forward(batch.seqs, output, embeds)
+
+
+def around(
+    opened: Opened, form: ChatFormat, freeze: bool = False, seed: int = 0
+) -> Callable[[LanguageModel], MediaModel]:
+    """What puts projectors around a wrapped language model, and with `freeze` trains them alone. New ones are drawn from `seed`."""
+
+    def put(language: LanguageModel) -> MediaModel:
+        """The language model with its projectors."""
+        table = base_model(language.inner).get_input_embeddings()
+        if freeze:
+            language.requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            projectors = {
+                name: projector_of(modality.settings, table.weight.shape[1])
+                for name, modality in opened.modalities.items()
+            }
+        for name, modality in opened.modalities.items():
+            if modality.projector_path:
+                load_projector(projectors[name], modality.projector_path)
+        model = MediaModel(
+            language, projectors, {name: slot.id for name, slot in form.media.items()}
+        )
+        model.projectors.to(
+            "cpu" if table.weight.is_meta else table.weight.device, table.weight.dtype
+        )
+        return model
+
+    return put
+
+
+def seeing(opened: Opened, form: ChatFormat, model: nn.Module) -> MediaModel:
+    """A loaded transformers model (or its Table) with its projectors, for use without training."""
+    return around(opened, form)(LanguageModel(model, "packed")).requires_grad_(False).eval()
+
+
+class Table(nn.Module):
+    """A language model's embedding table without the model, for an engine that holds the model elsewhere."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.table = base_model(model).get_input_embeddings()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.table
+
+
+def answer_media(
+    opened: Opened,
+    model: MediaModel,
+    engine: Callable,
+    prompts: Sequence[Sequence[int]],
+    config: GenerateConfig,
+    stop_ids: Collection[int],
+    media: Sequence[Media],
+    on_answer: Callable[[int, list], None] | None = None,
+    keys: Sequence[int] | None = None,
+) -> list[list]:
+    """`engine` (generate or generate_vllm with its model) on prompts with pictures and sounds, a part of them at a time, so that memory does not
+    grow with their number; their embeddings are those of `model`."""
+    keys = range(len(prompts)) if keys is None else keys
+    answers: list[list] = []
+    for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+        part = slice(start, start + PROMPTS_AT_ONCE)
+        embeds = list(embed_prompts(opened, model, prompts[part], media[part]))
+        told = on_answer and (lambda i, found, start=start: on_answer(start + i, found))
+        answers += engine(
+            prompts[part], config, stop_ids, on_answer=told, keys=keys[part], embeds=embeds
+        )
+    return answers
+
+
+def projector_lr(config: MediaConfig, model_path: str, lr: float) -> float:
+    """The peak learning rate of the projectors: 1e-3 for new ones before a language model that knows its language (LLaVA's), else its own."""
+    if config.projector_lr is not None:
+        if config.projector_lr <= 0:
+            raise ValueError(f"--projector-lr {config.projector_lr}: give a learning rate above 0")
+        return config.projector_lr
+    given = config.image_projector_path or config.audio_projector_path
+    return lr if given or model_path.startswith("builtin") else 1e-3
+
+
+def identity(opened: Opened, config: MediaConfig, data: Data) -> dict[str, Any]:
+    """What must not differ when a run is resumed: encoders, projectors, what is frozen, and the content of every picture and sound.
+
+    ValueError where the content of one is not what its cache was made from.
+    """
+    settings = {
+        name: {k: v for k, v in m.settings.items() if k != "path"}
+        for name, m in opened.modalities.items()
+    }
+    found = [content_of(opened, prepared) for prepared in (data.train, data.held_out) if prepared]
+    return {
+        "modalities": settings,
+        "freeze_language_model": config.freeze_language_model,
+        "media": found,
+    }
+
+
+def content_of(opened: Opened, prepared: Prepared) -> str:
+    """Hash of the content of all pictures and sounds; all processes take part. ValueError names the record whose file is gone, or is not what a
+    cache was made from."""
+    places: dict[tuple[str, str], int] = {}  # (modality, path) -> the first record that has it
+    for record in range(len(prepared.origin)):
+        for item in media_of(prepared, record):
+            places.setdefault(item, record)
+    content = []
+    for name, modality in opened.modalities.items():
+        paths = {path: record for (kind, path), record in places.items() if kind == name}
+        files = {
+            path: _named(prepared, record, media_path, modality.root, path)
+            for path, record in paths.items()
+        }
+        notes = (
+            cache_folder("")
+            / "hashes"
+            / f"media-{hash_json(str(Path(modality.root).resolve()))[:32]}.json"
+        )
+        hashes = dict(zip(files, content_hashes(list(files.values()), notes), strict=True))
+        content += hashes.values()
+        for path, record in paths.items() if modality.cache else ():
+            key = media_key(path)
+            _named(
+                prepared,
+                record,
+                check_features,
+                modality.cache,
+                {key: files[path]},
+                {key: hashes[path]},
+            )
+    return hash_json(sorted(content))
+
+
+def _named(prepared: Prepared, record: int, work: Callable, *given: Any) -> Any:
+    """What `work` gives; its ValueError names the record."""
+    try:
+        return work(*given)
+    except ValueError as error:
+        raise ValueError(f"{name_of(prepared, record)}: {error}") from error
+
+
+def dress(opened: Opened, prepared: Prepared, read: bool = True) -> Dress:
+    """What makes a MediaBatch of a Batch and its records. With `read` files or cache are read here, in the thread that lays batches out;
+    else `fill` does it, so that a list of batches holds paths only. ValueError names the record whose file cannot be read."""
+
+    def make(batch: Batch, records: np.ndarray) -> MediaBatch:
+        values: dict[str, Any] = {name: [] for name in opened.modalities}
+        for record in records:
+            for name, path in media_of(prepared, int(record)):
+                values[name].append(
+                    _named(prepared, int(record), inputs_of, opened.modalities[name], path)
+                    if read
+                    else path
+                )
+        return MediaBatch(
+            batch,
+            **{
+                name: torch.stack(found) if read and found else tuple(found)
+                for name, found in values.items()
+            },
+        )
+
+    return make
+
+
+def fill(opened: Opened, batch: MediaBatch) -> MediaBatch:
+    """The batch with features in the place of paths or inputs, on the device of its tokens."""
+    device = batch.seqs.tokens.device
+    found = {}
+    for name, modality in opened.modalities.items():
+        values = getattr(batch, name)
+        if isinstance(values, tuple):
+            values = torch.stack([inputs_of(modality, path) for path in values]) if values else None
+        found[name] = encoded(modality, values).to(device)
+    return batch._replace(**found)
+
+
+def embed_prompts(
+    opened: Opened, model: MediaModel, prompts: Sequence[Sequence[int]], media: Sequence[Media]
+) -> Iterator[Tensor]:
+    """(L, D) of each prompt: its tokens' embeddings with its pictures and sounds in place; every process must call it alike."""
+    device = next(model.parameters()).device
+    start = 0
+    while start < len(prompts):
+        stop, total = start + 1, len(prompts[start])
+        while stop < len(prompts) and total + len(prompts[stop]) <= TOKENS_AT_ONCE:
+            total, stop = total + len(prompts[stop]), stop + 1
+        ids = [torch.tensor(prompt).numpy() for prompt in prompts[start:stop]]
+        batch = lay_out(ids, [torch.zeros(len(x)).numpy() for x in ids])
+        paths = {
+            name: tuple(
+                path for items in media[start:stop] for found, path in items if found == name
+            )
+            for name in opened.modalities
+        }
+        with torch.no_grad():
+            embeds = model(
+                fill(opened, to_device(MediaBatch(batch, **paths), device)), "embeds"
+            )  # (1, T, D)
+        yield from embeds[0].split(list(batch.lengths))
+        start = stop
+
+
+def write_parts(opened: Opened, model: MediaModel) -> Callable[[Path], None]:
+    """What writes projectors and media.json into an export's folder; every process must call this, and rank 0 what it gives."""
+    state = {name: gathered(projector) for name, projector in model.projectors.items()}
+
+    def write(folder: Path) -> None:
+        (folder / PROJECTORS).mkdir()
+        for name, projector in model.projectors.items():
+            save_projector(projector, folder / PROJECTORS / f"{name}.safetensors", state[name])
+        opened.write(folder)
+
+    return write

@@ -1,0 +1,218 @@
+"""Projectors: small trained networks that turn an encoder's features (I, F, E) into a language model's embeddings (I, N, D)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU, position by position, as LLaVA 1.5 (section 3.2 of arXiv 2310.03744): N is F."""
+
+    def __init__(
+        self, emb_dim: int, n_in: int, dim: int, n_out: int, grid: tuple[int, int] | None = None
+    ):
+        super().__init__()
+        if n_out != n_in:
+            raise ValueError(
+                f"projector mlp gives as many tokens as the encoder, {n_in}, not {n_out}; set n_modality_embeddings to {n_in}"
+            )
+        self.layers = nn.Sequential(nn.Linear(emb_dim, dim), nn.GELU(), nn.Linear(dim, dim))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(features)  # (I, F, D)
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """Layer norm over the channels of (I, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class SqueezeExcite(nn.Module):
+    """Scale every channel by a gate computed from the channels' means over the picture (arXiv 1709.01507)."""
+
+    def __init__(self, channels: int, squeezed: int):
+        super().__init__()
+        self.gate = nn.Sequential(
+            nn.Linear(channels, squeezed), nn.SiLU(), nn.Linear(squeezed, channels), nn.Sigmoid()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x.mean(dim=(2, 3)))[:, :, None, None]
+
+
+class Bottleneck(nn.Module):
+    """RegNet-Y block (arXiv 2003.13678) with depthwise convolution, layer norm and SiLU, as the C-Abstractor stacks them."""
+
+    def __init__(self, channels_in: int, channels: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels_in, channels, 1, bias=False),
+            LayerNorm2d(channels, eps=1e-6),
+            nn.SiLU(),
+            nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
+            LayerNorm2d(channels, eps=1e-6),
+            nn.SiLU(),
+            SqueezeExcite(channels, max(1, round(channels_in / 4))),
+            nn.Conv2d(channels, channels, 1, bias=False),
+            LayerNorm2d(channels, eps=1e-6),
+        )
+        same = channels_in == channels
+        shortcut = nn.Sequential(
+            nn.Conv2d(channels_in, channels, 1, bias=False), LayerNorm2d(channels, eps=1e-6)
+        )
+        self.shortcut = nn.Identity() if same else shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.silu(self.body(x) + self.shortcut(x))
+
+
+class CAbstractor(nn.Module):
+    """C-Abstractor (section 3.2 of HoneyBee, arXiv 2312.06742): stage, adaptive average pooling to a square of N tokens, stage, MLP.
+
+    `grid` is the encoder's (rows, columns); without it F must be a square number. The position embedding has F entries, one a patch.
+    """
+
+    def __init__(
+        self,
+        emb_dim: int,
+        n_in: int,
+        dim: int,
+        n_out: int,
+        grid: tuple[int, int] | None = None,
+        width: int = 1024,
+        depth: int = 3,
+    ):
+        super().__init__()
+        if depth < 1:
+            raise ValueError(
+                f"projector c_abstractor: depth {depth}; give 1 or more blocks a stage"
+            )
+        if grid is None:
+            grid = (_side(n_in, "the encoder gives"),) * 2
+        elif grid[0] * grid[1] != n_in:
+            raise ValueError(
+                f"projector c_abstractor: a grid of {grid[0]} x {grid[1]} patches is not the encoder's {n_in}"
+            )
+        side = _side(n_out, "n_modality_embeddings is")
+        if n_out > n_in:
+            raise ValueError(
+                f"projector c_abstractor cannot make {n_out} tokens of the encoder's {n_in}; give {math.isqrt(n_in) ** 2} or fewer"
+            )
+        self.grid = grid
+        self.positions = nn.Parameter(
+            nn.init.trunc_normal_(torch.empty(1, n_in, emb_dim), std=0.02)
+        )
+        self.before = nn.Sequential(
+            *(Bottleneck(emb_dim if i == 0 else width, width) for i in range(depth))
+        )
+        self.pool = nn.AdaptiveAvgPool2d((side, side))
+        self.after = nn.Sequential(*(Bottleneck(width, width) for _ in range(depth)))
+        self.mlp = nn.Sequential(nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = (
+            (features + self.positions).movedim(1, 2).unflatten(2, self.grid)
+        )  # (I, E, rows, columns)
+        x = self.after(self.pool(self.before(x)))  # (I, width, side, side)
+        return self.mlp(x.flatten(2).movedim(1, 2))  # (I, N, D)
+
+
+def _side(count: int, what: str) -> int:
+    side = math.isqrt(count) if count > 0 else 0
+    if side * side == count > 0:
+        return side
+    near = ", ".join(str(s * s) for s in (max(side, 1), side + 1) if s * s != count)
+    raise ValueError(
+        f"projector c_abstractor works on squares of tokens; {what} {count}; the nearest that fit: {near}"
+    )
+
+
+def make_projector(
+    kind: str,
+    emb_dim: int,
+    n_in: int,
+    dim: int,
+    n_out: int,
+    grid: tuple[int, int] | None = None,
+    width: int = 1024,
+    depth: int = 3,
+) -> nn.Module:
+    """The projector named `kind` from n_in encoder features of emb_dim to n_out embeddings of dim.
+
+    `grid` is the encoder's (rows, columns); `width` and `depth` (channels, and blocks a stage) are read by c_abstractor alone.
+    """
+    if kind not in PROJECTORS:
+        raise ValueError(f"projector {kind!r} is not known; give one of {', '.join(PROJECTORS)}")
+    more = {"width": width, "depth": depth} if PROJECTORS[kind] is CAbstractor else {}
+    return PROJECTORS[kind](emb_dim, n_in, dim, n_out, grid=grid, **more)
+
+
+def projector_of(settings: Mapping[str, Any], dim: int) -> nn.Module:
+    """A projector with the sizes in a modality's settings; its weights are drawn from the global generator."""
+    return make_projector(
+        settings["projector"],
+        settings["emb_dim"],
+        settings["features"],
+        dim,
+        settings["embeddings"],
+        grid=tuple(settings["grid"]) if settings["grid"] else None,
+        width=settings["projector_width"],
+        depth=settings["projector_depth"],
+    )
+
+
+def save_projector(
+    projector: nn.Module, path: str | Path, state: dict[str, Tensor] | None = None
+) -> None:
+    """Write the projector's weights (or `state`, what a sharded one gathered) as one safetensors file."""
+    from safetensors.torch import save_file
+
+    save_file(
+        {
+            name: tensor.detach().cpu().contiguous()
+            for name, tensor in (state or projector.state_dict()).items()
+        },
+        str(path),
+    )
+
+
+def load_projector(projector: nn.Module, path: str | Path) -> None:
+    """Fill `projector` from a safetensors file; every name and shape must be there, or ValueError says which is not and nothing is changed."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file; give the projector's safetensors file")
+    try:
+        given = load_file(str(path))
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: not a safetensors file ({error}); give the projector's weights"
+        ) from error
+    wanted = projector.state_dict()
+    for name in sorted(wanted.keys() | given.keys()):
+        have, want = (
+            str(tuple(tensors[name].shape)) if name in tensors else "absent"
+            for tensors in (given, wanted)
+        )
+        if have != want:
+            raise ValueError(
+                f"{path}: weight {name} is {have} in the file and {want} in the projector; give the same kind and sizes as saved"
+            )
+    projector.load_state_dict(given)
+
+
+PROJECTORS: dict[str, type[nn.Module]] = {
+    "mlp": Mlp,
+    "llava": Mlp,
+    "c_abstractor": CAbstractor,
+    "c_abs": CAbstractor,
+}

@@ -1,0 +1,65 @@
+"""Keyword arguments of from_pretrained: those a user gives, and those that hold frozen weights in 8 or 4 bits."""
+
+from __future__ import annotations
+
+import ast
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ta.model.adapter_settings import AdapterConfig
+
+
+def parsed(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """key=value strings with Python literals as values; anything else stays text."""
+    out = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not key.isidentifier():
+            raise ValueError(f"--model-args {pair!r} is not of the form key=value")
+        try:
+            out[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            out[key] = value
+    return out
+
+
+def check_quantize(quantize: str, adapter: AdapterConfig, world: int) -> None:
+    """ValueError where a quantized base cannot work: without an adapter to train, on several processes, or without its package."""
+    from importlib.util import find_spec
+
+    if quantize == "none":
+        return
+    if adapter.adapter == "none" and adapter.adapter_path is None:
+        raise ValueError(
+            f"--quantize {quantize}: weights of so few bits cannot be trained; give --adapter lora, or leave it out"
+        )
+    if world > 1:
+        raise ValueError(
+            f"--quantize {quantize}: such weights cannot be sharded over {world} processes; run on one, or leave it out"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f'--quantize {quantize} needs bitsandbytes, which is not installed: pip install "ta[quantize]"'
+        )
+
+
+def quantization(quantize: str, half: bool, device: str) -> dict[str, Any]:
+    """What makes from_pretrained hold linear layers in 8 bits (LLM.int8, arXiv 2208.07339) or 4 (NF4, QLoRA, arXiv 2305.14314)."""
+    if quantize == "none":
+        return {}
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    compute = torch.bfloat16 if half else torch.float32
+    four = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": compute,
+    }
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            **(four if quantize == "4bit" else {"load_in_8bit": True})
+        ),
+        "device_map": {"": device},
+    }

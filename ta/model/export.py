@@ -1,0 +1,133 @@
+"""The finished model as a folder that plain transformers loads: weights, tokenizer with the trained template, generation config that stops."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Collection
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ta.parallel import barrier, rank, world
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MAX_FILE = "5GB"  # larger models are written as several files with an index
+
+
+@contextmanager
+def published(folder: Path):
+    """Give a folder beside `folder` to write into; it takes its name when all is written, and leaves nothing behind when that fails."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    if rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    barrier()
+    try:
+        yield temporary
+    except BaseException:
+        if rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    barrier()
+    if rank() == 0:
+        if folder.exists():
+            shutil.rmtree(folder)
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        os.rename(temporary, folder)
+    barrier()
+
+
+def export(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    chat_template: str | None = None,
+    stop_ids: Collection[int] = (),
+    write: Callable[[Path], None] | None = None,
+) -> None:
+    """Write model (or adapter) and tokenizer into `folder`, published by one rename. `stop_ids` end generation; `chat_template` is Jinja source;
+    `write(folder)`, called on rank 0, adds what else belongs to the model.
+
+    Every process must call it: sharded tensors are gathered one at a time, and only rank 0 keeps them.
+    """
+    from ta.model.adapters import save_adapter
+    from ta.model.language_model import base_model
+
+    base = base_model(model)
+    with published(folder) as temporary:
+        state = gathered(model, only_trained=base is not model)
+        if rank():
+            return
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
+        tokenizer.save_pretrained(temporary)
+        if write is not None:
+            write(temporary)
+        set_generation(base, tokenizer, stop_ids)
+        if base is not model:
+            save_adapter(model, temporary, state)
+            if base.can_generate():
+                base.generation_config.save_pretrained(temporary)
+        else:
+            whole(model, state).save_pretrained(temporary, max_shard_size=MAX_FILE)
+
+
+def whole(model: PreTrainedModel, state: dict[str, Tensor] | None) -> PreTrainedModel:
+    """The model, or where it is sharded one like it that holds the gathered tensors."""
+    return model if state is None else _plain(model, state)
+
+
+def copy_media(source: str, folder: Path) -> None:
+    """Take along what an adapter's folder says of pictures and sounds: projectors and media.json."""
+    if (Path(source) / "media.json").exists():
+        shutil.copy(Path(source) / "media.json", folder)
+        shutil.copytree(Path(source) / "projectors", folder / "projectors")
+
+
+def _plain(model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
+    """A model like this one that is not sharded and holds the gathered tensors."""
+    import torch
+
+    with torch.device("meta"):
+        plain = type(model)._from_config(model.config)
+    plain.load_state_dict(state, assign=True)
+    plain.tie_weights()
+    if model.can_generate():
+        plain.generation_config = model.generation_config
+    return plain
+
+
+def gathered(model: nn.Module, only_trained: bool = False) -> dict[str, Tensor] | None:
+    """The state dict with whole tensors on rank 0 and {} elsewhere; None (take the model's own) on one process."""
+    if world() == 1:
+        return None
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    out = {}
+    for name, tensor in model.state_dict().items():
+        if only_trained and name not in trained:
+            continue
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        if rank() == 0:
+            out[name] = whole.detach().cpu()
+    return out
+
+
+def set_generation(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]
+) -> None:
+    """Greedy by default, padded and stopped by ids; nothing for models that do not generate."""
+    if not model.can_generate():
+        return
+    model.generation_config.eos_token_id = sorted(stop_ids) or tokenizer.eos_token_id
+    model.generation_config.pad_token_id = (
+        tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    )
+    if tokenizer.bos_token_id is not None:
+        model.generation_config.bos_token_id = tokenizer.bos_token_id

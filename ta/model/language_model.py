@@ -1,0 +1,224 @@
+"""The root module around a language model: everything a loss needs from a Batch happens inside its forward, so that sharded weights are whole there.
+
+Letters: B rows, T columns, N sequences, M learned targets, V vocabulary, D model width, C classes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ta.data.batch import Batch, lay_out, to_device
+from ta.model.attention import Documents
+from ta.model.logprobs import Head, cross_entropy_sum, token_logprobs
+
+Mode = Literal["packed", "padded", "own"]
+
+
+class LanguageModel(nn.Module):
+    """A root module around a transformers model (with or without adapter): everything a loss needs happens inside its forward.
+
+    forward(batch, "sum") -> float32 scalar, the weighted sum of -log p over learned targets;
+    forward(batch, "tokens") -> (M,) log p of each learned target;
+    forward(batch, "scores") -> (N, C) the classification head at each sequence's last token;
+    forward(batch, "hidden") -> (B, T, D).
+    """
+
+    def __init__(self, inner: nn.Module, mode: Mode, autocast: torch.dtype | None = None):
+        super().__init__()
+        self.inner = inner
+        self.mode = mode
+        self.autocast = autocast
+        self.dropout = True  # False: train() leaves dropout off, as where a reference must agree to the last bit
+
+    def train(self, mode: bool = True) -> LanguageModel:
+        return super().train(mode and self.dropout)
+
+    def forward(
+        self,
+        batch: Batch,
+        output: Literal["sum", "tokens", "scores", "hidden"] = "sum",
+        embeds: Tensor | None = None,
+    ) -> Tensor:
+        """One of the four outputs named above; `embeds` (B, T, D) stands in for the tokens' embeddings."""
+        with torch.autocast(
+            batch.tokens.device.type, dtype=self.autocast, enabled=self.autocast is not None
+        ):
+            if self.mode == "own" and output in ("sum", "tokens"):
+                return self._from_own_logits(batch, output, embeds)
+            hidden = self.hidden(batch, embeds)  # (B, T, D)
+            if output == "hidden":
+                return hidden
+            flat = hidden.flatten(0, 1)
+            if output == "scores":
+                scores = base_model(self.inner).score(flat[batch.ends])  # (N, C)
+                return scores if scores.dtype == torch.float64 else scores.float()
+            chosen = flat[batch.learned]  # (M, D)
+            head = self._head()
+            if output == "sum":
+                return cross_entropy_sum(chosen, head, batch.targets, batch.weights)
+            return token_logprobs(chosen, head, batch.targets)
+
+    @property
+    def generates(self) -> bool:
+        """Whether this is a language model, not a classifier."""
+        return base_model(self.inner).get_output_embeddings() is not None
+
+    def set_mode(self, mode: Mode) -> LanguageModel:
+        """Choose how batches are run; "own" puts the model's own attention back."""
+        self.mode = mode
+        if mode == "own":
+            base = base_model(self.inner)
+            base.set_attn_implementation(own_attention(base))
+        return self
+
+    def hidden(self, batch: Batch, embeds: Tensor | None = None) -> Tensor:
+        """Last hidden states (B, T, D), before the head."""
+        base = base_model(self.inner)
+        if (
+            self.autocast is not None
+        ):  # the residual stream runs in it too, as on sharded models: half the traffic between layers
+            embeds = (base.get_input_embeddings()(batch.tokens) if embeds is None else embeds).to(
+                self.autocast
+            )
+        inputs = {"input_ids": batch.tokens} if embeds is None else {"inputs_embeds": embeds}
+        if self.mode == "own":
+            inputs["attention_mask"] = _real(batch)
+        else:
+            inputs["documents"] = Documents(batch.lengths, batch.prefixes)
+        return base.base_model(
+            **inputs, position_ids=batch.positions, use_cache=False
+        ).last_hidden_state
+
+    def _head(self) -> Head:
+        base = base_model(self.inner)
+        layer = base.get_output_embeddings()
+        config = base.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1 / (
+            getattr(config, "logits_scaling", None) or 1
+        )
+        bias = getattr(layer, "bias", None)
+        if bias is None and hasattr(layer, "token_adapter"):
+            bias = layer.token_adapter.base_layer.bias
+        return Head(layer.weight, bias, scale, getattr(config, "final_logit_softcapping", None))
+
+    def _from_own_logits(self, batch: Batch, output: str, embeds: Tensor | None) -> Tensor:
+        """For models and adapters that cannot be taken apart: all logits of padded rows, virtual tokens in front cut away."""
+        inputs = {"input_ids": batch.tokens} if embeds is None else {"inputs_embeds": embeds}
+        logits = self.inner(**inputs, attention_mask=_real(batch), use_cache=False).logits
+        logits = logits[:, logits.shape[1] - batch.tokens.shape[1] :].flatten(0, 1)[batch.learned]
+        logps = torch.log_softmax(
+            logits.float() if logits.dtype != torch.float64 else logits, -1
+        ).gather(1, batch.targets[:, None])[:, 0]
+        return -(logps * batch.weights.to(logps)).sum() if output == "sum" else logps
+
+
+def _real(batch: Batch) -> Tensor:
+    """(B, T) ones at real tokens of right-padded rows."""
+    lengths = torch.tensor(batch.lengths or (batch.tokens.shape[1],), device=batch.tokens.device)
+    return (
+        torch.arange(batch.tokens.shape[1], device=batch.tokens.device) < lengths[:, None]
+    ).long()
+
+
+def own_attention(base) -> str:
+    """The attention of transformers that computes what the model says: eager where sdpa would drop a soft cap or is not there."""
+    capped = getattr(base.config.get_text_config(), "attn_logit_softcapping", None)
+    return "sdpa" if getattr(base, "_supports_sdpa", False) and not capped else "eager"
+
+
+def base_model(model):
+    """The transformers model inside adapters."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def wrap(
+    model, packing: bool = True, autocast: torch.dtype | None = None
+) -> tuple[LanguageModel, str]:
+    """LanguageModel(model) in the fastest mode that gives the model's own log-probabilities or scores, found by trying; what to tell the user."""
+    wrapper = LanguageModel(model, "packed" if packing else "padded", autocast)
+    if (
+        getattr(model, "active_peft_config", None) is not None
+        and model.active_peft_config.is_prompt_learning
+    ):
+        return (
+            wrapper.set_mode("own"),
+            "prompt learning puts virtual tokens in front: padded batches and the model's own logits are used",
+        )
+    rounded = getattr(
+        base_model(model), "is_quantized", False
+    )  # products in 8 bits round by what else is in the batch
+    for mode in ("packed", "padded") if packing else ("padded",):
+        wrapper.mode = mode
+        # exact in full precision, which tells documents apart; rounding alone may reach some tenths in a deep model
+        for arithmetic, limit in [(None, 0.5 if rounded else 2e-3), (autocast, 0.5)][
+            : 1 + (autocast is not None)
+        ]:
+            wrapper.autocast = arithmetic
+            if (gap := self_check(wrapper)) >= limit:
+                break
+        else:
+            return (
+                wrapper,
+                "documents would see each other when packed: batches are padded"
+                if packing and mode == "padded"
+                else "",
+            )
+    wrapper.autocast = autocast
+    return (
+        wrapper.set_mode("own"),
+        f"what hidden states give is off by {gap:.2g}: padded batches, the model's own attention and logits are used",
+    )
+
+
+def self_check(wrapper) -> float:
+    """Greatest difference between two documents in one batch and each alone through the model's own forward, of their log p (nats) or, for a
+    classifier, their scores; inf where it fails."""
+    base = base_model(wrapper.inner)
+    generator = np.random.default_rng(0)
+    documents = [
+        generator.integers(0, base.get_input_embeddings().weight.shape[0], n) for n in (11, 7)
+    ]
+    device = base.get_input_embeddings().weight.device
+    batch = to_device(
+        lay_out(
+            documents,
+            [np.ones(len(d), np.float32) for d in documents],
+            packed=wrapper.mode == "packed",
+        ),
+        device,
+    )
+    before = base.config._attn_implementation
+    with torch.no_grad():
+        try:
+            ours = wrapper(batch, "tokens" if wrapper.generates else "scores").flatten()
+        except (ValueError, TypeError, RuntimeError, AttributeError):
+            return float("inf")
+        base.set_attn_implementation(own_attention(base))
+        try:
+            with torch.autocast(
+                device.type, dtype=wrapper.autocast, enabled=wrapper.autocast is not None
+            ):
+                theirs = torch.cat(
+                    [_alone(wrapper, torch.tensor(d, device=device)) for d in documents]
+                )
+        finally:
+            base.set_attn_implementation(before)
+    gap = (ours - theirs).abs().max().item()
+    return gap if gap == gap else float("inf")
+
+
+def _alone(wrapper: LanguageModel, ids: Tensor) -> Tensor:
+    """Of one document through the model's own forward: log p of its tokens after the first (T - 1,), or its scores (C,)."""
+    if wrapper.generates:
+        logps = (
+            wrapper.inner(input_ids=ids[None], use_cache=False).logits[0].log_softmax(-1)
+        )  # (T, V)
+        return logps[:-1].gather(1, ids[1:, None])[:, 0]
+    base = base_model(wrapper.inner)
+    return base.score(
+        base.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, -1]
+    ).float()

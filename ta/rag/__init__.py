@@ -1,0 +1,1 @@
+"""Retrieval: passages, text encoders, indexes, and training retriever and generator together."""

@@ -1,0 +1,98 @@
+"""What a long run shows and heeds: figures since the last log line, the progress bar, signals that ask it to stop."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+
+class Window:
+    """Sums since the last logged step."""
+
+    def __init__(self):
+        self.start, self.loss, self.count, self.tokens, self.learned, self.metrics = (
+            time.perf_counter(),
+            0.0,
+            0.0,
+            0.0,
+            0.0,
+            {},
+        )
+
+    def add(
+        self, loss: float, count: float, tokens: float, learned: float, metrics: dict[str, float]
+    ) -> None:
+        """Take in one step's sums."""
+        self.loss, self.count, self.tokens, self.learned = (
+            self.loss + loss,
+            self.count + count,
+            self.tokens + tokens,
+            self.learned + learned,
+        )
+        for key, value in metrics.items():
+            self.metrics[key] = self.metrics.get(key, 0.0) + value
+
+    def mean(self) -> dict[str, float]:
+        """Means over the steps taken in, and their tokens and seconds."""
+        seconds = time.perf_counter() - self.start
+        means = {key: value / self.count for key, value in self.metrics.items()}
+        sizes = {
+            "tokens": int(self.tokens),
+            "learned_tokens": int(self.learned),
+            "seconds": round(seconds, 4),
+        }
+        return {"loss": self.loss / self.count, **means, **sizes}
+
+
+class Signals:
+    """SIGTERM and SIGINT ask the loop to stop after the step it is in; a second SIGINT stops at once."""
+
+    def __enter__(self):
+        self.received = 0
+        self.before = {}
+        try:
+            self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not in the main thread: signals are the caller's
+            pass
+        return self
+
+    def _note(self, number, frame):
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def bar(steps: int, first: int, show: bool):
+    """A tqdm bar with time left; nothing where `show` is false."""
+    from tqdm import tqdm
+
+    return tqdm(
+        total=steps,
+        initial=first,
+        desc="train",
+        unit="step",
+        disable=not show,
+        mininterval=0.5,
+        dynamic_ncols=True,
+    )
+
+
+def line(record: dict[str, float]) -> str:
+    """A logged step in a few words."""
+    speed = record["learned_tokens"] / max(record["seconds"], 1e-9)
+    return f"loss {record['loss']:.4f}, lr {record['lr']:.2e}, {speed:,.0f} learned tok/s, {record['memory_gb']:.2f} GB"
+
+
+def memory() -> dict[str, float]:
+    """Peak memory so far, in GB: of the accelerator where there is one, else of this process."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return {"memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 4)}
+    return {"memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 4)}

@@ -1,0 +1,351 @@
+"""report.html of a run folder: one file that opens anywhere, with curves, answers before and after, settings; made anew from the folder's logs.
+
+The page holds no script and loads nothing. Colours follow the reader's light or dark setting; figures appear where the pointer stands.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from html import escape
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from ta.train.run_folder import read_lines, write_text
+
+Curve = list[tuple[float, float]]  # (step, value)
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = (
+    460,
+    230,
+    56,
+    14,
+    26,
+    30,
+)  # of a chart and its margins, in SVG units
+POINTS, ROWS = 300, 64  # most points of a curve, most records of the table
+SHOWN = 12  # records of the table that are open at once
+
+
+def write_report(folder: Path) -> None:
+    """Write folder/report.html from config.json, metrics.jsonl, samples.jsonl and drops.jsonl, those of them that are there."""
+    path = folder / "config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    logs = [read_lines(folder / f"{name}.jsonl") for name in ("metrics", "samples", "drops")]
+    write_text(folder / "report.html", page(folder.resolve().name, settings, *logs))
+
+
+def page(
+    name: str,
+    settings: dict,
+    metrics: Sequence[dict],
+    samples: Sequence[dict],
+    drops: Sequence[dict],
+) -> str:
+    """The whole page. `settings` is config.json's object, the others are the lines of the logs."""
+    charts = "".join(chart(title, curves) for title, curves in charts_of(metrics).items())
+    sections = {
+        "Curves": charts and f'<div class="grid">{charts}</div>',
+        "Held-out records, before and after": sample_table(samples),
+        "Records left out": table(
+            ("reason", "records"), Counter(d.get("reason", "?") for d in drops).most_common()
+        )
+        if drops
+        else "",
+        "Settings": settings_tables(settings),
+    }
+    body = "".join(
+        f"<section><h2>{title}</h2>{text}</section>" for title, text in sections.items() if text
+    )
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        f"<title>{escape(name)}</title><style>{STYLE}</style></head><body>"
+        f"<header><h1>{escape(name)}</h1>{headline(settings, metrics)}</header><main>{body}</main></body></html>\n"
+    )
+
+
+def headline(settings: dict, metrics: Sequence[dict]) -> str:
+    """How far the run is, and the main figures at its beginning and now."""
+    done, steps = (
+        max((m.get("step", 0) for m in metrics), default=0),
+        settings.get("identity", {}).get("steps"),
+    )
+    seconds = sum(m.get("seconds", 0) for m in metrics)
+    parts = [
+        f"step {done:,} of {steps:,}" if steps else f"step {done:,}",
+        f"{duration(seconds)} of training",
+    ]
+    tiles = ""
+    for title, curves in charts_of(metrics).items():
+        points = curves.get("held out")
+        if points:
+            was = f" <span>from {number(points[0][1])}</span>" if len(points) > 1 else ""
+            tiles += f"<div><b>{number(points[-1][1])}</b>{was}<br>{escape(title)}, held out</div>"
+    return f'<p>{" · ".join(parts)}</p><div class="tiles">{tiles}</div>'
+
+
+def charts_of(metrics: Sequence[dict]) -> dict[str, dict[str, Curve]]:
+    """{title: {name of a curve: its points}}: a metric's training and held-out values share one chart, loss first."""
+    charts: dict[str, dict[str, Curve]] = {}
+    for record in metrics:
+        values = {
+            key: value
+            for key, value in record.items()
+            if key not in ("step", "tokens", "learned_tokens", "seconds")
+        }
+        if record.get("seconds"):
+            values["tokens a second"] = record.get("tokens", 0) / record["seconds"]
+        for key, value in values.items():
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                curves = charts.setdefault(key.removeprefix("val_"), {})
+                curves.setdefault("held out" if key.startswith("val_") else "training", []).append(
+                    (record.get("step", 0), value)
+                )
+    last = ("lr", "grad_norm", "tokens a second", "memory_gb")
+    order = sorted(
+        charts, key=lambda title: (title != "loss", last.index(title) + 1 if title in last else 0)
+    )
+    return {
+        title: {
+            name: charts[title][name] for name in ("training", "held out") if name in charts[title]
+        }
+        for title in order
+    }
+
+
+def thin(points: Curve, most: int = POINTS) -> Curve:
+    """At most about `most` points: means over equal runs of neighbours, the first and the last point kept."""
+    if len(points) <= most:
+        return points
+    size = math.ceil((len(points) - 2) / (most - 2))
+    inner = [points[i : i + size] for i in range(1, len(points) - 1, size)]
+    means = [
+        (math.fsum(x for x, _ in part) / len(part), math.fsum(y for _, y in part) / len(part))
+        for part in inner
+    ]
+    return [points[0], *((round(x), y) for x, y in means), points[-1]]
+
+
+def ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """About `count` round numbers that enclose [low, high]: multiples of 1, 2 or 5 times a power of ten."""
+    largest = max(abs(low), abs(high))
+    if high - low <= max(1e-12 * largest, 1e-290):  # all one value, to rounding
+        low, high = low - max(largest, 1e-6) / 2, high + max(largest, 1e-6) / 2
+    raw = (high - low) / count
+    power = 10 ** math.floor(math.log10(raw))
+    step = next(n * power for n in (1, 2, 5, 10) if n * power >= raw * 0.999)
+    return [
+        n * step for n in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)
+    ]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten that enclose [low, high], low > 0; powers alone where these are many."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    every = [n * 10.0**k for k in powers for n in ((1, 2, 5) if len(powers) <= 4 else (1,))]
+    return [
+        y
+        for y in every
+        if max(e for e in every if e <= low) <= y <= min(e for e in every if e >= high)
+    ]
+
+
+def chart(title: str, curves: dict[str, Curve]) -> str:
+    """One SVG: axes with ticks, a line for each curve, and at each step a strip that shows its figures where the pointer stands.
+
+    A loss that falls far is drawn on a logarithmic axis, or nothing of its end would be seen.
+    """
+    curves = {name: thin(points) for name, points in curves.items()}
+    places = sorted({x for points in curves.values() for x, _ in points})
+    values = [y for points in curves.values() for _, y in points]
+    far = title == "loss" and 1e-9 < 20 * min(values) < max(values)
+    scale, y_ticks = (
+        (math.log10, log_ticks(min(values), max(values)))
+        if far
+        else (float, ticks(min(values), max(values)))
+    )
+    bottom, height = scale(y_ticks[0]), scale(y_ticks[-1]) - scale(y_ticks[0])
+    x_low, x_high = places[0], max(places[-1], places[0] + 1)
+    right, floor = WIDTH - RIGHT, HEIGHT - BOTTOM
+
+    def across(x: float) -> float:
+        return round(LEFT + (x - x_low) / (x_high - x_low) * (right - LEFT), 1)
+
+    def up(y: float) -> float:
+        return round(floor - (scale(y) - bottom) / height * (floor - TOP), 1)
+
+    out = [f'<text class="title" x="{LEFT}" y="14">{escape(title)}{", logarithmic" * far}</text>']
+    out += [
+        f'<path class="rule" d="M{LEFT} {up(y)}H{right}"/><text x="{LEFT - 6}" y="{up(y) + 4}" class="y">{number(y)}</text>'
+        for y in y_ticks
+    ]
+    out += [
+        f'<text x="{across(x)}" y="{floor + 16}" class="x">{number(x)}</text>'
+        for x in ticks(x_low, x_high, 5)
+        if x_low <= x <= x_high
+    ]
+    out.append(f'<text x="{right}" y="{HEIGHT - 2}" class="y">step</text>')
+    for name, points in curves.items():
+        kind = name.replace(" ", "-")
+        way = " ".join(f"{across(x)},{up(y)}" for x, y in points)
+        out.append(f'<polyline class="line {kind}" points="{way}"/>')
+        if len(points) < 30:
+            out += [
+                f'<circle class="{kind}" cx="{across(x)}" cy="{up(y)}" r="2.5"/>' for x, y in points
+            ]
+    found = {name: dict(points) for name, points in curves.items()}
+    edges = [LEFT, *((across(a) + across(b)) / 2 for a, b in pairwise(places)), right]
+    for x, start, end in zip(places, edges, edges[1:], strict=False):
+        here = {name: found[name][x] for name in curves if x in found[name]}
+        label = f"step {x:,}: " + ", ".join(f"{name} {number(y)}" for name, y in here.items())
+        dots = "".join(
+            f'<circle class="{name.replace(" ", "-")}" cx="{across(x)}" cy="{up(y)}" r="4"/>'
+            for name, y in here.items()
+        )
+        out.append(
+            f'<g class="at"><rect x="{start:.1f}" y="{TOP}" width="{end - start:.1f}" height="{floor - TOP}"/><g><title>{label}</title>'
+            f'<path d="M{across(x)} {TOP}V{floor}"/>{dots}<text x="{right}" y="14">{label}</text></g></g>'
+        )
+    keys = "".join(f'<span class="{name.replace(" ", "-")}">{name}</span>' for name in curves)
+    frame = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}"'
+    return f"<figure><svg {frame}>{''.join(out)}</svg><figcaption>{keys}</figcaption></figure>"
+
+
+def sample_table(samples: Sequence[dict]) -> str:
+    """Records with what did not change between the first and the last evaluation once, and what did from both."""
+    steps = [s.get("step", 0) for s in samples]
+    if not steps:
+        return ""
+    first, last = min(steps), max(steps)
+    before, after = (
+        {s.get("id", s.get("line")): s for s in samples if s.get("step", 0) == step}
+        for step in (first, last)
+    )
+    keys = list(
+        dict.fromkeys(key for s in after.values() for key in s if key not in ("step", "id", "line"))
+    )
+    changed = {
+        k for k in keys if any(before.get(i, s).get(k) != s.get(k) for i, s in after.items())
+    }
+    moving = [
+        (key, step, side)
+        for key in keys
+        if key in changed
+        for step, side in ((first, before), (last, after))
+    ]
+    still = [key for key in keys if key not in changed]
+    head = ("record", *still, *(f"{key}, step {step:,}" for key, step, _ in moving))
+    rows = []
+    for name, sample in list(after.items())[:ROWS]:
+        right = sample.get("reference", sample.get("label"))
+        cells = [cell(name), *(cell(sample.get(key)) for key in still)]
+        cells += [
+            cell(side.get(name, {}).get(key), right if key in ("answer", "predicted") else None)
+            for key, _, side in moving
+        ]
+        rows.append("<tr>" + "".join(cells) + "</tr>")
+    top = "<tr>" + "".join(f"<th>{escape(str(text))}</th>" for text in head) + "</tr>"
+    more = rows[SHOWN:]
+    shown, rest = (
+        f"<div class='wide'><table>{top}{''.join(part)}</table></div>"
+        for part in (rows[:SHOWN], more)
+    )
+    return shown + (f"<details><summary>{len(more)} more</summary>{rest}</details>" if more else "")
+
+
+def cell(value: Any, right: Any = None) -> str:
+    """A table cell; one that equals the right answer is marked."""
+    shown = (
+        "–"
+        if value is None
+        else number(value)
+        if isinstance(value, float)
+        else value
+        if isinstance(value, str)
+        else json.dumps(value)
+    )
+    return f"<td{' class=ok' if right is not None and str(value).strip() == str(right).strip() else ''}>{escape(shown)}</td>"
+
+
+def settings_tables(settings: dict) -> str:
+    """The command, what the run must not change on resume, machine and versions; then every setting by group, folded."""
+
+    def grid(groups: dict[str, dict | None]) -> str:
+        found = [
+            f"<div><h3>{escape(name)}</h3>{table((), group.items())}</div>"
+            for name, group in groups.items()
+            if group
+        ]
+        return f"<div class='grid'>{''.join(found)}</div>" if found else ""
+
+    config = settings.get("config", {})
+    groups = {name: group for name, group in config.items() if isinstance(group, dict)}
+    groups["this recipe"] = {
+        name: value for name, value in config.items() if not isinstance(value, dict)
+    }
+    command = f"<pre>{escape(shlex.join(settings['argv']))}</pre>" if settings.get("argv") else ""
+    main = grid(
+        {
+            title: settings.get(key)
+            for title, key in (
+                ("fixed for this run", "identity"),
+                ("machine", "machine"),
+                ("versions", "versions"),
+            )
+        }
+    )
+    every = grid(groups)
+    return command + main + (every and f"<details><summary>all settings</summary>{every}</details>")
+
+
+def table(head: Iterable[str], rows: Iterable[tuple]) -> str:
+    top = "".join(f"<th>{escape(text)}</th>" for text in head)
+    return f"<table>{top and f'<tr>{top}</tr>'}{''.join('<tr>' + ''.join(map(cell, row)) + '</tr>' for row in rows)}</table>"
+
+
+def number(value: float) -> str:
+    """Four significant digits, no more than needed."""
+    return f"{value:,.0f}" if abs(value) >= 1e4 and value < 1e15 else f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as hours, minutes and seconds, the two greatest."""
+    minutes, rest = divmod(round(seconds), 60)
+    return (
+        f"{minutes // 60} h {minutes % 60} min"
+        if minutes >= 60
+        else f"{minutes} min {rest} s"
+        if minutes
+        else f"{rest} s"
+    )
+
+
+STYLE = """
+:root { color-scheme: light dark; --back: #fcfcfb; --card: #fff; --ink: #1d2126; --soft: #626973; --edge: #e2e4e8;
+  --a: #2563c9; --b: #c2570c; --ok: #e3f3e6 }
+@media (prefers-color-scheme: dark) { :root { --back: #14161a; --card: #1b1e24; --ink: #e6e8eb; --soft: #9aa1ab; --edge: #30343c;
+  --a: #7ab0ff; --b: #ffa05c; --ok: #1c3a26 } }
+body { margin: 0 auto; max-width: 1180px; padding: 24px 20px 60px; background: var(--back); color: var(--ink); font: 15px/1.45 system-ui, sans-serif }
+h1 { font-size: 26px; margin: 0 } h2 { font-size: 18px; margin: 36px 0 12px } h3 { font-size: 14px; margin: 0 0 6px; color: var(--soft) }
+header p { margin: 4px 0 16px; color: var(--soft) } summary { cursor: pointer; color: var(--soft); padding: 8px 0 }
+figure, pre, .tiles div { background: var(--card); border: 1px solid var(--edge); border-radius: 8px; margin: 0; padding: 10px 14px 6px }
+.tiles { display: flex; flex-wrap: wrap; gap: 12px } .tiles b { font-size: 22px; font-weight: 600 } .tiles span { color: var(--soft) }
+.tiles div, figcaption, td, th, pre { font-size: 13px }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); gap: 14px; align-items: start; margin-top: 14px }
+svg { display: block; width: 100% } svg text { font-size: 11px; fill: var(--soft) } svg .y { text-anchor: end } svg .x { text-anchor: middle }
+svg .title { font-size: 13px; font-weight: 600; fill: var(--ink) } .rule { stroke: var(--edge) } circle { fill: var(--a) }
+.line { fill: none; stroke: var(--a); stroke-width: 1.7; stroke-linejoin: round } .line.held-out { stroke: var(--b) }
+circle.held-out { fill: var(--b) } figcaption { color: var(--soft); padding-left: 44px } figcaption span { margin-right: 16px }
+figcaption span::before { content: ""; display: inline-block; width: 14px; height: 3px; margin-right: 6px; background: var(--a); vertical-align: 3px }
+figcaption .held-out::before { background: var(--b) }
+.at rect { fill: transparent } .at > g { visibility: hidden } .at:hover > g { visibility: visible }
+.at path { stroke: var(--soft); stroke-dasharray: 3 3 } .at text { text-anchor: end; fill: var(--ink) }
+table { border-collapse: collapse; width: 100% } th { color: var(--soft); font-weight: 600 } .ok { background: var(--ok) } .wide { overflow-x: auto }
+td, th { border-bottom: 1px solid var(--edge); padding: 5px 6px; text-align: left; vertical-align: top; min-width: 84px }
+td, pre { white-space: pre-wrap; overflow-wrap: anywhere }
+"""

@@ -1,0 +1,309 @@
+"""Tokenizers: loading, literal vocabularies, templates chosen, exported and ended."""
+
+import json
+
+import pytest
+from test_encode import GENERATE, PLAIN, SHAPES, dialogues, messages, real, setting, tokenizer
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
+from transformers import PreTrainedTokenizerFast
+
+from ta.chat.encode import ChatConfig, encode_chat, encode_chats
+from ta.chat.template import ExplicitTemplate, explicit_template, export_template
+from ta.chat.tokenizer import (
+    TokenizerConfig,
+    disagreement,
+    load_tokenizer,
+    parse_role_tags,
+    stop_ids,
+    stop_strings,
+    template_of,
+    vocabulary,
+)
+
+
+def test_a_tokenizer_saved_and_loaded_encodes_the_same(tmp_path):
+    made, template, vocab = setting("llama3")
+    made.save_pretrained(tmp_path)
+    again = load_tokenizer(str(tmp_path))
+    chats = [chat for _, chat in dialogues("llama3", 5)]
+    assert encode_chats(chats, template_of(again, PLAIN), vocabulary(again), PLAIN) == encode_chats(
+        chats, template, vocab, PLAIN
+    )
+    assert (
+        load_tokenizer("/not/there", TokenizerConfig(tokenizer_path=str(tmp_path))).bos_token
+        == "<s>"
+    )
+
+
+def test_loading_says_what_is_wrong(tmp_path):
+    for path in (None, "", "/not/there", "org/name"):
+        with pytest.raises(ValueError, match="does not exist"):
+            load_tokenizer(path)
+    with pytest.raises(ValueError, match="holds no tokenizer"):
+        load_tokenizer(str(tmp_path))
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer("human").backend_tokenizer, bos_token="<s>"
+    ).save_pretrained(tmp_path / "t")
+    assert (
+        load_tokenizer(
+            str(tmp_path / "t"),
+            TokenizerConfig(eos_token="</s>", pad_token="</s>", bos_token="<s>"),
+        ).pad_token
+        == "</s>"
+    )
+    with pytest.raises(ValueError, match=r"--eos-token '<nope>' is not in the vocabulary"):
+        load_tokenizer(str(tmp_path / "t"), TokenizerConfig(eos_token="<nope>"))
+    with pytest.raises(
+        ValueError, match=r"--bos-token '</s>' is given, but the tokenizer's own is '<s>'"
+    ):
+        load_tokenizer(str(tmp_path / "t"), TokenizerConfig(bos_token="</s>"))
+
+
+def test_the_template_is_the_one_asked_for():
+    made = tokenizer("chatml")
+    explicit = template_of(
+        made,
+        ChatConfig(
+            prefix_template="<|im_start|>{role}\\n",
+            suffix_template="<|im_end|>\n",
+            role_tags=("bot=AI", "user=U"),
+        ),
+    )
+    assert explicit == ExplicitTemplate(
+        "<|im_start|>{role}\n", "<|im_end|>\n", {"assistant": "AI", "user": "U"}, "<s>"
+    )
+    assert template_of(made, ChatConfig(suffix_template="</s>")).prefix == ""
+    assert template_of(made, PLAIN).source == SHAPES["chatml"]
+    chat = [{"role": "critic", "content": "no"}, {"role": "bot", "content": "yes"}]
+    renamed = template_of(made, ChatConfig(role_tags=("critic=user", "bot=assistant")))
+    assert encode_chat(chat, renamed, vocabulary(made), PLAIN).ids == real(
+        made, messages("u: no", "a: yes")
+    )
+    bare = PreTrainedTokenizerFast(tokenizer_object=made.backend_tokenizer)
+    with pytest.raises(ValueError, match="no chat template; give --prefix-template"):
+        template_of(bare, PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        (("{role}", "", {"user": "U"}), "name no assistant"),
+        (("{name}", "", None), "cannot be filled in"),
+        (("{role", "", None), "cannot be filled in"),
+        (("{}", "", None), "cannot be filled in"),
+        (("{role}", "{role}", None), "only the prefix is filled in"),
+    ],
+)
+def test_explicit_parts_that_cannot_work(parts, words):
+    with pytest.raises(ValueError, match=words):
+        explicit_template(*parts)
+
+
+def test_role_tags():
+    assert parse_role_tags(("user=a=b", "bot=")) == {"user": "a=b", "assistant": ""}
+    for bad, words in (
+        (("user",), "is not role=tag"),
+        (("=x",), "is not role=tag"),
+        (("bot=a", "assistant=b"), "two tags"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            parse_role_tags(bad)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_export_writes_what_was_trained(shape):
+    """Jinja templates export themselves; an explicit one with special borders gives the training ids in plain transformers."""
+    made, template, vocab = setting(shape)
+    assert export_template(template) == SHAPES[shape]
+    quotes = explicit_template(
+        "<|im_start|>{role} 'q' \"d\" \\ {{%}} é😀\n",
+        "<|im_end|>\n",
+        {"user": "U'\"", "bot": "B\\n"},
+        made.bos_token,
+    )
+    chats = [chat for _, chat in dialogues(shape, 10, nasty=False, system=False)]
+    trained = [tokens.ids for tokens in encode_chats(chats, quotes, vocab, PLAIN)]
+    assert disagreement(made, quotes, chats, trained) == ""
+    source = export_template(quotes)
+    prompt = made.apply_chat_template(
+        chats[0][:-1], chat_template=source, add_generation_prompt=True, return_dict=False
+    )
+    assert trained[0][: len(prompt)] == prompt
+    with pytest.raises(Exception, match="unknown role wizard"):
+        made.apply_chat_template([{"role": "wizard", "content": ""}], chat_template=source)
+    # a plain-text template on a merging tokenizer differs, and that is told
+    plain = explicit_template("{role}: ", "\n", {"user": "Human", "bot": "AI"})
+    chats = [messages("u: hello there", "a: what")]
+    assert disagreement(
+        made, plain, chats, [encode_chat(chats[0], plain, vocab, PLAIN).ids]
+    ).startswith("chat 1, token 2: trained ['Ġ', 'hell")
+
+
+def test_what_ends_an_answer():
+    for shape, ends in {
+        "chatml": "<|im_end|>",
+        "llama3": "<|eot|>",
+        "mistral": "</s>",
+        "gemma": "<end_of_turn>",
+        "phi3": "<|end|>",
+    }.items():
+        made, template, vocab = setting(shape)
+        assert (
+            stop_ids(template, vocab) == [made.convert_tokens_to_ids(ends)]
+            and stop_strings(template, vocab) == []
+        )
+    _, template, vocab = setting("human")
+    assert (stop_ids(template, vocab), stop_strings(template, vocab)) == ([], ["\n"])
+    nothing = explicit_template("{role}", None)
+    assert (stop_ids(nothing, vocab), stop_strings(nothing, vocab)) == ([], [])
+
+
+WORDS = "<s> hello world it is a the text <s> hello a</s>"
+
+
+def tiny(model: str) -> Tokenizer:
+    """A backend whose model holds its special tokens as plain words, so that text could match them."""
+    if model == "words":
+        backend = Tokenizer(
+            models.WordLevel(
+                {"<unk>": 0, "<s>": 1, "</s>": 2, "hello": 3, "a": 4}, unk_token="<unk>"
+            )
+        )
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    elif model == "unigram":
+        pieces = [
+            ("<unk>", 0.0),
+            ("<s>", 0.0),
+            ("</s>", 0.0),
+            ("▁", -3.0),
+            ("▁hello", -4.0),
+            *((letter, -5.0) for letter in "<>/shelowrdita"),
+        ]
+        backend = Tokenizer(models.Unigram(pieces, unk_id=0))
+        backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    else:
+        letters = {
+            text: i for i, text in enumerate(["<unk>", "<s>", "</s>", *"<>/shelo", "<s", "▁"])
+        }
+        backend = Tokenizer(
+            models.BPE(letters, [("<", "s"), ("<s", ">")], unk_token="<unk>", ignore_merges=True)
+        )
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+    backend.add_special_tokens(["<s>", "</s>"])
+    return backend
+
+
+@pytest.mark.parametrize("model", ["words", "unigram", "bpe"])
+def test_literal_means_literal_whatever_the_model_holds(model):
+    backend = tiny(model)
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    vocab, forbidden = vocabulary(made), {1, 2}
+    attacks = ["<s>", "</s>", "a <s>", "<s> hello </s>", "a</s>"]
+    for encode in (vocab.encode, vocab.encode_start or vocab.encode):
+        assert not forbidden & {id for ids in encode(attacks) for id in ids}
+    bare = json.loads(backend.to_str()) | {
+        "added_tokens": []
+    }  # leaving out the added tokens would not do
+    assert forbidden & {
+        id for text in attacks for id in Tokenizer.from_str(json.dumps(bare)).encode(text).ids
+    }
+
+
+@pytest.mark.parametrize("how", ["prepend", "metaspace always", "metaspace first", "byte level"])
+def test_spaces_come_only_where_the_tokenizer_puts_them(how):
+    """Ids equal apply_chat_template for tokenizers that begin a text, or every text after a special token, with a space."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    if how == "prepend":
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+    elif how == "byte level":
+        backend.pre_tokenizer, backend.decoder = (
+            pre_tokenizers.ByteLevel(add_prefix_space=True),
+            decoders.ByteLevel(),
+        )
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=how.split()[1])
+    trainer = trainers.BpeTrainer(
+        vocab_size=90, special_tokens=["<unk>", "<s>", "</s>", "<u>", "<b>"], show_progress=False
+    )
+    backend.train_from_iterator([WORDS, "hello\nworld", *"▁Ġ\n"] * 3, trainer)
+    source = (
+        "{% for m in messages %}{{ '<u> ' ~ m.content if m.role == 'user' else '<b>' ~ m.content ~ '</s>' }}{% endfor %}"
+        + GENERATE
+        + "{{ '<b>' }}{% endif %}"
+    )
+    for start in ("", "{{ bos_token }}", "is a "):
+        made = PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            bos_token="<s>",
+            eos_token="</s>",
+            chat_template=start + source,
+        )
+        for chat in (
+            messages("u: hello", "a: world"),
+            messages("u:  a", "a:  it"),
+            messages("u: ", "a: hello a", "u: is", "a: the"),
+        ):
+            assert encode_chat(chat, template_of(made, PLAIN), vocabulary(made), PLAIN).ids == real(
+                made, chat
+            )
+
+
+def test_tokens_that_swallow_white_space():
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer("phi3").backend_tokenizer.to_str()),
+        eos_token="</s>",
+    )
+    made.add_tokens(
+        [
+            AddedToken("<R>", rstrip=True),
+            AddedToken("<L>", lstrip=True),
+            AddedToken("<B>", lstrip=True, rstrip=True),
+        ],
+        special_tokens=True,
+    )
+    made.chat_template = (
+        "{% for m in messages %}{{ '<R>\n' ~ m.role ~ ' <L> <B>\n' ~ m.content ~ ' <L>\n' }}{% endfor %}"
+        + GENERATE
+        + "{{ '<R>\nassistant <L> <B>\n' }}{% endif %}"
+    )
+    for user in ("hi", " \n hi \t", "", "  ", "\u3000hi\x1c"):
+        chat = messages(f"u: {user}", "a: hello")
+        assert encode_chat(chat, template_of(made, PLAIN), vocabulary(made), PLAIN).ids == real(
+            made, chat
+        )
+
+
+def test_white_space_tokens_stay_text():
+    """Some tokenizers keep runs of spaces or newlines as added tokens: they are no control tokens."""
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer("chatml").backend_tokenizer.to_str()),
+        chat_template=SHAPES["chatml"],
+    )
+    made.add_tokens(["    ", "\n\n\n"])
+    chat = messages("u: a    b\n\n\nc", "a: d    e")
+    tokens = encode_chat(chat, template_of(made, PLAIN), vocabulary(made), PLAIN)
+    assert (
+        tokens.ids == real(made, chat) and tokens.ids.count(made.convert_tokens_to_ids("    ")) == 2
+    )
+
+
+def test_a_date_in_a_template_is_one_date():
+    made, _, vocab = setting("chatml")
+    dated = PreTrainedTokenizerFast(
+        tokenizer_object=made.backend_tokenizer,
+        chat_template="{{ strftime_now('%d %b %Y') }}" + SHAPES["chatml"],
+    )
+    chat = messages("u: a", "a: b")
+    assert encode_chat(chat, template_of(dated, PLAIN), vocab, PLAIN).ids == real(dated, chat)

@@ -1,0 +1,248 @@
+"""Media in chats: placeholders only where a picture stands, cut together with it, and every file that cannot be used named with its record."""
+
+import json
+import os
+
+import pytest
+from PIL import Image
+
+from ta.builtin.pictures import draw_scene, make_scene
+from ta.chat.encode import Drop
+from ta.chat.template import ChatConfig
+from ta.chat.tokenizer import TokenizerConfig
+from ta.data import records
+from ta.data.jsonl import BadRecord
+from ta.data.kinds import prepare_kind
+from ta.data.loader import media_of
+from ta.data.prepare import DataConfig
+from ta.media.dialogue import Slot, encode_media
+from ta.media.images import write_image
+from ta.media.settings import MediaConfig, open_media
+from ta.model.load import ModelConfig, open_format
+
+A = {"role": "assistant", "content": "red"}
+
+
+def picture(path="a.png", role="user"):
+    return {"role": role, "type": "image", "content": path}
+
+
+def ask(text="What?"):
+    return {"role": "user", "type": "text", "content": text}
+
+
+@pytest.fixture(scope="module")
+def form():
+    slots = {
+        "image": Slot("<MS>", "<img>", "</MS>", 3, lambda path: None),
+        "audio": Slot("<MS>", "<audio>", "</MS>", 2, lambda path: None),
+    }
+    return open_format(ModelConfig(), TokenizerConfig(), ChatConfig(), media=slots)
+
+
+def encode(form, chats, prompts=False, **chat):
+    chats = [
+        records.check_media({"messages": chat}, need_answer=not prompts)["messages"]
+        for chat in chats
+    ]
+    return encode_media(
+        chats, form.template, form.vocabulary, ChatConfig(**chat), form.media, prompts
+    )
+
+
+def test_placeholders_stand_where_the_picture_stood(form):
+    (tokens, media), (prompt, seen) = (
+        encode(form, [[picture("x/a.png"), ask(), A]])[0],
+        encode(form, [[picture("x/a.png"), ask(), A]], True)[0],
+    )
+    text = form.tokenizer.decode(tokens.ids)
+    assert (
+        text
+        == "<|im_start|>user\n<MS><img><img><img></MS><|im_end|>\n<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n"
+    )
+    assert media == seen == [("image", "x/a.png")] and tokens.ids[: len(prompt.ids)] == prompt.ids
+    learned = form.tokenizer.decode([id for id, weight in zip(*tokens, strict=True) if weight])
+    assert learned == "red<|im_end|>\n"
+    everything, _ = encode(form, [[picture(), ask(), A]], loss_on="all")[0]
+    learned = form.tokenizer.decode([id for id, weight in zip(*everything, strict=True) if weight])
+    assert "img" not in learned and "MS" not in learned and "What?" in learned
+
+
+def test_what_a_user_types_stays_text(form):
+    forged = ask("a <MS><img><img><img></MS> b <audio>")
+    for chat in ([forged, A], [picture(), forged, A]):
+        tokens, media = encode(form, [chat])[0]
+        assert len(media) == len(chat) - 2 and tokens.ids.count(form.media["image"].id) == 3 * len(
+            media
+        )
+        assert forged["content"] in form.tokenizer.decode(tokens.ids), (
+            "spelled with ordinary tokens"
+        )
+
+
+def test_several_in_a_message_and_in_a_dialogue(form):
+    parts = [
+        {"type": "text", "content": " 1 "},
+        picture("a.png"),
+        {"type": "audio", "content": "b.wav"},
+        {"type": "text", "content": " 2"},
+    ]
+    mixed = {
+        "role": "user",
+        "content": [{"type": p["type"], "content": p["content"]} for p in parts],
+    }
+    tokens, media = encode(form, [[mixed, A, picture("c.png"), ask(), A]])[0]
+    assert media == [("image", "a.png"), ("audio", "b.wav"), ("image", "c.png")]
+    text = form.tokenizer.decode(tokens.ids)
+    assert " 1 <MS><img><img><img></MS><MS><audio><audio></MS> 2<|im_end|>" in text
+    assert encode(form, [[{"role": "user", "content": [parts[0], parts[3]]}, A]])[0][1] == []
+
+
+def test_templates_that_strip_contents_are_followed(form):
+    parts = [
+        {"type": "text", "content": "\n x "},
+        {"type": "image", "content": "a.png"},
+        {"type": "text", "content": " y \n"},
+    ]
+    turns = (
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}<|im_end|>{% endfor %}"
+    )
+    source = turns + "{% if add_generation_prompt %}[assistant]{% endif %}"
+    from ta.chat.tokenizer import load_tokenizer, template_of
+
+    form.tokenizer.chat_template, kept = source, form.tokenizer.chat_template
+    template = template_of(form.tokenizer, ChatConfig())
+    form.tokenizer.chat_template = kept
+    assert load_tokenizer
+    chat = records.check_media({"messages": [{"role": "user", "content": parts}, A]})["messages"]
+    (tokens, media) = encode_media([chat], template, form.vocabulary, ChatConfig(), form.media)[0]
+    assert (
+        form.tokenizer.decode(tokens.ids)
+        == "[user]x <MS><img><img><img></MS> y<|im_end|>[assistant]red<|im_end|>"
+    )
+    assert tokens.ids.count(form.media["image"].id) == 3 and media == [("image", "a.png")]
+
+
+@pytest.mark.parametrize("keep_end", [False, True])
+def test_a_picture_leaves_only_with_its_message(form, keep_end):
+    turns = [[picture(f"{i}.png"), ask(f"question {i}?"), A] for i in range(4)]
+    chat = [message for turn in turns for message in turn]
+    whole = len(encode(form, [chat])[0][0].ids)
+    seen = set()
+    for limit in (*range(20, whole, 3), whole):
+        found = encode(form, [chat], max_tokens=limit, keep_end=keep_end)[0]
+        if isinstance(found, Drop):
+            continue
+        tokens, media = found
+        assert len(tokens.ids) <= limit and tokens.ids.count(form.media["image"].id) == 3 * len(
+            media
+        )
+        text = form.tokenizer.decode(tokens.ids)
+        asked = [i for i in range(4) if f"question {i}?" in text]
+        names = [f"{i}.png" for i in asked]
+        assert [path for _, path in media][-len(names) :] == names and (
+            keep_end or len(media) == len(names)
+        )
+        seen.add(len(media))
+    assert len(seen) == 4
+    prompt, media = encode(form, [[*chat[:-1]]], True, max_tokens=whole // 2)[0]
+    assert (
+        media[-1] == ("image", "3.png")
+        and prompt.ids.count(form.media["image"].id) == 3 * len(media) < 12
+    )
+
+
+WRONG = [
+    ([picture(), ask()], "no message of role assistant"),
+    ([ask(), A, picture()], "no answer follows the image of messages"),
+    ([ask(), picture(role="assistant")], "of role assistant is image"),
+    ([picture(role="system"), ask(), A], "of role system is image"),
+    ([{"role": "user", "type": "video", "content": "a.mp4"}, A], "reads text, image, audio"),
+    (
+        [{"role": "user", "content": [{"type": "image"}]}, A],
+        r"content\[0\] is an object; give {type, content}",
+    ),
+    ([{"role": "user", "content": ["a.png"]}, A], r"content\[0\] is text"),
+    ([{"role": "user", "content": []}, A], "a list of 0"),
+]
+
+
+@pytest.mark.parametrize("messages, pattern", WRONG, ids=range(len(WRONG)))
+def test_records_that_cannot_be(messages, pattern):
+    with pytest.raises(BadRecord, match=pattern):
+        records.check_media({"messages": messages})
+
+
+def spoiled(folder):
+    """{path as a record gives it: what the error says} for every way a picture can be wrong."""
+    root = folder / "images"
+    root.mkdir()
+    write_image(root / "good.png", draw_scene(make_scene(0, 0, False)))
+    write_image(folder / "outside.png", draw_scene(make_scene(0, 1, False)))
+    data = (root / "good.png").read_bytes()
+    (root / "cut.png").write_bytes(data[: len(data) // 2])
+    (root / "broken.png").write_bytes(data[:60] + b"\0" * 40 + data[100:])
+    (root / "empty.png").write_bytes(b"")
+    (root / "text.png").write_text("not a picture")
+    Image.new("1", (13_000, 13_000)).save(root / "bomb.png")
+    (root / "folder.png").mkdir()
+    os.mkfifo(root / "fifo.png")
+    os.symlink(folder / "outside.png", root / "link.png")
+    return {
+        "none.png": "no such file",
+        "cut.png": "broken or cut short",
+        "broken.png": "broken|not a picture",
+        "empty.png": "0 bytes",
+        "text.png": "not a picture",
+        "bomb.png": "169000000 pixels",
+        "folder.png": "is a folder",
+        "fifo.png": "not a regular file",
+        "../outside.png": r"has '\.\.' in it",
+        str(folder / "outside.png"): "is absolute",
+        "link.png": "outside the media root",
+        "https://example.org/a.png": "nothing is fetched from a URL",
+        "data:image/png;base64,AAAA": "nothing is fetched from a URL",
+        "": "not a path",
+    }
+
+
+def test_every_bad_file_is_an_error_with_its_line_or_a_counted_skip(tmp_path):
+    wrong = spoiled(tmp_path)
+    media = open_media(
+        MediaConfig(image_root=str(tmp_path / "images"), image_encoder="builtin"),
+        ("x.jsonl",),
+        "cpu",
+    )
+    form = open_format(ModelConfig(), TokenizerConfig(), ChatConfig(), media=media.slots)
+    good = json.dumps({"messages": [picture("good.png"), ask(), A]}) + "\n"
+    quiet = {"say": lambda line: None}
+    for path, pattern in wrong.items():
+        data = tmp_path / "one.jsonl"
+        data.write_text(good + json.dumps({"messages": [picture(path), ask(), A]}) + "\n")
+        with pytest.raises(ValueError, match=rf"one\.jsonl:2: .*({pattern})"):
+            prepare_kind("media", [str(data)], form, ChatConfig(), DataConfig(), **quiet)
+    data.write_text(
+        good
+        + "".join(json.dumps({"messages": [picture(path), ask(), A]}) + "\n" for path in wrong)
+        + good
+    )
+    prepared = prepare_kind(
+        "media",
+        [str(data)],
+        form,
+        ChatConfig(),
+        DataConfig(on_bad_record="skip", max_bad_share=0.95),
+        **quiet,
+    )
+    assert len(prepared.origin) == 2 and prepared.info["drops"]["image cannot be used"][
+        "count"
+    ] == len(wrong)
+    assert media_of(prepared, 0) == media_of(prepared, 1) == [("image", "good.png")]
+    data.write_text(
+        json.dumps({"messages": [{"role": "user", "type": "audio", "content": "a.wav"}, A]}) + "\n"
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"one\.jsonl:1: 'a\.wav' is audio, and the encoders given read image; give --audio-encoder",
+    ):
+        prepare_kind("media", [str(data)], form, ChatConfig(), DataConfig(), **quiet)

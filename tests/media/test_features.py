@@ -1,0 +1,264 @@
+"""Cached features: what is written is what is read, interrupted runs go on, stale and foreign caches are refused, memory stays flat."""
+
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ta.media.feature_file import FeatureFile, Layout
+from ta.media.features import (
+    check_features,
+    content_hash,
+    content_hashes,
+    extract,
+    read_features,
+    take,
+)
+
+LAYOUT = Layout("f" * 64, (3, 2), "F32")
+
+
+read = partial(
+    np.loadtxt, dtype=np.float32, ndmin=1
+)  # without torch, so that reader processes start quickly
+
+
+def encode(inputs):
+    return torch.stack([inputs.expand(-1, 2) * (row + 1) for row in range(3)], 1)  # (I, 3, 2)
+
+
+def expected(value):
+    return torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]) * value
+
+
+@pytest.fixture
+def paths(tmp_path):
+    keys = [f"sub/{i}.png" for i in range(7)] + ['ä "quote".png']
+    (tmp_path / "media" / "sub").mkdir(parents=True)
+    for value, key in enumerate(keys):
+        (tmp_path / "media" / key).write_text(str(value))
+    return {key: tmp_path / "media" / key for key in keys}
+
+
+def stop_after(count):
+    calls = iter(range(count))
+
+    def encode_some(inputs):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return encode(inputs)
+
+    return encode_some
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_written_is_read(tmp_path, paths, workers):
+    out, seen = tmp_path / "cache.safetensors", []
+    done = extract(
+        out,
+        paths,
+        read,
+        encode,
+        LAYOUT,
+        batch_size=3,
+        workers=workers,
+        progress=lambda n, total: seen.append((n, total)),
+    )
+    assert done == (8, 8, []) and seen == [(3, 8), (6, 8), (8, 8)]
+    features = read_features(out, LAYOUT.fingerprint)
+    assert features.shape == (3, 2) and features.hashes == {
+        key: content_hash(path) for key, path in paths.items()
+    }
+    order = list(reversed(paths))
+    assert torch.equal(take(features, order), torch.stack([expected(7 - i) for i in range(8)]))
+    assert take(features, []).shape == (0, 3, 2)
+    assert sorted(load_file(out)) == sorted(paths)  # plain safetensors
+    check_features(features, paths)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache.safetensors", "media"]
+
+
+@pytest.mark.parametrize("finished", [0, 1, 2])
+@pytest.mark.parametrize("more", [False, True])
+def test_an_interrupted_run_goes_on(tmp_path, paths, finished, more):
+    out = tmp_path / "cache.safetensors"
+    for more_finished in (0, finished, 0) if finished < 2 else (1, 1, 0):
+        with pytest.raises(KeyboardInterrupt):
+            extract(out, paths, read, stop_after(more_finished), LAYOUT, batch_size=3)
+        assert not out.exists()
+        with (
+            (tmp_path / "cache.safetensors.partial").open("ab") as data,
+            (tmp_path / "cache.safetensors.partial.jsonl").open("a") as journal,
+        ):
+            data.write(
+                b"torn"
+            )  # a crash between data and journal, and in the middle of a journal line
+            journal.write('{"sub/6.png": "00')
+    if more:  # files that came after the beginning need a longer header than was reserved
+        for value in range(8, 60):
+            path = tmp_path / "media" / f"{value}.png"
+            path.write_text(str(value))
+            paths[path.name] = path
+    assert extract(out, paths, read, encode, LAYOUT, batch_size=3) == (
+        len(paths),
+        len(paths) - 3 * finished,
+        [],
+    )
+    features = read_features(out, LAYOUT.fingerprint)
+    assert torch.equal(
+        take(features, list(paths)), torch.stack([expected(value) for value in range(len(paths))])
+    )
+    check_features(features, paths)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache.safetensors", "media"]
+
+
+def test_half_a_journal_line_is_nothing(tmp_path, paths):
+    out = tmp_path / "c"
+    (tmp_path / "c.partial").write_bytes(b"x")
+    (tmp_path / "c.partial.jsonl").write_text('{"lay')
+    assert extract(out, paths, read, encode, LAYOUT).encoded == 8
+    check_features(read_features(out), paths)
+
+
+def test_stale_and_foreign_caches_are_refused(tmp_path, paths):
+    out = tmp_path / "cache.safetensors"
+    extract(out, paths, read, encode, LAYOUT)
+    with pytest.raises(ValueError, match="another encoder"):
+        read_features(out, "e" * 64)
+    features = read_features(out)
+    with pytest.raises(ValueError, match=r"'other\.png' is not among the 8 files"):
+        take(features, ["other.png"])
+    with pytest.raises(
+        ValueError, match=r"1 of 9 files are not in the cache, the first is 'other\.png'"
+    ):
+        check_features(features, paths | {"other.png": paths["sub/0.png"]})
+    paths["sub/3.png"].write_text("33")
+    with pytest.raises(
+        ValueError, match=r"stale: 1 of 8 files changed since, the first is 'sub/3\.png'"
+    ):
+        check_features(features, paths)
+    check_features(features, {key: path for key, path in paths.items() if key != "sub/3.png"})
+    with pytest.raises(ValueError, match="exists"):
+        extract(out, paths, read, encode, LAYOUT)
+
+    save_file({"a": torch.zeros(3, 2)}, tmp_path / "weights.safetensors")
+    (tmp_path / "text.safetensors").write_text("hello")
+    for name, reason in (
+        ("weights", "not a cache"),
+        ("text", "not a safetensors file"),
+        ("none", "no such file"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            read_features(tmp_path / f"{name}.safetensors")
+    out.write_bytes(out.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        read_features(out)
+
+
+def test_a_beginning_of_another_encoder_is_refused(tmp_path, paths):
+    with pytest.raises(KeyboardInterrupt):
+        extract(tmp_path / "c", paths, read, stop_after(1), LAYOUT, batch_size=3)
+    for other in (
+        LAYOUT._replace(fingerprint="e" * 64),
+        LAYOUT._replace(shape=(6, 1)),
+        LAYOUT._replace(dtype="F16"),
+    ):
+        with pytest.raises(ValueError, match="begun with another encoder"):
+            extract(tmp_path / "c", paths, read, encode, other)
+    (tmp_path / "c.partial").write_bytes(b"")
+    with pytest.raises(ValueError, match="shorter than its journal"):
+        extract(tmp_path / "c", paths, read, encode, LAYOUT)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_files_stop_or_are_counted(tmp_path, paths, workers):
+    paths["sub/2.png"].write_text("bad")
+    with pytest.raises(ValueError, match="could not convert string 'bad'"):
+        extract(tmp_path / "c", paths, read, encode, LAYOUT, batch_size=2, workers=workers)
+    done = extract(
+        tmp_path / "c", paths, read, encode, LAYOUT, batch_size=2, workers=workers, skip_bad=True
+    )
+    assert done[:2] == (7, 5) and [key for key, _ in done.skipped] == ["sub/2.png"]
+    assert sorted(read_features(tmp_path / "c").hashes) == sorted(set(paths) - {"sub/2.png"})
+    only = {"sub/2.png": paths["sub/2.png"]}
+    with pytest.raises(ValueError, match="none of the 1 files"):
+        extract(tmp_path / "d", only, read, encode, LAYOUT, skip_bad=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(tmp_path, paths, dtype):
+    layout = LAYOUT._replace(dtype={torch.float16: "F16", torch.bfloat16: "BF16"}[dtype])
+    extract(tmp_path / "c", paths, read, lambda x: encode(x).to(dtype), layout)
+    assert torch.equal(take(read_features(tmp_path / "c"), ["sub/5.png"])[0], expected(5).to(dtype))
+
+
+def test_wrong_shapes_and_names_are_refused(tmp_path, paths):
+    for wrong in (lambda x: encode(x)[:, :2], lambda x: encode(x).half(), lambda x: encode(x)[:1]):
+        with pytest.raises(ValueError, match="the encoder gave features"):
+            extract(tmp_path / "c", paths, read, wrong, LAYOUT, batch_size=4)
+    with pytest.raises(ValueError, match="__metadata__"):
+        extract(tmp_path / "d", {"__metadata__": paths["sub/0.png"]}, read, encode, LAYOUT)
+
+
+def test_too_long_a_header_is_said_first(tmp_path, monkeypatch):
+    monkeypatch.setattr("ta.media.feature_file.MAX_HEADER", 2000)
+    with pytest.raises(ValueError, match="split the folder"):
+        FeatureFile(tmp_path / "c", LAYOUT, [f"{i}.png" for i in range(20)])
+
+
+MEMORY = """
+import sys, resource, torch
+import numpy as np
+from ta.media.features import extract
+from ta.media.feature_file import Layout
+peaks = []
+for count in (100, 1000):  # 6.5 MB and 65 MB of features
+    paths = {str(i): sys.argv[1] for i in range(count)}
+    step = lambda x: torch.ones(len(x), 64, 256)
+    extract(f"{sys.argv[1]}.{count}", paths, lambda path: np.zeros(1, np.float32), step, Layout("f", (64, 256), "F32"))
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(peaks[1] - peaks[0])
+"""
+
+
+def test_writing_takes_the_same_memory_for_many_as_for_few(tmp_path):
+    (tmp_path / "m").write_text("1")
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path / "m")],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert int(run.stdout) < 8_000  # kB
+
+
+def test_files_with_the_same_stamp_are_not_read_again(tmp_path, monkeypatch):
+    files = [tmp_path / f"{i}.bin" for i in range(4)]
+    for i, file in enumerate(files):
+        file.write_bytes(bytes([i]) * 10)
+    notes, read = tmp_path / "notes" / "media.json", []
+    monkeypatch.setattr(
+        "ta.media.features.content_hash", lambda path: read.append(path) or content_hash(path)
+    )
+    assert (
+        content_hashes(files, notes) == [content_hash(file) for file in files]
+        and not notes.exists()
+    ), "just written, may change in this tick"
+    monkeypatch.setattr("ta.media.features.SETTLED", -1)
+    first = content_hashes(files, notes)
+    read.clear()
+    assert content_hashes(files[::-1], notes) == first[::-1] and read == []
+    files[2].write_bytes(b"x" * 10)  # of the same size
+    again = content_hashes(files, notes)
+    assert (
+        read == [files[2]]
+        and again[2] == content_hash(files[2]) != first[2]
+        and again[:2] + again[3:] == first[:2] + first[3:]
+    )
+    notes.write_text(notes.read_text()[:20])
+    assert content_hashes(files, notes) == again and len(read) == 5, (
+        "a torn note is as good as none"
+    )

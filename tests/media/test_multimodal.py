@@ -1,0 +1,270 @@
+"""Pictures and sounds in training: placeholders filled in order, only what should learn learns, cached equals uncached, packed equals alone."""
+
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from test_audio import tone, write_wav
+from test_encoders import save_clip
+
+from ta.builtin.pictures import write_pictures
+from ta.chat.template import ChatConfig
+from ta.chat.tokenizer import TokenizerConfig
+from ta.data.kinds import prepare_kind
+from ta.data.loader import lay_records
+from ta.data.prepare import DataConfig
+from ta.media.feature_file import Layout
+from ta.media.features import extract
+from ta.media.multimodal import MediaBatch, around, dress, embed_modalities, embed_prompts, fill
+from ta.media.settings import MediaConfig, load_marked, open_media
+from ta.model.adapter_settings import AdapterConfig
+from ta.model.load import ModelConfig, open_format, open_model
+
+D = 160  # width of the built-in model
+
+
+def test_embed_modalities_by_hand():
+    tokens = torch.tensor([[7, 9, 9, 5], [9, 9, 5, 5]])
+    embeds = torch.zeros(2, 4, 1) + tokens[:, :, None]
+    features = torch.tensor([[[0.1], [0.2]], [[0.3], [0.4]]])
+    out = embed_modalities(embeds, tokens, features, 9)
+    assert torch.allclose(out[:, :, 0], torch.tensor([[7, 0.1, 0.2, 5], [0.3, 0.4, 5, 5]]))
+    assert torch.equal(embeds, torch.zeros(2, 4, 1) + tokens[:, :, None]), (
+        "the argument stays as it was"
+    )
+    assert torch.equal(embed_modalities(embeds, tokens, torch.empty(0, 2, 1), 3), embeds)
+    with pytest.raises(ValueError, match=r"4 placeholders of id 9 for 6 embeddings \(3 x 2\)"):
+        embed_modalities(embeds, tokens, torch.zeros(3, 2, 1), 9)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Pictures with records, a tiny CLIP, a sound."""
+    folder = tmp_path_factory.mktemp("media")
+    write_pictures(folder, 6, 4)
+    save_clip(folder / "clip", whole=False)
+    return folder
+
+
+def opened(place, **config):
+    config = {"image_root": str(place / "images"), "image_encoder": "builtin"} | config
+    return open_media(MediaConfig(**config), (str(place / "train.jsonl"),), "cpu")
+
+
+def formed(media, **chat):
+    chat = ChatConfig(**chat)
+    return open_format(ModelConfig(), TokenizerConfig(), chat, media=media.slots), chat
+
+
+def made(media, path, model=None, freeze=False, adapter="none", **chat):
+    """(model, form, prepared, dress) of records in a file."""
+    form, chat = formed(media, **chat)
+    prepared = prepare_kind("media", [str(path)], form, chat, DataConfig(), say=lambda line: None)
+    if model is None:
+        model, _ = open_model(
+            ModelConfig(), AdapterConfig(adapter=adapter), form, around=around(media, form, freeze)
+        )
+    return model, form, prepared, dress(media, prepared)
+
+
+def batch_of_records(prepared, make, records, packed=True):
+    records = np.array(records)
+    return make(lay_records(prepared, records, packed), records)
+
+
+def test_what_learns(place):
+    media = opened(place, image_encoder="clip", image_encoder_path=str(place / "clip"))
+    encoder = media.modalities["image"].encode.__self__.module
+    for freeze, adapter in ((False, "none"), (True, "none"), (False, "lora")):
+        model, form, prepared, make = made(
+            media, place / "train.jsonl", freeze=freeze, adapter=adapter
+        )
+        batch = fill(media, batch_of_records(prepared, make, [0, 1]))
+        model.train()
+        model(batch, "sum").backward()
+        grads = {
+            name
+            for name, p in model.named_parameters()
+            if p.grad is not None and p.grad.abs().sum() > 0
+        }
+        layers = {f"projectors.image.layers.{i}.{k}" for i in (0, 2) for k in ("weight", "bias")}
+        assert {name for name in grads if name.startswith("projectors.")} == layers
+        language = {name for name in grads if name.startswith("inner.")}
+        assert not language if freeze else language
+        assert adapter == "none" or all("lora" in name or "token" in name for name in language)
+        assert all(p.grad is None and not p.requires_grad for p in encoder.parameters())
+        assert not any(name.startswith("encoder") for name, _ in model.named_parameters())
+        slot = form.media["image"]
+        media_ids = {slot.id, form.vocabulary.special["<MS>"], form.vocabulary.special["</MS>"]}
+        assert not media_ids & set(prepared.ids[np.flatnonzero(prepared.weights)].tolist())
+
+
+def test_packed_equals_padded_equals_alone(place):
+    media = opened(
+        place, image_projector="c_abs", image_embeddings=4, projector_width=16, projector_depth=1
+    )
+    model, _, prepared, make = made(media, place / "train.jsonl")
+    whole = model(fill(media, batch_of_records(prepared, make, [0, 1, 2])), "tokens")
+    alone = torch.cat(
+        [model(fill(media, batch_of_records(prepared, make, [i])), "tokens") for i in range(3)]
+    )
+    model.set_mode("padded")
+    padded = model(fill(media, batch_of_records(prepared, make, [0, 1, 2], packed=False)), "tokens")
+    assert torch.allclose(whole, alone, atol=1e-5) and torch.allclose(whole, padded, atol=1e-5)
+    assert not torch.allclose(
+        whole,
+        model(
+            fill(media, swapped(batch_of_records(prepared, make, [0, 1, 2], packed=False))),
+            "tokens",
+        ),
+        atol=1e-3,
+    )
+    model.set_mode("own")
+    own = model(fill(media, batch_of_records(prepared, make, [0, 1, 2], packed=False)), "tokens")
+    assert torch.allclose(own, whole, atol=1e-4), (
+        "models whose hidden states cannot be read see pictures, too"
+    )
+
+
+def swapped(batch: MediaBatch) -> MediaBatch:
+    return batch._replace(image=batch.image.flip(0))
+
+
+@pytest.mark.parametrize("name", ["builtin", "clip"])
+def test_cached_equals_uncached_bit_for_bit(place, tmp_path, name):
+    path = {
+        "image_encoder": name,
+        "image_encoder_path": str(place / "clip") if name == "clip" else None,
+    }
+    encoder, mark = load_marked(name, path["image_encoder_path"], "cpu")
+    files = {f"train/{i:05d}.png": place / "images" / "train" / f"{i:05d}.png" for i in range(6)}
+    extract(
+        tmp_path / "c",
+        files,
+        encoder.read,
+        encoder.encode,
+        Layout(mark, (encoder.n_modality_embs, encoder.emb_dim), "F32"),
+        batch_size=4,
+    )
+    media, cached = opened(place, **path), opened(place, **path, image_features=str(tmp_path / "c"))
+    assert cached.modalities["image"].encode is None
+    model, _, prepared, make = made(media, place / "train.jsonl")
+    _, _, again, read = made(cached, place / "train.jsonl", model)
+    for records in ([0], [0, 1, 2, 3, 4], [5, 2]):
+        one, other = (
+            fill(m, batch_of_records(p, d, records))
+            for m, p, d in ((media, prepared, make), (cached, again, read))
+        )
+        assert torch.equal(one.image, other.image) and torch.equal(
+            model(one, "sum"), model(other, "sum")
+        )
+    lazy = fill(cached, batch_of_records(again, dress(cached, again, read=False), [0, 1, 2, 3, 4]))
+    assert torch.equal(
+        lazy.image, fill(media, batch_of_records(prepared, make, [0, 1, 2, 3, 4])).image
+    )
+
+
+def test_text_alone_and_nothing_at_all_run_the_projector(place, tmp_path):
+    (tmp_path / "t.jsonl").write_text(
+        json.dumps(
+            {
+                "messages": [
+                    {"role": "user", "content": "Hi"},
+                    {"role": "assistant", "content": "Ho"},
+                ]
+            }
+        )
+        + "\n"
+    )
+    media = opened(place)
+    model, _, prepared, make = made(media, tmp_path / "t.jsonl")
+    for records in ([0], []):
+        model.zero_grad()
+        model(
+            fill(media, batch_of_records(prepared, make, np.array(records, int))), "sum"
+        ).backward()
+        assert all(p.grad is not None for p in model.projectors.parameters()), (
+            "or processes with and without pictures would not meet"
+        )
+
+
+def test_prompts_are_embedded_as_batches_are(place):
+    media = opened(place)
+    model, _, prepared, make = made(media, place / "train.jsonl")
+    whole = model(fill(media, batch_of_records(prepared, make, [0, 1])), "embeds")[0]
+    ids = [prepared.ids[prepared.offsets[i] : prepared.offsets[i + 1]].tolist() for i in (0, 1)]
+    found = list(
+        embed_prompts(
+            media, model, ids, [[("image", "train/00000.png")], [("image", "train/00001.png")]]
+        )
+    )
+    assert torch.equal(torch.cat(found), whole)
+
+
+def test_sounds_beside_pictures(place, tmp_path):
+    from test_encoders import save_whisper
+
+    write_wav(place / "images" / "a.wav", tone(0.3))
+    save_whisper(place / "whisper")
+    parts = [
+        {"type": t, "content": c}
+        for t, c in (("audio", "a.wav"), ("image", "train/00001.png"), ("text", "?"))
+    ]
+    record = {
+        "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "Yes"}]
+    }
+    (tmp_path / "t.jsonl").write_text(json.dumps(record) + "\n")
+    media = opened(place, audio_encoder="whisper", audio_encoder_path=str(place / "whisper"))
+    model, form, prepared, make = made(media, tmp_path / "t.jsonl")
+    batch = fill(media, batch_of_records(prepared, make, [0]))
+    assert batch.image.shape[0] == batch.audio.shape[0] == 1
+    model(batch, "sum").backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.projectors.parameters())
+    ids = prepared.ids.tolist()
+    assert ids.count(form.media["audio"].id) == media.modalities["audio"].settings["features"]
+    assert ids.index(form.media["audio"].id) < ids.index(form.media["image"].id)
+
+
+def test_an_encoder_is_one_function_and_one_entry(place, tmp_path, monkeypatch):
+    """What the README shows."""
+    from ta.media.encoders import ENCODERS, Encoder
+    from ta.media.images import CLIP, read_pixels
+
+    def mine(folder):
+        torch.manual_seed(0)
+        module = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 8, 16, stride=16), torch.nn.Flatten(2), torch.nn.Linear(196, 196)
+        )
+        module.append(Transposed())
+        return Encoder(
+            "image",
+            8,
+            196,
+            (14, 14),
+            partial(read_pixels, how=CLIP),
+            module,
+            {"encoder": "mine", "version": 1},
+        )
+
+    monkeypatch.setitem(ENCODERS, "mine", mine)
+    media = opened(
+        place,
+        image_encoder="mine",
+        image_encoder_path=str(place),
+        image_projector="c_abs",
+        image_embeddings=9,
+        projector_width=16,
+    )
+    model, _, prepared, make = made(media, place / "train.jsonl")
+    model(fill(media, batch_of_records(prepared, make, [0, 1])), "sum").backward()
+    assert (
+        model.projectors["image"].positions.shape == (1, 196, 8)
+        and model.projectors["image"].positions.grad.abs().sum() > 0
+    )
+
+
+class Transposed(torch.nn.Module):
+    def forward(self, x):
+        return x.transpose(1, 2)

@@ -1,0 +1,156 @@
+"""Projectors: formulas by hand, token reduction, refusals that name the right number, weights through a file."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ta.media.projectors import (
+    PROJECTORS,
+    Bottleneck,
+    CAbstractor,
+    load_projector,
+    make_projector,
+    save_projector,
+)
+
+
+def small(kind, n_in=16, n_out=4, **more):
+    torch.manual_seed(0)
+    return make_projector(kind, 6, n_in, 10, n_out, width=8, depth=2, **more)
+
+
+def test_mlp_is_linear_gelu_linear():
+    projector = small("mlp", 5, 5)
+    first, _, second = projector.layers
+    features = torch.randn(3, 5, 6)
+    expected = F.gelu(features @ first.weight.T + first.bias) @ second.weight.T + second.bias
+    torch.testing.assert_close(projector(features), expected)
+    assert (
+        PROJECTORS["llava"] is PROJECTORS["mlp"]
+        and PROJECTORS["c_abs"] is PROJECTORS["c_abstractor"]
+    )
+
+
+def norm(x, layer):
+    mean, variance = x.mean(1, keepdim=True), x.var(1, keepdim=True, unbiased=False)
+    return (x - mean) / (variance + 1e-6).sqrt() * layer.weight[:, None, None] + layer.bias[
+        :, None, None
+    ]
+
+
+@pytest.mark.parametrize("channels_in", [6, 8])
+def test_bottleneck_by_its_formula(channels_in):
+    torch.manual_seed(0)
+    block = Bottleneck(channels_in, 8).double()
+    for weight in block.parameters():
+        torch.nn.init.normal_(weight)
+    narrow, norm1, _, depthwise, norm2, _, excite, wide, norm3 = block.body
+    x = torch.randn(2, channels_in, 4, 4).double()
+    h = F.silu(norm(torch.einsum("oi,bihw->bohw", narrow.weight[:, :, 0, 0], x), norm1))
+    h = F.silu(
+        norm(
+            torch.stack(
+                [
+                    F.conv2d(h[:, c : c + 1], depthwise.weight[c : c + 1], padding=1)[:, 0]
+                    for c in range(8)
+                ],
+                1,
+            ),
+            norm2,
+        )
+    )
+    gate = torch.sigmoid(excite.gate[2](F.silu(excite.gate[0](h.mean((2, 3))))))
+    h = norm(
+        torch.einsum("oi,bihw->bohw", wide.weight[:, :, 0, 0], h * gate[:, :, None, None]), norm3
+    )
+    side = (
+        x
+        if channels_in == 8
+        else norm(
+            torch.einsum("oi,bihw->bohw", block.shortcut[0].weight[:, :, 0, 0], x),
+            block.shortcut[1],
+        )
+    )
+    torch.testing.assert_close(block(x), F.silu(h + side))
+    assert excite.gate[0].out_features == 2 == round(channels_in / 4)
+
+
+def test_c_abstractor_reduces_tokens_keeps_layout_and_learns():
+    projector = small("c_abs", 16, 4)
+    assert projector.positions.shape == (1, 16, 6)  # the encoder's number of patches
+    features = torch.randn(3, 16, 6)
+    out = projector(features)
+    assert out.shape == (3, 4, 10)
+    torch.testing.assert_close(projector(features[1:2]), out[1:2])  # pictures do not see each other
+    out.sum().backward()
+    assert all(
+        weight.grad is not None and weight.grad.isfinite().all()
+        for weight in projector.parameters()
+    )
+    # Rows stay rows: with the stages taken out, token 1 is the mean over the top right quarter of the patches.
+    bare = small("c_abs", 16, 4)
+    bare.before, bare.after, bare.mlp = (
+        torch.nn.Identity(),
+        torch.nn.Identity(),
+        torch.nn.Identity(),
+    )
+    torch.testing.assert_close(
+        bare(features)[:, 1], (features + bare.positions)[:, [2, 3, 6, 7]].mean(1)
+    )
+
+
+def test_c_abstractor_takes_the_encoders_grid():
+    assert small("c_abs", 12, 4, grid=(3, 4))(torch.randn(2, 12, 6)).shape == (2, 4, 10)
+    with pytest.raises(ValueError, match="3 x 5 patches is not the encoder's 12"):
+        small("c_abs", 12, 4, grid=(3, 5))
+
+
+@pytest.mark.parametrize(
+    ("kind", "n_in", "n_out", "reason"),
+    [
+        ("mlp", 576, 144, "576, not 144; set n_modality_embeddings to 576"),
+        ("c_abs", 576, 140, "n_modality_embeddings is 140; the nearest that fit: 121, 144"),
+        ("c_abs", 577, 144, "the encoder gives 577; the nearest that fit: 576, 625"),
+        ("c_abs", 16, 25, "cannot make 25 tokens of the encoder's 16; give 16 or fewer"),
+        ("c_abs", 16, 0, "n_modality_embeddings is 0; the nearest that fit: 1"),
+        ("resampler", 16, 16, "give one of mlp, llava, c_abstractor, c_abs"),
+    ],
+)
+def test_wrong_numbers_are_refused_with_the_right_one(kind, n_in, n_out, reason):
+    with pytest.raises(ValueError, match=reason):
+        small(kind, n_in, n_out)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "c_abs"])
+def test_weights_go_through_a_file(kind, tmp_path):
+    sizes = (16, 16) if kind == "mlp" else (16, 4)
+    saved, other = small(kind, *sizes), small(kind, *sizes)
+    for weight in other.parameters():
+        torch.nn.init.constant_(weight, 0.5)
+    save_projector(saved, tmp_path / "p.safetensors")
+    load_projector(other, tmp_path / "p.safetensors")
+    features = torch.randn(2, 16, 6)
+    assert torch.equal(saved(features), other(features))
+
+    wider = make_projector(kind, 6, 16, 12, sizes[1], width=8, depth=2)
+    before = {name: value.clone() for name, value in wider.state_dict().items()}
+    with pytest.raises(ValueError, match=r"is \(10.* in the file and \(12"):
+        load_projector(wider, tmp_path / "p.safetensors")
+    assert all(torch.equal(value, before[name]) for name, value in wider.state_dict().items())
+    foreign = small("c_abs" if kind == "mlp" else "mlp", 16, 4 if kind == "mlp" else 16)
+    with pytest.raises(ValueError, match="absent"):
+        load_projector(foreign, tmp_path / "p.safetensors")
+    (tmp_path / "no.safetensors").write_bytes(b"{}")
+    for name, reason in (
+        ("no.safetensors", "not a safetensors file"),
+        ("none.safetensors", "no such file"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            load_projector(other, tmp_path / name)
+
+
+def test_defaults_are_the_papers():
+    projector = CAbstractor(32, 16, 8, 4)
+    assert (
+        len(projector.before) == len(projector.after) == 3 and projector.mlp[0].in_features == 1024
+    )

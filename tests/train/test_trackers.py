@@ -1,0 +1,80 @@
+"""Logging services, each run for real where its package is installed, offline, and read back from what it wrote."""
+
+import json
+import sqlite3
+import zipfile
+
+import pytest
+
+from ta.train.trackers import SINKS, check_sinks, open_sinks
+
+FIGURES = [(1, {"loss": 2.5, "lr": 0.1}), (1, {"val_loss": 3.0}), (2, {"loss": 1.25, "lr": 0.2})]
+
+
+def write(name, folder):
+    pytest.importorskip(name)
+    (sink,) = open_sinks([name], folder)
+    for step, figures in FIGURES:
+        sink(step, figures)
+
+
+def test_a_service_that_is_not_installed_is_said_with_the_command(monkeypatch):
+    monkeypatch.setattr("ta.train.trackers.find_spec", lambda name: None)
+    for name in SINKS:
+        with pytest.raises(
+            ValueError, match=f"--log {name}: the package is not installed: pip install {name}"
+        ):
+            check_sinks([name])
+
+
+def test_tensorboard(tmp_path):
+    write("tensorboard", tmp_path)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 2.5), (2, 1.25)]
+    assert [(e.step, e.value) for e in events.Scalars("val_loss")] == [(1, 3.0)]
+
+
+def test_wandb(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    write("wandb", tmp_path)
+    import wandb
+
+    wandb.finish()
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert (
+        b"val_loss" in file.read_bytes()
+        and b"2.5" in file.read_bytes()
+        and b"1.25" in file.read_bytes()
+    )
+
+
+def test_trackio(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "kept"))
+    write("trackio", tmp_path)
+    import trackio
+
+    trackio.finish()
+    (file,) = (tmp_path / "kept").glob("*.db")
+    rows = sqlite3.connect(file).execute("select step, metrics from metrics order by id").fetchall()
+    assert [(step, json.loads(text)) for step, text in rows] == FIGURES
+
+
+def test_clearml(tmp_path, monkeypatch):
+    clearml = pytest.importorskip("clearml")
+    monkeypatch.setenv("CLEARML_CACHE_DIR", str(tmp_path / "kept"))
+    clearml.Task.set_offline(True)
+    write("clearml", tmp_path)
+    task = clearml.Task.current_task()
+    folder = task.get_offline_mode_folder()
+    task.close()
+    with zipfile.ZipFile(f"{folder}.zip") as kept:
+        text = kept.read("metrics.jsonl").decode()
+    values = [
+        (m["iter"], m["metric"], m["value"]) for line in text.splitlines() for m in json.loads(line)
+    ]
+    assert values == [
+        (step, name, value) for step, figures in FIGURES for name, value in figures.items()
+    ]
