@@ -65,16 +65,21 @@ def rate(work, flags) -> dict[str, float]:
 
 def opened(flags):
     """A function that prepares the file of chats, or opens what was prepared."""
-    from ta.chat.encode import ChatConfig
-    from ta.chat.tokenizer import TokenizerConfig
+    from ta.chat.template import ChatConfig
+    from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
     from ta.data.kinds import prepare_kind
     from ta.data.prepare import DataConfig
-    from ta.model.load import ModelConfig, open_format
+    from ta.model.load import ModelConfig
 
-    form = open_format(ModelConfig(), TokenizerConfig(), ChatConfig())
+    tokenizer = load_chat_tokenizer(ModelConfig(), TokenizerConfig(), ChatConfig())
     config = DataConfig(cache_dir=f"{flags.folder}/cache")
     return lambda: prepare_kind(
-        "chat", [f"{flags.folder}/chats.jsonl"], form, ChatConfig(), config, say=lambda line: None
+        "chat",
+        [f"{flags.folder}/chats.jsonl"],
+        tokenizer,
+        ChatConfig(),
+        config,
+        say=lambda line: None,
     )
 
 
@@ -108,12 +113,11 @@ def encode_only(flags):
     from ta.builtin import models
     from ta.chat.encode import encode_chats
     from ta.chat.template import ChatConfig
-    from ta.chat.tokenizer import template_of, vocabulary
+    from ta.chat.tokenizer import chat_tokenizer
 
-    tokenizer, records = models.tiny_tokenizer(), chats(flags)
-    template, vocab = template_of(tokenizer, ChatConfig()), vocabulary(tokenizer)
-    encode_chats(records[:10], template, vocab, ChatConfig())
-    return rate(lambda: encode_chats(records, template, vocab, ChatConfig()), flags)
+    tokenizer, records = chat_tokenizer(models.tiny_tokenizer(), ChatConfig()), chats(flags)
+    encode_chats(records[:10], tokenizer, ChatConfig())
+    return rate(lambda: encode_chats(records, tokenizer, ChatConfig()), flags)
 
 
 def batch(flags):

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ta.chat.encode import encode_prompt
-from ta.chat.template import ANSWER, ChatConfig
-from ta.chat.tokenizer import TokenizerConfig
+from ta.chat.messages import ANSWER
+from ta.chat.template import ChatConfig
+from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.cli import cli
 from ta.generation.generate import generate
 from ta.generation.settings import Ending, GenerateConfig, check_settings
 from ta.model.inference import InferenceConfig, open_for_inference, resolve
-from ta.model.load import open_format
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ def main(config: Chat) -> None:
     check_settings(config.generation)
     config = of_run(config) if config.run else config
     model, adapter = resolve(config.model)
-    form = open_format(model, config.tokenizer, config.chat, adapter)
+    tokenizer = load_chat_tokenizer(model, config.tokenizer, config.chat, adapter_path=adapter)
     loaded = open_for_inference(model, adapter, "cuda" if torch.cuda.is_available() else "cpu")
     settings = dataclasses.replace(
-        config.generation, stop_strings=(*config.generation.stop_strings, *form.stop_strings)
+        config.generation, stop_strings=(*config.generation.stop_strings, *tokenizer.stop_strings)
     )
-    ending = Ending(form.tokenizer, frozenset(form.stop_ids), settings)
+    ending = Ending(tokenizer.fast, frozenset(tokenizer.stop_ids), settings)
     messages: list[dict] = []
     print("/reset forgets the dialogue, /quit ends it", file=sys.stderr)
     while (question := ask()) is not None:
@@ -55,13 +55,13 @@ def main(config: Chat) -> None:
             messages.append({"role": "user", "content": question})
             printer = Printer(ending)
             try:
-                prompt = encode_prompt(messages, form.template, form.vocabulary, config.chat)
+                prompt = encode_prompt(messages, tokenizer, config.chat)
                 answer = generate(
                     loaded,
-                    form.tokenizer,
+                    tokenizer.fast,
                     [prompt],
                     settings,
-                    form.stop_ids,
+                    tokenizer.stop_ids,
                     on_token=printer,
                     keys=[len(messages)],
                 )[0][0]

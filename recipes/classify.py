@@ -97,7 +97,7 @@ def show(run, config: Classify, done: int, probabilities, labels: list[int]) -> 
     for i, (shares, label) in enumerate(
         zip(probabilities[: config.cherry.cherry_records].tolist(), labels, strict=False)
     ):
-        text = run.form.tokenizer.decode(
+        text = run.tokenizer.fast.decode(
             run.data.held_out.ids[slice(*run.data.held_out.offsets[i : i + 2])],
             skip_special_tokens=True,
         )

@@ -20,7 +20,7 @@ from typing import Literal
 
 from ta.builtin import data_files
 from ta.chat.template import ChatConfig
-from ta.chat.tokenizer import TokenizerConfig
+from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.cli import cli
 from ta.data.sources import Drops
 from ta.files import hash_json
@@ -38,7 +38,6 @@ from ta.generation.settings import (
 from ta.generation.vllm_engine import VllmConfig
 from ta.media.settings import MediaFiles, reopen_media
 from ta.model.inference import InferenceConfig, open_generator, resolve, stand_alone, vllm_settings
-from ta.model.load import open_format
 from ta.rag.passages import RetrievalConfig
 from ta.rag.retrieval import online
 
@@ -95,7 +94,9 @@ def main(config: Generate) -> None:
         answers_file.check(out, config.resume, config.overwrite, rank, world)
     model, adapter = resolve(config.model)
     media = reopen_media(adapter or model.model_path, config.media, config.data, device)
-    form = open_format(model, config.tokenizer, config.chat, adapter, media.slots if media else {})
+    tokenizer = load_chat_tokenizer(
+        model, config.tokenizer, config.chat, media.placeholders if media else {}, adapter
+    )
     paths = (
         config.data
         or data_files.data_or_builtin(
@@ -104,13 +105,13 @@ def main(config: Generate) -> None:
     )
     drops = Drops(config.on_bad_record, config.max_bad_share)
     records = read_prompts(
-        paths, form, config.chat, drops, config.generation.seed, config.random_cut
+        paths, tokenizer, config.chat, drops, config.generation.seed, config.random_cut
     )
     if drops.counts:
         print(f"left out: {drops.table()}", file=sys.stderr)
-    records = online(config.retrieval, records, form, config.chat, device)
+    records = online(config.retrieval, records, tokenizer, config.chat, device)
     engine, vocabulary, context = open_generator(
-        model, adapter, form, device, vllm, config.generation.seed, media
+        model, adapter, tokenizer, device, vllm, config.generation.seed, media
     )
     check_prompts([prompt for _, prompt, _ in records], vocabulary, context)
     who = [
@@ -122,7 +123,7 @@ def main(config: Generate) -> None:
     for (name, settings), out in zip(named, outs, strict=True):
         answers_file.begin(out, config.overwrite, rank, world)
         settings = dataclasses.replace(
-            settings, stop_strings=(*settings.stop_strings, *form.stop_strings)
+            settings, stop_strings=(*settings.stop_strings, *tokenizer.stop_strings)
         )
         what = [
             *who,
@@ -142,7 +143,7 @@ def main(config: Generate) -> None:
                 n, answers, mine=mine, keys=keys, settings=settings, part=part, advance=advance
             ):
                 data, prompt, _ = records[mine[n]]
-                text = form.tokenizer.decode(
+                text = tokenizer.fast.decode(
                     prompt, skip_special_tokens=settings.skip_special_tokens
                 )
                 shown = ({"prompt": text} if config.with_prompt else {}) | {
@@ -155,7 +156,7 @@ def main(config: Generate) -> None:
             engine(
                 [records[i][1] for i in mine],
                 settings,
-                form.stop_ids,
+                tokenizer.stop_ids,
                 on_answer=finished,
                 keys=mine,
                 **seen,

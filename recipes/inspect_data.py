@@ -16,14 +16,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ta.builtin import data_files
-from ta.chat.pieces import Tokens, show
+from ta.chat.render import Tokens, show
 from ta.chat.template import ChatConfig
-from ta.chat.tokenizer import TokenizerConfig
+from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.cli import cli
 from ta.data.kinds import Kind, prepare_kind
 from ta.data.prepare import DataConfig, Prepared, lengths, read_drops, report, sequence
 from ta.media.settings import MediaConfig, open_media
-from ta.model.load import ModelConfig, open_format
+from ta.model.load import ModelConfig
 
 BAR = 50  # characters
 
@@ -37,8 +37,6 @@ class InspectData:
     """Folder whose tokenizer is used; its weights are not read."""
     adapter_path: str | None = None
     """Adapter whose tokenizer is used, if it has one of its own."""
-    init_tokens: tuple[str, ...] = ()
-    """New tokens as in training: "<RS>=<s>"."""
     hub: bool = False
     """Allow the model's name to be looked up on the Hugging Face hub."""
     kind: Kind = "chat"
@@ -54,22 +52,26 @@ class InspectData:
 
 
 def main(config: InspectData) -> None:
-    model = ModelConfig(
-        model_path=config.model_path, init_tokens=config.init_tokens, hub=config.hub
+    model = ModelConfig(model_path=config.model_path, hub=config.hub)
+    placeholders = (
+        open_media(config.media, config.data.data, "cpu").placeholders
+        if config.kind == "media"
+        else {}
     )
-    slots = (
-        open_media(config.media, config.data.data, "cpu").slots if config.kind == "media" else {}
+    tokenizer = load_chat_tokenizer(
+        model, config.tokenizer, config.chat, placeholders, config.adapter_path
     )
-    form = open_format(model, config.tokenizer, config.chat, config.adapter_path, slots)
     training, _ = data_files.data_or_builtin(config.data.data, (), data_files.NAMES[config.kind])
     for sources in (training, config.data.val_data):
         if not sources:
             continue
-        prepared = prepare_kind(config.kind, sources, form, config.chat, config.data, config.seed)
+        prepared = prepare_kind(
+            config.kind, sources, tokenizer, config.chat, config.data, config.seed
+        )
         for line in (
             json_lines(prepared)
             if config.json
-            else page(prepared, config.examples, form.tokenizer.decode)
+            else page(prepared, config.examples, tokenizer.fast.decode)
         ):
             print(line)
 

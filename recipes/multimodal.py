@@ -49,7 +49,9 @@ def main(config: Multimodal) -> None:
     around = partial(
         multimodal.around, opened, freeze=config.media.freeze_language_model, seed=config.loop.seed
     )
-    parts = open_parts(config, "media", usual_lr=SEEING_LR, slots=opened.slots, around=around)
+    parts = open_parts(
+        config, "media", usual_lr=SEEING_LR, placeholders=opened.placeholders, around=around
+    )
     learn = partial(step, partial(multimodal.fill, opened))
     scale = (
         multimodal.projector_lr(config.media, config.model.model_path, parts.optim.lr)

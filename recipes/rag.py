@@ -72,7 +72,9 @@ def main(config: Rag) -> None:
     index = open_index(config.retrieval.index or builtin_index(), config.retrieval.encoder_path)
     how = joining(config.retrieval, index.manifest)
     k = config.retrieval.num_passages or 4
-    encoder, tokenizer = open_encoder(index.encoder, index.reading, device, config.model.dtype)
+    encoder, encoder_tokenizer = open_encoder(
+        index.encoder, index.reading, device, config.model.dtype
+    )
     encoder_lr = (
         config.encoder_lr
         if config.encoder_lr is not None
@@ -88,10 +90,10 @@ def main(config: Rag) -> None:
         if index.reading.normalize
         else 1.0
     )
-    around = lambda form: lambda generator: joint.RagModel(generator, encoder)
+    around = lambda tokenizer: lambda generator: joint.RagModel(generator, encoder)
     parts = open_parts(config, "question", usual_lr=(2e-5, 2e-4, 1e-3), around=around)
     retriever = retriever_of(
-        index, tokenizer, parts.form, config.chat, how._replace(num_passages=k), device
+        index, encoder_tokenizer, parts.tokenizer, config.chat, how._replace(num_passages=k), device
     )
     if config.reembed_every:
         retriever = retriever._replace(table=retriever.table.clone())
@@ -116,8 +118,7 @@ def main(config: Rag) -> None:
     ) as run:
         prompts = partial(
             encode_prompts,
-            template=run.form.template,
-            vocabulary=run.form.vocabulary,
+            tokenizer=run.tokenizer,
             config=config.chat,
         )
         before = partial(

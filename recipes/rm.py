@@ -57,7 +57,7 @@ def show(run, config: Rm, done: int, _batches) -> dict[str, float]:
     for i, both in enumerate(scores if rank() == 0 else []):
         parts = [sequence(pairs, 2 * i + j) for j in (0, 1)]
         asked, chosen, rejected = (
-            run.form.tokenizer.decode(ids, skip_special_tokens=True).strip()
+            run.tokenizer.fast.decode(ids, skip_special_tokens=True).strip()
             for ids in (
                 parts[0][0][parts[0][1] == 0],
                 *(ids[weights != 0] for ids, weights in parts),

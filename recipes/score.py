@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Literal
 
 from ta.chat.encode import Drop, encode_answers
-from ta.chat.template import ANSWER, ChatConfig
-from ta.chat.tokenizer import TokenizerConfig
+from ta.chat.messages import ANSWER
+from ta.chat.template import ChatConfig
+from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.cli import cli
 from ta.data.kinds import KINDS
 from ta.data.records import check_candidates, check_chat
@@ -35,7 +36,6 @@ from ta.model.inference import (
     stand_alone,
     vllm_settings,
 )
-from ta.model.load import open_format
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,13 @@ class Score:
     """Replace an output that exists."""
 
 
-def sequences_of(config: Score, form, data: dict) -> list:
+def sequences_of(config: Score, tokenizer, data: dict) -> list:
     """The token sequences of one record: one a candidate, or the whole dialogue. ValueError where it does not fit."""
     if config.kind == "candidates":
         answers = [{"role": ANSWER, "content": answer["content"]} for answer in data["answers"]]
-        found = encode_answers(
-            [data["messages"]], [answers], form.template, form.vocabulary, config.chat
-        )[0]
+        found = encode_answers([data["messages"]], [answers], tokenizer, config.chat)[0]
     else:
-        found = KINDS["class"][1](form, config.chat, [data | {"label": 0}])[0]
+        found = KINDS["class"][1](tokenizer, config.chat, [data | {"label": 0}])[0]
     if isinstance(found, Drop):
         raise ValueError(f"{found.reason}: {found.detail}; raise --max-tokens")
     return found if config.kind == "candidates" else list(found.seqs)
@@ -82,7 +80,7 @@ def main(config: Score) -> None:
     out = Path(config.out)
     answers_file.check(out, config.resume, config.overwrite, rank, world)
     model, adapter = resolve(config.model)
-    form = open_format(model, config.tokenizer, config.chat, adapter)
+    tokenizer = load_chat_tokenizer(model, config.tokenizer, config.chat, adapter_path=adapter)
     num_labels = labels_in(model_folder(model.model_path, model.hub), adapter)
     if (config.kind == "candidates") != (num_labels == 1):
         raise ValueError(
@@ -104,9 +102,9 @@ def main(config: Score) -> None:
     keys = [hash_json([who, i, data])[:16] for i, data in enumerate(records)]
     there = answers_file.done(out, keys) if not config.overwrite else {}
     mine = [i for i in range(rank, len(records), world) if keys[i] not in there]
-    sequences = [sequences_of(config, form, records[i]) for i in mine]
+    sequences = [sequences_of(config, tokenizer, records[i]) for i in mine]
     score, vocabulary, context = open_scorer(
-        model, adapter, form.tokenizer, num_labels, device, config.max_tokens_per_micro, vllm
+        model, adapter, tokenizer.fast, num_labels, device, config.max_tokens_per_micro, vllm
     )
     check_prompts(
         [tokens.ids for parts in sequences for tokens in parts], vocabulary, context, room=0

@@ -28,10 +28,10 @@ class ToLlava:
 
 
 def main(config: ToLlava) -> None:
+    from ta.chat.tokenizer import load_chat_tokenizer
     from ta.media.llava import check_llava, write_llava
     from ta.media.multimodal import seeing
     from ta.model.export import published
-    from ta.model.load import open_format
 
     out = Path(config.out)
     if out.exists():
@@ -44,10 +44,12 @@ def main(config: ToLlava) -> None:
             f"{config.model_path} has no media.json, so it reads no pictures: give RUN/final of recipes/multimodal.py"
         )
     check_llava(media)
-    form = open_format(base, TokenizerConfig(), ChatConfig(), adapter, media.slots)
-    model = seeing(media, form, open_for_inference(base, adapter))
+    tokenizer = load_chat_tokenizer(
+        base, TokenizerConfig(), ChatConfig(), media.placeholders, adapter
+    )
+    model = seeing(media, tokenizer, open_for_inference(base, adapter))
     with published(out) as folder:
-        gap = write_llava(folder, media, model, form)
+        gap = write_llava(folder, media, model, tokenizer)
         if gap > 1e-3:
             raise ValueError(
                 f"the Llava layout gives logits that differ by {gap:.2g}: this language model computes otherwise there"

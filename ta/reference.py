@@ -21,12 +21,12 @@ from ta.reference_table import cached
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ta.chat.tokenizer import ChatTokenizer
     from ta.data.answer_batches import Logps
     from ta.data.batch import Batch
     from ta.data.loader import Dress
     from ta.data.prepare import Prepared
     from ta.model.language_model import LanguageModel
-    from ta.model.load import ChatFormat
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def choose(config: ReferenceConfig, adapter: AdapterConfig) -> str:
 def open_reference(
     config: ReferenceConfig,
     model: LanguageModel,
-    form: ChatFormat,
+    tokenizer: ChatTokenizer,
     at: ModelConfig,
     adapter: AdapterConfig,
     *,
@@ -227,10 +227,10 @@ def open_reference(
             if config.ref_path is None and (choice == "synced" or adapter.adapter_path)
             else AdapterConfig()
         )
-        copy = _second(config.ref_path, model, form, at, own, device, seed)
+        copy = _second(config.ref_path, model, tokenizer, at, own, device, seed)
         logps, key = still(copy), [fingerprint(config.ref_path or at.model_path, at.hub)]
     if choice == "cached":
-        tokens = [[token.text, *token.pieces] for token in form.new_tokens]
+        tokens = [[token.text, *token.pieces] for token in tokenizer.new_tokens]
         key = [*key, at.dtype, at.quantize, device.partition(":")[0], tokens, at.model_args]
         folder = cache_folder(cache.pop("folder", "")) / "references"
         shape = {"packed": model.mode == "packed", "device": device}
@@ -248,7 +248,7 @@ def open_reference(
 def _second(
     path: str | None,
     policy: LanguageModel,
-    form: ChatFormat,
+    tokenizer: ChatTokenizer,
     at: ModelConfig,
     adapter: AdapterConfig,
     device: str,
@@ -257,12 +257,12 @@ def _second(
     """A frozen model opened like the policy, or from `path`; both then run in the same mode."""
     if path is not None:
         at = dataclasses.replace(at, model_path=path)
-        _check_vocabulary(model_folder(path, at.hub), form)
+        _check_vocabulary(model_folder(path, at.hub), tokenizer)
     bare = adapter == AdapterConfig() and any(
         not p.requires_grad for p in policy.parameters()
     )  # the policy's base is then held rounded
     around = (lambda model: model.requires_grad_(False)) if bare else (lambda model: model)
-    copy, _ = open_model(at, adapter, form, device=device, seed=seed, around=around)
+    copy, _ = open_model(at, adapter, tokenizer, device=device, seed=seed, around=around)
     copy.requires_grad_(False).eval()
     copy.dropout = False
     if copy.mode != policy.mode:
@@ -273,9 +273,11 @@ def _second(
     return copy
 
 
-def _check_vocabulary(folder: str, form: ChatFormat) -> None:
-    mine, theirs = form.tokenizer.get_vocab(), load_tokenizer(folder, TokenizerConfig()).get_vocab()
-    declared = {token.text for token in form.new_tokens} | set(form.tokenizer.all_special_tokens)
+def _check_vocabulary(folder: str, tokenizer: ChatTokenizer) -> None:
+    mine, theirs = tokenizer.fast.get_vocab(), load_tokenizer(folder, TokenizerConfig()).get_vocab()
+    declared = {token.text for token in tokenizer.new_tokens} | set(
+        tokenizer.fast.all_special_tokens
+    )
     odd = [t for t, i in theirs.items() if mine.get(t) != i] + [
         t for t in mine if t not in theirs and t not in declared
     ]

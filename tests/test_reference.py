@@ -15,12 +15,12 @@ from small import tiny
 from ta import reference, reference_table
 from ta.builtin import models
 from ta.chat.template import ChatConfig
-from ta.chat.tokenizer import TokenizerConfig
+from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.data.answer_batches import labelled, pairs
 from ta.data.loader import training_feed
 from ta.losses import choose
 from ta.model.adapter_settings import AdapterConfig
-from ta.model.load import ModelConfig, open_format, open_model
+from ta.model.load import ModelConfig, open_model
 from ta.reference import (
     Reference,
     ReferenceConfig,
@@ -38,13 +38,13 @@ LN2 = float(np.float32(math.log(2)))
 
 
 @pytest.fixture(scope="module")
-def form():
-    return open_format(ModelConfig(), TokenizerConfig(), ChatConfig())
+def tokenizer():
+    return load_chat_tokenizer(ModelConfig(), TokenizerConfig(), ChatConfig())
 
 
-def opened(form, adapter=AdapterConfig(), **more):  # noqa: B008
+def opened(tokenizer, adapter=AdapterConfig(), **more):  # noqa: B008
     at = ModelConfig(**more)
-    return open_model(at, adapter, form)[0], at
+    return open_model(at, adapter, tokenizer)[0], at
 
 
 def first_loss(model, ref, data, packed=True, budget=200, name="sigmoid"):
@@ -64,15 +64,15 @@ def first_loss(model, ref, data, packed=True, budget=200, name="sigmoid"):
 
 @pytest.mark.parametrize("kind", ["adapter_off", "frozen", "cached", "synced"])
 @pytest.mark.parametrize("lora", [True, False])
-def test_training_starts_at_ln_2(form, tmp_path, kind, lora):
+def test_training_starts_at_ln_2(tokenizer, tmp_path, kind, lora):
     if kind == "adapter_off" and not lora:
         pytest.skip("no adapter to turn off")
     adapter = AdapterConfig(adapter="lora", lora_rank=4) if lora else AdapterConfig()
-    model, at = opened(form, adapter)
+    model, at = opened(tokenizer, adapter)
     ref = open_reference(
         ReferenceConfig(kind),
         model,
-        form,
+        tokenizer,
         at,
         adapter,
         seed=0,
@@ -88,21 +88,21 @@ def test_training_starts_at_ln_2(form, tmp_path, kind, lora):
     assert abs(other.loss - LN2) > 1e-3
 
 
-def test_dropout_stays_off_beside_a_reference(form):
+def test_dropout_stays_off_beside_a_reference(tokenizer):
     noisy = tiny(resid_pdrop=0.3)
     copy = tiny(resid_pdrop=0.3).eval()
     assert first_loss(noisy, Reference(still(copy)), pair_set()).loss != LN2  # guard
     noisy.dropout = False
     assert first_loss(noisy, Reference(still(copy)), pair_set()).loss == LN2
-    model, at = opened(form)
-    open_reference(ReferenceConfig(), model, form, at, AdapterConfig(), seed=0)
+    model, at = opened(tokenizer)
+    open_reference(ReferenceConfig(), model, tokenizer, at, AdapterConfig(), seed=0)
     assert not model.train().training
 
 
-def test_adapter_off_is_the_base_also_when_the_adapter_has_learned(form):
+def test_adapter_off_is_the_base_also_when_the_adapter_has_learned(tokenizer):
     adapter = AdapterConfig(adapter="lora", lora_rank=4)
-    model, _ = opened(form, adapter)
-    base, _ = opened(form)
+    model, _ = opened(tokenizer, adapter)
+    base, _ = opened(tokenizer)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -246,8 +246,8 @@ def test_a_synced_reference_survives_a_resume(tmp_path, stop):
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
 
 
-def test_another_vocabulary_is_an_error(form, tmp_path):
-    model, at = opened(form)
+def test_another_vocabulary_is_an_error(tokenizer, tmp_path):
+    model, at = opened(tokenizer)
     models.write_tiny(tmp_path / "same", seed=3)
     models.write_tiny(tmp_path / "other", seed=3)
     text = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
@@ -259,13 +259,18 @@ def test_another_vocabulary_is_an_error(form, tmp_path):
         open_reference(
             ReferenceConfig(ref_path=str(tmp_path / "other")),
             model,
-            form,
+            tokenizer,
             at,
             AdapterConfig(),
             seed=0,
         )
     ref = open_reference(
-        ReferenceConfig(ref_path=str(tmp_path / "same")), model, form, at, AdapterConfig(), seed=0
+        ReferenceConfig(ref_path=str(tmp_path / "same")),
+        model,
+        tokenizer,
+        at,
+        AdapterConfig(),
+        seed=0,
     )
     assert abs(first_loss(model, ref, pair_set()).loss - LN2) > 1e-4
 

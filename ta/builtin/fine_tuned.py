@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from ta.builtin import data_files, models
 from ta.chat.template import ChatConfig, export_template
-from ta.chat.tokenizer import TokenizerConfig
+from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.data.kinds import prepare_kind
 from ta.data.loader import training_feed
 from ta.data.prepare import DataConfig
 from ta.folders import READER, SMALL, TUNED, tuned_folder, written
 from ta.model.adapter_settings import AdapterConfig
 from ta.model.export import export
-from ta.model.load import ModelConfig, open_format, open_model
+from ta.model.load import ModelConfig, open_model
 from ta.parallel import barrier, gather_objects, init, rank, say
 from ta.rag.index import EncoderConfig, begin, build
 from ta.train.loop import LoopConfig, train
@@ -75,10 +75,10 @@ def fine_tune(device: str, name: str = TUNED) -> None:
     folder, how = tuned_folder(name), WARMTH[name]
     work = folder.with_name(f".{folder.name}.{gather_objects(os.getpid())[0]}.tmp")
     start = ModelConfig(model_path=how.base)
-    form = open_format(start, TokenizerConfig(), ChatConfig())
+    tokenizer = load_chat_tokenizer(start, TokenizerConfig(), ChatConfig())
     sources, _ = data_files.data_or_builtin((), (), how.records)
-    prepared = prepare_kind("chat", sources, form, ChatConfig(), DataConfig(), say=say)
-    model, _ = open_model(start, AdapterConfig(), form, device=device)
+    prepared = prepare_kind("chat", sources, tokenizer, ChatConfig(), DataConfig(), say=say)
+    model, _ = open_model(start, AdapterConfig(), tokenizer, device=device)
     loop = LoopConfig(out=str(work), steps=how.steps, batch_size=how.batch_size)
     feed = training_feed(
         prepared,
@@ -100,7 +100,13 @@ def fine_tune(device: str, name: str = TUNED) -> None:
             loop,
             OptimConfig(lr=how.lr),
         )
-        export(model.inner, form.tokenizer, folder, export_template(form.template), form.stop_ids)
+        export(
+            model.inner,
+            tokenizer.fast,
+            folder,
+            export_template(tokenizer.template),
+            tokenizer.stop_ids,
+        )
     finally:
         if rank() == 0:
             shutil.rmtree(work, ignore_errors=True)

@@ -7,18 +7,15 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-Message = dict[
-    str, Any
-]  # {"role": str, "content": str, "loss"?: bool | float}; "bot" and "assistant" are one role
+from ta.chat.messages import ANSWER, SYSTEM, Message, canonical_role
+
 Tags = Mapping[str, str]  # role -> the template's name for it
 Render = Callable[
     [list[Message], bool], str
 ]  # (messages, add_generation_prompt) -> text; ValueError where the template refuses
 
-ANSWER = "assistant"
-SYSTEM = "system"
 DEFAULT_TAGS = {role: role for role in (SYSTEM, "developer", "user", ANSWER, "tool")}
 REMEDY = "give --prefix-template, --suffix-template and --role-tags instead of the tokenizer's own template"
 
@@ -42,6 +39,20 @@ class ChatConfig:
     """System prompt put in place of the record's own; never learned."""
     ignore_system_prompt: bool = False
     """Remove the records' system prompts."""
+
+
+def check_chat_config(config: ChatConfig) -> None:
+    """ValueError for settings that cannot work, whatever the data."""
+    if config.system_prompt is not None and config.ignore_system_prompt:
+        raise ValueError(
+            "--system-prompt gives a system prompt and --ignore-system-prompt removes it; give one "
+            "of the two"
+        )
+    if config.max_tokens is not None and config.max_tokens < 1:
+        raise ValueError(
+            f"--max-tokens is {config.max_tokens}, so no message would fit; give at least 1, or "
+            "none for no limit"
+        )
 
 
 class Span(NamedTuple):
@@ -82,10 +93,6 @@ class Skeleton(NamedTuple):
 
 
 Template = ExplicitTemplate | JinjaTemplate
-
-
-def canonical_role(role: str) -> str:
-    return ANSWER if role == "bot" else role
 
 
 def explicit_template(

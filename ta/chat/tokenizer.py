@@ -1,43 +1,36 @@
-"""Tokenizers: load one, make the literal vocabulary that chats are encoded with, and choose, export and end its chat template."""
+"""ChatTokenizer: a tokenizer with its chat template, new tokens, stop tokens and literal encoding."""
 
 from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ta.chat.pieces import SPACE, Vocabulary, special_border
+from ta.chat.messages import ANSWER, SYSTEM, Message, canonical_role
+from ta.chat.render import SPACE, Vocabulary, special_border
 from ta.chat.template import (
-    ANSWER,
-    SYSTEM,
     ChatConfig,
-    Message,
+    ExplicitTemplate,
     Template,
-    canonical_role,
+    check_chat_config,
     explicit_template,
     export_template,
     jinja_template,
     split_chat,
 )
+from ta.files import hash_json
+from ta.folders import model_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-__all__ = [
-    "TokenizerConfig",
-    "disagreement",
-    "export_template",
-    "load_tokenizer",
-    "stop_ids",
-    "stop_strings",
-    "template_of",
-    "vocabulary",
-]
+# key in tokenizer_config.json: declared tokens that are real in content too
+CONTENT_TOKENS = "content_tokens"
 
 
 @dataclass(frozen=True)
@@ -50,6 +43,233 @@ class TokenizerConfig:
     """EOS token for a tokenizer that names none; must be in its vocabulary."""
     pad_token: str | None = None
     """Padding token for a tokenizer that names none; must be in its vocabulary."""
+    init_tokens: tuple[str, ...] = ()
+    """token=text pairs: new tokens, each starting from the mean of the embeddings of the pieces of a text, e.g. "<RS>=<s>"."""
+
+
+class NewToken(NamedTuple):
+    """A declared token."""
+
+    text: str
+    id: int
+    # ids of the text it starts from: its embedding row starts as the mean of theirs
+    pieces: tuple[int, ...]
+    # whether the tokenizer did not have it before
+    added: bool
+
+
+class Placeholder(NamedTuple):
+    """How one picture or sound of a modality stands in the text."""
+
+    # token before its placeholders
+    start: str
+    # the placeholder, which stands `count` times
+    token: str
+    # token behind them
+    end: str
+    count: int
+    # ValueError unless the file of this path can be used
+    check: Callable[[str], None]
+    # changes where other files may be usable
+    check_key: str = ""
+    # of the placeholder, once the tokenizer knows it
+    id: int = -1
+
+    @property
+    def text(self) -> str:
+        """What stands in the text for one picture or sound."""
+        return self.start + self.token * self.count + self.end
+
+
+class ChatTokenizer(NamedTuple):
+    """How chats are written for one model."""
+
+    fast: PreTrainedTokenizerFast
+    template: Template
+    vocabulary: Vocabulary
+    new_tokens: Sequence[NewToken] = ()
+    # token ids that end an answer
+    stop_ids: Sequence[int] = ()
+    # texts that end an answer where no token does
+    stop_strings: Sequence[str] = ()
+    # of each modality that the model reads
+    placeholders: Mapping[str, Placeholder] = {}
+
+
+def load_chat_tokenizer(
+    model: Any,
+    tokenizer: TokenizerConfig,
+    chat: ChatConfig,
+    placeholders: Mapping[str, Placeholder] = {},
+    adapter_path: str | None = None,
+) -> ChatTokenizer:
+    """The tokenizer of a model with its chat template and new tokens; loads no weights.
+
+    It comes from --tokenizer-path, else from the adapter of `model` (a ModelConfig), else from the
+    model's folder. The tokens of `placeholders` are added too; unlike other new tokens they are
+    plain text in what users write. ValueError for settings that cannot work, a folder without a
+    fast tokenizer, a token that cannot be added.
+    """
+    check_chat_config(chat)
+    folder = model_folder(model.model_path, model.hub)
+    adapter = adapter_path or getattr(model, "adapter_path", None)
+    if adapter and (Path(adapter) / "tokenizer.json").exists():
+        folder = adapter
+    fast = load_tokenizer(folder, tokenizer)
+    meanings = _meanings(placeholders)
+    media_tokens = [f"{token}={text}" for token, text in meanings.items()]
+    new = add_tokens(fast, (*tokenizer.init_tokens, *media_tokens))
+    in_template = export_template(template_of(fast, chat))
+    declared = [
+        *fast.init_kwargs.get(CONTENT_TOKENS, ()),
+        *(token.text for token in new if token.text not in meanings),
+    ]
+    added = fast.get_added_vocab()
+    content = sorted({text for text in declared if text not in in_template and text in added})
+    if content:
+        fast.init_kwargs[CONTENT_TOKENS] = content
+    return chat_tokenizer(fast, chat, content, new, placeholders)
+
+
+def chat_tokenizer(
+    fast: PreTrainedTokenizerFast,
+    chat: ChatConfig,
+    content_tokens: Sequence[str] = (),
+    new_tokens: Sequence[NewToken] = (),
+    placeholders: Mapping[str, Placeholder] = {},
+) -> ChatTokenizer:
+    """The ChatTokenizer of a tokenizer whose tokens are all added.
+
+    `content_tokens` are as in `vocabulary`. ValueError for a template that cannot work.
+    """
+    template = template_of(fast, chat)
+    literal = vocabulary(fast, content_tokens)
+    return ChatTokenizer(
+        fast,
+        template,
+        literal,
+        new_tokens,
+        stop_ids(template, literal),
+        stop_strings(template, literal),
+        {name: p._replace(id=literal.special[p.token]) for name, p in placeholders.items()},
+    )
+
+
+def tokenizer_settings(tokenizer: ChatTokenizer, chat: ChatConfig) -> dict[str, Any]:
+    """All that decides how a dialogue becomes ids and weights, as JSON values."""
+    placeholders = {name: [p.text, p.check_key] for name, p in tokenizer.placeholders.items()}
+    template = tokenizer.template
+    return {
+        **({"media": placeholders} if placeholders else {}),
+        "template": repr(tuple(template))
+        if isinstance(template, ExplicitTemplate)
+        else template.source,
+        "tokenizer": hash_json(
+            [
+                tokenizer.fast.backend_tokenizer.to_str(),
+                tokenizer.vocabulary.bos_id,
+                sorted(tokenizer.vocabulary.content),
+            ]
+        ),
+        "chat": asdict(chat),
+    }
+
+
+def _meanings(placeholders: Mapping[str, Placeholder]) -> dict[str, str]:
+    """{token: text that its embedding row starts from} of all placeholders."""
+    meanings = {placeholder.token: name for name, placeholder in placeholders.items()}
+    for placeholder in placeholders.values():
+        meanings |= {placeholder.start: "begin", placeholder.end: "end"}
+    return meanings
+
+
+def parse_init_token(text: str) -> tuple[str, str]:
+    """`"<RS>=<s>"` -> `("<RS>", "<s>")`: split at the first `=`.
+
+    ValueError when there is none or a side is empty.
+    """
+    token, equals, meaning = text.partition("=")
+    if not equals or not token.strip() or not meaning:
+        raise ValueError(
+            f"new token {text!r}: needs a token, '=' and the text it starts from; give for example "
+            "'<RS>=<s>'"
+        )
+    return token, meaning
+
+
+def add_tokens(fast: PreTrainedTokenizerFast, init_tokens: Sequence[str]) -> list[NewToken]:
+    """Add each `token=text` to the tokenizer, in place; `new_rows.set_rows` then sets their rows.
+
+    A token that the tokenizer has already keeps its id, so adding twice is adding once. Everything
+    is checked before anything is changed. Returns one NewToken per entry, in order. ValueError for
+    a token or text that cannot work.
+    """
+    pairs = [parse_init_token(text) for text in init_tokens]
+    _check_pairs(pairs)
+    known, words = fast.get_added_vocab(), fast.get_vocab()
+    for token, _ in pairs:
+        if token in words and token not in known:
+            raise ValueError(
+                f"new token {token!r}: is an ordinary piece of the vocabulary already; give "
+                f"another, such as '<{token}>'"
+            )
+    pieces = {token: _pieces(fast, token, text) for token, text in pairs}
+    absent = [token for token, _ in pairs if token not in known]
+    _extend(fast, absent)
+    ids = fast.get_added_vocab()
+    return [NewToken(token, ids[token], pieces[token], token in absent) for token, _ in pairs]
+
+
+def _check_pairs(pairs: Sequence[tuple[str, str]]) -> None:
+    tokens = [token for token, _ in pairs]
+    for token, text in pairs:
+        if tokens.count(token) > 1:
+            raise ValueError(
+                f"new token {token!r}: is given more than once; give each token one text"
+            )
+        if token != token.strip():
+            raise ValueError(
+                f"new token {token!r}: begins or ends with white space, which tokenizers strip; "
+                "give it without"
+            )
+        if inside := [other for other in tokens if other in text]:
+            raise ValueError(
+                f"new token {token!r}: its text {text!r} contains the new token {inside[0]!r}; "
+                "give a text of known words"
+            )
+
+
+def _pieces(fast: PreTrainedTokenizerFast, token: str, text: str) -> tuple[int, ...]:
+    """The ids of `text` by the tokenizer as it is.
+
+    One id when the text is a token that was added to it, such as "<s>".
+    """
+    added = fast.get_added_vocab()
+    ids = [added[text]] if text in added else fast(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError(
+            f"new token {token!r}: its text {text!r} encodes to no token; give a text with words "
+            "in it"
+        )
+    if text not in added and set(ids) == {fast.unk_token_id}:
+        raise ValueError(
+            f"new token {token!r}: its text {text!r} is unknown to the tokenizer; give a text of "
+            "known words"
+        )
+    return tuple(ids)
+
+
+def _extend(fast: PreTrainedTokenizerFast, tokens: Sequence[str]) -> None:
+    from tokenizers import AddedToken
+
+    fast.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
+    for token in tokens:
+        ids = fast(token, add_special_tokens=False)["input_ids"]
+        if ids != [fast.get_added_vocab()[token]]:
+            raise ValueError(
+                f"new token {token!r}: another token takes a part of it (ids {ids}); give a text "
+                "that no other token begins"
+            )
 
 
 def load_tokenizer(

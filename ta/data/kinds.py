@@ -8,7 +8,9 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from ta.chat.encode import EQUAL, Drop, Tokens, encode_answers, encode_chats, encode_pairs
+from ta.chat.encode import EQUAL, Drop, encode_answers, encode_chats, encode_pairs
+from ta.chat.render import Tokens
+from ta.chat.tokenizer import tokenizer_settings
 from ta.data.prepare import DataConfig, Encoded, Prepared, prepare
 from ta.data.records import (
     check_chat,
@@ -19,11 +21,10 @@ from ta.data.records import (
     check_question,
 )
 from ta.media.dialogue import encode_media
-from ta.model.load import format_settings
 
 if TYPE_CHECKING:
     from ta.chat.template import ChatConfig
-    from ta.model.load import ChatFormat
+    from ta.chat.tokenizer import ChatTokenizer
 
 Kind = Literal["chat", "pair", "labelled", "class", "media", "question"]
 
@@ -31,7 +32,7 @@ Kind = Literal["chat", "pair", "labelled", "class", "media", "question"]
 def prepare_kind(
     kind: Kind | Literal["media"],
     sources: Sequence[str],
-    form: ChatFormat,
+    tokenizer: ChatTokenizer,
     chat: ChatConfig,
     data: DataConfig,
     seed: int = 0,
@@ -47,8 +48,8 @@ def prepare_kind(
     made = prepare(
         sources,
         check,
-        partial(encode, form, chat),
-        format_settings(form, chat, kind),
+        partial(encode, tokenizer, chat),
+        {"method": kind} | tokenizer_settings(tokenizer, chat),
         data,
         seed=seed,
         chat=chat,
@@ -63,34 +64,31 @@ def prepare_kind(
     return made
 
 
-def _chats(form: ChatFormat, chat: ChatConfig, records: list[dict]) -> list[Encoded | Drop]:
+def _chats(tokenizer: ChatTokenizer, chat: ChatConfig, records: list[dict]) -> list[Encoded | Drop]:
     return [
         _encoded(result)
-        for result in encode_chats(
-            [record["messages"] for record in records], form.template, form.vocabulary, chat
-        )
+        for result in encode_chats([record["messages"] for record in records], tokenizer, chat)
     ]
 
 
-def _pairs(form: ChatFormat, chat: ChatConfig, records: list[dict]) -> list[Encoded | Drop]:
+def _pairs(tokenizer: ChatTokenizer, chat: ChatConfig, records: list[dict]) -> list[Encoded | Drop]:
     contexts, better, worse = (
         [record[key] for record in records] for key in ("context", "answer_w", "answer_l")
     )
-    results = encode_pairs(
-        contexts, list(zip(better, worse, strict=True)), form.template, form.vocabulary, chat
-    )
+    results = encode_pairs(contexts, list(zip(better, worse, strict=True)), tokenizer, chat)
     margins = [record.get("precomputed_margin", math.nan) for record in records]
     return [
         _encoded(result, margin=margin) for result, margin in zip(results, margins, strict=True)
     ]
 
 
-def _labelled(form: ChatFormat, chat: ChatConfig, records: list[dict]) -> list[Encoded | Drop]:
+def _labelled(
+    tokenizer: ChatTokenizer, chat: ChatConfig, records: list[dict]
+) -> list[Encoded | Drop]:
     results = encode_answers(
         [record["context"] for record in records],
         [[record["answer"]] for record in records],
-        form.template,
-        form.vocabulary,
+        tokenizer,
         chat,
     )
     return [
@@ -99,14 +97,16 @@ def _labelled(form: ChatFormat, chat: ChatConfig, records: list[dict]) -> list[E
     ]
 
 
-def _classes(form: ChatFormat, chat: ChatConfig, records: list[dict]) -> list[Encoded | Drop]:
+def _classes(
+    tokenizer: ChatTokenizer, chat: ChatConfig, records: list[dict]
+) -> list[Encoded | Drop]:
     """Whole dialogues without a learned token: the label is what is learned. Rendered with every message learned, so that cutting by answers
     does not apply, and the weights then cleared."""
     chats = [
         [{key: message[key] for key in message if key != "loss"} for message in record["messages"]]
         for record in records
     ]
-    results = encode_chats(chats, form.template, form.vocabulary, replace(chat, loss_on="all"))
+    results = encode_chats(chats, tokenizer, replace(chat, loss_on="all"))
     bare = [
         result if isinstance(result, Drop) else Tokens(result.ids, [0.0] * len(result.ids))
         for result in results
@@ -117,19 +117,19 @@ def _classes(form: ChatFormat, chat: ChatConfig, records: list[dict]) -> list[En
     ]
 
 
-def _media(form: ChatFormat, chat: ChatConfig, records: list[dict]) -> list[Encoded | Drop]:
-    results = encode_media(
-        [record["messages"] for record in records], form.template, form.vocabulary, chat, form.media
-    )
+def _media(tokenizer: ChatTokenizer, chat: ChatConfig, records: list[dict]) -> list[Encoded | Drop]:
+    results = encode_media([record["messages"] for record in records], tokenizer, chat)
     return [
         result if isinstance(result, Drop) else Encoded((result[0],), media=result[1])
         for result in results
     ]
 
 
-def _questions(form: ChatFormat, chat: ChatConfig, records: list[dict]) -> list[Encoded | Drop]:
+def _questions(
+    tokenizer: ChatTokenizer, chat: ChatConfig, records: list[dict]
+) -> list[Encoded | Drop]:
     """Chats without passages; the last question stays, whatever keep_end says: it is what is searched for."""
-    return _chats(form, replace(chat, keep_end=True), records)
+    return _chats(tokenizer, replace(chat, keep_end=True), records)
 
 
 def _encoded(result: Tokens | Sequence[Tokens] | Drop, **extras: float) -> Encoded | Drop:
@@ -140,7 +140,7 @@ def _encoded(result: Tokens | Sequence[Tokens] | Drop, **extras: float) -> Encod
 
 KINDS: dict[
     str, tuple[Callable, Callable]
-] = {  # check(data) -> data, encode(form, chat, records) -> [Encoded or Drop]
+] = {  # check(data) -> data, encode(tokenizer, chat, records) -> [Encoded or Drop]
     "chat": (check_chat, _chats),
     "pair": (check_pair, _pairs),
     "labelled": (check_labelled, _labelled),

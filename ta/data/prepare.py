@@ -13,7 +13,10 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ta.chat.encode import ChatConfig, Drop, Tokens, with_system
+from ta.chat.encode import Drop
+from ta.chat.messages import with_system
+from ta.chat.render import Tokens
+from ta.chat.template import ChatConfig
 from ta.data.jsonl import regular_file
 from ta.data.sources import (
     Check,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from ta.chat.messages import SYSTEM, strip_trailing_answers
 from ta.data.jsonl import BadRecord, named
 
 MAX_NUMBER = 1e30  # what margins, rewards and weights may reach without leaving float32
@@ -97,10 +98,8 @@ def check_question(data: dict) -> dict:
             f"gold is {_shown(data, 'gold')}; give the id of a passage, or a list of ids",
         )
     checked = check_chat({key: value for key, value in data.items() if key != "gold"})
-    question = [message["role"] for message in checked["messages"]]
-    while question and question[-1] == "assistant":
-        question.pop()
-    if not question or question[-1] == "system":
+    asked = strip_trailing_answers(checked["messages"])
+    if not asked or asked[-1]["role"] == SYSTEM:
         raise BadRecord(
             "no question",
             "no message of a user comes before the answer, so there is nothing to search for; give a question",

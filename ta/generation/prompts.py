@@ -7,19 +7,20 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ta.chat.encode import Drop, random_cut, with_system
-from ta.chat.template import ANSWER, ChatConfig
+from ta.chat.encode import Drop
+from ta.chat.messages import ANSWER, random_cut, strip_trailing_answers, with_system
+from ta.chat.template import ChatConfig
 from ta.data.records import check_media, check_prompt
 from ta.data.sources import Drops, parse_source, pin_errors, read_records
 from ta.media.dialogue import Media, encode_media
 
 if TYPE_CHECKING:
-    from ta.model.load import ChatFormat
+    from ta.chat.tokenizer import ChatTokenizer
 
 
 def read_prompts(
     paths: Sequence[str],
-    form: ChatFormat,
+    tokenizer: ChatTokenizer,
     chat: ChatConfig,
     drops: Drops,
     seed: int = 0,
@@ -34,7 +35,7 @@ def read_prompts(
     found = list(
         read_records(
             paths,
-            partial(check_media, need_answer=False) if form.media else check_prompt,
+            partial(check_media, need_answer=False) if tokenizer.placeholders else check_prompt,
             drops,
             seed,
         )
@@ -44,16 +45,13 @@ def read_prompts(
         kept = (
             random_cut(whole, random.Random(f"{seed} {n}"))
             if cut and any(m["role"] == ANSWER for m in whole)
-            else list(whole)
+            else whole
         )
-        while kept and kept[-1]["role"] == ANSWER:
-            kept.pop()
+        kept = strip_trailing_answers(kept)
         if len(kept) < len(whole):
             record.data["reference"] = whole[len(kept)]["content"]
         record.data["messages"] = with_system(kept, sources[record.source].system_prompt)
-    encode = lambda chats: encode_media(
-        chats, form.template, form.vocabulary, chat, form.media, prompts=True
-    )
+    encode = lambda chats: encode_media(chats, tokenizer, chat, prompts=True)
     records = []
     for record, prompt in zip(
         found, pin_errors(encode, [record.data["messages"] for record in found]), strict=True

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ta.chat.encode import Drop, random_cut
-from ta.chat.template import ANSWER, canonical_role
+from ta.chat.encode import Drop
+from ta.chat.messages import ANSWER, canonical_role, random_cut
 from ta.generation.generate import GenerateConfig, generate
 from ta.generation.metrics import check_metrics, measure
 from ta.media.dialogue import Media, encode_media
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ta.chat.template import ChatConfig
+    from ta.chat.tokenizer import ChatTokenizer
     from ta.model.language_model import LanguageModel
-    from ta.model.load import ChatFormat
 
 
 Embed = Callable[["LanguageModel", Sequence[Sequence[int]], Sequence[Media]], Iterable["Tensor"]]
@@ -59,7 +59,7 @@ def dialogue_of(record: dict) -> list[dict]:
 
 
 def prompts_of(
-    records: Sequence[dict], form: ChatFormat, chat: ChatConfig, cut_seed: int | None = None
+    records: Sequence[dict], tokenizer: ChatTokenizer, chat: ChatConfig, cut_seed: int | None = None
 ) -> list[tuple[int, list[int], str, Media]]:
     """(place in `records`, prompt ids, right answer, pictures and sounds) of every record whose prompt fits; the right answer is the one that
     was taken off.
@@ -78,7 +78,7 @@ def prompts_of(
         places.append(i)
         chats.append(messages)
         answers.append(messages[-1]["content"] if messages[-1]["role"] == ANSWER else "")
-    prompts = encode_media(chats, form.template, form.vocabulary, chat, form.media, prompts=True)
+    prompts = encode_media(chats, tokenizer, chat, prompts=True)
     found = zip(places, prompts, answers, strict=True)
     return [
         (i, prompt[0].ids, answer, prompt[1])
@@ -90,7 +90,7 @@ def prompts_of(
 def pick_cherries(
     model: LanguageModel,
     records: Sequence[dict],
-    form: ChatFormat,
+    tokenizer: ChatTokenizer,
     chat: ChatConfig,
     config: CherryConfig,
     folder: Path,
@@ -102,17 +102,19 @@ def pick_cherries(
 
     `embed(model, prompts, media)` gives the prompts' embeddings (L, D) where records have pictures or sounds.
     """
-    chosen = prompts_of(records, form, chat, seed if config.cherry_random_cut else None)
+    chosen = prompts_of(records, tokenizer, chat, seed if config.cherry_random_cut else None)
     if not chosen:
         return {}
     settings = GenerateConfig(
-        max_new_tokens=config.cherry_max_new_tokens, stop_strings=tuple(form.stop_strings)
+        max_new_tokens=config.cherry_max_new_tokens, stop_strings=tuple(tokenizer.stop_strings)
     )
     prompts, media = [ids for _, ids, _, _ in chosen], [items for *_, items in chosen]
     embeds = list(embed(model, prompts, media)) if embed else None
     answers = [
         a[0]
-        for a in generate(model, form.tokenizer, prompts, settings, form.stop_ids, embeds=embeds)
+        for a in generate(
+            model, tokenizer.fast, prompts, settings, tokenizer.stop_ids, embeds=embeds
+        )
     ]
     texts, references = [a.text for a in answers], [reference for _, _, reference, _ in chosen]
     if rank() == 0:

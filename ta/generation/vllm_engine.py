@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from ta.chat.pieces import Tokens
+    from ta.chat.render import Tokens
     from ta.model.load import ModelConfig
 
 AT_ONCE = 1024  # requests handed over together: what a killed run loses at most

@@ -2,50 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from ta.chat.encode import Drop, encode_chats, encode_prompts
-from ta.chat.pieces import Tokens, Vocabulary
-from ta.chat.template import ChatConfig, Message, Template
+from ta.chat.messages import Message
+from ta.chat.render import Tokens
 from ta.data.jsonl import BadRecord
+
+if TYPE_CHECKING:
+    from ta.chat.template import ChatConfig
+    from ta.chat.tokenizer import ChatTokenizer, Placeholder
 
 Media = list[tuple[str, str]]  # (modality, path as the record gives it), in the order of the text
 
 
-class Slot(NamedTuple):
-    """How one picture or sound of a modality stands in the text."""
-
-    start: str  # token before its placeholders
-    token: str  # the placeholder, which stands `count` times
-    end: str  # token behind them
-    count: int
-    check: Callable[[str], None]  # ValueError unless the file of this path can be used
-    mark: str = ""  # changes where other files may be usable
-    id: int = -1  # of the placeholder, once the tokenizer knows it
-
-    @property
-    def text(self) -> str:
-        return self.start + self.token * self.count + self.end
-
-
-def new_tokens(slots: Mapping[str, Slot]) -> dict[str, str]:
-    """{token: text that its embedding row starts from} of all slots."""
-    meanings = {slot.token: name for name, slot in slots.items()}
-    return meanings | {
-        token: text
-        for slot in slots.values()
-        for token, text in ((slot.start, "begin"), (slot.end, "end"))
-    }
-
-
 def place_media(
-    messages: Sequence[Message], slots: Mapping[str, Slot]
+    messages: Sequence[Message], placeholders: Mapping[str, Placeholder]
 ) -> tuple[list[Message], Media]:
     """The messages with placeholder text where a picture or sound stood, and these in order.
 
     Such a message carries `parts`, its text cut into (text, whether it is placeholders): only there do media tokens count, whatever users type.
-    BadRecord for a modality without a slot and for a file that cannot be used.
+    BadRecord for a modality without a placeholder and for a file that cannot be used.
     """
     placed, media = [], []
     for message in messages:
@@ -64,18 +42,18 @@ def place_media(
             if part["type"] == "text":
                 texts.append((part["content"], False))
                 continue
-            slot = slots.get(part["type"])
-            if slot is None:
-                known = " and ".join(slots) or "none"
+            placeholder = placeholders.get(part["type"])
+            if placeholder is None:
+                known = " and ".join(placeholders) or "none"
                 raise BadRecord(
                     f"no {part['type']} encoder",
                     f"{part['content']!r} is {part['type']}, and the encoders given read {known}; give --{part['type']}-encoder",
                 )
             try:
-                slot.check(part["content"])
+                placeholder.check(part["content"])
             except ValueError as error:
                 raise BadRecord(f"{part['type']} cannot be used", str(error)) from None
-            texts.append((slot.text, True))
+            texts.append((placeholder.text, True))
             media.append((part["type"], part["content"]))
         placed.append(rest | {"content": "".join(text for text, _ in texts), "parts": texts})
     return placed, media
@@ -83,29 +61,38 @@ def place_media(
 
 def encode_media(
     chats: Sequence[Sequence[Message]],
-    template: Template,
-    vocabulary: Vocabulary,
+    tokenizer: ChatTokenizer,
     config: ChatConfig,
-    slots: Mapping[str, Slot],
     prompts: bool = False,
 ) -> list[tuple[Tokens, Media] | Drop]:
-    """encode_chats (or encode_prompts, whose tokens weigh nothing) of chats with pictures and sounds: each with those that were not cut away."""
-    placed = [place_media(chat, slots) for chat in chats]
+    """`encode_chats` of chats with pictures and sounds: each with those that were not cut away.
+
+    With `prompts` it is `encode_prompts`, whose tokens weigh nothing.
+    """
+    placeholders = tokenizer.placeholders
+    placed = [place_media(chat, placeholders) for chat in chats]
     encode = encode_prompts if prompts else encode_chats
-    results = encode([messages for messages, _ in placed], template, vocabulary, config)
+    results = encode([messages for messages, _ in placed], tokenizer, config)
     found: list[tuple[Tokens, Media] | Drop] = []
     for result, (_, media) in zip(results, placed, strict=True):
         if isinstance(result, Drop):
             found.append(result)
             continue
         tokens = Tokens(result, [0.0] * len(result)) if prompts else result
-        found.append((tokens, _kept(media, tokens.ids, slots, prompts or config.keep_end)))
+        kept = kept_media(media, tokens.ids, placeholders, prompts or config.keep_end)
+        found.append((tokens, kept))
     return found
 
 
-def _kept(media: Media, ids: Sequence[int], slots: Mapping[str, Slot], latest: bool) -> Media:
-    """Cutting takes whole messages from one end, and neither system messages nor trailing ones hold media: the first or the latest are left."""
-    counts = {name: ids.count(slot.id) // slot.count for name, slot in slots.items()}
+def kept_media(
+    media: Media, ids: Sequence[int], placeholders: Mapping[str, Placeholder], latest: bool
+) -> Media:
+    """Those of the media whose placeholders stand in `ids`.
+
+    Cutting takes whole messages from one end, and neither system messages nor trailing ones hold
+    media: the first ones are left, or with `latest` the last.
+    """
+    counts = {name: ids.count(p.id) // p.count for name, p in placeholders.items()}
     total = sum(counts.values())
     kept = media[len(media) - total :] if latest else media[:total]
     assert all(sum(name == modality for modality, _ in kept) == n for name, n in counts.items())

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from ta.chat.tokenizer import ChatTokenizer
     from ta.media.multimodal import MediaModel
     from ta.media.settings import Opened
-    from ta.model.load import ChatFormat
 
 TOWERS = {
     "clip": ("CLIPVisionModel", "default", 1),
@@ -34,7 +34,7 @@ def check_llava(media: Opened) -> None:
         )
 
 
-def write_llava(folder: Path, media: Opened, model: MediaModel, form: ChatFormat) -> float:
+def write_llava(folder: Path, media: Opened, model: MediaModel, tokenizer: ChatTokenizer) -> float:
     """Write `model` into `folder` in the layout; the greatest difference between its logits and ours on one picture.
 
     ValueError where the language model does not fit the layout.
@@ -43,11 +43,11 @@ def write_llava(folder: Path, media: Opened, model: MediaModel, form: ChatFormat
 
     settings, base = media.modalities["image"].settings, base_model(model.inner)
     _, select, classes = TOWERS[settings["encoder"]]
-    whole = assembled(settings, base, model.projectors["image"], form.media["image"].id)
-    gap = difference(whole, media, model, form)
+    whole = assembled(settings, base, model.projectors["image"], tokenizer.placeholders["image"].id)
+    gap = difference(whole, media, model, tokenizer)
     whole.save_pretrained(folder)
     _published_names(folder)
-    form.tokenizer.save_pretrained(folder)
+    tokenizer.fast.save_pretrained(folder)
     reader = json.loads((Path(settings["path"]) / "preprocessor_config.json").read_text())
     processor = {
         "processor_class": "LlavaProcessor",
@@ -118,20 +118,24 @@ def assembled(settings: dict, base: PreTrainedModel, projector: nn.Module, place
     return whole
 
 
-def difference(whole, media: Opened, model: MediaModel, form: ChatFormat) -> float:
+def difference(whole, media: Opened, model: MediaModel, tokenizer: ChatTokenizer) -> float:
     """Greatest difference between the logits of the two models on one random picture and a few tokens."""
     import torch
 
     from ta.media.multimodal import embed_modalities
     from ta.model.language_model import base_model, own_attention
 
-    modality, slot, base = media.modalities["image"], form.media["image"], base_model(model.inner)
+    modality, placeholder, base = (
+        media.modalities["image"],
+        tokenizer.placeholders["image"],
+        base_model(model.inner),
+    )
     edge = whole.config.vision_config.image_size
     pixels = torch.randn(1, 3, edge, edge, generator=torch.Generator().manual_seed(0))
-    ids = torch.tensor([[1, *[slot.id] * slot.count, 2, 3]])
+    ids = torch.tensor([[1, *[placeholder.id] * placeholder.count, 2, 3]])
     base.set_attn_implementation(own_attention(base))
     with torch.no_grad():
         projected = model.projectors["image"](modality.encode(pixels))
-        embeds = embed_modalities(base.get_input_embeddings()(ids), ids, projected, slot.id)
+        embeds = embed_modalities(base.get_input_embeddings()(ids), ids, projected, placeholder.id)
         ours = base(inputs_embeds=embeds, use_cache=False).logits
         return (ours - whole(input_ids=ids, pixel_values=pixels).logits).abs().max().item()

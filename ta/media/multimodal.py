@@ -26,9 +26,9 @@ from ta.model.language_model import LanguageModel, base_model
 if TYPE_CHECKING:
     import numpy as np
 
+    from ta.chat.tokenizer import ChatTokenizer
     from ta.generation.settings import GenerateConfig
     from ta.media.dialogue import Media
-    from ta.model.load import ChatFormat
     from ta.train.run import Data
 
 TOKENS_AT_ONCE = 8192  # of prompts that are embedded together
@@ -92,7 +92,7 @@ class MediaModel(LanguageModel):
 
 
 def around(
-    opened: Opened, form: ChatFormat, freeze: bool = False, seed: int = 0
+    opened: Opened, tokenizer: ChatTokenizer, freeze: bool = False, seed: int = 0
 ) -> Callable[[LanguageModel], MediaModel]:
     """What puts projectors around a wrapped language model, and with `freeze` trains them alone. New ones are drawn from `seed`."""
 
@@ -111,7 +111,9 @@ def around(
             if modality.projector_path:
                 load_projector(projectors[name], modality.projector_path)
         model = MediaModel(
-            language, projectors, {name: slot.id for name, slot in form.media.items()}
+            language,
+            projectors,
+            {name: placeholder.id for name, placeholder in tokenizer.placeholders.items()},
         )
         model.projectors.to(
             "cpu" if table.weight.is_meta else table.weight.device, table.weight.dtype
@@ -121,9 +123,9 @@ def around(
     return put
 
 
-def seeing(opened: Opened, form: ChatFormat, model: nn.Module) -> MediaModel:
+def seeing(opened: Opened, tokenizer: ChatTokenizer, model: nn.Module) -> MediaModel:
     """A loaded transformers model (or its Table) with its projectors, for use without training."""
-    return around(opened, form)(LanguageModel(model, "packed")).requires_grad_(False).eval()
+    return around(opened, tokenizer)(LanguageModel(model, "packed")).requires_grad_(False).eval()
 
 
 class Table(nn.Module):

@@ -9,10 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from ta.chat.tokenizer import Placeholder
 from ta.data.sources import parse_source
 from ta.files import hash_json
 from ta.folders import pictures_folder
-from ta.media.dialogue import Slot
 
 if TYPE_CHECKING:
     import torch
@@ -94,10 +94,10 @@ class Opened(NamedTuple):
     modalities: dict[str, Modality]
 
     @property
-    def slots(self) -> dict[str, Slot]:
+    def placeholders(self) -> dict[str, Placeholder]:
         """How each stands in the text."""
         return {
-            name: Slot(
+            name: Placeholder(
                 *(m.settings[key] for key in ("start", "token", "end", "embeddings")),
                 _checker(m),
                 _mark(m),

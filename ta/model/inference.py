@@ -18,11 +18,11 @@ from ta.model.load import ModelConfig, load_model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ta.chat.pieces import Tokens
+    from ta.chat.render import Tokens
+    from ta.chat.tokenizer import ChatTokenizer
     from ta.generation.settings import Answer
     from ta.generation.vllm_engine import VllmConfig
     from ta.media.settings import Opened
-    from ta.model.load import ChatFormat
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def vllm_settings(
 def open_generator(
     config: ModelConfig,
     adapter_path: str | None,
-    form: ChatFormat,
+    tokenizer: ChatTokenizer,
     device: str,
     vllm: VllmConfig | None = None,
     seed: int = 0,
@@ -155,7 +155,7 @@ def open_generator(
         from ta.generation.vllm_engine import generate_vllm, open_engine
 
         engine = open_engine(
-            config, form.tokenizer, adapter_path, vllm, seed, embeds=media is not None
+            config, tokenizer.fast, adapter_path, vllm, seed, embeds=media is not None
         )
         run, model, sizes = (
             partial(generate_vllm, engine),
@@ -166,14 +166,14 @@ def open_generator(
         from ta.generation.generate import generate, limits_of
 
         model = open_for_inference(config, adapter_path, device)
-        run, sizes = partial(generate, model, form.tokenizer), limits_of(model)
+        run, sizes = partial(generate, model, tokenizer.fast), limits_of(model)
     if media is not None:
         from ta.media.multimodal import Table, answer_media, seeing
 
         inner = (
             Table(open_for_inference(config, adapter_path)) if model is None else model
         )  # vLLM holds the rest
-        run = partial(answer_media, media, seeing(media, form, inner), run)
+        run = partial(answer_media, media, seeing(media, tokenizer, inner), run)
     return run, *sizes
 
 

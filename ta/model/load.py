@@ -5,53 +5,21 @@ Letters: B rows, T columns, N sequences, M learned targets, V vocabulary, D mode
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
-from ta.chat.template import ChatConfig, Template
-from ta.chat.tokenizer import (
-    TokenizerConfig,
-    export_template,
-    load_tokenizer,
-    stop_ids,
-    stop_strings,
-    template_of,
-    vocabulary,
-)
-from ta.files import hash_json
 from ta.folders import model_folder
-from ta.media.dialogue import new_tokens
 from ta.model.adapter_settings import KINDS as ADAPTERS
 from ta.model.adapter_settings import PROMPT_LEARNING, AdapterConfig, check_adapter
 from ta.model.arguments import parsed, quantization
 from ta.parallel import compile_blocks, gather_objects, rank, recompute, round_frozen, shard, world
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel
 
-    from ta.chat.pieces import Vocabulary
-    from ta.media.dialogue import Slot
+    from ta.chat.tokenizer import ChatTokenizer
     from ta.model.language_model import LanguageModel
-    from ta.model.new_rows import NewToken
-
-CONTENT_TOKENS = (
-    "content_tokens"  # key in tokenizer_config.json: declared tokens that are real in content too
-)
-
-
-class ChatFormat(NamedTuple):
-    """How chats are written for one model."""
-
-    tokenizer: PreTrainedTokenizerFast
-    template: Template
-    vocabulary: Vocabulary
-    new_tokens: list[NewToken]
-    stop_ids: list[int]  # end an answer
-    stop_strings: list[str]  # end one where no token does
-    media: Mapping[str, Slot] = {}
 
 
 @dataclass(frozen=True)
@@ -70,8 +38,6 @@ class ModelConfig:
     """Bits in which linear layers of a frozen base are held under a LoRA adapter (needs bitsandbytes)."""
     model_args: tuple[str, ...] = ()
     """Further key=value arguments of from_pretrained, such as attn_implementation=flash_attention_2."""
-    init_tokens: tuple[str, ...] = ()
-    """token=text pairs: new tokens, each starting from the mean of the embeddings of the pieces of a text, e.g. "<RS>=<s>"."""
     hub: bool = False
     """Allow model names to be looked up on the Hugging Face hub."""
     trust_remote_code: bool = False
@@ -130,57 +96,10 @@ def is_half(config: ModelConfig, device: str) -> bool:
     return config.dtype == "bfloat16" or (config.dtype == "auto" and str(device).startswith("cuda"))
 
 
-def open_format(
-    config: ModelConfig,
-    tokenizer: TokenizerConfig,
-    chat: ChatConfig,
-    adapter_path: str | None = None,
-    media: Mapping[str, Slot] = {},
-) -> ChatFormat:
-    """Tokenizer (of --tokenizer-path, else of the adapter, else of the model) with new tokens, template and vocabulary; loads no weights.
-
-    The tokens of `media` are added too, but unlike others they are plain text in what users write.
-    """
-    from ta.chat.encode import check_chat_config
-    from ta.model.new_rows import add_tokens
-
-    check_chat_config(chat)
-    folder = model_folder(config.model_path, config.hub)
-    if adapter_path and (Path(adapter_path) / "tokenizer.json").exists():
-        folder = adapter_path
-    loaded = load_tokenizer(folder, tokenizer)
-    own = new_tokens(media)
-    new = add_tokens(
-        loaded, None, (*config.init_tokens, *(f"{token}={text}" for token, text in own.items()))
-    )
-    template = template_of(loaded, chat)
-    source = export_template(template)
-    declared = [
-        *loaded.init_kwargs.get(CONTENT_TOKENS, ()),
-        *(token.text for token in new if token.text not in own),
-    ]
-    content = sorted(
-        {token for token in declared if token not in source and token in loaded.get_added_vocab()}
-    )
-    if content:
-        loaded.init_kwargs[CONTENT_TOKENS] = content
-    vocab = vocabulary(loaded, content)
-    slots = {name: slot._replace(id=vocab.special[slot.token]) for name, slot in media.items()}
-    return ChatFormat(
-        loaded,
-        template,
-        vocab,
-        new,
-        stop_ids(template, vocab),
-        stop_strings(template, vocab),
-        slots,
-    )
-
-
 def open_model(
     config: ModelConfig,
     adapter: AdapterConfig,
-    form: ChatFormat,
+    tokenizer: ChatTokenizer,
     *,
     kind: Literal["causal", "seq_cls"] = "causal",
     num_labels: int = 1,
@@ -199,13 +118,13 @@ def open_model(
     news = ""
     if kind == "seq_cls":
         model, news = load_classifier(config, adapter, num_labels, device, seed)
-        model.config.pad_token_id = form.tokenizer.pad_token_id
+        model.config.pad_token_id = tokenizer.fast.pad_token_id
     else:
         model = load_model(config, kind, num_labels, device)
-    set_rows(model, form.new_tokens)
-    check_vocabulary(form.tokenizer, model)
+    set_rows(model, tokenizer.new_tokens)
+    check_vocabulary(tokenizer.fast, model)
     wrapped = add_adapter(
-        model, adapter, [token.id for token in form.new_tokens], form.tokenizer, seed
+        model, adapter, [token.id for token in tokenizer.new_tokens], tokenizer.fast, seed
     )
     if wrapped is model and config.quantize == "none":
         model.requires_grad_(True)
@@ -286,23 +205,3 @@ def place(
         wrapper.autocast = None
         shard(wrapper, device, half)
     return wrapper, note
-
-
-def format_settings(form: ChatFormat, chat: ChatConfig, method: str) -> dict[str, Any]:
-    """All that decides how a record becomes ids and weights: the key of prepared data."""
-    media = {name: [slot.text, slot.mark] for name, slot in form.media.items()}
-    return {
-        "method": method,
-        **({"media": media} if media else {}),
-        "template": repr(form.template[:4])
-        if not hasattr(form.template, "source")
-        else form.template.source,
-        "tokenizer": hash_json(
-            [
-                form.tokenizer.backend_tokenizer.to_str(),
-                form.vocabulary.bos_id,
-                sorted(form.vocabulary.content),
-            ]
-        ),
-        "chat": dataclasses.asdict(chat),
-    }

@@ -1,61 +1,15 @@
-"""New tokens: add them to a tokenizer and start their embedding rows at the mean of a text that says what they mean."""
+"""Embedding rows of new tokens: each starts at the mean of the rows of a text that says what it means."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
-class NewToken(NamedTuple):
-    """One declared token: its text, its id, the ids whose rows are averaged into its own, and whether it was not there before."""
-
-    text: str
-    id: int
-    pieces: tuple[int, ...]
-    added: bool
-
-
-def parse_init_token(text: str) -> tuple[str, str]:
-    """`"<RS>=<s>"` -> `("<RS>", "<s>")`: split at the first `=`; ValueError when there is none or a side is empty."""
-    token, equals, meaning = text.partition("=")
-    if not equals or not token.strip() or not meaning:
-        raise ValueError(
-            f"new token {text!r}: needs a token, '=' and the text it starts from; give for example '<RS>=<s>'"
-        )
-    return token, meaning
-
-
-def add_tokens(
-    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None, init_tokens: Sequence[str]
-) -> list[NewToken]:
-    """Add each `token=text` to the tokenizer and set its row in every table of `model` to the mean of the rows of the text's pieces.
-
-    Both are changed in place; without a model only the tokenizer is (then `set_rows(model, new)` finishes the work). A token that the
-    tokenizer has already keeps its id and its row, so adding twice is adding once. Everything is checked before anything is changed.
-    Returns one NewToken per entry, in order. ValueError for a token or text that cannot work and for a tokenizer larger than the model.
-    """
-    pairs = [parse_init_token(text) for text in init_tokens]
-    _check_pairs(pairs)
-    known, vocabulary = tokenizer.get_added_vocab(), tokenizer.get_vocab()
-    for token, _ in pairs:
-        if token in vocabulary and token not in known:
-            raise ValueError(
-                f"new token {token!r}: is an ordinary piece of the vocabulary already; give another, such as '<{token}>'"
-            )
-    pieces = {token: _pieces(tokenizer, token, text) for token, text in pairs}
-    if model is not None:
-        check_vocabulary(tokenizer, model, besides=[token for token, _ in pairs])
-    absent = [token for token, _ in pairs if token not in known]
-    _extend(tokenizer, absent)
-    ids = tokenizer.get_added_vocab()
-    new = [NewToken(token, ids[token], pieces[token], token in absent) for token, _ in pairs]
-    if model is not None:
-        set_rows(model, new)
-    return new
+    from ta.chat.tokenizer import NewToken
 
 
 def set_rows(model: PreTrainedModel, new: Sequence[NewToken]) -> None:
@@ -89,13 +43,11 @@ def resize(model: PreTrainedModel, rows: int) -> None:
         model.resize_token_embeddings(rows, mean_resizing=False)
 
 
-def check_vocabulary(
-    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, besides: Sequence[str] = ()
-) -> None:
-    """ValueError when the tokenizer can give an id that the embedding table has no row for; tokens in `besides` are not looked at."""
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """ValueError when the tokenizer can give an id that the embedding table has no row for."""
     rows = min(table.shape[0] for table in tables(model).values())
     token, size = max(
-        ((token, id + 1) for token, id in tokenizer.get_vocab().items() if token not in besides),
+        ((token, id + 1) for token, id in tokenizer.get_vocab().items()),
         key=lambda t: t[1],
     )
     if size > rows:
@@ -114,47 +66,3 @@ def tables(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     if getattr(output, "bias", None) is not None:
         found["output_bias"] = output.bias
     return found
-
-
-def _check_pairs(pairs: Sequence[tuple[str, str]]) -> None:
-    tokens = [token for token, _ in pairs]
-    for token, text in pairs:
-        if tokens.count(token) > 1:
-            raise ValueError(
-                f"new token {token!r}: is given more than once; give each token one text"
-            )
-        if token != token.strip():
-            raise ValueError(
-                f"new token {token!r}: begins or ends with white space, which tokenizers strip; give it without"
-            )
-        if inside := [other for other in tokens if other in text]:
-            raise ValueError(
-                f"new token {token!r}: its text {text!r} contains the new token {inside[0]!r}; give a text of known words"
-            )
-
-
-def _pieces(tokenizer: PreTrainedTokenizerBase, token: str, text: str) -> tuple[int, ...]:
-    """The ids of `text` by the tokenizer as it is; one id when the text is a token that was added to it, such as "<s>"."""
-    added = tokenizer.get_added_vocab()
-    ids = [added[text]] if text in added else tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise ValueError(
-            f"new token {token!r}: its text {text!r} encodes to no token; give a text with words in it"
-        )
-    if text not in added and set(ids) == {tokenizer.unk_token_id}:
-        raise ValueError(
-            f"new token {token!r}: its text {text!r} is unknown to the tokenizer; give a text of known words"
-        )
-    return tuple(ids)
-
-
-def _extend(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
-    from tokenizers import AddedToken
-
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
-    for token in tokens:
-        ids = tokenizer(token, add_special_tokens=False)["input_ids"]
-        if ids != [tokenizer.get_added_vocab()[token]]:
-            raise ValueError(
-                f"new token {token!r}: another token takes a part of it (ids {ids}); give a text that no other token begins"
-            )

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ta.chat.encode import Tokens, encode_chats, with_system
+from ta.chat.encode import encode_chats
+from ta.chat.messages import with_system
+from ta.chat.render import Tokens
 from ta.data.batch import Batch, lay_out, split_micro, to_device
 from ta.data.loader import name_of
 from ta.data.records import check_question
@@ -135,14 +137,14 @@ def with_passages(
     found = rows.tolist()
     rows_in = candidates(records, found, wanted, k, gold, in_batch)
     known = passages_of(retriever, [row for mine in rows_in for row in mine])
-    form, chat = retriever.form, replace(retriever.chat, keep_end=True)
-    encode = partial(encode_chats, template=form.template, vocabulary=form.vocabulary, config=chat)
+    tokenizer, chat = retriever.tokenizer, replace(retriever.chat, keep_end=True)
+    encode = partial(encode_chats, tokenizer=tokenizer, config=chat)
     flat = [(chats[q], [text_of(known[row])]) for q, mine in enumerate(rows_in) for row in mine]
     whole = join(
         [c for c, _ in flat],
         [t for _, t in flat],
         encode,
-        form.tokenizer,
+        tokenizer.fast,
         retriever.how,
         chat.max_tokens,
     )
@@ -164,7 +166,7 @@ def with_passages(
             vectors[i, : len(rows_in[q])] = retriever.table[rows_in[q]].cpu()
         batch = RagBatch(
             _lay([tokens for q in places for tokens in joined[q]], packed),
-            pad([ids[q] for q in places], retriever.tokenizer.pad_token_id),
+            pad([ids[q] for q in places], retriever.encoder_tokenizer.pad_token_id),
             vectors,
             torch.tensor(
                 [i * width + j for i, q in enumerate(places) for j in range(len(rows_in[q]))],
@@ -231,7 +233,7 @@ def reembedded(retriever: Retriever, model: RagModel) -> Tensor:
     model.eval()
     ids = tokenize(
         [text_of(passage) for passage in take(retriever.passages, mine)],
-        retriever.tokenizer,
+        retriever.encoder_tokenizer,
         retriever.reading,
         "passage",
     )
@@ -239,7 +241,7 @@ def reembedded(retriever: Retriever, model: RagModel) -> Tensor:
     vectors = embed(
         partial(model, output="embed"),
         ids,
-        retriever.tokenizer.pad_token_id,
+        retriever.encoder_tokenizer.pad_token_id,
         retriever.device,
         agree=agree,
     )
@@ -293,7 +295,7 @@ def write_retriever(encoder: Encoder, retriever: Retriever, index: Index) -> Cal
         """Encoder, tokenizer and index into the folder."""
         to = folder / "encoder"
         whole(encoder.model, state).save_pretrained(to)
-        retriever.tokenizer.save_pretrained(to)
+        retriever.encoder_tokenizer.save_pretrained(to)
         save_reading(to, retriever.reading)
         known = {
             "encoder": fingerprint(str(to)),

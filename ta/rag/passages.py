@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ta.chat.encode import Drop
-from ta.chat.template import ANSWER, SYSTEM
+from ta.chat.messages import SYSTEM, strip_trailing_answers
 from ta.data.records import check_passage
 from ta.data.sources import Drops, parse_source, read_records
 
@@ -121,14 +121,12 @@ def text_of(passage: dict) -> str:
 
 def question_of(messages: Chat) -> int:
     """The place of the message that is searched for: the last one before the trailing answer. ValueError where there is none."""
-    last = len(messages)
-    while last and messages[last - 1]["role"] == ANSWER:
-        last -= 1
-    if not last or messages[last - 1]["role"] == SYSTEM:
+    asked = strip_trailing_answers(messages)
+    if not asked or asked[-1]["role"] == SYSTEM:
         raise ValueError(
             "no question: no message of a user comes before the answer, so there is nothing to search for"
         )
-    return last - 1
+    return len(asked) - 1
 
 
 def put_before(messages: Chat, texts: Sequence[str], separator: str) -> list[dict]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ta.chat.template import ChatConfig
-    from ta.model.load import ChatFormat
+    from ta.chat.tokenizer import ChatTokenizer
     from ta.rag.embedding import Reading, Texts
 
 RESIDENT = 8 << 30  # bytes of vectors that a device holds at most
@@ -39,9 +39,9 @@ class Retriever(NamedTuple):
 
     table: Tensor  # (N, E) vectors of the passages
     passages: Passages
-    tokenizer: Any  # the encoder's
+    encoder_tokenizer: Any
     reading: Reading
-    form: ChatFormat
+    tokenizer: ChatTokenizer
     chat: ChatConfig
     how: Joining
     device: Any  # of the encoder
@@ -52,8 +52,8 @@ class Retriever(NamedTuple):
 
 def retriever_of(
     index: Index,
-    tokenizer: Any,
-    form: ChatFormat,
+    encoder_tokenizer: Any,
+    tokenizer: ChatTokenizer,
     chat: ChatConfig,
     how: Joining,
     device: Any = "cpu",
@@ -67,7 +67,9 @@ def retriever_of(
             f"--num-passages {how.num_passages}: {index.folder} holds {len(index.vectors)} passages; give at most that"
         )
     table = index.vectors.to(device) if index.vectors.nbytes < RESIDENT else index.vectors
-    return Retriever(table, index.passages, tokenizer, index.reading, form, chat, how, device)
+    return Retriever(
+        table, index.passages, encoder_tokenizer, index.reading, tokenizer, chat, how, device
+    )
 
 
 def find(
@@ -84,10 +86,10 @@ def find(
     from ta.rag.embedding import embed, tokenize
 
     texts = [chat[question_of(chat)]["content"] for chat in chats]
-    ids = tokenize(texts, retriever.tokenizer, retriever.reading, "query")
+    ids = tokenize(texts, retriever.encoder_tokenizer, retriever.reading, "query")
     agree = (lambda passes: max(gather_objects(passes))) if together else int
     vectors = embed(
-        forward, ids, retriever.tokenizer.pad_token_id, retriever.device, agree=agree
+        forward, ids, retriever.encoder_tokenizer.pad_token_id, retriever.device, agree=agree
     )  # (Q, E)
     if retriever.approximate:
         return *about_top_k(retriever.approximate, vectors, k), ids
@@ -110,7 +112,7 @@ def answerable(
     known = passages_of(retriever, [row for found in lists for row in found])
     texts = [[text_of(known[row]) for row in found] for found in lists]
     joined = join(
-        chats, texts, encode, retriever.form.tokenizer, retriever.how, retriever.chat.max_tokens
+        chats, texts, encode, retriever.tokenizer.fast, retriever.how, retriever.chat.max_tokens
     )
     results = []
     for record, (tokens, messages, used), found, values in zip(
@@ -125,7 +127,11 @@ def answerable(
 
 
 def online(
-    config: RetrievalConfig, records: list[tuple], form: ChatFormat, chat: ChatConfig, device: str
+    config: RetrievalConfig,
+    records: list[tuple],
+    tokenizer: ChatTokenizer,
+    chat: ChatConfig,
+    device: str,
 ) -> list:
     """(record with its "passages", prompt ids) of each (record, prompt ids, media) that `read_prompts` gave: its passages put before its question."""
     from ta.rag.embedding import open_encoder
@@ -137,12 +143,12 @@ def online(
             )
         return records
     index = open_index(config.index, config.encoder_path)
-    encoder, tokenizer = open_encoder(index.encoder, index.reading, device)
-    retriever = retriever_of(index, tokenizer, form, chat, joining(config, index.manifest), device)
-    retriever = retriever._replace(approximate=index.folder if config.approximate else None)
-    encode = partial(
-        encode_prompts, template=form.template, vocabulary=form.vocabulary, config=chat
+    encoder, encoder_tokenizer = open_encoder(index.encoder, index.reading, device)
+    retriever = retriever_of(
+        index, encoder_tokenizer, tokenizer, chat, joining(config, index.manifest), device
     )
+    retriever = retriever._replace(approximate=index.folder if config.approximate else None)
+    encode = partial(encode_prompts, tokenizer=tokenizer, config=chat)
     if any(media for _, _, media in records):
         raise ValueError(
             "--index with a model of pictures or sounds: passages are found for text alone; leave it out"

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from ta import parallel
 from ta.builtin import data_files
 from ta.chat.encode import encode_chats
-from ta.chat.pieces import Tokens, show
+from ta.chat.render import Tokens, show
 from ta.chat.template import ChatConfig, export_template
-from ta.chat.tokenizer import TokenizerConfig, disagreement
+from ta.chat.tokenizer import ChatTokenizer, TokenizerConfig, disagreement, load_chat_tokenizer
 from ta.data.kinds import KINDS, Kind, prepare_kind
 from ta.data.loader import Feed, evaluation_batches, training_feed
 from ta.data.prepare import DataConfig, Prepared, report, sequence, write_drops
@@ -25,7 +25,7 @@ from ta.media.dialogue import place_media
 from ta.model.adapter_settings import AdapterConfig
 from ta.model.arguments import check_quantize
 from ta.model.export import export
-from ta.model.load import ChatFormat, ModelConfig, open_format, open_model
+from ta.model.load import ModelConfig, open_model
 from ta.train import run_folder
 from ta.train.loop import LoopConfig, check_loop, mean_over
 from ta.train.optim import USUAL_LR, OptimConfig, check_optim, with_default_lr
@@ -33,9 +33,9 @@ from ta.train.report import write_report
 from ta.train.trackers import check_sinks
 
 if TYPE_CHECKING:
+    from ta.chat.tokenizer import Placeholder
     from ta.data.loader import Dress
     from ta.generation.samples import Embed
-    from ta.media.dialogue import Slot
     from ta.model.language_model import LanguageModel
 
 
@@ -65,7 +65,7 @@ class Parts(NamedTuple):
     """What a run is made of, before anything is written."""
 
     model: LanguageModel
-    form: ChatFormat
+    tokenizer: ChatTokenizer
     data: Data
     optim: OptimConfig
     note: str  # about the model, for the user
@@ -75,7 +75,7 @@ class Run(NamedTuple):
     """An open run: what `train`, `evaluate_with` and `finish` need."""
 
     model: LanguageModel
-    form: ChatFormat
+    tokenizer: ChatTokenizer
     data: Data
     feed: Feed
     optim: OptimConfig
@@ -83,13 +83,13 @@ class Run(NamedTuple):
     identity: dict[str, Any]  # what must not differ on resume
 
 
-def open_data(config: RunConfig, form: ChatFormat, kind: Kind) -> Data:
+def open_data(config: RunConfig, tokenizer: ChatTokenizer, kind: Kind) -> Data:
     """Training and held-out records of a kind: the sources given, or the built-in ones."""
     sources, val_sources = data_files.data_or_builtin(
         config.data.data, config.data.val_data, data_files.NAMES[kind]
     )
     make = lambda paths: prepare_kind(
-        kind, paths, form, config.chat, config.data, config.loop.seed, say=parallel.say
+        kind, paths, tokenizer, config.chat, config.data, config.loop.seed, say=parallel.say
     )
     records = (
         zip(
@@ -114,12 +114,12 @@ def open_parts(
     model_kind: Literal["causal", "seq_cls"] = "causal",
     num_labels: int = 1,
     usual_lr: tuple[float, float, float] = USUAL_LR,
-    slots: Mapping[str, Slot] = {},
-    around: Callable[[ChatFormat], Callable[[LanguageModel], LanguageModel]] | None = None,
+    placeholders: Mapping[str, Placeholder] = {},
+    around: Callable[[ChatTokenizer], Callable[[LanguageModel], LanguageModel]] | None = None,
 ) -> Parts:
     """Format, data and model of a run, in the order of what they cost; writes nothing. `usual_lr` is what `with_default_lr` takes.
 
-    `slots` are those of media records; `around(format)` gives what `open_model` puts around the language model.
+    `placeholders` are those of media records; `around(format)` gives what `open_model` puts around the language model.
     """
     check_loop(config.loop)
     check_optim(config.optim)
@@ -134,22 +134,22 @@ def open_parts(
     run_folder.check_out(loop.out, loop.resume, loop.overwrite)
     check_sinks(loop.log)
     check_cherries(config.cherry)
-    form = open_format(
-        config.model, config.tokenizer, config.chat, config.adapter.adapter_path, slots
+    tokenizer = load_chat_tokenizer(
+        config.model, config.tokenizer, config.chat, placeholders, config.adapter.adapter_path
     )
-    data = open_data(config, form, kind)
-    more = {"around": around(form)} if around else {}
+    data = open_data(config, tokenizer, kind)
+    more = {"around": around(tokenizer)} if around else {}
     model, note = open_model(
         config.model,
         config.adapter,
-        form,
+        tokenizer,
         kind=model_kind,
         num_labels=num_labels,
         device=device,
         seed=loop.seed,
         **more,
     )
-    return Parts(model, form, data, optim, note)
+    return Parts(model, tokenizer, data, optim, note)
 
 
 @contextmanager
@@ -167,7 +167,7 @@ def open_run(
     `parts` comes of `open_parts`, or is the kind of record to open it with. `dress(prepared)`, called for training and for held-out records, gives
     the function that makes the method's own batch of a Batch and its records; `identity` adds what must not differ on resume.
     """
-    model, form, data, optim, note = (
+    model, tokenizer, data, optim, note = (
         parts if isinstance(parts, Parts) else open_parts(config, parts)
     )
     loop = config.loop
@@ -203,11 +203,11 @@ def open_run(
         parallel.say("\n".join([note] * bool(note) + report(data.train.info)))
         for i in range(data.train.k):
             ids, weights = sequence(data.train, i)
-            parallel.say(show(Tokens(ids.tolist(), weights.tolist()), form.tokenizer.decode))
+            parallel.say(show(Tokens(ids.tolist(), weights.tolist()), tokenizer.fast.decode))
         if parallel.rank() == 0 and not loop.dry_run:
             write_drops(data.train, str(Path(loop.out) / "drops.jsonl"))
         try:
-            yield Run(model, form, data, feed, optim, held_out, same)
+            yield Run(model, tokenizer, data, feed, optim, held_out, same)
         except ValueError:
             if parallel.rank() == 0 and not loop.dry_run:
                 run_folder.forget(Path(loop.out))
@@ -244,7 +244,7 @@ def evaluate_with(
             figures |= pick_cherries(
                 run.model,
                 records,
-                run.form,
+                run.tokenizer,
                 config.chat,
                 config.cherry,
                 Path(config.loop.out),
@@ -262,20 +262,17 @@ def finish(run: Run, config: RunConfig, write: Callable[[Path], None] | None = N
 
     `write(folder)` adds what else belongs to the model.
     """
-    form, whole = run.form, dataclasses.replace(config.chat, max_tokens=None)
+    tokenizer, whole = run.tokenizer, dataclasses.replace(config.chat, max_tokens=None)
     if not (whole.system_prompt or whole.ignore_system_prompt):
         chats = [
-            place_media(record["messages"], form.media)[0]
+            place_media(record["messages"], tokenizer.placeholders)[0]
             for record in run.data.held_out_records
             if "messages" in record
         ]
-        ids = [
-            getattr(tokens, "ids", None)
-            for tokens in encode_chats(chats, form.template, form.vocabulary, whole)
-        ]
+        ids = [getattr(tokens, "ids", None) for tokens in encode_chats(chats, tokenizer, whole)]
         kept = [i for i, known in enumerate(ids) if known]
         gap = disagreement(
-            form.tokenizer, form.template, [chats[i] for i in kept], [ids[i] for i in kept]
+            tokenizer.fast, tokenizer.template, [chats[i] for i in kept], [ids[i] for i in kept]
         )
         parallel.say(
             gap
@@ -286,10 +283,10 @@ def finish(run: Run, config: RunConfig, write: Callable[[Path], None] | None = N
     final = Path(config.loop.out) / "final"
     export(
         run.model.inner,
-        run.form.tokenizer,
+        run.tokenizer.fast,
         final,
-        export_template(run.form.template),
-        run.form.stop_ids,
+        export_template(run.tokenizer.template),
+        run.tokenizer.stop_ids,
         write,
     )
     parallel.say(f"done: {final}")

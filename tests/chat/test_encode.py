@@ -9,27 +9,20 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from ta.chat.cut import cut_dialogue
 from ta.chat.encode import (
-    ANSWER,
-    ChatConfig,
     Drop,
-    Piece,
-    Tokens,
-    cut_dialogue,
     encode_answers,
     encode_chat,
     encode_chats,
     encode_pairs,
     encode_prompt,
     encode_prompts,
-    random_cut,
-    render_chat,
-    show,
-    tokenize_with_loss_mask,
-    with_system,
 )
-from ta.chat.template import explicit_template, split_chat
-from ta.chat.tokenizer import disagreement, template_of, vocabulary
+from ta.chat.messages import ANSWER, random_cut, with_system
+from ta.chat.render import Piece, Tokens, render_chat, show, tokenize_with_loss_mask
+from ta.chat.template import ChatConfig, explicit_template, split_chat
+from ta.chat.tokenizer import chat_tokenizer, disagreement, template_of, vocabulary
 
 LINE = "the user asks: what is it?\n\nassistant says hello there. Human: [INST] ok [/INST]\nAI: yes, no \n system model think 12 + 34\n"
 SPECIAL = [
@@ -120,7 +113,7 @@ PLAIN = ChatConfig()
 
 
 @functools.lru_cache
-def tokenizer(shape: str, kind: str = "byte") -> PreTrainedTokenizerFast:
+def fast_tokenizer(shape: str, kind: str = "byte") -> PreTrainedTokenizerFast:
     backend = Tokenizer(
         models.BPE(unk_token=None if kind == "byte" else "<unk>", byte_fallback=kind != "byte")
     )
@@ -153,8 +146,8 @@ def tokenizer(shape: str, kind: str = "byte") -> PreTrainedTokenizerFast:
 
 @functools.lru_cache
 def setting(shape: str, kind: str = "byte"):
-    made = tokenizer(shape, kind)
-    return made, template_of(made, PLAIN), vocabulary(made)
+    made = fast_tokenizer(shape, kind)
+    return made, chat_tokenizer(made, PLAIN)
 
 
 def messages(*pairs: str, loss=None) -> list[dict]:
@@ -235,14 +228,14 @@ each_shape = pytest.mark.parametrize("shape", SHAPES)
 
 
 def test_a_chat_by_hand():
-    made, template, vocab = setting("chatml")
+    made, tokenizer = setting("chatml")
     chat = messages("s: be", "u: hi", "a: yes", "u: and", "a: no")
-    tokens = encode_chat(chat, template, vocab, PLAIN)
+    tokens = encode_chat(chat, tokenizer, PLAIN)
     assert learned(made, tokens) == "yes<|im_end|>\nno<|im_end|>\n"
     assert made.decode(tokens.ids) == made.apply_chat_template(
         chat, tokenize=False
     ) and tokens.ids == real(made, chat)
-    assert render_chat(chat, template)[2] == [
+    assert render_chat(chat, tokenizer.template)[2] == [
         Piece("<|im_start|>assistant\n", 0.0, True, True),
         Piece("yes", 1.0, False, False),
         Piece("<|im_end|>\n", 1.0, True, True),
@@ -257,12 +250,12 @@ def test_a_chat_by_hand():
 @pytest.mark.parametrize("kind", ["byte", "always", "first", "never"])
 def test_ids_are_those_of_apply_chat_template(shape, kind):
     """Those of the tokenizer on the rendered text, cut before and after each answer; contents hold no special tokens here."""
-    made, template, vocab = setting(shape, kind)
+    made, tokenizer = setting(shape, kind)
     equal = 0
     for _, chat in dialogues(shape, 25, clean=True):
-        ids, theirs = encode_chat(chat, template, vocab, PLAIN).ids, real(made, chat)
+        ids, theirs = encode_chat(chat, tokenizer, PLAIN).ids, real(made, chat)
         whole, parts, at, borders = made.apply_chat_template(chat, tokenize=False), [""], 0, set()
-        for message, span in zip(chat, split_chat(chat, template), strict=True):
+        for message, span in zip(chat, split_chat(chat, tokenizer.template), strict=True):
             answer = message["role"] == ANSWER
             parts[-1] += span.prefix
             parts += [""] * answer
@@ -286,7 +279,7 @@ def test_ids_are_those_of_apply_chat_template(shape, kind):
 @each_shape
 @pytest.mark.parametrize("loss_on", ["answers", "last"])
 def test_learned_text_is_the_answers_and_their_ends(shape, loss_on):
-    made, template, vocab = setting(shape)
+    made, tokenizer = setting(shape)
     for _, chat in dialogues(shape, 25):
         answers = [
             m["content"].strip() if shape in TRIMS else m["content"]
@@ -299,7 +292,7 @@ def test_learned_text_is_the_answers_and_their_ends(shape, loss_on):
                 [AROUND[shape][0]] * (len(answers) - 1) + [AROUND[shape][1]], answers, strict=True
             )
         ]
-        tokens = encode_chat(chat, template, vocab, ChatConfig(loss_on=loss_on))
+        tokens = encode_chat(chat, tokenizer, ChatConfig(loss_on=loss_on))
         assert learned(made, tokens) == ("".join(parts) if loss_on == "answers" else parts[-1])
         assert set(tokens.weights) <= {0.0, 1.0} and len(tokens.ids) == len(tokens.weights)
 
@@ -308,16 +301,16 @@ def test_learned_text_is_the_answers_and_their_ends(shape, loss_on):
 @pytest.mark.parametrize("kind", ["byte", "always"])
 @pytest.mark.parametrize("loss_on", ["answers", "last", "all"])
 def test_training_ids_begin_with_the_prompt(shape, kind, loss_on):
-    _made, template, vocab = setting(shape, kind)
+    _made, tokenizer = setting(shape, kind)
     config = ChatConfig(loss_on=loss_on)
     for _, chat in dialogues(shape, 12, system=shape != "mistral" or loss_on != "all"):
         prompt, tokens = (
-            encode_prompt(chat, template, vocab, config),
-            encode_chat(chat, template, vocab, config),
+            encode_prompt(chat, tokenizer, config),
+            encode_chat(chat, tokenizer, config),
         )
         assert (
             tokens.ids[: len(prompt)] == prompt
-            and encode_prompt(chat[:-1], template, vocab, config) == prompt
+            and encode_prompt(chat[:-1], tokenizer, config) == prompt
         )
         if loss_on == "last":
             assert [bool(weight) for weight in tokens.weights] == [False] * len(prompt) + [True] * (
@@ -327,58 +320,57 @@ def test_training_ids_begin_with_the_prompt(shape, kind, loss_on):
 
 @each_shape
 def test_content_cannot_forge_control_tokens(shape):
-    made, template, vocab = setting(shape)
+    made, tokenizer = setting(shape)
     specials = set(made.get_added_vocab().values())
     for rng, chat in dialogues(shape, 25):
         attack = "".join(rng.choices(SPECIAL + CONTENT, k=2))
         attacked = [{**m, "content": attack + m["content"] + attack} for m in chat]
         harmless = [{**m, "content": "x"} for m in chat]
-        mine, plain = (encode_chat(c, template, vocab, PLAIN).ids for c in (attacked, harmless))
+        mine, plain = (encode_chat(c, tokenizer, PLAIN).ids for c in (attacked, harmless))
         assert [id for id in mine if id in specials] == [id for id in plain if id in specials]
     # the guard can fail: plain transformers is forged by the same content
     chat = [{"role": "user", "content": SPECIAL[3]}, {"role": "assistant", "content": SPECIAL[3]}]
     assert sum(id in specials for id in real(made, chat)) > sum(
-        id in specials for id in encode_chat(chat, template, vocab, PLAIN).ids
+        id in specials for id in encode_chat(chat, tokenizer, PLAIN).ids
     )
 
 
 def test_declared_content_tokens_are_real_in_content_unless_the_template_uses_them():
-    made, template, _ = setting("chatml")
-    vocab, ids = vocabulary(made, ["<img>"]), made.get_added_vocab()
-    tokens = encode_chat(messages("u: a<img><img> b<doc_sep>", "a: c<img>"), template, vocab, PLAIN)
+    made = fast_tokenizer("chatml")
+    tokenizer, ids = chat_tokenizer(made, PLAIN, ["<img>"]), made.get_added_vocab()
+    tokens = encode_chat(messages("u: a<img><img> b<doc_sep>", "a: c<img>"), tokenizer, PLAIN)
     assert tokens.ids.count(ids["<img>"]) == 3 and ids["<doc_sep>"] not in tokens.ids
     with pytest.raises(ValueError, match=r"template writes <\|im_end\|>"):
-        encode_chat(messages("u: a", "a: b"), template, vocabulary(made, ["<|im_end|>"]), PLAIN)
+        encode_chat(messages("u: a", "a: b"), chat_tokenizer(made, PLAIN, ["<|im_end|>"]), PLAIN)
     with pytest.raises(ValueError, match="no added token"):
         vocabulary(made, ["<nope>"])
 
 
 def test_loss_on_all_and_the_messages_own_weights():
-    made, template, vocab = setting("chatml")
+    made, tokenizer = setting("chatml")
     chat = messages("s: be", "u: hi", "a: yes", "u: more", "a: no")
-    every = encode_chat(chat, template, vocab, ChatConfig(loss_on="all"))
+    every = encode_chat(chat, tokenizer, ChatConfig(loss_on="all"))
     assert (
         learned(made, every)
         == "be<|im_end|>\nhi<|im_end|>\nyes<|im_end|>\nmore<|im_end|>\nno<|im_end|>\n"
     )
-    injected = encode_chat(chat, template, vocab, ChatConfig(loss_on="all", system_prompt="you"))
+    injected = encode_chat(chat, tokenizer, ChatConfig(loss_on="all", system_prompt="you"))
     assert learned(made, injected) == "hi<|im_end|>\nyes<|im_end|>\nmore<|im_end|>\nno<|im_end|>\n"
     chat[1]["loss"], chat[2]["loss"], chat[4]["loss"] = True, False, 0.5
-    tokens = encode_chat(chat, template, vocab, PLAIN)
+    tokens = encode_chat(chat, tokenizer, PLAIN)
     assert learned(made, tokens) == "hi<|im_end|>\nno<|im_end|>\n" and set(tokens.weights) == {
         0.0,
         0.5,
         1.0,
     }
     chat[4] = {"role": "bot", "content": "no", "disable_loss": True}
-    assert learned(made, encode_chat(chat, template, vocab, PLAIN)) == "hi<|im_end|>\n"
+    assert learned(made, encode_chat(chat, tokenizer, PLAIN)) == "hi<|im_end|>\n"
     assert (
-        encode_chat([{**m, "loss": 0} for m in chat], template, vocab, PLAIN).reason
-        == "nothing to learn"
+        encode_chat([{**m, "loss": 0} for m in chat], tokenizer, PLAIN).reason == "nothing to learn"
     )
     for bad in (-1, float("nan"), float("inf"), "yes"):
         with pytest.raises(ValueError, match="message 2 has loss"):
-            encode_chat([chat[0], {**chat[1], "loss": bad}, chat[2]], template, vocab, PLAIN)
+            encode_chat([chat[0], {**chat[1], "loss": bad}, chat[2]], tokenizer, PLAIN)
 
 
 def brute_cut(roles, lengths, limit, keep_end, end_in_answer, fixed):
@@ -418,22 +410,20 @@ def test_cut_dialogue_equals_brute_force(data):
 @each_shape
 @pytest.mark.parametrize("keep_end", [False, True])
 def test_cut_chats_are_whole_messages_within_the_limit(shape, keep_end):
-    _, template, vocab = setting(shape)
+    _, tokenizer = setting(shape)
     for rng, chat in dialogues(shape, 25):
         limit = rng.randint(5, 120)
         whole = (
             [*chat, {"role": "user", "content": "trailing " * 9}] if rng.random() < 0.5 else chat
         )
-        result = encode_chat(
-            whole, template, vocab, ChatConfig(max_tokens=limit, keep_end=keep_end)
-        )
+        result = encode_chat(whole, tokenizer, ChatConfig(max_tokens=limit, keep_end=keep_end))
         head, body = (
             [m for m in chat if m["role"] == "system"],
             [m for m in chat if m["role"] != "system"],
         )
         turns = range(len(body), 0, -2)
         options = [
-            encode_chat(head + (body[-n:] if keep_end else body[:n]), template, vocab, PLAIN)
+            encode_chat(head + (body[-n:] if keep_end else body[:n]), tokenizer, PLAIN)
             for n in turns
         ]
         fitting = [option for option in options if len(option.ids) <= limit]
@@ -441,69 +431,64 @@ def test_cut_chats_are_whole_messages_within_the_limit(shape, keep_end):
 
 
 def test_limits_are_exact_and_say_when_nothing_fits():
-    _made, template, vocab = setting("llama3")
+    _made, tokenizer = setting("llama3")
     chat = messages("s: be", "u: hi", "a: yes", "u: more", "a: no", "u: trailing trailing")
-    whole = encode_chat(chat[:5], template, vocab, PLAIN)
-    assert encode_chat(chat, template, vocab, ChatConfig(max_tokens=len(whole.ids))) == whole
+    whole = encode_chat(chat[:5], tokenizer, PLAIN)
+    assert encode_chat(chat, tokenizer, ChatConfig(max_tokens=len(whole.ids))) == whole
     for keep_end, kept in ((False, chat[:3]), (True, [chat[0], *chat[3:5]])):
         cut = encode_chat(
-            chat, template, vocab, ChatConfig(max_tokens=len(whole.ids) - 1, keep_end=keep_end)
+            chat, tokenizer, ChatConfig(max_tokens=len(whole.ids) - 1, keep_end=keep_end)
         )
-        assert cut == encode_chat(kept, template, vocab, PLAIN)
+        assert cut == encode_chat(kept, tokenizer, PLAIN)
         # the last kept answer is learned when only the last is: cutting never leaves a chat without a target
         last = encode_chat(
             chat,
-            template,
-            vocab,
+            tokenizer,
             ChatConfig(max_tokens=len(whole.ids) - 1, keep_end=keep_end, loss_on="last"),
         )
         assert last == cut
-    assert encode_chat(chat, template, vocab, ChatConfig(max_tokens=3)) == Drop(
+    assert encode_chat(chat, tokenizer, ChatConfig(max_tokens=3)) == Drop(
         "no answer fits in max_tokens", f"{len(whole.ids)} tokens, and no whole answer within 3"
     )
-    assert encode_chat(chat[:2], template, vocab, PLAIN).reason == "no answer"
-    assert encode_chat([], template, vocab, PLAIN).reason == "no answer"
+    assert encode_chat(chat[:2], tokenizer, PLAIN).reason == "no answer"
+    assert encode_chat([], tokenizer, PLAIN).reason == "no answer"
     with pytest.raises(ValueError, match="--max-tokens is 0"):
-        encode_chat(chat, template, vocab, ChatConfig(max_tokens=0))
+        encode_chat(chat, tokenizer, ChatConfig(max_tokens=0))
     chats = [chat, chat[:2], chat[:3]] * 100  # more than a group
     assert (
-        encode_chats(chats, template, vocab, ChatConfig(max_tokens=30))
-        == [encode_chat(c, template, vocab, ChatConfig(max_tokens=30)) for c in chats[:3]] * 100
+        encode_chats(chats, tokenizer, ChatConfig(max_tokens=30))
+        == [encode_chat(c, tokenizer, ChatConfig(max_tokens=30)) for c in chats[:3]] * 100
     )
 
 
 @each_shape
 def test_prompts_are_cut_from_the_front(shape):
-    made, template, vocab = setting(shape)
+    made, tokenizer = setting(shape)
     chat = messages(
         "u: the first question", "a: an answer", "u: the second", "a: another", "u: third"
     )
-    whole, one, two = (encode_prompt(chat[-n:], template, vocab, PLAIN) for n in (5, 1, 3))
+    whole, one, two = (encode_prompt(chat[-n:], tokenizer, PLAIN) for n in (5, 1, 3))
     assert whole == real(made, chat, opened=True)
     for keep_end in (False, True):
         assert (
-            encode_prompt(
-                chat, template, vocab, ChatConfig(max_tokens=len(whole) - 1, keep_end=keep_end)
-            )
+            encode_prompt(chat, tokenizer, ChatConfig(max_tokens=len(whole) - 1, keep_end=keep_end))
             == two
         )
         assert (
-            encode_prompt(
-                chat, template, vocab, ChatConfig(max_tokens=len(two) - 1, keep_end=keep_end)
-            )
+            encode_prompt(chat, tokenizer, ChatConfig(max_tokens=len(two) - 1, keep_end=keep_end))
             == one
         )
     assert (
-        encode_prompts([chat], template, vocab, ChatConfig(max_tokens=len(one) - 1))[0].reason
+        encode_prompts([chat], tokenizer, ChatConfig(max_tokens=len(one) - 1))[0].reason
         == "no prompt fits in max_tokens"
     )
     with pytest.raises(ValueError, match="no prompt fits"):
-        encode_prompt(chat, template, vocab, ChatConfig(max_tokens=1))
+        encode_prompt(chat, tokenizer, ChatConfig(max_tokens=1))
 
 
 @each_shape
 def test_pairs_share_one_cut_and_learn_only_the_answer(shape):
-    made, template, vocab = setting(shape)
+    made, tokenizer = setting(shape)
     used = 0
     for rng, chat in dialogues(shape, 25):
         chosen, rejected, limit = text(rng), text(rng), rng.randint(10, 120)
@@ -511,9 +496,9 @@ def test_pairs_share_one_cut_and_learn_only_the_answer(shape):
             chat[:-1],
             [{"role": "bot", "content": answer} for answer in (chosen, rejected)],
         )
-        result = encode_pairs(
-            [context], [tuple(answers)], template, vocab, ChatConfig(max_tokens=limit)
-        )[0]
+        result = encode_pairs([context], [tuple(answers)], tokenizer, ChatConfig(max_tokens=limit))[
+            0
+        ]
         if isinstance(result, Drop):
             short = [
                 context[i]
@@ -521,7 +506,7 @@ def test_pairs_share_one_cut_and_learn_only_the_answer(shape):
                 if i == len(context) - 1 or context[i]["role"] == "system"
             ]
             longest = max(
-                len(encode_chat([*short, answer], template, vocab, PLAIN).ids) for answer in answers
+                len(encode_chat([*short, answer], tokenizer, PLAIN).ids) for answer in answers
             )
             assert result.reason == "chosen equals rejected" or longest > limit
             continue
@@ -539,30 +524,28 @@ def test_pairs_share_one_cut_and_learn_only_the_answer(shape):
 
 
 def test_answers_of_candidates_and_equal_pairs():
-    _, template, vocab = setting("chatml")
+    _, tokenizer = setting("chatml")
     context = messages("u: q", "a: old", "u: r")
     one, two, three = ({"content": text} for text in ("x", "y", "z z z"))
-    group = encode_answers([context], [[one, two, three]], template, vocab, PLAIN)[0]
+    group = encode_answers([context], [[one, two, three]], tokenizer, PLAIN)[0]
     assert [tokens.ids for tokens in group] == [
-        encode_chat([*context, {"role": "bot", **a}], template, vocab, PLAIN).ids
+        encode_chat([*context, {"role": "bot", **a}], tokenizer, PLAIN).ids
         for a in (one, two, three)
     ]
     loud = encode_answers(
         [[context[0], {**context[1], "loss": True}, context[2]]],
         [[one, two, three]],
-        template,
-        vocab,
+        tokenizer,
         PLAIN,
     )[0]
     assert loud == group and all(
-        weights.index(1.0) == len(encode_prompt(context, template, vocab, PLAIN))
-        for _, weights in loud
+        weights.index(1.0) == len(encode_prompt(context, tokenizer, PLAIN)) for _, weights in loud
     )
     assert (
-        encode_pairs([context], [(one, one)], template, vocab, PLAIN)[0].reason
+        encode_pairs([context], [(one, one)], tokenizer, PLAIN)[0].reason
         == "chosen equals rejected"
     )
-    assert encode_answers([context], [[]], template, vocab, PLAIN)[0].reason == "no answer"
+    assert encode_answers([context], [[]], tokenizer, PLAIN)[0].reason == "no answer"
 
 
 def test_system_prompts():
@@ -575,9 +558,9 @@ def test_system_prompts():
     )
     with pytest.raises(ValueError, match="one of the two"):
         with_system(chat, "new", ignore=True)
-    _, template, vocab = setting("chatml")
+    _, tokenizer = setting("chatml")
     with pytest.raises(ValueError, match="one of the two"):
-        encode_chat(chat, template, vocab, ChatConfig(system_prompt="x", ignore_system_prompt=True))
+        encode_chat(chat, tokenizer, ChatConfig(system_prompt="x", ignore_system_prompt=True))
 
 
 def test_random_cut_is_seeded_and_ends_before_an_answer():
@@ -607,9 +590,10 @@ PARTS = {
 @pytest.mark.parametrize("name", PARTS)
 def test_explicit_templates(name):
     """Pieces one by one with plain transformers, one BOS in front, and the laws."""
-    made, _, vocab = setting("chatml")
+    made, tokenizer = setting("chatml")
     prefix, suffix, tags = PARTS[name]
     template = explicit_template(prefix, suffix, tags, made.bos_token)
+    tokenizer = tokenizer._replace(template=template)
     tag = {"system": "system", "user": "user", "assistant": "assistant", **(tags or {})}
     tag["assistant"] = tag.get("bot", tag["assistant"])
     for rng, chat in dialogues("chatml", 25, nasty=False):
@@ -624,16 +608,14 @@ def test_explicit_templates(name):
             ):
                 new = made(part, add_special_tokens=False)["input_ids"]
                 ids, weights = ids + new, weights + [weight * (m["role"] == ANSWER)] * len(new)
-        result = encode_chat(chat, template, vocab, PLAIN)
+        result = encode_chat(chat, tokenizer, PLAIN)
         assert (
             result == Tokens(ids, weights) if any(weights) else result.reason == "nothing to learn"
         )
-        prompt = encode_prompt(chat, template, vocab, PLAIN)
+        prompt = encode_prompt(chat, tokenizer, PLAIN)
         assert ids[: len(prompt)] == prompt
         for keep_end in (False, True):
-            cut = encode_chat(
-                chat, template, vocab, ChatConfig(max_tokens=limit, keep_end=keep_end)
-            )
+            cut = encode_chat(chat, tokenizer, ChatConfig(max_tokens=limit, keep_end=keep_end))
             assert isinstance(cut, Drop) or len(cut.ids) <= limit
         if name not in ("plain", "no prefix", "no suffix", "own bos") and not any(
             m["content"].startswith("\n") for m in chat
@@ -643,29 +625,30 @@ def test_explicit_templates(name):
 
 @pytest.mark.parametrize("kind", ["always", "first", "never"])
 def test_explicit_pieces_get_no_spaces_that_the_text_lacks(kind):
-    made, _, vocab = setting("chatml", kind)
+    made, tokenizer = setting("chatml", kind)
     template = explicit_template("{role}: ", "\n", {"user": "Human", "bot": "AI"}, None)
-    tokens = encode_chat(messages("u: hello", "a: the"), template, vocab, PLAIN)
+    tokenizer = tokenizer._replace(template=template)
+    tokens = encode_chat(messages("u: hello", "a: the"), tokenizer, PLAIN)
     assert made.decode(tokens.ids).removeprefix(" ") == "Human: hello\nAI: the\n"
 
 
 def test_unknown_roles_and_templates_that_cannot_be_split():
-    made, template, vocab = setting("chatml")
+    made, tokenizer = setting("chatml")
     with pytest.raises(
         ValueError,
         match=r"message 1 has role 'wizard'; the roles known are system, developer, user, assistant, tool",
     ):
-        encode_chat([{"role": "wizard", "content": "x"}, *messages("a: y")], template, vocab, PLAIN)
+        encode_chat([{"role": "wizard", "content": "x"}, *messages("a: y")], tokenizer, PLAIN)
     with pytest.raises(ValueError, match="message 1 has content None"):
-        encode_chat([{"role": "user", "content": None}], template, vocab, PLAIN)
+        encode_chat([{"role": "user", "content": None}], tokenizer, PLAIN)
     for chat, shape, words in (
         (messages("u: a", "u: b", "a: c"), "mistral", "roles must alternate"),
         (messages("s: a", "u: b", "a: c"), "gemma", "System role not supported"),
         (messages("s: a", "a: c"), "mistral", "roles must alternate"),
     ):
-        _, refusing, words_vocab = setting(shape)
+        _, refusing = setting(shape)
         with pytest.raises(ValueError, match=words):
-            encode_chat(chat, refusing, words_vocab, PLAIN)
+            encode_chat(chat, refusing, PLAIN)
     cases = {
         "{% for m in messages %}{{ m.role ~ m.content | upper }}{% endfor %}": "message 1 .* not at all",
         "{% for m in messages %}{{ m.role ~ m.content ~ m.content }}{% endfor %}": "message 1 .* twice",
@@ -690,30 +673,33 @@ def test_unknown_roles_and_templates_that_cannot_be_split():
     for source, words in cases.items():
         other.chat_template = source
         with pytest.raises(ValueError, match=words):
-            encode_chat(messages("u: a", "a: b</think>"), template_of(other, PLAIN), vocab, PLAIN)
+            encode_chat(
+                messages("u: a", "a: b</think>"),
+                tokenizer._replace(template=template_of(other, PLAIN)),
+                PLAIN,
+            )
 
 
 def test_consecutive_answers_and_a_greeting():
-    made, template, vocab = setting("chatml")
+    made, tokenizer = setting("chatml")
     chat = messages("a: hello", "u: hi", "a: yes", "a: and no")
-    tokens = encode_chat(chat, template, vocab, PLAIN)
+    tokens = encode_chat(chat, tokenizer, PLAIN)
     assert tokens.ids == real(made, chat)
     assert learned(made, tokens) == "hello<|im_end|>\nyes<|im_end|>\nand no<|im_end|>\n"
-    assert encode_prompt(chat, template, vocab, PLAIN) == real(made, chat[:2], opened=True)
-    cut = encode_chat(
-        chat, template, vocab, ChatConfig(max_tokens=len(tokens.ids) - 1, keep_end=True)
-    )
-    assert cut == encode_chat(chat[1:], template, vocab, PLAIN)
+    assert encode_prompt(chat, tokenizer, PLAIN) == real(made, chat[:2], opened=True)
+    cut = encode_chat(chat, tokenizer, ChatConfig(max_tokens=len(tokens.ids) - 1, keep_end=True))
+    assert cut == encode_chat(chat[1:], tokenizer, PLAIN)
 
 
 def test_pieces_alone():
-    _made, _, vocab = setting("chatml")
+    _made, tokenizer = setting("chatml")
     pieces = [
         Piece("<|im_start|>", 0.0, True),
         Piece("hello<|im_end|>", 2.0, False),
         Piece("<|im_end|>", 1.0, True),
     ]
-    tokens = tokenize_with_loss_mask(pieces, vocab)
+    vocab = tokenizer.vocabulary
+    tokens = tokenize_with_loss_mask([pieces], vocab)
     assert (
         tokens.ids[0] == vocab.special["<|im_start|>"]
         and tokens.ids[-1] == vocab.special["<|im_end|>"]

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_encode import GENERATE, PLAIN, SHAPES, dialogues, messages, real, setting, tokenizer
+from test_encode import GENERATE, PLAIN, SHAPES, dialogues, fast_tokenizer, messages, real, setting
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -15,10 +15,12 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from ta.chat.encode import ChatConfig, encode_chat, encode_chats
-from ta.chat.template import ExplicitTemplate, explicit_template, export_template
+from ta.chat.encode import encode_chat, encode_chats
+from ta.chat.template import ChatConfig, ExplicitTemplate, explicit_template, export_template
 from ta.chat.tokenizer import (
+    ChatTokenizer,
     TokenizerConfig,
+    chat_tokenizer,
     disagreement,
     load_tokenizer,
     parse_role_tags,
@@ -30,12 +32,12 @@ from ta.chat.tokenizer import (
 
 
 def test_a_tokenizer_saved_and_loaded_encodes_the_same(tmp_path):
-    made, template, vocab = setting("llama3")
+    made, tokenizer = setting("llama3")
     made.save_pretrained(tmp_path)
     again = load_tokenizer(str(tmp_path))
     chats = [chat for _, chat in dialogues("llama3", 5)]
-    assert encode_chats(chats, template_of(again, PLAIN), vocabulary(again), PLAIN) == encode_chats(
-        chats, template, vocab, PLAIN
+    assert encode_chats(chats, chat_tokenizer(again, PLAIN), PLAIN) == encode_chats(
+        chats, tokenizer, PLAIN
     )
     assert (
         load_tokenizer("/not/there", TokenizerConfig(tokenizer_path=str(tmp_path))).bos_token
@@ -50,7 +52,7 @@ def test_loading_says_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="holds no tokenizer"):
         load_tokenizer(str(tmp_path))
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer("human").backend_tokenizer, bos_token="<s>"
+        tokenizer_object=fast_tokenizer("human").backend_tokenizer, bos_token="<s>"
     ).save_pretrained(tmp_path / "t")
     assert (
         load_tokenizer(
@@ -68,7 +70,7 @@ def test_loading_says_what_is_wrong(tmp_path):
 
 
 def test_the_template_is_the_one_asked_for():
-    made = tokenizer("chatml")
+    made = fast_tokenizer("chatml")
     explicit = template_of(
         made,
         ChatConfig(
@@ -84,9 +86,8 @@ def test_the_template_is_the_one_asked_for():
     assert template_of(made, PLAIN).source == SHAPES["chatml"]
     chat = [{"role": "critic", "content": "no"}, {"role": "bot", "content": "yes"}]
     renamed = template_of(made, ChatConfig(role_tags=("critic=user", "bot=assistant")))
-    assert encode_chat(chat, renamed, vocabulary(made), PLAIN).ids == real(
-        made, messages("u: no", "a: yes")
-    )
+    renamed = ChatTokenizer(made, renamed, vocabulary(made))
+    assert encode_chat(chat, renamed, PLAIN).ids == real(made, messages("u: no", "a: yes"))
     bare = PreTrainedTokenizerFast(tokenizer_object=made.backend_tokenizer)
     with pytest.raises(ValueError, match="no chat template; give --prefix-template"):
         template_of(bare, PLAIN)
@@ -121,8 +122,8 @@ def test_role_tags():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_export_writes_what_was_trained(shape):
     """Jinja templates export themselves; an explicit one with special borders gives the training ids in plain transformers."""
-    made, template, vocab = setting(shape)
-    assert export_template(template) == SHAPES[shape]
+    made, tokenizer = setting(shape)
+    assert export_template(tokenizer.template) == SHAPES[shape]
     quotes = explicit_template(
         "<|im_start|>{role} 'q' \"d\" \\ {{%}} é😀\n",
         "<|im_end|>\n",
@@ -130,7 +131,9 @@ def test_export_writes_what_was_trained(shape):
         made.bos_token,
     )
     chats = [chat for _, chat in dialogues(shape, 10, nasty=False, system=False)]
-    trained = [tokens.ids for tokens in encode_chats(chats, quotes, vocab, PLAIN)]
+    trained = [
+        tokens.ids for tokens in encode_chats(chats, tokenizer._replace(template=quotes), PLAIN)
+    ]
     assert disagreement(made, quotes, chats, trained) == ""
     source = export_template(quotes)
     prompt = made.apply_chat_template(
@@ -143,7 +146,7 @@ def test_export_writes_what_was_trained(shape):
     plain = explicit_template("{role}: ", "\n", {"user": "Human", "bot": "AI"})
     chats = [messages("u: hello there", "a: what")]
     assert disagreement(
-        made, plain, chats, [encode_chat(chats[0], plain, vocab, PLAIN).ids]
+        made, plain, chats, [encode_chat(chats[0], tokenizer._replace(template=plain), PLAIN).ids]
     ).startswith("chat 1, token 2: trained ['Ġ', 'hell")
 
 
@@ -155,14 +158,14 @@ def test_what_ends_an_answer():
         "gemma": "<end_of_turn>",
         "phi3": "<|end|>",
     }.items():
-        made, template, vocab = setting(shape)
+        made, tokenizer = setting(shape)
         assert (
-            stop_ids(template, vocab) == [made.convert_tokens_to_ids(ends)]
-            and stop_strings(template, vocab) == []
+            tokenizer.stop_ids == [made.convert_tokens_to_ids(ends)]
+            and tokenizer.stop_strings == []
         )
-    _, template, vocab = setting("human")
-    assert (stop_ids(template, vocab), stop_strings(template, vocab)) == ([], ["\n"])
-    nothing = explicit_template("{role}", None)
+    _, tokenizer = setting("human")
+    assert (tokenizer.stop_ids, tokenizer.stop_strings) == ([], ["\n"])
+    nothing, vocab = explicit_template("{role}", None), tokenizer.vocabulary
     assert (stop_ids(nothing, vocab), stop_strings(nothing, vocab)) == ([], [])
 
 
@@ -255,14 +258,12 @@ def test_spaces_come_only_where_the_tokenizer_puts_them(how):
             messages("u:  a", "a:  it"),
             messages("u: ", "a: hello a", "u: is", "a: the"),
         ):
-            assert encode_chat(chat, template_of(made, PLAIN), vocabulary(made), PLAIN).ids == real(
-                made, chat
-            )
+            assert encode_chat(chat, chat_tokenizer(made, PLAIN), PLAIN).ids == real(made, chat)
 
 
 def test_tokens_that_swallow_white_space():
     made = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(tokenizer("phi3").backend_tokenizer.to_str()),
+        tokenizer_object=Tokenizer.from_str(fast_tokenizer("phi3").backend_tokenizer.to_str()),
         eos_token="</s>",
     )
     made.add_tokens(
@@ -280,30 +281,30 @@ def test_tokens_that_swallow_white_space():
     )
     for user in ("hi", " \n hi \t", "", "  ", "\u3000hi\x1c"):
         chat = messages(f"u: {user}", "a: hello")
-        assert encode_chat(chat, template_of(made, PLAIN), vocabulary(made), PLAIN).ids == real(
-            made, chat
-        )
+        assert encode_chat(chat, chat_tokenizer(made, PLAIN), PLAIN).ids == real(made, chat)
 
 
 def test_white_space_tokens_stay_text():
     """Some tokenizers keep runs of spaces or newlines as added tokens: they are no control tokens."""
     made = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(tokenizer("chatml").backend_tokenizer.to_str()),
+        tokenizer_object=Tokenizer.from_str(fast_tokenizer("chatml").backend_tokenizer.to_str()),
         chat_template=SHAPES["chatml"],
     )
     made.add_tokens(["    ", "\n\n\n"])
     chat = messages("u: a    b\n\n\nc", "a: d    e")
-    tokens = encode_chat(chat, template_of(made, PLAIN), vocabulary(made), PLAIN)
+    tokens = encode_chat(chat, chat_tokenizer(made, PLAIN), PLAIN)
     assert (
         tokens.ids == real(made, chat) and tokens.ids.count(made.convert_tokens_to_ids("    ")) == 2
     )
 
 
 def test_a_date_in_a_template_is_one_date():
-    made, _, vocab = setting("chatml")
+    made, tokenizer = setting("chatml")
     dated = PreTrainedTokenizerFast(
         tokenizer_object=made.backend_tokenizer,
         chat_template="{{ strftime_now('%d %b %Y') }}" + SHAPES["chatml"],
     )
     chat = messages("u: a", "a: b")
-    assert encode_chat(chat, template_of(dated, PLAIN), vocab, PLAIN).ids == real(dated, chat)
+    assert encode_chat(
+        chat, tokenizer._replace(template=template_of(dated, PLAIN)), PLAIN
+    ).ids == real(dated, chat)

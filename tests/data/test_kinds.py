@@ -5,11 +5,10 @@ import math
 
 import pytest
 
-from ta.chat.encode import ChatConfig
-from ta.chat.tokenizer import template_of, vocabulary
+from ta.chat.template import ChatConfig
+from ta.chat.tokenizer import chat_tokenizer
 from ta.data.kinds import prepare_kind
 from ta.data.prepare import DataConfig, sequence
-from ta.model.load import ChatFormat
 
 U, A = {"role": "user", "content": "u v"}, {"role": "assistant", "content": "x y"}
 LONG = {"role": "user", "content": "u " * 50}
@@ -43,11 +42,12 @@ def make(tmp_path, tokenizer, monkeypatch):
 
     def made(kind, *records, config=EXPLICIT, name="d.jsonl", bad_share=0.01):
         (tmp_path / name).write_text("".join(json.dumps(record) + "\n" for record in records))
-        form = ChatFormat(
-            tokenizer, template_of(tokenizer, config), vocabulary(tokenizer), [], [], []
-        )
         return prepare_kind(
-            kind, [str(tmp_path / name)], form, config, DataConfig(max_bad_share=bad_share)
+            kind,
+            [str(tmp_path / name)],
+            chat_tokenizer(tokenizer, config),
+            config,
+            DataConfig(max_bad_share=bad_share),
         )
 
     return made

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from ta import files
-from ta.chat.encode import ChatConfig, Drop, Tokens
+from ta.chat.encode import Drop
+from ta.chat.render import Tokens
+from ta.chat.template import ChatConfig
 from ta.data import prepare as prepare_module
 from ta.data.prepare import (
     DataConfig,

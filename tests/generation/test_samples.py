@@ -9,7 +9,7 @@ import pytest
 from ta.builtin import models
 from ta.chat.encode import encode_prompt
 from ta.chat.template import ChatConfig
-from ta.chat.tokenizer import TokenizerConfig
+from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.generation.generate import generate
 from ta.generation.metrics import METRICS
 from ta.generation.samples import (
@@ -21,22 +21,22 @@ from ta.generation.samples import (
 )
 from ta.generation.settings import GenerateConfig
 from ta.model.language_model import wrap
-from ta.model.load import ModelConfig, load_model, open_format
+from ta.model.load import ModelConfig, load_model
 
 USER, ANSWER = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
 
 
 @pytest.fixture(scope="module")
-def form(tmp_path_factory):
+def tokenizer(tmp_path_factory):
     models.write_tiny(tmp_path_factory.mktemp("tiny"))
-    return open_format(ModelConfig(), TokenizerConfig(), ChatConfig())
+    return load_chat_tokenizer(ModelConfig(), TokenizerConfig(), ChatConfig())
 
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_prompts_end_before_the_answer_wanted(form):
+def test_prompts_end_before_the_answer_wanted(tokenizer):
     """Of a chat, a pair and a labelled answer alike; a rejected answer and a prompt without an answer have nothing to compare with."""
     more = [USER, ANSWER, {"role": "user", "content": "And 3 + 3?"}]
     records = [
@@ -46,35 +46,33 @@ def test_prompts_end_before_the_answer_wanted(form):
         {"context": [USER], "answer": {"role": "bot", "content": "4"}, "is_desirable": True},
         {"messages": more},
     ]
-    found = prompts_of(records, form, ChatConfig())
-    one, two = (
-        encode_prompt(m, form.template, form.vocabulary, ChatConfig()) for m in ([USER], more)
-    )
+    found = prompts_of(records, tokenizer, ChatConfig())
+    one, two = (encode_prompt(m, tokenizer, ChatConfig()) for m in ([USER], more))
     assert found == [(0, two, "6", []), (1, one, "4", []), (3, one, "4", []), (4, one, "4", [])]
     assert dialogue_of(records[3])[-1]["content"] == "4"
 
 
-def test_a_random_cut_is_seeded_and_asks_before_any_answer(form):
+def test_a_random_cut_is_seeded_and_asks_before_any_answer(tokenizer):
     turns = [
         {"role": role, "content": f"{role} {n}"} for n in range(4) for role in ("user", "assistant")
     ]
     records = [{"messages": turns}] * 40
-    found = prompts_of(records, form, ChatConfig(), 3)
+    found = prompts_of(records, tokenizer, ChatConfig(), 3)
     wanted = [answer for _, _, answer, _ in found]
     assert set(wanted) == {f"assistant {n}" for n in range(4)} and wanted == [
-        a for _, _, a, _ in prompts_of(records, form, ChatConfig(), 3)
+        a for _, _, a, _ in prompts_of(records, tokenizer, ChatConfig(), 3)
     ]
-    assert wanted != [a for _, _, a, _ in prompts_of(records, form, ChatConfig(), 4)]
-    assert {a for _, _, a, _ in prompts_of(records, form, ChatConfig())} == {"assistant 3"}
+    assert wanted != [a for _, _, a, _ in prompts_of(records, tokenizer, ChatConfig(), 4)]
+    assert {a for _, _, a, _ in prompts_of(records, tokenizer, ChatConfig())} == {"assistant 3"}
     for _, prompt, answer, _ in found:
         before = turns[: [turn["content"] for turn in turns].index(answer)]
-        assert prompt == encode_prompt(before, form.template, form.vocabulary, ChatConfig())
+        assert prompt == encode_prompt(before, tokenizer, ChatConfig())
     assert (
-        prompts_of([{"messages": [USER]}], form, ChatConfig(), 3)[0][2] == ""
+        prompts_of([{"messages": [USER]}], tokenizer, ChatConfig(), 3)[0][2] == ""
     )  # no answer before which to cut
 
 
-def test_answers_are_the_engines_and_are_measured_kept_and_shown(form, tmp_path, capsys):
+def test_answers_are_the_engines_and_are_measured_kept_and_shown(tokenizer, tmp_path, capsys):
     model, _ = wrap(load_model(ModelConfig()))
     records = models.chats("held_out", 6)
     config = CherryConfig(
@@ -82,13 +80,13 @@ def test_answers_are_the_engines_and_are_measured_kept_and_shown(form, tmp_path,
         cherry_max_new_tokens=5,
         cherry_metrics=("accuracy", "rouge_l", "perplexity", "self_bleu"),
     )
-    figures = pick_cherries(model, records, form, ChatConfig(), config, tmp_path, 7)
+    figures = pick_cherries(model, records, tokenizer, ChatConfig(), config, tmp_path, 7)
     assert list(figures) == list(config.cherry_metrics) and figures["perplexity"] > 1
     kept = lines(tmp_path / "samples.jsonl")
-    prompts = [ids for _, ids, *_ in prompts_of(records, form, ChatConfig())]
-    settings = GenerateConfig(max_new_tokens=5, stop_strings=tuple(form.stop_strings))
+    prompts = [ids for _, ids, *_ in prompts_of(records, tokenizer, ChatConfig())]
+    settings = GenerateConfig(max_new_tokens=5, stop_strings=tuple(tokenizer.stop_strings))
     assert [k["answer"] for k in kept] == [
-        a[0].text for a in generate(model, form.tokenizer, prompts, settings, form.stop_ids)
+        a[0].text for a in generate(model, tokenizer.fast, prompts, settings, tokenizer.stop_ids)
     ]
     assert [(k["step"], k["id"], k["reference"]) for k in kept] == [
         (7, r["id"], r["messages"][-1]["content"]) for r in records
@@ -96,7 +94,7 @@ def test_answers_are_the_engines_and_are_measured_kept_and_shown(form, tmp_path,
     shown = capsys.readouterr().err
     assert "samples at step 7" in shown and "book?" in shown and "hat?" not in shown  # two rows
     assert (
-        pick_cherries(model, [], form, ChatConfig(), config, tmp_path, 8) == {}
+        pick_cherries(model, [], tokenizer, ChatConfig(), config, tmp_path, 8) == {}
         and len(lines(tmp_path / "samples.jsonl")) == 6
     )
 

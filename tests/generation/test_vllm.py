@@ -291,22 +291,24 @@ class TestEngine:
 def test_the_built_in_model_answers_its_chats_alike():
     """64 held-out chats as the recipe asks them, with its own end token and limits."""
     from ta.chat.template import ChatConfig
-    from ta.chat.tokenizer import TokenizerConfig
+    from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
     from ta.data.sources import Drops
     from ta.generation.prompts import read_prompts
     from ta.model.inference import open_generator
-    from ta.model.load import open_format
 
-    config, form = ModelConfig(), open_format(ModelConfig(), TokenizerConfig(), ChatConfig())
+    config, tokenizer = (
+        ModelConfig(),
+        load_chat_tokenizer(ModelConfig(), TokenizerConfig(), ChatConfig()),
+    )
     paths = data_files.data_or_builtin((), (), "chats")[1]
     prompts = [
-        prompt for _, prompt, *_ in read_prompts(paths, form, ChatConfig(), Drops("error", 0))
+        prompt for _, prompt, *_ in read_prompts(paths, tokenizer, ChatConfig(), Drops("error", 0))
     ][:64]
     settings, answers = GenerateConfig(max_new_tokens=32), []
     for vllm in (None, SMALL):
-        engine, vocabulary, _ = open_generator(config, None, form, "cpu", vllm)
-        answers.append(engine(prompts, settings, form.stop_ids))
-    assert len(prompts) == 64 and vocabulary >= len(form.tokenizer)
+        engine, vocabulary, _ = open_generator(config, None, tokenizer, "cpu", vllm)
+        answers.append(engine(prompts, settings, tokenizer.stop_ids))
+    assert len(prompts) == 64 and vocabulary >= len(tokenizer.fast)
     compare(*answers)
 
 
@@ -319,13 +321,14 @@ def test_adapters_equal_the_hf_engine(tmp_path, how):
     """A LoRA adapter applied at run time, and one with a trained new token merged."""
     import copy
 
+    from ta.chat.tokenizer import add_tokens
     from ta.model.adapter_settings import AdapterConfig
     from ta.model.adapters import add_adapter, load_adapter, save_adapter
-    from ta.model.new_rows import add_tokens, set_rows
+    from ta.model.new_rows import set_rows
 
     config, tokenizer = lively(tmp_path / "base"), copy.deepcopy(TOKENIZER)
     model = load_model(config)
-    new = add_tokens(tokenizer, None, ("<RS>=the answer",)) if how == "merged" else []
+    new = add_tokens(tokenizer, ("<RS>=the answer",)) if how == "merged" else []
     set_rows(model, new)
     adapted = add_adapter(
         model, AdapterConfig(adapter="lora", lora_rank=5), [token.id for token in new], tokenizer
@@ -367,7 +370,7 @@ def test_scores_equal_the_hf_engine(tmp_path, name, labels, adapter):
     """A reward model's LoRA with its head, merged, and a classifier: raw scores, up to the very end of the context."""
     import transformers
 
-    from ta.chat.pieces import Tokens
+    from ta.chat.render import Tokens
     from ta.model.adapter_settings import AdapterConfig
     from ta.model.adapters import add_adapter, save_adapter
     from ta.model.inference import open_scorer
@@ -431,7 +434,7 @@ def test_pictures_equal_the_hf_engine(tmp_path):
 
     from ta.builtin.pictures import write_pictures
     from ta.chat.template import ChatConfig
-    from ta.chat.tokenizer import TokenizerConfig
+    from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
     from ta.data.sources import Drops
     from ta.generation.prompts import read_prompts
     from ta.media.multimodal import around, write_parts
@@ -439,32 +442,38 @@ def test_pictures_equal_the_hf_engine(tmp_path):
     from ta.model.adapter_settings import AdapterConfig
     from ta.model.export import export
     from ta.model.inference import open_generator
-    from ta.model.load import open_format, open_model
+    from ta.model.load import open_model
 
     _, asked = write_pictures(tmp_path, 1, 6)
     files = MediaFiles(image_root=str(tmp_path / "images"))
     media = open_media(
         MediaConfig(image_root=files.image_root, image_encoder="builtin"), (str(asked),), "cpu"
     )
-    form = open_format(ModelConfig(), TokenizerConfig(), ChatConfig(), media=media.slots)
-    model, _ = open_model(ModelConfig(), AdapterConfig(), form, around=partial(around, media)(form))
-    export(model.inner, form.tokenizer, tmp_path / "final", write=write_parts(media, model))
+    tokenizer = load_chat_tokenizer(
+        ModelConfig(), TokenizerConfig(), ChatConfig(), placeholders=media.placeholders
+    )
+    model, _ = open_model(
+        ModelConfig(), AdapterConfig(), tokenizer, around=partial(around, media)(tokenizer)
+    )
+    export(model.inner, tokenizer.fast, tmp_path / "final", write=write_parts(media, model))
     media = reopen_media(tmp_path / "final", files, (str(asked),), "cpu")
     config = ModelConfig(str(tmp_path / "final"))
-    form = open_format(config, TokenizerConfig(), ChatConfig(), media=media.slots)
-    records = read_prompts([str(asked)], form, ChatConfig(), Drops("error", 0))
+    tokenizer = load_chat_tokenizer(
+        config, TokenizerConfig(), ChatConfig(), placeholders=media.placeholders
+    )
+    records = read_prompts([str(asked)], tokenizer, ChatConfig(), Drops("error", 0))
     prompts, seen, answers = [ids for _, ids, _ in records], [items for *_, items in records], []
     for vllm in (None, SMALL):
-        engine, _, _ = open_generator(config, None, form, "cpu", vllm, media=media)
+        engine, _, _ = open_generator(config, None, tokenizer, "cpu", vllm, media=media)
         answers.append(
-            engine(prompts, GenerateConfig(max_new_tokens=12), form.stop_ids, media=seen)
+            engine(prompts, GenerateConfig(max_new_tokens=12), tokenizer.stop_ids, media=seen)
         )
     assert len(prompts) > 15 and len({tuple(row[0].ids) for row in answers[0]}) > 3, (
         "pictures make a difference"
     )
     compare(*answers)
     with pytest.raises(ValueError, match="no repetition penalty: give --engine hf"):
-        engine(prompts, GenerateConfig(repetition_penalty=1.2), form.stop_ids, media=seen)
+        engine(prompts, GenerateConfig(repetition_penalty=1.2), tokenizer.stop_ids, media=seen)
 
 
 @pytest.mark.vllm

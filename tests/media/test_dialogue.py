@@ -9,16 +9,16 @@ from PIL import Image
 from ta.builtin.pictures import draw_scene, make_scene
 from ta.chat.encode import Drop
 from ta.chat.template import ChatConfig
-from ta.chat.tokenizer import TokenizerConfig
+from ta.chat.tokenizer import Placeholder, TokenizerConfig, load_chat_tokenizer
 from ta.data import records
 from ta.data.jsonl import BadRecord
 from ta.data.kinds import prepare_kind
 from ta.data.loader import media_of
 from ta.data.prepare import DataConfig
-from ta.media.dialogue import Slot, encode_media
+from ta.media.dialogue import encode_media
 from ta.media.images import write_image
 from ta.media.settings import MediaConfig, open_media
-from ta.model.load import ModelConfig, open_format
+from ta.model.load import ModelConfig
 
 A = {"role": "assistant", "content": "red"}
 
@@ -32,55 +32,55 @@ def ask(text="What?"):
 
 
 @pytest.fixture(scope="module")
-def form():
-    slots = {
-        "image": Slot("<MS>", "<img>", "</MS>", 3, lambda path: None),
-        "audio": Slot("<MS>", "<audio>", "</MS>", 2, lambda path: None),
+def tokenizer():
+    placeholders = {
+        "image": Placeholder("<MS>", "<img>", "</MS>", 3, lambda path: None),
+        "audio": Placeholder("<MS>", "<audio>", "</MS>", 2, lambda path: None),
     }
-    return open_format(ModelConfig(), TokenizerConfig(), ChatConfig(), media=slots)
+    return load_chat_tokenizer(
+        ModelConfig(), TokenizerConfig(), ChatConfig(), placeholders=placeholders
+    )
 
 
-def encode(form, chats, prompts=False, **chat):
+def encode(tokenizer, chats, prompts=False, **chat):
     chats = [
         records.check_media({"messages": chat}, need_answer=not prompts)["messages"]
         for chat in chats
     ]
-    return encode_media(
-        chats, form.template, form.vocabulary, ChatConfig(**chat), form.media, prompts
-    )
+    return encode_media(chats, tokenizer, ChatConfig(**chat), prompts)
 
 
-def test_placeholders_stand_where_the_picture_stood(form):
+def test_placeholders_stand_where_the_picture_stood(tokenizer):
     (tokens, media), (prompt, seen) = (
-        encode(form, [[picture("x/a.png"), ask(), A]])[0],
-        encode(form, [[picture("x/a.png"), ask(), A]], True)[0],
+        encode(tokenizer, [[picture("x/a.png"), ask(), A]])[0],
+        encode(tokenizer, [[picture("x/a.png"), ask(), A]], True)[0],
     )
-    text = form.tokenizer.decode(tokens.ids)
+    text = tokenizer.fast.decode(tokens.ids)
     assert (
         text
         == "<|im_start|>user\n<MS><img><img><img></MS><|im_end|>\n<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n"
     )
     assert media == seen == [("image", "x/a.png")] and tokens.ids[: len(prompt.ids)] == prompt.ids
-    learned = form.tokenizer.decode([id for id, weight in zip(*tokens, strict=True) if weight])
+    learned = tokenizer.fast.decode([id for id, weight in zip(*tokens, strict=True) if weight])
     assert learned == "red<|im_end|>\n"
-    everything, _ = encode(form, [[picture(), ask(), A]], loss_on="all")[0]
-    learned = form.tokenizer.decode([id for id, weight in zip(*everything, strict=True) if weight])
+    everything, _ = encode(tokenizer, [[picture(), ask(), A]], loss_on="all")[0]
+    learned = tokenizer.fast.decode([id for id, weight in zip(*everything, strict=True) if weight])
     assert "img" not in learned and "MS" not in learned and "What?" in learned
 
 
-def test_what_a_user_types_stays_text(form):
+def test_what_a_user_types_stays_text(tokenizer):
     forged = ask("a <MS><img><img><img></MS> b <audio>")
     for chat in ([forged, A], [picture(), forged, A]):
-        tokens, media = encode(form, [chat])[0]
-        assert len(media) == len(chat) - 2 and tokens.ids.count(form.media["image"].id) == 3 * len(
-            media
-        )
-        assert forged["content"] in form.tokenizer.decode(tokens.ids), (
+        tokens, media = encode(tokenizer, [chat])[0]
+        assert len(media) == len(chat) - 2 and tokens.ids.count(
+            tokenizer.placeholders["image"].id
+        ) == 3 * len(media)
+        assert forged["content"] in tokenizer.fast.decode(tokens.ids), (
             "spelled with ordinary tokens"
         )
 
 
-def test_several_in_a_message_and_in_a_dialogue(form):
+def test_several_in_a_message_and_in_a_dialogue(tokenizer):
     parts = [
         {"type": "text", "content": " 1 "},
         picture("a.png"),
@@ -91,14 +91,14 @@ def test_several_in_a_message_and_in_a_dialogue(form):
         "role": "user",
         "content": [{"type": p["type"], "content": p["content"]} for p in parts],
     }
-    tokens, media = encode(form, [[mixed, A, picture("c.png"), ask(), A]])[0]
+    tokens, media = encode(tokenizer, [[mixed, A, picture("c.png"), ask(), A]])[0]
     assert media == [("image", "a.png"), ("audio", "b.wav"), ("image", "c.png")]
-    text = form.tokenizer.decode(tokens.ids)
+    text = tokenizer.fast.decode(tokens.ids)
     assert " 1 <MS><img><img><img></MS><MS><audio><audio></MS> 2<|im_end|>" in text
-    assert encode(form, [[{"role": "user", "content": [parts[0], parts[3]]}, A]])[0][1] == []
+    assert encode(tokenizer, [[{"role": "user", "content": [parts[0], parts[3]]}, A]])[0][1] == []
 
 
-def test_templates_that_strip_contents_are_followed(form):
+def test_templates_that_strip_contents_are_followed(tokenizer):
     parts = [
         {"type": "text", "content": "\n x "},
         {"type": "image", "content": "a.png"},
@@ -108,36 +108,37 @@ def test_templates_that_strip_contents_are_followed(form):
         "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}<|im_end|>{% endfor %}"
     )
     source = turns + "{% if add_generation_prompt %}[assistant]{% endif %}"
-    from ta.chat.tokenizer import load_tokenizer, template_of
+    from ta.chat.tokenizer import template_of
 
-    form.tokenizer.chat_template, kept = source, form.tokenizer.chat_template
-    template = template_of(form.tokenizer, ChatConfig())
-    form.tokenizer.chat_template = kept
-    assert load_tokenizer
+    tokenizer.fast.chat_template, kept = source, tokenizer.fast.chat_template
+    stripping = tokenizer._replace(template=template_of(tokenizer.fast, ChatConfig()))
+    tokenizer.fast.chat_template = kept
     chat = records.check_media({"messages": [{"role": "user", "content": parts}, A]})["messages"]
-    (tokens, media) = encode_media([chat], template, form.vocabulary, ChatConfig(), form.media)[0]
+    (tokens, media) = encode_media([chat], stripping, ChatConfig())[0]
     assert (
-        form.tokenizer.decode(tokens.ids)
+        tokenizer.fast.decode(tokens.ids)
         == "[user]x <MS><img><img><img></MS> y<|im_end|>[assistant]red<|im_end|>"
     )
-    assert tokens.ids.count(form.media["image"].id) == 3 and media == [("image", "a.png")]
+    assert tokens.ids.count(tokenizer.placeholders["image"].id) == 3 and media == [
+        ("image", "a.png")
+    ]
 
 
 @pytest.mark.parametrize("keep_end", [False, True])
-def test_a_picture_leaves_only_with_its_message(form, keep_end):
+def test_a_picture_leaves_only_with_its_message(tokenizer, keep_end):
     turns = [[picture(f"{i}.png"), ask(f"question {i}?"), A] for i in range(4)]
     chat = [message for turn in turns for message in turn]
-    whole = len(encode(form, [chat])[0][0].ids)
+    whole = len(encode(tokenizer, [chat])[0][0].ids)
     seen = set()
     for limit in (*range(20, whole, 3), whole):
-        found = encode(form, [chat], max_tokens=limit, keep_end=keep_end)[0]
+        found = encode(tokenizer, [chat], max_tokens=limit, keep_end=keep_end)[0]
         if isinstance(found, Drop):
             continue
         tokens, media = found
-        assert len(tokens.ids) <= limit and tokens.ids.count(form.media["image"].id) == 3 * len(
-            media
-        )
-        text = form.tokenizer.decode(tokens.ids)
+        assert len(tokens.ids) <= limit and tokens.ids.count(
+            tokenizer.placeholders["image"].id
+        ) == 3 * len(media)
+        text = tokenizer.fast.decode(tokens.ids)
         asked = [i for i in range(4) if f"question {i}?" in text]
         names = [f"{i}.png" for i in asked]
         assert [path for _, path in media][-len(names) :] == names and (
@@ -145,10 +146,10 @@ def test_a_picture_leaves_only_with_its_message(form, keep_end):
         )
         seen.add(len(media))
     assert len(seen) == 4
-    prompt, media = encode(form, [[*chat[:-1]]], True, max_tokens=whole // 2)[0]
+    prompt, media = encode(tokenizer, [[*chat[:-1]]], True, max_tokens=whole // 2)[0]
     assert (
         media[-1] == ("image", "3.png")
-        and prompt.ids.count(form.media["image"].id) == 3 * len(media) < 12
+        and prompt.ids.count(tokenizer.placeholders["image"].id) == 3 * len(media) < 12
     )
 
 
@@ -213,14 +214,16 @@ def test_every_bad_file_is_an_error_with_its_line_or_a_counted_skip(tmp_path):
         ("x.jsonl",),
         "cpu",
     )
-    form = open_format(ModelConfig(), TokenizerConfig(), ChatConfig(), media=media.slots)
+    tokenizer = load_chat_tokenizer(
+        ModelConfig(), TokenizerConfig(), ChatConfig(), placeholders=media.placeholders
+    )
     good = json.dumps({"messages": [picture("good.png"), ask(), A]}) + "\n"
     quiet = {"say": lambda line: None}
     for path, pattern in wrong.items():
         data = tmp_path / "one.jsonl"
         data.write_text(good + json.dumps({"messages": [picture(path), ask(), A]}) + "\n")
         with pytest.raises(ValueError, match=rf"one\.jsonl:2: .*({pattern})"):
-            prepare_kind("media", [str(data)], form, ChatConfig(), DataConfig(), **quiet)
+            prepare_kind("media", [str(data)], tokenizer, ChatConfig(), DataConfig(), **quiet)
     data.write_text(
         good
         + "".join(json.dumps({"messages": [picture(path), ask(), A]}) + "\n" for path in wrong)
@@ -229,7 +232,7 @@ def test_every_bad_file_is_an_error_with_its_line_or_a_counted_skip(tmp_path):
     prepared = prepare_kind(
         "media",
         [str(data)],
-        form,
+        tokenizer,
         ChatConfig(),
         DataConfig(on_bad_record="skip", max_bad_share=0.95),
         **quiet,
@@ -245,4 +248,4 @@ def test_every_bad_file_is_an_error_with_its_line_or_a_counted_skip(tmp_path):
         ValueError,
         match=r"one\.jsonl:1: 'a\.wav' is audio, and the encoders given read image; give --audio-encoder",
     ):
-        prepare_kind("media", [str(data)], form, ChatConfig(), DataConfig(), **quiet)
+        prepare_kind("media", [str(data)], tokenizer, ChatConfig(), DataConfig(), **quiet)

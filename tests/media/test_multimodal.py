@@ -11,7 +11,7 @@ from test_encoders import save_clip
 
 from ta.builtin.pictures import write_pictures
 from ta.chat.template import ChatConfig
-from ta.chat.tokenizer import TokenizerConfig
+from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.data.kinds import prepare_kind
 from ta.data.loader import lay_records
 from ta.data.prepare import DataConfig
@@ -20,7 +20,7 @@ from ta.media.features import extract
 from ta.media.multimodal import MediaBatch, around, dress, embed_modalities, embed_prompts, fill
 from ta.media.settings import MediaConfig, load_marked, open_media
 from ta.model.adapter_settings import AdapterConfig
-from ta.model.load import ModelConfig, open_format, open_model
+from ta.model.load import ModelConfig, open_model
 
 D = 160  # width of the built-in model
 
@@ -55,18 +55,25 @@ def opened(place, **config):
 
 def formed(media, **chat):
     chat = ChatConfig(**chat)
-    return open_format(ModelConfig(), TokenizerConfig(), chat, media=media.slots), chat
+    return load_chat_tokenizer(
+        ModelConfig(), TokenizerConfig(), chat, placeholders=media.placeholders
+    ), chat
 
 
 def made(media, path, model=None, freeze=False, adapter="none", **chat):
-    """(model, form, prepared, dress) of records in a file."""
-    form, chat = formed(media, **chat)
-    prepared = prepare_kind("media", [str(path)], form, chat, DataConfig(), say=lambda line: None)
+    """(model, tokenizer, prepared, dress) of records in a file."""
+    tokenizer, chat = formed(media, **chat)
+    prepared = prepare_kind(
+        "media", [str(path)], tokenizer, chat, DataConfig(), say=lambda line: None
+    )
     if model is None:
         model, _ = open_model(
-            ModelConfig(), AdapterConfig(adapter=adapter), form, around=around(media, form, freeze)
+            ModelConfig(),
+            AdapterConfig(adapter=adapter),
+            tokenizer,
+            around=around(media, tokenizer, freeze),
         )
-    return model, form, prepared, dress(media, prepared)
+    return model, tokenizer, prepared, dress(media, prepared)
 
 
 def batch_of_records(prepared, make, records, packed=True):
@@ -78,7 +85,7 @@ def test_what_learns(place):
     media = opened(place, image_encoder="clip", image_encoder_path=str(place / "clip"))
     encoder = media.modalities["image"].encode.__self__.module
     for freeze, adapter in ((False, "none"), (True, "none"), (False, "lora")):
-        model, form, prepared, make = made(
+        model, tokenizer, prepared, make = made(
             media, place / "train.jsonl", freeze=freeze, adapter=adapter
         )
         batch = fill(media, batch_of_records(prepared, make, [0, 1]))
@@ -96,8 +103,12 @@ def test_what_learns(place):
         assert adapter == "none" or all("lora" in name or "token" in name for name in language)
         assert all(p.grad is None and not p.requires_grad for p in encoder.parameters())
         assert not any(name.startswith("encoder") for name, _ in model.named_parameters())
-        slot = form.media["image"]
-        media_ids = {slot.id, form.vocabulary.special["<MS>"], form.vocabulary.special["</MS>"]}
+        placeholder = tokenizer.placeholders["image"]
+        media_ids = {
+            placeholder.id,
+            tokenizer.vocabulary.special["<MS>"],
+            tokenizer.vocabulary.special["</MS>"],
+        }
         assert not media_ids & set(prepared.ids[np.flatnonzero(prepared.weights)].tolist())
 
 
@@ -217,14 +228,19 @@ def test_sounds_beside_pictures(place, tmp_path):
     }
     (tmp_path / "t.jsonl").write_text(json.dumps(record) + "\n")
     media = opened(place, audio_encoder="whisper", audio_encoder_path=str(place / "whisper"))
-    model, form, prepared, make = made(media, tmp_path / "t.jsonl")
+    model, tokenizer, prepared, make = made(media, tmp_path / "t.jsonl")
     batch = fill(media, batch_of_records(prepared, make, [0]))
     assert batch.image.shape[0] == batch.audio.shape[0] == 1
     model(batch, "sum").backward()
     assert all(p.grad.abs().sum() > 0 for p in model.projectors.parameters())
     ids = prepared.ids.tolist()
-    assert ids.count(form.media["audio"].id) == media.modalities["audio"].settings["features"]
-    assert ids.index(form.media["audio"].id) < ids.index(form.media["image"].id)
+    assert (
+        ids.count(tokenizer.placeholders["audio"].id)
+        == media.modalities["audio"].settings["features"]
+    )
+    assert ids.index(tokenizer.placeholders["audio"].id) < ids.index(
+        tokenizer.placeholders["image"].id
+    )
 
 
 def test_an_encoder_is_one_function_and_one_entry(place, tmp_path, monkeypatch):

@@ -10,7 +10,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ta.model.new_rows import add_tokens, check_vocabulary, parse_init_token, set_rows
+from ta.chat.tokenizer import add_tokens, parse_init_token
+from ta.model.new_rows import check_vocabulary, set_rows
 
 WORDS = ["<unk>", "<s>", "</s>", "the", "best", "bot", "ever", "a", "b", "c", "d", "e"]
 SMALL = {
@@ -78,12 +79,18 @@ def expected(table, rows):
     return grown
 
 
+def add_with_rows(tokenizer, model, init):
+    new = add_tokens(tokenizer, init)
+    set_rows(model, new)
+    return new
+
+
 @pytest.mark.parametrize("spare", [0, 1, 2, 9])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_rows_are_means_in_every_table_and_adding_twice_is_adding_once(name, spare):
     tokenizer, model = make_tokenizer(), make_model(name, len(WORDS) + spare)
     before, state = tables(model), torch.random.get_rng_state()
-    new = add_tokens(tokenizer, model, INIT)
+    new = add_with_rows(tokenizer, model, INIT)
     assert [tuple(t) for t in new] == [
         ("<RS>", 12, (1,), True),
         ("<super_bot>", 13, (3, 4, 5, 6), True),
@@ -103,10 +110,10 @@ def test_rows_are_means_in_every_table_and_adding_twice_is_adding_once(name, spa
     with torch.no_grad():  # as if trained: a row that exists is left as it is
         model.get_input_embeddings().weight[13] = 7.0
     trained = tables(model)
-    again = add_tokens(tokenizer, model, INIT)
+    again = add_with_rows(tokenizer, model, INIT)
     assert [(t.id, t.added) for t in again] == [(12, False), (13, False)]
     assert all(torch.equal(a, b) for a, b in zip(trained, tables(model), strict=True))
-    more = add_tokens(tokenizer, model, (*INIT, "<later>=the bot"))
+    more = add_with_rows(tokenizer, model, (*INIT, "<later>=the bot"))
     assert (more[2].id, more[2].added) == (14, True)
     assert torch.equal(tables(model)[0][14], trained[0][[3, 5]].mean(0))
     assert all(
@@ -116,11 +123,11 @@ def test_rows_are_means_in_every_table_and_adding_twice_is_adding_once(name, spa
 
 def test_an_extended_tokenizer_with_a_model_that_lacks_the_rows(tmp_path):
     tokenizer = make_tokenizer()
-    add_tokens(tokenizer, None, INIT)
+    add_tokens(tokenizer, INIT)
     tokenizer.save_pretrained(tmp_path)
     tokenizer, model = PreTrainedTokenizerFast.from_pretrained(tmp_path), make_model("llama")
     before = tables(model)
-    new = add_tokens(tokenizer, model, INIT)
+    new = add_with_rows(tokenizer, model, INIT)
     assert [t.added for t in new] == [False, False] and tokenizer.get_added_vocab()[
         "<super_bot>"
     ] == 13
@@ -129,18 +136,11 @@ def test_an_extended_tokenizer_with_a_model_that_lacks_the_rows(tmp_path):
     )
 
 
-def test_tokenizer_first_and_rows_later_equal_both_at_once():
-    tokenizer, first, second = make_tokenizer(), make_model("llama", 20), make_model("llama", 20)
-    set_rows(first, add_tokens(tokenizer, None, INIT))
-    add_tokens(make_tokenizer(), second, INIT)
-    assert all(torch.equal(a, b) for a, b in zip(tables(first), tables(second), strict=True))
-
-
 def test_a_classifier_has_one_table_and_low_precision_means_are_taken_in_float32():
     tokenizer = make_tokenizer()
     model = make_model("llama", dtype=torch.bfloat16, head=AutoModelForSequenceClassification)
     before = tables(model)
-    add_tokens(tokenizer, model, INIT)
+    add_with_rows(tokenizer, model, INIT)
     assert len(before) == 1 and torch.equal(tables(model)[0], expected(before[0], 14))
 
 
@@ -161,16 +161,16 @@ def test_bad_tokens_change_nothing(init, message):
     tokenizer, model = make_tokenizer(), make_model("llama")
     before = tables(model)
     with pytest.raises(ValueError, match=message):
-        add_tokens(tokenizer, model, ("<ok>=the", init))
+        add_with_rows(tokenizer, model, ("<ok>=the", init))
     assert "<ok>" not in tokenizer.get_vocab() and len(tokenizer) == len(WORDS)
     assert all(torch.equal(a, b) for a, b in zip(before, tables(model), strict=True))
 
 
 def test_the_same_token_twice_and_one_inside_the_text_of_another():
     with pytest.raises(ValueError, match="more than once"):
-        add_tokens(make_tokenizer(), None, ("<RS>=the", "<RS>=bot"))
+        add_tokens(make_tokenizer(), ("<RS>=the", "<RS>=bot"))
     with pytest.raises(ValueError, match="contains the new token '<b2>'"):
-        add_tokens(make_tokenizer(), None, ("<a2>=the <b2>", "<b2>=bot"))
+        add_tokens(make_tokenizer(), ("<a2>=the <b2>", "<b2>=bot"))
     assert parse_init_token("<a>=b=c") == ("<a>", "b=c")
 
 
@@ -180,6 +180,3 @@ def test_ids_beyond_the_table_name_both_sizes():
     for model in (make_model("llama", 11), make_model("llama-tied", 11)):
         with pytest.raises(ValueError, match=r"ids up to 11 \('e'\).*has 11 rows"):
             check_vocabulary(tokenizer, model)
-        with pytest.raises(ValueError, match="has 11 rows"):
-            add_tokens(tokenizer, model, INIT)
-    assert len(tokenizer) == len(WORDS)

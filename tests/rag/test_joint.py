@@ -11,13 +11,13 @@ from small import sft_step
 from ta.builtin import models
 from ta.chat.encode import encode_chats
 from ta.chat.template import ChatConfig
-from ta.chat.tokenizer import TokenizerConfig
+from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.data.batch import lay_out
 from ta.data.kinds import prepare_kind
 from ta.data.loader import micro_batches
 from ta.data.prepare import DataConfig
 from ta.model.adapter_settings import AdapterConfig
-from ta.model.load import ModelConfig, open_format, open_model
+from ta.model.load import ModelConfig, open_model
 from ta.rag import joint
 from ta.rag.embedding import open_encoder
 from ta.rag.index import EncoderConfig, begin, build
@@ -53,17 +53,22 @@ def made(tmp_path_factory):
     )
     build(folder / "index", "cpu")
     index = open_index(folder / "index")
-    encoder, tokenizer = open_encoder(index.encoder, index.reading, dtype="float64")
+    encoder, encoder_tokenizer = open_encoder(index.encoder, index.reading, dtype="float64")
     config = ModelConfig(model_path=str(folder / "generator"), dtype="float64")
-    form = open_format(config, TokenizerConfig(), ChatConfig())
+    tokenizer = load_chat_tokenizer(config, TokenizerConfig(), ChatConfig())
     model, _ = open_model(
-        config, AdapterConfig(), form, around=lambda generator: joint.RagModel(generator, encoder)
+        config,
+        AdapterConfig(),
+        tokenizer,
+        around=lambda generator: joint.RagModel(generator, encoder),
     )
-    retriever = retriever_of(index, tokenizer, form, ChatConfig(), Joining(3, 256, "\n\n"))
+    retriever = retriever_of(
+        index, encoder_tokenizer, tokenizer, ChatConfig(), Joining(3, 256, "\n\n")
+    )
     prepared = prepare_kind(
         "question",
         [str(folder / "questions.jsonl")],
-        form,
+        tokenizer,
         ChatConfig(),
         DataConfig(),
         say=lambda line: None,
@@ -109,7 +114,7 @@ def brute(made, k, gold=False):
     )
     loss = 0.0
     for chat, right in zip(asked.chats, asked.gold, strict=True):
-        ids = torch.tensor([retriever.tokenizer(chat[0]["content"]).input_ids])
+        ids = torch.tensor([retriever.encoder_tokenizer(chat[0]["content"]).input_ids])
         hidden = model.encoder.model(input_ids=ids).last_hidden_state.mean(1)[0]
         q = hidden / hidden.norm()
         rows = sorted(range(40), key=lambda row: -(q.float() @ retriever.table[row]).item())[:k]
@@ -118,11 +123,10 @@ def brute(made, k, gold=False):
         scores = SCALE * torch.stack([q @ table[row] for row in rows])
         answers = []
         for row in rows:
-            form = retriever.form
+            tokenizer = retriever.tokenizer
             tokens = encode_chats(
                 [put_before(chat, [texts[row]], "\n\n")],
-                form.template,
-                form.vocabulary,
+                tokenizer,
                 ChatConfig(),
             )[0]
             logps = model.inner(input_ids=torch.tensor([tokens.ids])).logits[0].log_softmax(-1)
@@ -257,8 +261,7 @@ def test_answers_read_what_training_reads(made):
     (batch,) = batches(made, k=1)
     encode = partial(
         encode_prompts,
-        template=one.form.template,
-        vocabulary=one.form.vocabulary,
+        tokenizer=one.tokenizer,
         config=ChatConfig(),
     )
     embed = lambda texts: model(texts, "embed")
@@ -278,7 +281,7 @@ def test_gold_that_is_no_passage_is_named_by_its_line(made, tmp_path):
     prepared = prepare_kind(
         "question",
         [str(tmp_path / "q.jsonl")],
-        retriever.form,
+        retriever.tokenizer,
         ChatConfig(),
         DataConfig(),
         say=lambda line: None,
@@ -321,7 +324,7 @@ def test_a_question_over_the_limit_is_counted(made, tmp_path):
     prepared = prepare_kind(
         "question",
         [str(tmp_path / "q.jsonl")],
-        retriever.form,
+        retriever.tokenizer,
         config,
         DataConfig(),
         say=lambda line: None,

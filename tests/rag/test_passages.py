@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from ta.builtin import models
 from ta.chat.encode import Drop, encode_chats, encode_prompts
 from ta.chat.template import ChatConfig
-from ta.chat.tokenizer import TokenizerConfig
-from ta.model.load import ModelConfig, open_format
+from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
+from ta.model.load import ModelConfig
 from ta.rag.passages import (
     Joining,
     Passages,
@@ -28,10 +28,10 @@ from ta.rag.passages import (
 
 
 @pytest.fixture(scope="module")
-def form(tmp_path_factory):
+def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     models.write_tiny(folder)
-    return open_format(ModelConfig(model_path=str(folder)), TokenizerConfig(), ChatConfig())
+    return load_chat_tokenizer(ModelConfig(model_path=str(folder)), TokenizerConfig(), ChatConfig())
 
 
 def written(folder, records):
@@ -99,14 +99,12 @@ WORDS = st.lists(
 @settings(max_examples=60, deadline=None)
 @given(st.lists(WORDS, max_size=4), WORDS, st.integers(12, 120), st.integers(1, 40), st.booleans())
 def test_joined_chats_fit_and_keep_their_question(
-    form, texts, question, limit, passage_tokens, prompt
+    tokenizer, texts, question, limit, passage_tokens, prompt
 ):
     chat = [{"role": "user", "content": question}, {"role": "assistant", "content": "red"}]
     config, how = ChatConfig(max_tokens=limit, keep_end=True), Joining(4, passage_tokens, "##")
-    encode = lambda chats: (encode_prompts if prompt else encode_chats)(
-        chats, form.template, form.vocabulary, config
-    )
-    ((tokens, messages, used),) = join([chat], [texts], encode, form.tokenizer, how, limit)
+    encode = lambda chats: (encode_prompts if prompt else encode_chats)(chats, tokenizer, config)
+    ((tokens, messages, used),) = join([chat], [texts], encode, tokenizer.fast, how, limit)
     alone = encode([chat])[0]
     if isinstance(alone, Drop):
         assert isinstance(tokens, Drop) and used == 0
@@ -121,32 +119,28 @@ def test_joined_chats_fit_and_keep_their_question(
     whole = put_before(chat, texts, "##")
     roomy = replace(config, max_tokens=limit - 8)
     room = not isinstance(
-        (encode_prompts if prompt else encode_chats)(
-            [whole], form.template, form.vocabulary, roomy
-        )[0],
+        (encode_prompts if prompt else encode_chats)([whole], tokenizer, roomy)[0],
         Drop,
     )
-    longest = max([len(form.tokenizer(text).input_ids) for text in texts], default=0)
+    longest = max([len(tokenizer.fast(text).input_ids) for text in texts], default=0)
     if longest <= passage_tokens and room:
         assert used == len(texts) and messages == whole
     assert used or not block
     if used:
-        kept = [len(form.tokenizer(text).input_ids) for text in block.split("##")[:-1]]
+        kept = [len(tokenizer.fast(text).input_ids) for text in block.split("##")[:-1]]
         assert max(kept) <= passage_tokens + 1  # a cut inside a merge can take one more
 
 
-def test_passages_are_cut_then_left_out(form):
+def test_passages_are_cut_then_left_out(tokenizer):
     """A limit in between: the first passage whole, the second cut, the third out; training ids begin with those of the prompt."""
     chat = [{"role": "user", "content": "key?"}, {"role": "assistant", "content": "red"}]
     texts = ["cat dog cow", " ".join(["fox"] * 30), "owl"]
     both = []
     for encode in (encode_chats, encode_prompts):
         config = ChatConfig(max_tokens=40)
-        run = lambda chats, encode=encode, config=config: encode(
-            chats, form.template, form.vocabulary, config
-        )
+        run = lambda chats, encode=encode, config=config: encode(chats, tokenizer, config)
         tokens, messages, used = join(
-            [chat], [texts], run, form.tokenizer, Joining(3, 256, "\n"), 40
+            [chat], [texts], run, tokenizer.fast, Joining(3, 256, "\n"), 40
         )[0]
         both.append(getattr(tokens, "ids", tokens))
         assert (
@@ -154,9 +148,9 @@ def test_passages_are_cut_then_left_out(form):
             and messages[0]["content"].startswith("cat dog cow\nfox fox")
             and messages[0]["content"].endswith("fox\nkey?")
         )
-    plain = lambda chats, encode: encode(chats, form.template, form.vocabulary, ChatConfig())
+    plain = lambda chats, encode: encode(chats, tokenizer, ChatConfig())
     train, asked = (
-        join([chat], [texts], lambda c, e=e: plain(c, e), form.tokenizer, Joining(), None)[0][0]
+        join([chat], [texts], lambda c, e=e: plain(c, e), tokenizer.fast, Joining(), None)[0][0]
         for e in (encode_chats, encode_prompts)
     )
     assert train.ids[: len(asked)] == asked

@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from recipes import merge
+from ta.chat.tokenizer import add_tokens
 from ta.cli import cli
 from ta.model.adapters import (
     add_adapter,
@@ -20,7 +21,7 @@ from ta.model.adapters import (
     probe_logits,
     save_adapter,
 )
-from ta.model.new_rows import add_tokens
+from ta.model.new_rows import set_rows
 
 
 def run_merge(*flags):
@@ -36,7 +37,9 @@ def test_the_merge_recipe_writes_a_folder_that_plain_transformers_loads(head, tm
     given = head.from_pretrained(tmp_path / "base", dtype=torch.float32, **settings)
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(20)}, unk_token="w0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
-    assert tuple(token.id for token in add_tokens(tokenizer, given, ("<a>=w1", "<b>=w2"))) == NEW
+    new = add_tokens(tokenizer, ("<a>=w1", "<b>=w2"))
+    set_rows(given, new)
+    assert tuple(token.id for token in new) == NEW
     wrapped = add_adapter(given, LORA, NEW)
     train_a_step(wrapped)
     after = probe_logits(wrapped)

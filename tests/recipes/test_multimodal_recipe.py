@@ -11,11 +11,11 @@ from test_encoders import save_clip, save_siglip
 
 from ta.builtin.pictures import write_pictures
 from ta.chat.template import ChatConfig
-from ta.chat.tokenizer import TokenizerConfig
+from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.media.multimodal import embed_prompts, seeing
 from ta.media.settings import MediaFiles, reopen_media
 from ta.model.inference import open_for_inference
-from ta.model.load import ModelConfig, open_format
+from ta.model.load import ModelConfig
 
 pytestmark = pytest.mark.slow
 QUICK = (
@@ -285,7 +285,9 @@ def test_llava_layout_gives_equal_logits(forked, door, flags, place, tmp_path):
     config = ModelConfig(model_path=str(tmp_path / "run" / "final"))
     ours = seeing(
         media,
-        open_format(config, TokenizerConfig(), ChatConfig(), media=media.slots),
+        load_chat_tokenizer(
+            config, TokenizerConfig(), ChatConfig(), placeholders=media.placeholders
+        ),
         open_for_inference(config),
     )
     ours.inner.set_attn_implementation("sdpa")

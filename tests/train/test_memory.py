@@ -14,7 +14,8 @@ import peft, torch
 from ta.model.adapter_settings import AdapterConfig
 from ta.data.loader import training_feed
 from ta.train.memory import estimate
-from ta.model.load import ModelConfig, open_format, open_model
+from ta.model.load import ModelConfig, open_model
+from ta.chat.tokenizer import load_chat_tokenizer
 from ta.train.optim import OptimConfig, make_optimizer, update
 from ta.train.run import RunConfig, open_data
 
@@ -30,10 +31,10 @@ def step(model, batch):
 
 
 config = RunConfig()
-form = open_format(config.model, config.tokenizer, config.chat)
-data = open_data(config, form, "chat").train
+tokenizer = load_chat_tokenizer(config.model, config.tokenizer, config.chat)
+data = open_data(config, tokenizer, "chat").train
 for adapter, recompute in (("none", False), ("lora", False), ("none", True)):
-    model, _ = open_model(ModelConfig(activation_checkpointing=recompute), AdapterConfig(adapter=adapter), form)
+    model, _ = open_model(ModelConfig(activation_checkpointing=recompute), AdapterConfig(adapter=adapter), tokenizer)
     feed = training_feed(data, batch_size=256, max_tokens_per_micro=8192, seed=0, steps=2, epochs=1)
     told = estimate(model, feed, step)
     gc.collect()

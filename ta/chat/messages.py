@@ -1,0 +1,68 @@
+"""Messages of a chat, and the plain rules about them that every method shares."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+# {"role": str, "content": str, "loss"?: bool | float}; "bot" and "assistant" are one role
+Message = dict[str, Any]
+Chat = Sequence[Message]
+
+ANSWER = "assistant"
+SYSTEM = "system"
+
+
+def canonical_role(role: str | None) -> str | None:
+    """The role's one name: "assistant" for "bot"."""
+    return ANSWER if role == "bot" else role
+
+
+def message_weight(message: Message, place: int, default: bool) -> float:
+    """What each token of a message weighs in the loss: its own `loss`, else 1 or 0 by `default`.
+
+    ValueError where its own `loss` is neither a bool nor a finite number from 0.
+    """
+    loss = False if message.get("disable_loss") else message.get("loss")
+    weight = default if loss is None else loss
+    if not isinstance(weight, bool | int | float) or not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(
+            f"message {place + 1} has loss {loss!r}; give true, false or a finite weight >= 0"
+        )
+    return float(weight)
+
+
+def strip_trailing_answers(messages: Chat) -> list[Message]:
+    """The messages up to the last one that is no answer: what a model is asked."""
+    end = len(messages)
+    while end and canonical_role(messages[end - 1].get("role")) == ANSWER:
+        end -= 1
+    return list(messages[:end])
+
+
+def with_system(messages: Chat, prompt: str | None, ignore: bool = False) -> list[Message]:
+    """The messages with `prompt` in place of their own leading system messages.
+
+    With `ignore` they are removed and none comes in their place. ValueError for both at once.
+    """
+    if prompt is not None and ignore:
+        raise ValueError(
+            "a system prompt is given and system prompts are to be ignored; give one of the two"
+        )
+    if prompt is None and not ignore:
+        return list(messages)
+    first = next((i for i, m in enumerate(messages) if m["role"] != SYSTEM), len(messages))
+    new = [] if prompt is None else [{"role": SYSTEM, "content": prompt, "loss": False}]
+    return [*new, *messages[first:]]
+
+
+def random_cut(messages: Chat, generator: random.Random) -> list[Message]:
+    """The messages before a random answer; ValueError where there is no answer."""
+    places = [i for i, message in enumerate(messages) if canonical_role(message["role"]) == ANSWER]
+    if not places:
+        raise ValueError(
+            "the chat has no answer before which it could be cut; give a chat with one"
+        )
+    return list(messages[: generator.choice(places)])
