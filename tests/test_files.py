@@ -1,15 +1,423 @@
-"""The store: columns equal what was put in, publishing is one rename, and a damaged folder is noticed."""
+"""Files and folders appear whole or not at all, whatever kills the writer; one writer at a time;
+columns and hashes.
+"""
 
 import builtins
+import errno
 import hashlib
+import json
 import os
+import resource
+import signal
+import stat
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ta import files
-from ta.files import Column, cache_folder, content_hash, open_arrays, open_or_make
+from ta.files import (
+    Column,
+    Parts,
+    append_line,
+    cache_folder,
+    content_hash,
+    hold_lock,
+    locked,
+    open_arrays,
+    open_or_make,
+    ours,
+    publishing,
+    read_lines,
+    remove,
+    write_atomic,
+    writing,
+)
+
+STEPS = ("mkdir", "chmod", "fsync", "rename", "replace", "unlink", "rmdir", "open")  # of module os
+
+
+def killed_at(step, work):
+    """Run `work` in a child that is killed before its step-th call of STEPS; whether it came to
+    that.
+    """
+    if not (pid := os.fork()):
+        left = iter(range(step))
+
+        def dying(real):
+            def call(*rest, **more):
+                if next(left, None) is None:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*rest, **more)
+
+            return call
+
+        for name in STEPS:
+            setattr(os, name, dying(getattr(os, name)))
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitpid(pid, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+def write_folder(folder, text, **how):
+    with publishing(folder, **how) as aside:
+        (aside / "a").write_text(text)
+        (aside / "sub").mkdir()
+        (aside / "sub" / "b").write_text(text)
+
+
+def content(folder):
+    return {
+        str(path.relative_to(folder)): path.read_text()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def whole(text):
+    return {"a": text, "sub/b": text}
+
+
+@pytest.mark.parametrize("before", [None, "old"])
+def test_a_kill_at_any_step_leaves_the_old_file_or_the_new_one(tmp_path, before):
+    path, step, seen = tmp_path / "deep" / "f.json", 0, set()
+    while True:
+        remove(tmp_path / "deep")
+        if before:
+            write_atomic(path, before)
+        killed = killed_at(step, lambda: write_atomic(path, "new"))
+        seen.add(path.read_text() if path.exists() else None)
+        assert seen <= {before, "new"}
+        write_atomic(path, b"next")
+        assert path.read_text() == "next" and os.listdir(path.parent) == ["f.json"]
+        if not killed:
+            break
+        step += 1
+    assert step >= 5 and seen == {before, "new"}
+
+
+def test_a_kill_at_any_step_leaves_the_old_folder_or_the_new_one(tmp_path):
+    for before in (None, "old"):
+        folder, step, seen, gaps = tmp_path / "deep" / "final", 0, [], 0
+        while True:
+            remove(tmp_path / "deep")
+            if before:
+                write_folder(folder, before)
+            killed = killed_at(
+                step,
+                lambda folder=folder, before=before: write_folder(
+                    folder, "new", replace=bool(before)
+                ),
+            )
+            if before and not folder.exists():  # between two renames: both are there, beside it
+                kept = sorted(content(path)["a"] for path in folder.parent.iterdir())
+                assert kept == ["new", "old"]
+                gaps += 1
+            files.clean_up(folder)
+            seen.append(content(folder) if folder.exists() else None)
+            assert seen[-1] in (before and whole(before), whole("new"))
+            assert (
+                os.listdir(folder.parent) == ["final"] * folder.exists()
+                if folder.parent.exists()
+                else True
+            )
+            write_folder(folder, "next", replace=True)
+            assert content(folder) == whole("next") and os.listdir(folder.parent) == ["final"]
+            if not killed:
+                break
+            step += 1
+        assert step > 10 and whole("new") in seen and (before and whole(before)) in seen
+        assert gaps == (1 if before else 0)
+
+
+def logged(monkeypatch):
+    """A list that tells every sync and rename from now on, by the names of what they were given."""
+    log, inodes, fsync = [], {}, os.fsync
+
+    def sync(handle):
+        log.append(("sync", os.fstat(handle).st_ino))
+        fsync(handle)
+
+    def renaming(real):
+        def rename(old, new):
+            inodes[os.stat(old).st_ino] = Path(new).name
+            log.append(("rename", Path(old).name.split(".")[-1], Path(new).name))
+            real(old, new)
+
+        return rename
+
+    monkeypatch.setattr(os, "fsync", sync)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, renaming(getattr(os, name)))
+    return log
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_before_it_is_told(
+    tmp_path, monkeypatch
+):
+    log = logged(monkeypatch)
+    write_atomic(tmp_path / "f", "text")
+    inode = {path: path.stat().st_ino for path in (tmp_path, tmp_path / "f")}
+    assert log == [
+        ("sync", inode[tmp_path / "f"]),
+        ("rename", "tmp", "f"),
+        ("sync", inode[tmp_path]),
+    ]
+    log.clear()
+    write_atomic(tmp_path / "x" / "y" / "f", "text")  # new folders have their names on the disk too
+    inodes = [path.stat().st_ino for path in (tmp_path, tmp_path / "x")]
+    assert log[:2] == [("sync", inode) for inode in inodes] and len(log) == 5
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_folder_is_on_the_disk_with_all_that_is_in_it_before_it_has_its_name(
+    tmp_path, monkeypatch, replace
+):
+    folder = tmp_path / "final"
+    if replace:
+        write_folder(folder, "old")
+    log = logged(monkeypatch)
+    write_folder(folder, "new", replace=replace)
+    inode = {path: ("sync", path.stat().st_ino) for path in (tmp_path, folder, *folder.rglob("*"))}
+    first = log.index(("rename", "tmp", "final"))
+    before, after = log[:first], log[first + 1 :]
+    renames = [entry for entry in before if entry[0] == "rename"]
+    assert len(renames) == replace and before[len(before) - len(renames) :] == renames
+    order = [before.index(inode[path]) for path in (folder / "sub" / "b", folder / "sub", folder)]
+    assert order == sorted(order) and inode[folder / "a"] in before and after == [inode[tmp_path]]
+
+
+def test_the_mode_is_that_of_the_umask_whoever_wrote(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with writing(tmp_path / "f") as aside:
+            aside.unlink()
+            os.close(os.open(aside, os.O_CREAT | os.O_WRONLY, 0o600))
+        with publishing(tmp_path / "d") as folder:
+            os.close(os.open(folder / "g", os.O_CREAT | os.O_WRONLY, 0o600))
+    finally:
+        os.umask(before)
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("f", "d", "d/g")]
+    assert modes == [0o640, 0o750, 0o640]
+
+
+def test_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch):
+    write_atomic(tmp_path / "f", "old")
+    write_folder(tmp_path / "d", "old")
+    real_open = open
+
+    def full(path, mode="r", *rest, **more):
+        file = real_open(path, mode, *rest, **more)
+        if "w" in mode:
+
+            class Full:
+                def write(self, _):
+                    raise OSError(errno.ENOSPC, "No space left on device")
+
+                def __enter__(self):
+                    return self
+
+                def __exit__(self, *_):
+                    file.close()
+
+            return Full()
+        return file
+
+    with monkeypatch.context() as patch:
+        patch.setattr("io.open", full)
+        with pytest.raises(OSError, match="No space"):
+            write_atomic(tmp_path / "f", "new")
+        with pytest.raises(OSError, match="No space"):
+            write_folder(tmp_path / "d", "new", replace=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))  # and in the system's own words
+    try:
+        with pytest.raises(OSError, match="too large"):
+            write_atomic(tmp_path / "f", "x" * (1 << 17))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "f").read_text() == "old" and content(tmp_path / "d") == whole("old")
+    assert sorted(os.listdir(tmp_path)) == ["d", "f"]
+
+
+def test_what_stands_there_is_replaced_only_where_that_is_asked(tmp_path):
+    write_folder(tmp_path / "d", "old")
+    with pytest.raises(FileExistsError), publishing(tmp_path / "d"):
+        raise AssertionError("nothing is begun")
+    with pytest.raises(FileExistsError), publishing(tmp_path / "late") as aside:
+        (aside / "a").write_text("mine")
+        write_folder(tmp_path / "late2", "other")
+        os.rename(tmp_path / "late2", tmp_path / "late")
+    with pytest.raises(KeyboardInterrupt), publishing(tmp_path / "d", replace=True) as aside:
+        (aside / "a").write_text("half")
+        raise KeyboardInterrupt
+    assert content(tmp_path / "d") == whole("old") and content(tmp_path / "late") == whole("other")
+    (tmp_path / "file").write_text("a file")
+    write_folder(tmp_path / "file", "new", replace=True)
+    assert content(tmp_path / "file") == whole("new")
+    assert sorted(os.listdir(tmp_path)) == ["d", "file", "late"]
+
+
+def test_what_was_set_aside_comes_back_when_the_new_one_cannot_have_its_name(tmp_path, monkeypatch):
+    write_folder(tmp_path / "d", "old")
+    real = os.rename
+
+    def rename(old, new):
+        if str(old).endswith(".tmp"):
+            raise OSError(errno.EIO, "Input/output error")
+        real(old, new)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(OSError, match="Input/output"):
+        write_folder(tmp_path / "d", "new", replace=True)
+    assert content(tmp_path / "d") == whole("old") and os.listdir(tmp_path) == ["d"]
+
+
+def test_only_what_the_dead_left_is_taken_away(tmp_path):
+    dead = os.fork()
+    if not dead:
+        os._exit(0)
+    os.waitpid(dead, 0)
+    host, alive = os.uname().nodename, os.getppid()
+    left = [f".f.{dead}@{host}.tmp", f".f.{dead}.tmp", f".f.{os.getpid()}@{host}.tmp"]
+    kept = [
+        f".f.{alive}@{host}.tmp",
+        f".f.{dead}@elsewhere.tmp",
+        f".g.{dead}@{host}.tmp",
+        ".f.tmp",
+        ".f.x.tmp",
+    ]
+    for name in left + kept:
+        (tmp_path / name).touch()
+    write_atomic(tmp_path / "f", "")
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, "f"])
+
+
+def test_what_is_ours_is_known_by_name(tmp_path):
+    names = ["config.json", "checkpoints", ".lock", ".config.json.12@h.tmp", ".config.json.12.tmp"]
+    names += [".final.3@h.old", ".final.lock", ".config.json.parts", "report-1.html"]
+    others = ["notes.txt", ".notes.txt.3@h.tmp", ".git", "config.json.bak", ".config.json.tmp"]
+    for name in names + others:
+        (tmp_path / name).touch()
+    mine, rest = ours(tmp_path, ("config.json", "checkpoints", "final", "report-*.html"))
+    assert ({path.name for path in mine}, {path.name for path in rest}) == (set(names), set(others))
+
+
+def in_child(work):
+    """What `work` gives in another process, as text."""
+    send, receive = os.pipe()[::-1]
+    if not (pid := os.fork()):
+        try:
+            text = str(work())
+        except ValueError as error:
+            text = str(error)
+        os.write(send, text.encode())
+        os._exit(0)
+    os.close(send)
+    os.waitpid(pid, 0)
+    with os.fdopen(receive) as file:
+        return file.read()
+
+
+def try_lock(out, **how):
+    with locked(out, **how) as held:
+        return held
+
+
+def test_a_second_process_is_refused_in_a_line(tmp_path):
+    out = tmp_path / "runs" / "answers.jsonl"
+    with locked(out) as held:
+        assert held and os.listdir(out.parent) == [".answers.jsonl.lock"]
+        said = in_child(lambda: try_lock(out))
+        assert said.startswith(f"--out {out} is being written by another process: ")
+        assert "\n" not in said
+        assert in_child(lambda: try_lock(out.with_name("other"))) == "True"
+        assert in_child(lambda: try_lock(out, share="1")) == "True"
+    assert os.listdir(out.parent) == [] and in_child(lambda: try_lock(out)) == "True"
+    with locked(out.parent, inside=True):
+        assert "being written" in in_child(lambda: hold_lock(out.parent))
+    with hold_lock(out.parent):
+        assert "being written" in in_child(lambda: try_lock(out.parent, inside=True))
+    assert in_child(lambda: try_lock(out.parent, inside=True)) == "True"
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    def die():
+        with locked(tmp_path / "f"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(die) == "" and os.listdir(tmp_path) == [".f.lock"]
+    with locked(tmp_path / "f"):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_many_processes_on_one_lock_are_there_one_at_a_time(tmp_path):
+    count, children = tmp_path / "count", []
+    count.write_text("0")
+    for _ in range(4):
+        if not (pid := os.fork()):
+            for _ in range(25):
+                with locked(count, waiting=lambda: None):
+                    count.write_text(str(int(count.read_text()) + 1))
+            os._exit(0)
+        children.append(pid)
+    assert all(os.waitpid(pid, 0)[1] == 0 for pid in children)
+    assert count.read_text() == "100" and os.listdir(tmp_path) == ["count"]
+
+
+@pytest.mark.parametrize("cut", range(1, 24, 4))
+def test_a_torn_line_is_cut_off_before_the_next(tmp_path, cut):
+    path = tmp_path / "log.jsonl"
+    records = [{"n": i, "text": "é\u2028\n"} for i in range(4)]
+    assert read_lines(path) == []
+    for record in records[:3]:
+        append_line(path, record)
+    assert read_lines(path) == records[:3]
+    path.write_bytes(path.read_bytes()[:-cut])
+    append_line(path, records[3])
+    assert read_lines(path) == records[:2] + records[3:]
+    assert [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] == read_lines(path)
+    path.write_bytes(b'[1]\n\xff\nnull\n{"a": 1}\n{"b":')
+    assert read_lines(path) == [{"a": 1}]
+    path.write_bytes(b'{"torn')
+    append_line(path, records[0])
+    assert read_lines(path) == records[:1]
+
+
+def test_parts_are_there_or_not_and_go_with_the_rest(tmp_path):
+    parts = Parts(tmp_path / "out.bin")
+    assert parts.about() is None and parts.keys() == set()
+    parts.begin({"of": 1})
+    tensors = {"é": torch.arange(6.0).view(2, 3), "half": torch.ones(2, dtype=torch.bfloat16)}
+    parts.save("a.1", tensors, {"note": "x"})
+    killed = 0
+    while killed_at(killed, lambda: parts.save("b", tensors)):
+        assert parts.keys() == {"a.1"} or (parts.keys() == {"a.1", "b"} and killed > 2)
+        killed += 1
+    assert killed > 2 and parts.keys() == {"a.1", "b"}
+    again = Parts(tmp_path / "out.bin")
+    found, note = again.load("a.1")
+    assert again.about() == {"of": 1} and note == {"note": "x"}
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    again.begin(None)
+    assert parts.keys() == set() and parts.about() is None
+    parts.clear()
+    assert os.listdir(tmp_path) == []
+
+
+def test_nothing_heavy_is_imported(tmp_path):
+    code = "import sys, ta.files; print(*({'torch', 'numpy', 'safetensors'} & set(sys.modules)))"
+    pid = os.popen(f'{sys.executable} -c "{code}"')
+    assert pid.read().strip() == "" and pid.close() is None
 
 
 def write(folder, value=1):
@@ -55,7 +463,7 @@ def test_made_once_and_opened_after(tmp_path):
     assert opened(folder) == ""
     assert make(folder) == (([[1, 1]] * 4, {"value": 1}), True)
     assert make(folder, 2) == (([[1, 1]] * 4, {"value": 1}), False)
-    assert sorted(path.name for path in folder.parent.iterdir()) == ["key", "key.lock"]
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["key"]
 
 
 @pytest.mark.parametrize(
@@ -88,11 +496,12 @@ def test_a_failure_leaves_nothing_and_left_overs_go(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         open_or_make(tmp_path / "key", opened, fail, print)
-    assert [path.name for path in tmp_path.iterdir()] == ["key.lock"]
-    (tmp_path / ".key.123").mkdir()
-    (tmp_path / ".other.123").mkdir()
+    assert not list(tmp_path.iterdir())
+    left = f"{os.getpid()}@{os.uname().nodename}.tmp"
+    (tmp_path / f".key.{left}").mkdir()
+    (tmp_path / f".other.{left}").mkdir()
     make(tmp_path / "key")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.123", "key", "key.lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".other.{left}", "key"]
 
 
 def test_the_second_waits_for_the_first(tmp_path):
@@ -127,16 +536,15 @@ def test_without_locks_the_first_rename_wins(tmp_path, monkeypatch):
     monkeypatch.setattr("fcntl.flock", no_lock)
 
     def overtaken(beside):
-        other = tmp_path / "other"
-        other.mkdir()
-        files._publish(other, tmp_path / "key", write(other, 1))
+        open_or_make(tmp_path / "other", opened, lambda folder: write(folder, 1), print)
+        os.rename(tmp_path / "other", tmp_path / "key")
         return write(beside, 2)
 
     assert open_or_make(tmp_path / "key", opened, overtaken, print)[0] == (
         [[1, 1]] * 4,
         {"value": 1},
     )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["key", "key.lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["key"]
 
 
 def test_hashes_are_remembered_until_the_file_changes(tmp_path, monkeypatch):
