@@ -187,7 +187,7 @@ def ours(
         feed = Feed(
             flags.steps, lambda number: [lay_out(*map(list, zip(*steps[number], strict=True)))]
         )
-        step = lambda model, batch: (model(batch, "sum"), batch.weights.sum(), {})
+        step = lambda model, batch: (model.loss(batch), batch.weights.sum(), {})
 
         def after_step(done: int) -> None:
             marks.append(now())

@@ -71,7 +71,7 @@ def train_ours(flags, adapted: bool = False, compiled: bool = False) -> dict[str
         ]
 
     def step(model, batch):
-        loss, count = model(batch, "sum"), batch.weights.sum()
+        loss, count = model.loss(batch), batch.weights.sum()
         sums.append((loss.item(), count.item()))
         return loss, count, {}
 
@@ -236,7 +236,7 @@ def profile(flags) -> None:
 
     def turn() -> None:
         for part in parts:
-            model(part, "sum").backward()
+            model.loss(part).backward()
 
     turn()  # warms up
     with record(activities=[ProfilerActivity.CPU]) as seen:

@@ -61,7 +61,7 @@ def step(weights, gamma, model, batch):
     """Sum of the loss over records, their number, and how many are right."""
     from ta.objectives import class_loss
 
-    scores = model(batch.seqs, "scores")  # (N, C)
+    scores = model.scores(batch.seqs)  # (N, C)
     values = class_loss(scores, batch.labels, class_weights=weights, gamma=gamma)
     return values.sum(), len(values), {"accuracy": (scores.argmax(1) == batch.labels).sum()}
 

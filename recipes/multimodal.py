@@ -34,7 +34,7 @@ class Multimodal(RunConfig):
 
 def step(fill, model, batch):
     """Weighted sum of -log p over learned tokens, and their weight; pictures and sounds that are not features yet are encoded first."""
-    return model(fill(batch), "sum"), batch.seqs.weights.sum(), {}
+    return model.loss(fill(batch)), batch.seqs.weights.sum(), {}
 
 
 def main(config: Multimodal) -> None:

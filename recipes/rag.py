@@ -127,12 +127,7 @@ def main(config: Rag) -> None:
 
         def as_asked(records):
             run.model.eval()
-            return [
-                record
-                for record, _ in answerable(
-                    one, partial(run.model, output="embed"), records, prompts
-                )
-            ]
+            return [record for record, _ in answerable(one, run.model.embed, records, prompts)]
 
         def after_step(done):
             if config.reembed_every and done % config.reembed_every == 0:

@@ -33,7 +33,7 @@ def step(model, batch):
     """Sum of -log s(score of chosen - score of rejected - margin) over pairs, their number, and what is logged."""
     from ta.objectives import reward_loss
 
-    chosen, rejected = model(batch.seqs, "scores").view(-1, 2).unbind(1)  # (P,) each
+    chosen, rejected = model.scores(batch.seqs).view(-1, 2).unbind(1)  # (P,) each
     values, gap = reward_loss(chosen, rejected, batch.margin), (chosen - rejected).detach()
     figures = {
         "reward_chosen": chosen.detach().sum(),

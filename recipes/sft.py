@@ -22,7 +22,7 @@ class Sft(RunConfig):
 
 def step(model, batch):
     """Weighted sum of -log p over learned tokens, and their weight: the loop divides once, by the weight of the whole global batch."""
-    return model(batch, "sum"), batch.weights.sum(), {}
+    return model.loss(batch), batch.weights.sum(), {}
 
 
 def main(config: Sft) -> None:

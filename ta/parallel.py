@@ -186,13 +186,19 @@ def compile_blocks(model: nn.Module) -> None:
 def shard(root: nn.Module, device: str, half: bool) -> None:
     """Shard a model that rank 0 holds (and the others on the meta device) over all processes, in place: per block and at the root (FSDP2).
 
+    Whole weights are seen inside the methods that `root.METHODS` names.
+
     Master weights keep their type; with `half` blocks compute in bfloat16 and gradients are summed in float32. On one process nothing is
     done: a plain module is faster there (33-44 % of a step on CPU).
     """
     if world() == 1:
         return
     import torch
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     full = {name: tensor.detach() if rank() == 0 else None for name, tensor in _tensors(root)}
     policy = MixedPrecisionPolicy(
@@ -203,6 +209,8 @@ def shard(root: nn.Module, device: str, half: bool) -> None:
     for module in (*blocks(root), root):  # one block at a time is whole on the device
         _empty_like(module, device, made)
         fully_shard(module, mesh=mesh, mp_policy=policy)
+    for name in root.METHODS:  # weights are whole inside these
+        register_fsdp_forward_method(root, name)
     for name, tensor in _tensors(root):
         whole = (
             full[name].to(device).contiguous()

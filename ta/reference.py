@@ -57,7 +57,7 @@ def sequence_logps(model: LanguageModel, batch: Batch) -> Tensor:
     """(N,) the sum of log p over the learned tokens of each sequence."""
     from ta.model.logprobs import sequence_sums
 
-    return sequence_sums(model(batch, "tokens"), batch.owners, len(batch.ends))
+    return sequence_sums(model.logprobs(batch), batch.owners, len(batch.ends))
 
 
 def learned_tokens(batch: Batch) -> Tensor:
@@ -88,7 +88,7 @@ def adapter_off(model: LanguageModel) -> Logps:
         model, "unshard"
     ):  # FSDP takes the type of gradients from what trains at the first pass, and without its adapter nothing does
         with torch.no_grad():
-            model(to_device(lay_out([], []), next(model.parameters()).device), "hidden")
+            model.hidden(to_device(lay_out([], []), next(model.parameters()).device))
 
     def logps(batch: Batch) -> Tensor:
         with torch.no_grad(), model.inner.disable_adapter():
@@ -266,7 +266,7 @@ def _second(
     copy.requires_grad_(False).eval()
     copy.dropout = False
     if copy.mode != policy.mode:
-        slower = max(copy.mode, policy.mode, key=("packed", "padded", "own").index)
+        slower = max(copy.mode, policy.mode, key=("packed", "padded", "native").index)
         say(f"the reference runs {copy.mode}, the policy {policy.mode}: both run {slower}")
         for model in (copy, policy):
             model.set_mode(slower)

@@ -49,4 +49,4 @@ def prepared(n=48, seed=0, k=1, longest=30, learn=0.5) -> Prepared:
 
 def sft_step(model, batch):
     """Token mean: the sum of -log p over learned tokens, and their weight."""
-    return model(batch, "sum"), batch.weights.sum(), {}
+    return model.loss(batch), batch.weights.sum(), {}

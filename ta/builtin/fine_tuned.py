@@ -96,7 +96,7 @@ def fine_tune(device: str, name: str = TUNED) -> None:
         train(
             model,
             feed,
-            lambda model, batch: (model(batch, "sum"), batch.weights.sum(), {}),
+            lambda model, batch: (model.loss(batch), batch.weights.sum(), {}),
             loop,
             OptimConfig(lr=how.lr),
         )

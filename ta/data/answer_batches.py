@@ -190,7 +190,7 @@ def scores_of(model: LanguageModel, prepared: Prepared, n: int, max_tokens: int)
     model.eval()
     with torch.no_grad():
         mine = [
-            (chosen, model(batch, "scores").unflatten(0, (-1, prepared.k)).cpu())
+            (chosen, model.scores(batch).unflatten(0, (-1, prepared.k)).cpu())
             for batch, chosen in batches
         ]
     model.train(was_training)

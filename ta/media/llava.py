@@ -123,7 +123,7 @@ def difference(whole, media: Opened, model: MediaModel, tokenizer: ChatTokenizer
     import torch
 
     from ta.media.multimodal import embed_modalities
-    from ta.model.language_model import base_model, own_attention
+    from ta.model.language_model import base_model, native_attention
 
     modality, placeholder, base = (
         media.modalities["image"],
@@ -133,7 +133,7 @@ def difference(whole, media: Opened, model: MediaModel, tokenizer: ChatTokenizer
     edge = whole.config.vision_config.image_size
     pixels = torch.randn(1, 3, edge, edge, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([[1, *[placeholder.id] * placeholder.count, 2, 3]])
-    base.set_attn_implementation(own_attention(base))
+    base.set_attn_implementation(native_attention(base))
     with torch.no_grad():
         projected = model.projectors["image"](modality.encode(pixels))
         embeds = embed_modalities(base.get_input_embeddings()(ids), ids, projected, placeholder.id)

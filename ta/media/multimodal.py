@@ -64,7 +64,9 @@ def embed_modalities(
 
 class MediaModel(LanguageModel):
     """The root module around a language model and its projectors; encoders stay outside, whole on every device, so that what they give is
-    what a cache holds. Its forward takes a MediaBatch, and has one output more: "embeds" (B, T, D)."""
+    what a cache holds. Its methods take a MediaBatch."""
+
+    METHODS = (*LanguageModel.METHODS, "embed")
 
     def __init__(
         self, language: LanguageModel, projectors: Mapping[str, nn.Module], ids: Mapping[str, int]
@@ -73,22 +75,18 @@ class MediaModel(LanguageModel):
         self.projectors = nn.ModuleDict(projectors)
         self.ids = dict(ids)  # modality -> placeholder
 
-    def forward(self, batch: MediaBatch, output: str = "sum") -> Tensor:
-        """An output of LanguageModel, or "embeds"."""
+    def embed(self, batch: MediaBatch) -> Tensor:
+        """The tokens' embeddings with projected features in place of placeholders, (B, T, D)."""
+        with self._arithmetic():
+            return self._inputs(batch)[1]
+
+    def _inputs(self, batch: MediaBatch) -> tuple[Batch, Tensor]:
         tokens = batch.seqs.tokens
-        with torch.autocast(
-            tokens.device.type, dtype=self.autocast, enabled=self.autocast is not None
-        ):
-            embeds = base_model(self.inner).get_input_embeddings()(tokens)
-            for name, projector in self.projectors.items():
-                features = getattr(batch, name)
-                embeds = embed_modalities(
-                    embeds,
-                    tokens,
-                    projector(features.to(next(projector.parameters()).dtype)),
-                    self.ids[name],
-                )
-        return embeds if output == "embeds" else super().forward(batch.seqs, output, embeds)
+        embeds = base_model(self.inner).get_input_embeddings()(tokens)
+        for name, projector in self.projectors.items():
+            features = getattr(batch, name).to(next(projector.parameters()).dtype)
+            embeds = embed_modalities(embeds, tokens, projector(features), self.ids[name])
+        return batch.seqs, embeds
 
 
 def around(
@@ -288,9 +286,8 @@ def embed_prompts(
             for name in opened.modalities
         }
         with torch.no_grad():
-            embeds = model(
-                fill(opened, to_device(MediaBatch(batch, **paths), device)), "embeds"
-            )  # (1, T, D)
+            filled = fill(opened, to_device(MediaBatch(batch, **paths), device))
+            embeds = model.embed(filled)  # (1, T, D)
         yield from embeds[0].split(list(batch.lengths))
         start = stop
 

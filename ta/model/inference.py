@@ -222,9 +222,8 @@ def scorer(
             if places:
                 ids = [np.array(sequences[i].ids) for i in places]
                 with torch.no_grad():
-                    rows = wrapper(
-                        to_device(lay_out(ids, [np.zeros(len(x)) for x in ids], packed), device),
-                        "scores",
+                    rows = wrapper.scores(
+                        to_device(lay_out(ids, [np.zeros(len(x)) for x in ids], packed), device)
                     )  # (N, C)
                 for i, row in zip(places, rows.double().cpu().tolist(), strict=True):
                     results[i] = row

@@ -1,4 +1,4 @@
-"""The root module around a language model: everything a loss needs from a Batch happens inside its forward, so that sharded weights are whole there.
+"""The root module around a language model: its methods give what a loss needs from a Batch, with sharded weights whole.
 
 Letters: B rows, T columns, N sequences, M learned targets, V vocabulary, D model width, C classes.
 """
@@ -15,52 +15,66 @@ from ta.data.batch import Batch, lay_out, to_device
 from ta.model.attention import Documents
 from ta.model.logprobs import Head, cross_entropy_sum, token_logprobs
 
-Mode = Literal["packed", "padded", "own"]
+Mode = Literal["packed", "padded", "native"]
 
 
 class LanguageModel(nn.Module):
-    """A root module around a transformers model (with or without adapter): everything a loss needs happens inside its forward.
+    """A root module around a transformers model, with or without adapter.
 
-    forward(batch, "sum") -> float32 scalar, the weighted sum of -log p over learned targets;
-    forward(batch, "tokens") -> (M,) log p of each learned target;
-    forward(batch, "scores") -> (N, C) the classification head at each sequence's last token;
-    forward(batch, "hidden") -> (B, T, D).
+    Weights may be sharded: they are whole only inside the methods named in METHODS, which
+    `parallel.shard` registers. These methods must not call one another.
     """
+
+    METHODS = ("loss", "logprobs", "scores", "hidden")
 
     def __init__(self, inner: nn.Module, mode: Mode, autocast: torch.dtype | None = None):
         super().__init__()
         self.inner = inner
         self.mode = mode
         self.autocast = autocast
-        self.dropout = True  # False: train() leaves dropout off, as where a reference must agree to the last bit
+        # False: train() leaves dropout off, as where a reference must agree to the last bit
+        self.dropout = True
 
     def train(self, mode: bool = True) -> LanguageModel:
+        """As in torch, but dropout stays off where `dropout` is False."""
         return super().train(mode and self.dropout)
 
-    def forward(
-        self,
-        batch: Batch,
-        output: Literal["sum", "tokens", "scores", "hidden"] = "sum",
-        embeds: Tensor | None = None,
-    ) -> Tensor:
-        """One of the four outputs named above; `embeds` (B, T, D) stands in for the tokens' embeddings."""
-        with torch.autocast(
-            batch.tokens.device.type, dtype=self.autocast, enabled=self.autocast is not None
-        ):
-            if self.mode == "own" and output in ("sum", "tokens"):
-                return self._from_own_logits(batch, output, embeds)
-            hidden = self.hidden(batch, embeds)  # (B, T, D)
-            if output == "hidden":
-                return hidden
-            flat = hidden.flatten(0, 1)
-            if output == "scores":
-                scores = base_model(self.inner).score(flat[batch.ends])  # (N, C)
-                return scores if scores.dtype == torch.float64 else scores.float()
-            chosen = flat[batch.learned]  # (M, D)
-            head = self._head()
-            if output == "sum":
-                return cross_entropy_sum(chosen, head, batch.targets, batch.weights)
-            return token_logprobs(chosen, head, batch.targets)
+    def loss(self, batch: Batch) -> Tensor:
+        """The weighted sum of -log p over learned targets, a float32 scalar."""
+        with self._arithmetic():
+            batch, embeds = self._inputs(batch)
+            if self.mode == "native":
+                logps = self._native_logprobs(batch, embeds)
+                return -(logps * batch.weights.to(logps)).sum()
+            learned = self._hidden(batch, embeds).flatten(0, 1)[batch.learned]  # (M, D)
+            return cross_entropy_sum(learned, self._head(), batch.targets, batch.weights)
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        """log p of each learned target, (M,)."""
+        with self._arithmetic():
+            batch, embeds = self._inputs(batch)
+            if self.mode == "native":
+                return self._native_logprobs(batch, embeds)
+            learned = self._hidden(batch, embeds).flatten(0, 1)[batch.learned]  # (M, D)
+            return token_logprobs(learned, self._head(), batch.targets)
+
+    def scores(self, batch: Batch) -> Tensor:
+        """What the classification head gives at the last token of each sequence, (N, C)."""
+        with self._arithmetic():
+            batch, embeds = self._inputs(batch)
+            last = self._hidden(batch, embeds).flatten(0, 1)[batch.ends]  # (N, D)
+            scores = base_model(self.inner).score(last)
+            return scores if scores.dtype == torch.float64 else scores.float()
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """The last hidden states before the head, (B, T, D)."""
+        with self._arithmetic():
+            return self._hidden(*self._inputs(batch))
+
+    @property
+    def packed(self) -> bool:
+        """Whether sequences stand one after another in one row; else each has a padded row."""
+        return self.mode == "packed"
 
     @property
     def generates(self) -> bool:
@@ -68,24 +82,29 @@ class LanguageModel(nn.Module):
         return base_model(self.inner).get_output_embeddings() is not None
 
     def set_mode(self, mode: Mode) -> LanguageModel:
-        """Choose how batches are run; "own" puts the model's own attention back."""
+        """Choose how batches are run; "native" puts the model's own attention back."""
         self.mode = mode
-        if mode == "own":
+        if mode == "native":
             base = base_model(self.inner)
-            base.set_attn_implementation(own_attention(base))
+            base.set_attn_implementation(native_attention(base))
         return self
 
-    def hidden(self, batch: Batch, embeds: Tensor | None = None) -> Tensor:
-        """Last hidden states (B, T, D), before the head."""
+    def _arithmetic(self) -> torch.autocast:
+        device = base_model(self.inner).get_input_embeddings().weight.device.type
+        return torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None)
+
+    def _inputs(self, batch: Batch) -> tuple[Batch, Tensor | None]:
+        """The batch of tokens, and embeddings (B, T, D) that stand in for theirs, or None."""
+        return batch, None
+
+    def _hidden(self, batch: Batch, embeds: Tensor | None) -> Tensor:
         base = base_model(self.inner)
-        if (
-            self.autocast is not None
-        ):  # the residual stream runs in it too, as on sharded models: half the traffic between layers
-            embeds = (base.get_input_embeddings()(batch.tokens) if embeds is None else embeds).to(
-                self.autocast
-            )
+        if self.autocast is not None:
+            # the residual stream runs in it too, as on sharded models: half the traffic
+            embeds = base.get_input_embeddings()(batch.tokens) if embeds is None else embeds
+            embeds = embeds.to(self.autocast)
         inputs = {"input_ids": batch.tokens} if embeds is None else {"inputs_embeds": embeds}
-        if self.mode == "own":
+        if self.mode == "native":
             inputs["attention_mask"] = _real(batch)
         else:
             inputs["documents"] = Documents(batch.lengths, batch.prefixes)
@@ -105,15 +124,16 @@ class LanguageModel(nn.Module):
             bias = layer.token_adapter.base_layer.bias
         return Head(layer.weight, bias, scale, getattr(config, "final_logit_softcapping", None))
 
-    def _from_own_logits(self, batch: Batch, output: str, embeds: Tensor | None) -> Tensor:
-        """For models and adapters that cannot be taken apart: all logits of padded rows, virtual tokens in front cut away."""
+    def _native_logprobs(self, batch: Batch, embeds: Tensor | None) -> Tensor:
+        """(M,) for models and adapters that cannot be taken apart, from all logits of padded rows.
+
+        Virtual tokens stand in front; their logits are cut away.
+        """
         inputs = {"input_ids": batch.tokens} if embeds is None else {"inputs_embeds": embeds}
         logits = self.inner(**inputs, attention_mask=_real(batch), use_cache=False).logits
         logits = logits[:, logits.shape[1] - batch.tokens.shape[1] :].flatten(0, 1)[batch.learned]
-        logps = torch.log_softmax(
-            logits.float() if logits.dtype != torch.float64 else logits, -1
-        ).gather(1, batch.targets[:, None])[:, 0]
-        return -(logps * batch.weights.to(logps)).sum() if output == "sum" else logps
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
 
 
 def _real(batch: Batch) -> Tensor:
@@ -124,7 +144,7 @@ def _real(batch: Batch) -> Tensor:
     ).long()
 
 
-def own_attention(base) -> str:
+def native_attention(base) -> str:
     """The attention of transformers that computes what the model says: eager where sdpa would drop a soft cap or is not there."""
     capped = getattr(base.config.get_text_config(), "attn_logit_softcapping", None)
     return "sdpa" if getattr(base, "_supports_sdpa", False) and not capped else "eager"
@@ -145,7 +165,7 @@ def wrap(
         and model.active_peft_config.is_prompt_learning
     ):
         return (
-            wrapper.set_mode("own"),
+            wrapper.set_mode("native"),
             "prompt learning puts virtual tokens in front: padded batches and the model's own logits are used",
         )
     rounded = getattr(
@@ -169,7 +189,7 @@ def wrap(
             )
     wrapper.autocast = autocast
     return (
-        wrapper.set_mode("own"),
+        wrapper.set_mode("native"),
         f"what hidden states give is off by {gap:.2g}: padded batches, the model's own attention and logits are used",
     )
 
@@ -194,10 +214,10 @@ def self_check(wrapper) -> float:
     before = base.config._attn_implementation
     with torch.no_grad():
         try:
-            ours = wrapper(batch, "tokens" if wrapper.generates else "scores").flatten()
+            ours = (wrapper.logprobs if wrapper.generates else wrapper.scores)(batch).flatten()
         except (ValueError, TypeError, RuntimeError, AttributeError):
             return float("inf")
-        base.set_attn_implementation(own_attention(base))
+        base.set_attn_implementation(native_attention(base))
         try:
             with torch.autocast(
                 device.type, dtype=wrapper.autocast, enabled=wrapper.autocast is not None

@@ -64,22 +64,18 @@ class RagBatch(NamedTuple):
 
 
 class RagModel(LanguageModel):
-    """The root module around a generator and the encoder of its questions; it has one output more: "embed", the vectors (N, E) of Texts."""
+    """The root module around a generator and the encoder of its questions."""
+
+    METHODS = (*LanguageModel.METHODS, "embed")
 
     def __init__(self, generator: LanguageModel, encoder: nn.Module):
         super().__init__(generator.inner, generator.mode, generator.autocast)
         self.encoder = encoder
 
-    def forward(
-        self, batch: Batch | Texts, output: str = "sum", embeds: Tensor | None = None
-    ) -> Tensor:
-        """An output of LanguageModel, or "embed"."""
-        if output != "embed":
-            return super().forward(batch, output, embeds)
-        with torch.autocast(
-            batch.ids.device.type, dtype=self.autocast, enabled=self.autocast is not None
-        ):
-            return self.encoder(batch)
+    def embed(self, texts: Texts) -> Tensor:
+        """The encoder's vectors of texts, (N, E)."""
+        with self._arithmetic():
+            return self.encoder(texts)
 
 
 def asked(prepared: Prepared, passages: Passages, seed: int = 0) -> Dress:
@@ -130,9 +126,7 @@ def with_passages(
         for name in ("chats", "gold", "records")
     )
     k = retriever.how.num_passages
-    _, rows, ids = find(
-        retriever, partial(model, output="embed"), chats, max(k, ranked), together=True
-    )
+    _, rows, ids = find(retriever, model.embed, chats, max(k, ranked), together=True)
     model.train(was_training)
     found = rows.tolist()
     rows_in = candidates(records, found, wanted, k, gold, in_batch)
@@ -203,8 +197,8 @@ def _split(joined: list[list[Tokens]], max_tokens: int, packed: bool) -> list[li
 def parts_of(model: RagModel, batch: RagBatch, scale: float) -> tuple[Tensor, Tensor]:
     """Of every candidate the log-probability of the answer (its weighted tokens summed) and the scaled score, -inf where none is: (Q, K) each."""
     q, k = batch.vectors.shape[:2]
-    vectors = model(batch.questions, "embed")[:q]  # (Q, E)
-    logps = model(batch.seqs, "tokens")  # (M,)
+    vectors = model.embed(batch.questions)[:q]  # (Q, E)
+    logps = model.logprobs(batch.seqs)  # (M,)
     sums = sequence_sums(
         logps * batch.seqs.weights.to(logps), batch.seqs.owners, len(batch.cells)
     )  # (N,)
@@ -239,7 +233,7 @@ def reembedded(retriever: Retriever, model: RagModel) -> Tensor:
     )
     agree = lambda passes: max(gather_objects(passes))
     vectors = embed(
-        partial(model, output="embed"),
+        model.embed,
         ids,
         retriever.encoder_tokenizer.pad_token_id,
         retriever.device,
@@ -280,11 +274,9 @@ def figures(model: RagModel, batches: Sequence[RagBatch], k: int) -> dict[str, f
 def _tokens_of(model: RagModel, batch: Batch) -> list[list[float]]:
     """Log-probabilities of the learned tokens of each sequence."""
     counts = batch.owners.bincount(minlength=len(batch.ends)).tolist()
-    return (
-        [part.tolist() for part in model(batch, "tokens").split(counts)]
-        if counts
-        else [model(batch, "tokens").tolist()][:0]
-    )
+    # run for an empty batch too: the other processes take part in the same calls
+    logps = model.logprobs(batch)  # (M,)
+    return [part.tolist() for part in logps.split(counts)] if counts else []
 
 
 def write_retriever(encoder: Encoder, retriever: Retriever, index: Index) -> Callable[[Path], None]:

@@ -252,11 +252,11 @@ def test_scores_do_not_depend_on_company():
     none = [np.zeros(len(t), np.float32) for t in texts]
     with torch.no_grad():
         alone = torch.cat(
-            [model(lay_out([t], [w]), "scores") for t, w in zip(texts, none, strict=True)]
+            [model.scores(lay_out([t], [w])) for t, w in zip(texts, none, strict=True)]
         )
         for packed in (True, False):
             torch.testing.assert_close(
-                model(lay_out(texts, none, packed), "scores"), alone, rtol=1e-10, atol=1e-12
+                model.scores(lay_out(texts, none, packed)), alone, rtol=1e-10, atol=1e-12
             )
         twice = lay_out(
             [texts[1], np.concatenate([texts[1][:6], texts[0]])],
@@ -266,7 +266,7 @@ def test_scores_do_not_depend_on_company():
         )
         fresh = lay_out([np.concatenate([texts[1][:6], texts[0]])], [np.zeros(11)])
         torch.testing.assert_close(
-            model(twice, "scores")[1:], model(fresh, "scores"), rtol=1e-10, atol=1e-12
+            model.scores(twice)[1:], model.scores(fresh), rtol=1e-10, atol=1e-12
         )
         theirs = torch.cat(
             [model.inner(torch.tensor(t)[None]).logits for t in (texts[0], texts[3])]

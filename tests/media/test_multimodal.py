@@ -90,7 +90,7 @@ def test_what_learns(place):
         )
         batch = fill(media, batch_of_records(prepared, make, [0, 1]))
         model.train()
-        model(batch, "sum").backward()
+        model.loss(batch).backward()
         grads = {
             name
             for name, p in model.named_parameters()
@@ -117,23 +117,22 @@ def test_packed_equals_padded_equals_alone(place):
         place, image_projector="c_abs", image_embeddings=4, projector_width=16, projector_depth=1
     )
     model, _, prepared, make = made(media, place / "train.jsonl")
-    whole = model(fill(media, batch_of_records(prepared, make, [0, 1, 2])), "tokens")
+    whole = model.logprobs(fill(media, batch_of_records(prepared, make, [0, 1, 2])))
     alone = torch.cat(
-        [model(fill(media, batch_of_records(prepared, make, [i])), "tokens") for i in range(3)]
+        [model.logprobs(fill(media, batch_of_records(prepared, make, [i]))) for i in range(3)]
     )
     model.set_mode("padded")
-    padded = model(fill(media, batch_of_records(prepared, make, [0, 1, 2], packed=False)), "tokens")
+    padded = model.logprobs(fill(media, batch_of_records(prepared, make, [0, 1, 2], packed=False)))
     assert torch.allclose(whole, alone, atol=1e-5) and torch.allclose(whole, padded, atol=1e-5)
     assert not torch.allclose(
         whole,
-        model(
-            fill(media, swapped(batch_of_records(prepared, make, [0, 1, 2], packed=False))),
-            "tokens",
+        model.logprobs(
+            fill(media, swapped(batch_of_records(prepared, make, [0, 1, 2], packed=False)))
         ),
         atol=1e-3,
     )
-    model.set_mode("own")
-    own = model(fill(media, batch_of_records(prepared, make, [0, 1, 2], packed=False)), "tokens")
+    model.set_mode("native")
+    own = model.logprobs(fill(media, batch_of_records(prepared, make, [0, 1, 2], packed=False)))
     assert torch.allclose(own, whole, atol=1e-4), (
         "models whose hidden states cannot be read see pictures, too"
     )
@@ -169,7 +168,7 @@ def test_cached_equals_uncached_bit_for_bit(place, tmp_path, name):
             for m, p, d in ((media, prepared, make), (cached, again, read))
         )
         assert torch.equal(one.image, other.image) and torch.equal(
-            model(one, "sum"), model(other, "sum")
+            model.loss(one), model.loss(other)
         )
     lazy = fill(cached, batch_of_records(again, dress(cached, again, read=False), [0, 1, 2, 3, 4]))
     assert torch.equal(
@@ -193,9 +192,7 @@ def test_text_alone_and_nothing_at_all_run_the_projector(place, tmp_path):
     model, _, prepared, make = made(media, tmp_path / "t.jsonl")
     for records in ([0], []):
         model.zero_grad()
-        model(
-            fill(media, batch_of_records(prepared, make, np.array(records, int))), "sum"
-        ).backward()
+        model.loss(fill(media, batch_of_records(prepared, make, np.array(records, int)))).backward()
         assert all(p.grad is not None for p in model.projectors.parameters()), (
             "or processes with and without pictures would not meet"
         )
@@ -204,7 +201,7 @@ def test_text_alone_and_nothing_at_all_run_the_projector(place, tmp_path):
 def test_prompts_are_embedded_as_batches_are(place):
     media = opened(place)
     model, _, prepared, make = made(media, place / "train.jsonl")
-    whole = model(fill(media, batch_of_records(prepared, make, [0, 1])), "embeds")[0]
+    whole = model.embed(fill(media, batch_of_records(prepared, make, [0, 1])))[0]
     ids = [prepared.ids[prepared.offsets[i] : prepared.offsets[i + 1]].tolist() for i in (0, 1)]
     found = list(
         embed_prompts(
@@ -231,7 +228,7 @@ def test_sounds_beside_pictures(place, tmp_path):
     model, tokenizer, prepared, make = made(media, tmp_path / "t.jsonl")
     batch = fill(media, batch_of_records(prepared, make, [0]))
     assert batch.image.shape[0] == batch.audio.shape[0] == 1
-    model(batch, "sum").backward()
+    model.loss(batch).backward()
     assert all(p.grad.abs().sum() > 0 for p in model.projectors.parameters())
     ids = prepared.ids.tolist()
     assert (
@@ -274,7 +271,7 @@ def test_an_encoder_is_one_function_and_one_entry(place, tmp_path, monkeypatch):
         projector_width=16,
     )
     model, _, prepared, make = made(media, place / "train.jsonl")
-    model(fill(media, batch_of_records(prepared, make, [0, 1])), "sum").backward()
+    model.loss(fill(media, batch_of_records(prepared, make, [0, 1]))).backward()
     assert (
         model.projectors["image"].positions.shape == (1, 196, 8)
         and model.projectors["image"].positions.grad.abs().sum() > 0

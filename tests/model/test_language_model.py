@@ -68,15 +68,15 @@ def test_packed_is_chosen_where_it_equals_alone(kind):
     assert self_check(wrapper) < 2e-4
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("gemma2", "own"), ("bloom", "padded")])
+@pytest.mark.parametrize(("kind", "mode"), [("gemma2", "native"), ("bloom", "padded")])
 def test_models_that_would_mix_documents_are_padded(kind, mode):
     wrapper, note = wrap(small(kind))
     assert wrapper.mode == mode and "padded" in note
     ids, weights = documents(np.random.default_rng(0), 3)
-    together = wrapper(lay_out(ids, weights, packed=False), "tokens")
+    together = wrapper.logprobs(lay_out(ids, weights, packed=False))
     alone = torch.cat(
         [
-            wrapper(lay_out([x], [w], packed=False), "tokens")
+            wrapper.logprobs(lay_out([x], [w], packed=False))
             for x, w in zip(ids, weights, strict=True)
         ]
     )
@@ -87,9 +87,9 @@ def test_the_self_check_can_fail():
     """With plain causal attention over the whole row documents see each other, and the check says so."""
     wrapper, _ = wrap(small("llama"))
     base_model(wrapper.inner).set_attn_implementation("sdpa")
-    forward = wrapper.hidden
-    wrapper.hidden = lambda batch, embeds=None: forward(
-        batch._replace(positions=torch.arange(batch.tokens.shape[1])[None]), embeds
+    logprobs = wrapper.logprobs
+    wrapper.logprobs = lambda batch: logprobs(
+        batch._replace(positions=torch.arange(batch.tokens.shape[1])[None])
     )
     assert self_check(wrapper) > 2e-3
 
@@ -139,8 +139,8 @@ def test_a_shared_prompt_equals_two_whole_sequences(kind, settings):
             (np.arange(len(x)) >= len(prompts[i // 2])).astype(np.float32)
             for i, x in enumerate(ids)
         ]
-        one = wrapper(lay_out(ids, weights, shared=shared), "tokens")
-        two = wrapper(lay_out(ids, weights), "tokens")
+        one = wrapper.logprobs(lay_out(ids, weights, shared=shared))
+        two = wrapper.logprobs(lay_out(ids, weights))
         torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
         for a, b in zip(
             *(torch.autograd.grad((x * x.detach()).sum(), parameters) for x in (one, two)),
@@ -154,10 +154,10 @@ def test_scores_are_read_at_the_last_token_whatever_the_layout():
     wrapper, _ = wrap(model)
     ids, weights = documents(np.random.default_rng(3), 4)
     ids[1][-1] = 0  # the pad token as a last real token
-    packed = wrapper(lay_out(ids, weights), "scores")
-    padded = wrapper(lay_out(ids, weights, packed=False), "scores")
+    packed = wrapper.scores(lay_out(ids, weights))
+    padded = wrapper.scores(lay_out(ids, weights, packed=False))
     alone = torch.cat(
-        [wrapper(lay_out([x], [w]), "scores") for x, w in zip(ids, weights, strict=True)]
+        [wrapper.scores(lay_out([x], [w])) for x, w in zip(ids, weights, strict=True)]
     )
     assert packed.shape == (4, 3)
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
@@ -183,12 +183,12 @@ def test_blocks_are_not_compiled_anew_for_other_documents(monkeypatch):
 
     wrapper, counter, rng = wrap(small("llama"))[0], CompileCounter(), np.random.default_rng(0)
     batches = [lay_out(*documents(rng, n)) for n in (4, 5, 3, 9, 7)]
-    before = [wrapper(batch, "sum").item() for batch in batches]
+    before = [wrapper.loss(batch).item() for batch in batches]
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     compile_blocks(wrapper)
     after, counts = [], []
     for batch in batches:
-        after.append(wrapper(batch, "sum").item())
+        after.append(wrapper.loss(batch).item())
         counts.append(counter.frame_count)
     assert counts[0] > 0 and counts[1] == counts[-1]
     assert after == pytest.approx(before, rel=1e-5)
@@ -205,5 +205,5 @@ def test_under_autocast_attention_runs_in_its_type(monkeypatch):
     )
     wrapper, _ = wrap(small("llama"), autocast=torch.bfloat16)
     seen.clear()
-    wrapper(lay_out(*documents(np.random.default_rng(0), 3)), "sum")
+    wrapper.loss(lay_out(*documents(np.random.default_rng(0), 3)))
     assert wrapper.mode == "packed" and set(seen) == {torch.bfloat16}

@@ -264,7 +264,7 @@ def test_answers_read_what_training_reads(made):
         tokenizer=one.tokenizer,
         config=ChatConfig(),
     )
-    embed = lambda texts: model(texts, "embed")
+    embed = lambda texts: model.embed(texts)
     found = answerable(one, embed, [{"messages": chat} for chat in asked.chats], encode)
     starts = np.cumsum([0, *batch.seqs.lengths])
     for (record, prompt), start, rows in zip(found, starts, batch.found, strict=False):
