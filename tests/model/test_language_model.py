@@ -107,11 +107,11 @@ def test_values_and_gradients_do_not_depend_on_company(kind, layout):
     rng = np.random.default_rng(1)
     for _ in range(3):
         ids, weights = documents(rng, 5)
-        together = wrapper(lay_out(ids, weights, packed=layout == "packed"))
+        together = wrapper.loss(lay_out(ids, weights, packed=layout == "packed"))
         together.backward()
         gradients = [p.grad.clone() for p in model.parameters()]
         model.zero_grad()
-        alone = sum(wrapper(lay_out([x], [w])) for x, w in zip(ids, weights, strict=True))
+        alone = sum(wrapper.loss(lay_out([x], [w])) for x, w in zip(ids, weights, strict=True))
         alone.backward()
         torch.testing.assert_close(
             together, alone, rtol=1e-12 if kind == "llama" else 1e-6, atol=1e-10
@@ -167,7 +167,7 @@ def test_scores_are_read_at_the_last_token_whatever_the_layout():
 def test_an_empty_micro_batch_still_has_gradients():
     model = small("llama")
     wrapper, _ = wrap(model)
-    loss = wrapper(lay_out([], []))
+    loss = wrapper.loss(lay_out([], []))
     loss.backward()
     assert loss.item() == 0
 

@@ -202,7 +202,7 @@ def test_evaluation_is_the_token_mean_over_all_records():
     data, model = prepared(), tiny(dtype=torch.float64)
     many = mean_over(model, evaluation_batches(data, max_tokens_per_micro=40), sft_step)
     (one,) = evaluation_batches(data, max_tokens_per_micro=10_000)
-    assert many["loss"] == pytest.approx((model(one) / one.weights.sum()).item(), rel=1e-10)
+    assert many["loss"] == pytest.approx((model.loss(one) / one.weights.sum()).item(), rel=1e-10)
 
 
 def test_decay_is_for_matrices_and_scales_for_named_parts():
