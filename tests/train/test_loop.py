@@ -72,7 +72,7 @@ def test_one_update_equals_the_mean_over_the_whole_batch(tmp_path, packed):
     train(model, feed, sft_step, loop(tmp_path), optim)
     (whole,) = feed_of(data, steps=1, batch_size=24, budget=10_000).batches(0)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0)
-    (plain(whole) / whole.weights.sum()).backward()
+    (plain.loss(whole) / whole.weights.sum()).backward()
     torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
     optimizer.step()
     for (name, got), want in zip(weights(model).items(), plain.parameters(), strict=True):
