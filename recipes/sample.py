@@ -17,9 +17,9 @@ from typing import Literal
 from ta.cli import cli
 from ta.data.records import check_candidates
 from ta.data.sources import read_records
+from ta.files import locked, write_atomic
 from ta.generation import answers_file
 from ta.generation.sampling import SAMPLERS
-from ta.train.run_folder import write_text
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ def main(config: Sample) -> None:
                 lines.append(rest | {"messages": [*record.data["messages"], message]})
         else:
             lines.append({**record.data, "answers": answers})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    with locked(out):
+        write_atomic(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     print(f"{out}: {len(lines):,} lines", file=sys.stderr)
 
 

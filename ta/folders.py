@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from ta.builtin import models, pictures
-from ta.files import cache_folder, content_hash, hash_json
+from ta.files import cache_folder, content_hash, hash_json, publishing
 
 TUNED, SMALL, READER, SEEING = (
     "builtin-sft",
@@ -45,12 +44,8 @@ def written(name: str, write: Callable[[Path], None]) -> Path:
     """The folder of built-in parts of that name, which `write` makes where it is not there yet."""
     folder = place() / name
     if not folder.exists():
-        temporary = folder.with_name(f".{name}.{os.getpid()}.tmp")
-        write(temporary)
-        try:
-            os.rename(temporary, folder)
-        except OSError:  # another process was first
-            shutil.rmtree(temporary)
+        with suppress(FileExistsError), publishing(folder) as aside:  # or another was first
+            write(aside)
     return folder
 
 

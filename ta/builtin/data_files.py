@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from ta.builtin import models
+from ta.files import locked
 from ta.folders import READER, TUNED, pictures_folder, place, tiny_folder, tuned_folder
 
 __all__ = ["READER", "TUNED", "data_or_builtin", "pictures_folder", "tiny_folder", "tuned_folder"]
@@ -53,12 +52,9 @@ def records_file(name: str, make: Callable[[], list[dict]]) -> Path:
     """The file of built-in records of that name, which `make` gives where it is not there yet."""
     path = place() / name
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        models.write_jsonl(temporary, make())
-        with suppress(FileExistsError):  # another process was first: its file stays as it is
-            os.link(temporary, path)
-        temporary.unlink()
+        with locked(path, waiting=lambda: None):
+            if not path.exists():  # else another process was first: its file stays as it is
+                models.write_jsonl(path, make())
     return path
 
 

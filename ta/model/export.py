@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Callable, Collection
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ta.parallel import barrier, rank, world
+from ta.files import publishing
+from ta.parallel import gather_objects, on_rank_zero, rank, world
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,29 +19,24 @@ MAX_FILE = "5GB"  # larger models are written as several files with an index
 
 
 @contextmanager
-def published(folder: Path):
-    """Give a folder beside `folder` to write into; it takes its name when all is written, and leaves nothing behind when that fails."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    if rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    barrier()
-    try:
-        yield temporary
-    except BaseException:
-        if rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    barrier()
-    if rank() == 0:
-        if folder.exists():
-            shutil.rmtree(folder)
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-        os.rename(temporary, folder)
-    barrier()
+def published(folder: Path) -> Iterator[Path]:
+    """`publishing` for all processes: rank 0 gets the folder to write into, which replaces `folder`.
+
+    Every process must come here; what fails on one is raised by all, and nothing is left behind.
+    """
+    with ExitStack() as stack:
+        aside = on_rank_zero(lambda: stack.enter_context(publishing(folder, replace=True)))
+        failure = None
+        try:
+            yield aside
+        except Exception as error:
+            failure = error
+        told = gather_objects(failure and f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        if failed := [text for text in told if text]:
+            raise OSError(f"{folder} is not written, another process failed ({failed[0]})")
+        on_rank_zero(stack.close)
 
 
 def export(

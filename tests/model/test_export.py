@@ -1,6 +1,8 @@
 """Exports appear whole or not at all, and in as many files as their size asks for."""
 
 import json
+import os
+import stat
 
 import pytest
 import torch
@@ -42,3 +44,30 @@ def test_what_fails_leaves_the_earlier_export(parts, tmp_path):
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
     export.export(*parts, tmp_path / "final", chat_template="{{ messages }}")
     assert AutoTokenizer.from_pretrained(tmp_path / "final").chat_template == "{{ messages }}"
+
+
+def test_every_file_has_the_mode_that_the_umask_gives(tmp_path):
+    before = os.umask(0o022)
+    try:
+        export.export(models.tiny_model().bfloat16(), models.tiny_tokenizer(), tmp_path / "final")
+    finally:
+        os.umask(before)
+    modes = {
+        path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "final").iterdir()
+    }
+    assert "model.safetensors" in modes and set(modes.values()) == {0o644}
+
+
+def test_an_earlier_export_stands_until_the_new_one_does(parts, tmp_path, monkeypatch):
+    export.export(*parts, tmp_path / "final")
+    (tmp_path / "final" / "mark").touch()
+    real, seen = os.rename, []
+
+    def rename(old, new):
+        seen.append((tmp_path / "final" / "mark").exists())
+        real(old, new)
+
+    monkeypatch.setattr(os, "rename", rename)
+    export.export(*parts, tmp_path / "final")
+    assert seen == [True, False] and os.listdir(tmp_path) == ["final"]
+    assert not (tmp_path / "final" / "mark").exists()
