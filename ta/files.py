@@ -93,12 +93,13 @@ def append_line(path: str | Path, record: dict) -> None:
 
 
 def read_lines(path: str | Path) -> list[dict]:
-    """The whole objects of a file of JSON lines, none where there is no file; what a kill has torn
-    and what is no object is left out.
+    """The whole objects of a file of JSON lines, none where there is no file.
+
+    What a kill has torn, such as a last line without its end, and what is no object is left out.
     """
     out = []
     with suppress(FileNotFoundError):
-        for line in Path(path).read_bytes().split(b"\n"):
+        for line in Path(path).read_bytes().split(b"\n")[:-1]:
             with suppress(ValueError):
                 record = json.loads(line)
                 if isinstance(record, dict):

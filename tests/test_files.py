@@ -383,6 +383,7 @@ def test_a_torn_line_is_cut_off_before_the_next(tmp_path, cut):
         append_line(path, record)
     assert read_lines(path) == records[:3]
     path.write_bytes(path.read_bytes()[:-cut])
+    assert read_lines(path) == records[:2]
     append_line(path, records[3])
     assert read_lines(path) == records[:2] + records[3:]
     assert [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] == read_lines(path)

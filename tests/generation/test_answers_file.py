@@ -1,4 +1,4 @@
-"""Tests of ta.outputs: parts of several processes, torn lines, what is there already, who may write."""
+"""Parts of several processes, torn lines, what is there already, who may write."""
 
 import json
 import random
@@ -73,7 +73,8 @@ def test_what_exists_is_neither_lost_nor_mixed_up(tmp_path):
     with pytest.raises(ValueError, match=r"answers.jsonl exists.*--resume.*--overwrite"):
         check(out, False, False)
     out.unlink()
-    Part(out, 4).__exit__()
+    with Part(out, 4):
+        pass
     assert not list(tmp_path.iterdir())  # what has nothing to say leaves nothing
     with Part(out, 4) as part:
         part.append({"key": "a"})
@@ -91,4 +92,22 @@ def test_what_exists_is_neither_lost_nor_mixed_up(tmp_path):
     begin(out, overwrite=True, rank=1, world=2)
     assert len(list(tmp_path.iterdir())) == 1
     begin(out, overwrite=True, rank=0, world=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_process_is_refused_before_anything_is_deleted(tmp_path):
+    out = tmp_path / "answers.jsonl"
+    with Part(out, 1) as part:
+        part.append(record(1))
+        out.write_text("earlier")
+        for how in ({"world": 1}, {"rank": 1, "world": 2}):
+            with pytest.raises(
+                ValueError, match=r"--out .*answers.jsonl is being written by another"
+            ):
+                begin(out, overwrite=True, **how)
+        with pytest.raises(ValueError, match="is being written by another"), Part(out, 1):
+            pass
+        begin(out, overwrite=False, rank=0, world=2)  # a process of the same command
+        assert done(out, KEYS) == {"k1": record(1)} and out.read_text() == "earlier"
+    begin(out, overwrite=True)
     assert not list(tmp_path.iterdir())
