@@ -1,23 +1,26 @@
-"""The file that holds cached features while it is written: safetensors in batches, with a journal to go on from and a rename at the end.
+"""The file that holds cached features, and the parts it is made of while it is not finished.
 
-Tensors {key: (F, E)}; the metadata holds the encoder's fingerprint, the shape, and a content hash for each key. While it is being written it
-is `<name>.partial` (the same layout, header left blank) beside `<name>.partial.jsonl` (one line a batch).
+Tensors {key: (F, E)}; the metadata holds, as JSON under one name (safetensors keeps no order of
+several), the encoder's fingerprint, the shape, and a content hash for each key. Until the file is
+finished its batches lie as parts beside it.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from ta.files import Parts, writing
 
 if TYPE_CHECKING:  # reader processes import this module, and none of them needs torch
     import torch
 
-FORMAT = "ta-features-1"
-MAX_HEADER = 100_000_000  # safetensors reads no longer header
-COPY_BYTES = 1 << 24
+FORMAT = "ta-features-2"
+MAX_HEADER = 100_000_000  # bytes; safetensors reads no longer header
+ENTRY = 200  # bytes of a header for one tensor and its hash, at most, without its two keys
+MAX_PARTS = 50_000  # that are mapped into memory at once; Linux allows a process 65,530 maps
 
 
 class Layout(NamedTuple):
@@ -29,63 +32,39 @@ class Layout(NamedTuple):
 
 
 class FeatureFile:
-    """The half-written cache: its file, its journal and what they hold so far."""
+    """A cache that is not finished: what it holds so far, `hashes` {key: content hash}.
+
+    Letters: I files of a batch, (F, E) the features of one.
+    """
 
     def __init__(self, out: Path, layout: Layout, keys: Iterable[str]):
-        self.out, self.layout, self.hashes = out, layout, {}
-        self.data_path, self.journal_path = Path(f"{out}.partial"), Path(f"{out}.partial.jsonl")
-        rows, width = layout.shape
-        self.row_bytes = rows * width * {"F32": 4, "F16": 2, "BF16": 2}[layout.dtype]
-        full = self._header(dict.fromkeys(keys, "0" * 32))
-        if len(full) > MAX_HEADER:
+        """Begin or go on with what a call left; ValueError where that belongs to another encoder."""
+        self.out, self.layout, self.parts = out, layout, Parts(out)
+        keys = list(keys)
+        if "__metadata__" in keys:
             raise ValueError(
-                f"{out}: so many files need a header of {len(full)} bytes, safetensors reads {MAX_HEADER}; split the folder"
+                "a media file named '__metadata__' cannot be cached: safetensors keeps that name; "
+                "rename it"
             )
-        self.reserved = len(full)
-        if not self._resume():
-            self.data_path.write_bytes(b"")
-            self.journal_path.write_text(
-                json.dumps({"layout": layout, "reserved": self.reserved}) + "\n"
-            )
-        self.data = self.data_path.open("r+b")
-        self.data.truncate(
-            self.reserved + len(self.hashes) * self.row_bytes
-        )  # what no journal line vouches for is cut off
-        self.journal = self.journal_path.open("a")
-
-    def __enter__(self) -> FeatureFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.data.close()
-        self.journal.close()
-
-    def _resume(self) -> bool:
-        """Take over what an interrupted call left; False if it left nothing."""
-        if not self.journal_path.is_file() or not self.data_path.is_file():
-            return False
-        text = self.journal_path.read_text()
-        whole = text[: text.rfind("\n") + 1]  # a torn last line names a batch that was not finished
-        if not whole:
-            return False
-        first, *batches = whole.splitlines()
-        start = json.loads(first)
-        if Layout(start["layout"][0], tuple(start["layout"][1]), start["layout"][2]) != self.layout:
+        if sum(2 * len(json.dumps(key)) + ENTRY for key in keys) > MAX_HEADER:
             raise ValueError(
-                f"{self.data_path} was begun with another encoder or other settings; remove it, or give another path"
+                f"{out}: {len(keys):,} files are too many for one cache (safetensors reads no "
+                f"header over {MAX_HEADER:,} bytes); split the folder"
             )
-        self.reserved = start["reserved"]
-        for line in batches:
-            self.hashes.update(json.loads(line))
-        if self.data_path.stat().st_size < self.reserved + len(self.hashes) * self.row_bytes:
+        about = [FORMAT, *json.loads(json.dumps(layout))]
+        if self.parts.about() not in (None, about):
             raise ValueError(
-                f"{self.data_path} is shorter than its journal says; remove both files and start again"
+                f"{out} was begun with another encoder or other settings; remove "
+                f"{self.parts.folder}, or give another path"
             )
-        os.truncate(self.journal_path, len(whole.encode()))
-        return True
+        if self.parts.about() is None:
+            self.parts.begin(about)
+        self.hashes: dict[str, str] = {}
+        for part in self.parts.keys():  # noqa: SIM118 no mapping
+            self.hashes |= json.loads(self.parts.load(part)[1]["hashes"])
 
     def append(self, keys: Sequence[str], hashes: Sequence[str], features: torch.Tensor) -> None:
-        """Add (I, F, E) features; their journal line is written once they are on the disk."""
+        """Add (I, F, E) features; when this returns, they are on the disk."""
         import torch
 
         names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -93,61 +72,33 @@ class FeatureFile:
         want = (self.layout.dtype, (len(keys), *self.layout.shape))
         if have != want:
             raise ValueError(
-                f"the encoder gave features {have}, this cache holds {want}; tell the encoder's own shape and dtype"
+                f"the encoder gave features {have}, this cache holds {want}; "
+                "tell the encoder's own shape and dtype"
             )
-        self.data.seek(0, os.SEEK_END)
-        self.data.write(features.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        self.data.flush()
-        os.fsync(self.data.fileno())
-        self.journal.write(json.dumps(dict(zip(keys, hashes, strict=True))) + "\n")
-        self.journal.flush()
-        self.hashes.update(zip(keys, hashes, strict=True))
+        number = len(self.parts.keys())
+        if number == MAX_PARTS:
+            raise ValueError(
+                f"{self.out}: over {MAX_PARTS:,} batches; give a larger batch size and begin anew"
+            )
+        added = dict(zip(keys, hashes, strict=True))
+        tensors = {"features": features.detach().cpu().contiguous()}
+        self.parts.save(f"{number:06}", tensors, {"hashes": json.dumps(added)})
+        self.hashes |= added
 
     def publish(self) -> None:
-        """Fill in the header and rename the file to its name; files added since the beginning may need a longer header, and so a copy."""
-        header = self._header(self.hashes)
-        done = self.data_path
-        if len(header) <= self.reserved:
-            self.data.seek(0)
-            self.data.write(
-                (self.reserved - 8).to_bytes(8, "little") + header[8:].ljust(self.reserved - 8)
-            )
-            self.data.flush()
-            os.fsync(self.data.fileno())
-        else:
-            done = Path(f"{self.out}.partial.copy")
-            self.data.seek(self.reserved)
-            with done.open("wb") as copy:
-                copy.write(header)
-                while piece := self.data.read(COPY_BYTES):
-                    copy.write(piece)
-                copy.flush()
-                os.fsync(copy.fileno())
-        os.replace(done, self.out)
-        self.data_path.unlink(missing_ok=True)
-        self.journal_path.unlink()
+        """Write the cache and delete the parts, which are mapped, so that memory does not grow."""
+        from safetensors.torch import save_file
 
-    def _header(self, hashes: Mapping[str, str]) -> bytes:
-        """safetensors' header for `hashes` in file order: 8 bytes of length, then JSON padded so that the tensors start at a multiple of 8."""
-        if "__metadata__" in hashes:
-            raise ValueError(
-                "a media file named '__metadata__' cannot be cached: safetensors keeps that name; rename it"
-            )
+        tensors, hashes = {}, {}
+        for part in sorted(self.parts.keys()):
+            found, about = self.parts.load(part)
+            hashes |= json.loads(about["hashes"])
+            tensors |= zip(json.loads(about["hashes"]), found["features"], strict=True)
         info = {
-            "format": FORMAT,
             "fingerprint": self.layout.fingerprint,
-            "shape": json.dumps(self.layout.shape),
+            "shape": self.layout.shape,
+            "hashes": hashes,
         }
-        entries: dict[str, Any] = {
-            "__metadata__": {**info, "hashes": " ".join(hashes[key] for key in sorted(hashes))}
-        }
-        for row, key in enumerate(hashes):
-            span = [row * self.row_bytes, (row + 1) * self.row_bytes]
-            entries[key] = {
-                "dtype": self.layout.dtype,
-                "shape": self.layout.shape,
-                "data_offsets": span,
-            }
-        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-        text = text.ljust(-(-len(text) // 8) * 8)
-        return len(text).to_bytes(8, "little") + text
+        with writing(self.out) as aside:
+            save_file(tensors, aside, {FORMAT: json.dumps(info, sort_keys=True)})
+        self.parts.clear()

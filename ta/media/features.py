@@ -1,8 +1,9 @@
-"""Cached encoder features: made from media files by reader processes and an encoder, read by slices, refused when stale."""
+"""Cached encoder features: made from media files by reader processes and an encoder, read by
+slices, refused when stale.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections import deque
@@ -10,10 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ta.files import SETTLED, stamp
+from ta.files import SETTLED, content_hash, locked, stamp, write_atomic
 from ta.media.feature_file import FORMAT, FeatureFile, Layout
 from ta.parallel import gather_objects, rank, world
-from ta.train.run_folder import write_text
 
 if TYPE_CHECKING:  # reader processes import this module, and none of them needs torch
     import numpy as np
@@ -38,15 +38,10 @@ class Extracted(NamedTuple):
     skipped: list[tuple[str, str]]  # (key, why)
 
 
-def content_hash(path: str | Path) -> str:
-    """BLAKE2b (128 bits, hex) of a file's bytes, read in pieces."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
 def content_hashes(files: Sequence[Path], notes: Path) -> list[str]:
-    """`content_hash` of each file. `notes`, a JSON file, remembers them by path and stamp, so that only what changed is read again; processes
-    read a share each, and all must call this alike."""
+    """`content_hash` of each file. `notes`, a JSON file, remembers them by path and stamp, so that
+    only what changed is read again; processes read a share each, and all must call this alike.
+    """
     try:
         known = json.loads(notes.read_text())
     except (FileNotFoundError, ValueError):  # a torn file of notes is as good as none
@@ -61,13 +56,14 @@ def content_hashes(files: Sequence[Path], notes: Path) -> list[str]:
         if time.time_ns() - max(stamps[i][1:3]) > SETTLED
     }
     if settled and rank() == 0:
-        notes.parent.mkdir(parents=True, exist_ok=True)
-        write_text(notes, json.dumps(known | settled))
+        write_atomic(notes, json.dumps(known | settled))
     return [found.get(i) or known[str(file)][1] for i, file in enumerate(files)]
 
 
 def read_features(path: str | Path, fingerprint: str | None = None) -> Features:
-    """Open a cache; ValueError if it is no cache or another encoder (or other settings) made it. `fingerprint` None takes any encoder's."""
+    """Open a cache; ValueError if it is no cache or another encoder (or other settings) made it.
+    `fingerprint` None takes any encoder's.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
@@ -78,28 +74,31 @@ def read_features(path: str | Path, fingerprint: str | None = None) -> Features:
         raise ValueError(
             f"{path}: not a safetensors file ({error}); make the cache with recipes/preprocess_images.py"
         ) from error
-    info = handle.metadata() or {}
-    if info.get("format") != FORMAT:
+    known = handle.metadata() or {}
+    if known.get("format") == "ta-features-1":
         raise ValueError(
-            f"{path} is a safetensors file, but not a cache of features; make one with recipes/preprocess_images.py"
+            f"{path} was made by an earlier version, which hashed files otherwise; "
+            "make it again with recipes/preprocess_images.py --overwrite"
         )
+    if FORMAT not in known:
+        raise ValueError(
+            f"{path} is a safetensors file, but not a cache of features; "
+            "make one with recipes/preprocess_images.py"
+        )
+    info = json.loads(known[FORMAT])
     if fingerprint not in (None, info["fingerprint"]):
         raise ValueError(
-            f"{path} was made by another encoder or other settings ({info['fingerprint'][:12]}, this encoder is {fingerprint[:12]}); "
+            f"{path} was made by another encoder or other settings ({info['fingerprint'][:12]}, "
+            f"this encoder is {fingerprint[:12]}); "
             "make it again with this encoder, or give the encoder that made it"
         )
-    rows, width = json.loads(info["shape"])
-    return Features(
-        Path(path),
-        info["fingerprint"],
-        (rows, width),
-        dict(zip(sorted(handle.keys()), info["hashes"].split(), strict=True)),
-        handle,
-    )
+    return Features(Path(path), info["fingerprint"], tuple(info["shape"]), info["hashes"], handle)
 
 
 def take(features: Features, keys: Sequence[str]) -> torch.Tensor:
-    """(I, F, E) features of `keys` in their order, read from the file; ValueError names a key that is not in the cache."""
+    """(I, F, E) features of `keys` in their order, read from the file; ValueError names a key that
+    is not in the cache.
+    """
     import torch
 
     for key in keys:
@@ -117,7 +116,9 @@ def take(features: Features, keys: Sequence[str]) -> torch.Tensor:
 def check_features(
     features: Features, paths: Mapping[str, Path], hashes: Mapping[str, str] | None = None
 ) -> None:
-    """ValueError unless every file of `paths` {key: file} is in the cache with the content that was encoded; `hashes` where they are known."""
+    """ValueError unless every file of `paths` {key: file} is in the cache with the content that was
+    encoded; `hashes` where they are known.
+    """
     absent = [key for key in paths if key not in features.hashes]
     if absent:
         raise ValueError(
@@ -143,11 +144,13 @@ def extract(
     progress: Callable[[int, int], None] | None = None,
     overwrite: bool = False,
 ) -> Extracted:
-    """Encode the files of `paths` {key: file} into the cache `out`, going on where an interrupted call stopped; memory does not grow with them.
+    """Encode the files of `paths` {key: file} into the cache `out`, going on where an interrupted
+    call stopped; memory does not grow with them.
 
-    `read` (run in `workers` processes; 0 reads here) gives one input, `encode` takes a batch of them to (I, F, E). A file that `read` refuses
-    with ValueError ends the call, or with `skip_bad` is counted. `progress(done, total)` is called after every batch. An `out` that exists is
-    replaced at the end where `overwrite` says so.
+    `read` (run in `workers` processes; 0 reads here) gives one input, `encode` takes a batch of
+    them to (I, F, E). A file that `read` refuses with ValueError ends the call, or with `skip_bad`
+    is counted. `progress(done, total)` is called after every batch. An `out` that exists is
+    replaced at the end where `overwrite` says so. ValueError where another process writes `out`.
     """
     import torch
 
@@ -158,7 +161,8 @@ def extract(
             f"workers {workers}, batch size {batch_size}: give 0 or more workers and a batch of 1 or more"
         )
     skipped: list[tuple[str, str]] = []
-    with FeatureFile(Path(out), layout, paths) as partial:
+    with locked(out):
+        partial = FeatureFile(Path(out), layout, paths)
         found = len(partial.hashes)
         batch: list[tuple[str, str, np.ndarray]] = []
         left = [(key, path) for key, path in paths.items() if key not in partial.hashes]
@@ -206,7 +210,9 @@ def _read_one(read: Callable[[Path], np.ndarray], key: str, path: Path) -> Read:
 def _read_all(
     left: Iterable[tuple[str, Path]], read: Callable[[Path], np.ndarray], workers: int
 ) -> Iterator[Read]:
-    """Read in order, a few ahead in each of `workers` fresh processes; a forked one would inherit torch's threads."""
+    """Read in order, a few ahead in each of `workers` fresh processes; a forked one would inherit
+    torch's threads.
+    """
     if workers == 0:
         yield from (_read_one(read, key, path) for key, path in left)
         return

@@ -206,7 +206,7 @@ def content_of(opened: Opened, prepared: Prepared) -> str:
         notes = (
             cache_folder("")
             / "hashes"
-            / f"media-{hash_json(str(Path(modality.root).resolve()))[:32]}.json"
+            / f"media-sha256-{hash_json(str(Path(modality.root).resolve()))[:32]}.json"
         )
         hashes = dict(zip(files, content_hashes(list(files.values()), notes), strict=True))
         content += hashes.values()

@@ -1,5 +1,9 @@
-"""Cached features: what is written is what is read, interrupted runs go on, stale and foreign caches are refused, memory stays flat."""
+"""Cached features: what is written is what is read, interrupted runs go on, stale and foreign
+caches are refused, memory stays flat.
+"""
 
+import os
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -9,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ta.files import content_hash, locked
 from ta.media.feature_file import FeatureFile, Layout
 from ta.media.features import (
     check_features,
-    content_hash,
     content_hashes,
     extract,
     read_features,
@@ -89,15 +93,9 @@ def test_an_interrupted_run_goes_on(tmp_path, paths, finished, more):
         with pytest.raises(KeyboardInterrupt):
             extract(out, paths, read, stop_after(more_finished), LAYOUT, batch_size=3)
         assert not out.exists()
-        with (
-            (tmp_path / "cache.safetensors.partial").open("ab") as data,
-            (tmp_path / "cache.safetensors.partial.jsonl").open("a") as journal,
-        ):
-            data.write(
-                b"torn"
-            )  # a crash between data and journal, and in the middle of a journal line
-            journal.write('{"sub/6.png": "00')
-    if more:  # files that came after the beginning need a longer header than was reserved
+        half = tmp_path / ".cache.safetensors.parts" / ".000009.safetensors.7.tmp"
+        half.write_bytes(b"torn")  # what a kill leaves of a part is no part
+    if more:  # files that came after the beginning
         for value in range(8, 60):
             path = tmp_path / "media" / f"{value}.png"
             path.write_text(str(value))
@@ -115,12 +113,34 @@ def test_an_interrupted_run_goes_on(tmp_path, paths, finished, more):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache.safetensors", "media"]
 
 
-def test_half_a_journal_line_is_nothing(tmp_path, paths):
-    out = tmp_path / "c"
-    (tmp_path / "c.partial").write_bytes(b"x")
-    (tmp_path / "c.partial.jsonl").write_text('{"lay')
-    assert extract(out, paths, read, encode, LAYOUT).encoded == 8
-    check_features(read_features(out), paths)
+def test_a_killed_run_goes_on_and_a_second_one_is_refused(tmp_path, paths):
+    out, whole = tmp_path / "c", tmp_path / "whole"
+    extract(whole, paths, read, encode, LAYOUT, batch_size=3)
+    for _ in range(2):  # one batch each
+        if not (pid := os.fork()):
+            calls = []
+
+            def killed(inputs, calls=calls):
+                calls.append(inputs)
+                if len(calls) == 2:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return encode(inputs)
+
+            extract(out, paths, read, killed, LAYOUT, batch_size=3)
+            os._exit(0)
+        assert os.WIFSIGNALED(os.waitpid(pid, 0)[1]) and not out.exists()
+    with locked(out), pytest.raises(ValueError, match="c is being written by another process"):
+        extract(out, paths, read, encode, LAYOUT)
+    assert extract(out, paths, read, encode, LAYOUT, batch_size=3).encoded == 2
+    assert out.read_bytes() == whole.read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["c", "media", "whole"]
+
+
+def test_a_cache_of_an_earlier_version_is_refused_in_a_line(tmp_path):
+    old = {"format": "ta-features-1", "fingerprint": "f", "shape": "[3, 2]", "hashes": "0" * 32}
+    save_file({"a.png": torch.zeros(3, 2)}, tmp_path / "old", old)
+    with pytest.raises(ValueError, match=r"earlier version.*preprocess_images.py --overwrite"):
+        read_features(tmp_path / "old")
 
 
 def test_stale_and_foreign_caches_are_refused(tmp_path, paths):
@@ -168,9 +188,6 @@ def test_a_beginning_of_another_encoder_is_refused(tmp_path, paths):
     ):
         with pytest.raises(ValueError, match="begun with another encoder"):
             extract(tmp_path / "c", paths, read, encode, other)
-    (tmp_path / "c.partial").write_bytes(b"")
-    with pytest.raises(ValueError, match="shorter than its journal"):
-        extract(tmp_path / "c", paths, read, encode, LAYOUT)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -210,21 +227,35 @@ def test_too_long_a_header_is_said_first(tmp_path, monkeypatch):
 
 
 MEMORY = """
-import sys, resource, torch
+import re, resource, sys
 import numpy as np
+import safetensors.torch, torch
 from ta.media.features import extract
 from ta.media.feature_file import Layout
-peaks = []
-for count in (100, 1000):  # 6.5 MB and 65 MB of features
-    paths = {str(i): sys.argv[1] for i in range(count)}
-    step = lambda x: torch.ones(len(x), 64, 256)
-    extract(f"{sys.argv[1]}.{count}", paths, lambda path: np.zeros(1, np.float32), step, Layout("f", (64, 256), "F32"))
-    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-print(peaks[1] - peaks[0])
+
+def memory(name):
+    return int(re.search(name + r":\\s*(\\d+) kB", open("/proc/self/status").read())[1])
+
+def save_without_a_copy(*given):
+    held.append(memory("RssAnon"))
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, ((memory("VmData") + 16_000) * 1024, limits[1]))
+    real(*given)
+    resource.setrlimit(resource.RLIMIT_DATA, limits)
+
+def encode(inputs):
+    held.append(memory("RssAnon"))
+    return torch.ones(len(inputs), 64, 256)
+
+real, safetensors.torch.save_file, held = safetensors.torch.save_file, save_without_a_copy, []
+paths = {str(i): sys.argv[1] for i in range(1000)}  # 65 MB of features
+read = lambda path: np.zeros(1, np.float32)
+extract(f"{sys.argv[1]}.cache", paths, read, encode, Layout("f", (64, 256), "F32"))
+print(max(held) - held[4])
 """
 
 
-def test_writing_takes_the_same_memory_for_many_as_for_few(tmp_path):
+def test_memory_does_not_grow_with_the_features(tmp_path):
     (tmp_path / "m").write_text("1")
     run = subprocess.run(
         [sys.executable, "-c", MEMORY, str(tmp_path / "m")],
