@@ -34,12 +34,14 @@ def generate(
     embeds: Sequence[Tensor] | None = None,
     keys: Sequence[int] | None = None,
     on_token: Callable[[int, int, list[int]], None] | None = None,
+    fixed_shapes: bool | None = None,
 ) -> list[list[Answer]]:
     """`config.num_answers` answers to each prompt, in input order.
 
     model: a transformers or peft model, or ta's wrapper around one; its attention function, train mode and gradients are put back afterwards.
     prompts: token ids. embeds: for each prompt (L, D) in place of its tokens' embeddings. stop_ids: tokens that end an answer.
     keys: the number that each prompt's sampling is seeded with beside config.seed (its place in `prompts` by default).
+    fixed_shapes: whether decode steps come in few shapes and replay as CUDA graphs (None: on a GPU); the answers are the same.
     on_answer(i, answers) is called as soon as prompt i has all its answers; on_token(i, answer, ids) after each token (not in beam search).
     ValueError: settings that exclude each other; prompts that are empty, too long for the context, or of another vocabulary; broken logits.
     """
@@ -100,6 +102,8 @@ def generate(
             run, layers, width = _forward(base if virtual else model, base)
             fed = _with_virtual_tokens(inner, base, prompts, embeds) if virtual else embeds
             device = base.get_input_embeddings().weight.device
+            whole = not hasattr(model, "unshard") and {p.device for p in base.parameters()} == {device}
+            fixed = whole and (device.type == "cuda" if fixed_shapes is None else fixed_shapes)
             run_slots(
                 Caller(run, advance, finished),
                 layers,
@@ -110,6 +114,7 @@ def generate(
                 fed,
                 width,
                 device,
+                fixed,
             )
     return answers
 

@@ -19,11 +19,17 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 
 class Window:
-    """Which rows and columns of the buffer the forward pass under way reads and writes; shared by all layers."""
+    """Which rows and columns of the buffer the forward pass under way reads and writes; shared by all layers.
+
+    A step of fixed shapes reads the first `width` columns whatever they hold, and writes the column
+    whose number stands in the tensor `column` (1,); elsewhere `column` is None.
+    """
 
     def __init__(self, slots: int, capacity: int, end: int):
         self.slots, self.capacity, self.end = slots, capacity, end
         self.rows, self.past = slice(0, 0), 0
+        self.column: Tensor | None = None
+        self.width = 0
 
 
 class SlotLayer(CacheLayerMixin):
@@ -50,6 +56,11 @@ class SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         w = self.window
+        if w.column is not None:
+            keys, values = self.keys[w.rows], self.values[w.rows]
+            keys.index_copy_(2, w.column, key_states)
+            values.index_copy_(2, w.column, value_states)
+            return keys[:, :, : w.width], values[:, :, : w.width]
         new = slice(w.end, w.end + 1) if w.past else slice(w.end - key_states.shape[2], w.end)
         self.keys[w.rows, :, new] = key_states
         self.values[w.rows, :, new] = value_states
@@ -58,11 +69,17 @@ class SlotLayer(CacheLayerMixin):
         seen = slice(w.end - w.past, w.end + 1)
         return self.keys[w.rows, :, seen], self.values[w.rows, :, seen]
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.window.past + query_length, 0
+    @property
+    def is_compileable(self) -> bool:
+        """Whether transformers must make a mask without a look at its values."""
+        return self.window.column is not None
 
-    def get_seq_length(self) -> int:
-        return self.window.past
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        w = self.window
+        return (w.past + query_length if w.column is None else w.width), 0
+
+    def get_seq_length(self) -> int | Tensor:
+        return self.window.past if self.window.column is None else self.window.column[0]
 
     def get_max_length(self) -> int:
         return -1
@@ -74,12 +91,16 @@ class SlotLayer(CacheLayerMixin):
             x[target, :, columns] = x[source, :, columns]
 
     def rebase(self, width: int, live: int, old_end: int) -> None:
-        """Move the last `width` columns of the live rows to the window's new end, in a buffer of its new capacity."""
+        """Move the last `width` columns of the live rows to the window's new end, in a new buffer where its capacity is new."""
         new, old = slice(self.window.end - width, self.window.end), slice(old_end - width, old_end)
         for name in ("keys", "values"):
             before = getattr(self, name)
+            moved = before[:live, :, old]
+            if before.shape[2] == self.window.capacity:
+                before[:live, :, new] = moved.clone()  # the two may overlap
+                continue
             after = self._buffer(before)
-            after[:live, :, new] = before[:live, :, old]
+            after[:live, :, new] = moved
             setattr(self, name, after)
 
 

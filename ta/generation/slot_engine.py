@@ -1,12 +1,16 @@
 """A generation engine in plain torch: a fixed number of slots over a model's public forward, where a finished row is replaced by the next prompt.
 
 A new prompt is prefilled straight into the columns left of the buffer's common end, a decode step writes one column for every row, and a finished
-row is overwritten by the last one: nothing is copied but that row, and no step computes an empty slot.
+row is overwritten by the last one: nothing is copied but that row.
+A plain step computes the live rows and the columns they need. A step of fixed shapes, which a GPU can replay as a graph, rounds both up, finds
+all that changes in tensors that stay where they are, and its tokens are read one step late.
 Letters: B rows (live slots), T columns, L prompt tokens, V vocabulary, D model width.
 """
 
 from __future__ import annotations
 
+import functools
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -16,10 +20,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from ta.generation.graphs import Graphs
 from ta.generation.slot_cache import SlotLayer, Window
+from ta.parallel import say
 
 PREFILL_TOKENS = 8192  # padded prompt tokens in one prefill: bounds its activations
 EFFICIENT = 1024  # from here on a prefill gains less from being larger than it loses to padding
+NARROWEST = 128  # columns of the narrowest step of fixed shapes
+AGREEMENT = 0.05  # of the spread of a row's logits: what arithmetic in 16 bits may differ by
 
 
 class Job(NamedTuple):
@@ -60,6 +68,17 @@ class Row:
     ]  # one number in [0, 1) for each new token; empty where decoding is greedy
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    asked: int = 0  # tokens computed, of which `ids` lacks those not read yet
+    ended: bool = False
+
+
+class Unread(NamedTuple):
+    """Tokens that are on their way from the device."""
+
+    rows: list[Row]
+    ids: Tensor
+    logprobs: Tensor
+    arrived: torch.cuda.Event | None
 
 
 def run_slots(
@@ -72,12 +91,15 @@ def run_slots(
     embeds: Sequence[Tensor] | None = None,
     vocabulary: int = 0,
     device: torch.device | str = "cpu",
+    fixed_shapes: bool = False,
 ) -> None:
     """Run all `jobs`, at most `slots` at a time.
 
     layers: how many layers hold a cache. embeds[i] (L, D) is fed in place of prompt i, whose tokens only a repetition penalty then looks at.
     vocabulary: V, read where a repetition penalty is on.
+    fixed_shapes: steps of few different shapes, replayed as CUDA graphs on a GPU; said and given up where the model cannot.
     """
+    device = torch.device(device)
     lengths = [len(x) for x in (prompts if embeds is None else embeds)]
     waiting = sorted(
         range(len(jobs)), key=lambda j: lengths[jobs[j].prompt]
@@ -86,27 +108,33 @@ def run_slots(
         return
     slots = min(slots, len(jobs))
     longest = lengths[jobs[waiting[-1]].prompt]
-    window = Window(
-        slots, longest + min(longest // 2 + 64, max(job.limit for job in jobs)), longest
-    )
+    capacity = longest + min(longest // 2 + 64, max(job.limit for job in jobs))
+    window = Window(slots, bucket(capacity) if fixed_shapes else capacity, longest)
     cache = Cache(layers=[SlotLayer(window) for _ in range(layers)])
     seen = (
         torch.zeros(slots, vocabulary, dtype=torch.bool, device=device)
         if how.repetition_penalty != 1
         else None
     )
+    tokens = torch.zeros(slots, dtype=torch.long, device=device)
     engine = Engine(
-        caller, prompts, lengths, jobs, how, embeds, device, window, cache, seen, waiting
+        caller, prompts, lengths, jobs, how, embeds, device, window, cache, seen, waiting, tokens
     )
+    fixed = engine.fix_shapes() if fixed_shapes else None
+    # a prefill costs about a whole step, and many replayed ones: wait until some slots are free
+    some = max(1, slots // (4 if fixed and fixed.records else 8))
     with torch.no_grad():
-        while engine.rows or engine.waiting:
-            # a prefill of one prompt costs about a whole step: wait until some slots are free
-            while engine.waiting and slots - len(engine.rows) >= (
-                max(1, slots // 8) if engine.rows else 1
-            ):
-                engine.prefill()
-            if engine.rows:
-                engine.step()
+        try:
+            while engine.rows or engine.waiting or engine.unread:
+                while engine.waiting and slots - len(engine.rows) >= (some if engine.rows else 1):
+                    engine.prefill()
+                if engine.rows:
+                    engine.step()
+                else:
+                    engine.read(0)
+        finally:
+            if fixed:
+                fixed.forget()
 
 
 @dataclass
@@ -117,12 +145,27 @@ class Engine:
     jobs: Sequence[Job]
     how: Sampling
     embeds: Sequence[Tensor] | None
-    device: torch.device | str
+    device: torch.device
     window: Window
     cache: Cache
     seen: Tensor | None  # (slots, V): tokens of each row so far
     waiting: list[int]  # jobs, the next at the end
+    tokens: Tensor  # (slots,): the last token of each row
     rows: list[Row] = field(default_factory=list)
+    unread: deque[Unread] = field(default_factory=deque)
+    # of steps of fixed shapes
+    fixed: Graphs | None = None
+    places: Tensor | None = None  # (1 + slots,): the column to write, tokens in the cache of each row
+    draws: Tensor | None = None  # (slots,): random numbers in [0, 1)
+    checked: bool = False
+
+    def fix_shapes(self) -> Graphs:
+        """Take steps of fixed shapes from now on."""
+        slots = self.window.slots
+        self.places = torch.zeros(1 + slots, dtype=torch.long, device=self.device)
+        self.draws = torch.zeros(slots, device=self.device)
+        self.fixed = Graphs(self._fixed, self.device)
+        return self.fixed
 
     def next_length(self) -> int:
         """Tokens of the next waiting prompt, which is the longest that still waits."""
@@ -155,9 +198,7 @@ class Engine:
             inputs | {"past_key_values": self.cache}
         )  # (prompts of the group, V)
         if taken > len(group):
-            which = torch.tensor(
-                [n for n, members in enumerate(group.values()) for _ in members], device=self.device
-            )
+            which = self._sent([n for n, members in enumerate(group.values()) for _ in members])
             logits = logits[which]
             for layer in self.cache.layers:
                 layer.copy(first + which, slice(first, first + taken), width)
@@ -165,71 +206,209 @@ class Engine:
             for job in members:
                 if self.seen is not None:
                     self.seen[len(self.rows)] = False
-                    self.seen[len(self.rows), torch.tensor(self.prompts[i], device=self.device)] = (
-                        True
-                    )
+                    self.seen[len(self.rows), self._sent(self.prompts[i])] = True
                 self.rows.append(Row(job, self.lengths[i], uniforms(self.jobs[job], self.how)))
-        self._append(first, logits)
+        seen = None if self.seen is None else self.seen[first : len(self.rows)]
+        self._append(first, *choose(logits, self._sent(self._drawn(first)), seen, self.how))
 
     def step(self) -> None:
         """One more token for every row."""
+        self._make_room()
+        found = self._replayed() if self.fixed else None
+        if found is None:
+            n = len(self.rows)
+            seen = None if self.seen is None else self.seen[:n]
+            found = choose(self._logits(), self._sent(self._drawn(0)), seen, self.how)
+        self.window.end += 1
+        for row in self.rows:
+            row.length += 1
+        self._append(0, *found)
+
+    def _make_room(self) -> None:
+        """See that the next column is in the buffer, and near the live ones where widths are rounded."""
         window, width = self.window, max(row.length for row in self.rows)
-        if window.end == window.capacity:
-            end, window.end = window.end, max(width, self.next_length())
-            window.capacity = window.end + window.end // 2 + 64
-            for layer in self.cache.layers:
-                layer.rebase(width, len(self.rows), end)
+        end, close = window.end, max(width, self.next_length())
+        if self.fixed:
+            needed, tight = bucket(end + 1), bucket(close + close // 8 + 1)
+            crossing = bucket(end) < needed  # a wider step would begin
+            full = needed > window.capacity
+            if not full and not (tight < needed and (crossing or 2 * tight <= needed)):
+                return
+            if full:
+                window.capacity = bucket(close + close // 2 + 64)
+                self.fixed.forget()
+        elif end < window.capacity:
+            return
+        else:
+            window.capacity = close + close // 2 + 64
+        window.end = close
+        for layer in self.cache.layers:
+            layer.rebase(width, len(self.rows), end)
+
+    def _logits(self) -> Tensor:
+        """(B, V) after each live row's last token."""
+        window, width = self.window, max(row.length for row in self.rows)
+        n = len(self.rows)
         lengths = torch.tensor([row.length for row in self.rows], device=self.device)
-        window.rows, window.past = slice(0, len(self.rows)), width
+        window.rows, window.past = slice(0, n), width
         inputs = {
-            "input_ids": torch.tensor([row.ids[-1:] for row in self.rows], device=self.device),
+            "input_ids": self.tokens[:n, None],
             "attention_mask": (
                 torch.arange(width + 1, device=self.device) >= width - lengths[:, None]
             ).long(),
             "position_ids": lengths[:, None],
             "past_key_values": self.cache,
         }
-        logits = self.caller.forward(inputs)  # (B, V)
-        window.end += 1
-        for row in self.rows:
-            row.length += 1
-        self._append(0, logits)
+        return self.caller.forward(inputs)
 
-    def _append(self, first: int, logits: Tensor) -> None:
-        """Give every row from `first` on its next token, and drop the rows that end with it."""
-        rows, seen = self.rows, self.seen
-        fresh = rows[first:]
-        draws = (
-            torch.tensor([row.uniforms[len(row.ids)] for row in fresh])
-            if self.how.temperature
-            else None
-        )
-        ids, logprobs = choose(
-            logits, draws, None if seen is None else seen[first : len(rows)], self.how
-        )
-        if seen is not None:
-            seen[torch.arange(first, len(rows), device=ids.device), ids] = True
-        for row, token, logprob in zip(fresh, ids.tolist(), logprobs.tolist(), strict=True):
-            if logprob != logprob:
-                raise ValueError(
-                    "the model's logits are not numbers (NaN): its weights or the arithmetic (dtype) are broken"
-                )
-            row.ids.append(token)
-            row.logprobs.append(logprob)
-        for r in range(len(rows) - 1, first - 1, -1):
-            if (
-                not self.caller.advance(rows[r].job, rows[r].ids)
-                and len(rows[r].ids) < self.jobs[rows[r].job].limit
-            ):
-                continue
-            self.caller.finished(rows[r].job, rows[r].ids, rows[r].logprobs)
-            last = rows.pop()
-            if r < len(rows):
-                rows[r] = last
-                for layer in self.cache.layers:
-                    layer.copy(len(rows), r, last.length)
-                if seen is not None:
-                    seen[r] = seen[len(rows)]
+    def _replayed(self) -> tuple[Tensor, Tensor] | None:
+        """ids and log-probabilities of the live rows by the step of fixed shapes; None from where the model cannot take it."""
+        n, slots = len(self.rows), self.window.slots
+        key = rows_bucket(n, slots), bucket(self.window.end + 1)
+        lengths = [row.length for row in self.rows] + [0] * (key[0] - n)  # an empty slot sees itself
+        self.places[: 1 + key[0]].copy_(self._pinned([self.window.end, *lengths]), non_blocking=True)
+        if self.how.temperature:
+            self.draws[:n].copy_(self._pinned(self._drawn(0)), non_blocking=True)
+        known = key in self.fixed.replays
+        try:
+            if not self.checked:
+                self._check(*key)
+            ids, logprobs = self.fixed(*key)
+            return ids[:n], logprobs[:n]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a model's own code does when shapes are fixed
+            if known:
+                raise
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            tell(f"note: this model generates without CUDA graphs, more slowly ({reason})")
+            self.fixed = None
+            return None
+
+    def _check(self, rows: int, width: int) -> None:
+        """RuntimeError where a step of fixed shapes gives other logits than a plain one, for more rows than rounding may."""
+        plain = self._logits().float()
+        fixed = self._fixed_logits(rows, width)[: len(plain)].float()
+        spread = (plain - plain.mean(1, keepdim=True)).norm(dim=1)
+        alike = (fixed - plain).norm(dim=1) <= AGREEMENT * spread
+        if alike.float().mean().item() < 7 / 8:
+            raise RuntimeError("its step of fixed shapes gives other logits")
+        self.checked = True
+
+    def _fixed(self, rows: int, width: int) -> tuple[Tensor, Tensor]:
+        """ids (rows,) and log-probabilities (rows,), from tensors that stay where they are."""
+        draws = self.draws[:rows] if self.how.temperature else None
+        seen = None if self.seen is None else self.seen[:rows]
+        return choose(self._fixed_logits(rows, width), draws, seen, self.how)
+
+    def _fixed_logits(self, rows: int, width: int) -> Tensor:
+        """(rows, V) after the last token of the first `rows` slots, of `width` columns of the cache."""
+        window, end, lengths = self.window, self.places[:1], self.places[1 : 1 + rows, None]
+        columns = torch.arange(width, device=self.device)
+        inputs = {
+            "input_ids": self.tokens[:rows, None],
+            "attention_mask": ((columns <= end) & (columns >= end - lengths)).long(),
+            "position_ids": lengths,
+            "past_key_values": self.cache,
+        }
+        window.rows, window.column, window.width = slice(0, rows), end, width
+        try:
+            return self.caller.forward(inputs)
+        finally:
+            window.column = None
+
+    def _drawn(self, first: int) -> list[float] | None:
+        """The next random number of every row from `first` on; None where decoding is greedy."""
+        if not self.how.temperature:
+            return None
+        return [row.uniforms[row.asked] for row in self.rows[first:]]
+
+    def _append(self, first: int, ids: Tensor, logprobs: Tensor) -> None:
+        """Give every row from `first` on its next token, read what is due, and drop the rows that have ended."""
+        fresh = self.rows[first:]
+        last = first + len(fresh)
+        self.tokens[first:last] = ids
+        if self.seen is not None:
+            self.seen[first:last].scatter_(1, ids[:, None], True)
+        for row in fresh:
+            row.asked += 1
+        arrived = None
+        if self.fixed and self.device.type == "cuda":
+            ids, logprobs = (x.to("cpu", non_blocking=True) for x in (ids, logprobs))
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self.unread.append(Unread(fresh, ids, logprobs, arrived))
+        self.read(1 if self.fixed else 0)
+        self._drop()
+
+    def read(self, leave: int) -> None:
+        """Take what was computed, but for the last `leave` steps; what a row got after its end is nothing."""
+        while len(self.unread) > leave:
+            rows, ids, logprobs, arrived = self.unread.popleft()
+            if arrived is not None:
+                arrived.synchronize()
+            for row, token, logprob in zip(rows, ids.tolist(), logprobs.tolist(), strict=True):
+                if row.ended:
+                    continue
+                if logprob != logprob:
+                    raise ValueError(
+                        "the model's logits are not numbers (NaN): its weights or the arithmetic (dtype) are broken"
+                    )
+                row.ids.append(token)
+                row.logprobs.append(logprob)
+                full = len(row.ids) == self.jobs[row.job].limit
+                if self.caller.advance(row.job, row.ids) or full:
+                    row.ended = True
+                    self.caller.finished(row.job, row.ids, row.logprobs)
+
+    def _drop(self) -> None:
+        """Fill the slots of rows that need no further step with the last rows."""
+        rows = self.rows
+        stays = [not row.ended and row.asked < self.jobs[row.job].limit for row in rows]
+        left = sum(stays)
+        holes = [r for r in range(left) if not stays[r]]
+        if holes:
+            moved = [r for r in range(left, len(rows)) if stays[r]]
+            width = max(rows[r].length for r in moved)
+            one = len(holes) == 1
+            source, target = (x[0] if one else self._sent(x) for x in (moved, holes))
+            for layer in self.cache.layers:
+                layer.copy(source, target, width)
+            for x in (self.tokens, self.seen):
+                if x is not None:
+                    x[target] = x[source]
+            for r, hole in zip(moved, holes, strict=True):
+                rows[hole] = rows[r]
+        del rows[left:]
+
+    def _pinned(self, values: Sequence) -> Tensor:
+        return torch.tensor(values, pin_memory=self.device.type == "cuda")
+
+    def _sent(self, values: Sequence | None) -> Tensor | None:
+        """Numbers as a tensor on the device, without a wait."""
+        return None if values is None else self._pinned(values).to(self.device, non_blocking=True)
+
+
+def bucket(columns: int) -> int:
+    """`columns` rounded up to NARROWEST times 1, 1.5, 2, 3, 4, 6, 8, ..."""
+    width = NARROWEST
+    while width < columns:
+        width *= 2
+    lower = width // 4 * 3
+    return lower if lower >= columns and lower > NARROWEST else width
+
+
+def rows_bucket(rows: int, slots: int) -> int:
+    """`rows` rounded up to `slots`, a quarter of it, a sixteenth, ...: fewer rows save little, and each number is recorded anew."""
+    while slots // 4 >= rows:
+        slots //= 4
+    return slots
+
+
+@functools.cache
+def tell(text: str) -> None:
+    """Say it once."""
+    say(text)
 
 
 def uniforms(job: Job, how: Sampling) -> Sequence[float]:
