@@ -102,8 +102,9 @@ def generate(
             run, layers, width = _forward(base if virtual else model, base)
             fed = _with_virtual_tokens(inner, base, prompts, embeds) if virtual else embeds
             device = base.get_input_embeddings().weight.device
-            whole = not hasattr(model, "unshard") and {p.device for p in base.parameters()} == {device}
-            fixed = whole and (device.type == "cuda" if fixed_shapes is None else fixed_shapes)
+            fixed = device.type == "cuda" if fixed_shapes is None else fixed_shapes
+            if hasattr(model, "unshard") or {p.device for p in base.parameters()} != {device}:
+                fixed = False  # a graph holds the work of one device
             run_slots(
                 Caller(run, advance, finished),
                 layers,

@@ -120,9 +120,10 @@ def run_slots(
     engine = Engine(
         caller, prompts, lengths, jobs, how, embeds, device, window, cache, seen, waiting, tokens
     )
-    fixed = engine.fix_shapes() if fixed_shapes else None
+    if fixed_shapes:
+        engine.fix_shapes()
     # a prefill costs about a whole step, and many replayed ones: wait until some slots are free
-    some = max(1, slots // (4 if fixed and fixed.records else 8))
+    some = max(1, slots // (4 if fixed_shapes and device.type == "cuda" else 8))
     with torch.no_grad():
         try:
             while engine.rows or engine.waiting or engine.unread:
@@ -133,8 +134,7 @@ def run_slots(
                 else:
                     engine.read(0)
         finally:
-            if fixed:
-                fixed.forget()
+            engine.leave_shapes()
 
 
 @dataclass
@@ -155,17 +155,22 @@ class Engine:
     unread: deque[Unread] = field(default_factory=deque)
     # of steps of fixed shapes
     fixed: Graphs | None = None
-    places: Tensor | None = None  # (1 + slots,): the column to write, tokens in the cache of each row
+    places: Tensor | None = None  # (1 + slots,): the column to write, then each row's length
     draws: Tensor | None = None  # (slots,): random numbers in [0, 1)
     checked: bool = False
 
-    def fix_shapes(self) -> Graphs:
+    def fix_shapes(self) -> None:
         """Take steps of fixed shapes from now on."""
         slots = self.window.slots
         self.places = torch.zeros(1 + slots, dtype=torch.long, device=self.device)
         self.draws = torch.zeros(slots, device=self.device)
         self.fixed = Graphs(self._fixed, self.device)
-        return self.fixed
+
+    def leave_shapes(self) -> None:
+        """Take plain steps from now on; the graphs, which hold the buffers in a circle, go at once."""
+        if self.fixed:
+            self.fixed.forget()
+        self.fixed = None
 
     def next_length(self) -> int:
         """Tokens of the next waiting prompt, which is the longest that still waits."""
@@ -265,8 +270,9 @@ class Engine:
         """ids and log-probabilities of the live rows by the step of fixed shapes; None from where the model cannot take it."""
         n, slots = len(self.rows), self.window.slots
         key = rows_bucket(n, slots), bucket(self.window.end + 1)
-        lengths = [row.length for row in self.rows] + [0] * (key[0] - n)  # an empty slot sees itself
-        self.places[: 1 + key[0]].copy_(self._pinned([self.window.end, *lengths]), non_blocking=True)
+        # an empty slot, of length 0, sees the column that it writes and no other
+        places = [self.window.end, *(row.length for row in self.rows), *[0] * (key[0] - n)]
+        self.places[: len(places)].copy_(self._pinned(places), non_blocking=True)
         if self.how.temperature:
             self.draws[:n].copy_(self._pinned(self._drawn(0)), non_blocking=True)
         known = key in self.fixed.replays
@@ -282,7 +288,7 @@ class Engine:
                 raise
             reason = str(error).partition("\n")[0] or type(error).__name__
             tell(f"note: this model generates without CUDA graphs, more slowly ({reason})")
-            self.fixed = None
+            self.leave_shapes()
             return None
 
     def _check(self, rows: int, width: int) -> None:
