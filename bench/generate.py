@@ -133,7 +133,7 @@ def vllm(model):
     from ta.builtin.models import tiny_tokenizer
     from ta.generation.generate import GenerateConfig
     from ta.generation.vllm_engine import VllmConfig, generate_vllm, open_engine
-    from ta.model.load import ModelConfig
+    from ta.folders import ModelConfig
 
     os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
     with tempfile.TemporaryDirectory() as folder:

@@ -69,7 +69,7 @@ def opened(flags):
     from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
     from ta.data.kinds import prepare_kind
     from ta.data.prepare import DataConfig
-    from ta.model.load import ModelConfig
+    from ta.folders import ModelConfig
 
     tokenizer = load_chat_tokenizer(ModelConfig(), TokenizerConfig(), ChatConfig())
     config = DataConfig(cache_dir=f"{flags.folder}/cache")

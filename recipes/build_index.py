@@ -14,8 +14,7 @@ from pathlib import Path
 
 from ta.builtin import data_files
 from ta.cli import cli
-from ta.model.inference import stand_alone
-from ta.parallel import close, init, on_rank_zero
+from ta.parallel import close, init, on_rank_zero, pick_device, rank, world
 from ta.rag import index
 from ta.rag.index import EncoderConfig
 from ta.rag.search import add_approximate, need_faiss
@@ -49,7 +48,8 @@ def main(config: BuildIndex) -> None:
         lambda: index.begin(out, sources, config.encoder, config.resume, config.overwrite)
     )
     close()
-    me, processes, device = stand_alone()  # from here on nobody waits for anybody
+    # from here on each process works on its own share and waits for no other
+    me, processes, device = rank(), world(), pick_device()
     share = None if me else -(-count // processes)
     with tqdm(
         total=share,

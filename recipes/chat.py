@@ -19,14 +19,16 @@ from ta.chat.messages import ANSWER
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.cli import cli
+from ta.folders import ModelConfig
 from ta.generation.generate import generate
 from ta.generation.settings import Ending, GenerateConfig, check_settings
-from ta.model.inference import InferenceConfig, open_for_inference, resolve
+from ta.model.load import load_for_inference
+from ta.parallel import pick_device
 
 
 @dataclass(frozen=True)
 class Chat:
-    model: InferenceConfig = InferenceConfig()
+    model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     chat: ChatConfig = ChatConfig()
     generation: GenerateConfig = GenerateConfig()
@@ -35,13 +37,10 @@ class Chat:
 
 
 def main(config: Chat) -> None:
-    import torch
-
     check_settings(config.generation)
     config = of_run(config) if config.run else config
-    model, adapter = resolve(config.model)
-    tokenizer = load_chat_tokenizer(model, config.tokenizer, config.chat, adapter_path=adapter)
-    loaded = open_for_inference(model, adapter, "cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_chat_tokenizer(config.model, config.tokenizer, config.chat)
+    loaded = load_for_inference(config.model, pick_device())
     settings = dataclasses.replace(
         config.generation, stop_strings=(*config.generation.stop_strings, *tokenizer.stop_strings)
     )
@@ -102,7 +101,7 @@ def of_run(config: Chat) -> Chat:
 
     final = (
         str(Path(config.run) / "final")
-        if config.model.model_path == InferenceConfig.model_path
+        if config.model.model_path == ModelConfig.model_path
         else config.model.model_path
     )
     options = {

@@ -117,7 +117,13 @@ def main(config: Dpo) -> None:
     reference = Reference()
     if "ref" in loss.inputs:
         reference = open_reference(
-            config.reference, parts.model, parts.tokenizer, config.model, config.adapter, **at
+            config.reference,
+            parts.model,
+            parts.tokenizer,
+            config.model,
+            config.adapter,
+            config.compute,
+            **at,
         )
     before = (
         partial(with_kl, reference)

@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ta import parallel
 from ta.builtin import data_files
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.cli import cli
 from ta.data.sources import Drops
 from ta.files import hash_json
-from ta.folders import fingerprint
+from ta.folders import ModelConfig, fingerprint, resolve
 from ta.generation import answers_file
 from ta.generation.answers_file import progress
 from ta.generation.prompts import read_prompts
@@ -37,14 +38,14 @@ from ta.generation.settings import (
 )
 from ta.generation.vllm_engine import VllmConfig
 from ta.media.settings import MediaFiles, reopen_media
-from ta.model.inference import InferenceConfig, open_generator, resolve, stand_alone, vllm_settings
+from ta.model.inference import open_generator, vllm_settings
 from ta.rag.passages import RetrievalConfig
 from ta.rag.retrieval import online
 
 
 @dataclass(frozen=True)
 class Generate:
-    model: InferenceConfig = InferenceConfig()
+    model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     chat: ChatConfig = ChatConfig()
     generation: GenerateConfig = GenerateConfig()
@@ -76,7 +77,8 @@ class Generate:
 
 
 def main(config: Generate) -> None:
-    rank, world, device = stand_alone()
+    # each process works on its own share and waits for no other
+    rank, world, device = parallel.rank(), parallel.world(), parallel.pick_device()
     named = [parse_settings(text, config.generation) for text in config.settings] or [
         ("", config.generation)
     ]
@@ -92,10 +94,10 @@ def main(config: Generate) -> None:
     for (_, settings), out in zip(named, outs, strict=True):
         check_settings(settings)
         answers_file.check(out, config.resume, config.overwrite, rank, world)
-    model, adapter = resolve(config.model)
-    media = reopen_media(adapter or model.model_path, config.media, config.data, device)
+    model, sources = config.model, resolve(config.model)
+    media = reopen_media(sources.media or sources.base, config.media, config.data, device)
     tokenizer = load_chat_tokenizer(
-        model, config.tokenizer, config.chat, media.placeholders if media else {}, adapter
+        model, config.tokenizer, config.chat, media.placeholders if media else {}
     )
     paths = (
         config.data
@@ -111,12 +113,12 @@ def main(config: Generate) -> None:
         print(f"left out: {drops.table()}", file=sys.stderr)
     records = online(config.retrieval, records, tokenizer, config.chat, device)
     engine, vocabulary, context = open_generator(
-        model, adapter, tokenizer, device, vllm, config.generation.seed, media
+        model, tokenizer, device, vllm, config.generation.seed, media
     )
     check_prompts([prompt for _, prompt, _ in records], vocabulary, context)
     who = [
-        fingerprint(model.model_path, model.hub),
-        fingerprint(adapter) if adapter else "",
+        fingerprint(sources.base, model.hub),
+        fingerprint(sources.adapter) if sources.adapter else "",
         model.dtype,
         config.engine,
     ]

@@ -22,8 +22,8 @@ from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.cli import cli
 from ta.data.kinds import Kind, prepare_kind
 from ta.data.prepare import DataConfig, Prepared, lengths, read_drops, report, sequence
+from ta.folders import ModelConfig
 from ta.media.settings import MediaConfig, open_media
-from ta.model.load import ModelConfig
 
 BAR = 50  # characters
 
@@ -52,15 +52,15 @@ class InspectData:
 
 
 def main(config: InspectData) -> None:
-    model = ModelConfig(model_path=config.model_path, hub=config.hub)
+    model = ModelConfig(
+        model_path=config.model_path, adapter_path=config.adapter_path, hub=config.hub
+    )
     placeholders = (
         open_media(config.media, config.data.data, "cpu").placeholders
         if config.kind == "media"
         else {}
     )
-    tokenizer = load_chat_tokenizer(
-        model, config.tokenizer, config.chat, placeholders, config.adapter_path
-    )
+    tokenizer = load_chat_tokenizer(model, config.tokenizer, config.chat, placeholders)
     training, _ = data_files.data_or_builtin(config.data.data, (), data_files.NAMES[config.kind])
     for sources in (training, config.data.val_data):
         if not sources:

@@ -129,7 +129,13 @@ def main(config: Kto) -> None:
         "folder": config.data.cache_dir,
     }
     reference = open_reference(
-        config.reference, parts.model, parts.tokenizer, config.model, config.adapter, **at
+        config.reference,
+        parts.model,
+        parts.tokenizer,
+        config.model,
+        config.adapter,
+        config.compute,
+        **at,
     )
     before, of_config = partial(with_kl, reference), partial(step, config)
     same = {

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ta.cli import cli
 
@@ -29,25 +28,25 @@ class MergeConfig:
 
 
 def main(config: MergeConfig) -> None:
-    from ta.folders import model_folder
+    from ta.folders import ModelConfig, resolve
     from ta.model.adapters import load_adapter, merge_adapter
     from ta.model.export import copy_media, published
+    from ta.model.load import cast_parameters
     from ta.model.new_rows import check_vocabulary
 
-    out, base = Path(config.out).resolve(), model_folder(config.model_path, config.hub)
-    check_out(out, [Path(base).resolve(), Path(config.adapter_path).resolve()], config.overwrite)
-    model, dtype = load_base(base, config.adapter_path, config.hub)
-    tokenizer = load_tokenizer(config.adapter_path, base, config.hub)
-    merged = merge_adapter(load_adapter(model, config.adapter_path))
+    source = ModelConfig(config.model_path, config.adapter_path, "float32", hub=config.hub)
+    sources = resolve(source)
+    out, adapter = Path(config.out).resolve(), sources.adapter
+    check_out(out, [Path(sources.base).resolve(), Path(adapter).resolve()], config.overwrite)
+    model, dtype = load_adapted_base(source, adapter)
+    tokenizer = load_tokenizer(adapter, sources.base, config.hub)
+    merged = merge_adapter(load_adapter(model, adapter))
     if tokenizer is not None:
         check_vocabulary(tokenizer, merged)
     with published(out) as folder:
-        for parameter in (
-            merged.parameters()
-        ):  # not .to(dtype), which would round the rotary frequencies as well
-            parameter.data = parameter.data.to(dtype)
-        save(merged, tokenizer, config.adapter_path, folder)
-        copy_media(config.adapter_path, folder)
+        cast_parameters(merged, dtype)
+        save(merged, tokenizer, adapter, folder)
+        copy_media(adapter, folder)
         check_saved(merged, folder)
     print(
         f"{config.model_path} + {config.adapter_path} -> {config.out} ({str(dtype).removeprefix('torch.')}; logits agree)"
@@ -69,31 +68,28 @@ def check_out(out: Path, inputs: list[Path], overwrite: bool) -> None:
         )
 
 
-def load_base(base: str, adapter_path: str, hub: bool):
+def load_adapted_base(source, adapter_path: str):
     """The base in float32, as the model that the adapter is for, and the dtype that it is stored in."""
     import torch
-    import transformers
+    from transformers import AutoConfig
 
+    from ta.folders import resolve
     from ta.model.adapter_base import labels_of, read_config
+    from ta.model.language_model import native_attention
+    from ta.model.load import load_base
 
     task = read_config(adapter_path)["task_type"]
-    if task not in AUTO:
-        raise ValueError(f"{adapter_path} is an adapter for {task}: known are {', '.join(AUTO)}")
-    common: dict[str, Any] = {"trust_remote_code": False, "local_files_only": not hub}
-    try:
-        stored = transformers.AutoConfig.from_pretrained(base, **common).get_text_config().dtype
-        labels = labels_of(adapter_path) if task == "SEQ_CLS" else {}
-        auto = getattr(transformers, AUTO[task])
-        model = auto.from_pretrained(
-            base, dtype=torch.float32, use_safetensors=True, **labels, **common
-        )
-    except (OSError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{base} does not load as {AUTO[task]}: {str(error).splitlines()[0]}"
-        ) from error
-    return model.eval(), getattr(torch, stored) if isinstance(
-        stored, str
-    ) else stored or torch.float32
+    if task not in TASKS:
+        raise ValueError(f"{adapter_path} is an adapter for {task}: known are {', '.join(TASKS)}")
+    labels = labels_of(adapter_path) if task == "SEQ_CLS" else {}
+    model = load_base(source, TASKS[task], labels.get("num_labels", 1), whole=True)
+    if labels.get("id2label"):
+        model.config.id2label = labels["id2label"]
+        model.config.label2id = {label: i for i, label in labels["id2label"].items()}
+    model.set_attn_implementation(native_attention(model))
+    stored = AutoConfig.from_pretrained(resolve(source).base, local_files_only=not source.hub)
+    stored = stored.get_text_config().dtype or torch.float32
+    return model, getattr(torch, stored) if isinstance(stored, str) else stored
 
 
 def load_tokenizer(adapter_path: str, base: str, hub: bool):
@@ -136,11 +132,8 @@ def check_saved(model, folder: Path) -> None:
         )
 
 
-AUTO = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
+# peft's names of what an adapter is for
+TASKS = {"CAUSAL_LM": "causal", "SEQ_CLS": "seq_cls", "FEATURE_EXTRACTION": "encoder"}
 
 if __name__ == "__main__":
     cli(main, MergeConfig)

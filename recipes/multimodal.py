@@ -15,9 +15,8 @@ from functools import partial
 
 from ta.cli import cli
 from ta.data.loader import read_ahead
-from ta.folders import SEEING
+from ta.folders import SEEING, ModelConfig
 from ta.media.settings import MediaConfig, open_media
-from ta.model.load import ModelConfig
 from ta.parallel import init
 from ta.train import run_folder
 from ta.train.loop import LoopConfig, train

@@ -73,7 +73,7 @@ def main(config: Rag) -> None:
     how = joining(config.retrieval, index.manifest)
     k = config.retrieval.num_passages or 4
     encoder, encoder_tokenizer = open_encoder(
-        index.encoder, index.reading, device, config.model.dtype
+        index.encoder, index.reading, device, config.model.dtype, to_shard=True
     )
     encoder_lr = (
         config.encoder_lr

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ta import parallel
 from ta.chat.encode import Drop, encode_answers
 from ta.chat.messages import ANSWER
 from ta.chat.template import ChatConfig
@@ -24,23 +25,20 @@ from ta.data.kinds import KINDS
 from ta.data.records import check_candidates, check_chat
 from ta.data.sources import read_records
 from ta.files import hash_json
-from ta.folders import fingerprint, model_folder
+from ta.folders import ModelConfig, fingerprint, resolve
 from ta.generation import answers_file
 from ta.generation.settings import check_prompts
 from ta.generation.vllm_engine import VllmConfig
 from ta.model.inference import (
-    InferenceConfig,
     labels_in,
     open_scorer,
-    resolve,
-    stand_alone,
     vllm_settings,
 )
 
 
 @dataclass(frozen=True)
 class Score:
-    model: InferenceConfig = InferenceConfig()
+    model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     chat: ChatConfig = ChatConfig()
     vllm: VllmConfig = VllmConfig()
@@ -73,15 +71,16 @@ def sequences_of(config: Score, tokenizer, data: dict) -> list:
 
 
 def main(config: Score) -> None:
-    rank, world, device = stand_alone()
+    # each process works on its own share and waits for no other
+    rank, world, device = parallel.rank(), parallel.world(), parallel.pick_device()
     if not config.data:
         raise ValueError("no data to score: give --data FILE.jsonl")
     vllm = vllm_settings(config.engine, config.vllm, world)
     out = Path(config.out)
     answers_file.check(out, config.resume, config.overwrite, rank, world)
-    model, adapter = resolve(config.model)
-    tokenizer = load_chat_tokenizer(model, config.tokenizer, config.chat, adapter_path=adapter)
-    num_labels = labels_in(model_folder(model.model_path, model.hub), adapter)
+    model, sources = config.model, resolve(config.model)
+    tokenizer = load_chat_tokenizer(model, config.tokenizer, config.chat)
+    num_labels = labels_in(model)
     if (config.kind == "candidates") != (num_labels == 1):
         raise ValueError(
             f"--kind {config.kind} with a head of {num_labels} scores: candidates need a reward model (1), class a classifier (2 or more)"
@@ -93,8 +92,8 @@ def main(config: Score) -> None:
     )
     records = [record.data for record in read_records(config.data, check)]
     who = [
-        fingerprint(model.model_path, model.hub),
-        adapter and fingerprint(adapter),
+        fingerprint(sources.base, model.hub),
+        sources.adapter and fingerprint(sources.adapter),
         model.dtype,
         dataclasses.asdict(config.chat),
     ]
@@ -104,7 +103,7 @@ def main(config: Score) -> None:
     mine = [i for i in range(rank, len(records), world) if keys[i] not in there]
     sequences = [sequences_of(config, tokenizer, records[i]) for i in mine]
     score, vocabulary, context = open_scorer(
-        model, adapter, tokenizer.fast, num_labels, device, config.max_tokens_per_micro, vllm
+        model, tokenizer.fast, num_labels, device, config.max_tokens_per_micro, vllm
     )
     check_prompts(
         [tokens.ids for parts in sequences for tokens in parts], vocabulary, context, room=0

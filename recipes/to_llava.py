@@ -13,8 +13,9 @@ from pathlib import Path
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig
 from ta.cli import cli
+from ta.folders import ModelConfig, resolve
 from ta.media.settings import MediaFiles, reopen_media
-from ta.model.inference import InferenceConfig, open_for_inference, resolve
+from ta.model.load import load_for_inference
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,17 @@ def main(config: ToLlava) -> None:
     out = Path(config.out)
     if out.exists():
         raise ValueError(f"--out {out} exists: give a new folder")
-    base, adapter = resolve(InferenceConfig(model_path=config.model_path, dtype="float32"))
+    source = ModelConfig(model_path=config.model_path, dtype="float32")
+    sources = resolve(source)
     files = MediaFiles(image_root=".", image_encoder_path=config.image_encoder_path)
-    media = reopen_media(adapter or base.model_path, files, (), "cpu")
+    media = reopen_media(sources.media or sources.base, files, (), "cpu")
     if media is None:
         raise ValueError(
             f"{config.model_path} has no media.json, so it reads no pictures: give RUN/final of recipes/multimodal.py"
         )
     check_llava(media)
-    tokenizer = load_chat_tokenizer(
-        base, TokenizerConfig(), ChatConfig(), media.placeholders, adapter
-    )
-    model = seeing(media, tokenizer, open_for_inference(base, adapter))
+    tokenizer = load_chat_tokenizer(source, TokenizerConfig(), ChatConfig(), media.placeholders)
+    model = seeing(media, tokenizer, load_for_inference(source))
     with published(out) as folder:
         gap = write_llava(folder, media, model, tokenizer)
         if gap > 1e-3:

@@ -1,10 +1,13 @@
-"""Folders of models, and of built-in parts that are written into the cache as ordinary files."""
+"""What stands in a folder (a model, an adapter, a run, ...), read from JSON alone; and the folders of built-in models."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 from ta.builtin import models, pictures
 from ta.files import cache_folder, content_hash, hash_json, publishing
@@ -16,6 +19,118 @@ TUNED, SMALL, READER, SEEING = (
     "builtin-pictures",
 )  # what --model-path calls them
 PICTURES = (5000, 100)  # training, held out
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model that a command opens."""
+
+    model_path: str = "builtin"
+    """Folder of a model with its tokenizer, of an adapter whose base is still where it was, or of a
+    run (its final/ is taken); "builtin" is a seeded model of a million weights made in code, which
+    has learned nothing yet."""
+    adapter_path: str | None = None
+    """Folder of a trained adapter for the model, to go on with or to use; its own settings hold."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Arithmetic of the forward pass; auto is bfloat16 on accelerators and float32 on CPU. Master weights that train stay float32 (or float64)."""
+    model_args: tuple[str, ...] = ()
+    """Further key=value arguments of from_pretrained, such as attn_implementation=flash_attention_2."""
+    hub: bool = False
+    """Allow model names to be looked up on the Hugging Face hub."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for folders you trust."""
+
+
+class Folder(NamedTuple):
+    """What stands in a folder."""
+
+    # the folder itself; of a run its final/; or the name of a model on the hub
+    path: str
+    kind: Literal["model", "classifier", "adapter", "hub"]
+    # the folder or name of the base that an adapter was trained on
+    base: str | None
+    # config.json, or an adapter's adapter_config.json
+    config: dict[str, Any]
+    # whether encoders and projectors for pictures or sounds belong to it
+    media: bool
+
+
+class Sources(NamedTuple):
+    """The folders that a ModelConfig names."""
+
+    # weights
+    base: str
+    adapter: str | None
+    # holds media.json and projectors
+    media: str | None
+    # gives the tokenizer
+    tokenizer: str
+
+
+def read_folder(path: str, hub: bool = False) -> Folder:
+    """What stands in a folder, in the `final/` of a run folder, or under a name of the hub.
+
+    ValueError for a folder that is not there or holds none of this.
+    """
+    folder = Path(model_folder(path, hub))
+    if not folder.is_dir():
+        return Folder(path, "hub", None, {}, False)
+    media = (folder / "media.json").exists()
+    if not (folder / "config.json").exists():
+        config = _read_json(folder / "adapter_config.json")
+        return Folder(str(folder), "adapter", config.get("base_model_name_or_path"), config, media)
+    config = _read_json(folder / "config.json")
+    head = any("SequenceClassification" in name for name in config.get("architectures") or ())
+    return Folder(str(folder), "classifier" if head else "model", None, config, media)
+
+
+def resolve(config: ModelConfig) -> Sources:
+    """What to load: an adapter's folder given as the model is that adapter on the base it names.
+
+    ValueError for a folder that holds no model, for an adapter whose base is not here, and for two
+    adapters.
+    """
+    found = read_folder(config.model_path, config.hub)
+    base, adapter = found.path, config.adapter_path
+    if found.kind == "adapter":
+        if adapter is not None:
+            raise ValueError(
+                f"--model-path {config.model_path} is an adapter, and --adapter-path {adapter} "
+                "is another: give one of them, or merge the first with recipes/merge.py"
+            )
+        base, adapter = found.base, found.path
+        if not base or not (config.hub or Path(base).is_dir()):
+            raise ValueError(
+                f"{config.model_path} is an adapter of base {base!r}, which is not here: give the base in --model-path, this in --adapter-path"
+            )
+        if Path(base).is_dir():
+            base = read_folder(base).path
+    elif adapter is not None:
+        adapter = _final(adapter)
+    tokenizer = adapter if adapter and (Path(adapter) / "tokenizer.json").exists() else base
+    holders = [path for path in (adapter, base) if path and (Path(path) / "media.json").exists()]
+    return Sources(base, adapter, holders[0] if holders else None, tokenizer)
+
+
+def _final(path: str) -> str:
+    """The folder itself, or the `final/` of a run folder."""
+    folder = Path(path)
+    run = (folder / "final").is_dir() and not (folder / "adapter_config.json").exists()
+    if run and (folder / "config.json").exists():
+        run = "model_type" not in _read_json(folder / "config.json")
+    return str(folder / "final") if run else path
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): give a complete folder") from error
+    if not isinstance(data, dict):
+        raise ValueError(
+            f"{path} holds a {type(data).__name__}, not settings: give a complete folder"
+        )
+    return data
 
 
 def place() -> Path:
@@ -50,7 +165,10 @@ def written(name: str, write: Callable[[Path], None]) -> Path:
 
 
 def tuned_folder(name: str = TUNED) -> Path:
-    """Where a built-in model lies after fine-tuning (ta/builtin/fine_tuned.py): the tiny one on chats, or READER, the small one, on questions with passages."""
+    """Where a built-in model lies after fine-tuning (ta/builtin/fine_tuned.py).
+
+    The tiny one is trained on chats; READER, the small one, on questions with passages.
+    """
     return place() / ("tuned" if name == TUNED else name)
 
 
@@ -76,6 +194,7 @@ def model_folder(path: str, hub: bool = False) -> str:
             return str(made[path]())
         if path in (TUNED, READER) and tuned_folder(path).exists():
             return str(tuned_folder(path))
+    path = _final(path)
     if not Path(path).is_dir() and not hub:
         raise ValueError(
             f"no model folder at {path}: give a folder with config.json and *.safetensors, or add --hub to look the name up on the hub"

@@ -58,12 +58,19 @@ def machine() -> dict[str, str | int]:
     }
 
 
+def pick_device() -> str:
+    """This process's accelerator, or else the CPU."""
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
 def init() -> str:
     """Join the process group where torchrun started us and return this process's device."""
     import torch
 
-    cuda = torch.cuda.is_available()
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
+    device = pick_device()
+    cuda = device != "cpu"
     if cuda:
         torch.cuda.set_device(device)
     else:

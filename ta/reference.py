@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ta.chat.tokenizer import TokenizerConfig, load_tokenizer
 from ta.files import cache_folder
-from ta.folders import fingerprint, model_folder
+from ta.folders import ModelConfig, fingerprint, resolve
 from ta.model.adapter_settings import AdapterConfig
-from ta.model.load import ModelConfig, open_model
+from ta.model.load import ComputeConfig, load_model
 from ta.parallel import say
 from ta.reference_table import cached
 
@@ -156,13 +156,13 @@ def never_synced(config: ReferenceConfig, steps: int) -> str:
     return f"note: --sync-every {config.sync_every} is more than the {steps} steps of this run, so the reference never follows"
 
 
-def choose(config: ReferenceConfig, adapter: AdapterConfig) -> str:
+def choose(config: ReferenceConfig, adapter: AdapterConfig, adapter_path: str | None = None) -> str:
     """The reference that "auto" stands for, or the one given; ValueError, before anything is loaded, for settings that cannot be."""
     new, default = adapter.adapter != "none", ReferenceConfig()
     choice = config.reference
     if choice == "auto":
         choice = "adapter_off" if new and config.ref_path is None else "frozen"
-    if choice == "adapter_off" and (config.ref_path or not (new or adapter.adapter_path)):
+    if choice == "adapter_off" and (config.ref_path or not (new or adapter_path)):
         what = (
             f"it is no second model as --ref-path {config.ref_path} is"
             if config.ref_path
@@ -176,7 +176,7 @@ def choose(config: ReferenceConfig, adapter: AdapterConfig) -> str:
         raise ValueError(
             f"--sync-every and --sync-alpha have no effect with --reference {choice}: give --reference synced"
         )
-    if choice == "synced" and config.ref_path and (new or adapter.adapter_path):
+    if choice == "synced" and config.ref_path and (new or adapter_path):
         raise ValueError(
             f"--reference synced follows the adapter, which --ref-path {config.ref_path} does not have: leave --ref-path out"
         )
@@ -197,6 +197,7 @@ def open_reference(
     tokenizer: ChatTokenizer,
     at: ModelConfig,
     adapter: AdapterConfig,
+    compute: ComputeConfig,
     *,
     seed: int,
     **cache: Any,
@@ -205,7 +206,8 @@ def open_reference(
 
     `cache` is what `cached` takes besides: max_tokens_per_micro, and as `folder` the cache's. ValueError for what has no effect or cannot be.
     """
-    choice = choose(config, adapter)
+    trained = resolve(at).adapter
+    choice = choose(config, adapter, trained)
     device = str(next(model.parameters()).device)
     model.dropout = False
     model.eval()
@@ -213,25 +215,15 @@ def open_reference(
         return Reference(adapter_off(model))
     if choice == "cached" and config.ref_path is None:
         fresh = adapter.adapter != "none"
-        logps, start = (
-            (adapter_off(model) if fresh else still(model)),
-            (AdapterConfig() if fresh else adapter),
-        )
-        key = [
-            fingerprint(at.model_path, at.hub),
-            start.adapter_path and fingerprint(start.adapter_path),
-        ]
+        logps = adapter_off(model) if fresh else still(model)
+        key = [fingerprint(resolve(at).base, at.hub), trained and fingerprint(trained)]
     else:
-        own = (
-            adapter
-            if config.ref_path is None and (choice == "synced" or adapter.adapter_path)
-            else AdapterConfig()
-        )
-        copy = _second(config.ref_path, model, tokenizer, at, own, device, seed)
+        own = adapter if config.ref_path is None and choice == "synced" else AdapterConfig()
+        copy = _second(config.ref_path, model, tokenizer, at, own, compute, device, seed)
         logps, key = still(copy), [fingerprint(config.ref_path or at.model_path, at.hub)]
     if choice == "cached":
         tokens = [[token.text, *token.pieces] for token in tokenizer.new_tokens]
-        key = [*key, at.dtype, at.quantize, device.partition(":")[0], tokens, at.model_args]
+        key = [*key, at.dtype, compute.quantize, device.partition(":")[0], tokens, at.model_args]
         folder = cache_folder(cache.pop("folder", "")) / "references"
         shape = {"packed": model.mode == "packed", "device": device}
         return Reference(
@@ -251,18 +243,19 @@ def _second(
     tokenizer: ChatTokenizer,
     at: ModelConfig,
     adapter: AdapterConfig,
+    compute: ComputeConfig,
     device: str,
     seed: int,
 ) -> LanguageModel:
     """A frozen model opened like the policy, or from `path`; both then run in the same mode."""
     if path is not None:
-        at = dataclasses.replace(at, model_path=path)
-        _check_vocabulary(model_folder(path, at.hub), tokenizer)
-    bare = adapter == AdapterConfig() and any(
+        at = dataclasses.replace(at, model_path=path, adapter_path=None)
+        _check_vocabulary(resolve(at).base, tokenizer)
+    bare = (adapter.adapter == "none" and resolve(at).adapter is None) and any(
         not p.requires_grad for p in policy.parameters()
     )  # the policy's base is then held rounded
     around = (lambda model: model.requires_grad_(False)) if bare else (lambda model: model)
-    copy, _ = open_model(at, adapter, tokenizer, device=device, seed=seed, around=around)
+    copy = load_model(at, adapter, compute, tokenizer, device, seed=seed, around=around)
     copy.requires_grad_(False).eval()
     copy.dropout = False
     if copy.mode != policy.mode:

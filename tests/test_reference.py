@@ -18,9 +18,10 @@ from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.data.answer_batches import labelled, pairs
 from ta.data.loader import training_feed
+from ta.folders import ModelConfig
 from ta.losses import choose
 from ta.model.adapter_settings import AdapterConfig
-from ta.model.load import ModelConfig, open_model
+from ta.model.load import ComputeConfig, load_model
 from ta.reference import (
     Reference,
     ReferenceConfig,
@@ -44,7 +45,7 @@ def tokenizer():
 
 def opened(tokenizer, adapter=AdapterConfig(), **more):  # noqa: B008
     at = ModelConfig(**more)
-    return open_model(at, adapter, tokenizer)[0], at
+    return load_model(at, adapter, ComputeConfig(), tokenizer), at
 
 
 def first_loss(model, ref, data, packed=True, budget=200, name="sigmoid"):
@@ -75,6 +76,7 @@ def test_training_starts_at_ln_2(tokenizer, tmp_path, kind, lora):
         tokenizer,
         at,
         adapter,
+        ComputeConfig(),
         seed=0,
         max_tokens_per_micro=200,
         folder=str(tmp_path),
@@ -95,7 +97,9 @@ def test_dropout_stays_off_beside_a_reference(tokenizer):
     noisy.dropout = False
     assert first_loss(noisy, Reference(still(copy)), pair_set()).loss == LN2
     model, at = opened(tokenizer)
-    open_reference(ReferenceConfig(), model, tokenizer, at, AdapterConfig(), seed=0)
+    open_reference(
+        ReferenceConfig(), model, tokenizer, at, AdapterConfig(), ComputeConfig(), seed=0
+    )
     assert not model.train().training
 
 
@@ -262,6 +266,7 @@ def test_another_vocabulary_is_an_error(tokenizer, tmp_path):
             tokenizer,
             at,
             AdapterConfig(),
+            ComputeConfig(),
             seed=0,
         )
     ref = open_reference(
@@ -270,6 +275,7 @@ def test_another_vocabulary_is_an_error(tokenizer, tmp_path):
         tokenizer,
         at,
         AdapterConfig(),
+        ComputeConfig(),
         seed=0,
     )
     assert abs(first_loss(model, ref, pair_set()).loss - LN2) > 1e-4
@@ -282,7 +288,7 @@ def test_settings_that_cannot_be():
         and reference.choose(ReferenceConfig(), none) == "frozen"
     )
     assert reference.choose(ReferenceConfig(ref_path="m"), lora) == "frozen"
-    assert reference.choose(ReferenceConfig(), AdapterConfig(adapter_path="a")) == "frozen"
+    assert reference.choose(ReferenceConfig(), AdapterConfig(), "a") == "frozen"
     for config, adapter, words in (
         (ReferenceConfig("adapter_off"), none, "there is no adapter"),
         (ReferenceConfig("adapter_off", ref_path="m"), lora, "no second model"),

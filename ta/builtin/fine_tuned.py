@@ -14,10 +14,10 @@ from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.data.kinds import prepare_kind
 from ta.data.loader import training_feed
 from ta.data.prepare import DataConfig
-from ta.folders import READER, SMALL, TUNED, tuned_folder, written
+from ta.folders import READER, SMALL, TUNED, ModelConfig, tuned_folder, written
 from ta.model.adapter_settings import AdapterConfig
 from ta.model.export import export
-from ta.model.load import ModelConfig, open_model
+from ta.model.load import ComputeConfig, load_model
 from ta.parallel import barrier, gather_objects, init, rank, say
 from ta.rag.index import EncoderConfig, begin, build
 from ta.train.loop import LoopConfig, train
@@ -78,7 +78,7 @@ def fine_tune(device: str, name: str = TUNED) -> None:
     tokenizer = load_chat_tokenizer(start, TokenizerConfig(), ChatConfig())
     sources, _ = data_files.data_or_builtin((), (), how.records)
     prepared = prepare_kind("chat", sources, tokenizer, ChatConfig(), DataConfig(), say=say)
-    model, _ = open_model(start, AdapterConfig(), tokenizer, device=device)
+    model = load_model(start, AdapterConfig(), ComputeConfig(), tokenizer, device)
     loop = LoopConfig(out=str(work), steps=how.steps, batch_size=how.batch_size)
     feed = training_feed(
         prepared,

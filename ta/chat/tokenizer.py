@@ -23,7 +23,7 @@ from ta.chat.template import (
     split_chat,
 )
 from ta.files import hash_json
-from ta.folders import model_folder
+from ta.folders import ModelConfig, resolve
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -97,11 +97,10 @@ class ChatTokenizer(NamedTuple):
 
 
 def load_chat_tokenizer(
-    model: Any,
+    model: ModelConfig,
     tokenizer: TokenizerConfig,
     chat: ChatConfig,
     placeholders: Mapping[str, Placeholder] = {},
-    adapter_path: str | None = None,
 ) -> ChatTokenizer:
     """The tokenizer of a model with its chat template and new tokens; loads no weights.
 
@@ -111,11 +110,7 @@ def load_chat_tokenizer(
     fast tokenizer, a token that cannot be added.
     """
     check_chat_config(chat)
-    folder = model_folder(model.model_path, model.hub)
-    adapter = adapter_path or getattr(model, "adapter_path", None)
-    if adapter and (Path(adapter) / "tokenizer.json").exists():
-        folder = adapter
-    fast = load_tokenizer(folder, tokenizer)
+    fast = load_tokenizer(resolve(model).tokenizer, tokenizer)
     meanings = _meanings(placeholders)
     media_tokens = [f"{token}={text}" for token, text in meanings.items()]
     new = add_tokens(fast, (*tokenizer.init_tokens, *media_tokens))

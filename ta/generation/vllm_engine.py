@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import tempfile
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ta.chat.render import Tokens
-    from ta.model.load import ModelConfig
+    from ta.folders import ModelConfig
 
 AT_ONCE = 1024  # requests handed over together: what a killed run loses at most
 
@@ -189,15 +190,11 @@ def _start(
 def _merge(model: ModelConfig, adapter_path: str, dtype: str, folder: str, num_labels: int) -> str:
     import torch
 
-    from ta.model.adapters import load_adapter, merge_adapter
-    from ta.model.load import load_model
+    from ta.model.load import cast_parameters, load_for_inference
 
-    base = load_model(model, "seq_cls", num_labels) if num_labels else load_model(model)
-    merged = merge_adapter(load_adapter(base, adapter_path))
-    for (
-        parameter
-    ) in merged.parameters():  # not .to(dtype), which would round the rotary frequencies as well
-        parameter.data = parameter.data.to(getattr(torch, dtype))
+    adapted = dataclasses.replace(model, adapter_path=adapter_path, dtype="float32")
+    merged = load_for_inference(adapted, num_labels=num_labels or None)
+    cast_parameters(merged, getattr(torch, dtype))
     merged.save_pretrained(folder)
     return folder
 

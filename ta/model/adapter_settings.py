@@ -26,8 +26,6 @@ PROMPT_LEARNING = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
 class AdapterConfig:
     adapter: Literal["none", "lora", "prefix", "prompt", "p-tuning"] = "none"
     """Train these few weights and leave the base as it is; none trains every weight."""
-    adapter_path: str | None = None
-    """Folder of a trained adapter to go on with or to use; its own settings hold."""
     lora_rank: int = 16
     """Rank of the LoRA update."""
     lora_alpha: float = 32
@@ -51,13 +49,20 @@ class AdapterConfig:
 
 
 def check_adapter(
-    config: AdapterConfig, packing: bool = False, checkpointing: bool = False
+    config: AdapterConfig,
+    path: str | None = None,
+    *,
+    packing: bool = False,
+    checkpointing: bool = False,
 ) -> None:
-    """ValueError, before anything is loaded, for settings without effect, out of range, or that cannot work together."""
+    """ValueError for settings without effect, out of range, or that cannot work together.
+
+    Nothing is loaded. `path` is the folder of a trained adapter that is gone on with.
+    """
     kind, default = config.adapter, AdapterConfig()
-    if config.adapter_path is not None and kind != "none":
+    if path is not None and kind != "none":
         raise ValueError(
-            f"--adapter {kind} with --adapter-path {config.adapter_path}: a new adapter or that one? give one of the two"
+            f"--adapter {kind} with --adapter-path {path}: a new adapter or that one? give one of the two"
         )
     for field in fields(config):
         if (
@@ -81,11 +86,7 @@ def check_adapter(
         raise ValueError(
             f"--lora-targets {' '.join(config.lora_targets)}: all-linear stands alone; give it or names of modules"
         )
-    stored = (
-        read_config(config.adapter_path)["peft_type"]
-        if config.adapter_path
-        else KINDS.get(kind, "")
-    )
+    stored = read_config(path)["peft_type"] if path else KINDS.get(kind, "")
     if packing and stored in PROMPT_LEARNING:
         raise ValueError(
             f"{stored} cannot be packed: its virtual tokens stand at the beginning of a row; turn packing off (--no-packing)"

@@ -47,14 +47,12 @@ def add_adapter(
     tokenizer: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
 ) -> PeftModel | PreTrainedModel:
-    """The model with a new trainable adapter (or with the one in `adapter_path`), everything else frozen; the model itself for "none".
+    """The model with a new trainable adapter, everything else frozen; the model itself for "none".
 
     Adapter weights are float32 (float64 on a float64 base). The rows of `new_token_ids` train with LoRA in the input table and in an
     untied output table. The model is changed in place; randomness comes from `seed` alone. ValueError for what cannot work on this model.
     """
     check_adapter(config)
-    if config.adapter_path is not None:
-        return load_adapter(model, config.adapter_path, trainable=True)
     if config.adapter == "none":
         return model
     if new_token_ids and config.adapter != "lora":

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ast
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from ta.model.adapter_settings import AdapterConfig
+from typing import Any
 
 
 def parsed(pairs: tuple[str, ...]) -> dict[str, Any]:
@@ -23,13 +20,13 @@ def parsed(pairs: tuple[str, ...]) -> dict[str, Any]:
     return out
 
 
-def check_quantize(quantize: str, adapter: AdapterConfig, world: int) -> None:
+def check_quantize(quantize: str, adapted: bool, world: int) -> None:
     """ValueError where a quantized base cannot work: without an adapter to train, on several processes, or without its package."""
     from importlib.util import find_spec
 
     if quantize == "none":
         return
-    if adapter.adapter == "none" and adapter.adapter_path is None:
+    if not adapted:
         raise ValueError(
             f"--quantize {quantize}: weights of so few bits cannot be trained; give --adapter lora, or leave it out"
         )

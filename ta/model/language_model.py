@@ -32,6 +32,8 @@ class LanguageModel(nn.Module):
         self.inner = inner
         self.mode = mode
         self.autocast = autocast
+        # what the user should know of how it is run
+        self.note = ""
         # False: train() leaves dropout off, as where a reference must agree to the last bit
         self.dropout = True
 

@@ -1,33 +1,44 @@
-"""Loading a language model from a folder, and the thin wrapper whose forward gives log-probabilities or scores of a Batch.
+"""Loading a model from the folders that a ModelConfig names: to train it, or to use it.
 
-Letters: B rows, T columns, N sequences, M learned targets, V vocabulary, D model width, C classes.
+Recipes import this module for its settings, so torch and what needs it are imported late: --help
+must answer at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from ta.folders import model_folder
+from ta.folders import ModelConfig, resolve
+from ta.model.adapter_base import read_config
 from ta.model.adapter_settings import KINDS as ADAPTERS
 from ta.model.adapter_settings import PROMPT_LEARNING, AdapterConfig, check_adapter
+from ta.model.adapters import add_adapter, is_prompt_learning, load_adapter, merge_adapter
 from ta.model.arguments import parsed, quantization
+from ta.model.new_rows import check_vocabulary, set_rows
 from ta.parallel import compile_blocks, gather_objects, rank, recompute, round_frozen, shard, world
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
     from transformers import PreTrainedModel
 
     from ta.chat.tokenizer import ChatTokenizer
     from ta.model.language_model import LanguageModel
 
+Task = Literal["causal", "seq_cls", "encoder"]
+CLASSES = {
+    "causal": "AutoModelForCausalLM",
+    "seq_cls": "AutoModelForSequenceClassification",
+    "encoder": "AutoModel",
+}
+
 
 @dataclass(frozen=True)
-class ModelConfig:
-    model_path: str = "builtin"
-    """Folder with config, safetensors and tokenizer; "builtin" is a seeded model of a million weights made in code."""
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """Arithmetic of the forward pass; auto is bfloat16 on accelerators and float32 on CPU. Master weights that train stay float32 (or float64)."""
+class ComputeConfig:
+    """How a model that trains is computed."""
+
     packing: bool = True
     """Lay sequences one after another in one row. Models whose documents would see each other are found out at the start and padded instead."""
     activation_checkpointing: bool = False
@@ -36,152 +47,209 @@ class ModelConfig:
     """torch.compile each block; pays on accelerators after a minute of compiling."""
     quantize: Literal["none", "8bit", "4bit"] = "none"
     """Bits in which linear layers of a frozen base are held under a LoRA adapter (needs bitsandbytes)."""
-    model_args: tuple[str, ...] = ()
-    """Further key=value arguments of from_pretrained, such as attn_implementation=flash_attention_2."""
-    hub: bool = False
-    """Allow model names to be looked up on the Hugging Face hub."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. Only for folders you trust."""
 
 
 def load_model(
-    config: ModelConfig,
-    kind: Literal["causal", "seq_cls", "encoder"] = "causal",
+    model: ModelConfig,
+    adapter: AdapterConfig,
+    compute: ComputeConfig,
+    tokenizer: ChatTokenizer,
+    device: str = "cpu",
+    *,
+    num_labels: int | None = None,
+    seed: int = 0,
+    around: Callable[[LanguageModel], LanguageModel] | None = None,
+) -> LanguageModel:
+    """The model with new tokens and adapter, ready to train; its `note` is for the user.
+
+    With `num_labels` it has a classification head of so many scores. `around` may put further
+    modules around it and freeze parts of it, before it is sharded. New weights are drawn from
+    `seed`. ValueError for settings and folders that do not fit together.
+    """
+    sources = resolve(model)
+    check_adapter(adapter, sources.adapter, checkpointing=compute.activation_checkpointing)
+    if num_labels is None:
+        loaded, head = load_base(model, device=device, quantize=compute.quantize), ""
+    else:
+        loaded, head = _classifier(model, adapter, compute, num_labels, device, seed)
+        loaded.config.pad_token_id = tokenizer.fast.pad_token_id
+    set_rows(loaded, tokenizer.new_tokens)
+    if sources.adapter is None:
+        check_vocabulary(tokenizer.fast, loaded)
+        ids = [token.id for token in tokenizer.new_tokens]
+        adapted = add_adapter(loaded, adapter, ids, tokenizer.fast, seed)
+    else:
+        # its own new tokens come with it
+        adapted = load_adapter(loaded, sources.adapter, trainable=True)
+        check_vocabulary(tokenizer.fast, loaded)
+    if adapted is loaded and compute.quantize == "none":
+        loaded.requires_grad_(True)
+    ready = _place(adapted, compute, device, is_half(model, device), around)
+    ready.note = "\n".join(text for text in (head, ready.note) if text)
+    return ready
+
+
+def load_for_inference(
+    model: ModelConfig, device: str = "cpu", num_labels: int | None = None
+) -> PreTrainedModel:
+    """The transformers model, frozen, in eval mode and in the arithmetic asked.
+
+    An adapter is merged into it (LoRA) or around it (prompt learning). Weights are held in the
+    arithmetic: `auto` is bfloat16 on accelerators and float32 on CPU. With `num_labels` it is a
+    classifier. Each process loads the whole model. ValueError for what does not load.
+    """
+    import torch
+
+    sources = resolve(model)
+    task: Task = "causal" if num_labels is None else "seq_cls"
+    loaded: Any = load_base(model, task, num_labels or 1, device, whole=True)
+    if sources.adapter is not None:
+        adapted = load_adapter(loaded, sources.adapter)
+        loaded = adapted if is_prompt_learning(adapted) else merge_adapter(adapted)
+    if is_half(model, device):
+        cast_parameters(loaded, torch.bfloat16)
+    return loaded.requires_grad_(False).eval()
+
+
+def load_base(
+    model: ModelConfig,
+    task: Task = "causal",
     num_labels: int = 1,
     device: str = "cpu",
-):
-    """The transformers model in `config.model_path`, its weights in float32 (float64 where asked), on `device`, in eval mode."""
+    *,
+    quantize: Literal["none", "8bit", "4bit"] = "none",
+    whole: bool = False,
+) -> PreTrainedModel:
+    """The transformers model of a ModelConfig without its adapter, on `device`, in eval mode.
+
+    Weights are float32 (float64 where asked). Where several processes train together, rank 0 has
+    them on the CPU and the others have their shapes, unless `whole`. ValueError for a folder that
+    does not load, or whose tensors are not those of the model.
+    """
     import torch
     import transformers
 
     from ta.model.attention import register
 
-    folder = model_folder(config.model_path, config.hub)
-    arguments = {"attn_implementation": register(), **parsed(config.model_args)}
-    arguments |= quantization(config.quantize, is_half(config, device), device)
-    if kind == "seq_cls":
+    folder = resolve(model).base
+    arguments = {"attn_implementation": register(), **parsed(model.model_args)}
+    arguments |= quantization(quantize, is_half(model, device), device)
+    if task == "seq_cls":
         arguments["num_labels"] = num_labels
-    auto = {
-        "causal": "AutoModelForCausalLM",
-        "seq_cls": "AutoModelForSequenceClassification",
-        "encoder": "AutoModel",
-    }[kind]
-    if kind == "encoder" and arguments["attn_implementation"] == "ta":
+    if task == "encoder" and arguments["attn_implementation"] == "ta":
         arguments.pop("attn_implementation")
-    auto = getattr(transformers, auto)
-    dtype = torch.float64 if config.dtype == "float64" else torch.float32
-    options = {"trust_remote_code": config.trust_remote_code, "local_files_only": not config.hub}
+    auto = getattr(transformers, CLASSES[task])
+    dtype = torch.float64 if model.dtype == "float64" else torch.float32
+    options = {"trust_remote_code": model.trust_remote_code, "local_files_only": not model.hub}
     try:
-        if rank():  # shapes only: rank 0 hands the weights out (parallel.shard)
+        if rank() and not whole:  # parallel.shard hands the weights out
             attention = arguments.pop("attn_implementation", None)
             settings = transformers.AutoConfig.from_pretrained(folder, **options, **arguments)
             with torch.device("meta"):
                 return auto.from_config(settings, dtype=dtype, attn_implementation=attention).eval()
-        model = auto.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, **options, **arguments
+        loaded, info = auto.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+            **arguments,
         )
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{folder} does not load as a {kind} model: {str(error).splitlines()[0]}"
+            f"{folder} does not load as a {task} model: {str(error).splitlines()[0]}"
         ) from error
-    return (
-        model.eval()
-        if config.quantize != "none"
-        else model.to(device if world() == 1 else "cpu").eval()
-    )
+    _check_tensors(folder, task, info)
+    if quantize != "none":
+        return loaded.eval()
+    return loaded.to(device if whole or world() == 1 else "cpu").eval()
 
 
-def is_half(config: ModelConfig, device: str) -> bool:
+def _check_tensors(folder: str, task: Task, info: dict[str, Any]) -> None:
+    """ValueError where tensors of the folder are not those of the model; a new head is allowed."""
+    missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
+    if task == "seq_cls":
+        missing -= {name for name in missing if name.startswith(("score.", "classifier."))}
+        unexpected -= {name for name in unexpected if name.startswith(("lm_head.", "embed_out."))}
+    if task == "encoder":
+        missing -= {name for name in missing if "pooler." in name}
+        unexpected = set()
+    for names, what in ((missing, "lacks"), (unexpected, "has, without a place for them,")):
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            raise ValueError(
+                f"{folder} {what} {len(names)} tensors ({shown}): give the folder of a whole model, "
+                "as its own library saved it"
+            )
+
+
+def is_half(model: ModelConfig, device: str) -> bool:
     """Whether the forward pass runs in bfloat16."""
-    return config.dtype == "bfloat16" or (config.dtype == "auto" and str(device).startswith("cuda"))
+    return model.dtype == "bfloat16" or (model.dtype == "auto" and str(device).startswith("cuda"))
 
 
-def open_model(
-    config: ModelConfig,
-    adapter: AdapterConfig,
-    tokenizer: ChatTokenizer,
-    *,
-    kind: Literal["causal", "seq_cls"] = "causal",
-    num_labels: int = 1,
-    device: str = "cpu",
-    seed: int = 0,
-    around: Callable[[LanguageModel], LanguageModel] = lambda model: model,
-) -> tuple[LanguageModel, str]:
-    """The model with new tokens and adapter, wrapped and ready to train; and what the user should be told about it.
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Hold every parameter in `dtype`, in place.
 
-    `around` may put further modules around the wrapped model and freeze parts of it, before it is sharded.
+    Unlike `model.to(dtype)` it leaves buffers alone: rotary frequencies must not be rounded.
     """
-    from ta.model.adapters import add_adapter
-    from ta.model.new_rows import check_vocabulary, set_rows
-
-    check_adapter(adapter, checkpointing=config.activation_checkpointing)
-    news = ""
-    if kind == "seq_cls":
-        model, news = load_classifier(config, adapter, num_labels, device, seed)
-        model.config.pad_token_id = tokenizer.fast.pad_token_id
-    else:
-        model = load_model(config, kind, num_labels, device)
-    set_rows(model, tokenizer.new_tokens)
-    check_vocabulary(tokenizer.fast, model)
-    wrapped = add_adapter(
-        model, adapter, [token.id for token in tokenizer.new_tokens], tokenizer.fast, seed
-    )
-    if wrapped is model and config.quantize == "none":
-        model.requires_grad_(True)
-    placed, note = place(wrapped, config, device, is_half(config, device), around)
-    return placed, "\n".join(text for text in (news, note) if text)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
-def load_classifier(
-    config: ModelConfig, adapter: AdapterConfig, num_labels: int, device: str, seed: int
+def _classifier(
+    model: ModelConfig,
+    adapter: AdapterConfig,
+    compute: ComputeConfig,
+    num_labels: int,
+    device: str,
+    seed: int,
 ) -> tuple[PreTrainedModel, str]:
-    """The model with a head of `num_labels` scores, from its folder or else new and drawn from `seed`; and a line where it is new.
+    """The model with a head of `num_labels` scores, and a line where that head is new.
 
-    ValueError for adapters of virtual tokens, for a model whose head does not read the last token, and for a head of another size.
+    A new head is drawn from `seed`. ValueError for adapters of virtual tokens, for a model whose
+    head does not read the last token, and for a head of another size.
     """
     import torch
     import transformers
 
-    from ta.model.adapter_base import read_config
-
-    stored = (
-        read_config(adapter.adapter_path)["peft_type"]
-        if adapter.adapter_path
-        else ADAPTERS.get(adapter.adapter, "")
-    )
-    if stored in PROMPT_LEARNING:
+    sources = resolve(model)
+    trained = sources.adapter and read_config(sources.adapter)["peft_type"]
+    kind = trained or ADAPTERS.get(adapter.adapter, "")
+    if kind in PROMPT_LEARNING:
         raise ValueError(
-            f"{stored} with a classification head: its virtual tokens shift the place where scores are read; give --adapter lora"
+            f"{kind} with a classification head: its virtual tokens shift the place where scores are read; give --adapter lora"
         )
-    folder = model_folder(config.model_path, config.hub)
     settings = transformers.AutoConfig.from_pretrained(
-        folder, trust_remote_code=config.trust_remote_code, local_files_only=not config.hub
+        sources.base, trust_remote_code=model.trust_remote_code, local_files_only=not model.hub
     )
     old = any("SequenceClassification" in name for name in settings.architectures or ())
     if old and settings.num_labels != num_labels:
         raise ValueError(
-            f"{folder} has a head of {settings.num_labels} labels where {num_labels} are asked: give its number, or a base model"
+            f"{sources.base} has a head of {settings.num_labels} labels where {num_labels} are asked: give its number, or a base model"
         )
-    loud = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # its table of missing weights is the line below
+    verbosity = transformers.logging.get_verbosity()
+    # its table of missing weights is the line that is returned
+    transformers.logging.set_verbosity_error()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = load_model(config, "seq_cls", num_labels, device)
-    transformers.logging.set_verbosity(loud)
-    if not hasattr(model, "score"):
+        loaded = load_base(model, "seq_cls", num_labels, device, quantize=compute.quantize)
+    transformers.logging.set_verbosity(verbosity)
+    if not hasattr(loaded, "score"):
         raise ValueError(
-            f"{type(model).__name__} reads no score at the last token: give a causal language model's folder"
+            f"{type(loaded).__name__} reads no score at the last token: give a causal language model's folder"
         )
-    return model, "" if old else f"the head of {num_labels} score{'s' * (num_labels > 1)} is new"
+    plural = "s" * (num_labels > 1)
+    return loaded, "" if old else f"the head of {num_labels} score{plural} is new"
 
 
-def place(
-    model,
-    config: ModelConfig,
+def _place(
+    model: nn.Module,
+    compute: ComputeConfig,
     device: str,
     half: bool,
-    around: Callable[[LanguageModel], LanguageModel] = lambda model: model,
-) -> tuple[LanguageModel, str]:
+    around: Callable[[LanguageModel], LanguageModel] | None,
+) -> LanguageModel:
     """Wrap a model, find its mode on rank 0, then compile, checkpoint and shard it as asked."""
     import torch
 
@@ -189,19 +257,21 @@ def place(
 
     if rank():
         wrapper = LanguageModel(model, "packed")
-        _, mode, note = gather_objects(None)[0]
+        mode, note = gather_objects(None)[0]
         wrapper.set_mode(mode)
     else:
-        wrapper, note = wrap(model, config.packing, torch.bfloat16 if half else None)
-        gather_objects((None, wrapper.mode, note))
-    wrapper = around(wrapper)
+        wrapper, note = wrap(model, compute.packing, torch.bfloat16 if half else None)
+        gather_objects((wrapper.mode, note))
+    if around is not None:
+        wrapper = around(wrapper)
+    wrapper.note = note
     if half:
         round_frozen(wrapper)
-    if config.compile:
+    if compute.compile:
         compile_blocks(wrapper)
-    if config.activation_checkpointing:
+    if compute.activation_checkpointing:
         recompute(wrapper)
     if world() > 1:
         wrapper.autocast = None
         shard(wrapper, device, half)
-    return wrapper, note
+    return wrapper

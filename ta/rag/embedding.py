@@ -138,20 +138,28 @@ def _json(folder: str, name: str) -> Any:
 
 
 def open_encoder(
-    folder: str, reading: Reading, device: str = "cpu", dtype: str = "auto"
+    folder: str,
+    reading: Reading,
+    device: str = "cpu",
+    dtype: str = "auto",
+    *,
+    to_shard: bool = False,
 ) -> tuple[Encoder, Any]:
-    """The encoder in evaluation mode, its weights in float32 (float64 where asked), and its tokenizer; ValueError where the folder holds none."""
+    """The encoder in evaluation mode, its weights in float32 (float64 where asked), and its tokenizer; ValueError where the folder holds none.
+
+    With `to_shard`, on several processes, rank 0 has the weights and the others have their shapes.
+    """
     from transformers import AutoModel, AutoTokenizer
 
     wide = torch.float64 if dtype == "float64" else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
-        if rank():  # shapes only: rank 0 hands the weights out (parallel.shard)
+        if to_shard and rank():  # shapes only: rank 0 hands the weights out (parallel.shard)
             with torch.device("meta"):
                 model = AutoModel.from_config(_settings(folder), dtype=wide)
         else:
             model = AutoModel.from_pretrained(folder, dtype=wide, use_safetensors=True, **LOCAL).to(
-                device if world() == 1 else "cpu"
+                "cpu" if to_shard and world() > 1 else device
             )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(

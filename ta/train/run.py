@@ -19,13 +19,13 @@ from ta.data.kinds import KINDS, Kind, prepare_kind
 from ta.data.loader import Feed, evaluation_batches, training_feed
 from ta.data.prepare import DataConfig, Prepared, report, sequence, write_drops
 from ta.data.sources import read_records
-from ta.folders import fingerprint
+from ta.folders import ModelConfig, fingerprint, resolve
 from ta.generation.samples import CherryConfig, check_cherries, pick_cherries
 from ta.media.dialogue import place_media
 from ta.model.adapter_settings import AdapterConfig
 from ta.model.arguments import check_quantize
 from ta.model.export import export
-from ta.model.load import ModelConfig, open_model
+from ta.model.load import ComputeConfig, load_model
 from ta.train import run_folder
 from ta.train.loop import LoopConfig, check_loop, mean_over
 from ta.train.optim import USUAL_LR, OptimConfig, check_optim, with_default_lr
@@ -46,6 +46,7 @@ class RunConfig:
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     adapter: AdapterConfig = AdapterConfig()
+    compute: ComputeConfig = ComputeConfig()
     chat: ChatConfig = ChatConfig()
     data: DataConfig = DataConfig()
     loop: LoopConfig = LoopConfig()
@@ -119,11 +120,12 @@ def open_parts(
 ) -> Parts:
     """Format, data and model of a run, in the order of what they cost; writes nothing. `usual_lr` is what `with_default_lr` takes.
 
-    `placeholders` are those of media records; `around(format)` gives what `open_model` puts around the language model.
+    `placeholders` are those of media records; `around(format)` gives what `load_model` puts around the language model.
     """
     check_loop(config.loop)
     check_optim(config.optim)
-    check_quantize(config.model.quantize, config.adapter, parallel.world())
+    adapted = config.adapter.adapter != "none" or resolve(config.model).adapter is not None
+    check_quantize(config.compute.quantize, adapted, parallel.world())
     device = parallel.init()
     if config.model.model_path.startswith("builtin"):
         parallel.one_thread()
@@ -134,22 +136,20 @@ def open_parts(
     run_folder.check_out(loop.out, loop.resume, loop.overwrite)
     check_sinks(loop.log)
     check_cherries(config.cherry)
-    tokenizer = load_chat_tokenizer(
-        config.model, config.tokenizer, config.chat, placeholders, config.adapter.adapter_path
-    )
+    tokenizer = load_chat_tokenizer(config.model, config.tokenizer, config.chat, placeholders)
     data = open_data(config, tokenizer, kind)
     more = {"around": around(tokenizer)} if around else {}
-    model, note = open_model(
+    model = load_model(
         config.model,
         config.adapter,
+        config.compute,
         tokenizer,
-        kind=model_kind,
-        num_labels=num_labels,
-        device=device,
+        device,
+        num_labels=num_labels if model_kind == "seq_cls" else None,
         seed=loop.seed,
         **more,
     )
-    return Parts(model, tokenizer, data, optim, note)
+    return Parts(model, tokenizer, data, optim, model.note)
 
 
 @contextmanager
@@ -189,8 +189,9 @@ def open_run(
     same = {
         "data": data.train.info["fingerprint"],
         "model": fingerprint(config.model.model_path, config.model.hub),
-        "quantize": config.model.quantize,
+        "quantize": config.compute.quantize,
         **dataclasses.asdict(config.adapter),
+        "adapter_path": config.model.adapter_path,
         "steps": feed.steps,
         "batch_size": batch_size,
         "seed": loop.seed,

@@ -10,6 +10,7 @@ from ta.builtin import models
 from ta.chat.encode import encode_prompt
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
+from ta.folders import ModelConfig
 from ta.generation.generate import generate
 from ta.generation.metrics import METRICS
 from ta.generation.samples import (
@@ -21,7 +22,7 @@ from ta.generation.samples import (
 )
 from ta.generation.settings import GenerateConfig
 from ta.model.language_model import wrap
-from ta.model.load import ModelConfig, load_model
+from ta.model.load import load_base
 
 USER, ANSWER = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
 
@@ -73,7 +74,7 @@ def test_a_random_cut_is_seeded_and_asks_before_any_answer(tokenizer):
 
 
 def test_answers_are_the_engines_and_are_measured_kept_and_shown(tokenizer, tmp_path, capsys):
-    model, _ = wrap(load_model(ModelConfig()))
+    model, _ = wrap(load_base(ModelConfig()))
     records = models.chats("held_out", 6)
     config = CherryConfig(
         cherry_show=2,

@@ -1,5 +1,6 @@
 """Tests of the vLLM engine: what is refused (anywhere), and that a real engine gives the hf engine's answers (where vLLM is installed)."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -16,6 +17,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 from ta.builtin import data_files
 from ta.builtin.models import tiny_tokenizer
+from ta.folders import ModelConfig
 from ta.generation.generate import GenerateConfig, generate
 from ta.generation.vllm_checks import (
     check_head,
@@ -25,7 +27,7 @@ from ta.generation.vllm_checks import (
     refuse_settings,
 )
 from ta.generation.vllm_engine import VllmConfig, generate_vllm, open_engine
-from ta.model.load import ModelConfig, load_model
+from ta.model.load import load_base
 
 installed = importlib.util.find_spec("vllm") is not None
 engine_test = [
@@ -203,7 +205,7 @@ def pair(tmp_path_factory):
     """(engine, model) of one folder."""
     config = lively(tmp_path_factory.mktemp("lively"))
     engine = open_engine(config, TOKENIZER, None, SMALL)
-    yield engine, load_model(config)
+    yield engine, load_base(config)
     del engine
 
 
@@ -306,7 +308,7 @@ def test_the_built_in_model_answers_its_chats_alike():
     ][:64]
     settings, answers = GenerateConfig(max_new_tokens=32), []
     for vllm in (None, SMALL):
-        engine, vocabulary, _ = open_generator(config, None, tokenizer, "cpu", vllm)
+        engine, vocabulary, _ = open_generator(config, tokenizer, "cpu", vllm)
         answers.append(engine(prompts, settings, tokenizer.stop_ids))
     assert len(prompts) == 64 and vocabulary >= len(tokenizer.fast)
     compare(*answers)
@@ -327,7 +329,7 @@ def test_adapters_equal_the_hf_engine(tmp_path, how):
     from ta.model.new_rows import set_rows
 
     config, tokenizer = lively(tmp_path / "base"), copy.deepcopy(TOKENIZER)
-    model = load_model(config)
+    model = load_base(config)
     new = add_tokens(tokenizer, ("<RS>=the answer",)) if how == "merged" else []
     set_rows(model, new)
     adapted = add_adapter(
@@ -344,7 +346,7 @@ def test_adapters_equal_the_hf_engine(tmp_path, how):
         prompt[0] = new[0].id if new else prompt[0]
     settings = GenerateConfig(max_new_tokens=24)
     ours = generate(
-        load_adapter(load_model(config), str(tmp_path / "adapter")),
+        load_adapter(load_base(config), str(tmp_path / "adapter")),
         tokenizer,
         prompts,
         settings,
@@ -355,7 +357,7 @@ def test_adapters_equal_the_hf_engine(tmp_path, how):
         open_engine(config, tokenizer, str(tmp_path / "adapter"), plain), prompts, settings, [END]
     )
     compare(ours, theirs)
-    base = generate(load_model(config), tokenizer, [[1, 2, 3]], settings, [END])
+    base = generate(load_base(config), tokenizer, [[1, 2, 3]], settings, [END])
     assert base != generate(
         adapted.eval(), tokenizer, [[1, 2, 3]], settings, [END]
     )  # the guard: the adapter does change the answers
@@ -397,7 +399,7 @@ def test_scores_equal_the_hf_engine(tmp_path, name, labels, adapter):
     config = ModelConfig(str(tmp_path / "base"))
     if adapter:
         model = add_adapter(
-            load_model(config, "seq_cls", labels), AdapterConfig(adapter="lora", lora_rank=5)
+            load_base(config, "seq_cls", labels), AdapterConfig(adapter="lora", lora_rank=5)
         )
         with torch.no_grad():
             for parameter in model.parameters():
@@ -406,10 +408,11 @@ def test_scores_equal_the_hf_engine(tmp_path, name, labels, adapter):
         save_adapter(model, tmp_path / "adapter")
     path = str(tmp_path / "adapter") if adapter else None
     sequences = [Tokens(ids, []) for ids in [*random_prompts(30), [7] * 128, [0, 0], [0]]]
-    plain, _, context = open_scorer(config, path, TOKENIZER, labels, "cpu", 512)
+    config = dataclasses.replace(config, adapter_path=path)
+    plain, _, context = open_scorer(config, TOKENIZER, labels, "cpu", 512)
     ours = plain(sequences)
     scorer, _, theirs = open_scorer(
-        config, path, TOKENIZER, labels, "cpu", 512, VllmConfig(kv_cache_gb=0.25)
+        config, TOKENIZER, labels, "cpu", 512, VllmConfig(kv_cache_gb=0.25)
     )
     assert (
         torch.allclose(torch.tensor(ours), torch.tensor(scorer(sequences)), atol=1e-4)
@@ -442,7 +445,7 @@ def test_pictures_equal_the_hf_engine(tmp_path):
     from ta.model.adapter_settings import AdapterConfig
     from ta.model.export import export
     from ta.model.inference import open_generator
-    from ta.model.load import open_model
+    from ta.model.load import ComputeConfig, load_model
 
     _, asked = write_pictures(tmp_path, 1, 6)
     files = MediaFiles(image_root=str(tmp_path / "images"))
@@ -452,8 +455,12 @@ def test_pictures_equal_the_hf_engine(tmp_path):
     tokenizer = load_chat_tokenizer(
         ModelConfig(), TokenizerConfig(), ChatConfig(), placeholders=media.placeholders
     )
-    model, _ = open_model(
-        ModelConfig(), AdapterConfig(), tokenizer, around=partial(around, media)(tokenizer)
+    model = load_model(
+        ModelConfig(),
+        AdapterConfig(),
+        ComputeConfig(),
+        tokenizer,
+        around=partial(around, media)(tokenizer),
     )
     export(model.inner, tokenizer.fast, tmp_path / "final", write=write_parts(media, model))
     media = reopen_media(tmp_path / "final", files, (str(asked),), "cpu")
@@ -464,7 +471,7 @@ def test_pictures_equal_the_hf_engine(tmp_path):
     records = read_prompts([str(asked)], tokenizer, ChatConfig(), Drops("error", 0))
     prompts, seen, answers = [ids for _, ids, _ in records], [items for *_, items in records], []
     for vllm in (None, SMALL):
-        engine, _, _ = open_generator(config, None, tokenizer, "cpu", vllm, media=media)
+        engine, _, _ = open_generator(config, tokenizer, "cpu", vllm, media=media)
         answers.append(
             engine(prompts, GenerateConfig(max_new_tokens=12), tokenizer.stop_ids, media=seen)
         )

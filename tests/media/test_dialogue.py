@@ -15,10 +15,10 @@ from ta.data.jsonl import BadRecord
 from ta.data.kinds import prepare_kind
 from ta.data.loader import media_of
 from ta.data.prepare import DataConfig
+from ta.folders import ModelConfig
 from ta.media.dialogue import encode_media
 from ta.media.images import write_image
 from ta.media.settings import MediaConfig, open_media
-from ta.model.load import ModelConfig
 
 A = {"role": "assistant", "content": "red"}
 

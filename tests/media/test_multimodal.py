@@ -15,12 +15,13 @@ from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.data.kinds import prepare_kind
 from ta.data.loader import lay_records
 from ta.data.prepare import DataConfig
+from ta.folders import ModelConfig
 from ta.media.feature_file import Layout
 from ta.media.features import extract
 from ta.media.multimodal import MediaBatch, around, dress, embed_modalities, embed_prompts, fill
 from ta.media.settings import MediaConfig, load_marked, open_media
 from ta.model.adapter_settings import AdapterConfig
-from ta.model.load import ModelConfig, open_model
+from ta.model.load import ComputeConfig, load_model
 
 D = 160  # width of the built-in model
 
@@ -67,9 +68,10 @@ def made(media, path, model=None, freeze=False, adapter="none", **chat):
         "media", [str(path)], tokenizer, chat, DataConfig(), say=lambda line: None
     )
     if model is None:
-        model, _ = open_model(
+        model = load_model(
             ModelConfig(),
             AdapterConfig(adapter=adapter),
+            ComputeConfig(),
             tokenizer,
             around=around(media, tokenizer, freeze),
         )

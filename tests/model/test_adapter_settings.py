@@ -31,7 +31,8 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_loaded(saved):
     ]
     for settings, message in cases:
         with pytest.raises(ValueError, match=message):
-            check_adapter(AdapterConfig(**settings))
+            path = settings.pop("adapter_path", None)
+            check_adapter(AdapterConfig(**settings), path)
     for kind in KINDS:
         config = AdapterConfig(adapter=kind)
         check_adapter(config)
@@ -42,7 +43,7 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_loaded(saved):
                 check_adapter(config, packing=True)
     with pytest.raises(ValueError, match="activation checkpointing"):
         check_adapter(AdapterConfig(adapter="prefix"), checkpointing=True)
-    check_adapter(AdapterConfig(adapter_path=str(saved)), packing=True, checkpointing=True)
+    check_adapter(AdapterConfig(), str(saved), packing=True, checkpointing=True)
 
 
 def test_what_does_not_fit_the_model_is_refused():

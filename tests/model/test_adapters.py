@@ -59,7 +59,7 @@ def test_lora_and_new_tokens_train_alone_and_survive_save_load_and_merge(name, t
         assert same(probe_logits(loaded), after) and trainable_parameters(loaded)[0] == 0
         with loaded.disable_adapter():
             assert same(probe_logits(loaded), untouched)
-    again = add_adapter(base(name), AdapterConfig(adapter_path=str(tmp_path)))
+    again = load_adapter(base(name), str(tmp_path), trainable=True)
     assert {n for n, p in again.named_parameters() if p.requires_grad} == changed
     assert train_a_step(again) == changed
     merged = merge_adapter(loaded)

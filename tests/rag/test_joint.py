@@ -16,8 +16,9 @@ from ta.data.batch import lay_out
 from ta.data.kinds import prepare_kind
 from ta.data.loader import micro_batches
 from ta.data.prepare import DataConfig
+from ta.folders import ModelConfig
 from ta.model.adapter_settings import AdapterConfig
-from ta.model.load import ModelConfig, open_model
+from ta.model.load import ComputeConfig, load_model
 from ta.rag import joint
 from ta.rag.embedding import open_encoder
 from ta.rag.index import EncoderConfig, begin, build
@@ -56,9 +57,10 @@ def made(tmp_path_factory):
     encoder, encoder_tokenizer = open_encoder(index.encoder, index.reading, dtype="float64")
     config = ModelConfig(model_path=str(folder / "generator"), dtype="float64")
     tokenizer = load_chat_tokenizer(config, TokenizerConfig(), ChatConfig())
-    model, _ = open_model(
+    model = load_model(
         config,
         AdapterConfig(),
+        ComputeConfig(),
         tokenizer,
         around=lambda generator: joint.RagModel(generator, encoder),
     )

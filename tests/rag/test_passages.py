@@ -11,7 +11,7 @@ from ta.builtin import models
 from ta.chat.encode import Drop, encode_chats, encode_prompts
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
-from ta.model.load import ModelConfig
+from ta.folders import ModelConfig
 from ta.rag.passages import (
     Joining,
     Passages,

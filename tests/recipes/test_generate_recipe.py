@@ -210,16 +210,17 @@ def test_settings_are_read_or_refused():
 def test_adapters_and_prompts_that_do_not_fit_are_refused(door, data, tmp_path, monkeypatch):
     """Each with exit code 2, a line that says what to give, and nothing written."""
     from ta.builtin import models
+    from ta.folders import ModelConfig
     from ta.model.adapter_settings import AdapterConfig
     from ta.model.adapters import add_adapter, save_adapter
-    from ta.model.load import ModelConfig, load_model
+    from ta.model.load import load_base
 
     models.write_tiny(tmp_path / "base")
     models.write_tiny(tmp_path / "other", seed=1)
     for kind in ("lora", "prompt"):
         save_adapter(
             add_adapter(
-                load_model(ModelConfig(str(tmp_path / "base"))), AdapterConfig(adapter=kind)
+                load_base(ModelConfig(str(tmp_path / "base"))), AdapterConfig(adapter=kind)
             ),
             tmp_path / kind,
         )

@@ -12,10 +12,10 @@ from test_encoders import save_clip, save_siglip
 from ta.builtin.pictures import write_pictures
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
+from ta.folders import ModelConfig
 from ta.media.multimodal import embed_prompts, seeing
 from ta.media.settings import MediaFiles, reopen_media
-from ta.model.inference import open_for_inference
-from ta.model.load import ModelConfig
+from ta.model.load import load_for_inference
 
 pytestmark = pytest.mark.slow
 QUICK = (
@@ -288,7 +288,7 @@ def test_llava_layout_gives_equal_logits(forked, door, flags, place, tmp_path):
         load_chat_tokenizer(
             config, TokenizerConfig(), ChatConfig(), placeholders=media.placeholders
         ),
-        open_for_inference(config),
+        load_for_inference(config),
     )
     ours.inner.set_attn_implementation("sdpa")
     for row in lines(tmp_path / "a.jsonl")[:4]:

@@ -14,7 +14,8 @@ import peft, torch
 from ta.model.adapter_settings import AdapterConfig
 from ta.data.loader import training_feed
 from ta.train.memory import estimate
-from ta.model.load import ModelConfig, open_model
+from ta.folders import ModelConfig
+from ta.model.load import ComputeConfig, load_model
 from ta.chat.tokenizer import load_chat_tokenizer
 from ta.train.optim import OptimConfig, make_optimizer, update
 from ta.train.run import RunConfig, open_data
@@ -34,7 +35,7 @@ config = RunConfig()
 tokenizer = load_chat_tokenizer(config.model, config.tokenizer, config.chat)
 data = open_data(config, tokenizer, "chat").train
 for adapter, recompute in (("none", False), ("lora", False), ("none", True)):
-    model, _ = open_model(ModelConfig(activation_checkpointing=recompute), AdapterConfig(adapter=adapter), tokenizer)
+    model = load_model(ModelConfig(), AdapterConfig(adapter=adapter), ComputeConfig(activation_checkpointing=recompute), tokenizer)
     feed = training_feed(data, batch_size=256, max_tokens_per_micro=8192, seed=0, steps=2, epochs=1)
     told = estimate(model, feed, step)
     gc.collect()
