@@ -4,7 +4,7 @@
 
 Search: the ten best of a million vectors of 384 numbers for 64 questions, beside the bare products of the same blocks, torch.topk over all
 products at once, and faiss's flat index. Building: an encoder of six layers of 384 over passages of 20 to 120 words, from JSONL to the
-published folder, beside its forward passes on the same batches, made beforehand. Opening: an index of ten million passages (a sparse file of 15 GB).
+published folder, beside its forward passes on the same batches, made beforehand. Opening: an index of ten million passages (15 GB on the disk).
 """
 
 import argparse
@@ -148,27 +148,24 @@ def opening(flags) -> Figures:
     import json
 
     import numpy as np
+    import torch
 
     from ta.folders import fingerprint
     from ta.rag.embedding import reading_of
-    from ta.rag.index import EncoderConfig, _make_room, seal
-    from ta.rag.passages import take
+    from ta.rag.index import EncoderConfig, save_index
+    from ta.rag.passages import Passages, take
     from ta.rag.search import open_index
 
     with tempfile.TemporaryDirectory() as place:
         _, path = passages(flags, Path(place))
         folder, n = Path(place) / "index", 10 * flags.vectors
-        folder.mkdir()
         line = json.dumps({"id": "0", "text": "a passage"}).encode() + b"\n"
-        (folder / "passages.jsonl").write_bytes(line * n)
-        _make_room(
-            folder / "vectors.safetensors", np.arange(n + 1, dtype=np.int64) * len(line), 384
-        )
+        (Path(place) / "many.jsonl").write_bytes(line * n)
+        many = Passages(Path(place) / "many.jsonl", np.arange(n + 1, dtype=np.int64) * len(line))
+        zeros = np.memmap(Path(place) / "zeros", np.float32, "w+", shape=(n, 384))
         reading = reading_of(path, EncoderConfig())._asdict()
-        seal(
-            folder,
-            {"format": 1, "encoder": fingerprint(path), "encoder_path": path, "reading": reading},
-        )
+        about = {"format": 1, "encoder": fingerprint(path), "encoder_path": path}
+        save_index(folder, many, torch.from_numpy(zeros), about | {"reading": reading})
         start = time.perf_counter()
         index = open_index(folder)
         assert (

@@ -356,10 +356,17 @@ class Parts:
             names = list(file.keys())
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
 
+    def drop(self, key: str) -> None:
+        """Delete one part, where it is there."""
+        (self.folder / f"{key}.safetensors").unlink(missing_ok=True)
+
     def clear(self) -> None:
-        """Delete the parts, finished or not."""
+        """Delete all parts; other processes see all of them or none."""
         clean_up(self.folder)
-        remove(self.folder)
+        gone = _aside(self.folder)
+        with suppress(FileNotFoundError):
+            os.rename(self.folder, gone)
+        remove(gone)
 
 
 # Arrays

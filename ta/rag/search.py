@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ta.files import cache_folder, content_hash, stamp
+from ta.files import cache_folder, content_hash, stamp, writing
 from ta.folders import encoder_folder, fingerprint
 from ta.rag.passages import Passages
 
@@ -105,9 +105,8 @@ def add_approximate(path: str | Path) -> None:
     found.train(index.vectors[:: max(1, n // (256 * lists))].numpy())
     for start in range(0, n, BLOCK):
         found.add(index.vectors[start : start + BLOCK].numpy())
-    temporary = index.folder / f".{APPROXIMATE}"
-    faiss.write_index(found, str(temporary))
-    temporary.rename(index.folder / APPROXIMATE)
+    with writing(index.folder / APPROXIMATE) as aside:
+        faiss.write_index(found, str(aside))
 
 
 def need_faiss() -> Any:

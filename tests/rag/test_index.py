@@ -56,32 +56,32 @@ def test_two_processes_build_what_one_does(given, tmp_path):
 
 
 def dying_after(count):
-    """os.fsync that is killed at its next call."""
-    real, seen = os.fsync, []
+    """os.replace, which names a part, that is killed after so many calls."""
+    real, seen = os.replace, []
 
-    def fsync(handle):
-        seen.append(handle)
+    def replace(old, new):
+        seen.append(new)
         if len(seen) > count:
             os.kill(os.getpid(), signal.SIGKILL)
-        real(handle)
+        real(old, new)
 
-    return fsync
+    return replace
 
 
 def test_a_build_goes_on_where_it_was_killed(given, tmp_path, monkeypatch):
     expected, out = whole(given, tmp_path / "whole"), tmp_path / "killed"
     begin(out, [str(given / "passages.jsonl")], config(given))
-    for count in (1, 2, 1):  # blocks after which it dies, before the next one is on the disk
+    for count in (1, 2, 1):  # blocks after which it dies, before the next one has its name
         pid = os.fork()
         if not pid:
-            monkeypatch.setattr(os, "fsync", dying_after(count))
+            monkeypatch.setattr(os, "replace", dying_after(count))
             build(out, "cpu")
             os._exit(0)
         assert os.WIFSIGNALED(os.waitpid(pid, 0)[1]) and not out.exists()
         begin(out, [str(given / "passages.jsonl")], config(given), resume=True)
     left = []
-    with open(tmp_path / ".killed.partial" / "done-0", "a") as journal:
-        journal.write("5")  # a torn line vouches for nothing
+    torn = tmp_path / ".killed.parts" / ".00000005.safetensors.7.tmp"
+    torn.write_bytes(b"torn")  # what a kill leaves of a part is no part
     assert build(out, "cpu", advance=left.append) and left == [64, 16, 10]
     assert same(expected, out)
 
