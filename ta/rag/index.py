@@ -75,11 +75,12 @@ def begin(
             "--resume goes on with an index and --overwrite deletes it: give one of the two"
         )
     begun = parts.about()
-    if out.exists() and not (overwrite or (resume and begun)):
+    stands = out.exists() and not (out.is_dir() and not any(out.iterdir()))
+    if stands and not (overwrite or (resume and begun)):
         raise ValueError(
             f"--out {out} exists: give another folder, or --overwrite to build it anew"
         )
-    if out.exists() and not (out / "manifest.json").exists():
+    if stands and not (out / "manifest.json").exists():
         raise ValueError(f"--out {out} is no index, so it is not overwritten: give another folder")
     if begun and not (resume or overwrite):
         raise ValueError(

@@ -101,6 +101,8 @@ def test_what_was_begun_is_not_gone_on_with_otherwise(given, tmp_path):
     with pytest.raises(ValueError, match="exists: give another folder, or --overwrite"):
         begin(out, sources, config(given))
     (tmp_path / "precious").mkdir()
+    begin(tmp_path / "precious", sources, config(given))  # an empty folder is as good as none
+    (tmp_path / "precious" / "notes.txt").touch()
     with pytest.raises(ValueError, match="is no index, so it is not overwritten"):
         begin(tmp_path / "precious", sources, config(given), overwrite=True)
 
