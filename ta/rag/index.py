@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCK = 2048  # passages that are embedded together and make one part
-OFFSETS = "offsets"
+OFFSETS, WHOLE = "offsets", "vectors.npy"  # among the parts
 
 
 @dataclass(frozen=True)
@@ -137,10 +137,11 @@ def build(
     parts = Parts(out)
     with locked(out, share=f"part-{rank}"):
         try:
-            begun, offsets, done = parts.about(), _offsets(parts), _done(parts)
+            begun, offsets = parts.about(), _offsets(parts)
+            n = len(offsets) - 1
+            done = _done(parts, -(-n // BLOCK))
         except FileNotFoundError:  # the other processes had all the blocks and have published them
             return False
-        n = len(offsets) - 1
         blocks = {
             block: range(block * BLOCK, min((block + 1) * BLOCK, n))
             for block in range(rank, -(-n // BLOCK), world)
@@ -163,8 +164,10 @@ def _offsets(parts: Parts) -> np.ndarray:
     return parts.load(OFFSETS)[0][OFFSETS].numpy()
 
 
-def _done(parts: Parts) -> set[int]:
-    """Blocks whose vectors are on the disk."""
+def _done(parts: Parts, total: int) -> set[int]:
+    """Blocks whose vectors are on the disk: in parts, or all of them in one array."""
+    if (parts.folder / WHOLE).exists():
+        return set(range(total))
     return {int(key) for key in parts.keys() if key != OFFSETS}  # noqa: SIM118 no mapping
 
 
@@ -177,9 +180,8 @@ def _publish(out: Path, parts: Parts, total: int) -> bool:
     import torch
 
     with locked(out, waiting=lambda: None):
-        whole = parts.folder / "vectors.npy"
-        about = parts.about()
-        if about is None or not (whole.exists() or len(_done(parts)) == total):
+        whole, about = parts.folder / WHOLE, parts.about()
+        if about is None or len(_done(parts, total)) < total:
             return False
         if not whole.exists():  # all vectors in one array, to be mapped: memory does not grow
             with writing(whole) as aside:

@@ -1,12 +1,14 @@
 """Building an index: the same vectors on any number of processes and after any kill; what does not fit is refused before anything is written."""
 
 import os
+import shutil
 import signal
 
 import pytest
 import torch
 
 from ta.builtin import models
+from ta.files import clean_up, locked
 from ta.rag import index
 from ta.rag.index import EncoderConfig, begin, build
 from ta.rag.search import open_index
@@ -56,34 +58,81 @@ def test_two_processes_build_what_one_does(given, tmp_path):
 
 
 def dying_after(count):
-    """os.replace, which names a part, that is killed after so many calls."""
-    real, seen = os.replace, []
+    """os.rename and os.replace, which names a part, that are killed after so many calls."""
+    seen = []
 
-    def replace(old, new):
-        seen.append(new)
-        if len(seen) > count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        real(old, new)
+    def dying(real):
+        def call(old, new):
+            seen.append(new)
+            if len(seen) > count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(old, new)
 
-    return replace
+        return call
+
+    return dying(os.rename), dying(os.replace)
 
 
-def test_a_build_goes_on_where_it_was_killed(given, tmp_path, monkeypatch):
+def killed(out, count):
+    """Build in a child that is killed after so many renames; whether it came to that."""
+    if not (pid := os.fork()):
+        os.rename, os.replace = dying_after(count)
+        try:
+            build(out, "cpu")
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitpid(pid, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+def test_a_build_goes_on_where_it_was_killed(given, tmp_path):
     expected, out = whole(given, tmp_path / "whole"), tmp_path / "killed"
     begin(out, [str(given / "passages.jsonl")], config(given))
     for count in (1, 2, 1):  # blocks after which it dies, before the next one has its name
-        pid = os.fork()
-        if not pid:
-            monkeypatch.setattr(os, "replace", dying_after(count))
-            build(out, "cpu")
-            os._exit(0)
-        assert os.WIFSIGNALED(os.waitpid(pid, 0)[1]) and not out.exists()
+        assert killed(out, count) and not out.exists()
         begin(out, [str(given / "passages.jsonl")], config(given), resume=True)
     left = []
     torn = tmp_path / ".killed.parts" / ".00000005.safetensors.7.tmp"
     torn.write_bytes(b"torn")  # what a kill leaves of a part is no part
     assert build(out, "cpu", advance=left.append) and left == [64, 16, 10]
     assert same(expected, out)
+
+
+def test_a_kill_while_it_is_published_leaves_the_old_index_or_the_new_one(given, tmp_path):
+    expected, out, step = whole(given, tmp_path / "whole"), tmp_path / "index", 0
+    models.write_jsonl(tmp_path / "other.jsonl", models.passages()[:7])
+    begin(out, [str(tmp_path / "other.jsonl")], config(given))
+    build(out, "cpu")
+    shutil.copytree(out, tmp_path / "old")
+    sources, seen = [str(given / "passages.jsonl")], []
+    while True:
+        begin(out, sources, config(given), overwrite=True)
+        died = killed(out, 6 + step)  # six blocks, then each step of what follows
+        clean_up(out)
+        seen.append(len(open_index(out).vectors))
+        if not died:
+            break
+        begin(out, sources, config(given), resume=True)
+        left = []
+        assert build(out, "cpu", advance=left.append) and left == [90] and same(expected, out)
+        shutil.rmtree(out)
+        shutil.copytree(tmp_path / "old", out)
+        step += 1
+    assert seen == sorted(seen) and set(seen) == {7, 90} and same(expected, out)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_second_builder_is_refused(given, tmp_path):
+    out, sources = tmp_path / "index", [str(given / "passages.jsonl")]
+    begin(out, sources, config(given))
+    with locked(out, share="part-0"):
+        with pytest.raises(ValueError, match="index is being written by another process"):
+            begin(out, sources, config(given), overwrite=True)
+        with pytest.raises(ValueError, match="index is being written by another process"):
+            build(out, "cpu")
+    assert build(out, "cpu")
 
 
 def test_what_was_begun_is_not_gone_on_with_otherwise(given, tmp_path):
