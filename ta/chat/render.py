@@ -14,6 +14,9 @@ Encode = Callable[[Sequence[str]], list[list[int]]]
 Parts = Sequence[tuple[str, bool]]  # a content cut into (text, whether it is placeholders of media)
 Rendered = list[list["Piece"]]  # the pieces of each message, in order
 
+# chats that are encoded by one call of the tokenizer
+GROUP = 128
+
 # what tokenizers strip beside a special token that swallows white space
 SPACE = (
     "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
@@ -151,24 +154,35 @@ def tokenize_with_loss_mask(rendered: Rendered, vocabulary: Vocabulary) -> Token
 
 
 def tokenize_chats(chats: Sequence[Rendered], vocabulary: Vocabulary) -> list[Tokenized]:
-    """Ids, loss weights and message lengths of rendered chats, in order.
-
-    All texts are encoded by one call of the tokenizer, each distinct text once.
-    """
+    """Ids, loss weights and message lengths of rendered chats, in order."""
     known: dict[str, list[int | str]] = {}
-    units = [list(_units(chat, vocabulary, known)) for chat in chats]
+    done = []
+    for start in range(0, len(chats), GROUP):
+        group = chats[start : start + GROUP]
+        units = [list(_units(chat, vocabulary, known)) for chat in group]
+        ids = _encode_texts(units, vocabulary)
+        done += [
+            _join(chat, len(messages), ids) for chat, messages in zip(units, group, strict=True)
+        ]
+    return done
+
+
+def _encode_texts(
+    units: list[list[Unit]], vocabulary: Vocabulary
+) -> dict[tuple[str, bool], list[int]]:
+    """The ids of each distinct (text, whether it starts a text) of some chats."""
+    texts = dict.fromkeys(
+        (unit.token, unit.starts_text)
+        for chat in units
+        for unit in chat
+        if isinstance(unit.token, str)
+    )
     ids: dict[tuple[str, bool], list[int]] = {}
-    for starts_text, encode in ((False, vocabulary.encode), (True, vocabulary.encode_start)):
-        texts = {
-            unit.token: None
-            for chat in units
-            for unit in chat
-            if unit.starts_text == starts_text and isinstance(unit.token, str)
-        }
-        if texts:
-            keys = [(text, starts_text) for text in texts]
-            ids |= zip(keys, encode(list(texts)), strict=True)
-    return [_join(chat, len(messages), ids) for chat, messages in zip(units, chats, strict=True)]
+    for starts, encode in ((False, vocabulary.encode), (True, vocabulary.encode_start)):
+        keys = [key for key in texts if key[1] == starts]
+        if keys:
+            ids |= zip(keys, encode([text for text, _ in keys]), strict=True)
+    return ids
 
 
 def _units(
@@ -234,11 +248,11 @@ def special_border(names: frozenset[str]) -> re.Pattern[str]:
 def _join(units: list[Unit], messages: int, ids: dict[tuple[str, bool], list[int]]) -> Tokenized:
     tokens = Tokens([], [])
     lengths = [0] * messages
-    for unit in units:
-        part = [unit.token] if isinstance(unit.token, int) else ids[unit.token, unit.starts_text]
+    for message, token, weight, starts_text in units:
+        part = [token] if isinstance(token, int) else ids[token, starts_text]
         tokens.ids.extend(part)
-        tokens.weights.extend([unit.weight] * len(part))
-        lengths[unit.message] += len(part)
+        tokens.weights.extend([weight] * len(part))
+        lengths[message] += len(part)
     return Tokenized(tokens, lengths)
 
 
