@@ -131,9 +131,9 @@ def ours(model, prompts, stop):
 def vllm(model):
     """vLLM started on the model: its run."""
     from ta.builtin.models import tiny_tokenizer
+    from ta.folders import ModelConfig
     from ta.generation.generate import GenerateConfig
     from ta.generation.vllm_engine import VllmConfig, generate_vllm, open_engine
-    from ta.folders import ModelConfig
 
     os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
     with tempfile.TemporaryDirectory() as folder:

@@ -67,14 +67,12 @@ def opened(flags):
     """A function that prepares the file of chats, or opens what was prepared."""
     from ta.chat.template import ChatConfig
     from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
-    from ta.data.kinds import prepare_kind
-    from ta.data.prepare import DataConfig
+    from ta.data.prepare import DataConfig, prepare_chats
     from ta.folders import ModelConfig
 
     tokenizer = load_chat_tokenizer(ModelConfig(), TokenizerConfig(), ChatConfig())
     config = DataConfig(cache_dir=f"{flags.folder}/cache")
-    return lambda: prepare_kind(
-        "chat",
+    return lambda: prepare_chats(
         [f"{flags.folder}/chats.jsonl"],
         tokenizer,
         ChatConfig(),

@@ -14,15 +14,25 @@ import math
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from ta.builtin import data_files
 from ta.chat.render import Tokens, show
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.cli import cli
-from ta.data.kinds import Kind, prepare_kind
-from ta.data.prepare import DataConfig, Prepared, lengths, read_drops, report, sequence
+from ta.data.prepare import (
+    KINDS,
+    DataConfig,
+    Prepared,
+    lengths,
+    prepare,
+    read_drops,
+    report,
+    sequence,
+)
 from ta.folders import ModelConfig
+from ta.media.dialogue import MEDIA_CHATS
 from ta.media.settings import MediaConfig, open_media
 
 BAR = 50  # characters
@@ -39,7 +49,7 @@ class InspectData:
     """Adapter whose tokenizer is used, if it has one of its own."""
     hub: bool = False
     """Allow the model's name to be looked up on the Hugging Face hub."""
-    kind: Kind = "chat"
+    kind: Literal["chat", "pair", "labelled", "class", "media", "question"] = "chat"
     """What the records are: chats (sft), pairs (rm, dpo), labelled answers (kto), classified dialogues (classify), pictures and sounds
     (multimodal) or questions (rag, without their passages)."""
     media: MediaConfig = MediaConfig()
@@ -65,9 +75,8 @@ def main(config: InspectData) -> None:
     for sources in (training, config.data.val_data):
         if not sources:
             continue
-        prepared = prepare_kind(
-            config.kind, sources, tokenizer, config.chat, config.data, config.seed
-        )
+        kind = MEDIA_CHATS if config.kind == "media" else KINDS[config.kind]
+        prepared = prepare(sources, tokenizer, config.chat, config.data, config.seed, kind=kind)
         for line in (
             json_lines(prepared)
             if config.json

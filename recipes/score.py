@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Literal
 
 from ta import parallel
-from ta.chat.encode import Drop, encode_answers
+from ta.chat.encode import Drop, encode_answers, encode_dialogues
 from ta.chat.messages import ANSWER
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.cli import cli
-from ta.data.kinds import KINDS
+from ta.data.prepare import CLASSES
 from ta.data.records import check_candidates, check_chat
 from ta.data.sources import read_records
 from ta.files import hash_json
@@ -64,10 +64,11 @@ def sequences_of(config: Score, tokenizer, data: dict) -> list:
         answers = [{"role": ANSWER, "content": answer["content"]} for answer in data["answers"]]
         found = encode_answers([data["messages"]], [answers], tokenizer, config.chat)[0]
     else:
-        found = KINDS["class"][1](tokenizer, config.chat, [data | {"label": 0}])[0]
+        dialogues = [CLASSES.dialogues(data, tokenizer)]
+        found = encode_dialogues(dialogues, tokenizer, config.chat, CLASSES.rule)[0]
     if isinstance(found, Drop):
         raise ValueError(f"{found.reason}: {found.detail}; raise --max-tokens")
-    return found if config.kind == "candidates" else list(found.seqs)
+    return found
 
 
 def main(config: Score) -> None:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any
 
 try:
     import fcntl
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from numpy import ndarray
     from torch import Tensor
 
-T = TypeVar("T")
 # ns; a file written later than this before its hashing may change again within one clock tick
 SETTLED = 2_000_000_000
 ASIDE = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d{1,9})(@(?P<host>[^@]*))?\.(?P<kind>tmp|old)")
@@ -431,33 +430,31 @@ def open_arrays(folder: Path) -> tuple[dict[str, ndarray], dict[str, Any]] | str
         return f"{type(error).__name__}: {error}"
 
 
-def open_or_make(
-    folder: Path,
-    opened: Callable[[Path], T | str],
-    make: Callable[[Path], dict[str, Any]],
-    say: Callable[[str], None],
-) -> tuple[T, bool]:
-    """What `opened` finds in `folder`, or else what `make` wrote into an empty folder beside it,
-    published; and whether it was made now.
+@contextmanager
+def made_once(
+    folder: Path, opened: Callable[[], Any], say: Callable[[str], None]
+) -> Iterator[Path | None]:
+    """Give an empty folder beside `folder` to write into, published when the block ends; None where
+    another process has made it meanwhile.
 
-    `opened` gives what it read, or why it cannot ("" where nothing is there). One process makes,
-    others wait for it.
+    `opened` gives what it reads in `folder`, or as a text why it cannot ("" where nothing is
+    there). One process makes, others wait for it.
     """
-    if not isinstance(found := opened(folder), str):
-        return found, False
     wait = f"waiting for another process that prepares the same data in {folder}"
     with locked(folder, waiting=lambda: say(wait)):
-        if not isinstance(found := opened(folder), str):
-            return found, False
-        if found:
-            say(f"{folder}: prepared data is damaged ({found}); preparing it again")
+        if not isinstance(damage := opened(), str):
+            yield None
+            return
+        if damage:
+            say(f"{folder}: prepared data is damaged ({damage}); preparing it again")
         with suppress(FileExistsError), publishing(folder, replace=folder.exists()) as aside:
-            info = make(aside)
-            sizes = {file.name: file.stat().st_size for file in aside.iterdir()}
-            (aside / "manifest.json").write_text(json.dumps({"sizes": sizes, "info": info}))
-        if isinstance(found := opened(folder), str):
-            raise OSError(f"{folder}: what was just written cannot be read ({found})")
-        return found, True
+            yield aside
+
+
+def write_manifest(folder: Path, info: dict[str, Any]) -> None:
+    """Write the manifest that `open_arrays` checks the files of `folder` against."""
+    sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
+    (folder / "manifest.json").write_text(json.dumps({"sizes": sizes, "info": info}))
 
 
 # Hashes

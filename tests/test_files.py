@@ -27,13 +27,14 @@ from ta.files import (
     content_hash,
     hold_lock,
     locked,
+    made_once,
     open_arrays,
-    open_or_make,
     ours,
     publishing,
     read_lines,
     remove,
     write_atomic,
+    write_manifest,
     writing,
 )
 
@@ -432,6 +433,16 @@ def write(folder, value=1):
 def opened(folder):
     found = open_arrays(folder)
     return found if isinstance(found, str) else (found[0]["a"].tolist(), found[1])
+
+
+def open_or_make(folder, opened, make, say):
+    """What stands in the folder, and whether it was made now."""
+    if not isinstance(found := opened(folder), str):
+        return found, False
+    with made_once(folder, lambda: opened(folder), say) as aside:
+        if aside is not None:
+            write_manifest(aside, make(aside))
+    return opened(folder), aside is not None
 
 
 def make(folder, value=1, lines=None):

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from ta.builtin import data_files, models
 from ta.chat.template import ChatConfig, export_template
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
-from ta.data.kinds import prepare_kind
 from ta.data.loader import training_feed
-from ta.data.prepare import DataConfig
+from ta.data.prepare import DataConfig, prepare_chats
 from ta.folders import READER, SMALL, TUNED, ModelConfig, tuned_folder, written
 from ta.model.adapter_settings import AdapterConfig
 from ta.model.export import export
@@ -77,7 +76,7 @@ def fine_tune(device: str, name: str = TUNED) -> None:
     start = ModelConfig(model_path=how.base)
     tokenizer = load_chat_tokenizer(start, TokenizerConfig(), ChatConfig())
     sources, _ = data_files.data_or_builtin((), (), how.records)
-    prepared = prepare_kind("chat", sources, tokenizer, ChatConfig(), DataConfig(), say=say)
+    prepared = prepare_chats(sources, tokenizer, ChatConfig(), DataConfig())
     model = load_model(start, AdapterConfig(), ComputeConfig(), tokenizer, device)
     loop = LoopConfig(out=str(work), steps=how.steps, batch_size=how.batch_size)
     feed = training_feed(

@@ -199,13 +199,16 @@ def encode_pairs(
     config: ChatConfig,
 ) -> list[tuple[Tokens, Tokens] | Drop]:
     """(chosen, rejected) of each record, which share one cut context; only answers are learned."""
-    groups = map(distinct, encode_answers(contexts, pairs, tokenizer, config))
+    groups = [
+        group if isinstance(group, Drop) else distinct(group)
+        for group in encode_answers(contexts, pairs, tokenizer, config)
+    ]
     return [group if isinstance(group, Drop) else (group[0], group[1]) for group in groups]
 
 
-def distinct(sequences: list[Tokens] | Drop) -> list[Tokens] | Drop:
+def distinct(sequences: list[Tokens]) -> list[Tokens] | Drop:
     """The sequences of a pair, or a Drop where both have the same tokens."""
-    if not isinstance(sequences, Drop) and sequences[0].ids == sequences[1].ids:
+    if sequences[0].ids == sequences[1].ids:
         return Drop(EQUAL, "the two answers have the same tokens")
     return sequences
 

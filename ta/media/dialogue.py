@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ta.chat.encode import Drop, encode_chats, encode_prompts
 from ta.chat.messages import Message
 from ta.chat.render import Tokens
 from ta.data.jsonl import BadRecord
+from ta.data.prepare import Kind, prepare
+from ta.data.records import check_media
 
 if TYPE_CHECKING:
     from ta.chat.template import ChatConfig
     from ta.chat.tokenizer import ChatTokenizer, Placeholder
 
 Media = list[tuple[str, str]]  # (modality, path as the record gives it), in the order of the text
+
+
+def media_in(messages: Sequence[Message]) -> Media:
+    """The pictures and sounds of messages as records have them, in the order of the text."""
+    media = []
+    for message in messages:
+        content = message["content"]
+        parts = content if isinstance(content, list) else [message]
+        media += [(p["type"], p["content"]) for p in parts if p.get("type", "text") != "text"]
+    return media
 
 
 def place_media(
@@ -97,3 +110,17 @@ def kept_media(
     kept = media[len(media) - total :] if latest else media[:total]
     assert all(sum(name == modality for modality, _ in kept) == n for name, n in counts.items())
     return kept
+
+
+def placed_chat(record: dict, tokenizer: ChatTokenizer) -> list[list[Message]]:
+    """The record's messages, with placeholders for pictures and sounds, as one dialogue."""
+    return [place_media(record["messages"], tokenizer.placeholders)[0]]
+
+
+def media_of_record(record: dict, ids: list[int], tokenizer: ChatTokenizer, latest: bool) -> Media:
+    """Those of the record's pictures and sounds that stand in `ids`."""
+    return kept_media(media_in(record["messages"]), ids, tokenizer.placeholders, latest)
+
+
+MEDIA_CHATS = Kind("media", check_media, placed_chat, answer_optional=True, media=media_of_record)
+prepare_media_chats = partial(prepare, kind=MEDIA_CHATS)

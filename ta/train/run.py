@@ -12,16 +12,21 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from ta import parallel
 from ta.builtin import data_files
 from ta.chat.encode import encode_chats
-from ta.chat.render import Tokens, show
 from ta.chat.template import ChatConfig, export_template
 from ta.chat.tokenizer import ChatTokenizer, TokenizerConfig, disagreement, load_chat_tokenizer
-from ta.data.kinds import KINDS, Kind, prepare_kind
 from ta.data.loader import Feed, evaluation_batches, training_feed
-from ta.data.prepare import DataConfig, Prepared, report, sequence, write_drops
-from ta.data.sources import read_records
+from ta.data.prepare import (
+    KINDS,
+    DataConfig,
+    Prepared,
+    first_records,
+    prepare,
+    preview,
+    write_drops,
+)
 from ta.folders import ModelConfig, fingerprint, resolve
 from ta.generation.samples import CherryConfig, check_cherries, pick_cherries
-from ta.media.dialogue import place_media
+from ta.media.dialogue import MEDIA_CHATS, place_media
 from ta.model.adapter_settings import AdapterConfig
 from ta.model.arguments import check_quantize
 from ta.model.export import export
@@ -84,33 +89,27 @@ class Run(NamedTuple):
     identity: dict[str, Any]  # what must not differ on resume
 
 
-def open_data(config: RunConfig, tokenizer: ChatTokenizer, kind: Kind) -> Data:
+def open_data(config: RunConfig, tokenizer: ChatTokenizer, kind: str) -> Data:
     """Training and held-out records of a kind: the sources given, or the built-in ones."""
     sources, val_sources = data_files.data_or_builtin(
         config.data.data, config.data.val_data, data_files.NAMES[kind]
     )
-    make = lambda paths: prepare_kind(
-        kind, paths, tokenizer, config.chat, config.data, config.loop.seed, say=parallel.say
+    make = lambda files: prepare(
+        files,
+        tokenizer,
+        config.chat,
+        config.data,
+        config.loop.seed,
+        kind=(KINDS | {"media": MEDIA_CHATS})[kind],
     )
-    records = (
-        zip(
-            range(config.cherry.cherry_records),
-            read_records(val_sources, KINDS[kind][0]),
-            strict=False,
-        )
-        if val_sources
-        else ()
-    )
-    return Data(
-        make(sources),
-        make(val_sources) if val_sources else None,
-        [record.data for _, record in records],
-    )
+    train, held_out = make(sources), make(val_sources)
+    shown = first_records(held_out, config.cherry.cherry_records) if held_out else []
+    return Data(train, held_out, shown)
 
 
 def open_parts(
     config: RunConfig,
-    kind: Kind,
+    kind: str,
     *,
     model_kind: Literal["causal", "seq_cls"] = "causal",
     num_labels: int = 1,
@@ -155,7 +154,7 @@ def open_parts(
 @contextmanager
 def open_run(
     config: RunConfig,
-    parts: Kind | Parts,
+    parts: str | Parts,
     *,
     dress: Callable[[Prepared], Dress] | None = None,
     identity: dict[str, Any] | None = None,
@@ -201,10 +200,8 @@ def open_run(
     about = {"identity": same, "machine": parallel.machine()}
     opening = lambda: run_folder.open_run(loop.out, config, loop.resume, loop.overwrite, about)
     with nullcontext() if loop.dry_run else parallel.on_rank_zero(opening):
-        parallel.say("\n".join([note] * bool(note) + report(data.train.info)))
-        for i in range(data.train.k):
-            ids, weights = sequence(data.train, i)
-            parallel.say(show(Tokens(ids.tolist(), weights.tolist()), tokenizer.fast.decode))
+        parallel.say(note)
+        preview(data.train, tokenizer)
         if parallel.rank() == 0 and not loop.dry_run:
             write_drops(data.train, str(Path(loop.out) / "drops.jsonl"))
         try:

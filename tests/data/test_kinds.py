@@ -1,16 +1,20 @@
 """Each kind of record becomes the sequences its method learns from, and whatever changes them changes the key."""
 
+import hashlib
 import json
 import math
+from dataclasses import replace
+from itertools import product
 
 import pytest
 
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import chat_tokenizer
-from ta.data.kinds import prepare_kind
-from ta.data.prepare import DataConfig, sequence
+from ta.data.prepare import KINDS, DataConfig, prepare, sequence
 
 U, A = {"role": "user", "content": "u v"}, {"role": "assistant", "content": "x y"}
+# of what the records of all kinds in this file become, with PREPARE_VERSION 1
+KNOWN = "a52d0be8dfd0de7c93bb7e6195bdba54c22978ee357548a5694527fded32da50"
 LONG = {"role": "user", "content": "u " * 50}
 EXPLICIT = ChatConfig(
     prefix_template="<{role}>", suffix_template="</s>", role_tags=("user=U", "assistant=A")
@@ -33,6 +37,8 @@ def tokenizer():
         eos_token="</s>",
         unk_token="<unk>",
         additional_special_tokens=["<U>", "<A>"],
+        chat_template="{% for m in messages %}{{ '<U> ' if m.role == 'user' else '<A> ' }}"
+        "{{ m.content ~ '</s>' }}{% endfor %}{% if add_generation_prompt %}{{ '<A> ' }}{% endif %}",
     )
 
 
@@ -42,12 +48,12 @@ def make(tmp_path, tokenizer, monkeypatch):
 
     def made(kind, *records, config=EXPLICIT, name="d.jsonl", bad_share=0.01):
         (tmp_path / name).write_text("".join(json.dumps(record) + "\n" for record in records))
-        return prepare_kind(
-            kind,
+        return prepare(
             [str(tmp_path / name)],
             chat_tokenizer(tokenizer, config),
             config,
             DataConfig(max_bad_share=bad_share),
+            kind=KINDS[kind],
         )
 
     return made
@@ -153,3 +159,33 @@ def test_every_setting_is_in_the_key(make, tokenizer, tmp_path):
     tokenizer.add_tokens(["<new>"])
     again = make("chat", record, config=ChatConfig(**{**vars(EXPLICIT), "role_tags": tags}))
     assert not again.info["cached"], "another tokenizer"
+
+
+def test_what_records_become_is_known(make):
+    """A known hash of ids and weights of each kind: raise PREPARE_VERSION where it changes."""
+    more = {"role": "user", "content": "z z"}
+    context, other = [U, A, more], {**A, "content": "y z x"}
+    records = {
+        "chat": [
+            {"messages": [U, A, more, other]},
+            {"messages": [{**U, "loss": 0.5}, A, more, {**A, "disable_loss": True}]},
+            {"messages": [LONG, A, more, other, more]},
+        ],
+        "pair": [
+            {"context": context, "answer_w": A, "answer_l": other, "precomputed_margin": 0.5},
+            {"context": [LONG, A, more], "answer_w": other, "answer_l": A},
+        ],
+        "labelled": [{"context": context, "answer": A, "is_desirable": False}],
+        "class": [{"messages": [U, A, more], "label": 2}, {"messages": [LONG, U], "label": 0}],
+        "question": [{"messages": [LONG, A, *context, A], "gold": "p"}],
+    }
+    digest = hashlib.sha256()
+    cuts = ({}, {"max_tokens": 40}, {"max_tokens": 40, "keep_end": True})
+    losses = ("answers", "last", "all")
+    for template, cut, loss_on in product((EXPLICIT, ChatConfig()), cuts, losses):
+        config = replace(template, loss_on=loss_on, **cut)
+        for kind, rows in records.items():
+            prepared = make(kind, *rows, config=config)
+            for array in (prepared.offsets, prepared.ids, prepared.weights):
+                digest.update(array.tobytes())
+    assert digest.hexdigest() == KNOWN

@@ -1,5 +1,6 @@
 """The prepared set: what is opened again equals what was encoded, is made once for the same inputs, and made anew for any other."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -13,15 +14,19 @@ import numpy as np
 import pytest
 
 from ta import files
-from ta.chat.encode import Drop
-from ta.chat.render import Tokens
-from ta.chat.template import ChatConfig
+from ta.chat.encode import with_answers
+from ta.chat.render import Vocabulary
+from ta.chat.template import ChatConfig, explicit_template
+from ta.chat.tokenizer import ChatTokenizer
 from ta.data import prepare as prepare_module
+from ta.data.jsonl import BadRecord
 from ta.data.prepare import (
+    CHATS,
     DataConfig,
-    Encoded,
+    first_records,
     lengths,
     prepare,
+    preview,
     read_drops,
     report,
     sequence,
@@ -41,28 +46,55 @@ def write(path, contents, tail=b""):
     return str(path)
 
 
-class Encoder:
-    """Letters as ids; counts its calls; content with "d" is dropped, with "!" is wrong."""
+class Backend:
+    """What the key of prepared data asks of a tokenizer."""
+
+    def __init__(self):
+        self.backend_tokenizer = self
+
+    def to_str(self):
+        return "letters"
+
+
+class Letters:
+    """A tokenizer whose ids are letters; counts what it encodes."""
 
     def __init__(self):
         self.seen = []
+        tags = {"user": "", "assistant": " ", "system": "", "tool": ""}
+        template = explicit_template("{role}", "", tags)
+        self.tokenizer = ChatTokenizer(Backend(), template, Vocabulary(self.encode))
 
-    def __call__(self, records):
-        texts = [
-            " ".join(message["content"] for message in record["messages"]) for record in records
-        ]
-        if any("!" in text for text in texts):
-            raise ValueError("message 1: no ! please; give none")
-        self.seen += texts
-        return [
-            Drop("has a d", "")
-            if "d" in text
-            else Encoded(
-                (Tokens([ord(letter) for letter in text], [0.0] * (len(text) - 1) + [0.5]),),
-                {"size": len(text)},
-            )
-            for text in texts
-        ]
+    def encode(self, texts):
+        """The code points of each text."""
+        self.seen += [text for text in texts if text not in (" ", "a")]
+        return [[ord(letter) for letter in text] for text in texts]
+
+
+def check(data):
+    """Contents with "d" are of no use."""
+    data = check_chat(data)
+    if any("d" in message["content"] for message in data["messages"]):
+        raise BadRecord("has a d", "it has a d", unusable=True)
+    return data
+
+
+def dialogues(record, tokenizer):
+    """Contents with "!" are wrong."""
+    if any("!" in message["content"] for message in record["messages"]):
+        raise ValueError("message 1: no ! please; give none")
+    return [record["messages"]]
+
+
+def size(record):
+    return {"size": sum(len(message["content"]) for message in record["messages"]) + 1}
+
+
+KIND = CHATS._replace(check=check, dialogues=dialogues, extras=size, answer_optional=False)
+
+
+def made(files, data=DataConfig(), letters=None, chat=ChatConfig(), kind=KIND, **more):  # noqa: B008
+    return prepare(files, (letters or Letters()).tokenizer, chat, data, kind=kind, **more)
 
 
 def texts(prepared):
@@ -81,10 +113,12 @@ def test_what_went_in_comes_out(tmp_path, monkeypatch):
         write(tmp_path / "b.jsonl", ["bb", "ddd", "b"]),
         write(tmp_path / "a.jsonl", ["", *"xyz" * 5]),
     )
-    encode = Encoder()
-    made, again = (prepare([b, a], check_chat, encode, {}, DataConfig()) for _ in range(2))
-    assert len(encode.seen) == 19 and not made.info["cached"] and again.info["cached"]
-    for prepared in (made, again):
+    letters = Letters()
+    first, again = (made([b, a], letters=letters) for _ in range(2))
+    # each chunk of three records is encoded once, each of its texts once
+    assert len(letters.seen) == 17
+    assert not first.info["cached"] and again.info["cached"]
+    for prepared in (first, again):
         assert texts(prepared) == [" a", *(f"{letter} a" for letter in "xyz" * 5), "bb a", "b a"], (
             "sources in the order of their text"
         )
@@ -92,7 +126,7 @@ def test_what_went_in_comes_out(tmp_path, monkeypatch):
         assert (
             lengths(prepared).tolist() == prepared.extras["size"].tolist() == [2, *[3] * 15, 4, 3]
         )
-        assert sequence(prepared, 16)[1].tolist() == [0, 0, 0, 0.5] and prepared.k == 1
+        assert sequence(prepared, 16)[1].tolist() == [0, 0, 0, 1] and prepared.k == 1
         info = prepared.info
         assert [info[key] for key in ("records", "tokens", "learned_tokens", "max_id", "bad")] == [
             18,
@@ -108,14 +142,14 @@ def test_what_went_in_comes_out(tmp_path, monkeypatch):
         assert list(read_drops(prepared)) == [
             {"source": 1, "file": b, "line": 2, "reason": "has a d"}
         ]
-    assert not made.ids.flags.writeable and isinstance(made.ids.base, np.memmap)
-    assert [made.ids.dtype, made.weights.dtype, made.offsets.dtype, made.origin.dtype] == [
+    assert not first.ids.flags.writeable and isinstance(first.ids.base, np.memmap)
+    assert [first.ids.dtype, first.weights.dtype, first.offsets.dtype, first.origin.dtype] == [
         "int32",
         "float32",
         "int64",
         "int32",
     ]
-    lines = report(made.info)
+    lines = report(first.info)
     assert (
         lines[0] == "18 records, 54 tokens, 33 % learned"
         and f"  2 of 3 from {b}" in lines
@@ -126,55 +160,47 @@ def test_what_went_in_comes_out(tmp_path, monkeypatch):
 def test_pairs_have_two_sequences_each(tmp_path):
     path = write(tmp_path / "a.jsonl", "xyz")
 
-    def encode(records):
-        return [
-            Encoded((Tokens([1] * (i + 1), [0.0] * (i + 1)), Tokens([2], [1.0])))
-            for i, _ in enumerate(records)
-        ]
+    def dialogues(record, tokenizer):
+        content = record["messages"][0]["content"]
+        return with_answers([], [{"content": "a" * ord(content)}, {"content": "b"}])
 
-    prepared = prepare([path], check_chat, encode, {}, DataConfig())
-    assert prepared.k == 2 and lengths(prepared).tolist() == [2, 3, 4] and prepared.extras == {}
-    assert [sequence(prepared, i)[0].tolist() for i in range(6)] == [
-        [1],
-        [2],
-        [1, 1],
-        [2],
-        [1, 1, 1],
-        [2],
-    ]
+    kind = KIND._replace(check=check_chat, dialogues=dialogues, extras=None)
+    path = write(tmp_path / "a.jsonl", ["\x01", "\x02", "\x03"])
+    prepared = made([path], kind=kind)
+    assert prepared.k == 2 and lengths(prepared).tolist() == [4, 5, 6] and prepared.extras == {}
+    assert texts(prepared) == [" a", " b", " aa", " b", " aaa", " b"]
 
 
 def test_the_key_holds_all_that_matters_and_no_more(tmp_path):
     path, other = write(tmp_path / "a.jsonl", "abcefghijk"), write(tmp_path / "b.jsonl", "xyz")
-    encode = Encoder()
 
-    def made(*sources, check=check_chat, settings=None, **more):
-        prepared = prepare(sources, check, encode, settings or {"n": 1}, DataConfig(), **more)
+    def key(*files, **more):
+        prepared = made(files, **more)
         return not prepared.info["cached"], prepared.info["fingerprint"]
 
-    base = made(path, other)
-    assert base[0] and made(other, path, seed=5) == (False, base[1]), (
+    base = key(path, other)
+    assert base[0] and key(other, path, seed=5) == (False, base[1]), (
         "order and an unused seed do not matter"
     )
     prints = [
-        made(path)[1],
-        made(path, other, settings={"n": 2})[1],
-        made(f"{path}@3", other)[1],
-        made(f"{path}@3", other, seed=1)[1],
+        key(path)[1],
+        key(path, other, chat=ChatConfig(keep_end=True))[1],
+        key(f"{path}@3", other)[1],
+        key(f"{path}@3", other, seed=1)[1],
     ]
-    prints += [made(f"{path}@offset=1", other)[1], made(f"{path}@system=S", other)[1]]
+    prints += [key(f"{path}@offset=1", other)[1], key(f"{path}@system=S", other)[1]]
     assert len({base[1], *prints}) == 7
-    assert made(path, other, check=check_prompt) == (True, base[1])
+    assert key(path, other, kind=KIND._replace(check=check_prompt)) == (True, base[1])
     os.rename(path, tmp_path / "a2.jsonl")
-    assert made(str(tmp_path / "a2.jsonl"), other) == (False, base[1]), "a name does not matter"
+    assert key(str(tmp_path / "a2.jsonl"), other) == (False, base[1]), "a name does not matter"
     write(tmp_path / "a2.jsonl", "abcefghijl")
-    assert made(str(tmp_path / "a2.jsonl"), other)[1] not in {base[1], *prints}
+    assert key(str(tmp_path / "a2.jsonl"), other)[1] not in {base[1], *prints}
 
 
 def test_places_follow_a_renamed_file(tmp_path):
-    prepare([write(tmp_path / "a.jsonl", "dx")], check_chat, Encoder(), {}, DataConfig())
+    made([write(tmp_path / "a.jsonl", "dx")])
     os.rename(tmp_path / "a.jsonl", tmp_path / "z.jsonl")
-    prepared = prepare([str(tmp_path / "z.jsonl")], check_chat, Encoder(), {}, DataConfig())
+    prepared = made([str(tmp_path / "z.jsonl")])
     assert prepared.info["cached"] and prepared.info["drops"]["has a d"]["first"] == [
         f"{tmp_path}/z.jsonl:1"
     ]
@@ -184,16 +210,16 @@ def test_places_follow_a_renamed_file(tmp_path):
 def test_bad_records_stop_or_are_skipped_and_drops_are_neither(tmp_path):
     path = write(tmp_path / "a.jsonl", ["x", "d", "y!", "d"], b'{"messages": 1}\n')
     with pytest.raises(ValueError, match=r"a.jsonl:5: messages is 1"):
-        prepare([path], check_chat, Encoder(), {}, DataConfig())
+        made([path])
     with pytest.raises(ValueError, match=r"a.jsonl:3: message 1: no ! please"):
-        prepare([path + "@rows=4"], check_chat, Encoder(), {}, DataConfig())
+        made([path + "@rows=4"])
     with pytest.raises(ValueError, match=r"over --max-bad-share 0.01"):
-        prepare([path], check_chat, Encoder(), {}, replace(SKIP, max_bad_share=0.01))
+        made([path], replace(SKIP, max_bad_share=0.01))
     assert not [
         entry for entry in (tmp_path / "cache" / "prepared").iterdir() if entry.suffix != ".lock"
     ], "nothing is left behind"
     for _ in range(2):
-        prepared = prepare([path], check_chat, Encoder(), {}, SKIP)
+        prepared = made([path], SKIP)
         assert texts(prepared) == ["x a"] and prepared.info["bad"] == 2
         assert prepared.info["drops"]["has a d"] == {
             "count": 2,
@@ -210,40 +236,37 @@ def test_bad_records_stop_or_are_skipped_and_drops_are_neither(tmp_path):
     } in lines and len(lines) == 4
     for stricter in (DataConfig(), replace(SKIP, max_bad_share=0.3)):
         with pytest.raises(ValueError, match=r"a.jsonl:\d"):
-            prepare([path], check_chat, Encoder(), {}, stricter)
+            made([path], stricter)
 
 
 def test_nothing_left_is_an_error_with_its_reasons(tmp_path):
     with pytest.raises(ValueError, match=r"a.jsonl: all 3 records are dropped.*3 has a d .line 1"):
-        prepare([write(tmp_path / "a.jsonl", "ddd")], check_chat, Encoder(), {}, DataConfig())
-    with pytest.raises(ValueError, match="no source was given"):
-        prepare([], check_chat, Encoder(), {}, DataConfig())
+        made([write(tmp_path / "a.jsonl", "ddd")])
+    assert made([]) is None
     with pytest.raises(ValueError, match="no such file"):
-        prepare([str(tmp_path / "none")], check_chat, Encoder(), {}, DataConfig())
+        made([str(tmp_path / "none")])
     with pytest.raises(ValueError, match="lies in 0 to 1"):
-        prepare([str(tmp_path / "none")], check_chat, Encoder(), {}, DataConfig(max_bad_share=5))
+        made([str(tmp_path / "none")], DataConfig(max_bad_share=5))
 
 
 def test_a_source_brings_its_system_prompt(tmp_path):
     path = write(tmp_path / "a.jsonl", "x")
-    assert texts(prepare([f"{path}@system=S", path], check_chat, Encoder(), {}, DataConfig())) == [
+    assert texts(made([f"{path}@system=S", path])) == [
         "x a",
-        "S x a",
+        "Sx a",
     ]
     for chat in (ChatConfig(system_prompt="T"), ChatConfig(ignore_system_prompt=True)):
         with pytest.raises(ValueError, match="system='S' of its own beside --"):
-            prepare([f"{path}@system=S"], check_chat, Encoder(), {}, DataConfig(), chat=chat)
-        prepare([path], check_chat, Encoder(), {}, DataConfig(), chat=chat)
+            made([f"{path}@system=S"], chat=chat)
+        made([path], chat=chat)
 
 
 def test_damaged_data_is_made_again_and_said(tmp_path):
     path, said = write(tmp_path / "a.jsonl", "xyz"), []
-    folder = prepare([path], check_chat, Encoder(), {}, DataConfig(), say=said.append).info[
-        "folder"
-    ]
+    folder = made([path], say=said.append).info["folder"]
     with open(f"{folder}/ids.npy", "r+b") as file:
         file.truncate(100)
-    prepared = prepare([path], check_chat, Encoder(), {}, DataConfig(), say=said.append)
+    prepared = made([path], say=said.append)
     assert (
         texts(prepared) == ["x a", "y a", "z a"]
         and len(said) == 1
@@ -254,28 +277,24 @@ def test_damaged_data_is_made_again_and_said(tmp_path):
 def test_a_file_that_changes_meanwhile_is_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", "xyz")
 
-    def encode(records):
+    def dialogues(record, tokenizer):
         write(tmp_path / "a.jsonl", "xyzz")
-        return Encoder()(records)
+        return [record["messages"]]
 
     with pytest.raises(ValueError, match="changed while being read"):
-        prepare([path], check_chat, encode, {}, DataConfig())
+        made([path], kind=KIND._replace(dialogues=dialogues))
 
 
 def test_memory_does_not_grow_with_the_data(tmp_path, monkeypatch):
     monkeypatch.setattr("ta.data.sources.CHUNK_RECORDS", 50)
-    tokens = Tokens(list(range(500)), [1.0] * 500)
+    letters = Letters()
+    many = Vocabulary(lambda texts: [[1] * 250 for _ in texts])
+    letters.tokenizer = letters.tokenizer._replace(vocabulary=many)
     peaks = []
     for n in (500, 3000):
         path = write(tmp_path / f"{n}.jsonl", [f"{i}" * 50 for i in range(n)])
         tracemalloc.start()
-        prepare(
-            [path],
-            check_chat,
-            lambda records: [Encoded((tokens,)) for _ in records],
-            {},
-            DataConfig(),
-        )
+        made([path], letters=letters)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 400_000, peaks
@@ -286,8 +305,9 @@ def test_two_processes_at_once_end_well(tmp_path):
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[2])\n"
         "from tests.data.test_prepare import *\n"
-        "def encode(records): time.sleep(0.5); return Encoder()(records)\n"
-        "p = prepare([sys.argv[1]], check_chat, encode, {}, DataConfig()); print(len(texts(p)), p.info['cached'])"
+        "def slow(record, tokenizer): time.sleep(0.003); return dialogues(record, tokenizer)\n"
+        "p = made([sys.argv[1]], kind=KIND._replace(dialogues=slow))\n"
+        "print(len(texts(p)), p.info['cached'])"
     )
     root = str(Path(__file__).parent.parent.parent)
     command = [sys.executable, "-c", code, path, root]
@@ -301,20 +321,67 @@ def test_two_processes_at_once_end_well(tmp_path):
 def test_opening_again_reads_no_data(tmp_path):
     """A million records open in milliseconds: nothing that grows with the data is read."""
     path = write(tmp_path / "a.jsonl", [str(i) for i in range(20_000)])
-    encode = Encoder()
+    letters = Letters()
     for _ in range(2):
-        prepare([path], check_chat, encode, {}, DataConfig())
+        made([path], letters=letters)
     best = 1.0
     for _ in range(5):
         start = time.process_time()
-        prepared = prepare([path], check_chat, encode, {}, DataConfig())
+        prepared = made([path], letters=letters)
         best = min(best, time.process_time() - start)
-    assert prepared.info["cached"] and best < 0.02 and len(encode.seen) == 20_000
+    assert prepared.info["cached"] and best < 0.02 and len(letters.seen) == 20_000
 
 
 def test_a_later_version_of_the_code_prepares_anew(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", "x")
-    first = prepare([path], check_chat, Encoder(), {}, DataConfig()).info
+    first = made([path]).info
     monkeypatch.setattr(prepare_module, "PREPARE_VERSION", 0)
-    second = prepare([path], check_chat, Encoder(), {}, DataConfig()).info
+    second = made([path]).info
     assert not second["cached"] and second["fingerprint"] == first["fingerprint"]
+
+
+def test_a_users_own_function_and_its_constants_are_in_the_key(tmp_path, monkeypatch):
+    path, module = write(tmp_path / "a.jsonl", "xy"), tmp_path / "users_kind.py"
+    monkeypatch.syspath_prepend(tmp_path)
+    source = (
+        "FACTOR = 1\n"
+        "def dialogues(record, tokenizer):\n"
+        "    first, *rest = record['messages']\n"
+        "    return [[{**first, 'content': first['content'] * FACTOR}, *rest]]\n"
+    )
+    found = []
+    for factor in (1, 2, 2):
+        module.write_text(source.replace("FACTOR = 1", f"FACTOR = {factor}"))
+        sys.modules.pop("users_kind", None)
+        importlib.invalidate_caches()
+        spec = importlib.util.spec_from_file_location("users_kind", module)
+        sys.modules["users_kind"] = users = importlib.util.module_from_spec(spec)
+        exec(module.read_text(), users.__dict__)
+        prepared = made([path], kind=CHATS._replace(dialogues=users.dialogues))
+        found.append((texts(prepared), prepared.info["cached"]))
+    assert found == [
+        (["x a", "y a"], False),
+        (["xx a", "yy a"], False),
+        (["xx a", "yy a"], True),
+    ]
+
+
+def test_first_records_are_those_that_were_prepared(tmp_path):
+    a, b = write(tmp_path / "a.jsonl", ["x", "d", "y"]), write(tmp_path / "b.jsonl", "zw")
+    prepared = made([b, a])
+    asked = [record["messages"][0]["content"] for record in first_records(prepared, 3)]
+    assert asked == ["x", "y", "z"] and first_records(prepared, 0) == []
+    assert len(first_records(prepared, 99)) == 4
+    # the choice of the file is that of the prepared set
+    chosen = made([f"{a}@1,offset=2"])
+    assert [r["messages"][1]["role"] for r in first_records(chosen, 9)] == ["assistant"]
+    assert first_records(chosen, 9)[0]["messages"][0]["content"] == "y"
+
+
+def test_preview_shows_the_counts_and_the_first_record(tmp_path, capsys):
+    letters = Letters()
+    letters.tokenizer.fast.decode = lambda ids: "".join(map(chr, ids))
+    preview(made([write(tmp_path / "a.jsonl", "xy")], letters=letters), letters.tokenizer)
+    shown = capsys.readouterr().err
+    assert "2 records, 6 tokens, 33 % learned" in shown
+    assert "\x1b[2mx \x1b[0m\x1b[32ma\x1b[0m" in shown

@@ -12,11 +12,10 @@ from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import Placeholder, TokenizerConfig, load_chat_tokenizer
 from ta.data import records
 from ta.data.jsonl import BadRecord
-from ta.data.kinds import prepare_kind
 from ta.data.loader import media_of
 from ta.data.prepare import DataConfig
 from ta.folders import ModelConfig
-from ta.media.dialogue import encode_media
+from ta.media.dialogue import encode_media, prepare_media_chats
 from ta.media.images import write_image
 from ta.media.settings import MediaConfig, open_media
 
@@ -223,14 +222,13 @@ def test_every_bad_file_is_an_error_with_its_line_or_a_counted_skip(tmp_path):
         data = tmp_path / "one.jsonl"
         data.write_text(good + json.dumps({"messages": [picture(path), ask(), A]}) + "\n")
         with pytest.raises(ValueError, match=rf"one\.jsonl:2: .*({pattern})"):
-            prepare_kind("media", [str(data)], tokenizer, ChatConfig(), DataConfig(), **quiet)
+            prepare_media_chats([str(data)], tokenizer, ChatConfig(), DataConfig(), **quiet)
     data.write_text(
         good
         + "".join(json.dumps({"messages": [picture(path), ask(), A]}) + "\n" for path in wrong)
         + good
     )
-    prepared = prepare_kind(
-        "media",
+    prepared = prepare_media_chats(
         [str(data)],
         tokenizer,
         ChatConfig(),
@@ -248,4 +246,4 @@ def test_every_bad_file_is_an_error_with_its_line_or_a_counted_skip(tmp_path):
         ValueError,
         match=r"one\.jsonl:1: 'a\.wav' is audio, and the encoders given read image; give --audio-encoder",
     ):
-        prepare_kind("media", [str(data)], tokenizer, ChatConfig(), DataConfig(), **quiet)
+        prepare_media_chats([str(data)], tokenizer, ChatConfig(), DataConfig(), **quiet)

@@ -12,10 +12,10 @@ from test_encoders import save_clip
 from ta.builtin.pictures import write_pictures
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
-from ta.data.kinds import prepare_kind
 from ta.data.loader import lay_records
 from ta.data.prepare import DataConfig
 from ta.folders import ModelConfig
+from ta.media.dialogue import prepare_media_chats
 from ta.media.feature_file import Layout
 from ta.media.features import extract
 from ta.media.multimodal import MediaBatch, around, dress, embed_modalities, embed_prompts, fill
@@ -64,8 +64,8 @@ def formed(media, **chat):
 def made(media, path, model=None, freeze=False, adapter="none", **chat):
     """(model, tokenizer, prepared, dress) of records in a file."""
     tokenizer, chat = formed(media, **chat)
-    prepared = prepare_kind(
-        "media", [str(path)], tokenizer, chat, DataConfig(), say=lambda line: None
+    prepared = prepare_media_chats(
+        [str(path)], tokenizer, chat, DataConfig(), say=lambda line: None
     )
     if model is None:
         model = load_model(

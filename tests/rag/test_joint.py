@@ -13,9 +13,8 @@ from ta.chat.encode import encode_chats
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.data.batch import lay_out
-from ta.data.kinds import prepare_kind
 from ta.data.loader import micro_batches
-from ta.data.prepare import DataConfig
+from ta.data.prepare import DataConfig, prepare_questions
 from ta.folders import ModelConfig
 from ta.model.adapter_settings import AdapterConfig
 from ta.model.load import ComputeConfig, load_model
@@ -67,8 +66,7 @@ def made(tmp_path_factory):
     retriever = retriever_of(
         index, encoder_tokenizer, tokenizer, ChatConfig(), Joining(3, 256, "\n\n")
     )
-    prepared = prepare_kind(
-        "question",
+    prepared = prepare_questions(
         [str(folder / "questions.jsonl")],
         tokenizer,
         ChatConfig(),
@@ -280,8 +278,7 @@ def test_gold_that_is_no_passage_is_named_by_its_line(made, tmp_path):
     _, retriever, _, _ = made
     record = models.questions("train", 1)[0] | {"gold": ["unheard-of"]}
     models.write_jsonl(tmp_path / "q.jsonl", [record])
-    prepared = prepare_kind(
-        "question",
+    prepared = prepare_questions(
         [str(tmp_path / "q.jsonl")],
         retriever.tokenizer,
         ChatConfig(),
@@ -323,8 +320,7 @@ def test_a_question_over_the_limit_is_counted(made, tmp_path):
     records[1]["messages"][0]["content"] *= 30
     models.write_jsonl(tmp_path / "q.jsonl", records)
     config = replace(ChatConfig(), max_tokens=40)
-    prepared = prepare_kind(
-        "question",
+    prepared = prepare_questions(
         [str(tmp_path / "q.jsonl")],
         retriever.tokenizer,
         config,
