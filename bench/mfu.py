@@ -9,8 +9,10 @@ only, nothing for what is computed twice. The first two steps are left out. A co
 the CPU, which only shows that the script works: its figures are not yet measured.
 """
 
+import itertools
 import tempfile
 import time
+import traceback
 
 try:
     from harness import Figures, compare, parser, read
@@ -81,12 +83,16 @@ def build(flags, size: str, attention: str):
 
 
 def chats(flags, vocabulary: int) -> list[list[tuple]]:
-    """For each step documents of lognormal lengths of --tokens in all; the last 60 % of each is learned."""
+    """For each step documents of lognormal lengths of --tokens in all; the last 60 % of each is learned.
+
+    With `flags.uneven` every step after the first two has fewer than the one before it.
+    """
     import numpy as np
 
     generator, steps = np.random.default_rng(0), []
-    for _ in range(flags.steps):
-        left, step = flags.tokens, []
+    for number in range(flags.steps):
+        less = max(0, number - 1) / 16 if getattr(flags, "uneven", False) else 0
+        left, step = int(flags.tokens * (1 - less)), []
         while left >= 32:
             n = min(left, int(np.clip(np.exp(generator.normal(5.5, 0.8)), 32, 2048)))
             step.append(
@@ -146,7 +152,7 @@ def rates(flops: float, tokens: int, seconds: float) -> Figures:
 
 
 def fits(work):
-    """The contender, saying so where the card has too little memory."""
+    """The contender; where it fails (too little memory, most often) it says so, and the others keep their figures."""
 
     def run(flags) -> Figures:
         import torch
@@ -155,13 +161,22 @@ def fits(work):
             return work(flags)
         except torch.OutOfMemoryError:
             return {"out_of_memory": 1.0}
+        except Exception:
+            traceback.print_exc()
+            return {"failed": 1.0}
 
     return run
 
 
 def ours(
-    flags, size: str, adapted: bool = False, compiled: bool = False, checkpointing: bool = False
+    flags,
+    size: str,
+    adapted: bool = False,
+    compiled: bool = False,
+    checkpointing: bool = False,
+    seconds: list[float] | None = None,
 ) -> Figures:
+    """Our loop; `seconds` is filled with those of each step after the first, so that late compilations show."""
     import torch
 
     from ta import parallel
@@ -200,6 +215,8 @@ def ours(
             )
         except StopIteration:
             pass
+    if seconds is not None:
+        seconds.extend(b - a for a, b in itertools.pairwise(marks))
     return rates(
         flops, sum(len(ids) for step in steps[2:] for ids, _ in step), marks[-1] - marks[1]
     )
@@ -249,7 +266,7 @@ def hf(flags, size: str) -> Figures:
     )
 
 
-def head(flags) -> Figures:
+def head(flags, compiled: bool = False) -> Figures:
     """Cross-entropy and both gradients at 8,192 x 4096 x 152k in bfloat16, and the memory it takes beside its inputs and the weight's gradient."""
     import torch
 
@@ -268,7 +285,7 @@ def head(flags) -> Figures:
     for _ in range(6):
         hidden.grad = weight.grad = None
         start = now()
-        cross_entropy_sum(hidden, Head(weight), targets, weights).backward()
+        cross_entropy_sum(hidden, Head(weight, compiled=compiled), targets, weights).backward()
         times.append(now() - start)
     memory = (torch.cuda.max_memory_allocated() - before) / 2**30 if device() == "cuda" else 0.0
     return {"ms": 1000 * min(times), "gib": memory}

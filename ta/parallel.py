@@ -183,11 +183,30 @@ def round_frozen(model: nn.Module) -> None:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """torch.compile every block, in place; to be applied before `recompute` and `shard`."""
+    """torch.compile every block, and on CUDA the head, in place, for passes over documents.
+
+    To be applied before `recompute` and `shard`. All blocks share their code, which is compiled at
+    once for rows of any length: one variant for training (two where an adapter's first block needs
+    no gradient of its input) and one for passes without gradients. Generation, which gives its
+    blocks no documents, runs as it is and uses up none of the variants that torch allows.
+    """
+    from functools import partial
+
     import torch
 
+    torch._dynamo.config.recompile_limit = 64
+    for module in model.modules():
+        if hasattr(module, "compiled"):
+            module.compiled = torch.cuda.is_available()
     for block in blocks(model):
-        block.forward = torch.compile(block.forward)
+        block.forward = partial(
+            _on_documents, block.forward, torch.compile(block.forward, dynamic=True)
+        )
+
+
+def _on_documents(plain: Callable, compiled: Callable, *args, **kwargs):
+    """A block's forward: compiled in passes over documents only."""
+    return (compiled if kwargs.get("documents") is not None else plain)(*args, **kwargs)
 
 
 def shard(root: nn.Module, device: str, half: bool) -> None:

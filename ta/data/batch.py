@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ta.model.attention import Cuts, cuts_of, leads
+
 
 class Batch(NamedTuple):
     """What one forward pass eats. Targets are shifted here, once: `learned[m]` is the position that predicts `targets[m]`.
@@ -30,9 +32,8 @@ class Batch(NamedTuple):
     owners: Tensor  # (M,) int64, the sequence a target belongs to
     ends: Tensor  # (N,) int64, index of the last real position of each sequence
     lengths: tuple[int, ...]  # tokens laid down by each sequence, on the host: attention cuts here
-    prefixes: tuple[
-        int, ...
-    ] = ()  # tokens at the start of the sequence before that a sequence also sees (shared prompts); empty: none
+    prefixes: tuple[int, ...] = ()  # tokens of an earlier sequence's start that one also sees
+    cuts: Cuts | None = None  # lengths and prefixes of a packed row, once it is on a GPU
 
     @property
     def packed(self) -> bool:
@@ -48,7 +49,8 @@ def lay_out(
 ) -> Batch:
     """Lay N token sequences into one Batch: one packed row, or N right-padded rows.
 
-    `shared[i]` says how many leading tokens sequence i has in common with sequence i - 1: they are laid down once (packed only) and seen by both.
+    `shared[i]` says how many leading tokens sequence i has in common with the last one before it
+    that shares nothing: they are laid down once, there, and seen by both (packed only).
     No sequence at all gives one lone token that nothing learns, so that every process runs the same number of passes.
     """
     if not ids:
@@ -79,7 +81,9 @@ def lay_out(
             np.cumsum(laid) - laid if packed else np.arange(len(ids)) * laid.max()
         )  # where each sequence begins
         here = column >= skip[owner]
-        place = np.where(here, home[owner] + column - skip[owner], home[owner - 1] + column)
+        place = np.where(
+            here, home[owner] + column - skip[owner], home[leads(skip)[owner]] + column
+        )
         tokens = np.zeros((1, laid.sum()) if packed else (len(ids), laid.max()), np.int64)
         positions = np.zeros_like(tokens)
         tokens.flat[place[here]], positions.flat[place[here]] = flat[here], column[here]
@@ -111,6 +115,9 @@ def to_device(batch, device):
             else batch
         )
         return pinned.to(device, non_blocking=True)
+    new = isinstance(batch, Batch) and batch.packed and batch.cuts is None
+    if new and torch.device(device).type == "cuda":
+        batch = batch._replace(cuts=cuts_of(batch.lengths, batch.prefixes))
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(part, device) for part in batch))
     return batch

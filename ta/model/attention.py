@@ -6,13 +6,32 @@ Letters: B rows, H heads, T columns, D head width, N documents.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 NAME = "ta"
+COLUMNS = 128  # a row's columns on a GPU are a multiple of this: kernels meet few shapes
+DOCUMENTS = 64  # and the number of its documents of this: empty ones at the end change nothing
+
+
+class Cuts(NamedTuple):
+    """How a packed row is cut, as one kernel for all documents takes it; made once a batch.
+
+    The row is wider than its documents: what is over is one more document. Where prompts are
+    shared, `seen` names for each key its column in the row: a document's keys are those of its
+    prefix, then its own.
+    """
+
+    columns: int  # of the row
+    queries: Tensor  # (C + 1,) int32, where documents begin and end
+    keys: Tensor  # (C + 1,) int32, the same among keys
+    longest: int  # at least the greatest number of queries of a document, a power of two
+    longest_keys: int
+    seen: Tensor | None = None  # (K,) int64
 
 
 @dataclass(frozen=True)
@@ -21,9 +40,54 @@ class Documents:
 
     lengths: tuple[int, ...]
     prefixes: tuple[int, ...] = ()
+    cuts: Cuts | None = None
 
 
-@torch.compiler.disable  # what depends on lengths would be compiled anew for every batch
+def leads(prefixes) -> np.ndarray:
+    """For each document the one that holds its prefix: the last one, up to itself, without a prefix."""
+    prefixes = np.asarray(prefixes)
+    return np.maximum.accumulate(np.where(prefixes == 0, np.arange(len(prefixes)), 0))
+
+
+def cuts_of(lengths: tuple[int, ...], prefixes: tuple[int, ...] = ()) -> Cuts:
+    """The Cuts of a row of these documents, on the host; without a document the row holds one lone token."""
+    own = np.asarray(lengths or (1,), np.int64)
+    before = np.asarray(prefixes or (0,) * len(own), np.int64)
+    rest = -own.sum() % COLUMNS
+    if prefixes:
+        rest = rest or COLUMNS  # what is over among keys must have a query that sees it
+        padded = -(own + before).sum() % COLUMNS
+        padded += COLUMNS * -(-max(0, rest - padded) // COLUMNS)
+    else:
+        padded = rest
+    own, whole = np.append(own, rest), np.append(own + before, padded)
+    bounds = [torch.from_numpy(_bounds(x)) for x in (own, whole)]
+    longest, longest_keys = (1 << max(8, int(x.max() - 1).bit_length()) for x in (own, whole))
+    if not prefixes:
+        return Cuts(int(own.sum()), *bounds, longest, longest_keys)
+    starts = np.cumsum(own) - own
+    home = starts[np.append(leads(before), len(before))]  # where each document's prefix begins
+    lead = np.append(before, 0)
+    column = np.arange(whole.sum()) - np.repeat(np.cumsum(whole) - whole, whole)
+    owner = np.repeat(np.arange(len(whole)), whole)
+    seen = np.where(
+        column < lead[owner], home[owner] + column, starts[owner] + column - lead[owner]
+    )
+    return Cuts(
+        int(own.sum()),
+        *bounds,
+        longest,
+        longest_keys,
+        torch.from_numpy(np.minimum(seen, own.sum() - 1)),
+    )
+
+
+def _bounds(lengths: np.ndarray) -> np.ndarray:
+    out = np.full(-(-len(lengths) // DOCUMENTS) * DOCUMENTS + 1, lengths.sum(), np.int32)
+    out[0], out[1 : len(lengths) + 1] = 0, np.cumsum(lengths)
+    return out
+
+
 def document_attention(
     module,
     query,
@@ -38,10 +102,9 @@ def document_attention(
     """Causal attention inside each document: query (B, H, T, D), key and value (B, H_kv, T, D) -> (B, T, H, D).
 
     `documents` cut a packed row; without them, or with one row a document, rows are plain causal: right padding is then harmless because no real
-    token comes after it. `documents.prefixes[n]` leading tokens of document n - 1 are seen by document n too. The signature is the one
-    transformers calls its attention functions with; sliding windows are honoured, soft caps and sinks are refused.
+    token comes after it. `documents.prefixes[n]` leading tokens of the last document without a prefix are seen by document n too. The signature is
+    the one transformers calls its attention functions with; sliding windows are honoured, soft caps and sinks are refused.
     """
-    lengths, prefixes = (documents.lengths, documents.prefixes) if documents else ((), ())
     if kwargs.get("softcap") or kwargs.get("s_aux") is not None:
         raise ValueError(
             "this attention function knows no soft cap and no sinks: the model must run with its own attention"
@@ -55,38 +118,57 @@ def document_attention(
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     window = kwargs.get("sliding_window") or 0
     dropout = dropout if module.training else 0.0
-    packed = len(query) == 1 and len(lengths) > 1
+    cuts = documents.cuts if documents is not None else None
     if (
-        packed
-        and query.is_cuda
-        and not prefixes
+        cuts is not None
         and not dropout
         and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] <= 256
     ):
-        return _varlen(query, key, value, lengths, scaling, window), None
-    key, value = (_repeat(x, query.shape[1] // key.shape[1]) for x in (key, value))
-    if not packed:
-        return _causal(query, key, value, scaling, dropout, window).transpose(
+        return _varlen(query, key, value, cuts, scaling, window), None
+    if documents is None or len(query) > 1:
+        return _causal(query, *_repeated(query, key, value), scaling, dropout, window).transpose(
             1, 2
         ).contiguous(), None
+    return _by_document(query, key, value, documents, scaling, dropout, window), None
+
+
+@torch.compiler.disable  # what depends on lengths would be compiled anew for every batch
+def _by_document(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Documents,
+    scaling,
+    dropout: float,
+    window: int,
+) -> Tensor:
+    """One call a document, on any device and in any type."""
+    lengths, prefixes = documents.lengths, documents.prefixes
+    if len(lengths) < 2:
+        return (
+            _causal(query, *_repeated(query, key, value), scaling, dropout, window)
+            .transpose(1, 2)
+            .contiguous()
+        )
     if sum(lengths) != query.shape[2] or key.shape[2] != query.shape[2]:
         raise ValueError(
             f"documents of {sum(lengths)} tokens in all do not make a row of {query.shape[2]} columns"
         )
-    parts = [
-        x.split(lengths, 2) for x in (query, key, value)
-    ]  # slices would each have a gradient as large as the whole row
-    out = []
+    whole = query, *_repeated(query, key, value)
+    parts = [x.split(lengths, 2) for x in whole]  # a slice's gradient would be as large as the row
+    out, home = [], leads(prefixes) if prefixes else ()
     for n, (q, k, v) in enumerate(zip(*parts, strict=True)):
-        shared = prefixes[n] if prefixes else 0
-        if shared:
-            k, v = (torch.cat([x[n - 1][:, :, :shared], x[n]], 2) for x in parts[1:])
+        if prefixes and prefixes[n]:
+            k, v = (torch.cat([x[home[n]][:, :, : prefixes[n]], x[n]], 2) for x in parts[1:])
         out.append(_causal(q, k, v, scaling, dropout, window).transpose(1, 2))
-    return torch.cat(out, 1), None
+    return torch.cat(out, 1)
 
 
-def _repeat(x: Tensor, times: int) -> Tensor:
-    return x if times == 1 else x.repeat_interleave(times, 1)
+def _repeated(query: Tensor, *grouped: Tensor) -> tuple[Tensor, ...]:
+    """Keys and values with as many heads as the query."""
+    times = query.shape[1] // grouped[0].shape[1]
+    return grouped if times == 1 else tuple(x.repeat_interleave(times, 1) for x in grouped)
 
 
 def _causal(
@@ -107,27 +189,31 @@ def _causal(
     )
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, lengths, scaling, window: int) -> Tensor:
-    """torch's own variable-length FlashAttention (CUDA, half precision): one kernel for all documents."""
+def _varlen(query: Tensor, key: Tensor, value: Tensor, cuts: Cuts, scaling, window: int) -> Tensor:
+    """torch's own variable-length FlashAttention (CUDA, half precision): one kernel for all
+    documents, (1, T, H, D)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    bounds = _bounds(lengths, query.device)
-    grouped = {"enable_gqa": True} if "enable_gqa" in (varlen_attn.__kwdefaults__ or {}) else {}
-    if not grouped:
-        key, value = (_repeat(x, query.shape[1] // key.shape[1]) for x in (key, value))
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
-    longest = max(lengths)
-    left = window - 1 if window else -1
-    out = varlen_attn(
-        q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(left, 0), **grouped
-    )
-    return out[None]
+    if cuts.seen is not None:  # in float32, in which gradients of what several see are summed
+        k, v = (x.float().index_select(0, cuts.seen).to(x.dtype) for x in (k, v))
+    width = q.shape[-1]
+    if width % 8:  # the kernel takes multiples of 8
+        scaling = width**-0.5 if scaling is None else scaling
+        q, k, v = (F.pad(x, (0, -width % 8)) for x in (q, k, v))
+    bounds = cuts.queries, cuts.keys, cuts.longest, cuts.longest_keys
+    seen = window - 1 if window else -1, 0  # tokens before and after
+    grouped = {"enable_gqa": True} if _names_groups() else {}
+    out = varlen_attn(q, k, v, *bounds, scale=scaling, window_size=seen, **grouped)
+    return out[None, ..., :width]
 
 
-@lru_cache(maxsize=2)
-def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """(N + 1,) int32 where documents begin and end; every layer of a forward pass asks for the same."""
-    return torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+@torch.compiler.assume_constant_result
+def _names_groups() -> bool:
+    """Whether fewer heads of keys than of queries must be asked for: torch 2.11 just takes them."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in (varlen_attn.__kwdefaults__ or {})
 
 
 def register() -> str:

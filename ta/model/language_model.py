@@ -9,11 +9,13 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ta.data.batch import Batch, lay_out, to_device
 from ta.model.attention import Documents
 from ta.model.logprobs import Head, cross_entropy_sum, token_logprobs
+from ta.parallel import world
 
 Mode = Literal["packed", "padded", "native"]
 
@@ -34,6 +36,8 @@ class LanguageModel(nn.Module):
         self.autocast = autocast
         # what the user should know of how it is run
         self.note = ""
+        self.compiled = False  # whether the head's elementwise part is, as the blocks may be
+        self.refusal = ""  # what the model said to a batch in a mode that it cannot run
         # False: train() leaves dropout off, as where a reference must agree to the last bit
         self.dropout = True
 
@@ -71,7 +75,8 @@ class LanguageModel(nn.Module):
     def hidden(self, batch: Batch) -> Tensor:
         """The last hidden states before the head, (B, T, D)."""
         with self._arithmetic():
-            return self._hidden(*self._inputs(batch))
+            batch, embeds = self._inputs(batch)
+            return self._hidden(batch, embeds)[:, : batch.tokens.shape[1]]
 
     @property
     def packed(self) -> bool:
@@ -93,26 +98,33 @@ class LanguageModel(nn.Module):
 
     def _arithmetic(self) -> torch.autocast:
         device = base_model(self.inner).get_input_embeddings().weight.device.type
-        return torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None)
+        # each weight is cast once a pass: a cache would only keep all copies alive to its end
+        return torch.autocast(device, self.autocast, self.autocast is not None, cache_enabled=False)
 
     def _inputs(self, batch: Batch) -> tuple[Batch, Tensor | None]:
         """The batch of tokens, and embeddings (B, T, D) that stand in for theirs, or None."""
         return batch, None
 
     def _hidden(self, batch: Batch, embeds: Tensor | None) -> Tensor:
+        """(B, T, D), or of a row with cuts as many columns as they say."""
         base = base_model(self.inner)
+        tokens, positions = batch.tokens, batch.positions
+        lengths, prefixes = batch.lengths, batch.prefixes
+        cuts = None if self.mode == "native" else batch.cuts
+        if cuts is not None and (rest := cuts.columns - tokens.shape[1]):
+            tokens, positions = F.pad(tokens, (0, rest)), F.pad(positions, (0, rest))
+            embeds = F.pad(embeds, (0, 0, 0, rest)) if embeds is not None else None
+            lengths, prefixes = (*(lengths or (1,)), rest), (*prefixes, 0) if prefixes else ()
         if self.autocast is not None:
             # the residual stream runs in it too, as on sharded models: half the traffic
-            embeds = base.get_input_embeddings()(batch.tokens) if embeds is None else embeds
+            embeds = base.get_input_embeddings()(tokens) if embeds is None else embeds
             embeds = embeds.to(self.autocast)
-        inputs = {"input_ids": batch.tokens} if embeds is None else {"inputs_embeds": embeds}
+        inputs = {"input_ids": tokens} if embeds is None else {"inputs_embeds": embeds}
         if self.mode == "native":
             inputs["attention_mask"] = _real(batch)
         else:
-            inputs["documents"] = Documents(batch.lengths, batch.prefixes)
-        return base.base_model(
-            **inputs, position_ids=batch.positions, use_cache=False
-        ).last_hidden_state
+            inputs["documents"] = Documents(lengths, prefixes, cuts)
+        return base.base_model(**inputs, position_ids=positions, use_cache=False).last_hidden_state
 
     def _head(self) -> Head:
         base = base_model(self.inner)
@@ -124,7 +136,8 @@ class LanguageModel(nn.Module):
         bias = getattr(layer, "bias", None)
         if bias is None and hasattr(layer, "token_adapter"):
             bias = layer.token_adapter.base_layer.bias
-        return Head(layer.weight, bias, scale, getattr(config, "final_logit_softcapping", None))
+        cap = getattr(config, "final_logit_softcapping", None)
+        return Head(layer.weight, bias, scale, cap, self.compiled)
 
     def _native_logprobs(self, batch: Batch, embeds: Tensor | None) -> Tensor:
         """(M,) for models and adapters that cannot be taken apart, from all logits of padded rows.
@@ -162,6 +175,8 @@ def wrap(
 ) -> tuple[LanguageModel, str]:
     """LanguageModel(model) in the fastest mode that gives the model's own log-probabilities or scores, found by trying; what to tell the user."""
     wrapper = LanguageModel(model, "packed" if packing else "padded", autocast)
+    if autocast is not None and world() == 1:  # sharded blocks compute in bfloat16 without it
+        spare_casts(model)
     if (
         getattr(model, "active_peft_config", None) is not None
         and model.active_peft_config.is_prompt_learning
@@ -183,22 +198,86 @@ def wrap(
             if (gap := self_check(wrapper)) >= limit:
                 break
         else:
-            return (
-                wrapper,
-                "documents would see each other when packed: batches are padded"
-                if packing and mode == "padded"
-                else "",
+            why = (
+                f"packed documents are refused ({wrapper.refusal})"
+                if wrapper.refusal
+                else "documents would see each other when packed"
             )
+            return wrapper, f"{why}: batches are padded" if packing and mode == "padded" else ""
     wrapper.autocast = autocast
-    return (
-        wrapper.set_mode("native"),
-        f"what hidden states give is off by {gap:.2g}: padded batches, the model's own attention and logits are used",
+    why = (
+        f"batches without its own attention are refused ({wrapper.refusal})"
+        if wrapper.refusal
+        else f"hidden states are off by {gap:.2g}"
     )
+    note = f"{why}: padded batches, the model's own attention and logits are used"
+    return wrapper.set_mode("native"), note
+
+
+class RootMeanSquareNorm(nn.Module):
+    """x / rms(x) * (weight + offset) in one kernel and in x's own type; another module's weight."""
+
+    def __init__(self, weight: nn.Parameter, eps: float, offset: float):
+        super().__init__()
+        self.weight, self.eps, self.offset = weight, eps, offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D), of which the kernel sums up squares in float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            weight = self.weight + self.offset if self.offset else self.weight
+            return F.rms_norm(x, weight.shape, weight.to(x.dtype), self.eps)
+
+
+class OutsideAutocast:
+    """True where no autocast is on: then an adapter's layers must widen their input themselves."""
+
+    def __bool__(self) -> bool:
+        return not (torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"))
+
+
+def spare_casts(model: nn.Module) -> None:
+    """For training under autocast, in place: norms keep their input's type, adapters' inputs too.
+
+    Under autocast a norm's float32 weight would widen its output, and peft all inputs of its
+    layers. A norm is replaced where a probe in float32 shows that one kernel computes what it does.
+    """
+    for parent in list(model.modules()):
+        if hasattr(parent, "cast_input_dtype_enabled"):
+            parent.cast_input_dtype_enabled = OutsideAutocast()
+        for name, module in parent.named_children():
+            if (norm := _as_one_kernel(module)) is not None:
+                setattr(parent, name, norm)
+
+
+@torch.no_grad()
+def _as_one_kernel(module: nn.Module) -> RootMeanSquareNorm | None:
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if "norm" not in type(module).__name__.lower() or eps is None:
+        return None
+    if isinstance(module, RootMeanSquareNorm) or [n for n, _ in module.named_parameters()] != [
+        "weight"
+    ]:
+        return None
+    weight = module.weight
+    if weight.dim() != 1 or weight.dtype != torch.float32 or weight.is_meta:
+        return None
+    x = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device)
+    x[1] *= 1e-3  # small numbers show the epsilon
+    for offset in (0.0, 1.0):
+        norm = RootMeanSquareNorm(weight, eps, offset).train(module.training)
+        if torch.allclose(norm(x), module(x), rtol=1e-4, atol=1e-6):
+            return norm
+    return None
 
 
 def self_check(wrapper) -> float:
-    """Greatest difference between two documents in one batch and each alone through the model's own forward, of their log p (nats) or, for a
-    classifier, their scores; inf where it fails."""
+    """Greatest difference between two documents in one batch and each alone through the model's own
+    forward, of their log p (nats) or, for a classifier, their scores; inf where the model refuses
+    such a batch, and `wrapper.refusal` then says why.
+
+    torch.OutOfMemoryError, torch.AcceleratorError and, from a torch without the kernel for many
+    documents, ImportError are raised: they say nothing about the model.
+    """
     base = base_model(wrapper.inner)
     generator = np.random.default_rng(0)
     documents = [
@@ -217,7 +296,10 @@ def self_check(wrapper) -> float:
     with torch.no_grad():
         try:
             ours = (wrapper.logprobs if wrapper.generates else wrapper.scores)(batch).flatten()
-        except (ValueError, TypeError, RuntimeError, AttributeError):
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+            wrapper.refusal = f"{type(error).__name__}: {error}".splitlines()[0]
             return float("inf")
         base.set_attn_implementation(native_attention(base))
         try:

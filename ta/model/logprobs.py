@@ -5,6 +5,8 @@ Letters: M chosen positions, D model width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ class Head(NamedTuple):
     bias: Tensor | None = None  # (V,)
     scale: float = 1.0
     cap: float | None = None
+    compiled: bool = False  # whether what is done to each logit is compiled into few kernels
 
 
 def cross_entropy_sum(
@@ -37,13 +40,21 @@ def cross_entropy_sum(
         head.scale,
         head.cap,
         chunk or _rows(hidden),
+        head.compiled,
     )
 
 
 def token_logprobs(hidden: Tensor, head: Head, targets: Tensor, chunk: int | None = None) -> Tensor:
     """log p(targets[m] | hidden[m]) -> (M,) float32 (or float64), any loss on top; logits are made again in the backward pass."""
     return _TokenLogprobs.apply(
-        hidden, head.weight, head.bias, targets, head.scale, head.cap, chunk or _rows(hidden)
+        hidden,
+        head.weight,
+        head.bias,
+        targets,
+        head.scale,
+        head.cap,
+        chunk or _rows(hidden),
+        head.compiled,
     )
 
 
@@ -53,15 +64,53 @@ def sequence_sums(values: Tensor, owners: Tensor, n: int) -> Tensor:
 
 
 def _rows(hidden: Tensor) -> int:
-    return 2048 if hidden.is_cuda else 256
+    return 4096 if hidden.is_cuda else 256
+
+
+@lru_cache
+def _widens(device: str) -> bool:
+    """Whether products of half-precision matrices can be written and summed in float32 as they are made: on CUDA."""
+    total, x = (
+        torch.ones(16, 16, device=device),
+        torch.full((16, 16), 0.5, dtype=torch.bfloat16, device=device),
+    )
+    try:
+        torch.addmm(total, x, x, out_dtype=torch.float32, out=total)
+        return (
+            bool((total == 5).all())
+            and torch.mm(x, x, out_dtype=torch.float32).dtype == torch.float32
+        )
+    except (RuntimeError, TypeError):
+        return False
+
+
+@lru_cache
+def _compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=True)
+
+
+def _norms(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-norms and the targets' logits, (chunk, 1) each."""
+    return logits.logsumexp(1, keepdim=True), logits.gather(1, target)
+
+
+def _slopes(
+    logits: Tensor, norm: Tensor, target: Tensor, share: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """share * (softmax - 1 at the target), (chunk, V) in `dtype`: the gradients of -share * log p(target)."""
+    here = torch.arange(logits.shape[1], device=logits.device) == target
+    return (((logits - norm).exp() - here.to(logits.dtype)) * share).to(dtype)
 
 
 def _logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float | None
 ) -> tuple[Tensor, Tensor | None]:
     """Logits in at least float32, and d logits / d raw where it is not the constant `scale`."""
-    raw = hidden @ weight.t()
-    raw = raw if raw.dtype == torch.float64 else raw.float()
+    if hidden.dtype in (torch.float16, torch.bfloat16) and _widens(hidden.device.type):
+        raw = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    else:
+        raw = hidden @ weight.t()
+        raw = raw if raw.dtype == torch.float64 else raw.float()
     if bias is not None:
         raw += bias
     if scale != 1.0:
@@ -86,6 +135,8 @@ def _gradients(rows: Tensor, h: Tensor, weight: Tensor, d_hidden: Tensor, d_weig
     if d_weight is not None:
         if d_weight.dtype == low.dtype:
             d_weight.addmm_(low.t(), h)
+        elif _widens(low.device.type):
+            torch.addmm(d_weight, low.t(), h, out_dtype=d_weight.dtype, out=d_weight)
         else:
             d_weight += low.t() @ h
     if d_bias is not None:
@@ -108,7 +159,7 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, weights, scale, cap, chunk):
+    def forward(ctx, hidden, weight, bias, targets, weights, scale, cap, chunk, compiled):
         """The sum, with the gradients of each chunk made while its logits exist."""
         dtype = _compute_dtype(hidden)
         h_all, w = hidden.to(dtype), weight.to(dtype)
@@ -122,12 +173,22 @@ class _CrossEntropySum(torch.autograd.Function):
             here = slice(start, start + chunk)
             h, target, share = h_all[here], targets[here, None], weights[here, None].to(wide)
             logits, slope = _logits(h, w, bias, scale, cap)
-            chosen = logits.gather(1, target)
-            norm, mass = _exponentiate(logits)
+            if compiled and slope is None:
+                norm, chosen = _compiled(_norms)(logits, target)
+            else:
+                chosen = logits.gather(1, target)
+                norm, mass = _exponentiate(logits)
             total += ((norm - chosen) * share).sum()
             if d_hidden is None:
                 continue
             share = share * scale
+            if compiled and slope is None:
+                rows = _compiled(_slopes)(
+                    logits, norm, target, share, wide if needs_bias else dtype
+                )
+                _gradients(rows, h, w, d_hidden[here], d_weight, d_bias)
+                del logits, rows
+                continue
             rows = logits.mul_(share / mass).scatter_add_(1, target, -share)
             _gradients(
                 rows if slope is None else rows * slope, h, w, d_hidden[here], d_weight, d_bias
@@ -152,12 +213,13 @@ class _CrossEntropySum(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, scale, cap, chunk):
+    def forward(ctx, hidden, weight, bias, targets, scale, cap, chunk, compiled):
         """Log-probabilities, and the log-norms from which the backward pass makes each chunk's softmax again."""
         dtype = _compute_dtype(hidden)
         h_all, w = hidden.to(dtype), weight.to(dtype)
@@ -166,12 +228,16 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, len(h_all), chunk):
             here = slice(start, start + chunk)
             logits, _ = _logits(h_all[here], w, bias, scale, cap)
-            chosen = logits.gather(1, targets[here, None])
-            norms[here] = _exponentiate(logits)[0][:, 0]
+            if compiled:
+                norm, chosen = _compiled(_norms)(logits, targets[here, None])
+            else:
+                chosen = logits.gather(1, targets[here, None])
+                norm = _exponentiate(logits)[0]
+            norms[here] = norm[:, 0]
             out[here] = chosen[:, 0] - norms[here]
             del logits
         ctx.save_for_backward(hidden, weight, bias, targets, norms)
-        ctx.plan = dtype, scale, cap, chunk
+        ctx.plan = dtype, scale, cap, chunk, compiled
         return out
 
     @staticmethod
@@ -179,7 +245,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad):
         """Gradients of any loss of the log-probabilities, chunk by chunk."""
         hidden, weight, bias, targets, norms = ctx.saved_tensors
-        dtype, scale, cap, chunk = ctx.plan
+        dtype, scale, cap, chunk, compiled = ctx.plan
         h_all, w = hidden.to(dtype), weight.to(dtype)
         _, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.empty_like(h_all)
@@ -189,6 +255,17 @@ class _TokenLogprobs(torch.autograd.Function):
             here = slice(start, start + chunk)
             logits, slope = _logits(h_all[here], w, bias, scale, cap)
             share = grad[here, None] * scale
+            if compiled and slope is None:
+                rows = _compiled(_slopes)(
+                    logits,
+                    norms[here, None],
+                    targets[here, None],
+                    -share,
+                    _wide(w) if needs_bias else dtype,
+                )
+                _gradients(rows, h_all[here], w, d_hidden[here], d_weight, d_bias)
+                del logits, rows
+                continue
             rows = (
                 logits.sub_(norms[here, None])
                 .exp_()
@@ -208,4 +285,4 @@ class _TokenLogprobs(torch.autograd.Function):
             d.to(x.dtype) if d is not None else None
             for d, x in ((d_hidden, hidden), (d_weight, weight), (d_bias, bias))
         ]
-        return *cast, None, None, None, None
+        return *cast, None, None, None, None, None

@@ -149,6 +149,28 @@ def test_a_shared_prompt_equals_two_whole_sequences(kind, settings):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_many_answers_share_one_prompt(kind):
+    """Each of a group equals its whole sequence, in log-probabilities and gradients; groups of one, of three and of four."""
+    wrapper, _ = wrap(small(kind).double())
+    parameters, rng = list(wrapper.parameters()), np.random.default_rng(5)
+    prompts = [rng.integers(3, 97, n) for n in (1, 9, 14)]
+    members = [2, 0, 0, 1, 1, 1, 2, 2, 2, 2]
+    ids = [np.concatenate([prompts[i], rng.integers(3, 97, rng.integers(1, 12))]) for i in members]
+    firsts = [n == 0 or members[n - 1] != i for n, i in enumerate(members)]
+    shared = [0 if first else len(prompts[i]) for first, i in zip(firsts, members, strict=True)]
+    weights = [
+        (np.arange(len(x)) >= len(prompts[i])) * 1.0 for x, i in zip(ids, members, strict=True)
+    ]
+    one, two = (wrapper.logprobs(lay_out(ids, weights, shared=s)) for s in (shared, ()))
+    assert lay_out(ids, weights, shared=shared).tokens.shape[1] == sum(map(len, ids)) - sum(shared)
+    torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
+    slopes = torch.randn(len(one), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gradients = (torch.autograd.grad((x * slopes).sum(), parameters) for x in (one, two))
+    for a, b in zip(*gradients, strict=True):  # Llama's norms compute in float32
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_scores_are_read_at_the_last_token_whatever_the_layout():
     model = small("llama", AutoModelForSequenceClassification, num_labels=3)
     wrapper, _ = wrap(model)
@@ -207,3 +229,185 @@ def test_under_autocast_attention_runs_in_its_type(monkeypatch):
     seen.clear()
     wrapper.loss(lay_out(*documents(np.random.default_rng(0), 3)))
     assert wrapper.mode == "packed" and set(seen) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("kind", "replaced"), [("llama", 5), ("qwen3", 9), ("gemma", 5), ("gpt2", 0)]
+)
+def test_norms_run_in_one_kernel_where_it_computes_what_they_do(kind, replaced):
+    """Their names stay; values and gradients agree in float32; under autocast they keep the residual stream's type."""
+    from ta.model.language_model import RootMeanSquareNorm, spare_casts
+
+    model = small(kind)
+    with torch.no_grad():
+        for parameter in model.parameters():  # a weight of ones would hide in which way it enters
+            parameter.add_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) / 9
+            )
+    ids = torch.arange(5, 45)[None]
+    results = []
+    for _ in range(2):
+        loss = (model(ids).logits.log_softmax(-1)[0, :, 7]).sum()
+        results.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+        names = [name for name, _ in model.named_parameters()]
+        spare_casts(model)
+    assert names == [name for name, _ in model.named_parameters()]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    norms = [module for module in model.modules() if isinstance(module, RootMeanSquareNorm)]
+    assert len(norms) == replaced
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(
+            n(torch.ones(2, len(n.weight)).bfloat16()).dtype == torch.bfloat16 for n in norms
+        )
+
+
+def test_a_norm_of_another_kind_stays():
+    """Without an epsilon, with a bias, or with another formula."""
+    from ta.model.language_model import spare_casts
+
+    class OddNorm(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.eps = torch.nn.Parameter(torch.ones(8)), 1e-6
+
+        def forward(self, x):
+            return x / (x.abs().mean(-1, keepdim=True) + self.eps) * self.weight
+
+    model = torch.nn.Sequential(OddNorm(), torch.nn.LayerNorm(8), torch.nn.LayerNorm(8, bias=False))
+    before = list(model)
+    spare_casts(model)
+    assert list(model) == before
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_under_autocast_widen_nothing(dora):
+    """The products of an adapter run in autocast's type, and gradients stay as near to float32's as they were with peft's casts."""
+    import peft
+
+    from ta.model.language_model import LanguageModel
+
+    def adapted():
+        torch.manual_seed(1)
+        settings = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], use_dora=dora)
+        return peft.get_peft_model(small("llama"), settings)
+
+    batch = lay_out(*documents(np.random.default_rng(0), 5))
+    found = {}
+    for name, make in {
+        "float32": lambda: LanguageModel(adapted(), "packed"),
+        "casts": lambda: LanguageModel(adapted(), "packed", torch.bfloat16),
+        "spared": lambda: wrap(adapted(), autocast=torch.bfloat16)[0],
+    }.items():
+        wrapper, types = make(), set()
+        with torch.no_grad():  # a new adapter does nothing yet
+            for parameter_name, parameter in wrapper.named_parameters():
+                if "lora_B" in parameter_name:
+                    parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(2))
+        inner = wrapper.inner.base_model.model.model.layers[1].self_attn.q_proj.lora_A["default"]
+        inner.register_forward_pre_hook(
+            lambda module, given, types=types: types.add(given[0].dtype)
+        )
+        wrapper.loss(batch).backward()
+        gradients = [p.grad.flatten() for p in wrapper.parameters() if p.grad is not None]
+        found[name] = torch.cat(gradients), types
+    assert torch.bfloat16 in found["spared"][1] and found["casts"][1] == {torch.float32}
+    exact = found["float32"][0]
+    casts, spared = ((found[name][0] - exact).norm() / exact.norm() for name in ("casts", "spared"))
+    assert spared < max(2 * casts, 0.02)
+
+
+def on_one_kernel(batch):
+    """The batch as it is on a GPU."""
+    from ta.model.attention import cuts_of
+
+    return batch._replace(cuts=cuts_of(batch.lengths, batch.prefixes))
+
+
+@pytest.mark.parametrize("sharing", [False, True])
+def test_what_runs_on_a_gpu_gives_the_losses_of_the_cpu(sharing):
+    """Rows wider than their documents, bounds and one kernel call, in bfloat16: as near to float32 as documents one by one are."""
+    import kernel  # noqa: F401
+
+    wrapper, _ = wrap(small("llama"), autocast=torch.bfloat16)
+    rng = np.random.default_rng(4)
+    prompts = [rng.integers(3, 97, 12) for _ in range(3)]
+    ids = [np.concatenate([p, rng.integers(3, 97, n)]) for p in prompts for n in (5, 9, 3)]
+    weights = [(np.arange(len(x)) >= 12).astype(np.float32) for x in ids]
+    batch = lay_out(ids, weights, shared=[0, 12, 12] * 3 if sharing else ())
+    results = []
+    for given, autocast in (
+        (batch, None),
+        (batch, torch.bfloat16),
+        (on_one_kernel(batch), torch.bfloat16),
+    ):
+        wrapper.autocast = autocast
+        wrapper.zero_grad()
+        loss = wrapper.loss(given)
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in wrapper.parameters() if p.grad is not None])
+        results.append((loss.item(), gradient, wrapper.hidden(given).shape))
+    exact, plain, ours = results
+    assert ours[2] == exact[2] == (1, *batch.tokens.shape[1:], 64)
+    assert ours[0] == pytest.approx(exact[0], rel=0.02)
+    error, usual = ((x[1] - exact[1]).norm() / exact[1].norm() for x in (ours, plain))
+    assert error < max(1.5 * usual, 0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "lora", "recomputed"])
+def test_all_blocks_and_batches_share_one_compiled_graph(kind, monkeypatch):
+    """Twelve layers in whole graphs: one for training, one without gradients, none for generation, whatever the documents are."""
+    from functools import partial
+
+    import kernel  # noqa: F401
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    from ta import parallel
+
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter, fullgraph=True))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    config = AutoConfig.for_model(
+        "llama", vocab_size=97, num_hidden_layers=12, num_key_value_heads=2, **sizes
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=register())
+    if kind == "lora":
+        import peft
+
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
+    wrapper, _ = wrap(model, autocast=torch.bfloat16)
+    parallel.round_frozen(wrapper)
+    plain = [block.forward for block in parallel.blocks(wrapper)]
+    parallel.compile_blocks(wrapper)
+    compiled = [block.forward for block in parallel.blocks(wrapper)]
+    rng, counts = np.random.default_rng(0), []
+    for lengths in ((11, 7), (300, 20, 5), (9, 9, 9, 3), (40,), (200, 100), (700, 3), (12,) * 80):
+        ids = [rng.integers(3, 97, n) for n in lengths]
+        batch = on_one_kernel(lay_out(ids, [np.ones(n, np.float32) for n in lengths]))
+        gradients = []
+        for forwards in (plain, compiled):
+            for block, forward in zip(parallel.blocks(wrapper), forwards, strict=True):
+                block.forward = forward
+            if kind == "recomputed":
+                parallel.recompute(wrapper)
+            wrapper.train()
+            wrapper.zero_grad()
+            wrapper.loss(batch).backward()
+            found = [p.grad.flatten() for p in wrapper.parameters() if p.grad is not None]
+            gradients.append(torch.cat(found))
+        assert (gradients[1] - gradients[0]).norm() < 0.02 * gradients[0].norm()
+        wrapper.eval()
+        with torch.no_grad():
+            wrapper.loss(batch)
+            base_model(wrapper.inner).set_attn_implementation("sdpa")
+            wrapper.inner.generate(
+                torch.from_numpy(ids[0])[None], max_new_tokens=2, do_sample=False
+            )
+            base_model(wrapper.inner).set_attn_implementation("ta")
+        counts.append(counter.frame_count)
+    # the first is traced again once its constants are known; before the first adapter nothing
+    # asks for gradients, so that its block differs
+    assert counts[0] == counts[-1] <= (4 if kind == "lora" else 3)

@@ -41,6 +41,45 @@ def test_values_and_gradients_equal_full_logits(cap, scale, bias, chunk):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_what_is_compiled_computes_the_same(bias, cap, monkeypatch):
+    """Through dynamo and autograd's tracer, in float64; one variant of each function for chunks of any size."""
+    from functools import partial
+
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    from ta.model import logprobs
+
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    logprobs._compiled.cache_clear()
+    torch.manual_seed(0)
+    hidden, weight, b = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((33, 16), (50, 16), (50,))
+    )
+    inputs = [hidden, weight] + [b] * bias
+    targets, weights = torch.randint(0, 50, (33,)), torch.rand(33)
+    results = []
+    for compiled in (False, True):
+        head = Head(weight, b if bias else None, 0.3, cap, compiled)
+        loss = cross_entropy_sum(hidden, head, targets, weights, 7)
+        logps = token_logprobs(hidden, head, targets, 7)
+        results.append(
+            [
+                loss,
+                logps,
+                *torch.autograd.grad(loss * 3, inputs),
+                *torch.autograd.grad((logps * weights).sum(), inputs),
+            ]
+        )
+    logprobs._compiled.cache_clear()
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    assert 0 < counter.frame_count <= 4
+
+
 def test_a_frozen_head_gets_no_gradient():
     hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(9, 4)
     cross_entropy_sum(hidden, Head(weight), torch.tensor([0, 1, 2, 3, 4]), torch.ones(5)).backward()
