@@ -6,13 +6,13 @@ any number of processes loads on any other.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ta.files import content_hash, sync, write_atomic
 from ta.parallel import barrier, gather_objects, local_rows, rank, world
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ def save(
     failure = None
     try:
         save_file(tensors, temporary / name)
-        entry = {"file": name, "rows": rows, **_digest(temporary / name, sync=True)}
+        sync(temporary / name)
+        entry = {"file": name, "rows": rows, **_digest(temporary / name)}
     except (
         Exception
     ) as error:  # told to all ranks first: one without room must not leave the others waiting
@@ -102,13 +103,9 @@ def save(
             "identity": identity,
             "shards": entries,
         }
-        with open(temporary / "manifest.json", "w", encoding="utf-8") as file:
-            json.dump(manifest, file)
-            file.flush()
-            os.fsync(file.fileno())
-        _sync(temporary)
+        write_atomic(temporary / "manifest.json", json.dumps(manifest))
         os.rename(temporary, target)
-        _sync(folder)
+        sync(folder)
         for old in _published(folder)[keep:] if keep else []:
             shutil.rmtree(old)
     barrier()
@@ -246,19 +243,5 @@ def _damage(path: Path) -> str:
     return ""
 
 
-def _digest(path: Path, sync: bool = False) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-        if sync:
-            os.fsync(file.fileno())
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _digest(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": content_hash(path)}
