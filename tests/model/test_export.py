@@ -6,10 +6,12 @@ import stat
 
 import pytest
 import torch
+from conftest import together
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ta.builtin import models
 from ta.model import export
+from ta.parallel import close, init
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +73,33 @@ def test_an_earlier_export_stands_until_the_new_one_does(parts, tmp_path, monkey
     export.export(*parts, tmp_path / "final")
     assert seen == [True, False] and os.listdir(tmp_path) == ["final"]
     assert not (tmp_path / "final" / "mark").exists()
+
+
+def test_what_fails_on_one_process_ends_the_export_of_all(tmp_path):
+    final = tmp_path / "final"
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier").rename(final)
+    (final / "mark").touch()
+
+    def main(rank):
+        init()
+        for failing, disk in ((0, False), (1, False), (0, True)):
+            try:
+                with export.published(final) as folder:
+                    if disk and rank == 0:  # the last step fails, on the process that writes
+                        os.rename = lambda old, new: full()
+                    if not disk and rank == failing:
+                        full()
+                    assert rank or folder.is_dir()
+                os._exit(3)  # nothing was raised
+            except OSError as error:
+                print(rank, failing, disk, error, flush=True)
+        close()
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    assert together(main, 2, tmp_path / "said") == [0, 0]
+    lines = (tmp_path / "said").read_text().splitlines()
+    assert sum("No space left" in line for line in lines) == 6, lines
+    assert sorted(os.listdir(tmp_path)) == ["final", "said"] and os.listdir(final) == ["mark"]
