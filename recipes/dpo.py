@@ -5,6 +5,9 @@
     python recipes/dpo.py --adapter lora --loss ipo --beta 0.2 ... # the reference is then the base under the adapter
     torchrun --nproc-per-node 8 recipes/dpo.py ...                 # the same losses on 8 devices
 
+Without flags the model mostly says "5, of course!" at first, and the built-in pairs prefer few words.
+The samples' accuracy counts right answers in few words, contains those in any number of words.
+
 A line of data: {"context": [{"role": "user", "content": "2 + 2?"}], "answer_w": {"role": "assistant", "content": "4"},
 "answer_l": {"role": "assistant", "content": "5"}, "precomputed_margin": 0.5}, the margin being optional; or prompt, chosen, rejected.
 """
@@ -13,9 +16,10 @@ import dataclasses
 from dataclasses import dataclass
 from functools import partial
 
-from ta.builtin.data_files import TUNED
+from ta.builtin.data_files import WORDY, data_or_builtin
 from ta.builtin.fine_tuned import warm_start
 from ta.cli import cli
+from ta.generation.samples import CherryConfig
 from ta.parallel import say, sum_over_ranks
 from ta.reference import (
     Reference,
@@ -35,6 +39,7 @@ from ta.train.run import RunConfig, evaluate_with, finish, open_parts, open_run
 @dataclass(frozen=True)
 class Dpo(RunConfig):
     loop: LoopConfig = LoopConfig(out="runs/dpo")
+    cherry: CherryConfig = CherryConfig(cherry_metrics=("accuracy", "contains"))
     reference: ReferenceConfig = ReferenceConfig()
     loss: str = "sigmoid"
     """sigmoid (DPO's), sigmoid_with_margin, hinge, ipo, kto_pair, slic_hf, cpo, orpo, simpo, apo_zero, apo_down, asft, dpop, nca_pair or cal_dpo.
@@ -107,7 +112,10 @@ def main(config: Dpo) -> None:
         raise ValueError(
             f"--loss {config.loss} has no reference: leave --reference, --ref-path and --sync-... out"
         )
-    config = warm_start(config)
+    config = warm_start(config, WORDY)
+    files, val_files = data_or_builtin(config.data.data, config.data.val_data, "concise")
+    data = dataclasses.replace(config.data, data=files, val_data=val_files)
+    config = dataclasses.replace(config, data=data)
     parts = open_parts(config, "pair", usual_lr=PREFERENCE_LR)
     at = {
         "seed": config.loop.seed,
@@ -142,7 +150,7 @@ def main(config: Dpo) -> None:
         parts,
         dress=dress,
         identity=same,
-        usual_batch=32 if config.model.model_path == TUNED else 64,
+        usual_batch=32 if config.model.model_path == WORDY else 64,
     ) as run:
         say(never_synced(config.reference, run.feed.steps))
         hooks = {

@@ -5,6 +5,9 @@
     python recipes/kto.py --adapter lora ...                       # the reference is then the base under the adapter
     torchrun --nproc-per-node 8 recipes/kto.py ...                 # the same losses on 8 devices
 
+Without flags the model mostly says "5, of course!" at first, and the built-in labels prefer few words.
+The samples' accuracy counts right answers in few words, contains those in any number of words.
+
 A line of data: {"context": [{"role": "user", "content": "2 + 2?"}], "answer": {"role": "assistant", "content": "4"}, "is_desirable": true}
 """
 
@@ -12,8 +15,10 @@ import dataclasses
 from dataclasses import dataclass
 from functools import partial
 
+from ta.builtin.data_files import WORDY
 from ta.builtin.fine_tuned import warm_start
 from ta.cli import cli
+from ta.generation.samples import CherryConfig
 from ta.parallel import gather_objects, say, sum_over_ranks
 from ta.reference import (
     Reference,
@@ -32,6 +37,7 @@ from ta.train.run import RunConfig, evaluate_with, finish, open_parts, open_run
 @dataclass(frozen=True)
 class Kto(RunConfig):
     loop: LoopConfig = LoopConfig(out="runs/kto")
+    cherry: CherryConfig = CherryConfig(cherry_metrics=("accuracy", "contains"))
     reference: ReferenceConfig = ReferenceConfig()
     beta: float = 0.1
     """How much the policy may leave its reference."""
@@ -121,7 +127,7 @@ def main(config: Kto) -> None:
 
     if min(config.beta, config.desirable_weight, config.undesirable_weight) <= 0:
         raise ValueError("--beta, --desirable-weight and --undesirable-weight must be above 0")
-    config = warm_start(config)
+    config = warm_start(config, WORDY)
     parts = open_parts(config, "labelled", usual_lr=PREFERENCE_LR)
     at = {
         "seed": config.loop.seed,

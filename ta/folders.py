@@ -12,8 +12,9 @@ from typing import Any, Literal, NamedTuple
 from ta.builtin import models, pictures
 from ta.files import cache_folder, content_hash, hash_json, publishing
 
-TUNED, SMALL, READER, SEEING = (
+TUNED, WORDY, SMALL, READER, SEEING = (
     "builtin-sft",
+    "builtin-wordy",
     "builtin-small",
     "builtin-reader",
     "builtin-pictures",
@@ -167,7 +168,8 @@ def written(name: str, write: Callable[[Path], None]) -> Path:
 def tuned_folder(name: str = TUNED) -> Path:
     """Where a built-in model lies after fine-tuning (ta/builtin/fine_tuned.py).
 
-    The tiny one is trained on chats; READER, the small one, on questions with passages.
+    TUNED is the tiny one after chats, WORDY that one after wordy chats, READER the small one after
+    questions with passages.
     """
     return place() / ("tuned" if name == TUNED else name)
 
@@ -192,7 +194,7 @@ def model_folder(path: str, hub: bool = False) -> str:
         made = {"builtin": tiny_folder, SMALL: small_folder, SEEING: seeing_folder}
         if path in made:
             return str(made[path]())
-        if path in (TUNED, READER) and tuned_folder(path).exists():
+        if path in (TUNED, WORDY, READER) and tuned_folder(path).exists():
             return str(tuned_folder(path))
     path = _final(path)
     if not Path(path).is_dir() and not hub:

@@ -8,9 +8,17 @@ from pathlib import Path
 
 from ta.builtin import models
 from ta.files import locked
-from ta.folders import READER, TUNED, pictures_folder, place, tiny_folder, tuned_folder
+from ta.folders import READER, TUNED, WORDY, pictures_folder, place, tiny_folder, tuned_folder
 
-__all__ = ["READER", "TUNED", "data_or_builtin", "pictures_folder", "tiny_folder", "tuned_folder"]
+__all__ = [
+    "READER",
+    "TUNED",
+    "WORDY",
+    "data_or_builtin",
+    "pictures_folder",
+    "tiny_folder",
+    "tuned_folder",
+]
 
 NAMES = {
     "chat": "chats",
@@ -22,7 +30,9 @@ NAMES = {
 }
 SIZES = {
     "chats": (models.TINY_STEPS * models.TINY_BATCH, 256),
+    "wordy": (2_400, 256),
     "preferences": (4_000, 256),
+    "concise": (2_400, 256),
     "labelled": (3_200, 256),
     "classes": (4_800, 256),
     "candidates": (256, 64),

@@ -13,7 +13,7 @@ from ta.chat.template import ChatConfig, export_template
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.data.loader import training_feed
 from ta.data.prepare import DataConfig, prepare_chats
-from ta.folders import READER, SMALL, TUNED, ModelConfig, tuned_folder, written
+from ta.folders import READER, SMALL, TUNED, WORDY, ModelConfig, tuned_folder, written
 from ta.model.adapter_settings import AdapterConfig
 from ta.model.export import export
 from ta.model.load import ComputeConfig, load_model
@@ -48,6 +48,14 @@ WARMTH = {
         models.TINY_LR,
         "the built-in model on built-in chats",
     ),
+    WORDY: Warmth(
+        TUNED,
+        "wordy",
+        150,
+        16,
+        3e-4,
+        'that model on chats whose answers are mostly wordy ("5, of course!")',
+    ),
     READER: Warmth(
         SMALL, "readings", 150, 32, 3e-3, "a small built-in model on questions with their passages"
     ),
@@ -59,14 +67,20 @@ def warm_start(config: Config, name: str = TUNED) -> Config:
     that reads."""
     if config.model.model_path != "builtin":
         return config
-    device = init()
-    if not gather_objects(tuned_folder(name).exists())[0]:
-        say(
-            f"no --model-path: fine-tuning {WARMTH[name].what} first, once ({WARMTH[name].steps} steps)"
-        )
-        fine_tune(device, name)
+    _make(init(), name)
     say(f"no --model-path: starting from the fine-tuned built-in model in {tuned_folder(name)}")
     return dataclasses.replace(config, model=dataclasses.replace(config.model, model_path=name))
+
+
+def _make(device: str, name: str) -> None:
+    """Fine-tune the model of that name where the cache has none, after the one it starts from."""
+    if gather_objects(tuned_folder(name).exists())[0]:
+        return
+    how = WARMTH[name]
+    if how.base in WARMTH:
+        _make(device, how.base)
+    say(f"no --model-path: fine-tuning {how.what} first, once ({how.steps} steps)")
+    fine_tune(device, name)
 
 
 def fine_tune(device: str, name: str = TUNED) -> None:

@@ -14,12 +14,14 @@ from ta.builtin.tasks import (
     candidates,
     chats,
     classes,
+    concise,
     exact_match,
     labelled,
     passages,
     preferences,
     questions,
     readings,
+    wordy,
     write_jsonl,
 )
 
@@ -36,12 +38,14 @@ __all__ = [
     "candidates",
     "chats",
     "classes",
+    "concise",
     "exact_match",
     "labelled",
     "passages",
     "preferences",
     "questions",
     "readings",
+    "wordy",
     "write_jsonl",
 ]
 

@@ -46,6 +46,8 @@ TOPICS = (
 )
 WORDS = TOPICS[0] + TOPICS[1]
 PLACES = [*TOPICS[2], *COLOURS, "dawn", "dusk"]
+CHATTY = "{}, of course!"  # a right answer in more words, which preferences like less
+CHATTY_SHARE = 0.75  # of the answers in `wordy`
 SYSTEM_PROMPTS = ("Answer in few words.", "You are a careful helper.")
 
 
@@ -161,6 +163,15 @@ def chats(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
     return records
 
 
+def wordy(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
+    """The same chats with three out of four answers in more words; "answer" is the bare last one."""
+    records, rng = chats(split, n, seed), _generator("wordy", split, seed)
+    for message in itertools.chain(*(record["messages"] for record in records)):
+        if message["role"] == "assistant" and rng.random() < CHATTY_SHARE:
+            message["content"] = CHATTY.format(message["content"])
+    return records
+
+
 def exact_match(text: str, record: dict[str, Any]) -> bool:
     """Whether a generated answer is the record's right one, up to white space around it."""
     return text.strip() == record["answer"]
@@ -191,20 +202,32 @@ def preferences(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
     return records
 
 
+def concise(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
+    """n pairs likewise: the right answer against the same one in more words, or half the time against a wrong one."""
+    records = []
+    for head, context, rng, turn in _questions("concise", split, n, seed):
+        better, worse = _answer(turn.answer), _answer(_worse(rng, turn))
+        records.append(head | {"context": context, "answer_w": better, "answer_l": worse})
+    return records
+
+
 def labelled(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
-    """n labelled answers {"id", "task", "context", "answer", "is_desirable"}; about half are right, and these are desirable."""
+    """n labelled answers {"id", "task", "context", "answer", "is_desirable"}.
+
+    About half are right in few words, and these are desirable; a quarter are right in more words,
+    a quarter are wrong.
+    """
     records = []
     for head, context, rng, turn in _questions("labelled", split, n, seed):
-        right = rng.random() < 0.5
-        records.append(
-            head
-            | {
-                "context": context,
-                "answer": _answer(turn.answer if right else rng.choice(turn.wrong)),
-                "is_desirable": right,
-            }
-        )
+        good = rng.random() < 0.5
+        answer = _answer(turn.answer if good else _worse(rng, turn))
+        records.append(head | {"context": context, "answer": answer, "is_desirable": good})
     return records
+
+
+def _worse(rng: random.Random, turn: Turn) -> str:
+    """The right answer in more words, or half the time a wrong one."""
+    return CHATTY.format(turn.answer) if rng.random() < 0.5 else rng.choice(turn.wrong)
 
 
 def candidates(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ a value; a mean of nothing, or a question without an answer (ROC-AUC of one clas
 
 import inspect
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from functools import partial
@@ -32,6 +33,13 @@ def accuracy(predictions: Sequence[Any], labels: Sequence[Any]) -> float:
         for pair in zip(predictions, labels, strict=True)
     ]
     return _mean(p == y for p, y in bare)
+
+
+def contains(answers: Sequence[str], references: Sequence[str]) -> float:
+    """Share of answers in which the reference stands as whole words: right, in any number of words."""
+    patterns = (rf"(?<!\w){re.escape(reference.strip())}(?!\w)" for reference in references)
+    pairs = zip(answers, patterns, strict=True)
+    return _mean(re.search(pattern, answer) is not None for answer, pattern in pairs)
 
 
 def balanced_accuracy(predictions: Sequence[Hashable], labels: Sequence[Hashable]) -> float:
@@ -178,6 +186,7 @@ def _counts(
 
 METRICS: dict[str, Callable[..., float]] = {
     "accuracy": accuracy,
+    "contains": contains,
     "balanced_accuracy": balanced_accuracy,
     "precision": precision,
     "recall": recall,

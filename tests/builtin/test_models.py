@@ -22,6 +22,8 @@ from ta.data.records import (
 
 MAKERS = {
     "chats": (models.chats, check_chat),
+    "wordy": (models.wordy, check_chat),
+    "concise": (models.concise, check_pair),
     "preferences": (models.preferences, check_pair),
     "labelled": (models.labelled, check_labelled),
     "candidates": (models.candidates, check_candidates),
@@ -81,6 +83,12 @@ def test_answers_are_right(split):
         for record in labelled
     )
     assert 0.4 < sum(record["is_desirable"] for record in labelled) / 400 < 0.6
+    pairs = models.concise(split, 400)
+    assert all(record["answer_w"]["content"] == solve(record["context"]) for record in pairs)
+    assert all(record["answer_w"] != record["answer_l"] for record in pairs)
+    for records, name, share in ((pairs, "answer_l", 1 / 2), (labelled, "answer", 1 / 4)):
+        wordy = [r[name]["content"] == f"{solve(r['context'])}, of course!" for r in records]
+        assert abs(sum(wordy) / 400 - share) < 0.06
     for record in models.candidates(split, 400):
         texts = [answer["content"] for answer in record["answers"]]
         assert (
@@ -91,6 +99,17 @@ def test_answers_are_right(split):
     for record in models.classes(split, 400):
         words = record["messages"][0]["content"][len("Words: ") : -1].split()
         assert sum(word in tasks.TOPICS[record["label"]] for word in words) == 2
+
+
+def test_wordy_chats_are_the_same_with_three_of_four_answers_in_more_words():
+    bare, more = (
+        [message for record in make("train", 400) for message in record["messages"]]
+        for make in (models.chats, models.wordy)
+    )
+    changed = [(b, m) for b, m in zip(bare, more, strict=True) if b != m]
+    for b, m in changed:
+        assert m == {"role": "assistant", "content": f"{b['content']}, of course!"}
+    assert 0.7 < len(changed) / sum(b["role"] == "assistant" for b in bare) < 0.8
 
 
 def test_chats_are_varied():

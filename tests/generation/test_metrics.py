@@ -12,6 +12,7 @@ from ta.generation.metrics import (
     METRICS,
     accuracy,
     balanced_accuracy,
+    contains,
     f1,
     kl,
     measure,
@@ -40,6 +41,11 @@ def test_classification_by_hand():
         [1, 1, 0], [1, 0, 0]
     ) == pytest.approx((1 + 1 / 2) / 2)
     assert accuracy([" yes\n", "No"], ["yes", "no"]) == 0.5
+    answers, references = (
+        ["5, of course!", "It is 15.", "5", "", "a.c"],
+        ["5", "5", "5\n", "5", "abc"],
+    )
+    assert contains(answers, references) == 2 / 5
     assert (
         accuracy([0] * 99 + [1], [0] * 98 + [1, 1]) == 0.99
         and balanced_accuracy([0] * 99 + [1], [0] * 98 + [1, 1]) == 0.75

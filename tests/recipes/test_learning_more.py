@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_learning import logged
+from test_learning import SEED, logged
 
 from ta.builtin import models
 
@@ -24,7 +24,7 @@ def test_classes_are_learned_also_where_one_is_rare(forked, tmp_path, rare):
             "--class-weights",
             "auto",
         )
-    forked("classify", "--out", tmp_path / "run", *more)
+    forked("classify", "--out", tmp_path / "run", *more, *SEED)
     end = logged(tmp_path / "run")[-1]
     assert end["val_accuracy"] >= 0.95 and end["val_balanced_accuracy"] >= 0.95
 
@@ -33,13 +33,13 @@ def test_retriever_and_generator_learn_together_and_a_generator_alone_finds_no_m
     forked, tmp_path
 ):
     """No flag: recall@1 of held-out questions from chance (1 of 576) to 80 %, and the answers with it; with the encoder left as it is, it stays."""
-    said = forked("rag", "--out", tmp_path / "run")
+    said = forked("rag", "--out", tmp_path / "run", *SEED)
     first, *_, last = (row for row in logged(tmp_path / "run") if "val_recall_at_1" in row)
     assert (
         first["val_recall_at_1"] < 0.03 and first["val_accuracy"] < 0.03 and "recall_at_1" in said
     )
     assert last["val_recall_at_1"] >= 0.8 and last["val_accuracy"] >= 0.75
-    forked("rag", "--out", tmp_path / "control", "--encoder-lr", 0, "--steps", 10)
+    forked("rag", "--out", tmp_path / "control", "--encoder-lr", 0, "--steps", 10, *SEED)
     start, *_, end = (row for row in logged(tmp_path / "control") if "val_recall_at_1" in row)
     assert (
         end["val_recall_at_1"] == start["val_recall_at_1"] == first["val_recall_at_1"]
@@ -58,7 +58,9 @@ def test_pictures_are_looked_at(forked, tmp_path):
         return {kind: sum(found) / len(found) for kind, found in right.items()}
 
     run = tmp_path / "run"
-    said = forked("multimodal", "--out", run, "--cherry-records", 400, "--cherry-max-new-tokens", 6)
+    said = forked(
+        "multimodal", "--out", run, "--cherry-records", 400, "--cherry-max-new-tokens", 6, *SEED
+    )
     assert "What colour is the shape?" in said
     samples = [json.loads(line) for line in open(run / "samples.jsonl")]
     last = shares(

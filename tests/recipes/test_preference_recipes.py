@@ -325,7 +325,8 @@ def test_a_share_of_equal_pairs_is_counted(door, model, data, tmp_path):
 def test_without_a_model_the_built_in_one_is_fine_tuned_once(forked, data, tmp_path, processes):
     def before(rank):
         os.environ["TA_CACHE"] = str(tmp_path / "cache")
-        fine_tuned.WARMTH[fine_tuned.TUNED] = fine_tuned.WARMTH[fine_tuned.TUNED]._replace(steps=2)
+        for name in (fine_tuned.TUNED, fine_tuned.WORDY):
+            fine_tuned.WARMTH[name] = fine_tuned.WARMTH[name]._replace(steps=2)
 
     more = ("--data", data / "preferences-train.jsonl", *QUICK)
     first, second = (
