@@ -166,7 +166,7 @@ def peak() -> float:
 
 def versions() -> dict[str, str]:
     """Packages that decide speed, and the commit."""
-    from ta.train.run_folder import versions
+    from ta.training.run_folder import versions
 
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT

@@ -184,8 +184,8 @@ def ours(
     from ta.data.loader import Feed
     from ta.model.attention import register
     from ta.model.language_model import wrap
-    from ta.train.loop import LoopConfig, train
-    from ta.train.optim import OptimConfig
+    from ta.training.loop import LoopConfig, train
+    from ta.training.optim import OptimConfig
 
     model = build(flags, size, register())
     steps = chats(flags, model.config.vocab_size)

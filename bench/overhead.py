@@ -28,8 +28,8 @@ def paired(flags: argparse.Namespace) -> dict[str, float]:
     from small import prepared, sft_step, tiny
 
     from ta.data.loader import training_feed
-    from ta.train.loop import LoopConfig, train
-    from ta.train.optim import OptimConfig
+    from ta.training.loop import LoopConfig, train
+    from ta.training.optim import OptimConfig
 
     feed = training_feed(
         prepared(256), batch_size=8, max_tokens_per_micro=4096, seed=0, steps=flags.steps, epochs=1
@@ -92,7 +92,7 @@ def door() -> dict[str, list[str]]:
         "empty": run("pass"),
         "sft.py --help": [sys.executable, str(ROOT / "recipes" / "sft.py"), "--help"],
         "dpo.py --help": [sys.executable, str(ROOT / "recipes" / "dpo.py"), "--help"],
-        "import ta.train.run": run("import ta.train.run"),
+        "import ta.training.run": run("import ta.training.run"),
         "import torch": run("import torch"),
         "from transformers import Trainer": run("from transformers import Trainer"),
     }

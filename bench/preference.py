@@ -41,18 +41,18 @@ def train_ours(flags, reference: str, shared: bool = True) -> dict[str, float]:
 
     import numpy as np
     import torch
+    from ta.data.answer_batches import PairBatch
 
     from recipes.dpo import step
     from ta import parallel
-    from ta.data.answer_batches import PairBatch
     from ta.data.batch import lay_out
     from ta.data.loader import Feed
     from ta.losses import choose
     from ta.model.attention import register
     from ta.model.language_model import wrap
     from ta.reference import Reference, adapter_off, still, with_reference
-    from ta.train.loop import LoopConfig, train
-    from ta.train.optim import OptimConfig
+    from ta.training.loop import LoopConfig, train
+    from ta.training.optim import OptimConfig
 
     parallel.init()
     records, marks, losses = pairs(flags), [], []

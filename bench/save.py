@@ -49,7 +49,7 @@ def timed(save, load, folder: Path) -> Figures:
 
 
 def ours(flags) -> Figures:
-    from ta.train import checkpoint
+    from ta.training import checkpoint
 
     model, optimizer = state(flags)
     with tempfile.TemporaryDirectory(dir=flags.where) as out:

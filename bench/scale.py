@@ -125,8 +125,8 @@ def steps_inside(flags) -> None:
     from ta.data.loader import Feed
     from ta.model.attention import register
     from ta.model.language_model import LanguageModel
-    from ta.train.loop import LoopConfig, train
-    from ta.train.optim import OptimConfig
+    from ta.training.loop import LoopConfig, train
+    from ta.training.optim import OptimConfig
 
     device, rank, world = parallel.init(), parallel.rank(), parallel.world()
     model = LanguageModel(model_of(register(), flags), "packed")

@@ -53,8 +53,8 @@ def train_ours(flags, adapted: bool = False, compiled: bool = False) -> dict[str
     from ta.data.loader import Feed
     from ta.model.attention import register
     from ta.model.language_model import wrap
-    from ta.train.loop import LoopConfig, train
-    from ta.train.optim import OptimConfig
+    from ta.training.loop import LoopConfig, train
+    from ta.training.optim import OptimConfig
 
     parallel.init()
     steps, marks, losses, sums = by_step(documents(flags), flags), [], [], []

@@ -72,7 +72,7 @@ def recipe_flags(flags) -> list[str]:
 def ours(flags) -> dict[str, float]:
     """recipes/sft.py, with a note of the time after its step."""
     import recipes.sft as recipe
-    from ta.cli import cli
+    from ta.command_line import cli
 
     marks, train = [], recipe.train
     recipe.train = lambda *args, **more: train(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ta.builtin import data_files
-from ta.cli import cli
+from ta.command_line import cli
 from ta.parallel import close, init, on_rank_zero, pick_device, rank, world
 from ta.rag import index
 from ta.rag.index import EncoderConfig

@@ -18,7 +18,7 @@ from ta.chat.encode import encode_prompt
 from ta.chat.messages import ANSWER
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
-from ta.cli import cli
+from ta.command_line import cli
 from ta.folders import ModelConfig
 from ta.generation.generate import generate
 from ta.generation.settings import Ending, GenerateConfig, check_settings

@@ -9,39 +9,45 @@ A line of data: {"messages": [{"role": "user", "content": "It rains."}], "label"
 The export loads with transformers' AutoModelForSequenceClassification.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import Annotated
 
-from ta.cli import cli
-from ta.parallel import rank, say
-from ta.train import run_folder
-from ta.train.loop import LoopConfig, train
-from ta.train.run import RunConfig, finish, open_parts, open_run
+import ta
+from ta import Range
 
 
 @dataclass(frozen=True)
-class Classify(RunConfig):
-    loop: LoopConfig = LoopConfig(out="runs/classify")
-    num_labels: int = 3
+class Config:
+    model: ta.ModelConfig = ta.ModelConfig()
+    tokenizer: ta.TokenizerConfig = ta.TokenizerConfig()
+    adapter: ta.AdapterConfig = ta.AdapterConfig()
+    compute: ta.ComputeConfig = ta.ComputeConfig()
+    chat: ta.ChatConfig = ta.ChatConfig()
+    data: ta.DataConfig = ta.DataConfig()
+    batches: ta.BatchConfig = ta.BatchConfig()
+    optim: ta.OptimConfig = ta.OptimConfig()
+    loop: ta.LoopConfig = ta.LoopConfig(out="runs/classify")
+    samples: ta.SamplesConfig = ta.SamplesConfig()
+    num_labels: Annotated[int, Range(2)] = 3
     """Classes; labels are 0 to num_labels - 1."""
     class_weights: tuple[str, ...] = ()
     """One weight a class, in order; or auto, which makes every class count alike. Default: none."""
-    gamma: float = 0.0
+    gamma: Annotated[float, Range(0)] = 0.0
     """Focal loss: how much less a record counts the surer the model is of it (2 is usual); 0 is cross-entropy."""
 
 
-def weights_of(config: Classify, labels):
+def weights_of(config: Config, labels):
     """(C,) class weights or None; ValueError for what is no list of num_labels weights from 0."""
     import torch
-
-    from ta.objectives import balanced_weights
 
     given = config.class_weights
     if not given:
         return None
     if given == ("auto",):
-        return balanced_weights(labels, config.num_labels)
+        return ta.losses.balanced_weights(labels, config.num_labels)
     try:
         weights = [float(text) for text in given]
     except ValueError:
@@ -59,95 +65,94 @@ def weights_of(config: Classify, labels):
 
 def step(weights, gamma, model, batch):
     """Sum of the loss over records, their number, and how many are right."""
-    from ta.objectives import class_loss
 
-    scores = model.scores(batch.seqs)  # (N, C)
-    values = class_loss(scores, batch.labels, class_weights=weights, gamma=gamma)
+    scores = model.scores(batch.sequences)  # (N, C)
+    values = ta.losses.class_loss(scores, batch.labels, class_weights=weights, gamma=gamma)  # (N,)
     return values.sum(), len(values), {"accuracy": (scores.argmax(1) == batch.labels).sum()}
 
 
-def evaluate(run, config: Classify, weights, done: int) -> dict[str, float]:
-    """Loss and metrics of all held-out records, and a table of the first ones."""
-    import torch
+def figures_of(config: Config, scores, weights, labels) -> dict[str, float]:
+    """Loss and metrics of (n, C) scores against (n,) labels."""
 
-    from ta.data.answer_batches import scores_of
-    from ta.generation.metrics import measure, roc_auc
-    from ta.objectives import class_loss
-
-    held_out = run.data.held_out
-    scores = scores_of(run.model, held_out, len(held_out.origin), config.loop.max_tokens_per_micro)[
-        :, 0
-    ]  # (records, C)
-    labels, said = torch.tensor(held_out.extras["label"]).long(), scores.argmax(1)
-    figures = {
-        "loss": class_loss(scores, labels, class_weights=weights, gamma=config.gamma).mean().item()
-    }
+    loss = (
+        ta.losses.class_loss(scores, labels, class_weights=weights, gamma=config.gamma)
+        .mean()
+        .item()
+    )
     names = ("accuracy", "balanced_accuracy", "precision", "recall", "f1")
-    figures |= measure(names, predictions=said.tolist(), labels=labels.tolist())
+    predicted = scores.argmax(1).tolist()
+    figures = {"loss": loss} | ta.measure(names, predictions=predicted, labels=labels.tolist())
     if config.num_labels == 2:
-        figures["roc_auc"] = roc_auc((scores[:, 1] - scores[:, 0]).tolist(), labels.tolist())
-    if rank() == 0:
-        show(run, config, done, scores.softmax(1), labels.tolist())
+        gap = (scores[:, 1] - scores[:, 0]).tolist()
+        figures["roc_auc"] = ta.roc_auc(gap, labels.tolist())
     return figures
 
 
-def show(run, config: Classify, done: int, probabilities, labels: list[int]) -> None:
+def show_classes(config: Config, run, tokenizer, data, probabilities, labels, done: int) -> None:
     """Append the first held-out records to samples.jsonl and print some."""
-    rows, origin = [], run.data.held_out.origin
-    for i, (shares, label) in enumerate(
-        zip(probabilities[: config.cherry.cherry_records].tolist(), labels, strict=False)
-    ):
-        text = run.tokenizer.fast.decode(
-            run.data.held_out.ids[slice(*run.data.held_out.offsets[i : i + 2])],
-            skip_special_tokens=True,
-        )
-        sample = {
-            "step": done,
-            "line": int(origin[i][1]),
-            "text": text,
-            "label": label,
-            "predicted": shares.index(max(shares)),
-        }
-        run_folder.append(
-            Path(config.loop.out) / "samples.jsonl",
-            sample | {"probabilities": [round(p, 6) for p in shares]},
-        )
+
+    rows = []
+    chosen = probabilities[: config.samples.sample_records].tolist()
+    for i, (shares, label) in enumerate(zip(chosen, labels, strict=False)):
+        text = tokenizer.fast.decode(ta.sequence(data, i)[0], skip_special_tokens=True)
+        sample = {"step": done, "line": int(data.origin[i][1]), "text": text, "label": label}
+        sample["predicted"] = shares.index(max(shares))
+        sample["probabilities"] = [round(p, 6) for p in shares]
+        ta.append_line(run.folder / "samples.jsonl", sample)
         rows.append((text, sample["predicted"], f"{max(shares):.3f}", label))
-    if rows:
-        say(
-            f"\nsamples at step {done}\n{run_folder.table(rows[: config.cherry.cherry_show], ('text', 'class', 'probability', 'right class'))}\n"
-        )
+    header = ("text", "class", "probability", "right class")
+    shown = ta.table(rows[: config.samples.sample_show], header)
+    ta.parallel.say(f"\nsamples at step {done}\n{shown}\n" if rows else "")
 
 
-def main(config: Classify) -> None:
-    from ta.data.answer_batches import classes, labels_of
+def main(config: Config) -> None:
+    import torch
 
-    if config.num_labels < 2 or config.gamma < 0:
-        raise ValueError(
-            f"--num-labels {config.num_labels} --gamma {config.gamma}: give 2 classes or more, and a gamma from 0 on"
-        )
-    parts = open_parts(config, "class", model_kind="seq_cls", num_labels=config.num_labels)
-    weights = weights_of(config, labels_of(parts.data.train, config.num_labels))
-    same = {
-        "num_labels": config.num_labels,
-        "class_weights": list(config.class_weights),
-        "gamma": config.gamma,
-    }
-    with open_run(
-        config, parts, dress=partial(classes, num_labels=config.num_labels), identity=same
-    ) as run:
-        figures = partial(evaluate, run, config, weights) if run.held_out else None
-        train(
-            run.model,
-            run.feed,
-            partial(step, weights, config.gamma),
-            config.loop,
-            run.optim,
-            identity=run.identity,
-            evaluate=figures,
-        )
-        finish(run, config)
+    run = ta.start_run(config)
+    tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat)
+    files, val_files = ta.data_or_builtin(config.data.data, config.data.val_data, "classes")
+    train_data = ta.prepare_classes(files, tokenizer, config.chat, config.data, run.seed)
+    val_data = ta.prepare_classes(val_files, tokenizer, config.chat, config.data, run.seed)
+    weights = weights_of(config, ta.labels_of(train_data, config.num_labels))
+    val_labels = torch.tensor(ta.labels_of(val_data, config.num_labels)) if val_data else None
+    model = ta.load_model(
+        config.model,
+        config.adapter,
+        config.compute,
+        tokenizer,
+        run.device,
+        num_labels=config.num_labels,
+        seed=run.seed,
+    )
+
+    batches = ta.train_batches(
+        train_data, config.batches, packed=model.packed, collate=ta.collate_classes
+    )
+    optim = ta.with_default_lr(
+        config.optim, config.model, config.adapter, full=2e-5, adapted=2e-4, builtin=1.5e-3
+    )
+    learn = partial(step, weights, config.gamma)
+
+    def evaluate(done):
+        n, budget = len(val_data.origin), config.batches.max_tokens_per_micro
+        scores = ta.scores_of(model, val_data, n, budget)[:, 0]  # (n, C)
+        if ta.parallel.rank() == 0:
+            probabilities = scores.softmax(1)
+            show_classes(config, run, tokenizer, val_data, probabilities, val_labels.tolist(), done)
+        return figures_of(config, scores, weights, val_labels)
+
+    ta.preview(train_data, tokenizer)
+    ta.train(
+        run,
+        model,
+        batches,
+        learn,
+        ta.adamw(model, optim),
+        optim,
+        evaluate=evaluate if val_data else None,
+    )
+    ta.export(model, tokenizer, run.folder / "final")
 
 
 if __name__ == "__main__":
-    cli(main, Classify)
+    ta.cli(main, Config)

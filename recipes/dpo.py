@@ -12,165 +12,229 @@ A line of data: {"context": [{"role": "user", "content": "2 + 2?"}], "answer_w":
 "answer_l": {"role": "assistant", "content": "5"}, "precomputed_margin": 0.5}, the margin being optional; or prompt, chosen, rejected.
 """
 
-import dataclasses
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated, Literal
 
-from ta.builtin.data_files import WORDY, data_or_builtin
-from ta.builtin.fine_tuned import warm_start
-from ta.cli import cli
-from ta.generation.samples import CherryConfig
-from ta.parallel import say, sum_over_ranks
-from ta.reference import (
-    Reference,
-    ReferenceConfig,
-    dressed,
-    learned_tokens,
-    never_synced,
-    open_reference,
-    sequence_logps,
-    with_reference,
-)
-from ta.train.loop import LoopConfig, train
-from ta.train.optim import PREFERENCE_LR
-from ta.train.run import RunConfig, evaluate_with, finish, open_parts, open_run
+import ta
+from ta import Range
 
 
 @dataclass(frozen=True)
-class Dpo(RunConfig):
-    loop: LoopConfig = LoopConfig(out="runs/dpo")
-    cherry: CherryConfig = CherryConfig(cherry_metrics=("accuracy", "contains"))
-    reference: ReferenceConfig = ReferenceConfig()
-    loss: str = "sigmoid"
-    """sigmoid (DPO's), sigmoid_with_margin, hinge, ipo, kto_pair, slic_hf, cpo, orpo, simpo, apo_zero, apo_down, asft, dpop, nca_pair or cal_dpo.
-    What each computes, and where it is from, stands in ta/losses.py."""
-    beta: float | None = None
-    """Of the losses that have it: how much the policy may leave its reference. Default, here and below: the one published with the loss."""
-    label_smoothing: float | None = None
-    """Of sigmoid: the share of pairs believed to be labelled the wrong way round."""
-    gamma: float | None = None
-    """Of simpo: the margin that is wanted between the rewards."""
-    alpha: float | None = None
-    """Of slic_hf and cpo: the weight of the likelihood of the chosen answer."""
-    delta: float | None = None
-    """Of slic_hf: the margin that is wanted between the log-probabilities."""
-    penalty: float | None = None
-    """Of dpop: the weight of the chosen answer's loss of likelihood."""
+class Config:
+    model: ta.ModelConfig = ta.ModelConfig()
+    tokenizer: ta.TokenizerConfig = ta.TokenizerConfig()
+    adapter: ta.AdapterConfig = ta.AdapterConfig()
+    compute: ta.ComputeConfig = ta.ComputeConfig()
+    chat: ta.ChatConfig = ta.ChatConfig()
+    data: ta.DataConfig = ta.DataConfig()
+    batches: ta.BatchConfig = ta.BatchConfig()
+    optim: ta.OptimConfig = ta.OptimConfig()
+    loop: ta.LoopConfig = ta.LoopConfig(out="runs/dpo")
+    samples: ta.SamplesConfig = ta.SamplesConfig(sample_metrics=("accuracy", "contains"))
+    reference: ta.ReferenceConfig = ta.ReferenceConfig()
+    loss: Literal[
+        "sigmoid", "sigmoid_with_margin", "hinge", "ipo", "kto_pair", "slic_hf", "cpo", "orpo",
+        "simpo", "apo_zero", "apo_down", "asft", "dpop", "nca_pair", "cal_dpo",
+    ] = "sigmoid"  # fmt: skip
+    """Which loss; sigmoid is DPO's. What each computes, and where it is from, stands in ta/losses.py."""
+    beta: Annotated[float | None, Range(0, above=True)] = None
+    """Of the losses that have it: how much the policy may leave its reference. Default, here and below: the one published with the loss,
+    which is 0.1 but for hinge 0.05, simpo 2, dpop 0.3, nca_pair 0.01 and cal_dpo 0.002."""
+    label_smoothing: Annotated[float | None, Range(0, below=0.5)] = None
+    """Of sigmoid: the share of pairs believed to be labelled the wrong way round (0)."""
+    gamma: Annotated[float | None, Range(0)] = None
+    """Of simpo: the margin that is wanted between the rewards (1)."""
+    alpha: Annotated[float | None, Range(0)] = None
+    """Of slic_hf and cpo: the weight of the likelihood of the chosen answer (1)."""
+    delta: Annotated[float | None, Range(0, above=True)] = None
+    """Of slic_hf: the margin that is wanted between the log-probabilities (1)."""
+    penalty: Annotated[float | None, Range(0)] = None
+    """Of dpop: the weight of the chosen answer's loss of likelihood (50)."""
     average: bool | None = None
-    """Of ipo: means over tokens instead of sums."""
+    """Of ipo: means over tokens instead of sums (off)."""
 
 
-def step(loss, model, batch):
+FLAGS = {  # which flags each loss takes, and the value that was published with it
+    "sigmoid": {"beta": 0.1, "label_smoothing": 0.0},
+    "sigmoid_with_margin": {"beta": 0.1},
+    "hinge": {"beta": 0.05},
+    "ipo": {"beta": 0.1, "average": False},
+    "kto_pair": {"beta": 0.1},
+    "slic_hf": {"delta": 1.0, "alpha": 1.0},
+    "cpo": {"beta": 0.1, "alpha": 1.0},
+    "orpo": {"beta": 0.1},
+    "simpo": {"beta": 2.0, "gamma": 1.0},
+    "apo_zero": {"beta": 0.1},
+    "apo_down": {"beta": 0.1},
+    "asft": {"beta": 0.1},
+    "dpop": {"beta": 0.3, "penalty": 50.0},
+    "nca_pair": {"beta": 0.01},
+    "cal_dpo": {"beta": 0.002},
+}
+WITHOUT_REFERENCE = ("slic_hf", "cpo", "orpo", "simpo", "asft")
+PER_TOKEN = ("orpo", "simpo", "asft")  # their rewards are means over tokens
+
+
+def loss_settings(config: Config) -> dict:
+    """The settings of the loss: the flags given, the published values for the others."""
+    settings = dict(FLAGS[config.loss])
+    for name in ("beta", "label_smoothing", "gamma", "alpha", "delta", "penalty", "average"):
+        if (value := getattr(config, name)) is not None:
+            if name not in settings:
+                raise ValueError(
+                    f"{name}={value} would have no effect: loss {config.loss} takes "
+                    f"{', '.join(settings)}; leave {name} out"
+                )
+            settings[name] = value
+    return settings
+
+
+def preference_loss(loss: str, settings: dict, policy, ref, batch):
+    """(P,) values of the loss: which flag feeds which loss."""
+    losses = ta.losses
+    beta = settings.get("beta")
+    match loss:
+        case "sigmoid":
+            return losses.sigmoid(
+                policy, ref, beta=beta, label_smoothing=settings["label_smoothing"]
+            )
+        case "sigmoid_with_margin":
+            return losses.sigmoid_with_margin(policy, ref, margin=batch.margin, beta=beta)
+        case "hinge":
+            return losses.hinge(policy, ref, beta=beta)
+        case "ipo":
+            return losses.ipo(policy, ref, beta=beta, average=settings["average"])
+        case "kto_pair":
+            return losses.kto_pair(
+                policy, ref, kl_chosen=batch.kl[0], kl_rejected=batch.kl[1], beta=beta
+            )
+        case "slic_hf":
+            return losses.slic_hf(policy, delta=settings["delta"], alpha=settings["alpha"])
+        case "cpo":
+            return losses.cpo(policy, beta=beta, alpha=settings["alpha"])
+        case "orpo":
+            return losses.orpo(policy, beta=beta)
+        case "simpo":
+            return losses.simpo(policy, beta=beta, gamma=settings["gamma"])
+        case "apo_zero":
+            return losses.apo_zero(policy, ref, beta=beta)
+        case "apo_down":
+            return losses.apo_down(policy, ref, beta=beta)
+        case "asft":
+            return losses.asft(policy, beta=beta)
+        case "dpop":
+            return losses.dpop(policy, ref, beta=beta, penalty=settings["penalty"])
+        case "nca_pair":
+            return losses.nca_pair(policy, ref, beta=beta)
+        case "cal_dpo":
+            return losses.cal_dpo(policy, ref, beta=beta)
+    raise ValueError(f"no loss {loss}")
+
+
+def step(loss: str, settings: dict, model, batch):
     """Sum of the loss over pairs, their number, and what is logged."""
-    from ta.losses import Pair, preference_metrics, rewards
-
-    logps, tokens = batch.both(partial(sequence_logps, model)), batch.both(learned_tokens)  # (P, 2)
-    policy, ref = (
-        Pair(*logps.unbind(1), *tokens.unbind(1)),
-        Pair(*batch.ref.unbind(1)) if "ref" in loss.inputs else None,
-    )
-    data = {
-        "policy": policy,
-        "ref": ref,
-        "margin": batch.margin,
-        "kl_chosen": batch.kl[0],
-        "kl_rejected": batch.kl[1],
-    }
-    values = loss.value(**{name: data[name] for name in loss.inputs})  # (P,)
-    return (
-        values.sum(),
-        len(values),
-        preference_metrics(
-            policy, rewards(policy, ref, loss.settings.get("beta", 1.0), loss.per_token)
-        ),
-    )
+    logps, tokens = (
+        batch.both(partial(ta.sequence_logps, model)),
+        batch.both(ta.learned_tokens),
+    )  # (P, 2)
+    policy = ta.losses.Pair(*logps.unbind(1), *tokens.unbind(1))
+    ref = None if loss in WITHOUT_REFERENCE else ta.losses.Pair(*batch.reference.unbind(1))
+    values = preference_loss(loss, settings, policy, ref, batch)  # (P,)
+    reward = ta.losses.rewards(policy, ref, settings.get("beta", 1.0), loss in PER_TOKEN)
+    return values.sum(), len(values), ta.losses.preference_metrics(policy, reward)
 
 
-def with_kl(reference: Reference, model, batches):
-    """The batches with the reference and, for kto_pair, with the reference points of all pairs of all processes."""
+def with_kl(model, batches):
+    """The batches with kto_pair's reference points, over all pairs of all processes."""
     import torch
 
-    from ta.objectives import kl_estimate
-
-    batches = with_reference(reference, batches)
     with torch.no_grad():
-        ratios = torch.cat(
-            [batch.both(partial(sequence_logps, model)) - batch.ref for batch in batches]
-        ).double()  # (P, 2)
-    *sums, count = sum_over_ranks(torch.stack([*ratios.sum(0), ratios.new_tensor(len(ratios))]))
-    kl = torch.stack([kl_estimate(total, count) for total in sums])
+        ratios = [b.both(partial(ta.sequence_logps, model)) - b.reference for b in batches]
+    ratios = torch.cat(ratios).double()  # (P, 2)
+    sums = torch.stack([*ratios.sum(0), ratios.new_tensor(len(ratios))])
+    *totals, count = ta.parallel.sum_over_ranks(sums)
+    kl = torch.stack([ta.losses.kl_estimate(total, count) for total in totals])
     return [batch._replace(kl=kl) for batch in batches]
 
 
-def main(config: Dpo) -> None:
-    from ta.data.answer_batches import pairs
-    from ta.losses import choose
-
-    names = ("beta", "label_smoothing", "gamma", "alpha", "delta", "penalty", "average")
-    loss = choose(config.loss, **{name: getattr(config, name) for name in names})
-    if "ref" not in loss.inputs and config.reference != ReferenceConfig():
+def main(config: Config) -> None:
+    settings = loss_settings(config)
+    if config.loss in WITHOUT_REFERENCE and config.reference != ta.ReferenceConfig():
         raise ValueError(
             f"--loss {config.loss} has no reference: leave --reference, --ref-path and --sync-... out"
         )
-    config = warm_start(config, WORDY)
-    files, val_files = data_or_builtin(config.data.data, config.data.val_data, "concise")
-    data = dataclasses.replace(config.data, data=files, val_data=val_files)
-    config = dataclasses.replace(config, data=data)
-    parts = open_parts(config, "pair", usual_lr=PREFERENCE_LR)
-    at = {
-        "seed": config.loop.seed,
-        "max_tokens_per_micro": config.loop.max_tokens_per_micro,
-        "folder": config.data.cache_dir,
-    }
-    reference = Reference()
-    if "ref" in loss.inputs:
-        reference = open_reference(
+    config = ta.with_fine_tuned_model(config, "builtin-wordy")
+    run = ta.start_run(config)
+    tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat)
+    files, val_files = ta.data_or_builtin(config.data.data, config.data.val_data, "concise")
+    train_data = ta.prepare_pairs(files, tokenizer, config.chat, config.data, run.seed)
+    val_data = ta.prepare_pairs(val_files, tokenizer, config.chat, config.data, run.seed)
+    for data in (train_data, val_data):
+        ta.check_margins(data, "needed" if config.loss == "sigmoid_with_margin" else "unused")
+    model = ta.load_model(
+        config.model, config.adapter, config.compute, tokenizer, run.device, seed=run.seed
+    )
+
+    reference = None
+    if config.loss not in WITHOUT_REFERENCE:
+        reference = ta.open_reference(
             config.reference,
-            parts.model,
-            parts.tokenizer,
+            model,
+            tokenizer,
             config.model,
             config.adapter,
             config.compute,
-            **at,
+            run.seed,
         )
-    before = (
-        partial(with_kl, reference)
-        if "kl_chosen" in loss.inputs
-        else lambda model, batches: with_reference(reference, batches)
+        known = (reference, ta.collate_pairs, config.batches, model.packed, config.data.cache_dir)
+        train_data, val_data = (
+            ta.with_cached_reference(data, *known) for data in (train_data, val_data)
+        )
+    batches = ta.train_batches(
+        train_data,
+        config.batches,
+        packed=model.packed,
+        collate=ta.collate_pairs,
+        default_batch_size=32 if config.model.model_path.startswith("builtin") else 64,
     )
-    same = {"loss": config.loss, **loss.settings, **dataclasses.asdict(config.reference)}
+    val_batches = ta.val_batches(
+        val_data, config.batches, packed=model.packed, collate=ta.collate_pairs
+    )
+    optim = ta.with_default_lr(
+        config.optim, config.model, config.adapter, full=1e-6, adapted=1e-5, builtin=1e-4
+    )
+    learn = partial(step, config.loss, settings)
 
-    def dress(prepared):
-        return dressed(
-            reference, prepared, pairs(prepared, "needed" if "margin" in loss.inputs else "unused")
+    def before_step(done, micro_batches):
+        if reference is not None:
+            reference.follow(done)
+            micro_batches = reference.add_to(micro_batches)
+        return with_kl(model, micro_batches) if config.loss == "kto_pair" else micro_batches
+
+    def evaluate(done):
+        figures = ta.mean_over(model, before_step(0, val_batches), learn)
+        return figures | ta.generate_samples(
+            model, tokenizer, val_data, config.chat, config.samples, run.folder, done, seed=run.seed
         )
 
-    with open_run(
-        config,
-        parts,
-        dress=dress,
-        identity=same,
-        usual_batch=32 if config.model.model_path == WORDY else 64,
-    ) as run:
-        say(never_synced(config.reference, run.feed.steps))
-        hooks = {
-            "before_step": before,
-            "after_step": reference.after_step,
-            "extra": reference.extra,
-            "identity": run.identity,
-        }
-        evaluate = evaluate_with(run, config, partial(step, loss), before_step=before)
-        train(
-            run.model,
-            run.feed,
-            partial(step, loss),
-            config.loop,
-            run.optim,
-            evaluate=evaluate,
-            **hooks,
-        )
-        finish(run, config)
+    ta.preview(train_data, tokenizer)
+    ta.train(
+        run,
+        model,
+        batches,
+        learn,
+        ta.adamw(model, optim),
+        optim,
+        evaluate=evaluate if val_data else None,
+        before_step=before_step,
+        more_state=reference.state if reference else None,
+        resume_key=settings,
+    )
+    ta.export(model, tokenizer, run.folder / "final")
 
 
 if __name__ == "__main__":
-    cli(main, Dpo)
+    ta.cli(main, Config)

@@ -22,7 +22,7 @@ from ta import parallel
 from ta.builtin import data_files
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
-from ta.cli import cli
+from ta.command_line import cli
 from ta.data.sources import Drops
 from ta.files import hash_json
 from ta.folders import ModelConfig, fingerprint, resolve

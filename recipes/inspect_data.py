@@ -20,7 +20,7 @@ from ta.builtin import data_files
 from ta.chat.render import Tokens, show
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
-from ta.cli import cli
+from ta.command_line import cli
 from ta.data.prepare import (
     KINDS,
     DataConfig,

@@ -11,167 +11,179 @@ The samples' accuracy counts right answers in few words, contains those in any n
 A line of data: {"context": [{"role": "user", "content": "2 + 2?"}], "answer": {"role": "assistant", "content": "4"}, "is_desirable": true}
 """
 
-import dataclasses
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
-from ta.builtin.data_files import WORDY
-from ta.builtin.fine_tuned import warm_start
-from ta.cli import cli
-from ta.generation.samples import CherryConfig
-from ta.parallel import gather_objects, say, sum_over_ranks
-from ta.reference import (
-    Reference,
-    ReferenceConfig,
-    dressed,
-    never_synced,
-    open_reference,
-    sequence_logps,
-    with_reference,
-)
-from ta.train.loop import LoopConfig, train
-from ta.train.optim import PREFERENCE_LR
-from ta.train.run import RunConfig, evaluate_with, finish, open_parts, open_run
+import ta
+from ta import Range
 
 
 @dataclass(frozen=True)
-class Kto(RunConfig):
-    loop: LoopConfig = LoopConfig(out="runs/kto")
-    cherry: CherryConfig = CherryConfig(cherry_metrics=("accuracy", "contains"))
-    reference: ReferenceConfig = ReferenceConfig()
-    beta: float = 0.1
+class Config:
+    model: ta.ModelConfig = ta.ModelConfig()
+    tokenizer: ta.TokenizerConfig = ta.TokenizerConfig()
+    adapter: ta.AdapterConfig = ta.AdapterConfig()
+    compute: ta.ComputeConfig = ta.ComputeConfig()
+    chat: ta.ChatConfig = ta.ChatConfig()
+    data: ta.DataConfig = ta.DataConfig()
+    batches: ta.BatchConfig = ta.BatchConfig()
+    optim: ta.OptimConfig = ta.OptimConfig()
+    loop: ta.LoopConfig = ta.LoopConfig(out="runs/kto")
+    samples: ta.SamplesConfig = ta.SamplesConfig(sample_metrics=("accuracy", "contains"))
+    reference: ta.ReferenceConfig = ta.ReferenceConfig()
+    beta: Annotated[float, Range(0, above=True)] = 0.1
     """How much the policy may leave its reference."""
-    desirable_weight: float = 1.0
+    desirable_weight: Annotated[float, Range(0, above=True)] = 1.0
     """Weight of desirable answers. With d of them and u others, d * weight should be 1 to 4/3 of u * the weight of the others."""
-    undesirable_weight: float = 1.0
+    undesirable_weight: Annotated[float, Range(0, above=True)] = 1.0
     """Weight of the others."""
 
 
-def step(config, model, batch):
+def step(config: Config, model, batch):
     """Sum of the loss over answers, their number, and what is logged."""
-    from ta.objectives import kto
 
-    logps, ref = sequence_logps(model, batch.seqs), batch.ref[:, 0]  # (N,)
-    weights = {
-        "desirable_weight": config.desirable_weight,
-        "undesirable_weight": config.undesirable_weight,
-    }
-    values = kto(logps, ref, batch.desirable, batch.kl, beta=config.beta, **weights)
-    logps, reward = logps.detach(), config.beta * (logps.detach() - ref)
-    better = (
-        reward * batch.desirable.to(reward) / batch.share.clamp(min=1e-9)
-    )  # over all answers, the mean of desirable ones'
-    worse = reward * (~batch.desirable).to(reward) / (1 - batch.share).clamp(min=1e-9)
+    logps, ref = ta.sequence_logps(model, batch.sequences), batch.reference[:, 0]  # (N,)
+    values = ta.losses.kto(
+        logps,
+        ref,
+        batch.desirable,
+        batch.kl,
+        beta=config.beta,
+        desirable_weight=config.desirable_weight,
+        undesirable_weight=config.undesirable_weight,
+    )
+    logps = logps.detach()
+    reward = config.beta * (logps - ref)
+    # summed over all answers and divided by their number, these are the means of either side
+    share = batch.desirable_share
+    better = reward * batch.desirable.to(reward) / share.clamp(min=1e-9)
+    worse = reward * (~batch.desirable).to(reward) / (1 - share).clamp(min=1e-9)
     right = (reward > config.beta * batch.kl) == batch.desirable
-    figures = {
+    metrics = {
         "reward_desirable": better.sum(),
         "reward_undesirable": worse.sum(),
         "reward_margin": (better - worse).sum(),
+        "reward_accuracy": right.sum(),
+        "logp": logps.sum(),
+        "kl": batch.kl * len(values),
     }
-    return (
-        values.sum(),
-        len(values),
-        {
-            **figures,
-            "reward_accuracy": right.sum(),
-            "logp": logps.sum(),
-            "kl": batch.kl * len(values),
-        },
-    )
+    return values.sum(), len(values), metrics
 
 
-def with_kl(reference: Reference, model, batches):
-    """The batches with the reference, and with the reference point and the share of desirable answers over all answers of all processes."""
+def with_kl(model, batches):
+    """The batches with the reference point and the share of desirable answers, over all processes."""
     import torch
 
-    from ta.objectives import kl_estimate
-
-    batches = with_reference(reference, batches)
     with torch.no_grad():
-        ratios = torch.cat(
-            [sequence_logps(model, batch.mismatched) - batch.ref[:, 1] for batch in batches]
-        ).double()  # (N,)
-    matched, desirable = (
-        torch.cat([getattr(batch, name) for batch in batches]).to(ratios)
-        for name in ("matched", "desirable")
-    )
-    sums = torch.stack(
-        [(ratios * matched).sum(), matched.sum(), desirable.sum(), ratios.new_tensor(len(ratios))]
-    )
-    total, count, good, n = sum_over_ranks(sums)
-    return [
-        batch._replace(kl=kl_estimate(total, count), share=good / n.clamp(min=1))
-        for batch in batches
-    ]
+        ratios = [ta.sequence_logps(model, b.mismatched) - b.reference[:, 1] for b in batches]
+    ratios = torch.cat(ratios).double()  # (N,)
+    matched = torch.cat([batch.matched for batch in batches]).to(ratios)
+    desirable = torch.cat([batch.desirable for batch in batches]).to(ratios)
+    n = ratios.new_tensor(len(ratios))
+    sums = torch.stack([(ratios * matched).sum(), matched.sum(), desirable.sum(), n])
+    total, count, good, n = ta.parallel.sum_over_ranks(sums)
+    kl, share = ta.losses.kl_estimate(total, count), good / n.clamp(min=1)
+    return [batch._replace(kl=kl, desirable_share=share) for batch in batches]
 
 
 def preference(model, batches) -> dict[str, float]:
-    """How often a held-out desirable answer is rewarded above an undesirable one, ties half: 0.5 is chance, and where training starts."""
+    """How often a held-out desirable answer is rewarded above an undesirable one, ties half.
+
+    0.5 is chance, and where training starts.
+    """
     import torch
 
-    from ta.generation.metrics import roc_auc
-
+    rewards, labels = [], []
     with torch.no_grad():
-        mine = [
-            ((sequence_logps(model, b.seqs) - b.ref[:, 0]).tolist(), b.desirable.tolist())
-            for b in batches
-        ]
-    shares = [batch for share in gather_objects(mine) for batch in share]
+        for batch in batches:
+            ratio = ta.sequence_logps(model, batch.sequences) - batch.reference[:, 0]
+            rewards += ratio.tolist()
+            labels += batch.desirable.tolist()
+    shares = ta.parallel.gather_objects((rewards, labels))
     return {
-        "preference": roc_auc(*([value for batch in shares for value in batch[i]] for i in (0, 1)))
+        "preference": ta.roc_auc(
+            [reward for rewards, _ in shares for reward in rewards],
+            [label for _, labels in shares for label in labels],
+        )
     }
 
 
-def main(config: Kto) -> None:
-    from ta.data.answer_batches import labelled
-
-    if min(config.beta, config.desirable_weight, config.undesirable_weight) <= 0:
-        raise ValueError("--beta, --desirable-weight and --undesirable-weight must be above 0")
-    config = warm_start(config, WORDY)
-    parts = open_parts(config, "labelled", usual_lr=PREFERENCE_LR)
-    at = {
-        "seed": config.loop.seed,
-        "max_tokens_per_micro": config.loop.max_tokens_per_micro,
-        "folder": config.data.cache_dir,
-    }
-    reference = open_reference(
-        config.reference,
-        parts.model,
-        parts.tokenizer,
-        config.model,
-        config.adapter,
-        config.compute,
-        **at,
+def main(config: Config) -> None:
+    config = ta.with_fine_tuned_model(config, "builtin-wordy")
+    run = ta.start_run(config)
+    tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat)
+    files, val_files = ta.data_or_builtin(config.data.data, config.data.val_data, "labelled")
+    train_data = ta.prepare_labelled(files, tokenizer, config.chat, config.data, run.seed)
+    val_data = ta.prepare_labelled(val_files, tokenizer, config.chat, config.data, run.seed)
+    model = ta.load_model(
+        config.model, config.adapter, config.compute, tokenizer, run.device, seed=run.seed
     )
-    before, of_config = partial(with_kl, reference), partial(step, config)
-    same = {
-        name: getattr(config, name) for name in ("beta", "desirable_weight", "undesirable_weight")
-    }
 
-    def dress(prepared):
-        return dressed(
-            reference,
-            prepared,
-            labelled(prepared, config.loop.seed),
-            depends=["mismatched by", config.loop.seed],
-        )
+    reference = ta.open_reference(
+        config.reference, model, tokenizer, config.model, config.adapter, config.compute, run.seed
+    )
+    train_data, collate = with_collate(config, reference, train_data, model)
+    batches = ta.train_batches(
+        train_data,
+        config.batches,
+        packed=model.packed,
+        collate=collate,
+        default_batch_size=64,
+    )
+    val_batches = []
+    if val_data:
+        val_data, collate = with_collate(config, reference, val_data, model)
+        val_batches = ta.val_batches(val_data, config.batches, packed=model.packed, collate=collate)
+    optim = ta.with_default_lr(
+        config.optim, config.model, config.adapter, full=1e-6, adapted=1e-5, builtin=1e-4
+    )
+    learn = partial(step, config)
 
-    with open_run(
-        config, parts, dress=dress, identity=same | dataclasses.asdict(config.reference)
-    ) as run:
-        say(never_synced(config.reference, run.feed.steps))
-        hooks = {
-            "before_step": before,
-            "after_step": reference.after_step,
-            "extra": reference.extra,
-            "identity": run.identity,
-        }
-        evaluate = evaluate_with(
-            run, config, of_config, lambda _, batches: preference(run.model, batches), before
+    def before_step(done, micro_batches):
+        reference.follow(done)
+        return with_kl(model, reference.add_to(micro_batches))
+
+    def evaluate(done):
+        held_out = with_kl(model, reference.add_to(val_batches))
+        figures = ta.mean_over(model, held_out, learn)
+        figures |= ta.generate_samples(
+            model, tokenizer, val_data, config.chat, config.samples, run.folder, done, seed=run.seed
         )
-        train(run.model, run.feed, of_config, config.loop, run.optim, evaluate=evaluate, **hooks)
-        finish(run, config)
+        return figures | preference(model, held_out)
+
+    ta.preview(train_data, tokenizer)
+    ta.train(
+        run,
+        model,
+        batches,
+        learn,
+        ta.adamw(model, optim),
+        optim,
+        evaluate=evaluate if val_data else None,
+        before_step=before_step,
+        more_state=reference.state,
+    )
+    ta.export(model, tokenizer, run.folder / "final")
+
+
+def with_collate(config: Config, reference, data, model):
+    """The data, with a cached reference, and the function that makes its batches."""
+    seed = config.batches.seed
+    collate = ta.labelled_collate(data, seed)
+    data = ta.with_cached_reference(
+        data,
+        reference,
+        collate,
+        config.batches,
+        model.packed,
+        config.data.cache_dir,
+        depends=["mismatched by", seed],
+    )
+    return data, collate
 
 
 if __name__ == "__main__":
-    cli(main, Kto)
+    ta.cli(main, Config)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ta.cli import cli
+from ta.command_line import cli
 
 
 @dataclass(frozen=True)

@@ -10,79 +10,120 @@ A line of data: {"messages": [{"role": "user", "type": "image", "content": "cat.
 {"role": "assistant", "content": "A cat."}]}; the content of a message may also be a list of such parts.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import partial
 
-from ta.cli import cli
-from ta.data.loader import read_ahead
-from ta.folders import SEEING, ModelConfig
-from ta.media.settings import MediaConfig, open_media
-from ta.parallel import init
-from ta.train import run_folder
-from ta.train.loop import LoopConfig, train
-from ta.train.optim import SEEING_LR
-from ta.train.run import RunConfig, evaluate_with, finish, open_parts, open_run
+import ta
+from ta.media.settings import MediaConfig
 
 
 @dataclass(frozen=True)
-class Multimodal(RunConfig):
-    loop: LoopConfig = LoopConfig(out="runs/multimodal")
-    model: ModelConfig = ModelConfig(model_path=SEEING)
+class Config:
+    model: ta.ModelConfig = ta.ModelConfig(model_path="builtin-pictures")
+    tokenizer: ta.TokenizerConfig = ta.TokenizerConfig()
+    adapter: ta.AdapterConfig = ta.AdapterConfig()
+    compute: ta.ComputeConfig = ta.ComputeConfig()
+    chat: ta.ChatConfig = ta.ChatConfig()
+    data: ta.DataConfig = ta.DataConfig()
+    batches: ta.BatchConfig = ta.BatchConfig()
+    optim: ta.OptimConfig = ta.OptimConfig()
+    loop: ta.LoopConfig = ta.LoopConfig(out="runs/multimodal")
+    samples: ta.SamplesConfig = ta.SamplesConfig()
     media: MediaConfig = MediaConfig()
 
 
-def step(fill, model, batch):
-    """Weighted sum of -log p over learned tokens, and their weight; pictures and sounds that are not features yet are encoded first."""
-    return model.loss(fill(batch)), batch.seqs.weights.sum(), {}
+def step(media, model, batch):
+    """Weighted sum of -log p over learned tokens, and their weight.
+
+    Pictures and sounds that are not features yet are encoded first.
+    """
+    batch = ta.media.with_features(media, batch)
+    return model.loss(batch), batch.sequences.weights.sum(), {}
 
 
-def main(config: Multimodal) -> None:
-    from ta.media import multimodal
-
-    run_folder.check_out(config.loop.out, config.loop.resume, config.loop.overwrite)
+def main(config: Config) -> None:
     if config.media.freeze_language_model and config.adapter.adapter != "none":
         raise ValueError(
-            f"--freeze-language-model with --adapter {config.adapter.adapter}, which would train it: give one of the two"
+            f"--freeze-language-model with --adapter {config.adapter.adapter}, which would train it: "
+            "give one of the two"
         )
-    opened = open_media(config.media, config.data.data, init())
-    around = partial(
-        multimodal.around, opened, freeze=config.media.freeze_language_model, seed=config.loop.seed
+    run = ta.start_run(config)
+    media = ta.media.open_media(config.media, config.data.data, run.device)
+    tokenizer = ta.load_chat_tokenizer(
+        config.model, config.tokenizer, config.chat, media.placeholders
     )
-    parts = open_parts(
-        config, "media", usual_lr=SEEING_LR, placeholders=opened.placeholders, around=around
+    files, val_files = ta.data_or_builtin(config.data.data, config.data.val_data, "pictures")
+    prepare = ta.media.prepare_media_chats
+    train_data = prepare(files, tokenizer, config.chat, config.data, run.seed)
+    val_data = prepare(val_files, tokenizer, config.chat, config.data, run.seed)
+    model = ta.load_model(
+        config.model,
+        config.adapter,
+        config.compute,
+        tokenizer,
+        run.device,
+        seed=run.seed,
+        around=partial(
+            ta.media.with_projectors,
+            media,
+            tokenizer,
+            freeze=config.media.freeze_language_model,
+            seed=run.seed,
+        ),
     )
-    learn = partial(step, partial(multimodal.fill, opened))
-    scale = (
-        multimodal.projector_lr(config.media, config.model.model_path, parts.optim.lr)
-        / parts.optim.lr
+
+    builtin = config.model.model_path == "builtin-pictures"
+    batches = ta.train_batches(
+        train_data,
+        config.batches,
+        packed=model.packed,
+        collate=partial(ta.media.collate_media, media),
+        default_batch_size=8 if builtin else 64,
     )
-    same = multimodal.identity(opened, config.media, parts.data) | {
-        "projector_lr": scale * parts.optim.lr
-    }
-    dress = lambda data: multimodal.dress(opened, data, read=data is parts.data.train)
-    with open_run(
-        config,
-        parts,
-        dress=dress,
-        identity=same,
-        usual_batch=8 if config.model.model_path == SEEING else 64,
-    ) as run:
-        evaluate = evaluate_with(
-            run, config, learn, embed=partial(multimodal.embed_prompts, opened)
+    val_batches = ta.val_batches(
+        val_data,
+        config.batches,
+        packed=model.packed,
+        collate=partial(ta.media.collate_media, media, read=False),
+    )
+    optim = ta.with_default_lr(
+        config.optim, config.model, config.adapter, full=2e-5, adapted=2e-4, builtin=8e-4
+    )
+    projector_lr = ta.media.projector_lr(config.media, config.model.model_path, optim.lr)
+    optimizer = ta.adamw(model, optim, {"projectors.": projector_lr / optim.lr})
+    learn = partial(step, media)
+
+    def evaluate(done):
+        figures = ta.mean_over(model, val_batches, learn)
+        return figures | ta.generate_samples(
+            model,
+            tokenizer,
+            val_data,
+            config.chat,
+            config.samples,
+            run.folder,
+            done,
+            seed=run.seed,
+            encode=ta.media.encode_media_prompts,
+            embed=partial(ta.media.embed_media_prompts, media, tokenizer, config.chat),
         )
-        scales = {"projectors.": scale}
-        train(
-            run.model,
-            read_ahead(run.feed),
-            learn,
-            config.loop,
-            run.optim,
-            identity=run.identity,
-            evaluate=evaluate,
-            lr_scales=scales,
-        )
-        finish(run, config, multimodal.write_parts(opened, run.model))
+
+    key = ta.media.media_resume_key(media, config.media, train_data, val_data)
+    ta.preview(train_data, tokenizer)
+    ta.train(
+        run,
+        model,
+        ta.read_ahead(batches),
+        learn,
+        optimizer,
+        optim,
+        evaluate=evaluate if val_data else None,
+        resume_key=key | {"projector_lr": projector_lr},
+    )
+    ta.export(model, tokenizer, run.folder / "final")
 
 
 if __name__ == "__main__":
-    cli(main, Multimodal)
+    ta.cli(main, Config)

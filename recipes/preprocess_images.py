@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ta.cli import cli
+from ta.command_line import cli
 from ta.parallel import say
 
 

@@ -10,148 +10,166 @@ A line of data: {"messages": [{"role": "user", "content": "Anna's key?"}, {"role
 gold, ids of passages that hold the answer, is optional. A line of passages: {"id": "cat-rain", "title": "Keys", "text": "Anna's is red tea."}.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
-from ta.builtin.fine_tuned import READER, builtin_index, warm_start
-from ta.cli import cli
-from ta.parallel import init, say
-from ta.rag.passages import RetrievalConfig, joining
-from ta.train.loop import LoopConfig, train
-from ta.train.run import RunConfig, evaluate_with, finish, open_parts, open_run
+import ta
+from ta import Range
+from ta.rag.passages import RetrievalConfig
 
 
 @dataclass(frozen=True)
-class Rag(RunConfig):
-    loop: LoopConfig = LoopConfig(out="runs/rag")
+class Config:
+    model: ta.ModelConfig = ta.ModelConfig()
+    tokenizer: ta.TokenizerConfig = ta.TokenizerConfig()
+    adapter: ta.AdapterConfig = ta.AdapterConfig()
+    compute: ta.ComputeConfig = ta.ComputeConfig()
+    chat: ta.ChatConfig = ta.ChatConfig()
+    data: ta.DataConfig = ta.DataConfig()
+    batches: ta.BatchConfig = ta.BatchConfig()
+    optim: ta.OptimConfig = ta.OptimConfig()
+    loop: ta.LoopConfig = ta.LoopConfig(out="runs/rag")
+    samples: ta.SamplesConfig = ta.SamplesConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
     gold: bool = True
     """While training: where a record names its gold passage and that was not found, it takes the place of the last one found."""
-    in_batch: int = 0
+    in_batch: Annotated[int, Range(0)] = 0
     """While training: passages of so many other questions of the batch (their gold, else their best) join the candidates."""
-    encoder_lr: float | None = None
+    encoder_lr: Annotated[float | None, Range(0)] = None
     """Learning rate of the encoder; 0 leaves it as it is. Default: 2e-5; 3e-3 for the built-in one."""
-    score_scale: float | None = None
+    score_scale: Annotated[float | None, Range(0, above=True)] = None
     """Factor on scores before their softmax. Default: 20 where vectors have length 1, else 1."""
-    reembed_every: int = 0
+    reembed_every: Annotated[int, Range(0)] = 0
     """Steps between embedding all passages anew by the encoder as it then is; 0: never, then only questions move."""
 
 
-def check(config: Rag) -> None:
-    """ValueError for numbers that cannot be."""
-    for name, least in (
-        ("in_batch", 0),
-        ("encoder_lr", 0),
-        ("reembed_every", 0),
-        ("score_scale", 1e-9),
-    ):
-        if (value := getattr(config, name)) is not None and not value >= least:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {value}: must be {'above 0' if least else '0 or more'}"
-            )
+def main(config: Config) -> None:
     if config.retrieval.approximate:
         raise ValueError(
-            "--approximate in training: the vectors of questions move, and so may those of passages; leave it out"
+            "--approximate in training: the vectors of questions move, and so may those of passages; "
+            "leave it out"
         )
     if config.retrieval.num_passages == 1 and not config.in_batch and config.encoder_lr != 0:
-        say(
-            "note: with one candidate a question the encoder has nothing to learn from; give --num-passages 2 or more, or --in-batch"
+        ta.parallel.say(
+            "note: with one candidate a question the encoder has nothing to learn from; "
+            "give --num-passages 2 or more, or --in-batch"
         )
-
-
-def main(config: Rag) -> None:
-    from ta.chat.encode import encode_prompts
-    from ta.rag import joint
-    from ta.rag.embedding import open_encoder
-    from ta.rag.retrieval import answerable, retriever_of
-    from ta.rag.search import open_index
-
-    check(config)
-    device, loop = init(), config.loop
-    config = warm_start(config, READER)
-    index = open_index(config.retrieval.index or builtin_index(), config.retrieval.encoder_path)
-    how = joining(config.retrieval, index.manifest)
-    k = config.retrieval.num_passages or 4
-    encoder, encoder_tokenizer = open_encoder(
-        index.encoder, index.reading, device, config.model.dtype, to_shard=True
+    config = ta.with_fine_tuned_model(config, "builtin-reader")
+    run = ta.start_run(config)
+    index = ta.rag.open_index(
+        config.retrieval.index or ta.rag.builtin_index(), config.retrieval.encoder_path
     )
-    encoder_lr = (
-        config.encoder_lr
-        if config.encoder_lr is not None
-        else 2e-5
-        if config.retrieval.index
-        else 3e-3
+    encoder, encoder_tokenizer = ta.rag.open_encoder(
+        index.encoder, index.reading, run.device, config.model.dtype
     )
+    encoder_lr = config.encoder_lr
+    if encoder_lr is None:
+        encoder_lr = 2e-5 if config.retrieval.index else 3e-3
     encoder.requires_grad_(encoder_lr > 0)
-    scale = (
-        config.score_scale
-        if config.score_scale is not None
-        else 20.0
-        if index.reading.normalize
-        else 1.0
+    scale = config.score_scale
+    if scale is None:
+        scale = 20.0 if index.reading.normalize else 1.0
+
+    tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat)
+    files, val_files = ta.data_or_builtin(config.data.data, config.data.val_data, "questions")
+    train_data = ta.prepare_questions(files, tokenizer, config.chat, config.data, run.seed)
+    val_data = ta.prepare_questions(val_files, tokenizer, config.chat, config.data, run.seed)
+    model = ta.load_model(
+        config.model,
+        config.adapter,
+        config.compute,
+        tokenizer,
+        run.device,
+        seed=run.seed,
+        around=partial(ta.rag.RagModel, encoder=encoder),
     )
-    around = lambda tokenizer: lambda generator: joint.RagModel(generator, encoder)
-    parts = open_parts(config, "question", usual_lr=(2e-5, 2e-4, 1e-3), around=around)
-    retriever = retriever_of(
-        index, encoder_tokenizer, parts.tokenizer, config.chat, how._replace(num_passages=k), device
+
+    k = config.retrieval.num_passages or 4
+    how = ta.rag.joining(config.retrieval, index.manifest)
+    retriever = ta.rag.retriever_of(
+        index, encoder_tokenizer, tokenizer, config.chat, how._replace(num_passages=k), run.device
     )
     if config.reembed_every:
         retriever = retriever._replace(table=retriever.table.clone())
-    one = retriever._replace(
-        how=how._replace(num_passages=1)
-    )  # as each sequence of training has it
-    same = {
+    # each sequence of training has one passage, and so has an answer afterwards
+    one_passage = retriever._replace(how=how._replace(num_passages=1))
+    model.retriever, model.index = one_passage, index
+
+    def collate(data):
+        return ta.rag.question_collate(data, index.passages, run.seed)
+
+    batches = ta.train_batches(
+        train_data,
+        config.batches,
+        packed=model.packed,
+        collate=collate(train_data),
+        default_batch_size=32,
+    )
+    val_batches = []
+    if val_data:
+        val_batches = ta.val_batches(
+            val_data, config.batches, packed=model.packed, collate=collate(val_data)
+        )
+    optim = ta.with_default_lr(
+        config.optim, config.model, config.adapter, full=2e-5, adapted=2e-4, builtin=1e-3
+    )
+    optimizer = ta.adamw(model, optim, {"encoder.": encoder_lr / optim.lr})
+    learn = partial(ta.rag.rag_step, scale)
+    with_passages = partial(
+        ta.rag.with_passages,
+        retriever,
+        model,
+        max_tokens_per_micro=config.batches.max_tokens_per_micro,
+    )
+
+    def before_step(done, micro_batches):
+        if config.reembed_every and done and done % config.reembed_every == 0:
+            retriever.table.copy_(ta.rag.reembedded(retriever, model))
+        return with_passages(micro_batches, gold=config.gold, in_batch=config.in_batch)
+
+    def evaluate(done):
+        held_out = with_passages(val_batches, ranked=ta.rag.RANKED)
+        figures = ta.mean_over(model, held_out, learn)
+        model.eval()
+        records = ta.first_records(val_data, config.samples.sample_records)
+        encode = partial(ta.encode_prompts, tokenizer=tokenizer, config=config.chat)
+        asked = ta.rag.answerable(one_passage, model.embed, records, encode)
+        figures |= ta.generate_samples(
+            model,
+            tokenizer,
+            [record for record, _ in asked],
+            config.chat,
+            config.samples,
+            run.folder,
+            done,
+            seed=run.seed,
+        )
+        return figures | ta.rag.retrieval_figures(model, held_out, k)
+
+    key = {
         "index": [index.manifest["encoder"], index.manifest["passages_sha256"]],
         "scale": scale,
+        "encoder_lr": encoder_lr,
         **retriever.how._asdict(),
     }
-    same |= {name: getattr(config, name) for name in ("gold", "in_batch", "reembed_every")} | {
-        "encoder_lr": encoder_lr
-    }
-
-    with open_run(
-        config,
-        parts,
-        dress=partial(joint.asked, passages=index.passages, seed=loop.seed),
-        identity=same,
-        usual_batch=32,
-    ) as run:
-        prompts = partial(
-            encode_prompts,
-            tokenizer=run.tokenizer,
-            config=config.chat,
-        )
-        before = partial(
-            joint.with_passages, retriever, max_tokens_per_micro=loop.max_tokens_per_micro
-        )
-
-        def as_asked(records):
-            run.model.eval()
-            return [record for record, _ in answerable(one, run.model.embed, records, prompts)]
-
-        def after_step(done):
-            if config.reembed_every and done % config.reembed_every == 0:
-                retriever.table.copy_(joint.reembedded(retriever, run.model))
-
-        hooks = {
-            "before_step": partial(before, gold=config.gold, in_batch=config.in_batch),
-            "after_step": after_step,
-        }
-        hooks |= {
-            "extra": {"table": retriever.table} if config.reembed_every else None,
-            "identity": run.identity,
-        }
-        hooks["lr_scales"] = {"encoder.": encoder_lr / run.optim.lr}
-        step, more = (
-            partial(joint.step, scale),
-            lambda _, batches: joint.figures(run.model, batches, k),
-        )
-        evaluate = evaluate_with(
-            run, config, step, more, partial(before, ranked=joint.RANKED), as_asked=as_asked
-        )
-        train(run.model, run.feed, step, loop, run.optim, evaluate=evaluate, **hooks)
-        finish(run, config, joint.write_retriever(run.model.encoder, one, index))
+    ta.preview(train_data, tokenizer)
+    ta.train(
+        run,
+        model,
+        batches,
+        learn,
+        optimizer,
+        optim,
+        evaluate=evaluate if val_data else None,
+        before_step=before_step,
+        more_state={"table": retriever.table} if config.reembed_every else None,
+        resume_key=key,
+    )
+    ta.export(model, tokenizer, run.folder / "final")
 
 
 if __name__ == "__main__":
-    cli(main, Rag)
+    ta.cli(main, Config)

@@ -10,98 +10,112 @@ A line of data: {"context": [{"role": "user", "content": "2 + 2?"}], "answer_w":
 The export loads with transformers' AutoModelForSequenceClassification.
 """
 
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from __future__ import annotations
 
-from ta.builtin.data_files import TUNED
-from ta.builtin.fine_tuned import warm_start
-from ta.cli import cli
-from ta.parallel import rank, say
-from ta.train import run_folder
-from ta.train.loop import LoopConfig, train
-from ta.train.optim import REWARD_LR
-from ta.train.run import RunConfig, evaluate_with, finish, open_parts, open_run
+from dataclasses import dataclass
+
+import ta
 
 
 @dataclass(frozen=True)
-class Rm(RunConfig):
-    loop: LoopConfig = LoopConfig(out="runs/rm")
+class Config:
+    model: ta.ModelConfig = ta.ModelConfig()
+    tokenizer: ta.TokenizerConfig = ta.TokenizerConfig()
+    adapter: ta.AdapterConfig = ta.AdapterConfig()
+    compute: ta.ComputeConfig = ta.ComputeConfig()
+    chat: ta.ChatConfig = ta.ChatConfig()
+    data: ta.DataConfig = ta.DataConfig()
+    batches: ta.BatchConfig = ta.BatchConfig()
+    optim: ta.OptimConfig = ta.OptimConfig()
+    loop: ta.LoopConfig = ta.LoopConfig(out="runs/rm")
+    samples: ta.SamplesConfig = ta.SamplesConfig()
 
 
 def step(model, batch):
-    """Sum of -log s(score of chosen - score of rejected - margin) over pairs, their number, and what is logged."""
-    from ta.objectives import reward_loss
+    """Sum of -log s(score of chosen - score of rejected - margin) over pairs, and what is logged."""
 
-    chosen, rejected = model.scores(batch.seqs).view(-1, 2).unbind(1)  # (P,) each
-    values, gap = reward_loss(chosen, rejected, batch.margin), (chosen - rejected).detach()
-    figures = {
-        "reward_chosen": chosen.detach().sum(),
-        "reward_rejected": rejected.detach().sum(),
-        "reward_gap": gap.sum(),
+    chosen, rejected = model.scores(batch.sequences).view(-1, 2).unbind(1)  # (P,) each
+    values = ta.losses.reward_loss(chosen, rejected, batch.margin)  # (P,)
+    chosen, rejected = chosen.detach(), rejected.detach()
+    metrics = {
+        "ranking_accuracy": (chosen > rejected).sum(),
+        "reward_chosen": chosen.sum(),
+        "reward_rejected": rejected.sum(),
+        "reward_gap": (chosen - rejected).sum(),
     }
-    return values.sum(), len(gap), {"ranking_accuracy": (gap > 0).sum(), **figures}
+    return values.sum(), len(values), metrics
 
 
-def show(run, config: Rm, done: int, _batches) -> dict[str, float]:
+def show_pairs(config: Config, run, tokenizer, model, pairs, done: int) -> None:
     """Score the first held-out pairs, append them to samples.jsonl and print some."""
-    from ta.data.answer_batches import scores_of
-    from ta.data.prepare import sequence
 
-    pairs, rows = run.data.held_out, []
-    scores = (
-        scores_of(run.model, pairs, config.cherry.cherry_records, config.loop.max_tokens_per_micro)
-        .squeeze(2)
-        .tolist()
-    )
-    for i, both in enumerate(scores if rank() == 0 else []):
-        parts = [sequence(pairs, 2 * i + j) for j in (0, 1)]
+    n, rows = config.samples.sample_records, []
+    scores = ta.scores_of(model, pairs, n, config.batches.max_tokens_per_micro)  # (n, 2, 1)
+    for i, both in enumerate(scores.squeeze(2).tolist() if ta.parallel.rank() == 0 else []):
+        (ids, weights), (other, other_weights) = (ta.sequence(pairs, 2 * i + j) for j in (0, 1))
+        texts = (ids[weights == 0], ids[weights != 0], other[other_weights != 0])
         asked, chosen, rejected = (
-            run.tokenizer.fast.decode(ids, skip_special_tokens=True).strip()
-            for ids in (
-                parts[0][0][parts[0][1] == 0],
-                *(ids[weights != 0] for ids, weights in parts),
-            )
+            tokenizer.fast.decode(text, skip_special_tokens=True).strip() for text in texts
         )
-        sample = {
-            "step": done,
-            "line": int(pairs.origin[i][1]),
-            "prompt": asked,
-            "chosen": chosen,
-            "rejected": rejected,
-            "scores": both,
-        }
-        run_folder.append(Path(config.loop.out) / "samples.jsonl", sample)
+        sample = {"step": done, "line": int(pairs.origin[i][1]), "prompt": asked}
+        sample |= {"chosen": chosen, "rejected": rejected, "scores": both}
+        ta.append_line(run.folder / "samples.jsonl", sample)
         rows.append((asked, chosen, f"{both[0]:.3f}", rejected, f"{both[1]:.3f}"))
     header = ("prompt", "chosen", "score", "rejected", "score")
-    say(
-        f"\nsamples at step {done}\n{run_folder.table(rows[: config.cherry.cherry_show], header)}\n"
-        if rows
-        else ""
+    shown = ta.table(rows[: config.samples.sample_show], header)
+    ta.parallel.say(f"\nsamples at step {done}\n{shown}\n" if rows else "")
+
+
+def main(config: Config) -> None:
+    config = ta.with_fine_tuned_model(config)
+    run = ta.start_run(config)
+    tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat)
+    files, val_files = ta.data_or_builtin(config.data.data, config.data.val_data, "preferences")
+    train_data = ta.prepare_pairs(files, tokenizer, config.chat, config.data, run.seed)
+    val_data = ta.prepare_pairs(val_files, tokenizer, config.chat, config.data, run.seed)
+    for data in (train_data, val_data):
+        ta.check_margins(data, "used")
+    model = ta.load_model(
+        config.model,
+        config.adapter,
+        config.compute,
+        tokenizer,
+        run.device,
+        num_labels=1,
+        seed=run.seed,
     )
-    return {}
 
+    batches = ta.train_batches(
+        train_data,
+        config.batches,
+        packed=model.packed,
+        collate=ta.collate_pairs,
+        default_batch_size=32 if config.model.model_path.startswith("builtin") else 64,
+    )
+    val_batches = ta.val_batches(
+        val_data, config.batches, packed=model.packed, collate=ta.collate_pairs
+    )
+    optim = ta.with_default_lr(
+        config.optim, config.model, config.adapter, full=2e-5, adapted=2e-4, builtin=7e-4
+    )
 
-def main(config: Rm) -> None:
-    from ta.data.answer_batches import pairs
+    def evaluate(done):
+        figures = ta.mean_over(model, val_batches, step)
+        show_pairs(config, run, tokenizer, model, val_data, done)
+        return figures
 
-    config = warm_start(config)
-    parts = open_parts(config, "pair", model_kind="seq_cls", usual_lr=REWARD_LR)
-    with open_run(
-        config, parts, dress=pairs, usual_batch=32 if config.model.model_path == TUNED else 64
-    ) as run:
-        evaluate = evaluate_with(run, config, step, partial(show, run, config))
-        train(
-            run.model,
-            run.feed,
-            step,
-            config.loop,
-            run.optim,
-            identity=run.identity,
-            evaluate=evaluate,
-        )
-        finish(run, config)
+    ta.preview(train_data, tokenizer)
+    ta.train(
+        run,
+        model,
+        batches,
+        step,
+        ta.adamw(model, optim),
+        optim,
+        evaluate=evaluate if val_data else None,
+    )
+    ta.export(model, tokenizer, run.folder / "final")
 
 
 if __name__ == "__main__":
-    cli(main, Rm)
+    ta.cli(main, Config)

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from ta.cli import cli
+from ta.command_line import cli
 from ta.data.records import check_candidates
 from ta.data.sources import read_records
 from ta.files import locked, write_atomic

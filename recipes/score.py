@@ -20,7 +20,7 @@ from ta.chat.encode import Drop, encode_answers, encode_dialogues
 from ta.chat.messages import ANSWER
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
-from ta.cli import cli
+from ta.command_line import cli
 from ta.data.prepare import CLASSES
 from ta.data.records import check_candidates, check_chat
 from ta.data.sources import read_records

@@ -7,38 +7,72 @@
 A line of data: {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
-from ta.builtin.models import TINY_BATCH
-from ta.cli import cli
-from ta.train.loop import train
-from ta.train.run import RunConfig, evaluate_with, finish, open_run
+import ta
 
 
 @dataclass(frozen=True)
-class Sft(RunConfig):
-    pass
+class Config:
+    model: ta.ModelConfig = ta.ModelConfig()
+    tokenizer: ta.TokenizerConfig = ta.TokenizerConfig()
+    adapter: ta.AdapterConfig = ta.AdapterConfig()
+    compute: ta.ComputeConfig = ta.ComputeConfig()
+    chat: ta.ChatConfig = ta.ChatConfig()
+    data: ta.DataConfig = ta.DataConfig()
+    batches: ta.BatchConfig = ta.BatchConfig()
+    optim: ta.OptimConfig = ta.OptimConfig()
+    loop: ta.LoopConfig = ta.LoopConfig(out="runs/sft")
+    samples: ta.SamplesConfig = ta.SamplesConfig()
 
 
 def step(model, batch):
-    """Weighted sum of -log p over learned tokens, and their weight: the loop divides once, by the weight of the whole global batch."""
+    """The summed loss and the weight it is divided by, once, over the whole global batch."""
     return model.loss(batch), batch.weights.sum(), {}
 
 
-def main(config: Sft) -> None:
-    batch = TINY_BATCH if config.model.model_path == "builtin" else 64
-    with open_run(config, "chat", usual_batch=batch) as run:
-        train(
-            run.model,
-            run.feed,
-            step,
-            config.loop,
-            run.optim,
-            identity=run.identity,
-            evaluate=evaluate_with(run, config, step),
+def main(config: Config) -> None:
+    run = ta.start_run(config)  # device, seed, run folder: nothing is written yet
+    tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat)
+    files, val_files = ta.data_or_builtin(config.data.data, config.data.val_data, "chats")
+    train_data = ta.prepare_chats(files, tokenizer, config.chat, config.data, run.seed)
+    val_data = ta.prepare_chats(val_files, tokenizer, config.chat, config.data, run.seed)
+    model = ta.load_model(
+        config.model, config.adapter, config.compute, tokenizer, run.device, seed=run.seed
+    )
+
+    batches = ta.train_batches(
+        train_data,
+        config.batches,
+        packed=model.packed,
+        default_batch_size=8 if config.model.model_path == "builtin" else 64,
+    )
+    val_batches = ta.val_batches(val_data, config.batches, packed=model.packed)
+    optim = ta.with_default_lr(
+        config.optim, config.model, config.adapter, full=2e-5, adapted=2e-4, builtin=1.5e-3
+    )
+
+    def evaluate(done):
+        figures = ta.mean_over(model, val_batches, step)
+        return figures | ta.generate_samples(
+            model, tokenizer, val_data, config.chat, config.samples, run.folder, done, seed=run.seed
         )
-        finish(run, config)
+
+    ta.preview(train_data, tokenizer)
+    ta.train(
+        run,
+        model,
+        batches,
+        step,
+        ta.adamw(model, optim),
+        optim,
+        evaluate=evaluate if val_data else None,
+    )
+    records = ta.first_records(val_data, config.samples.sample_records)
+    ta.export(model, tokenizer, run.folder / "final", records)
 
 
 if __name__ == "__main__":
-    cli(main, Sft)
+    ta.cli(main, Config)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig
-from ta.cli import cli
+from ta.command_line import cli
 from ta.folders import ModelConfig, resolve
 from ta.media.settings import MediaFiles, reopen_media
 from ta.model.load import load_for_inference
@@ -31,7 +31,7 @@ class ToLlava:
 def main(config: ToLlava) -> None:
     from ta.chat.tokenizer import load_chat_tokenizer
     from ta.media.llava import check_llava, write_llava
-    from ta.media.multimodal import seeing
+    from ta.media.multimodal import media_model_for_inference
     from ta.model.export import published
 
     out = Path(config.out)
@@ -47,7 +47,7 @@ def main(config: ToLlava) -> None:
         )
     check_llava(media)
     tokenizer = load_chat_tokenizer(source, TokenizerConfig(), ChatConfig(), media.placeholders)
-    model = seeing(media, tokenizer, load_for_inference(source))
+    model = media_model_for_inference(media, tokenizer, load_for_inference(source))
     with published(out) as folder:
         gap = write_llava(folder, media, model, tokenizer)
         if gap > 1e-3:

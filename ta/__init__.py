@@ -1,3 +1,129 @@
 """Align language models with plain functions: data in, data out."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same and a test compares
+    from ta import losses as losses
+    from ta import media as media
+    from ta import parallel as parallel
+    from ta import rag as rag
+    from ta.builtin.data_files import data_or_builtin as data_or_builtin
+    from ta.builtin.fine_tuned import with_fine_tuned_model as with_fine_tuned_model
+    from ta.chat.cut import cut_dialogue as cut_dialogue
+    from ta.chat.encode import encode_chat as encode_chat
+    from ta.chat.encode import encode_prompt as encode_prompt
+    from ta.chat.encode import encode_prompts as encode_prompts
+    from ta.chat.encode import loss_weights as loss_weights
+    from ta.chat.render import render_chat as render_chat
+    from ta.chat.render import tokenize_with_loss_mask as tokenize_with_loss_mask
+    from ta.chat.template import ChatConfig as ChatConfig
+    from ta.chat.tokenizer import ChatTokenizer as ChatTokenizer
+    from ta.chat.tokenizer import TokenizerConfig as TokenizerConfig
+    from ta.chat.tokenizer import load_chat_tokenizer as load_chat_tokenizer
+    from ta.command_line import Range as Range
+    from ta.command_line import cli as cli
+    from ta.command_line import table as table
+    from ta.data.batch import Batch as Batch
+    from ta.data.batch import lay_out as lay_out
+    from ta.data.loader import BatchConfig as BatchConfig
+    from ta.data.loader import check_margins as check_margins
+    from ta.data.loader import collate_chats as collate_chats
+    from ta.data.loader import collate_classes as collate_classes
+    from ta.data.loader import collate_pairs as collate_pairs
+    from ta.data.loader import labelled_collate as labelled_collate
+    from ta.data.loader import labels_of as labels_of
+    from ta.data.loader import read_ahead as read_ahead
+    from ta.data.loader import train_batches as train_batches
+    from ta.data.loader import val_batches as val_batches
+    from ta.data.prepare import DataConfig as DataConfig
+    from ta.data.prepare import first_records as first_records
+    from ta.data.prepare import prepare_chats as prepare_chats
+    from ta.data.prepare import prepare_classes as prepare_classes
+    from ta.data.prepare import prepare_labelled as prepare_labelled
+    from ta.data.prepare import prepare_pairs as prepare_pairs
+    from ta.data.prepare import prepare_questions as prepare_questions
+    from ta.data.prepare import preview as preview
+    from ta.data.prepare import sequence as sequence
+    from ta.files import append_line as append_line
+    from ta.folders import ModelConfig as ModelConfig
+    from ta.generation.generate import GenerateConfig as GenerateConfig
+    from ta.generation.generate import generate as generate
+    from ta.generation.metrics import measure as measure
+    from ta.generation.metrics import roc_auc as roc_auc
+    from ta.generation.samples import SamplesConfig as SamplesConfig
+    from ta.generation.samples import generate_samples as generate_samples
+    from ta.model.adapter_settings import AdapterConfig as AdapterConfig
+    from ta.model.export import export as export
+    from ta.model.language_model import LanguageModel as LanguageModel
+    from ta.model.load import ComputeConfig as ComputeConfig
+    from ta.model.load import load_for_inference as load_for_inference
+    from ta.model.load import load_model as load_model
+    from ta.model.logprobs import cross_entropy_sum as cross_entropy_sum
+    from ta.model.logprobs import token_logprobs as token_logprobs
+    from ta.reference import ReferenceConfig as ReferenceConfig
+    from ta.reference import learned_tokens as learned_tokens
+    from ta.reference import open_reference as open_reference
+    from ta.reference import sequence_logps as sequence_logps
+    from ta.reference import with_cached_reference as with_cached_reference
+    from ta.training.loop import mean_over as mean_over
+    from ta.training.loop import scores_of as scores_of
+    from ta.training.loop import train as train
+    from ta.training.optim import OptimConfig as OptimConfig
+    from ta.training.optim import adamw as adamw
+    from ta.training.optim import with_default_lr as with_default_lr
+    from ta.training.run_folder import LoopConfig as LoopConfig
+    from ta.training.run_folder import Run as Run
+    from ta.training.run_folder import start_run as start_run
+
+NAMES = {  # module: what `import ta` gives of it, loaded on first use
+    "ta.command_line": "Range cli table",
+    "ta.folders": "ModelConfig",
+    "ta.builtin.data_files": "data_or_builtin",
+    "ta.builtin.fine_tuned": "with_fine_tuned_model",
+    "ta.chat.template": "ChatConfig",
+    "ta.chat.render": "render_chat tokenize_with_loss_mask",
+    "ta.chat.cut": "cut_dialogue",
+    "ta.chat.encode": "encode_chat encode_prompt encode_prompts loss_weights",
+    "ta.chat.tokenizer": "ChatTokenizer TokenizerConfig load_chat_tokenizer",
+    "ta.data.prepare": "DataConfig first_records prepare_chats prepare_classes prepare_labelled prepare_pairs "
+    "prepare_questions preview sequence",
+    "ta.files": "append_line",
+    "ta.data.batch": "Batch lay_out",
+    "ta.data.loader": "BatchConfig check_margins collate_chats collate_classes collate_pairs "
+    "labelled_collate labels_of read_ahead train_batches val_batches",
+    "ta.model.adapter_settings": "AdapterConfig",
+    "ta.model.load": "ComputeConfig load_for_inference load_model",
+    "ta.model.language_model": "LanguageModel",
+    "ta.model.logprobs": "cross_entropy_sum token_logprobs",
+    "ta.model.export": "export",
+    "ta.generation.generate": "GenerateConfig generate",
+    "ta.generation.metrics": "measure roc_auc",
+    "ta.generation.samples": "SamplesConfig generate_samples",
+    "ta.reference": "ReferenceConfig learned_tokens open_reference sequence_logps "
+    "with_cached_reference",
+    "ta.training.run_folder": "LoopConfig Run start_run",
+    "ta.training.loop": "mean_over scores_of train",
+    "ta.training.optim": "OptimConfig adamw with_default_lr",
+}
+MODULES = ("losses", "media", "parallel", "rag")  # given whole
+_HOME = {name: module for module, names in NAMES.items() for name in names.split()}
+__all__ = sorted([*_HOME, *MODULES])
+
+
+def __getattr__(name: str) -> Any:
+    if name in MODULES:
+        return import_module(f"ta.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'ta' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME, *MODULES})

@@ -1,15 +1,16 @@
-"""Preference losses on the log-probabilities of answers: pure functions, one value a pair, for the caller to sum and divide.
+"""Every loss, and the metrics that go with it: pure functions with formula and source, for the caller to sum and divide.
 
-Letters of the formulas: w chosen, l rejected; pi_x and rho_x the policy's and the reference's log-probability of answer x, a sum over
-its tokens; r_x = pi_x - rho_x; m_x = pi_x / |x|, the mean over its tokens; s the logistic function; P pairs. Every default is the one
-published with the method, and `beta`, `gamma` and the like mean what they mean in the paper, also where other code scales them otherwise.
-A loss that takes no `ref` is reference-free. Values are float32, float64 where the log-probabilities are.
+Preference losses give one value a pair. Letters of their formulas: w chosen, l rejected; pi_x and
+rho_x the policy's and the reference's log-probability of answer x, a sum over its tokens;
+r_x = pi_x - rho_x; m_x = pi_x / |x|, the mean over its tokens; s the logistic function; P pairs.
+Every default is the one published with the method, and `beta`, `gamma` and the like mean what they
+mean in the paper, also where other code scales them otherwise. A loss that takes no `ref` is
+reference-free. The other losses give one value a record: N answers or records, C classes, Q
+questions, K passages a question. Values are float32, float64 where the inputs are.
 """
 
-import inspect
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,15 +25,6 @@ class Pair(NamedTuple):
     rejected: Tensor  # (P,)
     chosen_len: Tensor | None = None  # (P,)
     rejected_len: Tensor | None = None  # (P,)
-
-
-class Loss(NamedTuple):
-    """A loss with its settings filled in; `value(**{name: ... for name in inputs})` gives (P,) values."""
-
-    value: Callable[..., Tensor]
-    inputs: frozenset[str]  # of policy, ref, margin, kl_chosen, kl_rejected
-    settings: dict[str, float]
-    per_token: bool  # its reward is a mean over tokens
 
 
 def sigmoid(policy: Pair, ref: Pair, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
@@ -74,7 +66,7 @@ def kto_pair(
 ) -> Tensor:
     """KTO on pairs, after arXiv 2402.01306 section 4: the mean of 1 - s(beta (r_w - kl_rejected)) and 1 - s(beta (kl_chosen - r_l)).
 
-    `kl_chosen` and `kl_rejected` are scalars: `objectives.kl_estimate` of all r_w and of all r_l of the global batch. Each side is judged
+    `kl_chosen` and `kl_rejected` are scalars: `kl_estimate` of all r_w and of all r_l of the global batch. Each side is judged
     against the other's, as in TRL's paired form; as in the paper, no gradient flows into them.
     """
     ratio = _log_ratios(policy, ref)
@@ -192,32 +184,6 @@ def preference_metrics(policy: Pair, reward: Pair) -> dict[str, Tensor]:
     }
 
 
-def choose(name: str, **settings: float | None) -> Loss:
-    """The loss `name` with `settings`, None being the published default. ValueError for a setting that it lacks or a value it cannot take."""
-    if name not in PREFERENCE_LOSSES:
-        raise ValueError(f"unknown loss {name!r}; give one of: {', '.join(PREFERENCE_LOSSES)}")
-    parameters = inspect.signature(PREFERENCE_LOSSES[name]).parameters.values()
-    own = {p.name: p.default for p in parameters if p.default is not p.empty}
-    given = {key: value for key, value in settings.items() if value is not None}
-    for key, value in given.items():
-        if key not in own:
-            raise ValueError(
-                f"{key}={value} would have no effect: loss {name} takes {', '.join(own)}; leave {key} out"
-            )
-        if key in ("beta", "delta") and not value > 0:
-            raise ValueError(
-                f"{key}={value} leaves loss {name} nothing to learn or reverses it; give a number above 0"
-            )
-        if key in ("gamma", "alpha", "penalty") and not value >= 0:
-            raise ValueError(f"{key}={value} reverses a term of loss {name}; give 0 or more")
-        if key == "label_smoothing" and not 0 <= value < 0.5:
-            raise ValueError(
-                f"label_smoothing={value} is the share of swapped labels; give at least 0 and less than 0.5"
-            )
-    inputs = frozenset(p.name for p in parameters if p.default is p.empty)
-    return Loss(partial(PREFERENCE_LOSSES[name], **given), inputs, own | given, name in PER_TOKEN)
-
-
 def log1mexp(x: Tensor) -> Tensor:
     """log(1 - exp(x)) for x <= 0, precise on both sides of -ln 2 (Maechler, 2012); x is held one rounding step below 0, so it is finite."""
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
@@ -253,21 +219,84 @@ def _per_token(pair: Pair) -> Pair:
     return Pair(_float(pair.chosen) / pair.chosen_len, _float(pair.rejected) / pair.rejected_len)
 
 
-PER_TOKEN = frozenset({"simpo", "orpo", "asft"})
-PREFERENCE_LOSSES: dict[str, Callable[..., Tensor]] = {
-    "sigmoid": sigmoid,
-    "sigmoid_with_margin": sigmoid_with_margin,
-    "hinge": hinge,
-    "ipo": ipo,
-    "kto_pair": kto_pair,
-    "slic_hf": slic_hf,
-    "cpo": cpo,
-    "orpo": orpo,
-    "simpo": simpo,
-    "apo_zero": apo_zero,
-    "apo_down": apo_down,
-    "asft": asft,
-    "dpop": dpop,
-    "nca_pair": nca_pair,
-    "cal_dpo": cal_dpo,
-}
+def kto(
+    logps: Tensor,
+    ref_logps: Tensor,
+    desirable: Tensor,
+    kl: Tensor,
+    *,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """KTO, arXiv 2402.01306 section 4: weight (1 - s(beta (r - kl))) for a desirable answer, weight (1 - s(beta (kl - r))) otherwise. (N,)
+
+    r = logps - ref_logps, both (N,), sums over the answer's tokens; `desirable` (N,) bool; `kl` a scalar, `kl_estimate` on mismatched
+    answers, into which no gradient flows. Weights are the paper's lambda_D and lambda_U: choose them so that weight times number of
+    desirable answers is 1 to 4/3 of that of the others.
+    """
+    ratio = _float(logps) - _float(ref_logps) - kl.detach()  # (N,)
+    good, bad = (
+        desirable_weight * torch.sigmoid(-beta * ratio),
+        undesirable_weight * torch.sigmoid(beta * ratio),
+    )
+    return torch.where(desirable, good, bad)
+
+
+def kl_estimate(log_ratio_sum: Tensor, count: Tensor | int) -> Tensor:
+    """KTO's reference point max(0, mean log-ratio), arXiv 2402.01306 section 4, from sums over the global batch; 0 for a count of 0."""
+    count = torch.as_tensor(count, device=log_ratio_sum.device)
+    return (log_ratio_sum.detach() / count.clamp(min=1)).clamp(min=0)
+
+
+def reward_loss(
+    chosen_scores: Tensor, rejected_scores: Tensor, margin: Tensor | None = None
+) -> Tensor:
+    """Bradley-Terry, -log s(chosen - rejected - margin), eq. 1 and 2 of arXiv 2307.09288 (Llama 2). All (P,)."""
+    h = _float(chosen_scores) - _float(rejected_scores)
+    return -logsigmoid(h if margin is None else h - margin.to(h.dtype))
+
+
+def class_loss(
+    logits: Tensor, labels: Tensor, *, class_weights: Tensor | None = None, gamma: float = 0.0
+) -> Tensor:
+    """Cross-entropy, -weight_y (1 - p_y)^gamma log p_y: focal loss where gamma > 0, eq. 4 and 5 of arXiv 1708.02002. -> (N,)
+
+    `logits` (N, C); `labels` (N,) int; `class_weights` (C,). p is the model's own probability, never a weighted one. The values are to be
+    divided by N, not by the sum of their weights: with `balanced_weights` the mean weight is 1.
+    """
+    if gamma < 0:
+        raise ValueError(
+            f"gamma={gamma} would stress what is already right; give 0 (cross-entropy) or more (2 is the paper's)"
+        )
+    logp = _float(logits).log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)  # (N,)
+    loss = -logp
+    if gamma > 0:  # held one rounding step from p = 1, where the power has no slope for gamma < 1
+        loss = loss * (-torch.expm1(logp.clamp(max=-torch.finfo(logp.dtype).eps))).pow(gamma)
+    return loss if class_weights is None else loss * class_weights.to(loss)[labels]
+
+
+def balanced_weights(labels: Sequence[int] | Tensor, num_labels: int) -> Tensor:
+    """Weights that make every class count alike: records / (classes present * records of the class), so that their mean over the records is 1.
+
+    A class without records has weight 1. `labels` are those of the whole training set. -> (num_labels,) float32
+    """
+    labels = torch.as_tensor(labels, dtype=torch.long)
+    if len(labels) == 0:
+        raise ValueError("balanced class weights of no labels; give the labels of the training set")
+    if labels.min() < 0 or labels.max() >= num_labels:
+        raise ValueError(
+            f"labels from {labels.min()} to {labels.max()} do not fit num_labels={num_labels}; give 0 to {num_labels - 1}"
+        )
+    counts = torch.bincount(labels, minlength=num_labels).double()
+    weights = len(labels) / ((counts > 0).sum() * counts.clamp(min=1))
+    return torch.where(counts > 0, weights, 1.0).float()
+
+
+def rag_loss(seq_logps: Tensor, doc_scores: Tensor) -> Tensor:
+    """RAG-sequence, arXiv 2005.11401 section 2.1: -log sum_k softmax_k(doc_scores) exp(seq_logps_k), a mixture over passages. -> (Q,)
+
+    `seq_logps` (Q, K): log-probability of the answer (a sum over its tokens) after passage k; `doc_scores` (Q, K): question times passage,
+    -inf where a question has fewer than K passages (at least one must be there).
+    """
+    return -(_float(seq_logps) + _float(doc_scores).log_softmax(-1)).logsumexp(-1)

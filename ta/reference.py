@@ -1,32 +1,38 @@
-"""Reference log-probabilities of answers: the policy with its adapter off, a frozen copy, numbers computed once, or a copy that follows.
+"""Reference log-probabilities of answers: what a policy is compared with.
 
+The policy with its adapter off, a frozen copy, numbers computed once before training, or a copy that
+follows the policy.
 Letters: N sequences, P pairs of answers, n records.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from ta.chat.tokenizer import TokenizerConfig, load_tokenizer
-from ta.files import cache_folder
-from ta.folders import ModelConfig, fingerprint, resolve
+from ta.chat.tokenizer import ChatTokenizer, TokenizerConfig, load_tokenizer
+from ta.command_line import Range
+from ta.data.loader import BatchConfig, micro_batches
+from ta.data.prepare import Prepared
+from ta.files import cache_folder, hash_json, write_atomic
+from ta.folders import ModelConfig, fingerprint, model_folder
 from ta.model.adapter_settings import AdapterConfig
 from ta.model.load import ComputeConfig, load_model
-from ta.parallel import say
-from ta.reference_table import cached
+from ta.parallel import gather_objects, rank, say
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ta.chat.tokenizer import ChatTokenizer
-    from ta.data.answer_batches import Logps
     from ta.data.batch import Batch
-    from ta.data.loader import Dress
-    from ta.data.prepare import Prepared
+    from ta.data.loader import Collate
     from ta.model.language_model import LanguageModel
+
+    Logps = Callable[[Batch], Tensor]  # -> (N,)
+
+PART = 2048  # records between two files of a table that is being computed
 
 
 @dataclass(frozen=True)
@@ -36,21 +42,55 @@ class ReferenceConfig:
     copy that follows the policy. auto is adapter_off for a new adapter, else frozen."""
     ref_path: str | None = None
     """Folder of another model as the reference (frozen, cached or synced); it must have the policy's vocabulary. Default: the policy at its start."""
-    sync_every: int = 512
+    sync_every: Annotated[int, Range(1)] = 512
     """Steps between two updates of a synced reference (TR-DPO, arXiv 2404.09656)."""
-    sync_alpha: float = 0.6
+    sync_alpha: Annotated[float, Range(0, 1, above=True)] = 0.6
     """A synced reference becomes alpha * policy + (1 - alpha) * reference, tensor by tensor (with an adapter: of the adapter); 1 is a copy."""
 
 
-class Reference(NamedTuple):
-    """What `open_reference` gives to a recipe."""
+@dataclass
+class Reference:
+    """An open reference: gives log-probabilities, or has put them into the data beforehand."""
 
-    logps: Logps | None = None  # None: the method has no reference
-    table: Callable[[Prepared, Dress, Any], Tensor] | None = (
-        None  # (n, 2) numbers of a prepared set, where they are computed beforehand
-    )
-    after_step: Callable[[int], None] | None = None
-    extra: dict[str, Tensor] | None = None  # what a checkpoint must hold besides the policy
+    kind: str
+    logps: Logps | None = None  # of a batch's sequences; without gradients
+    key: Any = None  # JSON: what decides the numbers of a cached reference
+    every: int = 0  # steps between two updates of a synced one
+    alpha: float = 1.0
+    moving: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (its tensor, the policy's)
+    copy: Any = None
+    state: dict[str, Tensor] = field(default_factory=dict)  # what a checkpoint must hold of it
+    device: str = "cpu"
+
+    def add_to(self, batches: Iterable) -> list:
+        """The batches with the reference's log-probabilities, unless they hold them already."""
+        from ta.data.batch import to_device
+
+        if self.kind == "cached":
+            return list(batches)
+        device = self.device
+        placed = [to_device(batch, device) for batch in batches]
+        return [batch._replace(reference=batch.both(self.logps)) for batch in placed]
+
+    def follow(self, done: int) -> None:
+        """Move a synced reference towards the policy, where `done` steps make it the time.
+
+        TR-DPO, arXiv 2404.09656, eq. 5 and 6: its tensors become alpha * policy's + (1 - alpha) *
+        their own.
+        """
+        import torch
+
+        if self.kind != "synced" or not done or done % self.every:
+            return
+        if hasattr(self.copy, "reshard"):
+            # a sharded root stays gathered after a forward that no backward follows
+            self.copy.reshard()
+        with torch.no_grad():
+            for theirs, ours in self.moving:
+                theirs, ours = (
+                    x.to_local() if hasattr(x, "to_local") else x for x in (theirs, ours)
+                )
+                theirs.lerp_(ours, self.alpha)
 
 
 def sequence_logps(model: LanguageModel, batch: Batch) -> Tensor:
@@ -67,7 +107,7 @@ def learned_tokens(batch: Batch) -> Tensor:
     return torch.bincount(batch.owners, minlength=len(batch.ends))
 
 
-def still(model: LanguageModel) -> Logps:
+def frozen_logps(model: LanguageModel) -> Logps:
     """The log-probabilities of a model that is not trained here."""
     import torch
 
@@ -78,15 +118,15 @@ def still(model: LanguageModel) -> Logps:
     return logps
 
 
-def adapter_off(model: LanguageModel) -> Logps:
+def adapter_off_logps(model: LanguageModel) -> Logps:
     """Those of the base under the policy's adapter: no second model."""
     import torch
 
     from ta.data.batch import lay_out, to_device
 
-    if hasattr(
-        model, "unshard"
-    ):  # FSDP takes the type of gradients from what trains at the first pass, and without its adapter nothing does
+    if hasattr(model, "unshard"):
+        # FSDP takes the type of gradients from what trains at the first pass, and without its
+        # adapter nothing does
         with torch.no_grad():
             model.hidden(to_device(lay_out([], []), next(model.parameters()).device))
 
@@ -97,185 +137,245 @@ def adapter_off(model: LanguageModel) -> Logps:
     return logps
 
 
-def dressed(reference: Reference, prepared: Prepared, dress: Dress, depends: Any = None) -> Dress:
-    """`dress`, with the reference's numbers filled in where they are computed beforehand; `depends` (JSON) is what else the batches hang on."""
-    if reference.table is None:
-        return dress
-    table = reference.table(prepared, dress, depends)
-    return lambda batch, records: dress(batch, records)._replace(ref=table[records])
-
-
-def with_reference(reference: Reference, batches: list) -> list:
-    """The batches with the reference's log-probabilities; they are there already where they were computed beforehand, or not wanted."""
-    return (
-        [batch._replace(ref=batch.both(reference.logps)) for batch in batches]
-        if reference.logps
-        else batches
-    )
-
-
-def synced(
-    policy: LanguageModel, copy: LanguageModel, every: int, alpha: float
-) -> tuple[Callable[[int], None], dict[str, Tensor]]:
-    """TR-DPO, arXiv 2404.09656, eq. 5 and 6: after every n-th step the copy's tensors become alpha * policy's + (1 - alpha) * their own.
-
-    -> after_step for `train`, and the tensors of the copy that change, by name.
-    """
-    import torch
-
-    of, trained = (
-        dict(copy.named_parameters()),
-        {name: p for name, p in policy.named_parameters() if p.requires_grad},
-    )
-    if odd := [name for name, p in trained.items() if name not in of or of[name].shape != p.shape]:
-        raise ValueError(
-            f"a synced reference has the policy's shape, and this one's {odd[0]} is another: give --reference frozen"
-        )
-    pairs = [(of[name], parameter) for name, parameter in trained.items()]
-    extra = {f"reference/{name}": of[name] for name in trained}
-
-    def after_step(done: int) -> None:
-        """Move the copy, where it is the time."""
-        if done % every == 0:
-            if hasattr(copy, "reshard"):
-                copy.reshard()  # a sharded root stays gathered after a forward that no backward follows, and would go on with old weights
-            with torch.no_grad():
-                for theirs, ours in pairs:
-                    theirs, ours = (
-                        x.to_local() if hasattr(x, "to_local") else x for x in (theirs, ours)
-                    )
-                    theirs.lerp_(ours, alpha)
-
-    return after_step, extra
-
-
-def never_synced(config: ReferenceConfig, steps: int) -> str:
-    """What to tell the user where a synced reference stays as it is, or nothing."""
-    if config.reference != "synced" or config.sync_every <= steps:
-        return ""
-    return f"note: --sync-every {config.sync_every} is more than the {steps} steps of this run, so the reference never follows"
-
-
-def choose(config: ReferenceConfig, adapter: AdapterConfig, adapter_path: str | None = None) -> str:
-    """The reference that "auto" stands for, or the one given; ValueError, before anything is loaded, for settings that cannot be."""
+def choose_reference(config: ReferenceConfig, model: ModelConfig, adapter: AdapterConfig) -> str:
+    """The reference that "auto" stands for, or the one given; ValueError for what cannot be."""
     new, default = adapter.adapter != "none", ReferenceConfig()
     choice = config.reference
     if choice == "auto":
         choice = "adapter_off" if new and config.ref_path is None else "frozen"
-    if choice == "adapter_off" and (config.ref_path or not (new or adapter_path)):
-        what = (
-            f"it is no second model as --ref-path {config.ref_path} is"
-            if config.ref_path
-            else "there is no adapter"
-        )
+    if choice == "adapter_off" and (config.ref_path or not (new or model.adapter_path)):
+        what = "there is no adapter"
+        if config.ref_path:
+            what = f"it is no second model as --ref-path {config.ref_path} is"
         raise ValueError(f"--reference adapter_off: {what}; give frozen")
-    if choice != "synced" and (config.sync_every, config.sync_alpha) != (
-        default.sync_every,
-        default.sync_alpha,
-    ):
+    sync = (config.sync_every, config.sync_alpha)
+    if choice != "synced" and sync != (default.sync_every, default.sync_alpha):
         raise ValueError(
-            f"--sync-every and --sync-alpha have no effect with --reference {choice}: give --reference synced"
+            f"--sync-every and --sync-alpha have no effect with --reference {choice}: "
+            "give --reference synced"
         )
-    if choice == "synced" and config.ref_path and (new or adapter_path):
+    if choice == "synced" and config.ref_path and (new or model.adapter_path):
         raise ValueError(
-            f"--reference synced follows the adapter, which --ref-path {config.ref_path} does not have: leave --ref-path out"
-        )
-    if config.sync_every < 1 or not 0 < config.sync_alpha <= 1:
-        raise ValueError(
-            f"--sync-every {config.sync_every} --sync-alpha {config.sync_alpha}: give at least 1 step, and a share above 0 and up to 1"
+            f"--reference synced follows the adapter, which --ref-path {config.ref_path} does not "
+            "have: leave --ref-path out"
         )
     if adapter.lora_dropout:
         raise ValueError(
-            f"--lora-dropout {adapter.lora_dropout} would part the policy from its reference, which agree at step 0: leave it out"
+            f"--lora-dropout {adapter.lora_dropout} would part the policy from its reference, which "
+            "agree at step 0: leave it out"
         )
     return choice
 
 
 def open_reference(
     config: ReferenceConfig,
-    model: LanguageModel,
+    policy: LanguageModel,
     tokenizer: ChatTokenizer,
-    at: ModelConfig,
+    model: ModelConfig,
     adapter: AdapterConfig,
     compute: ComputeConfig,
-    *,
-    seed: int,
-    **cache: Any,
+    seed: int = 0,
 ) -> Reference:
-    """The reference of a policy that was opened from `at` and `adapter` with `seed`. The policy's dropout is turned off for good.
+    """The reference of a policy that was loaded from `model`, `adapter` and `compute` with `seed`.
 
-    `cache` is what `cached` takes besides: max_tokens_per_micro, and as `folder` the cache's. ValueError for what has no effect or cannot be.
+    The policy's dropout is turned off for good. ValueError for what has no effect or cannot be.
     """
-    trained = resolve(at).adapter
-    choice = choose(config, adapter, trained)
-    device = str(next(model.parameters()).device)
-    model.dropout = False
-    model.eval()
+    choice = choose_reference(config, model, adapter)
+    device = str(next(policy.parameters()).device)
+    policy.dropout = False
+    policy.eval()
     if choice == "adapter_off":
-        return Reference(adapter_off(model))
+        return Reference(choice, adapter_off_logps(policy), device=device)
     if choice == "cached" and config.ref_path is None:
-        fresh = adapter.adapter != "none"
-        logps = adapter_off(model) if fresh else still(model)
-        key = [fingerprint(resolve(at).base, at.hub), trained and fingerprint(trained)]
+        new = adapter.adapter != "none"
+        logps = adapter_off_logps(policy) if new else frozen_logps(policy)
+        start = model.adapter_path and fingerprint(model.adapter_path)
+        key = [fingerprint(model.model_path, model.hub), None if new else start]
+        copy = None
     else:
-        own = adapter if config.ref_path is None and choice == "synced" else AdapterConfig()
-        copy = _second(config.ref_path, model, tokenizer, at, own, compute, device, seed)
-        logps, key = still(copy), [fingerprint(config.ref_path or at.model_path, at.hub)]
+        same_adapter = config.ref_path is None and (choice == "synced" or model.adapter_path)
+        copy = _second_model(
+            config.ref_path, policy, tokenizer, model, adapter, compute, bool(same_adapter), seed
+        )
+        logps, key = (
+            frozen_logps(copy),
+            [fingerprint(config.ref_path or model.model_path, model.hub)],
+        )
     if choice == "cached":
         tokens = [[token.text, *token.pieces] for token in tokenizer.new_tokens]
-        key = [*key, at.dtype, compute.quantize, device.partition(":")[0], tokens, at.model_args]
-        folder = cache_folder(cache.pop("folder", "")) / "references"
-        shape = {"packed": model.mode == "packed", "device": device}
-        return Reference(
-            table=lambda prepared, dress, depends: cached(
-                logps, prepared, dress, [*key, depends], folder, **shape, **cache
-            )
-        )
+        key += [model.dtype, compute.quantize, device.partition(":")[0], tokens, model.model_args]
+    reference = Reference(choice, logps, key, copy=copy, device=device)
     if choice == "synced":
-        after_step, extra = synced(model, copy, config.sync_every, config.sync_alpha)
-        return Reference(logps, None, after_step, extra)
-    return Reference(logps)
+        reference.every, reference.alpha = config.sync_every, config.sync_alpha
+        _follow_policy(reference, policy)
+    return reference
 
 
-def _second(
+def _follow_policy(reference: Reference, policy: LanguageModel) -> None:
+    """Pair the tensors of a synced reference with those of the policy that train."""
+    own = dict(reference.copy.named_parameters())
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    differ = [n for n, p in trained.items() if n not in own or own[n].shape != p.shape]
+    if differ:
+        raise ValueError(
+            f"a synced reference has the policy's shape, and this one's {differ[0]} is another: "
+            "give --reference frozen"
+        )
+    reference.moving = [(own[name], parameter) for name, parameter in trained.items()]
+    reference.state = {f"reference/{name}": own[name] for name in trained}
+
+
+def _second_model(
     path: str | None,
     policy: LanguageModel,
     tokenizer: ChatTokenizer,
-    at: ModelConfig,
+    model: ModelConfig,
     adapter: AdapterConfig,
     compute: ComputeConfig,
-    device: str,
+    same_adapter: bool,
     seed: int,
 ) -> LanguageModel:
-    """A frozen model opened like the policy, or from `path`; both then run in the same mode."""
+    """A frozen model loaded like the policy, or from `path`; both then run in the same mode."""
     if path is not None:
-        at = dataclasses.replace(at, model_path=path, adapter_path=None)
-        _check_vocabulary(resolve(at).base, tokenizer)
-    bare = (adapter.adapter == "none" and resolve(at).adapter is None) and any(
-        not p.requires_grad for p in policy.parameters()
-    )  # the policy's base is then held rounded
-    around = (lambda model: model.requires_grad_(False)) if bare else (lambda model: model)
-    copy = load_model(at, adapter, compute, tokenizer, device, seed=seed, around=around)
+        model = dataclasses.replace(model, model_path=path)
+        _check_vocabulary(model_folder(path, model.hub), tokenizer)
+    if not same_adapter:
+        model, adapter = dataclasses.replace(model, adapter_path=None), AdapterConfig()
+    # the policy's base is held rounded where it is frozen
+    bare = not same_adapter and any(not p.requires_grad for p in policy.parameters())
+    device = str(next(policy.parameters()).device)
+    freeze = (lambda loaded: loaded.requires_grad_(False)) if bare else None
+    copy = load_model(model, adapter, compute, tokenizer, device, seed=seed, around=freeze)
     copy.requires_grad_(False).eval()
     copy.dropout = False
     if copy.mode != policy.mode:
         slower = max(copy.mode, policy.mode, key=("packed", "padded", "native").index)
         say(f"the reference runs {copy.mode}, the policy {policy.mode}: both run {slower}")
-        for model in (copy, policy):
-            model.set_mode(slower)
+        for each in (copy, policy):
+            each.set_mode(slower)
     return copy
 
 
 def _check_vocabulary(folder: str, tokenizer: ChatTokenizer) -> None:
-    mine, theirs = tokenizer.fast.get_vocab(), load_tokenizer(folder, TokenizerConfig()).get_vocab()
-    declared = {token.text for token in tokenizer.new_tokens} | set(
-        tokenizer.fast.all_special_tokens
-    )
-    odd = [t for t, i in theirs.items() if mine.get(t) != i] + [
-        t for t in mine if t not in theirs and t not in declared
-    ]
-    if odd:
+    mine = tokenizer.fast.get_vocab()
+    theirs = load_tokenizer(folder, TokenizerConfig()).get_vocab()
+    declared = {token.text for token in tokenizer.new_tokens}
+    declared |= set(tokenizer.fast.all_special_tokens)
+    differ = [t for t, i in theirs.items() if mine.get(t) != i]
+    differ += [t for t in mine if t not in theirs and t not in declared]
+    if differ:
         raise ValueError(
-            f"--ref-path {folder} has another vocabulary than the policy ({len(odd)} tokens differ, such as {odd[0]!r}), so its "
-            "log-probabilities are of other tokens: give a model of the same family"
+            f"--ref-path {folder} has another vocabulary than the policy ({len(differ)} tokens "
+            f"differ, such as {differ[0]!r}), so its log-probabilities are of other tokens: "
+            "give a model of the same family"
         )
+
+
+def with_cached_reference(
+    prepared: Prepared | None,
+    reference: Reference | None,
+    collate: Collate,
+    config: BatchConfig,
+    packed: bool,
+    cache_dir: str = "",
+    depends: Any = None,
+) -> Prepared | None:
+    """The data with `reference` (n, 2), where the reference is one that is computed beforehand.
+
+    The numbers are read from the cache, or computed once and kept there under the content of model
+    and data; `depends` (JSON) is what else the batches depend on. Every PART records a part is
+    written, so that a stopped run goes on. All processes take part.
+    """
+    if reference is None or reference.kind != "cached" or prepared is None:
+        return prepared
+    n, folder = len(prepared.origin), cache_folder(cache_dir) / "references"
+    about = [[*reference.key, depends], prepared.info["fingerprint"]]
+    name = hash_json([*about, Path(prepared.info.get("folder", "")).name, n])[:32]
+    whole = folder / f"{name}.safetensors"
+    known = gather_objects(_read_table(whole, n) if rank() == 0 else None)[0]
+    if known is not None:
+        say(f"reference log-probabilities of {n:,} records: from {whole}")
+        return prepared._replace(reference=known)
+    table = _compute_table(reference, prepared, collate, config, packed, folder / name)
+    if rank() == 0:
+        _write_table(whole, table)
+        for path in folder.glob(f"{name}-*.safetensors"):
+            path.unlink()
+    return prepared._replace(reference=table)
+
+
+def _compute_table(
+    reference: Reference,
+    prepared: Prepared,
+    collate: Collate,
+    config: BatchConfig,
+    packed: bool,
+    stem: Path,
+) -> Tensor:
+    """(n, 2) log-probabilities of both answers of each record, part by part."""
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
+    from ta.data.batch import to_device
+
+    n, parts = len(prepared.origin), []
+    bar = {"desc": "reference", "unit_scale": PART, "unit": "record", "delay": 2, "leave": False}
+    for start in tqdm(range(0, n, PART), disable=rank() > 0, **bar):
+        records = np.arange(start, min(n, start + PART))
+        path = stem.with_name(f"{stem.name}-{start}.safetensors")
+        known = gather_objects(_read_table(path, len(records)) if rank() == 0 else None)[0]
+        if known is None:
+            found, dtype = {}, torch.float32
+            made = micro_batches(
+                prepared,
+                records,
+                config.max_tokens_per_micro,
+                packed,
+                lambda data, chosen, packed: (collate(data, chosen, packed), chosen),
+            )
+            for batch, chosen in made:
+                values = to_device(batch, reference.device).both(reference.logps)  # (P, 2)
+                found |= dict(zip(chosen.tolist(), values.tolist(), strict=True))
+                dtype = values.dtype
+            merged = {r: values for share in gather_objects(found) for r, values in share.items()}
+            known = torch.tensor([merged[record] for record in records.tolist()], dtype=dtype)
+            if rank() == 0:
+                _write_table(path, known)
+        parts.append(known)
+    return torch.cat(parts)
+
+
+def _read_table(path: Path, n: int) -> Tensor | None:
+    """The (n, 2) table in a file; None where there is none or (which is said) it is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.exists():
+        return None
+    try:
+        table = load_file(path).get("logps")
+    except (SafetensorError, OSError, ValueError) as error:
+        say(f"{path} is damaged ({error}): computing it again")
+        return None
+    if table is None or tuple(table.shape) != (n, 2) or not table.isfinite().all():
+        say(f"{path} does not hold {n} x 2 finite numbers: computing it again")
+        return None
+    return table
+
+
+def _write_table(path: Path, table: Tensor) -> None:
+    from safetensors.torch import save
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, save({"logps": table.contiguous()}))
+
+
+def never_synced(config: ReferenceConfig, steps: int) -> str:
+    """What to tell the user where a synced reference stays as it is, or nothing."""
+    if config.reference != "synced" or config.sync_every <= steps:
+        return ""
+    return (
+        f"note: --sync-every {config.sync_every} is more than the {steps} steps of this run, "
+        "so the reference never follows"
+    )

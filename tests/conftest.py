@@ -88,7 +88,7 @@ def forked(tmp_path):
     """
     import judged
 
-    from ta.cli import cli
+    from ta.command_line import cli
 
     def start(
         recipe: str, *flags, processes: int = 1, code: int = 0, before=lambda rank: None
@@ -161,7 +161,7 @@ def door(capsys):
     import judged
 
     def start(recipe: str, *flags) -> tuple[int, str]:
-        from ta.cli import cli
+        from ta.command_line import cli
 
         module = judged.recipe(recipe)
         capsys.readouterr()

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-
 from ta.objectives import balanced_weights, class_loss, kl_estimate, kto, rag_loss, reward_loss
 
 

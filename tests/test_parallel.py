@@ -16,9 +16,9 @@ from small import prepared, sft_step, tiny
 
 from ta import parallel
 from ta.data.loader import training_feed
-from ta.train import checkpoint
-from ta.train.loop import LoopConfig, train
-from ta.train.optim import OptimConfig, make_optimizer
+from ta.training import checkpoint
+from ta.training.loop import LoopConfig, train
+from ta.training.optim import OptimConfig, make_optimizer
 
 STEPS = 8
 

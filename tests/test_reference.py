@@ -11,12 +11,12 @@ import pytest
 import torch
 from judged import gradients, labelled_set, pair_set, recipe
 from small import tiny
+from ta.data.answer_batches import labelled, pairs
 
 from ta import reference, reference_table
 from ta.builtin import models
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
-from ta.data.answer_batches import labelled, pairs
 from ta.data.loader import training_feed
 from ta.folders import ModelConfig
 from ta.losses import choose
@@ -32,8 +32,8 @@ from ta.reference import (
     synced,
     with_reference,
 )
-from ta.train.loop import LoopConfig, train
-from ta.train.optim import OptimConfig
+from ta.training.loop import LoopConfig, train
+from ta.training.optim import OptimConfig
 
 LN2 = float(np.float32(math.log(2)))
 

@@ -1,22 +1,195 @@
-"""Promises about structure: the ladder of modules, budgets of lines and flags, what must not be imported, what the README says."""
+"""Promises about structure: imports go one way, heavy packages come late, a flag is near its effect, what the README says."""
 
 import ast
+import contextlib
 import functools
+import io
 import re
+import runpy
 import subprocess
 import sys
 import textwrap
 import tomllib
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 MODULES = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
-    for path in (ROOT / "ta").rglob("*.py")
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "ta").rglob("*.py"))
 }
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
+TOWER = (  # a module imports its own folder and what stands above it here, types included
+    ("ta.files", "ta.command_line", "ta.parallel", "ta.losses"),
+    ("ta.builtin",),
+    ("ta.folders",),
+    ("ta.chat",),
+    ("ta.data",),
+    ("ta.model",),
+    ("ta.generation",),
+    ("ta.training",),
+    ("ta.reference", "ta.media", "ta.rag", "ta.rl"),
+)
+
+
+def level(module: str) -> int:
+    """The height in TOWER of a module's folder, 0 at the bottom."""
+    for height, rooms in enumerate(TOWER):
+        if any(module == room or module.startswith(room + ".") for room in rooms):
+            return height
+    raise AssertionError(f"{module} has no place in the tower")
+
+
+@functools.cache
+def imports(module: str) -> frozenset[str]:
+    """The modules of ta that a module imports anywhere, for types too."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ta":
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found.add(whole if whole in MODULES else node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name in MODULES}
+    return frozenset(found - {"ta"})
+
+
+def test_imports_go_one_way_between_folders():
+    wrong = []
+    for module in MODULES.keys() - {"ta"}:
+        room = ".".join(module.split(".")[:2])
+        for other in imports(module):
+            same = other == room or other.startswith(room + ".")
+            if not same and level(other) >= level(module):
+                wrong.append(f"{module} -> {other}")
+    assert not wrong, sorted(wrong)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    @functools.cache
+    def height(module: str) -> int:
+        return 1 + max((height(other) for other in imports(module)), default=0)
+
+    try:
+        assert max(map(height, MODULES.keys() - {"ta"})) < 40
+    except RecursionError:
+        pytest.fail("modules import each other in a circle")
+
+
+def test_our_own_modules_are_imported_at_the_top():
+    """But where a heavy package would come with them: then the line says why, or the module is one of these."""
+    heavy = {name for name in MODULES if imports_heavy(name)}
+    late = []
+    for module, path in MODULES.items():
+        for function in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            for node in ast.walk(function):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ta"):
+                    names = [f"{node.module}.{a.name}" for a in node.names] + [node.module]
+                    if not any(name in heavy for name in names):
+                        late.append(f"{module}:{node.lineno} {node.module}")
+    assert not late, late
+
+
+@functools.cache
+def imports_heavy(module: str) -> bool:
+    """Whether importing a module brings torch, transformers, peft, vllm or Pillow along."""
+    heavy, tree = ("torch", "transformers", "peft", "vllm", "PIL", "tokenizers"), None
+    tree = ast.parse(MODULES[module].read_text())
+    for node in tree.body:
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(f"{node.module}.{a.name}" for a in node.names)]
+        for name in names:
+            if name.split(".")[0] in heavy:
+                return True
+            if name != module and name in MODULES and name != "ta" and imports_heavy(name):
+                return True
+    return False
+
+
+def test_one_name_stands_in_one_module():
+    homes = defaultdict(set)
+    for module, path in MODULES.items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                homes[node.name].add(module)
+    twice = {name: sorted(where) for name, where in homes.items() if len(where) > 1}
+    assert not twice, twice
+
+
+@functools.cache
+def all_flags() -> frozenset[str]:
+    """Every flag of every recipe, and its --no- form."""
+    flags = {flag for path in RECIPES for flag in flags_of(path)}
+    return frozenset(flags | {flag.replace("--", "--no-", 1) for flag in flags})
+
+
+def test_every_flag_named_in_a_string_exists():
+    foreign = {
+        "--nproc-per-node",
+        "--standalone",
+        "--nnodes",
+        "--rdzv-backend",
+        "--rdzv-endpoint",
+        "--help",
+    }
+    wrong = []
+    for path in [*MODULES.values(), *RECIPES]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                for flag in re.findall(
+                    r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9](?![\w-]*[=_{])", node.value
+                ):
+                    if flag not in all_flags() | foreign and not flag.startswith("--cherry"):
+                        wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {flag}")
+    assert not wrong, wrong
+
+
+EFFECTS = {  # flag: (recipe, more flags, where it takes effect)
+    "--loss-on": ("sft", (), "loss_weights"),
+    "--beta": ("dpo", ("--model-path", "builtin"), "sigmoid"),
+    "--adapter": ("sft", ("--adapter", "lora"), "add_adapter"),
+    "--max-tokens-per-micro": ("sft", (), "split_micro"),
+    "--image-encoder": ("multimodal", (), "load_encoder"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", EFFECTS)
+def test_a_flag_is_near_its_effect(flag, tmp_path, monkeypatch):
+    """From main to the line where a flag takes effect: at most 5 frames in at most 3 files."""
+    recipe, more, effect = EFFECTS[flag]
+    stacks: list[list[tuple[str, str]]] = []
+
+    def profile(frame, event, _):
+        if event == "call" and frame.f_code.co_name == effect and not stacks:
+            stack = []
+            while frame is not None:
+                name = frame.f_code.co_filename
+                if name.startswith((str(ROOT / "ta"), str(ROOT / "recipes"))):
+                    stack.append((Path(name).name, frame.f_code.co_name))
+                if frame.f_code.co_name == "main" and "/recipes/" in name:
+                    break
+                frame = frame.f_back
+            stacks.append(stack[::-1])
+
+    argv = ["x", *more, "--steps", "1", "--sample-records", "0", "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", argv)
+    sys.setprofile(profile)
+    try:
+        with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+            runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"), run_name="__main__")
+    finally:
+        sys.setprofile(None)
+    (stack,) = stacks
+    assert stack[0][1] == "main", stack
+    assert len(stack) <= 5 and len({file for file, _ in stack}) <= 3, stack
 
 
 def test_a_recipe_imports_no_recipe():
@@ -37,7 +210,7 @@ HOMES = {
     "peft": "ta.model",
     "vllm": "ta.generation",
     "PIL": ("ta.media", "ta.builtin"),
-    "tyro": "ta.cli",
+    "tyro": "ta.command_line",
     "faiss": "ta.rag",
 }
 

@@ -1,34 +1,27 @@
-"""Built-in models after fine-tuning on built-in records: where methods start when no model is given."""
+"""Built-in models after fine-tuning on built-in records: where methods start when no model is given.
+
+They are made once, in the cache, by running recipes/sft.py as a user would.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-from ta.builtin import data_files, models
-from ta.chat.template import ChatConfig, export_template
-from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
-from ta.data.loader import training_feed
-from ta.data.prepare import DataConfig, prepare_chats
-from ta.folders import READER, SMALL, TUNED, WORDY, ModelConfig, tuned_folder, written
-from ta.model.adapter_settings import AdapterConfig
-from ta.model.export import export
-from ta.model.load import ComputeConfig, load_model
-from ta.parallel import barrier, gather_objects, init, rank, say
-from ta.rag.index import EncoderConfig, begin, build
-from ta.train.loop import LoopConfig, train
-from ta.train.optim import OptimConfig
+from ta import parallel
+from ta.builtin.data_files import data_or_builtin, passages_file
+from ta.builtin.models import TINY_BATCH, TINY_LR, TINY_STEPS
+from ta.folders import READER, SMALL, TUNED, WORDY, place, tuned_folder
 
-if TYPE_CHECKING:
-    from ta.train.run import RunConfig
-
-    Config = TypeVar("Config", bound=RunConfig)
+RECIPES = Path(__file__).parent.parent.parent / "recipes"
 
 
-class Warmth(NamedTuple):
+class FineTuning(NamedTuple):
     """How a built-in model is fine-tuned first."""
 
     base: str  # --model-path
@@ -39,16 +32,16 @@ class Warmth(NamedTuple):
     what: str
 
 
-WARMTH = {
-    TUNED: Warmth(
+FINE_TUNINGS = {
+    TUNED: FineTuning(
         "builtin",
         "chats",
-        models.TINY_STEPS,
-        models.TINY_BATCH,
-        models.TINY_LR,
+        TINY_STEPS,
+        TINY_BATCH,
+        TINY_LR,
         "the built-in model on built-in chats",
     ),
-    WORDY: Warmth(
+    WORDY: FineTuning(
         TUNED,
         "wordy",
         150,
@@ -56,80 +49,66 @@ WARMTH = {
         3e-4,
         'that model on chats whose answers are mostly wordy ("5, of course!")',
     ),
-    READER: Warmth(
+    READER: FineTuning(
         SMALL, "readings", 150, 32, 3e-3, "a small built-in model on questions with their passages"
     ),
 }
 
 
-def warm_start(config: Config, name: str = TUNED) -> Config:
-    """The config, with a fine-tuned built-in model in place of the random one: preferences among answers need a model that answers, passages one
-    that reads."""
+def with_fine_tuned_model(config: Any, name: str = TUNED) -> Any:
+    """The config, with a fine-tuned built-in model in place of the random one.
+
+    Preferences among answers need a model that answers, passages one that reads. A config whose
+    --model-path is given is returned as it is.
+    """
     if config.model.model_path != "builtin":
         return config
-    _make(init(), name)
-    say(f"no --model-path: starting from the fine-tuned built-in model in {tuned_folder(name)}")
+    parallel.init()
+    if parallel.gather_objects(not tuned_folder(name).exists())[0]:
+        parallel.on_rank_zero(lambda: fine_tune(name))
+    parallel.say(
+        f"no --model-path: starting from the fine-tuned built-in model in {tuned_folder(name)}"
+    )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, model_path=name))
 
 
-def _make(device: str, name: str) -> None:
-    """Fine-tune the model of that name where the cache has none, after the one it starts from."""
-    if gather_objects(tuned_folder(name).exists())[0]:
-        return
-    how = WARMTH[name]
-    if how.base in WARMTH:
-        _make(device, how.base)
-    say(f"no --model-path: fine-tuning {how.what} first, once ({how.steps} steps)")
-    fine_tune(device, name)
+def fine_tune(name: str = TUNED) -> None:
+    """Train a built-in model into the cache, after the one that it starts from.
 
-
-def fine_tune(device: str, name: str = TUNED) -> None:
-    """Train a built-in model as recipes/sft.py does, into the cache; all processes take part."""
-    folder, how = tuned_folder(name), WARMTH[name]
-    work = folder.with_name(f".{folder.name}.{gather_objects(os.getpid())[0]}.tmp")
-    start = ModelConfig(model_path=how.base)
-    tokenizer = load_chat_tokenizer(start, TokenizerConfig(), ChatConfig())
-    sources, _ = data_files.data_or_builtin((), (), how.records)
-    prepared = prepare_chats(sources, tokenizer, ChatConfig(), DataConfig())
-    model = load_model(start, AdapterConfig(), ComputeConfig(), tokenizer, device)
-    loop = LoopConfig(out=str(work), steps=how.steps, batch_size=how.batch_size)
-    feed = training_feed(
-        prepared,
-        batch_size=loop.batch_size,
-        max_tokens_per_micro=loop.max_tokens_per_micro,
-        seed=loop.seed,
-        steps=loop.steps,
-        epochs=1,
-        packed=model.mode == "packed",
-    )
-    if rank() == 0:
-        work.mkdir(parents=True, exist_ok=True)
-    barrier()
+    This is `python recipes/sft.py` in a process of its own.
+    """
+    folder, how = tuned_folder(name), FINE_TUNINGS[name]
+    if how.base in FINE_TUNINGS and not tuned_folder(how.base).exists():
+        fine_tune(how.base)
+    parallel.say(f"no --model-path: fine-tuning {how.what} first, once ({how.steps} steps)")
+    run = folder.with_name(f"{folder.name}-run-{os.getpid()}")
+    files, _ = data_or_builtin((), (), how.records)
     try:
-        train(
-            model,
-            feed,
-            lambda model, batch: (model.loss(batch), batch.weights.sum(), {}),
-            loop,
-            OptimConfig(lr=how.lr),
+        _run(
+            "sft",
+            *("--model-path", how.base, "--data", *files, "--out", run, "--steps", how.steps),
+            *("--batch-size", how.batch_size, "--lr", how.lr, "--log-every", how.steps),
         )
-        export(
-            model.inner,
-            tokenizer.fast,
-            folder,
-            export_template(tokenizer.template),
-            tokenizer.stop_ids,
-        )
+        if not folder.exists():  # another process may have been quicker
+            os.rename(run / "final", folder)
     finally:
-        if rank() == 0:
-            shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(run, ignore_errors=True)
 
 
 def builtin_index() -> Path:
     """The index of the built-in passages by the built-in encoder; built once."""
+    folder = place() / "index"
+    if not folder.exists():
+        _run("build_index", "--passages", passages_file(), "--out", folder)
+    return folder
 
-    def write(folder: Path) -> None:
-        begin(folder, (str(data_files.passages_file()),), EncoderConfig(), overwrite=True)
-        build(folder, "cpu")
 
-    return written("index", write)
+def _run(recipe: str, *flags: object) -> None:
+    """Run a recipe on one process; its own error becomes ours."""
+    alone = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {key: value for key, value in os.environ.items() if key not in alone}
+    environment["PYTHONPATH"] = os.pathsep.join([str(RECIPES.parent), *sys.path])
+    command = [sys.executable, str(RECIPES / f"{recipe}.py"), *map(str, flags)]
+    done = subprocess.run(command, env=environment, stdout=sys.stderr)
+    if done.returncode:
+        raise ValueError(f"{recipe}.py, which makes a built-in part, ended with {done.returncode}")

@@ -1,13 +1,11 @@
-"""Which sequences meet in which forward pass, and how they are laid out: the plan of an epoch and the tensors of one micro-batch.
+"""The tensors of one micro-batch: how sequences are laid out, and what each method adds to them.
 
 Letters: B rows, T columns, N sequences, M learned targets, P pairs.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -101,6 +99,48 @@ def lay_out(
     )
 
 
+class PairBatch(NamedTuple):
+    """Pairs of answers: sequence 2p is the chosen answer of pair p after its context, 2p + 1 the rejected one."""
+
+    sequences: Batch  # N = 2P
+    margin: Tensor  # (P,) float32, 0 where the record gives none
+    reference: Tensor = torch.zeros(
+        0, 2
+    )  # (P, 2) log-probabilities of both answers by the reference
+    kl: Tensor = torch.zeros(
+        2
+    )  # reference points of chosen and rejected answers, over the global batch
+
+    def both(self, logps: Callable[[Batch], Tensor]) -> Tensor:
+        """(P, 2) values of chosen and rejected answers, given a function to (N,) values."""
+        return logps(self.sequences).view(-1, 2)
+
+
+class LabelledBatch(NamedTuple):
+    """Answers called desirable or not, and after each one's context the answer to another question."""
+
+    sequences: Batch  # N
+    mismatched: Batch  # N; without a learned token where no other answer was found
+    matched: Tensor  # (N,) bool: another answer was found
+    desirable: Tensor  # (N,) bool
+    reference: Tensor = torch.zeros(
+        0, 2
+    )  # (N, 2) by the reference: of the answer, of the mismatched one
+    kl: Tensor = torch.zeros(())  # reference point, over the global batch
+    desirable_share: Tensor = torch.zeros(())  # of the global batch
+
+    def both(self, logps: Callable[[Batch], Tensor]) -> Tensor:
+        """(N, 2) values of the answer and of the mismatched one."""
+        return torch.stack([logps(self.sequences), logps(self.mismatched)], 1)
+
+
+class ClassBatch(NamedTuple):
+    """Texts and their classes."""
+
+    sequences: Batch  # N
+    labels: Tensor  # (N,) int64
+
+
 def batch_of(batch):
     """The Batch inside a method's own batch (the first field that leads to one)."""
     return batch if hasattr(batch, "learned") else batch_of(batch[0])
@@ -121,74 +161,3 @@ def to_device(batch, device):
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(part, device) for part in batch))
     return batch
-
-
-def steps_in(n: int, batch_size: int, epochs: float) -> int:
-    """Optimizer steps of `epochs` passes over n records; a pass ends with a smaller batch where they do not divide."""
-    return max(1, round(epochs * -(-n // batch_size)))
-
-
-@lru_cache(maxsize=2)
-def _order(n: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch]))).permutation(
-        n
-    )
-
-
-def records_of_step(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """The records of optimizer step `step` (from 0): a pure function of (n, batch_size, seed, step), the same on any number of devices."""
-    epoch, place = divmod(step, -(-n // batch_size))
-    return _order(n, seed, epoch)[place * batch_size : (place + 1) * batch_size]
-
-
-def heaviest_step(sizes: np.ndarray, batch_size: int, seed: int, steps: int) -> int:
-    """The step of the first pass, and of the first `steps`, whose records have the most tokens in all; sizes (n,) are theirs."""
-    totals = np.add.reduceat(
-        sizes[_order(len(sizes), seed, 0)], np.arange(0, len(sizes), batch_size)
-    )
-    return int(totals[:steps].argmax())
-
-
-def split_micro(
-    lengths: Sequence[int], max_tokens: int, world: int = 1, packed: bool = True
-) -> list[list[list[int]]]:
-    """Cut one step's sequences into micro-batches of at most `max_tokens` tokens: result[rank][micro] lists places in `lengths`.
-
-    Every rank gets the same number of micro-batches (some may be empty) and about the same number of tokens; padding counts when not packed.
-    """
-    longest = max(lengths, default=0)
-    if longest > max_tokens:
-        raise ValueError(
-            f"a sequence of {longest} tokens cannot fit into --max-tokens-per-micro {max_tokens}: raise it or lower --max-tokens"
-        )
-    bins = _pack(lengths, max_tokens, world) if packed else _group(lengths, max_tokens, world)
-    return [bins[rank::world] for rank in range(world)]
-
-
-def _pack(lengths: Sequence[int], max_tokens: int, world: int) -> list[list[int]]:
-    """Longest first into the emptiest bin; one more bin a rank until all fit. The fullest bin comes first."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    rounds = max(1, -(-sum(lengths) // (max_tokens * world)))
-    while True:
-        bins: list[list[int]] = [[] for _ in range(rounds * world)]
-        heap = [(0, b) for b in range(len(bins))]
-        for i in order:
-            load, b = heap[0]
-            if load + lengths[i] > max_tokens:
-                break
-            heapq.heapreplace(heap, (load + lengths[i], b))
-            bins[b].append(i)
-        else:
-            return [sorted(bins[b]) for _, b in sorted(heap, key=lambda pair: (-pair[0], pair[1]))]
-        rounds += 1
-
-
-def _group(lengths: Sequence[int], max_tokens: int, world: int) -> list[list[int]]:
-    """Neighbours in length share a padded micro-batch of rows x longest <= max_tokens; empty ones fill the last round."""
-    bins: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if bins and (len(bins[-1]) + 1) * lengths[bins[-1][0]] <= max_tokens:
-            bins[-1].append(i)
-        else:
-            bins.append([i])
-    return bins + [[] for _ in range(-len(bins) % world or (world if not bins else 0))]

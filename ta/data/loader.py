@@ -1,154 +1,255 @@
-"""From a prepared set to batches: which records a step takes, how they are cut into micro-batches, and what a method adds to each."""
+"""From prepared records to batches: which records a step takes, and how they are cut into micro-batches.
+
+Everything here is a pure function of (data, seed, step), the same on any number of processes.
+Letters: B rows, T columns, N sequences, P pairs, n records.
+"""
 
 from __future__ import annotations
 
-import json
+import heapq
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from ta.data.prepare import lengths, sequence
-from ta.parallel import rank, world
+import numpy as np
+
+from ta.command_line import Range
+from ta.data.prepare import Prepared, lengths, sequence
+from ta.parallel import rank, say, world
 
 if TYPE_CHECKING:
-    import numpy as np
+    from ta.data.batch import Batch, ClassBatch, LabelledBatch, PairBatch
 
-    from ta.data.batch import Batch
-    from ta.data.prepare import Prepared
+    Collate = Callable[[Prepared, np.ndarray, bool], Any]  # (data, its records, packed) -> a batch
 
-Dress = Callable[["Batch", "np.ndarray"], Any]  # (batch, its records) -> the method's own batch
-
-
-class Feed(NamedTuple):
-    """Where training gets its batches: pure functions of the step."""
-
-    steps: int
-    batches: Callable[[int], list]  # step -> this process's micro-batches, at least one
-    records: Callable[[int], list[str]] = (
-        lambda step: []
-    )  # step -> names of its records (file:line), for error messages
+TRIES = 1000  # records looked at for a mismatched answer
 
 
-def _plain(batch: Batch, records: np.ndarray) -> Any:
-    return batch
+@dataclass(frozen=True)
+class BatchConfig:
+    steps: Annotated[int | None, Range(1)] = None
+    """Optimizer steps; without it --epochs decides."""
+    epochs: Annotated[float, Range(0, above=True)] = 1.0
+    """Passes over the data, where --steps is not given."""
+    batch_size: Annotated[int | None, Range(1)] = None
+    """Records per optimizer step, over all devices together. Default: 64; fewer where the built-in model is trained."""
+    max_tokens_per_micro: Annotated[int, Range(1)] = 8192
+    """Tokens in one forward pass on one device: the memory knob. It never changes results."""
+    seed: Annotated[int, Range(0)] = 0
+    """Seed of data order, choices among records, new weights and dropout."""
 
 
-def training_feed(
-    prepared: Prepared,
-    *,
-    batch_size: int,
-    max_tokens_per_micro: int,
-    seed: int,
-    steps: int | None,
-    epochs: float,
-    packed: bool = True,
-    dress: Dress = _plain,
-) -> Feed:
-    """The Feed of a prepared set: `batch_size` records a step over all processes, cut by the token budget; the same on any number of processes.
+def collate_chats(prepared: Prepared, records: Sequence[int], packed: bool) -> Batch:
+    """One Batch of the given records, all k sequences of each.
 
-    The step of the first pass that has the most tokens comes first, so that memory runs out at once or not at all.
+    Where k is 2 and batches are packed, what the two sequences share is laid out once.
     """
-    from ta.data.batch import heaviest_step, records_of_step, steps_in
-
-    check_budget(prepared, max_tokens_per_micro)
-    n = len(prepared.origin)
-    for name, value in (
-        ("batch-size", batch_size),
-        ("steps", 1 if steps is None else steps),
-        ("epochs", epochs),
-    ):
-        if value <= 0:
-            raise ValueError(f"--{name} {value}: must be above 0")
-    steps = steps if steps is not None else steps_in(n, batch_size, epochs)
-    heaviest = heaviest_step(lengths(prepared), batch_size, seed, steps)
-
-    def chosen(step: int) -> np.ndarray:
-        return records_of_step(n, batch_size, seed, {0: heaviest, heaviest: 0}.get(step, step))
-
-    def batches(step: int) -> list:
-        return micro_batches(prepared, chosen(step), max_tokens_per_micro, packed, dress)
-
-    def records(step: int) -> list[str]:
-        return [name_of(prepared, i) for i in chosen(step)]
-
-    return Feed(steps, batches, records)
-
-
-def read_ahead(feed: Feed) -> Feed:
-    """The same Feed for batches that read files: after each one the next is made in a thread, while this one is trained on."""
-    pool, coming = ThreadPoolExecutor(1), {}
-
-    def batches(step: int) -> list:
-        ready = coming.get(step) or pool.submit(feed.batches, step)
-        coming.clear()
-        if step + 1 < feed.steps:
-            coming[step + 1] = pool.submit(feed.batches, step + 1)
-        return ready.result()
-
-    return feed._replace(batches=batches)
-
-
-def evaluation_batches(
-    prepared: Prepared,
-    *,
-    max_tokens_per_micro: int,
-    packed: bool = True,
-    dress: Dress = _plain,
-    limit: int | None = None,
-) -> list:
-    """This process's share of the first `limit` records, as batches; every process gets the same number."""
-    import numpy as np
-
-    check_budget(prepared, max_tokens_per_micro)
-    n = len(prepared.origin) if limit is None else min(limit, len(prepared.origin))
-    return micro_batches(prepared, np.arange(n), max_tokens_per_micro, packed, dress)
-
-
-def micro_batches(
-    prepared: Prepared, records: np.ndarray, max_tokens: int, packed: bool, dress: Dress
-) -> list:
-    """This process's share of `records`, cut into batches of at most `max_tokens` tokens; every process gets the same number."""
-    from ta.data.batch import split_micro
-
-    sizes = prepared.offsets[(records + 1) * prepared.k] - prepared.offsets[records * prepared.k]
-    mine = split_micro(sizes.tolist(), max_tokens, world(), packed)[rank()]
-    return [
-        dress(lay_records(prepared, records[places], packed), records[places]) for places in mine
-    ]
-
-
-def lay_records(prepared: Prepared, records: Sequence[int], packed: bool) -> Batch:
-    """One Batch of the given records, all k sequences of each; where k is 2 and packing allows it, what the two share is laid down once."""
     from ta.data.batch import lay_out
 
     k = prepared.k
     pairs = [sequence(prepared, int(record) * k + j) for record in records for j in range(k)]
     shared = []
     if packed and k == 2:
-        for (a, wa), (b, wb) in zip(pairs[0::2], pairs[1::2], strict=True):
-            shared += [0, common_prefix(a, wa, b, wb)]
+        for (a, a_weights), (b, b_weights) in zip(pairs[0::2], pairs[1::2], strict=True):
+            shared += [0, common_prefix(a, a_weights, b, b_weights)]
     return lay_out([ids for ids, _ in pairs], [weights for _, weights in pairs], packed, shared)
 
 
-def common_prefix(a, weights_a, b, weights_b) -> int:
-    """Leading tokens two sequences share and neither learns, leaving each at least one token."""
-    import numpy as np
+@dataclass(frozen=True)
+class TrainBatches:
+    """The batches of a run: `batches.at(step)` gives this process's micro-batches of a step."""
 
+    prepared: Prepared
+    steps: int
+    batch_size: int  # records of a step, over all processes
+    max_tokens: int  # of one micro-batch
+    seed: int
+    packed: bool
+    collate: Collate = collate_chats
+    heaviest: int = 0  # the step with the most tokens changes places with the first one
+
+    def at(self, step: int) -> list:
+        """This process's micro-batches of `step` (from 0); at least one, as on every process."""
+        return micro_batches(
+            self.prepared, self.records(step), self.max_tokens, self.packed, self.collate
+        )
+
+    def records(self, step: int) -> np.ndarray:
+        """The records of `step`, over all processes."""
+        step = {0: self.heaviest, self.heaviest: 0}.get(step, step)
+        return records_of_step(len(self.prepared.origin), self.batch_size, self.seed, step)
+
+    def names(self, step: int) -> list[str]:
+        """file:line of the records of `step`, for error messages."""
+        return [name_of(self.prepared, i) for i in self.records(step)]
+
+
+def train_batches(
+    prepared: Prepared,
+    config: BatchConfig,
+    *,
+    packed: bool = True,
+    collate: Collate = collate_chats,
+    default_batch_size: int = 64,
+) -> TrainBatches:
+    """The batches of a run: --batch-size records a step, cut by --max-tokens-per-micro.
+
+    The step of the first pass that has the most tokens comes first, so that memory runs out at
+    once or not at all. ValueError where the longest record does not fit into one micro-batch.
+    """
+    check_budget(prepared, config.max_tokens_per_micro)
+    batch_size = default_batch_size if config.batch_size is None else config.batch_size
+    n = len(prepared.origin)
+    steps = config.steps if config.steps is not None else steps_in(n, batch_size, config.epochs)
+    return TrainBatches(
+        prepared,
+        steps,
+        batch_size,
+        config.max_tokens_per_micro,
+        config.seed,
+        packed,
+        collate,
+        heaviest_step(lengths(prepared), batch_size, config.seed, steps),
+    )
+
+
+class ReadAhead:
+    """The same batches, made one step ahead in a thread: for those that read files."""
+
+    def __init__(self, batches: TrainBatches):
+        self.batches = batches
+        self._pool = ThreadPoolExecutor(1)
+        self._coming: dict[int, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.batches, name)
+
+    def at(self, step: int) -> list:
+        """This process's micro-batches of `step`; those of the next step are begun."""
+        ready = self._coming.pop(step, None) or self._pool.submit(self.batches.at, step)
+        self._coming.clear()
+        if step + 1 < self.batches.steps:
+            self._coming[step + 1] = self._pool.submit(self.batches.at, step + 1)
+        return ready.result()
+
+
+def read_ahead(batches: TrainBatches) -> ReadAhead:
+    """The batches, of which a thread makes the next one while this one is trained on."""
+    return ReadAhead(batches)
+
+
+def val_batches(
+    prepared: Prepared | None,
+    config: BatchConfig,
+    *,
+    packed: bool = True,
+    collate: Collate = collate_chats,
+) -> list:
+    """This process's share of all records, as batches; every process gets as many. [] for None."""
+    if prepared is None:
+        return []
+    check_budget(prepared, config.max_tokens_per_micro)
+    records = np.arange(len(prepared.origin))
+    return micro_batches(prepared, records, config.max_tokens_per_micro, packed, collate)
+
+
+def micro_batches(
+    prepared: Prepared, records: np.ndarray, max_tokens: int, packed: bool, collate: Collate
+) -> list:
+    """This process's share of `records`, in batches of at most `max_tokens` tokens each.
+
+    Every process gets the same number of batches.
+    """
+    sizes = prepared.offsets[(records + 1) * prepared.k] - prepared.offsets[records * prepared.k]
+    mine = split_micro(sizes.tolist(), max_tokens, world(), packed)[rank()]
+    return [collate(prepared, records[places], packed) for places in mine]
+
+
+def steps_in(n: int, batch_size: int, epochs: float) -> int:
+    """Optimizer steps of `epochs` passes over n records; a pass may end with a smaller batch."""
+    return max(1, round(epochs * -(-n // batch_size)))
+
+
+@lru_cache(maxsize=2)
+def _order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """(n,) the seeded order of the records in a pass."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch]))).permutation(
+        n
+    )
+
+
+def records_of_step(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """The records of optimizer step `step` (from 0): a pure function, whatever the devices."""
+    epoch, place = divmod(step, -(-n // batch_size))
+    return _order(n, seed, epoch)[place * batch_size : (place + 1) * batch_size]
+
+
+def heaviest_step(sizes: np.ndarray, batch_size: int, seed: int, steps: int) -> int:
+    """The step of the first pass, and of the first `steps`, with the most tokens; sizes (n,)."""
+    starts = np.arange(0, len(sizes), batch_size)
+    totals = np.add.reduceat(sizes[_order(len(sizes), seed, 0)], starts)
+    return int(totals[:steps].argmax())
+
+
+def split_micro(
+    lengths: Sequence[int], max_tokens: int, world: int = 1, packed: bool = True
+) -> list[list[list[int]]]:
+    """Cut one step's sequences into micro-batches of at most `max_tokens` tokens.
+
+    result[rank][micro] lists places in `lengths`. Every rank gets the same number of micro-batches
+    (some may be empty) and about the same number of tokens; padding counts when not packed.
+    """
+    longest = max(lengths, default=0)
+    if longest > max_tokens:
+        raise ValueError(
+            f"a sequence of {longest} tokens cannot fit into --max-tokens-per-micro {max_tokens}: "
+            "raise it or lower --max-tokens"
+        )
+    cut = _pack if packed else _group
+    bins = cut(lengths, max_tokens, world)
+    return [bins[rank::world] for rank in range(world)]
+
+
+def _pack(lengths: Sequence[int], max_tokens: int, world: int) -> list[list[int]]:
+    """Longest first into the emptiest bin; one more bin a rank until all fit. Fullest bin first."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    rounds = max(1, -(-sum(lengths) // (max_tokens * world)))
+    while True:
+        bins: list[list[int]] = [[] for _ in range(rounds * world)]
+        heap = [(0, b) for b in range(len(bins))]
+        for i in order:
+            load, b = heap[0]
+            if load + lengths[i] > max_tokens:
+                break
+            heapq.heapreplace(heap, (load + lengths[i], b))
+            bins[b].append(i)
+        else:
+            return [sorted(bins[b]) for _, b in sorted(heap, key=lambda pair: (-pair[0], pair[1]))]
+        rounds += 1
+
+
+def _group(lengths: Sequence[int], max_tokens: int, world: int) -> list[list[int]]:
+    """Neighbours in length share a padded micro-batch of rows x longest <= max_tokens."""
+    bins: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if bins and (len(bins[-1]) + 1) * lengths[bins[-1][0]] <= max_tokens:
+            bins[-1].append(i)
+        else:
+            bins.append([i])
+    empty = -len(bins) % world or (world if not bins else 0)
+    return bins + [[] for _ in range(empty)]
+
+
+def common_prefix(a, a_weights, b, b_weights) -> int:
+    """Leading tokens that two sequences share and neither learns, leaving each one token or more."""
     limit = min(len(a), len(b)) - 1
-    limit = min([limit, *(int(np.argmax(w != 0)) for w in (weights_a, weights_b) if w.any())])
+    for weights in (a_weights, b_weights):
+        if weights.any():
+            limit = min(limit, int(np.argmax(weights != 0)))
     differ = np.flatnonzero(a[:limit] != b[:limit])
     return int(differ[0]) if len(differ) else max(limit, 0)
-
-
-def media_of(prepared: Prepared, record: int) -> list[tuple[str, str]]:
-    """(modality, path) of a record's pictures and sounds, in the order of its placeholders."""
-    if prepared.media is None:
-        return []
-    text, ends = prepared.media
-    return [
-        tuple(pair)
-        for pair in json.loads(text[ends[record - 1] if record else 0 : ends[record]].tobytes())
-    ]
 
 
 def name_of(prepared: Prepared, record: int) -> str:
@@ -163,6 +264,141 @@ def check_budget(prepared: Prepared, max_tokens_per_micro: int) -> None:
     longest = int(sizes.argmax())
     if sizes[longest] > max_tokens_per_micro:
         raise ValueError(
-            f"{name_of(prepared, longest)} has {sizes[longest]} tokens, more than --max-tokens-per-micro {max_tokens_per_micro} fits: "
+            f"{name_of(prepared, longest)} has {sizes[longest]} tokens, more than "
+            f"--max-tokens-per-micro {max_tokens_per_micro} fits: "
             "raise that, or give --max-tokens to cut dialogues"
         )
+
+
+def collate_pairs(prepared: Prepared, records: np.ndarray, packed: bool) -> PairBatch:
+    """Pairs with their margins (0 where a record gives none) and, where known, the reference."""
+    import torch
+
+    from ta.data.batch import PairBatch
+
+    margin = np.nan_to_num(prepared.extras["margin"][records]).astype(np.float32)
+    batch = PairBatch(collate_chats(prepared, records, packed), torch.from_numpy(margin))
+    return with_known_reference(batch, prepared, records)
+
+
+def with_known_reference(batch: Any, prepared: Prepared, records: np.ndarray) -> Any:
+    """The batch with the reference log-probabilities that the data holds, if it does."""
+    if prepared.reference is None:
+        return batch
+    return batch._replace(reference=prepared.reference[records])
+
+
+def check_margins(prepared: Prepared | None, use: Literal["needed", "used", "unused"]) -> None:
+    """Say what becomes of the margins in the data; ValueError where each record needs one."""
+    if prepared is None:
+        return
+    given = prepared.extras["margin"]
+    missing = np.flatnonzero(np.isnan(given))
+    if use == "needed" and len(missing):
+        raise ValueError(
+            f"{name_of(prepared, missing[0])} has no precomputed_margin, nor have {len(missing) - 1} "
+            "other records, and this loss is made of margins: give each record one, or another --loss"
+        )
+    if len(missing) < len(given) and use != "needed":
+        used = "is in the loss, 0 in that of the others"
+        fate = used if use == "used" else "has no part in this loss"
+        there = f"{len(given) - len(missing):,} of {len(given):,}"
+        say(f"note: the precomputed_margin of {there} records {fate}")
+
+
+def labelled_collate(prepared: Prepared, seed: int) -> Collate:
+    """A collate function for labelled answers, each beside an answer to another question.
+
+    `seed` decides which answer stands after which context.
+    """
+    import torch
+
+    from ta.data.batch import LabelledBatch, lay_out
+
+    partner, desirable = partners(prepared, seed), prepared.extras["desirable"] > 0
+
+    def collate(prepared: Prepared, records: np.ndarray, packed: bool) -> LabelledBatch:
+        batch = collate_chats(prepared, records, packed)
+        others = [partner(int(record)) for record in records]
+        pairs = zip(records, others, strict=True)
+        swapped = [mismatch(prepared, int(record), other) for record, other in pairs]
+        mismatched = lay_out([ids for ids, _ in swapped], [w for _, w in swapped], batch.packed)
+        matched = torch.tensor([other is not None for other in others], dtype=torch.bool)
+        labelled = LabelledBatch(batch, mismatched, matched, torch.from_numpy(desirable[records]))
+        return with_known_reference(labelled, prepared, records)
+
+    return collate
+
+
+def partners(prepared: Prepared, seed: int) -> Callable[[int], int | None]:
+    """partner(i): the record whose answer stands after i's context to estimate KTO's reference point.
+
+    It is the first after i in a seeded order of all records whose context and answer both differ
+    from i's and whose answer makes nothing longer than the longest record; None where none of the
+    next TRIES is such. A pure function of (data, seed, i).
+    """
+    n, longest = len(prepared.origin), int(lengths(prepared).max())
+    order = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, n]))).permutation(n)
+    place = np.empty(n, np.int64)
+    place[order] = np.arange(n)
+
+    def partner(i: int) -> int | None:
+        ids, weights = sequence(prepared, i)
+        start = first_learned(weights)
+        for step in range(1, min(n, TRIES + 1)):
+            j = int(order[(place[i] + step) % n])
+            other, other_weights = sequence(prepared, j)
+            cut = first_learned(other_weights)
+            if start + len(other) - cut > longest:
+                continue
+            same_answer = np.array_equal(ids[start:], other[cut:])
+            if not same_answer and not np.array_equal(ids[:start], other[:cut]):
+                return j
+        return None
+
+    return partner
+
+
+def mismatch(prepared: Prepared, i: int, j: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and weights of record i's context with record j's answer; without j nothing is learned."""
+    ids, weights = sequence(prepared, i)
+    if j is None:
+        return ids, np.zeros_like(weights)
+    other, other_weights = sequence(prepared, j)
+    start, cut = first_learned(weights), first_learned(other_weights)
+    both = np.concatenate([ids[:start], other[cut:]])
+    return both, np.concatenate([weights[:start], other_weights[cut:]])
+
+
+def first_learned(weights: np.ndarray) -> int:
+    """Where the answer starts."""
+    return int(np.argmax(weights != 0))
+
+
+def collate_classes(prepared: Prepared, records: np.ndarray, packed: bool) -> ClassBatch:
+    """Texts and their classes."""
+    import torch
+
+    from ta.data.batch import ClassBatch
+
+    labels = prepared.extras["label"][records].astype(np.int64)
+    return ClassBatch(collate_chats(prepared, records, packed), torch.from_numpy(labels))
+
+
+def labels_of(prepared: Prepared, num_labels: int) -> np.ndarray:
+    """(n,) int64 labels; absent classes are named on the screen.
+
+    ValueError names the first record whose label is none of `num_labels`.
+    """
+    labels = prepared.extras["label"].astype(np.int64)
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_labels))
+    if len(wrong):
+        raise ValueError(
+            f"{name_of(prepared, wrong[0])} has label {labels[wrong[0]]} of --num-labels {num_labels} "
+            f"(0 to {num_labels - 1}), as have {len(wrong) - 1} other records: "
+            "raise --num-labels or mend the labels"
+        )
+    if absent := sorted(set(range(num_labels)) - set(labels.tolist())):
+        where = ", ".join(source["path"] for source in prepared.info["sources"])
+        say(f"note: {where} has no record of class {', '.join(map(str, absent))}")
+    return labels

@@ -174,6 +174,8 @@ class Prepared(NamedTuple):
     media: tuple[ndarray, ndarray] | None = None
     # what a record of the files is checked with
     check: Check | None = None
+    # (n, 2) reference log-probabilities, where they were computed beforehand
+    reference: Any = None
 
 
 def sequence(prepared: Prepared, i: int) -> tuple[ndarray, ndarray]:
@@ -246,8 +248,13 @@ prepare_classes = partial(prepare, kind=CLASSES)
 prepare_questions = partial(prepare, kind=QUESTIONS)
 
 
-def first_records(prepared: Prepared, n: int) -> list[dict]:
-    """The first n of the records that were prepared, read again from their files and checked."""
+def first_records(prepared: Prepared | None, n: int) -> list[dict]:
+    """The first n of the records that were prepared, read again from their files and checked.
+
+    [] for no data.
+    """
+    if prepared is None:
+        return []
     records = []
     places = prepared.origin[:n].tolist()
     for index, group in groupby(places, key=lambda place: place[0]):

@@ -1,4 +1,4 @@
-"""Cherry-picks: generate answers to a few held-out records during training, score them, show them."""
+"""Samples during training: answer a few held-out records, score the answers, show and keep them."""
 
 from __future__ import annotations
 
@@ -6,143 +6,175 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from ta.chat.encode import Drop
+from ta.chat.encode import Drop, encode_prompts
 from ta.chat.messages import ANSWER, canonical_role, random_cut
+from ta.command_line import Range, table
+from ta.data.prepare import first_records
+from ta.files import append_line
 from ta.generation.generate import GenerateConfig, generate
 from ta.generation.metrics import check_metrics, measure
-from ta.media.dialogue import Media, encode_media
 from ta.parallel import rank, say
-from ta.train import run_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ta.chat.template import ChatConfig
     from ta.chat.tokenizer import ChatTokenizer
+    from ta.data.prepare import Prepared
     from ta.model.language_model import LanguageModel
 
-
-Embed = Callable[["LanguageModel", Sequence[Sequence[int]], Sequence[Media]], Iterable["Tensor"]]
+    # (chats, tokenizer, config) -> token ids or a Drop for each
+    Encode = Callable[[Sequence[list[dict]], ChatTokenizer, ChatConfig], list]
+    # (model, chats, their prompts) -> embeddings (L, D) of each prompt
+    Embed = Callable[[LanguageModel, Sequence[list[dict]], Sequence[list[int]]], Iterable[Tensor]]
 
 
 @dataclass(frozen=True)
-class CherryConfig:
-    cherry_records: int = 64
-    """Held-out records that are answered and scored at each evaluation; 0 turns cherry-picks off."""
-    cherry_show: int = 6
+class SamplesConfig:
+    sample_records: Annotated[int, Range(0)] = 64
+    """Held-out records that are answered and scored at each evaluation; 0 turns samples off."""
+    sample_show: Annotated[int, Range(0)] = 6
     """Answers shown on the screen at each evaluation; all are kept in samples.jsonl."""
-    cherry_max_new_tokens: int = 64
+    sample_max_new_tokens: Annotated[int, Range(1)] = 64
     """Tokens of an answer at most."""
-    cherry_metrics: tuple[str, ...] = ("accuracy",)
+    sample_metrics: tuple[str, ...] = ("accuracy",)
     """Metrics of ta/generation/metrics.py that take predictions and references, such as accuracy (exact match), rouge_l, meteor, perplexity."""
-    cherry_random_cut: bool = False
+    sample_random_cut: bool = False
     """End each prompt before a random answer (seeded) instead of the last one."""
+
+    def check(self) -> None:
+        """ValueError for metrics that do not exist or need more than answers and references."""
+        check_metrics(self.sample_metrics, MEASURED)
 
 
 MEASURED = ("predictions", "labels", "answers", "references", "logprobs")
 
 
-def check_cherries(config: CherryConfig) -> None:
-    """ValueError for metrics that do not exist or that answers and references do not suffice for."""
-    check_metrics(config.cherry_metrics, MEASURED)
+class Prompt(NamedTuple):
+    """A record with its question asked: the chat up to it, its token ids, the answer taken off."""
+
+    record: dict
+    chat: list[dict]
+    ids: list[int]
+    reference: str
 
 
 def dialogue_of(record: dict) -> list[dict]:
-    """The messages of a record of any kind that ends in the answer wanted: a chat's own, a context with the chosen or the desirable answer."""
+    """The messages of a record of any kind, which end in the answer wanted.
+
+    A chat's own messages, or a context with the chosen or the desirable answer.
+    """
     if "messages" in record:
         return record["messages"]
-    if "answer_w" in record:
-        return [*record["context"], record["answer_w"]]
-    return [*record["context"], record["answer"]]
+    answer = record["answer_w"] if "answer_w" in record else record["answer"]
+    return [*record["context"], answer]
 
 
 def prompts_of(
-    records: Sequence[dict], tokenizer: ChatTokenizer, chat: ChatConfig, cut_seed: int | None = None
-) -> list[tuple[int, list[int], str, Media]]:
-    """(place in `records`, prompt ids, right answer, pictures and sounds) of every record whose prompt fits; the right answer is the one that
-    was taken off.
+    records: Sequence[dict],
+    tokenizer: ChatTokenizer,
+    chat: ChatConfig,
+    cut_seed: int | None = None,
+    encode: Encode = encode_prompts,
+) -> list[Prompt]:
+    """The prompts of the records, of those whose prompt fits; the answer taken off is the reference.
 
     A labelled answer that is not desirable has no right answer beside it and is left out.
     """
-    places, chats, answers = [], [], []
+    chosen, chats, answers = [], [], []
     for i, record in enumerate(records):
         if record.get("is_desirable") is False:
             continue
         messages = [{**m, "role": canonical_role(m["role"])} for m in dialogue_of(record)]
         if cut_seed is not None and any(m["role"] == ANSWER for m in messages):
-            messages = messages[: len(random_cut(messages, random.Random(f"{cut_seed} {i}"))) + 1]
+            kept = random_cut(messages, random.Random(f"{cut_seed} {i}"))
+            messages = messages[: len(kept) + 1]
         while len(messages) > 1 and messages[-1]["role"] != ANSWER:
             messages.pop()
-        places.append(i)
+        chosen.append(record)
         chats.append(messages)
         answers.append(messages[-1]["content"] if messages[-1]["role"] == ANSWER else "")
-    prompts = encode_media(chats, tokenizer, chat, prompts=True)
-    found = zip(places, prompts, answers, strict=True)
-    return [
-        (i, prompt[0].ids, answer, prompt[1])
-        for i, prompt, answer in found
-        if not isinstance(prompt, Drop)
-    ]
+    encoded = encode(chats, tokenizer, chat)
+    found = zip(chosen, chats, encoded, answers, strict=True)
+    return [Prompt(*fields) for fields in found if not isinstance(fields[2], Drop)]
 
 
-def pick_cherries(
+def generate_samples(
     model: LanguageModel,
-    records: Sequence[dict],
     tokenizer: ChatTokenizer,
+    data: Prepared | Sequence[dict] | None,
     chat: ChatConfig,
-    config: CherryConfig,
+    config: SamplesConfig,
     folder: Path,
     step: int,
+    *,
     seed: int = 0,
+    encode: Encode = encode_prompts,
     embed: Embed | None = None,
 ) -> dict[str, float]:
-    """Answer `records` greedily, append them to folder/samples.jsonl, show some, and return the chosen metrics.
+    """Answer the first records of `data` greedily, append them to samples.jsonl, show some.
 
-    `embed(model, prompts, media)` gives the prompts' embeddings (L, D) where records have pictures or sounds.
+    Returns the metrics chosen. `encode` makes token ids of chats, and `embed` embeddings of prompts, where records hold more
+    than text. {} where there is nothing to answer or where the model is a classifier.
     """
-    chosen = prompts_of(records, tokenizer, chat, seed if config.cherry_random_cut else None)
+    if not data or not config.sample_records or not model.generates:
+        return {}
+    records = data[: config.sample_records]
+    if hasattr(data, "origin"):
+        records = first_records(data, config.sample_records)
+    cut_seed = seed if config.sample_random_cut else None
+    chosen = prompts_of(records, tokenizer, chat, cut_seed, encode)
     if not chosen:
         return {}
     settings = GenerateConfig(
-        max_new_tokens=config.cherry_max_new_tokens, stop_strings=tuple(tokenizer.stop_strings)
+        max_new_tokens=config.sample_max_new_tokens, stop_strings=tuple(tokenizer.stop_strings)
     )
-    prompts, media = [ids for _, ids, _, _ in chosen], [items for *_, items in chosen]
-    embeds = list(embed(model, prompts, media)) if embed else None
+    prompts = [prompt.ids for prompt in chosen]
+    embeds = list(embed(model, [p.chat for p in chosen], prompts)) if embed else None
     answers = [
-        a[0]
-        for a in generate(
+        group[0]
+        for group in generate(
             model, tokenizer.fast, prompts, settings, tokenizer.stop_ids, embeds=embeds
         )
     ]
-    texts, references = [a.text for a in answers], [reference for _, _, reference, _ in chosen]
     if rank() == 0:
         rows = []
-        for (i, _, reference, items), answer in zip(chosen, answers, strict=True):
-            question = next((m["content"] for m in reversed(dialogue_of(records[i])[:-1])), "")
-            if items:
-                texts_of = (
-                    [question]
-                    if isinstance(question, str)
-                    else [part["content"] for part in question if part["type"] == "text"]
-                )
-                question = " ".join(dict.fromkeys([*(f"[{path}]" for _, path in items), *texts_of]))
+        for place, (prompt, answer) in enumerate(zip(chosen, answers, strict=True)):
             sample = {
                 "step": step,
-                "id": records[i].get("id", i),
-                "prompt": question,
+                "id": prompt.record.get("id", place),
+                "prompt": question_of(prompt.chat),
                 "answer": answer.text,
-                "reference": reference,
+                "reference": prompt.reference,
             }
-            found = {key: records[i][key] for key in ("passages",) if key in records[i]}
-            run_folder.append(folder / "samples.jsonl", sample | found | {"finish": answer.finish})
-            rows.append((question, answer.text, reference))
-        say(
-            f"\nsamples at step {step}\n{run_folder.table(rows[: config.cherry_show], ('question', 'answer', 'right answer'))}\n"
-        )
+            if "passages" in prompt.record:
+                sample["passages"] = prompt.record["passages"]
+            append_line(folder / "samples.jsonl", sample | {"finish": answer.finish})
+            rows.append((sample["prompt"], answer.text, prompt.reference))
+        shown = table(rows[: config.sample_show], ("question", "answer", "right answer"))
+        say(f"\nsamples at step {step}\n{shown}\n")
+    texts, references = [a.text for a in answers], [prompt.reference for prompt in chosen]
     logprobs = [answer.logprobs for answer in answers]
-    return measure(
-        config.cherry_metrics,
-        **dict(zip(MEASURED, (texts, references, texts, references, logprobs), strict=True)),
-    )
+    measured: tuple[Any, ...] = (texts, references, texts, references, logprobs)
+    return measure(config.sample_metrics, **dict(zip(MEASURED, measured, strict=True)))
+
+
+def question_of(chat: Sequence[dict]) -> str:
+    """The last message before the answer, with what is no text as [path]."""
+    asked = chat[:-1]
+    if not asked:
+        return ""
+    paths = []
+    for message in asked:
+        content = message["content"]
+        parts = content if isinstance(content, list) else [message]
+        paths += [f"[{p['content']}]" for p in parts if p.get("type", "text") != "text"]
+    content = asked[-1]["content"]
+    texts = [content]
+    if isinstance(content, list):
+        texts = [part["content"] for part in content if part["type"] == "text"]
+    elif asked[-1].get("type", "text") != "text":
+        texts = []
+    return " ".join(dict.fromkeys([*paths, *texts]))

@@ -5,6 +5,7 @@ Letters: B rows, T columns, I pictures or sounds, F features of one, E encoder w
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,24 +13,27 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ta.chat.encode import Drop
 from ta.data.batch import Batch, lay_out, to_device
-from ta.data.loader import Dress, media_of, name_of
+from ta.data.loader import collate_chats, name_of
 from ta.data.prepare import Prepared
 from ta.files import cache_folder, hash_json
+from ta.media.dialogue import encode_media
 from ta.media.features import check_features, content_hashes
 from ta.media.images import media_key, media_path
 from ta.media.projectors import load_projector, projector_of, save_projector
 from ta.media.settings import PROJECTORS, MediaConfig, Opened, encoded, inputs_of
 from ta.model.export import gathered
 from ta.model.language_model import LanguageModel, base_model
+from ta.parallel import rank
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from ta.chat.template import ChatConfig
     from ta.chat.tokenizer import ChatTokenizer
     from ta.generation.settings import GenerateConfig
     from ta.media.dialogue import Media
-    from ta.train.run import Data
 
 TOKENS_AT_ONCE = 8192  # of prompts that are embedded together
 PROMPTS_AT_ONCE = 256  # whose embeddings are held at one time
@@ -39,7 +43,7 @@ class MediaBatch(NamedTuple):
     """A Batch and, for each modality, what stands for its pictures or sounds in the order of the placeholders: their paths until they are read,
     the encoder's inputs until they are encoded, then features (I, F, E); None where the model has no such modality."""
 
-    seqs: Batch
+    sequences: Batch
     image: Tensor | tuple[str, ...] | None = None
     audio: Tensor | tuple[str, ...] | None = None
 
@@ -63,17 +67,20 @@ def embed_modalities(
 
 
 class MediaModel(LanguageModel):
-    """The root module around a language model and its projectors; encoders stay outside, whole on every device, so that what they give is
-    what a cache holds. Its methods take a MediaBatch."""
+    """The root module around a language model and its projectors; its methods take a MediaBatch.
+
+    Encoders stay outside, whole on every device, so that what they give is what a cache holds.
+    """
 
     METHODS = (*LanguageModel.METHODS, "embed")
 
     def __init__(
-        self, language: LanguageModel, projectors: Mapping[str, nn.Module], ids: Mapping[str, int]
+        self, language: LanguageModel, projectors: Mapping[str, nn.Module], media: Opened, ids: dict
     ):
         super().__init__(language.inner, language.mode, language.autocast)
         self.projectors = nn.ModuleDict(projectors)
-        self.ids = dict(ids)  # modality -> placeholder
+        self.media = media
+        self.ids = dict(ids)  # modality -> id of its placeholder
 
     def embed(self, batch: MediaBatch) -> Tensor:
         """The tokens' embeddings with projected features in place of placeholders, (B, T, D)."""
@@ -81,49 +88,60 @@ class MediaModel(LanguageModel):
             return self._inputs(batch)[1]
 
     def _inputs(self, batch: MediaBatch) -> tuple[Batch, Tensor]:
-        tokens = batch.seqs.tokens
+        tokens = batch.sequences.tokens
         embeds = base_model(self.inner).get_input_embeddings()(tokens)
         for name, projector in self.projectors.items():
             features = getattr(batch, name).to(next(projector.parameters()).dtype)
             embeds = embed_modalities(embeds, tokens, projector(features), self.ids[name])
-        return batch.seqs, embeds
+        return batch.sequences, embeds
+
+    def save_parts(self, folder: Path | None) -> None:
+        """Write projectors and media.json, from which inference knows the encoders."""
+        states = {name: gathered(projector) for name, projector in self.projectors.items()}
+        if rank() == 0:
+            (folder / PROJECTORS).mkdir()
+            for name, projector in self.projectors.items():
+                path = folder / PROJECTORS / f"{name}.safetensors"
+                save_projector(projector, path, states[name])
+            self.media.write(folder)
 
 
-def around(
-    opened: Opened, tokenizer: ChatTokenizer, freeze: bool = False, seed: int = 0
-) -> Callable[[LanguageModel], MediaModel]:
-    """What puts projectors around a wrapped language model, and with `freeze` trains them alone. New ones are drawn from `seed`."""
+def with_projectors(
+    media: Opened,
+    tokenizer: ChatTokenizer,
+    language: LanguageModel,
+    freeze: bool = False,
+    seed: int = 0,
+) -> MediaModel:
+    """The language model with a projector for each modality; with `freeze` these train alone.
 
-    def put(language: LanguageModel) -> MediaModel:
-        """The language model with its projectors."""
-        table = base_model(language.inner).get_input_embeddings()
-        if freeze:
-            language.requires_grad_(False)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            projectors = {
-                name: projector_of(modality.settings, table.weight.shape[1])
-                for name, modality in opened.modalities.items()
-            }
-        for name, modality in opened.modalities.items():
-            if modality.projector_path:
-                load_projector(projectors[name], modality.projector_path)
-        model = MediaModel(
-            language,
-            projectors,
-            {name: placeholder.id for name, placeholder in tokenizer.placeholders.items()},
-        )
-        model.projectors.to(
-            "cpu" if table.weight.is_meta else table.weight.device, table.weight.dtype
-        )
-        return model
-
-    return put
+    A new projector is drawn from `seed`.
+    """
+    table = base_model(language.inner).get_input_embeddings()
+    if freeze:
+        language.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        projectors = {
+            name: projector_of(modality.settings, table.weight.shape[1])
+            for name, modality in media.modalities.items()
+        }
+    for name, modality in media.modalities.items():
+        if modality.projector_path:
+            load_projector(projectors[name], modality.projector_path)
+    ids = {name: placeholder.id for name, placeholder in tokenizer.placeholders.items()}
+    model = MediaModel(language, projectors, media, ids)
+    device = "cpu" if table.weight.is_meta else table.weight.device
+    model.projectors.to(device, table.weight.dtype)
+    return model
 
 
-def seeing(opened: Opened, tokenizer: ChatTokenizer, model: nn.Module) -> MediaModel:
+def media_model_for_inference(
+    media: Opened, tokenizer: ChatTokenizer, model: nn.Module
+) -> MediaModel:
     """A loaded transformers model (or its Table) with its projectors, for use without training."""
-    return around(opened, tokenizer)(LanguageModel(model, "packed")).requires_grad_(False).eval()
+    language = LanguageModel(model, "packed")
+    return with_projectors(media, tokenizer, language).requires_grad_(False).eval()
 
 
 class Table(nn.Module):
@@ -172,24 +190,24 @@ def projector_lr(config: MediaConfig, model_path: str, lr: float) -> float:
     return lr if given or model_path.startswith("builtin") else 1e-3
 
 
-def identity(opened: Opened, config: MediaConfig, data: Data) -> dict[str, Any]:
-    """What must not differ when a run is resumed: encoders, projectors, what is frozen, and the content of every picture and sound.
+def media_resume_key(media: Opened, config: MediaConfig, *data: Prepared | None) -> dict[str, Any]:
+    """What must not differ when a run is resumed, beside its text.
 
+    Encoders, projectors, what is frozen, and the content of every picture and sound of the `data`.
     ValueError where the content of one is not what its cache was made from.
     """
     settings = {
         name: {k: v for k, v in m.settings.items() if k != "path"}
-        for name, m in opened.modalities.items()
+        for name, m in media.modalities.items()
     }
-    found = [content_of(opened, prepared) for prepared in (data.train, data.held_out) if prepared]
     return {
         "modalities": settings,
         "freeze_language_model": config.freeze_language_model,
-        "media": found,
+        "media": [media_hash(media, prepared) for prepared in data if prepared],
     }
 
 
-def content_of(opened: Opened, prepared: Prepared) -> str:
+def media_hash(opened: Opened, prepared: Prepared) -> str:
     """Hash of the content of all pictures and sounds; all processes take part. ValueError names the record whose file is gone, or is not what a
     cache was made from."""
     places: dict[tuple[str, str], int] = {}  # (modality, path) -> the first record that has it
@@ -231,40 +249,66 @@ def _named(prepared: Prepared, record: int, work: Callable, *given: Any) -> Any:
         raise ValueError(f"{name_of(prepared, record)}: {error}") from error
 
 
-def dress(opened: Opened, prepared: Prepared, read: bool = True) -> Dress:
-    """What makes a MediaBatch of a Batch and its records. With `read` files or cache are read here, in the thread that lays batches out;
-    else `fill` does it, so that a list of batches holds paths only. ValueError names the record whose file cannot be read."""
+def collate_media(
+    media: Opened, prepared: Prepared, records: np.ndarray, packed: bool, read: bool = True
+) -> MediaBatch:
+    """A MediaBatch of the given records.
 
-    def make(batch: Batch, records: np.ndarray) -> MediaBatch:
-        values: dict[str, Any] = {name: [] for name in opened.modalities}
-        for record in records:
-            for name, path in media_of(prepared, int(record)):
-                values[name].append(
-                    _named(prepared, int(record), inputs_of, opened.modalities[name], path)
-                    if read
-                    else path
-                )
-        return MediaBatch(
-            batch,
-            **{
-                name: torch.stack(found) if read and found else tuple(found)
-                for name, found in values.items()
-            },
-        )
-
-    return make
+    With `read` their files or cached features are read here, in the thread that makes batches; else
+    `with_features` does it, so that a list of batches holds paths only. ValueError names the record
+    whose file cannot be read.
+    """
+    values: dict[str, Any] = {name: [] for name in media.modalities}
+    for record in map(int, records):
+        for name, path in media_of(prepared, record):
+            value = path
+            if read:
+                value = _named(prepared, record, inputs_of, media.modalities[name], path)
+            values[name].append(value)
+    found = {name: torch.stack(v) if read and v else tuple(v) for name, v in values.items()}
+    return MediaBatch(collate_chats(prepared, records, packed), **found)
 
 
-def fill(opened: Opened, batch: MediaBatch) -> MediaBatch:
+def with_features(media: Opened, batch: MediaBatch) -> MediaBatch:
     """The batch with features in the place of paths or inputs, on the device of its tokens."""
-    device = batch.seqs.tokens.device
+    device = batch.sequences.tokens.device
     found = {}
-    for name, modality in opened.modalities.items():
+    for name, modality in media.modalities.items():
         values = getattr(batch, name)
         if isinstance(values, tuple):
             values = torch.stack([inputs_of(modality, path) for path in values]) if values else None
         found[name] = encoded(modality, values).to(device)
     return batch._replace(**found)
+
+
+def media_of(prepared: Prepared, record: int) -> list[tuple[str, str]]:
+    """(modality, path) of a record's pictures and sounds, in the order of its placeholders."""
+    if prepared.media is None:
+        return []
+    text, ends = prepared.media
+    own = text[ends[record - 1] if record else 0 : ends[record]]
+    return [tuple(pair) for pair in json.loads(own.tobytes())]
+
+
+def encode_media_prompts(
+    chats: Sequence[list[dict]], tokenizer: ChatTokenizer, chat: ChatConfig
+) -> list:
+    """Token ids of each chat's prompt, pictures and sounds as placeholders, or a Drop."""
+    found = encode_media(chats, tokenizer, chat, prompts=True)
+    return [result if isinstance(result, Drop) else result[0].ids for result in found]
+
+
+def embed_media_prompts(
+    media: Opened,
+    tokenizer: ChatTokenizer,
+    chat: ChatConfig,
+    model: MediaModel,
+    chats: Sequence[list[dict]],
+    prompts: Sequence[Sequence[int]],
+) -> Iterator[Tensor]:
+    """(L, D) of each prompt that `encode_media_prompts` gave; all processes take part."""
+    items = [found[1] for found in encode_media(chats, tokenizer, chat, prompts=True)]
+    return embed_prompts(media, model, prompts, items)
 
 
 def embed_prompts(
@@ -286,20 +330,7 @@ def embed_prompts(
             for name in opened.modalities
         }
         with torch.no_grad():
-            filled = fill(opened, to_device(MediaBatch(batch, **paths), device))
+            filled = with_features(opened, to_device(MediaBatch(batch, **paths), device))
             embeds = model.embed(filled)  # (1, T, D)
         yield from embeds[0].split(list(batch.lengths))
         start = stop
-
-
-def write_parts(opened: Opened, model: MediaModel) -> Callable[[Path], None]:
-    """What writes projectors and media.json into an export's folder; every process must call this, and rank 0 what it gives."""
-    state = {name: gathered(projector) for name, projector in model.projectors.items()}
-
-    def write(folder: Path) -> None:
-        (folder / PROJECTORS).mkdir()
-        for name, projector in model.projectors.items():
-            save_projector(projector, folder / PROJECTORS / f"{name}.safetensors", state[name])
-        opened.write(folder)
-
-    return write

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ta.chat.encode import Drop, encode_chats
+from ta.chat.messages import ANSWER
+from ta.chat.template import ChatConfig, export_template
+from ta.chat.tokenizer import ChatTokenizer, disagreement
 from ta.files import publishing
-from ta.parallel import gather_objects, on_rank_zero, rank, world
+from ta.model.language_model import LanguageModel, base_model
+from ta.parallel import gather_objects, on_rank_zero, rank, say, world
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,38 +45,54 @@ def published(folder: Path) -> Iterator[Path]:
 
 
 def export(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    chat_template: str | None = None,
-    stop_ids: Collection[int] = (),
-    write: Callable[[Path], None] | None = None,
+    model: LanguageModel,
+    tokenizer: ChatTokenizer,
+    folder: str | Path,
+    records: Sequence[dict] = (),
 ) -> None:
-    """Write model (or adapter) and tokenizer into `folder`, published by one rename. `stop_ids` end generation; `chat_template` is Jinja source;
-    `write(folder)`, called on rank 0, adds what else belongs to the model.
+    """Write model (or adapter) and tokenizer into `folder`, published by one rename.
 
-    Every process must call it: sharded tensors are gathered one at a time, and only rank 0 keeps them.
+    The tokenizer takes the template that was trained, the generation config the tokens that end an
+    answer; `model.save_parts` adds what else belongs to the model. A line says where the exported
+    template would give other ids than training did for a chat of `records`. Every process must call
+    this: sharded tensors are gathered one at a time, and only rank 0 keeps them.
     """
     from ta.model.adapters import save_adapter
-    from ta.model.language_model import base_model
 
-    base = base_model(model)
+    folder, inner = Path(folder), model.inner
+    base = base_model(inner)
+    _say_disagreement(tokenizer, records)
     with published(folder) as temporary:
-        state = gathered(model, only_trained=base is not model)
-        if rank():
-            return
-        if chat_template is not None:
-            tokenizer.chat_template = chat_template
-        tokenizer.save_pretrained(temporary)
-        if write is not None:
-            write(temporary)
-        set_generation(base, tokenizer, stop_ids)
-        if base is not model:
-            save_adapter(model, temporary, state)
-            if base.can_generate():
-                base.generation_config.save_pretrained(temporary)
-        else:
-            whole(model, state).save_pretrained(temporary, max_shard_size=MAX_FILE)
+        state = gathered(inner, only_trained=base is not inner)
+        model.save_parts(temporary)
+        if rank() == 0:
+            tokenizer.fast.chat_template = export_template(tokenizer.template)
+            tokenizer.fast.save_pretrained(temporary)
+            set_generation(base, tokenizer.fast, tokenizer.stop_ids)
+            if base is not inner:
+                save_adapter(inner, temporary, state)
+                if base.can_generate():
+                    base.generation_config.save_pretrained(temporary)
+            else:
+                whole(inner, state).save_pretrained(temporary, max_shard_size=MAX_FILE)
+    say(f"done: {folder}")
+
+
+def _say_disagreement(tokenizer: ChatTokenizer, records: Sequence[dict]) -> None:
+    """Say where apply_chat_template of the export gives other ids than training."""
+    chats = [record["messages"] for record in records if "messages" in record]
+    chats = [chat for chat in chats if chat and chat[-1]["role"] == ANSWER]
+    plain = [c for c in chats if all(isinstance(m["content"], str) and "type" not in m for m in c)]
+    encoded = encode_chats(plain, tokenizer, ChatConfig())
+    both = [(c, e.ids) for c, e in zip(plain, encoded, strict=True) if not isinstance(e, Drop)]
+    gap = disagreement(
+        tokenizer.fast, tokenizer.template, [chat for chat, _ in both], [ids for _, ids in both]
+    )
+    if gap:
+        say(
+            "note: apply_chat_template of the export differs from training where pieces of text "
+            f"meet: {gap}"
+        )
 
 
 def whole(model: PreTrainedModel, state: dict[str, Tensor] | None) -> PreTrainedModel:

@@ -84,10 +84,10 @@ def open_generator(
         model = load_for_inference(config, device)
         run, sizes = partial(generate, model, tokenizer.fast), limits_of(model)
     if media is not None:
-        from ta.media.multimodal import Table, answer_media, seeing
+        from ta.media.multimodal import Table, answer_media, media_model_for_inference
 
         inner = Table(load_for_inference(config)) if model is None else model  # vLLM holds the rest
-        run = partial(answer_media, media, seeing(media, tokenizer, inner), run)
+        run = partial(answer_media, media, media_model_for_inference(media, tokenizer, inner), run)
     return run, *sizes
 
 

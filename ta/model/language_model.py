@@ -5,6 +5,7 @@ Letters: B rows, T columns, N sequences, M learned targets, V vocabulary, D mode
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -95,6 +96,12 @@ class LanguageModel(nn.Module):
             base = base_model(self.inner)
             base.set_attn_implementation(native_attention(base))
         return self
+
+    def save_parts(self, folder: Path | None) -> None:
+        """Write what belongs to the model beside its weights into an export's folder.
+
+        Every process calls this; rank 0 is given the folder.
+        """
 
     def _arithmetic(self) -> torch.autocast:
         device = base_model(self.inner).get_input_embeddings().weight.device.type

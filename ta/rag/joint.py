@@ -5,7 +5,7 @@ Letters: Q questions, K candidate passages a question, N joined sequences, E wid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,24 +18,24 @@ from torch import Tensor, nn
 from ta.chat.encode import encode_chats
 from ta.chat.messages import with_system
 from ta.chat.render import Tokens
-from ta.data.batch import Batch, lay_out, split_micro, to_device
-from ta.data.loader import name_of
+from ta.data.batch import Batch, lay_out, to_device
+from ta.data.loader import collate_chats, name_of, split_micro
 from ta.data.records import check_question
 from ta.data.sources import Drops, parse_source, read_records
 from ta.folders import fingerprint
 from ta.generation.metrics import measure, recall_at_k
+from ta.losses import rag_loss
 from ta.model.export import gathered, whole
 from ta.model.language_model import LanguageModel
 from ta.model.logprobs import sequence_sums
-from ta.objectives import rag_loss
 from ta.parallel import gather_objects, rank, world
-from ta.rag.embedding import Encoder, Texts, embed, pad, save_reading, tokenize
+from ta.rag.embedding import Texts, embed, pad, save_reading, tokenize
 from ta.rag.index import save_index
 from ta.rag.passages import Passages, join, rows_of, take, text_of
 from ta.rag.retrieval import Retriever, candidates, find, passages_of
 
 if TYPE_CHECKING:
-    from ta.data.loader import Dress
+    from ta.data.loader import Collate
     from ta.data.prepare import Prepared
     from ta.rag.search import Index
 
@@ -45,7 +45,7 @@ RANKED = 10  # passages that an evaluation ranks
 class Asked(NamedTuple):
     """Questions whose passages are yet to be found."""
 
-    seqs: Batch  # without passages
+    sequences: Batch  # without passages
     records: list[int]  # their places in the prepared set
     chats: list[list[dict]]
     gold: list[list[int]]  # rows of the passages that hold the answer, where the record names them
@@ -54,7 +54,7 @@ class Asked(NamedTuple):
 class RagBatch(NamedTuple):
     """Questions with their candidate passages, each joined into a sequence of its own."""
 
-    seqs: Batch  # N
+    sequences: Batch  # N
     questions: Texts  # Q (one lone token where Q is 0)
     vectors: Tensor  # (Q, K, E) of the candidates, constant
     cells: Tensor  # (N,) int64: the place of a sequence in the (Q, K) table; other places hold no candidate
@@ -71,15 +71,34 @@ class RagModel(LanguageModel):
     def __init__(self, generator: LanguageModel, encoder: nn.Module):
         super().__init__(generator.inner, generator.mode, generator.autocast)
         self.encoder = encoder
+        self.retriever: Retriever | None = None  # what an export takes along
+        self.index: Index | None = None
 
     def embed(self, texts: Texts) -> Tensor:
         """The encoder's vectors of texts, (N, E)."""
         with self._arithmetic():
             return self.encoder(texts)
 
+    def save_parts(self, folder: Path | None) -> None:
+        """Write the encoder, its tokenizer and the index that fits it, which `retriever` searches."""
+        state = gathered(self.encoder.model)
+        if rank() or self.retriever is None:
+            return
+        retriever, index, to = self.retriever, self.index, folder / "encoder"
+        whole(self.encoder.model, state).save_pretrained(to)
+        retriever.encoder_tokenizer.save_pretrained(to)
+        save_reading(to, retriever.reading)
+        known = {
+            "encoder": fingerprint(str(to)),
+            "encoder_path": "../encoder",
+            "joining": retriever.how._asdict(),
+        }
+        manifest = {**index.manifest, **known}
+        save_index(folder / "index", retriever.passages, retriever.table, manifest)
 
-def asked(prepared: Prepared, passages: Passages, seed: int = 0) -> Dress:
-    """Asked batches of a prepared set of questions, read again as text; ValueError where gold names a passage that is not in the collection."""
+
+def question_collate(prepared: Prepared, passages: Passages, seed: int = 0) -> Collate:
+    """A collate function for questions, which are read again as text; ValueError where gold names a passage that is not in the collection."""
     texts = [source["source"] for source in prepared.info["sources"]]
     systems = [parse_source(text).system_prompt for text in texts]
     places = {(int(source), int(line)): i for i, (source, line) in enumerate(prepared.origin)}
@@ -96,12 +115,13 @@ def asked(prepared: Prepared, passages: Passages, seed: int = 0) -> Dress:
                 f"{name_of(prepared, place)}: gold names passage {absent[0]!r}, which {passages.path} has not: mend it, or build the index anew"
             )
 
-    def dress(batch: Batch, chosen: np.ndarray) -> Asked:
+    def collate(prepared: Prepared, chosen: np.ndarray, packed: bool) -> Asked:
+        batch = collate_chats(prepared, chosen, packed)
         mine = [records[i] for i in chosen]
         gold = [[rows[name] for name in record["gold"]] for record in mine]
         return Asked(batch, chosen.tolist(), [record["messages"] for record in mine], gold)
 
-    return dress
+    return collate
 
 
 def with_passages(
@@ -198,9 +218,9 @@ def parts_of(model: RagModel, batch: RagBatch, scale: float) -> tuple[Tensor, Te
     """Of every candidate the log-probability of the answer (its weighted tokens summed) and the scaled score, -inf where none is: (Q, K) each."""
     q, k = batch.vectors.shape[:2]
     vectors = model.embed(batch.questions)[:q]  # (Q, E)
-    logps = model.logprobs(batch.seqs)  # (M,)
+    logps = model.logprobs(batch.sequences)  # (M,)
     sums = sequence_sums(
-        logps * batch.seqs.weights.to(logps), batch.seqs.owners, len(batch.cells)
+        logps * batch.sequences.weights.to(logps), batch.sequences.owners, len(batch.cells)
     )  # (N,)
     table = sums.new_zeros(q * k).index_copy(0, batch.cells, sums).view(q, k)
     there = (
@@ -212,8 +232,10 @@ def parts_of(model: RagModel, batch: RagBatch, scale: float) -> tuple[Tensor, Te
     return table, scores.masked_fill(~there, float("-inf"))
 
 
-def step(scale: float, model: RagModel, batch: RagBatch) -> tuple[Tensor, int, dict[str, Tensor]]:
-    """RAG-sequence (`objectives.rag_loss`) over questions: with one candidate its sum is that of fine-tuning on the joined text."""
+def rag_step(
+    scale: float, model: RagModel, batch: RagBatch
+) -> tuple[Tensor, int, dict[str, Tensor]]:
+    """RAG-sequence (`losses.rag_loss`) over questions: with one candidate its sum is that of fine-tuning on the joined text."""
     logps, scores = parts_of(model, batch, scale)
     weights = torch.cat([scores.softmax(-1), scores.new_zeros(len(scores), 1)], 1).detach()
     return rag_loss(logps, scores).sum(), len(scores), {"best_weight": weights.amax(1).sum()}
@@ -243,12 +265,12 @@ def reembedded(retriever: Retriever, model: RagModel) -> Tensor:
     return torch.cat([part.to(vectors.device) for part in gather_objects(vectors.cpu())])
 
 
-def figures(model: RagModel, batches: Sequence[RagBatch], k: int) -> dict[str, float]:
+def retrieval_figures(model: RagModel, batches: Sequence[RagBatch], k: int) -> dict[str, float]:
     """Recall at 1, 5 and k and MRR (over RANKED passages) of the questions that name gold, and the retrieval utility, over all processes' batches."""
     mine: list[tuple] = []
     with torch.no_grad():
         for batch in batches:
-            after, alone = (_tokens_of(model, seqs) for seqs in (batch.seqs, batch.alone))
+            after, alone = (_tokens_of(model, seqs) for seqs in (batch.sequences, batch.alone))
             width = batch.vectors.shape[1]
             for q, (found, gold) in enumerate(zip(batch.found, batch.gold, strict=True)):
                 texts = [
@@ -277,25 +299,3 @@ def _tokens_of(model: RagModel, batch: Batch) -> list[list[float]]:
     # run for an empty batch too: the other processes take part in the same calls
     logps = model.logprobs(batch)  # (M,)
     return [part.tolist() for part in logps.split(counts)] if counts else []
-
-
-def write_retriever(encoder: Encoder, retriever: Retriever, index: Index) -> Callable[[Path], None]:
-    """What writes the encoder and the index that fits it into an export's folder; every process must call this, and rank 0 what it gives."""
-    state = gathered(encoder.model)
-
-    def write(folder: Path) -> None:
-        """Encoder, tokenizer and index into the folder."""
-        to = folder / "encoder"
-        whole(encoder.model, state).save_pretrained(to)
-        retriever.encoder_tokenizer.save_pretrained(to)
-        save_reading(to, retriever.reading)
-        known = {
-            "encoder": fingerprint(str(to)),
-            "encoder_path": "../encoder",
-            "joining": retriever.how._asdict(),
-        }
-        save_index(
-            folder / "index", retriever.passages, retriever.table, {**index.manifest, **known}
-        )
-
-    return write

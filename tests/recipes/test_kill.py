@@ -11,9 +11,9 @@ import torch
 from small import prepared, sft_step, tiny
 
 from ta.data.loader import training_feed
-from ta.train import checkpoint
-from ta.train.loop import LoopConfig, train
-from ta.train.optim import OptimConfig
+from ta.training import checkpoint
+from ta.training.loop import LoopConfig, train
+from ta.training.optim import OptimConfig
 
 STEPS = 12
 

@@ -14,7 +14,7 @@ from transformers import (
 
 from recipes import merge
 from ta.chat.tokenizer import add_tokens
-from ta.cli import cli
+from ta.command_line import cli
 from ta.model.adapters import (
     add_adapter,
     logits_agree,

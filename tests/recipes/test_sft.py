@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ta.builtin import models
-from ta.cli import cli
+from ta.command_line import cli
 
 QUICK = (
     "--steps",

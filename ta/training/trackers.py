@@ -52,7 +52,7 @@ def clearml(folder: Path) -> Write:
     return write
 
 
-SINKS: dict[str, Callable[[Path], Write]] = {
+TRACKERS: dict[str, Callable[[Path], Write]] = {
     "tensorboard": tensorboard,
     "wandb": wandb,
     "trackio": trackio,
@@ -60,13 +60,13 @@ SINKS: dict[str, Callable[[Path], Write]] = {
 }
 
 
-def check_sinks(names: Sequence[str]) -> None:
+def check_trackers(names: Sequence[str]) -> None:
     """ValueError for a service whose package is not installed."""
     for name in names:
         if find_spec(name) is None:
             raise ValueError(f"--log {name}: the package is not installed: pip install {name}")
 
 
-def open_sinks(names: Sequence[str], folder: Path) -> list[Write]:
+def open_trackers(names: Sequence[str], folder: Path) -> list[Write]:
     """The write functions of the services asked for."""
-    return [SINKS[name](folder) for name in names]
+    return [TRACKERS[name](folder) for name in names]

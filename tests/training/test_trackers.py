@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 
-from ta.train.trackers import SINKS, check_sinks, open_sinks
+from ta.training.trackers import SINKS, check_sinks, open_sinks
 
 FIGURES = [(1, {"loss": 2.5, "lr": 0.1}), (1, {"val_loss": 3.0}), (2, {"loss": 1.25, "lr": 0.2})]
 
@@ -19,7 +19,7 @@ def write(name, folder):
 
 
 def test_a_service_that_is_not_installed_is_said_with_the_command(monkeypatch):
-    monkeypatch.setattr("ta.train.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("ta.training.trackers.find_spec", lambda name: None)
     for name in SINKS:
         with pytest.raises(
             ValueError, match=f"--log {name}: the package is not installed: pip install {name}"

@@ -10,27 +10,20 @@ class Window:
     """Sums since the last logged step."""
 
     def __init__(self):
-        self.start, self.loss, self.count, self.tokens, self.learned, self.metrics = (
-            time.perf_counter(),
-            0.0,
-            0.0,
-            0.0,
-            0.0,
-            {},
-        )
+        self.start = time.perf_counter()
+        self.loss = self.count = self.tokens = self.learned = 0.0
+        self.metrics: dict[str, float] = {}
 
-    def add(
-        self, loss: float, count: float, tokens: float, learned: float, metrics: dict[str, float]
-    ) -> None:
-        """Take in one step's sums."""
-        self.loss, self.count, self.tokens, self.learned = (
-            self.loss + loss,
-            self.count + count,
-            self.tokens + tokens,
-            self.learned + learned,
-        )
-        for key, value in metrics.items():
-            self.metrics[key] = self.metrics.get(key, 0.0) + value
+    def add(self, total: dict[str, float]) -> None:
+        """Take in one step's sums; those of metrics are named "metric NAME"."""
+        self.loss += total["loss"]
+        self.count += total["count"]
+        self.tokens += total["tokens"]
+        self.learned += total["learned"]
+        for key, value in total.items():
+            if key.startswith("metric "):
+                name = key.removeprefix("metric ")
+                self.metrics[name] = self.metrics.get(name, 0.0) + value
 
     def mean(self) -> dict[str, float]:
         """Means over the steps taken in, and their tokens and seconds."""
@@ -66,7 +59,7 @@ class Signals:
             signal.signal(number, handler)
 
 
-def bar(steps: int, first: int, show: bool):
+def progress_bar(steps: int, first: int, show: bool):
     """A tqdm bar with time left; nothing where `show` is false."""
     from tqdm import tqdm
 

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ta.train.run_folder import read_lines, write_text
+from ta.files import read_lines, write_atomic
 
 Curve = list[tuple[float, float]]  # (step, value)
 
@@ -36,7 +36,7 @@ def write_report(folder: Path) -> None:
     path = folder / "config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     logs = [read_lines(folder / f"{name}.jsonl") for name in ("metrics", "samples", "drops")]
-    write_text(folder / "report.html", page(folder.resolve().name, settings, *logs))
+    write_atomic(folder / "report.html", page(folder.resolve().name, settings, *logs))
 
 
 def page(

@@ -11,21 +11,22 @@ import pytest
 import torch
 from small import prepared, sft_step, tiny
 
-from ta.data.loader import Feed, evaluation_batches, training_feed
-from ta.train.loop import LoopConfig, mean_over, train
-from ta.train.optim import OptimConfig, lr_at, make_optimizer
+from ta.data.loader import BatchConfig, train_batches, val_batches
+from ta.training import loop as training_loop
+from ta.training.loop import mean_over
+from ta.training.optim import OptimConfig, adamw, lr_at
+from ta.training.run_folder import LoopConfig, Run
 
 
-def feed_of(data, steps=6, batch_size=8, budget=64, **more):
-    return training_feed(
-        data,
-        batch_size=batch_size,
-        max_tokens_per_micro=budget,
-        seed=0,
-        steps=steps,
-        epochs=1,
-        **more,
-    )
+def batches_of(data, steps=6, batch_size=8, budget=64, **more):
+    config = BatchConfig(steps=steps, batch_size=batch_size, max_tokens_per_micro=budget)
+    return train_batches(data, config, **more)
+
+
+def train(model, batches, step, run, optim, optimizer=None, **more):
+    """`train` with AdamW."""
+    optimizer = optimizer or adamw(model, optim)
+    return training_loop.train(run, model, batches, step, optimizer, optim, **more)
 
 
 def losses(folder):
@@ -38,7 +39,7 @@ def losses(folder):
 
 def loop(folder, **more):
     folder.mkdir(exist_ok=True)
-    return LoopConfig(out=str(folder), log_every=1, **more)
+    return Run(LoopConfig(out=str(folder), log_every=1, **more))
 
 
 def weights(model):
@@ -67,10 +68,10 @@ def test_one_update_equals_the_mean_over_the_whole_batch(tmp_path, packed):
     """float64: one step of the loop, cut into many micro-batches, moves weights as one plain AdamW step on the token mean does."""
     data, model, plain = prepared(), tiny(dtype=torch.float64), tiny(dtype=torch.float64)
     optim = OptimConfig(lr=1e-2, warmup=0, clip=0.5)
-    feed = feed_of(data, steps=1, batch_size=24, budget=40, packed=packed)
-    assert len(feed.batches(0)) > 5
-    train(model, feed, sft_step, loop(tmp_path), optim)
-    (whole,) = feed_of(data, steps=1, batch_size=24, budget=10_000).batches(0)
+    batches = batches_of(data, steps=1, batch_size=24, budget=40, packed=packed)
+    assert len(batches.at(0)) > 5
+    train(model, batches, sft_step, loop(tmp_path), optim)
+    (whole,) = batches_of(data, steps=1, batch_size=24, budget=10_000).at(0)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0)
     (plain.loss(whole) / whole.weights.sum()).backward()
     torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
@@ -86,7 +87,7 @@ def test_losses_do_not_depend_on_the_token_budget(tmp_path, budget):
     for b in (60, budget):
         model = tiny(dtype=torch.float64)
         folder = tmp_path / str(b)
-        train(model, feed_of(data, budget=b), sft_step, loop(folder), OptimConfig(lr=1e-2))
+        train(model, batches_of(data, budget=b), sft_step, loop(folder), OptimConfig(lr=1e-2))
         runs.append(losses(folder))
     assert len(runs[0]) == 6
     for (_, a), (_, b) in zip(*runs, strict=True):
@@ -95,7 +96,7 @@ def test_losses_do_not_depend_on_the_token_budget(tmp_path, budget):
 
 def test_it_learns_its_records(tmp_path):
     data, model = prepared(n=8, learn=1.0), tiny()
-    train(model, feed_of(data, steps=60), sft_step, loop(tmp_path), OptimConfig(lr=1e-2))
+    train(model, batches_of(data, steps=60), sft_step, loop(tmp_path), OptimConfig(lr=1e-2))
     curve = losses(tmp_path)
     assert curve[0][1] > 3.9 and curve[-1][1] < 0.5
 
@@ -118,31 +119,34 @@ def test_resume_is_bitwise(tmp_path, stop, lora):
 
     data, optim = prepared(), OptimConfig(lr=1e-2)
     whole = fresh()
-    train(whole, feed_of(data), sft_step, loop(tmp_path / "whole"), optim, identity={"data": 1})
+    train(
+        whole, batches_of(data), sft_step, loop(tmp_path / "whole"), optim, resume_key={"data": 1}
+    )
 
-    def interrupt(step):
-        if step == stop:
+    def interrupt(done, micro_batches):
+        if done == stop:
             os.kill(os.getpid(), signal.SIGTERM)
+        return micro_batches
 
     with pytest.raises(SystemExit) as exit_:
         train(
             fresh(),
-            feed_of(data),
+            batches_of(data),
             sft_step,
             loop(tmp_path / "cut"),
             optim,
-            identity={"data": 1},
-            after_step=interrupt,
+            resume_key={"data": 1},
+            before_step=interrupt,
         )
     assert exit_.value.code == 143 and (tmp_path / "cut" / "report.html").exists()
     resumed = fresh()
     train(
         resumed,
-        feed_of(data),
+        batches_of(data),
         sft_step,
         loop(tmp_path / "cut", resume=True),
         optim,
-        identity={"data": 1},
+        resume_key={"data": 1},
     )
     for (name, a), b in zip(weights(whole).items(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -153,20 +157,20 @@ def test_resume_refuses_changed_settings(tmp_path):
     data = prepared()
     train(
         tiny(),
-        feed_of(data, steps=2),
+        batches_of(data, steps=2),
         sft_step,
         loop(tmp_path),
         OptimConfig(lr=1e-3),
-        identity={"data": "a", "lr": 1},
+        resume_key={"data": "a", "lr": 1},
     )
     with pytest.raises(ValueError, match="data was 'a' and is 'b'"):
         train(
             tiny(),
-            feed_of(data, steps=4),
+            batches_of(data, steps=4),
             sft_step,
             loop(tmp_path, resume=True),
             OptimConfig(lr=1e-3),
-            identity={"data": "b", "lr": 1},
+            resume_key={"data": "b", "lr": 1},
         )
 
 
@@ -177,16 +181,17 @@ def test_a_non_finite_loss_stops_before_the_update_and_names_records(tmp_path):
         loss, count, metrics = sft_step(model, batch)
         return loss * (math.nan if (batch.tokens == data.ids[0]).any() else 1), count, metrics
 
-    feed = feed_of(data, steps=20)
+    batches = batches_of(data, steps=20)
     before = None
 
-    def remember(number):
+    def remember(done, micro_batches):
         nonlocal before
         before = weights(model)
+        return micro_batches
 
     before = weights(model)
     with pytest.raises(ValueError, match=r"not finite at step \d+.*made\.jsonl:\d+"):
-        train(model, feed, step, loop(tmp_path), OptimConfig(lr=1e-2), after_step=remember)
+        train(model, batches, step, loop(tmp_path), OptimConfig(lr=1e-2), before_step=remember)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.parameters(), strict=True))
     assert json.loads(open(tmp_path / "non_finite.jsonl").readline())["tokens"]
 
@@ -195,19 +200,19 @@ def test_a_step_that_learns_nothing_is_an_error(tmp_path):
     data = prepared()
     data = data._replace(weights=np.zeros_like(data.weights))
     with pytest.raises(ValueError, match="nothing to learn"):
-        train(tiny(), feed_of(data), sft_step, loop(tmp_path), OptimConfig(lr=1e-3))
+        train(tiny(), batches_of(data), sft_step, loop(tmp_path), OptimConfig(lr=1e-3))
 
 
 def test_evaluation_is_the_token_mean_over_all_records():
     data, model = prepared(), tiny(dtype=torch.float64)
-    many = mean_over(model, evaluation_batches(data, max_tokens_per_micro=40), sft_step)
-    (one,) = evaluation_batches(data, max_tokens_per_micro=10_000)
+    many = mean_over(model, val_batches(data, BatchConfig(max_tokens_per_micro=40)), sft_step)
+    (one,) = val_batches(data, BatchConfig(max_tokens_per_micro=10_000))
     assert many["loss"] == pytest.approx((model.loss(one) / one.weights.sum()).item(), rel=1e-10)
 
 
 def test_decay_is_for_matrices_and_scales_for_named_parts():
     model = tiny()
-    optimizer = make_optimizer(model, OptimConfig(lr=1.0, weight_decay=0.1), {"inner.lm_head": 0.5})
+    optimizer = adamw(model, OptimConfig(lr=1.0, weight_decay=0.1), {"inner.lm_head": 0.5})
     names = {id(p): n for n, p in model.named_parameters()}
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -219,70 +224,104 @@ def test_decay_is_for_matrices_and_scales_for_named_parts():
 def test_nothing_to_train_is_an_error():
     model = tiny().requires_grad_(False)
     with pytest.raises(ValueError, match="nothing to train"):
-        make_optimizer(model, OptimConfig(lr=1e-3))
+        adamw(model, OptimConfig(lr=1e-3))
 
 
 def test_a_record_longer_than_the_budget_names_its_line():
     with pytest.raises(
         ValueError, match=r"made\.jsonl:\d+ has \d+ tokens, more than --max-tokens-per-micro 10"
     ):
-        feed_of(prepared(), budget=10)
+        batches_of(prepared(), budget=10)
 
 
-def test_feeds_are_plain_functions():
-    feed = feed_of(prepared())
-    assert isinstance(feed, Feed)
-    one, two = feed.batches(3), feed.batches(3)
+def test_batches_are_functions_of_the_step():
+    batches = batches_of(prepared())
+    one, two = batches.at(3), batches.at(3)
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(one, two, strict=True))
-    assert len(feed.records(3)) == 8
+    assert len(batches.records(3)) == len(batches.names(3)) == 8
 
 
 def test_a_dry_run_tells_memory_and_changes_nothing(tmp_path, capsys):
     """Weights, gradients and moments are exact; activations grow with the token budget."""
-    from ta.train.memory import estimate
+    from ta.training.memory import estimate
 
     model, data = tiny(), prepared()
     size = sum(p.numel() for p in model.parameters()) * 4 / 1e9
-    small, large = (estimate(model, feed_of(data, budget=budget), sft_step) for budget in (40, 160))
-    assert (
-        small["weights"] == pytest.approx(size, rel=0.2)
-        and small["gradients"] == pytest.approx(size) == small["AdamW moments"] / 2
+    optimizer = adamw(model, OptimConfig(lr=1e-2))
+    small, large = (
+        estimate(model, batches_of(data, budget=budget), optimizer) for budget in (40, 160)
     )
+    assert small["weights"] == pytest.approx(size, rel=0.2)
+    assert small["gradients"] == pytest.approx(size) == small["moments"] / 2
     assert 2 < large["activations"] / small["activations"] < 8
     assert large["in all"] == pytest.approx(sum(v for k, v in large.items() if k != "in all"))
+    plain = torch.optim.SGD(model.parameters(), lr=1)
+    assert estimate(model, batches_of(data), plain)["moments"] == 0
     before = weights(model)
     with pytest.raises(SystemExit) as end:
-        train(model, feed_of(data), sft_step, loop(tmp_path, dry_run=True), OptimConfig(lr=1e-2))
-    assert (
-        end.value.code == 0
-        and "AdamW moments" in capsys.readouterr().err
-        and not list(tmp_path.iterdir())
-    )
+        train(model, batches_of(data), sft_step, loop(tmp_path, dry_run=True), OptimConfig(lr=1e-2))
+    assert end.value.code == 0 and "moments" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.parameters(), strict=True))
 
 
-def test_sinks_get_what_is_logged(tmp_path, monkeypatch):
-    from ta.train import trackers
+@pytest.mark.parametrize("kind", ["SGD", "Adafactor", "RMSprop"])
+def test_any_optimizer_resumes_bitwise(tmp_path, kind):
+    """Its state is in the checkpoint, whatever it keeps; another kind is refused."""
+    make = {
+        "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9),
+        "Adafactor": lambda model: torch.optim.Adafactor(model.parameters(), lr=1e-2),
+        "RMSprop": lambda model: torch.optim.RMSprop(model.parameters(), lr=1e-3, momentum=0.5),
+    }[kind]
+    data, optim = prepared(), OptimConfig(lr=1e-2, warmup=0)
+
+    def interrupt(done, micro_batches):
+        if done == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return micro_batches
+
+    def run(name, before_step=None, optimizer=make, **more):
+        model = tiny()
+        where = loop(tmp_path / name, **more)
+        stopped = pytest.raises(SystemExit) if before_step else nullcontext()
+        with stopped:
+            train(
+                model,
+                batches_of(data),
+                sft_step,
+                where,
+                optim,
+                optimizer(model),
+                before_step=before_step,
+            )
+        return model
+
+    whole = run("whole")
+    run("cut", interrupt)
+    with pytest.raises(ValueError, match=f"optimizer was '{kind}' and is 'AdamW'"):
+        run("cut", resume=True, optimizer=lambda model: adamw(model, optim))
+    resumed = run("cut", resume=True)
+    for (name, a), b in zip(weights(whole).items(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+def test_trackers_get_what_is_logged(tmp_path, monkeypatch):
+    from ta.training import trackers
 
     seen = []
     monkeypatch.setitem(
-        trackers.SINKS,
+        trackers.TRACKERS,
         "tensorboard",
         lambda folder: lambda step, figures: seen.append((step, figures)),
     )
-    train(
-        tiny(),
-        feed_of(prepared(), steps=3),
-        sft_step,
-        loop(tmp_path, log=("tensorboard",)),
-        OptimConfig(lr=1e-2),
-    )
-    assert [step for step, _ in seen] == [1, 2, 3] and [f["loss"] for _, f in seen] == [
-        value for _, value in losses(tmp_path)
-    ]
+    where = loop(tmp_path, log=("tensorboard",))
+    train(tiny(), batches_of(prepared(), steps=3), sft_step, where, OptimConfig(lr=1e-2))
+    assert [step for step, _ in seen] == [1, 2, 3]
+    assert [f["loss"] for _, f in seen] == [value for _, value in losses(tmp_path)]
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install wandb"):
-        trackers.check_sinks(["wandb"])
+        trackers.check_trackers(["wandb"])
 
 
 @pytest.mark.gpu
@@ -292,15 +331,20 @@ def test_a_gpu_gives_the_losses_of_the_cpu_and_resumes_bitwise(tmp_path):
 
     def trained(name, device, stop=0, **more):
         model = tiny().to(device)
-        after = lambda done: os.kill(os.getpid(), signal.SIGTERM) if done == stop else None
+
+        def before_step(done, micro_batches):
+            if stop and done == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return micro_batches
+
         with nullcontext() if not stop else pytest.raises(SystemExit):
             train(
                 model,
-                feed_of(prepared(), steps=6),
+                batches_of(prepared(), steps=6),
                 sft_step,
                 loop(tmp_path / name, **more),
                 OptimConfig(lr=1e-2),
-                after_step=after,
+                before_step=before_step,
             )
         return model
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ta.train.report import (
+from ta.training.report import (
     chart,
     charts_of,
     log_ticks,

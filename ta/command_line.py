@@ -1,0 +1,123 @@
+"""The user's door: flags in, a recipe run, and wrong input answered in two lines instead of a traceback."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, get_type_hints
+
+WRONG_INPUT, NO_ROOM = 2, 3
+OLD_NAMES = {  # of flags that have been renamed
+    "--cherry-records": "--sample-records",
+    "--cherry-show": "--sample-show",
+    "--cherry-max-new-tokens": "--sample-max-new-tokens",
+    "--cherry-metrics": "--sample-metrics",
+    "--cherry-random-cut": "--sample-random-cut",
+    "--no-cherry-random-cut": "--no-sample-random-cut",
+}
+
+
+class Range(NamedTuple):
+    """What a number may be, written beside its field: `steps: Annotated[int, Range(1)] = 10`."""
+
+    low: float
+    high: float = math.inf
+    below: float | None = None  # in place of `high`: a bound that is itself left out
+    above: bool = False  # `low` itself is left out
+
+    def holds(self, value: float) -> bool:
+        """Whether a finite value lies in the range."""
+        reaches = value > self.low if self.above else value >= self.low
+        under = value <= self.high if self.below is None else value < self.below
+        return math.isfinite(value) and reaches and under
+
+    def __str__(self) -> str:
+        start = f"above {self.low:g}" if self.above else f"from {self.low:g}"
+        if self.below is not None:
+            return f"{start} to below {self.below:g}"
+        return f"{start} {'up' if self.high == math.inf else f'to {self.high:g}'}"
+
+
+def check_config(config: Any) -> None:
+    """ValueError for the first number outside the range of its field, here or in a config inside.
+
+    A config that has a method `check` is then asked what else cannot be.
+    """
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            check_config(value)
+        for limit in getattr(hint, "__metadata__", ()):
+            if isinstance(limit, Range) and value is not None and not limit.holds(value):
+                raise ValueError(f"--{name.replace('_', '-')} {value}: give a number {limit}")
+    if hasattr(config, "check"):
+        config.check()
+
+
+def cli(main: Callable[[Any], None], config_class: type, argv: list[str] | None = None) -> None:
+    """Parse flags into `config_class` (nested configs flattened), call `main(config)`, and exit with the code of what happened.
+
+    Exit codes: 0 done, 2 wrong input, 3 no room or no permission, 130/143 stopped by a signal. `TA_TRACEBACK=1` shows tracebacks.
+    """
+    import tyro
+
+    doc = (sys.modules[main.__module__].__doc__ or "").strip()
+    given = [_new_name(word) for word in (sys.argv[1:] if argv is None else argv)]
+    config = tyro.cli(
+        config_class, args=given, description=doc, config=(tyro.conf.OmitArgPrefixes,)
+    )
+
+    def run() -> None:
+        check_config(config)
+        main(config)
+
+    raise SystemExit(guard(run))
+
+
+def _new_name(word: str) -> str:
+    """The word of a command line, a renamed flag by its new name."""
+    flag, equals, value = word.partition("=")
+    return OLD_NAMES.get(flag.replace("_", "-"), flag) + equals + value
+
+
+def table(rows: Iterable[tuple], header: tuple[str, ...], width: int = 48) -> str:
+    """A plain-text table; cells are cut to `width` characters and shown on one line."""
+    cells = [[str(cell).replace("\n", "⏎") for cell in row] for row in (header, *rows)]
+    cells = [[c if len(c) <= width else c[: width - 1] + "…" for c in row] for row in cells]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def guard(action: Callable[[], Any]) -> int:
+    """Run `action` and turn what a user can cause into a message and an exit code; what we caused stays a traceback."""
+    if os.environ.get("TA_TRACEBACK"):
+        action()
+        return 0
+    try:
+        action()
+    except ValueError as error:
+        return _say(error, WRONG_INPUT)
+    except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        return _say(error, NO_ROOM)
+    except OSError as error:
+        return _say(error, NO_ROOM if error.errno in (28, 122, 30) else WRONG_INPUT)
+    except KeyboardInterrupt:
+        return _say("stopped", 130)
+    return 0
+
+
+def _say(error: object, code: int) -> int:
+    rank = os.environ.get("RANK", "0")
+    print(
+        f"error: {error}" if rank == "0" else f"[rank {rank}] error: {error}",
+        file=sys.stderr,
+        flush=True,
+    )
+    return code

@@ -1,0 +1,276 @@
+"""Checkpoints that are whole or absent: trained tensors and optimizer state in safetensors shards.
+
+A folder step-N holds shard-R.safetensors of every rank R and manifest.json with sizes and hashes; one
+rename publishes it. Sharded tensors are cut along their first dimension; a checkpoint of any number
+of processes loads on any other. The state of an optimizer is whatever it keeps for a parameter:
+tensors are stored as KEY/NAME, numbers in the manifest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ta.files import content_hash, sync, write_atomic
+from ta.parallel import barrier, gather_objects, local_rows, rank, world
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+FORMAT = 2
+READABLE = (1, 2)  # 1: AdamW's two moments alone, cut like their parameters
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Found(NamedTuple):
+    """A whole checkpoint and what was passed over on the way to it."""
+
+    path: Path
+    manifest: dict[str, Any]
+    damaged: list[str]
+
+
+def trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors that training changes, by name."""
+    return {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+
+
+def save(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    identity: dict[str, Any],
+    keep: int = 2,
+    more_state: dict[str, torch.Tensor] | None = None,
+) -> Path:
+    """Publish folder/step-N and delete all but the newest `keep` checkpoints.
+
+    `more_state` names further tensors that training changes, such as a reference that follows the
+    policy. OSError (no room) leaves earlier checkpoints as they were.
+    """
+    from safetensors.torch import save_file
+
+    target = folder / f"step-{step:08d}"
+    if (target / "manifest.json").exists():
+        return target
+    temporary = folder / f".tmp-step-{step:08d}"
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob(".tmp-step-*"):
+            shutil.rmtree(stale)
+        temporary.mkdir()
+    barrier()
+    states, numbers = _optimizer_state(model, optimizer)
+    tensors, rows = {}, {}
+    for name, tensor in (trained(model) | (more_state or {}) | states).items():
+        local, start, whole = _local(tensor)
+        if local is not None:
+            rows[name] = {"start": start, "rows": len(local) if local.dim() else 1, "shape": whole}
+            tensors[name] = local.contiguous()
+    name = f"shard-{rank()}.safetensors"
+    failure = None
+    try:
+        save_file(tensors, temporary / name)
+        sync(temporary / name)
+        entry = {"file": name, "rows": rows, **_digest(temporary / name)}
+    except Exception as error:
+        # all ranks are told first: one without room must not leave the others waiting
+        failure, entry = error, {"failed": f"rank {rank()}: {error}"}
+    entries = gather_objects(entry)
+    if failed := [e["failed"] for e in entries if "failed" in e]:
+        if rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(failure, OSError):
+            raise failure
+        raise OSError(
+            28, f"checkpoint of step {step} not written, earlier ones are kept ({failed[0]})"
+        )
+    if rank() == 0:
+        manifest = {"format": FORMAT, "step": step, "world": world(), "identity": identity}
+        manifest |= {"optimizer": numbers, "shards": entries}
+        write_atomic(temporary / "manifest.json", json.dumps(manifest))
+        os.rename(temporary, target)
+        sync(folder)
+        for old in _published(folder)[keep:] if keep else []:
+            shutil.rmtree(old)
+    barrier()
+    return target
+
+
+def _optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
+    """({KEY/NAME: tensor}, {NAME: {KEY: number}}) of what the optimizer keeps for each parameter."""
+    import torch
+
+    tensors, numbers = {}, {}
+    for name, parameter in trained(model).items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if torch.is_tensor(value) and (value.dim() or key != "step"):
+                tensors[f"{key}/{name}"] = value
+            elif value is not None:
+                numbers.setdefault(name, {})[key] = float(value)
+    return tensors, numbers
+
+
+def newest(folder: Path) -> Found | None:
+    """The newest checkpoint whose every file has the size and hash of its manifest; None where there is none at all.
+
+    ValueError where checkpoints exist and none of them is whole: starting over unasked would throw work away.
+    """
+    damaged = []
+    for path in _published(folder):
+        if reason := _damage(path):
+            damaged.append(f"{path.name}: {reason}")
+        else:
+            return Found(path, json.loads((path / "manifest.json").read_text()), damaged)
+    if damaged:
+        raise ValueError(
+            f"no whole checkpoint in {folder} ({'; '.join(damaged)}): restore one or start anew with --overwrite"
+        )
+    return None
+
+
+def load(
+    found: Found,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    more_state: dict[str, torch.Tensor] | None = None,
+) -> int:
+    """Copy tensors and optimizer state into place; the number of steps done.
+
+    ValueError names what does not fit.
+    """
+    import torch
+
+    parameters = trained(model)
+    wanted = parameters | (more_state or {})
+    shards = Shards(found)
+    stored = {name for name in shards.names if not shards.is_state(name, wanted)}
+    if stored != set(wanted):
+        differ = sorted(stored ^ set(wanted))
+        raise ValueError(
+            f"{found.path} trains other tensors than this run ({len(differ)} differ, such as "
+            f"{differ[0]}): give the settings it was made with"
+        )
+    for name, tensor in wanted.items():
+        shards.copy_to(tensor, name)
+    for full in shards.names - stored:
+        key, _, name = full.partition("/")
+        parameter = parameters[name]
+        same = shards.shape(full) == list(parameter.shape)
+        new = torch.zeros_like(parameter) if same else parameter.new_zeros(shards.shape(full))
+        optimizer.state[parameter][key] = new.detach()
+        shards.copy_to(new, full)
+    step = found.manifest["step"]
+    for name, parameter in parameters.items():
+        numbers = found.manifest.get("optimizer", {}).get(name, {})
+        if found.manifest["format"] == 1 and parameter in optimizer.state:
+            numbers = {"step": float(step)}
+        for key, value in numbers.items():
+            fused = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+            device = parameter.device if fused else "cpu"
+            number = torch.tensor(value, dtype=torch.float32, device=device)
+            optimizer.state[parameter][key] = number
+    return step
+
+
+class Shards:
+    """The tensors of a checkpoint, read from the files of all ranks that wrote it."""
+
+    def __init__(self, found: Found):
+        from safetensors import safe_open
+
+        self.path = found.path
+        self.rows = [dict(shard["rows"]) for shard in found.manifest["shards"]]
+        self.files = [safe_open(found.path / s["file"], "pt") for s in found.manifest["shards"]]
+        if found.manifest["format"] == 1:  # moments are cut like their parameters
+            for rows, file in zip(self.rows, self.files, strict=True):
+                for full in file.keys():  # noqa: SIM118 safe_open is no mapping
+                    key, _, name = full.partition("/")
+                    if key in MOMENTS and name in rows:
+                        rows[full] = rows[name]
+        self.names = {name for rows in self.rows for name in rows}
+
+    def is_state(self, name: str, wanted: dict[str, Any]) -> bool:
+        """Whether this is what an optimizer keeps for a parameter, not a tensor of its own."""
+        return name not in wanted and "/" in name and name.partition("/")[2] in wanted
+
+    def shape(self, name: str) -> list[int]:
+        """Of the whole tensor."""
+        return next(rows[name]["shape"] for rows in self.rows if name in rows)
+
+    def copy_to(self, tensor: torch.Tensor, name: str) -> None:
+        """Fill this process's rows of `tensor`; ValueError where the shapes differ."""
+        import torch
+
+        local, start, whole = _local(tensor, owner_only=False)
+        if self.shape(name) != whole:
+            raise ValueError(
+                f"{self.path}: {name} has shape {self.shape(name)}, this run's has {whole}"
+            )
+        pieces = []
+        for rows, file in zip(self.rows, self.files, strict=True):
+            if (have := rows.get(name)) is None:
+                continue
+            end = start + (len(local) if local.dim() else 1)
+            low, high = max(start, have["start"]), min(end, have["start"] + have["rows"])
+            if low < high:
+                part = slice(low - have["start"], high - have["start"])
+                whole_file = file.get_tensor(name) if not local.dim() else None
+                pieces.append(whole_file if whole_file is not None else file.get_slice(name)[part])
+        if pieces:
+            with torch.no_grad():
+                local.copy_(torch.cat(pieces) if local.dim() else pieces[0])
+
+
+def _local(tensor, owner_only: bool = True):
+    """(this rank's rows, their first row, whole shape); replicated tensors belong to rank 0, others get None when `owner_only`."""
+    whole = list(tensor.shape)
+    if not hasattr(tensor, "to_local"):
+        return (None if owner_only and rank() else tensor.detach()), 0, whole
+    return tensor.to_local().detach(), local_rows(tensor)[0], whole
+
+
+def _published(folder: Path) -> list[Path]:
+    """step-N folders, newest first."""
+    return (
+        sorted(
+            (p for p in folder.glob("step-*") if p.name[5:].isdigit()),
+            key=lambda p: -int(p.name[5:]),
+        )
+        if folder.exists()
+        else []
+    )
+
+
+def _damage(path: Path) -> str:
+    """Why a checkpoint is not whole, or nothing."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        if manifest["format"] not in READABLE:
+            return f"format {manifest['format']}, this version reads {FORMAT}"
+        for shard in manifest["shards"]:
+            file = path / shard["file"]
+            if not file.exists():
+                return f"{shard['file']} is missing"
+            if file.stat().st_size != shard["size"]:
+                return f"{shard['file']} has {file.stat().st_size} bytes instead of {shard['size']}"
+            if _digest(file)["sha256"] != shard["sha256"]:
+                return f"{shard['file']} does not have the hash in its manifest"
+    except FileNotFoundError:
+        return "manifest.json is missing"
+    except (ValueError, KeyError, TypeError):
+        return "manifest.json is damaged"
+    return ""
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": content_hash(path)}

@@ -1,0 +1,290 @@
+"""The training loop: sums from each micro-batch, one division by the global count, one optimizer step.
+
+`step(model, batch) -> (loss_sum, count, metric_sums)` is all that a method brings. The state is the
+model, the optimizer and the step number; the learning rate, the order of records and dropout are
+functions of (seed, step).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ta.data.batch import batch_of, to_device
+from ta.data.loader import TrainBatches, collate_chats, micro_batches
+from ta.data.prepare import Prepared, write_drops
+from ta.files import append_line
+from ta.parallel import gather_objects, rank, say, seed_dropout, sum_over_ranks, world
+from ta.training import checkpoint, run_folder
+from ta.training.optim import OptimConfig, lr_at, update
+from ta.training.progress import Signals, Window, line, memory, progress_bar
+from ta.training.report import write_report
+from ta.training.run_folder import Run
+from ta.training.trackers import open_trackers
+
+if TYPE_CHECKING:
+    Step = Callable[[nn.Module, Any], tuple[Tensor, Tensor | float, dict[str, Tensor]]]
+
+
+def train(
+    run: Run,
+    model: nn.Module,
+    batches: TrainBatches,
+    step: Step,
+    optimizer: torch.optim.Optimizer,
+    optim: OptimConfig,
+    *,
+    evaluate: Callable[[int], dict[str, float]] | None = None,
+    before_step: Callable[[int, list], list] | None = None,
+    more_state: dict[str, Tensor] | None = None,
+    resume_key: dict[str, Any] | None = None,
+) -> dict[str, float]:
+    """Train `model` in place for batches.steps steps; the last evaluation's figures.
+
+    step(model, batch): the sum of the loss over a micro-batch, the weight it is divided by over the
+    whole global batch, and sums of metrics. evaluate(done): figures for metrics.jsonl, before,
+    during and after training. before_step(done, micro_batches): the micro-batches that the next step
+    takes in place of these; it sees all of a step's at once, on all processes.
+
+    A checkpoint holds the model, the state of any optimizer, and the tensors of `more_state`, which
+    are what else changes in training. `resume_key` adds to what must not differ on --resume.
+    `optim` gives the schedule of the learning rate and the clipping. A signal ends the program after
+    the step and a checkpoint: SystemExit(143 or 130).
+    """
+    loop, folder = run.loop, run.folder
+    if loop.dry_run:
+        from ta.training.memory import report
+
+        say(report(model, batches, optimizer))
+        raise SystemExit(0)
+    key = run_folder.resume_key(run, batches, optimizer, optim, resume_key or {})
+    run.open(key)
+    if rank() == 0 and "folder" in batches.prepared.info:
+        write_drops(batches.prepared, str(folder / "drops.jsonl"))
+    device = next(model.parameters()).device
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    figures: dict[str, float] = {}
+    try:
+        first = 0
+        if loop.resume:
+            first = _resume(run, model, optimizer, key, more_state)
+        trackers = open_trackers(loop.log, folder) if rank() == 0 else []
+        model.train()
+        if evaluate and first == 0:
+            figures = _evaluate(evaluate, model, folder, 0, trackers)
+        window, ready = Window(), _on_device(batches, first, device)
+        with Signals() as stop, progress_bar(batches.steps, first, rank() == 0) as bar:
+            for number in range(first, batches.steps):
+                seed_dropout(batches.seed, number)
+                micro_batches = before_step(number, ready) if before_step else ready
+                sums: dict[str, Any] = {"stop": float(stop.received > 0)}
+                for batch in micro_batches:
+                    loss, count, metrics = step(model, batch)
+                    loss.backward()
+                    _add(sums, loss, count, batch, metrics)
+                totals = sum_over_ranks(_row(sums, device))
+                # the next batch is made while an accelerator is still at work on this step
+                ready = _on_device(batches, number + 1, device)
+                total = dict(zip(sums, totals.tolist(), strict=True))
+                if not total["count"]:
+                    raise ValueError(
+                        f"step {number + 1} has nothing to learn in {_where(batches, number)}"
+                    )
+                lr = lr_at(number, batches.steps, optim)
+                scale = world() / total["count"]
+                norm = update(optimizer, parameters, lr, scale, optim.clip, total["loss"])
+                if not math.isfinite(norm):
+                    _stop_non_finite(run, number, total, model, batches, micro_batches)
+                window.add(total)
+                done = number + 1
+                last = done == batches.steps
+                if done % loop.log_every == 0 or last:
+                    record = {"step": done, **window.mean(), "lr": lr, "grad_norm": norm}
+                    record |= memory()
+                    if rank() == 0:
+                        _log(folder, record, trackers)
+                        bar.set_postfix_str(line(record), refresh=False)
+                    window = Window()
+                bar.update()
+                stopping = total["stop"] > 0
+                if stopping or last or (loop.save_every and done % loop.save_every == 0):
+                    checkpoint.save(
+                        folder / "checkpoints", done, model, optimizer, key, loop.keep, more_state
+                    )
+                if stopping:
+                    if rank() == 0:
+                        write_report(folder)
+                    raise SystemExit(128 + (stop.received or 15))
+                if evaluate and (last or (loop.eval_every and done % loop.eval_every == 0)):
+                    figures = _evaluate(evaluate, model, folder, done, trackers)
+    except ValueError:
+        run.forget()
+        raise
+    if rank() == 0:
+        write_report(folder)
+    return figures
+
+
+def _on_device(batches: TrainBatches, number: int, device) -> list:
+    """This process's micro-batches of a step, on the device; [] behind the last step."""
+    return (
+        [to_device(batch, device) for batch in batches.at(number)] if number < batches.steps else []
+    )
+
+
+def _add(sums: dict[str, Any], loss, count, batch, metrics: dict[str, Any]) -> None:
+    """Add one micro-batch to the sums; values on a device are not waited for."""
+    inner = batch_of(batch)
+    sizes = {"tokens": sum(inner.lengths), "learned": len(inner.learned)}
+    values = {
+        "loss": loss,
+        "count": count,
+        **sizes,
+        **{f"metric {k}": metrics[k] for k in sorted(metrics)},
+    }
+    for name, value in values.items():
+        value = value.detach().double() if torch.is_tensor(value) else value
+        sums[name] = sums.get(name, 0.0) + value
+
+
+def _row(sums: dict[str, Any], device) -> Tensor:
+    """(n,) float64 of the sums in their order, on the device."""
+    values = [0.0 if torch.is_tensor(value) else value for value in sums.values()]
+    row = torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True)
+    for place, value in enumerate(sums.values()):
+        if torch.is_tensor(value):
+            row[place] = value
+    return row
+
+
+def mean_over(model: nn.Module, batches: Iterable, step: Step) -> dict[str, float]:
+    """{"loss": ..., metric: ...} of `step` over the batches of all processes, without gradients."""
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    sums: dict[str, Any] = {}
+    with torch.no_grad():
+        for batch in batches:
+            batch = to_device(batch, device)
+            loss, count, metrics = step(model, batch)
+            _add(sums, loss, count, batch, metrics)
+    model.train(was_training)
+    totals = dict(zip(sums, sum_over_ranks(_row(sums, device)).tolist(), strict=True))
+    count = totals["count"] or math.nan
+    metrics = {k.removeprefix("metric "): v for k, v in totals.items() if k.startswith("metric ")}
+    return {name: value / count for name, value in ({"loss": totals["loss"]} | metrics).items()}
+
+
+def scores_of(model: nn.Module, prepared: Prepared, n: int, max_tokens: int) -> Tensor:
+    """(n, k, C) scores of each sequence of the first n records, on the CPU of every process.
+
+    All processes take part; `max_tokens` is the size of a forward pass.
+    """
+
+    device, was_training = next(model.parameters()).device, model.training
+    records = np.arange(min(n, len(prepared.origin)))
+    batches = micro_batches(
+        prepared,
+        records,
+        max_tokens,
+        model.packed,
+        lambda data, chosen, packed: (collate_chats(data, chosen, packed), chosen),
+    )
+    model.eval()
+    mine = []
+    with torch.no_grad():
+        for batch, chosen in batches:
+            scores = model.scores(to_device(batch, device))  # (N, C)
+            mine.append((chosen, scores.unflatten(0, (-1, prepared.k)).cpu()))
+    model.train(was_training)
+    shares = [part for share in gather_objects(mine) for part in share]
+    order = np.argsort(np.concatenate([chosen for chosen, _ in shares]))
+    return torch.cat([scores for _, scores in shares])[order]
+
+
+def _evaluate(evaluate, model, folder: Path, step: int, trackers: list) -> dict[str, float]:
+    """Run `evaluate`, log its figures and say them."""
+    figures = evaluate(step)
+    model.train()
+    if rank() == 0:
+        _log(folder, {"step": step, **{f"val_{k}": v for k, v in figures.items()}}, trackers)
+        write_report(folder)
+        text = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
+        say(f"step {step}: {text}" if step else f"before training: {text}")
+    return figures
+
+
+def _log(folder: Path, record: dict[str, float], trackers: list) -> None:
+    append_line(folder / "metrics.jsonl", record)
+    for write in trackers:
+        write(record["step"], {key: value for key, value in record.items() if key != "step"})
+
+
+def _resume(run: Run, model, optimizer, key: dict[str, Any], more_state) -> int:
+    """Load the newest whole checkpoint; the number of steps done, 0 where there is none.
+
+    ValueError where it was made with other settings.
+    """
+    loop, folder = run.loop, run.folder
+    found = checkpoint.newest(folder / "checkpoints")
+    if found is None:
+        return 0
+    now = json.loads(json.dumps(key))
+    if unknown := set(loop.allow_change) - now.keys():
+        raise ValueError(f"--allow-change {min(unknown)}: give one of {', '.join(now)}")
+    before = found.manifest["identity"]
+    names = [*now, *(name for name in before if name not in now and before[name] is not None)]
+    if found.manifest["format"] == 1:  # an older version noted fewer settings
+        names = [name for name in now if name in before]
+    changed = {
+        name: f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        for name in names
+        if before.get(name) != now.get(name)
+    }
+    refused = [text for name, text in changed.items() if name not in loop.allow_change]
+    if refused:
+        raise ValueError(
+            f"{found.path} was made with other settings: {'; '.join(refused)}. "
+            "Give the same ones, or --allow-change NAME"
+        )
+    step = checkpoint.load(found, model, optimizer, more_state)
+    for text in found.damaged:
+        say(f"skipped damaged checkpoint {text}")
+    say("; ".join([f"resuming from {found.path} at step {step}", *changed.values()]))
+    if rank() == 0:
+        run_folder.cut_back(folder / "metrics.jsonl", step)
+        run_folder.cut_back(folder / "samples.jsonl", step)
+    return step
+
+
+def _stop_non_finite(run: Run, number: int, total, model, batches, micro_batches) -> None:
+    """Write the token ids of a step whose loss or gradient is not finite, and end the run."""
+    bad = next(
+        (
+            name
+            for name, p in model.named_parameters()
+            if p.requires_grad and p.grad is not None and not p.grad.isfinite().all()
+        ),
+        "none (the loss itself)",
+    )
+    path = run.folder / "non_finite.jsonl"
+    for i, batch in enumerate(micro_batches):
+        tokens = batch_of(batch).tokens.tolist()
+        record = {"step": number + 1, "rank": rank(), "micro_batch": i, "tokens": tokens}
+        append_line(path, record)
+    raise ValueError(
+        f"loss {total['loss'] / total['count']} or its gradient is not finite at step {number + 1}; "
+        f"first bad gradient: {bad}; records: {_where(batches, number)}. "
+        f"Nothing was updated; token ids are in {path}. Lower --lr or look at these records"
+    )
+
+
+def _where(batches: TrainBatches, number: int) -> str:
+    names = batches.names(number)
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

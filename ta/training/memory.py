@@ -1,0 +1,71 @@
+"""What a run will hold in the memory of one device, by part: the report of --dry-run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ta.data.loader import TrainBatches
+
+STEPS_LOOKED_AT = 32
+KEPT_WIDTHS = (
+    10  # (T, D) tensors a block keeps for its backward pass: norms, projections, residuals
+)
+KEPT_HIDDEN = 4  # (T, I) tensors that its feed-forward part keeps
+
+
+def estimate(
+    model: nn.Module, batches: TrainBatches, optimizer: torch.optim.Optimizer
+) -> dict[str, float]:
+    """GB at the peak of a step on this device, by arithmetic, of this process's share.
+
+    Weights, gradients and the optimizer's moments are counted from the tensors. Activations are
+    what the blocks keep for the backward pass of the largest micro-batch of the first steps: for
+    T tokens KEPT_WIDTHS tensors of the model's width and KEPT_HIDDEN of its feed-forward width, or
+    one of its width where blocks are recomputed; and the logits of a chunk of tokens.
+    """
+    from ta.data.batch import batch_of
+    from ta.model.language_model import base_model
+    from ta.model.logprobs import chunk_rows
+
+    weights = sum({id(t): _size(t) for t in (*model.parameters(), *model.buffers())}.values())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    moments = 2 if "betas" in optimizer.defaults else 1 if optimizer.defaults.get("momentum") else 0
+    looked_at = range(min(STEPS_LOOKED_AT, batches.steps))
+    tokens = max(batch_of(batch).tokens.numel() for step in looked_at for batch in batches.at(step))
+    config = base_model(getattr(model, "inner", model)).config.get_text_config()
+    width, layers = config.hidden_size, config.num_hidden_layers
+    hidden = getattr(config, "intermediate_size", 4 * width)
+    half = getattr(model, "half", False)
+    block = tokens * (KEPT_WIDTHS * width + KEPT_HIDDEN * hidden) * (2 if half else 4)
+    recomputed = getattr(model, "recomputed", False)
+    kept = layers * tokens * width * (2 if half else 4) + block if recomputed else layers * block
+    logits = 2 * min(tokens, chunk_rows(trained[0].device)) * config.vocab_size * 4
+    sizes = sum(_size(p) for p in trained)
+    parts = {
+        "weights": weights,
+        "gradients": sizes,
+        "moments": moments * sizes,
+        "activations": kept + logits,
+    }
+    return {name: size / 1e9 for name, size in (parts | {"in all": sum(parts.values())}).items()}
+
+
+def report(model: nn.Module, batches: TrainBatches, optimizer: torch.optim.Optimizer) -> str:
+    """Parameters, trained ones, steps and the estimate, for a person."""
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    lines = [
+        f"{total:,} parameters, {trained:,} of them trained; {batches.steps:,} steps",
+        "memory on this device (GB), estimated:",
+    ]
+    parts = estimate(model, batches, optimizer)
+    return "\n".join(lines + [f"  {name:<14} {size:9.3f}" for name, size in parts.items()])
+
+
+def _size(tensor) -> int:
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local.numel() * local.element_size()

@@ -1,0 +1,134 @@
+"""The optimizer, its learning rate as a pure function of the step, and one update from summed gradients."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from ta.command_line import Range
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ta.folders import ModelConfig
+    from ta.model.adapter_settings import AdapterConfig
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: Annotated[float | None, Range(0)] = None
+    """Peak learning rate. Default: 2e-5, with an adapter 2e-4; for dpo and kto 1e-6 and 1e-5; more on the built-in model."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup: Annotated[float, Range(0)] = 0.03
+    """Steps of linear warm-up: a share of all steps below 1, a count from 1 on."""
+    min_lr_ratio: Annotated[float, Range(0, 1)] = 0.0
+    """The schedule ends at this share of --lr."""
+    weight_decay: Annotated[float, Range(0)] = 0.0
+    """AdamW's decoupled decay, on matrices only (not on biases, norms or embeddings)."""
+    beta1: Annotated[float, Range(0, below=1)] = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: Annotated[float, Range(0, below=1)] = 0.95
+    """AdamW's decay of the second moment."""
+    clip: Annotated[float, Range(0)] = 1.0
+    """Greatest global gradient norm; 0 does not clip."""
+
+
+def with_default_lr(
+    config: OptimConfig,
+    model: ModelConfig,
+    adapter: AdapterConfig,
+    *,
+    full: float,
+    adapted: float,
+    builtin: float,
+) -> OptimConfig:
+    """The config with a learning rate: the one given, or the default for what trains.
+
+    `full` is for all weights, `adapted` for an adapter, `builtin` for a built-in tiny model.
+    """
+    if config.lr is not None:
+        return config
+    lr = full if adapter.adapter == "none" else adapted
+    return replace(config, lr=builtin if model.model_path.startswith("builtin") else lr)
+
+
+def lr_at(step: int, steps: int, config: OptimConfig) -> float:
+    """Learning rate of optimizer step `step` (from 0) of `steps`.
+
+    A linear warm-up, then cosine or linear to min_lr_ratio * lr, or constant.
+    """
+    warmup = config.warmup if config.warmup >= 1 else math.ceil(config.warmup * steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    left = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * left[config.schedule])
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float = 0.0, lr_scales: dict[str, float] | None = None
+) -> list[dict]:
+    """What trains, in groups for an optimizer: matrices decay, other tensors do not.
+
+    `lr_scales` maps a prefix of parameter names to a factor on the learning rate ("lr_scale" in a
+    group, which `train` reads). ValueError where every weight is frozen.
+    """
+    import torch
+
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    groups: dict[tuple[float, float], list] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            matrix = parameter.dim() >= 2 and id(parameter) not in embeddings
+            scales = (lr_scales or {}).items()
+            scale = next((factor for prefix, factor in scales if name.startswith(prefix)), 1.0)
+            groups.setdefault((weight_decay if matrix else 0.0, scale), []).append(parameter)
+    if not groups:
+        raise ValueError(
+            "nothing to train: every weight is frozen; add an adapter or unfreeze a part"
+        )
+    return [
+        {"params": parameters, "weight_decay": decay, "lr_scale": scale}
+        for (decay, scale), parameters in groups.items()
+    ]
+
+
+def adamw(
+    model: nn.Module, config: OptimConfig, lr_scales: dict[str, float] | None = None
+) -> torch.optim.Optimizer:
+    """AdamW over what trains (see `parameter_groups`)."""
+    import torch
+
+    groups = parameter_groups(model, config.weight_decay, lr_scales)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+
+
+def update(
+    optimizer: torch.optim.Optimizer,
+    parameters: list,
+    lr: float,
+    scale: float,
+    clip: float,
+    loss: float,
+) -> float:
+    """Divide the summed gradients by 1 / `scale`, clip, step.
+
+    Returns the gradient norm, or nan (and updates nothing) where loss or norm is not finite.
+    """
+    import torch
+
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item() * scale
+    if not (math.isfinite(norm) and math.isfinite(loss)):
+        return math.nan
+    factor = scale * (min(1.0, clip / (norm + 1e-6)) if clip else 1.0)
+    torch._foreach_mul_(grads, factor)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm

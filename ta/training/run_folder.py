@@ -1,0 +1,186 @@
+"""The run folder: who may write it, its settings, one JSON object a logged step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from ta import parallel
+from ta.command_line import Range
+from ta.files import hold_lock, read_lines, remove, write_atomic
+from ta.folders import fingerprint
+from ta.training.trackers import check_trackers
+
+# any of these tells a run folder
+RUN_FILES = ("config.json", "checkpoints", "final", "metrics.jsonl")
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop logged objects later than `step`, so that a resumed run tells one story."""
+    if path.exists():
+        kept = [record for record in read_lines(path) if record.get("step", 0) <= step]
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in kept]
+        write_atomic(path, "".join(lines))
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    out: str = "runs/run"
+    """Run folder: settings, metrics, samples, checkpoints and the export in OUT/final."""
+    save_every: Annotated[int, Range(0)] = 0
+    """Steps between checkpoints; 0 saves at a stop and at the end only."""
+    keep: Annotated[int, Range(0)] = 2
+    """Checkpoints to keep; 0 keeps all."""
+    eval_every: Annotated[int, Range(0)] = 0
+    """Steps between evaluations; 0 evaluates before and after training only."""
+    log_every: Annotated[int, Range(1)] = 10
+    """Steps between lines of metrics.jsonl."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint in --out."""
+    allow_change: tuple[str, ...] = ()
+    """Settings that may differ from the checkpoint's on --resume, such as lr; any other difference is refused."""
+    overwrite: bool = False
+    """Delete the run that --out holds and start anew."""
+    dry_run: bool = False
+    """Open data and model, print parameters, steps and memory by part, write nothing and end."""
+    log: tuple[Literal["tensorboard", "wandb", "trackio", "clearml"], ...] = ()
+    """Services that get the figures of metrics.jsonl too."""
+
+
+@dataclass
+class Run:
+    """A training run: where it writes, what it computes on, and the settings it was started with."""
+
+    loop: LoopConfig
+    device: str = "cpu"
+    config: Any = None  # the recipe's own, for config.json and what a resume compares
+    seed: int = 0
+    lock: Any = field(default=None, repr=False)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.loop.out)
+
+    def open(self, key: dict[str, Any]) -> None:
+        """Make the folder, take its lock and write config.json (rank 0); call it when all is checked.
+
+        `key` is what must not differ on a resume. ValueError where another process writes the folder
+        or where it holds something that must not be overwritten.
+        """
+        if self.lock is None:
+            self.lock = parallel.on_rank_zero(lambda: self._open(key))
+
+    def _open(self, key: dict[str, Any]) -> Any:
+        held = check_out(self.loop)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = hold_lock(self.folder)
+        if self.loop.overwrite:
+            for name in held:
+                remove(self.folder / name)
+        config = dataclasses.asdict(self.config) if self.config else {}
+        about = {"argv": sys.argv, "config": config, "versions": versions()}
+        about |= {"identity": key, "machine": parallel.machine()}
+        write_atomic(self.folder / "config.json", json.dumps(about, indent=1, ensure_ascii=False))
+        return lock
+
+    def forget(self) -> None:
+        """Take away the folder of a run that came to nothing more than its settings and drops."""
+        opening = {".lock", "config.json", "drops.jsonl"}
+        if parallel.rank() or self.lock is None or not self.folder.is_dir():
+            return
+        if {path.name for path in self.folder.iterdir()} <= opening:
+            shutil.rmtree(self.folder)
+
+
+def start_run(config: Any) -> Run:
+    """The run of a recipe's config (its `loop` and `model` groups): checked, nothing written yet.
+
+    Joins the process group under torchrun and picks this process's device. ValueError where --out
+    holds something else, or where a service of --log is not installed.
+    """
+    loop = config.loop
+    device = parallel.init()
+    if config.model.model_path.startswith("builtin"):
+        parallel.one_thread()
+    check_out(loop)
+    check_trackers(loop.log)
+    return Run(loop, device, config, config.batches.seed)
+
+
+def check_out(loop: LoopConfig) -> list[str]:
+    """The names of what the run folder holds; ValueError where it must not be written."""
+    out, folder = loop.out, Path(loop.out)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {out} is a file: give a folder")
+    if loop.resume and loop.overwrite:
+        raise ValueError(
+            "--resume goes on with a run and --overwrite deletes it: give one of the two"
+        )
+    held = sorted(p.name for p in folder.iterdir() if p.name != ".lock") if folder.exists() else []
+    if held and not any(name in held for name in RUN_FILES):
+        raise ValueError(
+            f"--out {out} holds files that are no run ({', '.join(held[:3])}): give a new folder"
+        )
+    if held and not (loop.resume or loop.overwrite):
+        state = "a finished run" if "final" in held else "an unfinished run"
+        raise ValueError(
+            f"--out {out} holds {state}: give another folder, --resume to go on, "
+            "or --overwrite to start anew"
+        )
+    return held
+
+
+NOT_COMPARED = {
+    "chat",
+    "data",
+    "tokenizer",
+    "loop",
+    "batches",
+    "samples",
+    "model",
+    "compute",
+    "optim",
+}
+
+
+def resume_key(run: Run, batches: Any, optimizer: Any, optim: Any, more: dict[str, Any]) -> dict:
+    """What must not differ when a run goes on: data, model, adapter, steps, optimizer, method.
+
+    The method's settings are all fields of the recipe's own config, and of the groups in it that are
+    not in NOT_COMPARED: those are without effect on results, or compared by content (data, model).
+    `more` adds to these, and its values win.
+    """
+    key: dict[str, Any] = {"data": batches.prepared.info["fingerprint"]}
+    config = run.config
+    if config is not None:
+        model, compute = config.model, getattr(config, "compute", None)
+        key["model"] = fingerprint(model.model_path, model.hub)
+        key["quantize"] = getattr(compute, "quantize", "none")
+        key["adapter_path"] = model.adapter_path
+        for own in dataclasses.fields(config):
+            value = getattr(config, own.name)
+            if not dataclasses.is_dataclass(value):
+                key[own.name] = value
+            elif own.name not in NOT_COMPARED:
+                key |= dataclasses.asdict(value)
+    key |= {"steps": batches.steps, "batch_size": batches.batch_size, "seed": batches.seed}
+    key |= {"optimizer": type(optimizer).__name__, **dataclasses.asdict(optim), **more}
+    return {name: value for name, value in key.items() if value is not None}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide results."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    out = {"python": sys.version.split()[0]}
+    for name in ("ta", "torch", "transformers", "peft", "tokenizers"):
+        try:
+            out[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return out
