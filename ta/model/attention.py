@@ -34,9 +34,13 @@ class Cuts(NamedTuple):
     seen: Tensor | None = None  # (K,) int64
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Documents:
-    """How a packed row is cut: no tuple, since a compiled block would be compiled anew for every other number of documents."""
+    """How a packed row is cut.
+
+    No tuple and not frozen: torch 2.11 looks into these where compiled code ends, and would compile
+    anew for every other number of documents.
+    """
 
     lengths: tuple[int, ...]
     prefixes: tuple[int, ...] = ()
