@@ -6,7 +6,8 @@ must answer at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -147,14 +148,15 @@ def load_base(
             settings = transformers.AutoConfig.from_pretrained(folder, **options, **arguments)
             with torch.device("meta"):
                 return auto.from_config(settings, dtype=dtype, attn_implementation=attention).eval()
-        loaded, info = auto.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-            **arguments,
-        )
+        with _without_warnings():  # its table of tensors that do not fit: _check_tensors says it
+            loaded, info = auto.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+                **arguments,
+            )
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{folder} does not load as a {task} model: {str(error).splitlines()[0]}"
@@ -163,6 +165,18 @@ def load_base(
     if quantize != "none":
         return loaded.eval()
     return loaded.to(device if whole or world() == 1 else "cpu").eval()
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    from transformers import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _check_tensors(folder: str, task: Task, info: dict[str, Any]) -> None:
@@ -228,13 +242,9 @@ def _classifier(
         raise ValueError(
             f"{sources.base} has a head of {settings.num_labels} labels where {num_labels} are asked: give its number, or a base model"
         )
-    verbosity = transformers.logging.get_verbosity()
-    # its table of missing weights is the line that is returned
-    transformers.logging.set_verbosity_error()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         loaded = load_base(model, "seq_cls", num_labels, device, quantize=compute.quantize)
-    transformers.logging.set_verbosity(verbosity)
     if not hasattr(loaded, "score"):
         raise ValueError(
             f"{type(loaded).__name__} reads no score at the last token: give a causal language model's folder"

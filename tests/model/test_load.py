@@ -1,0 +1,82 @@
+"""Models from folders: what a run left is where the next one starts, and every tensor is accounted for."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ta.chat.template import ChatConfig
+from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
+from ta.data.batch import lay_out
+from ta.folders import ModelConfig, tiny_folder
+from ta.model.adapter_settings import AdapterConfig
+from ta.model.export import export
+from ta.model.load import ComputeConfig, cast_parameters, load_base, load_for_inference, load_model
+
+
+def opened(config, adapter=AdapterConfig(), tokens=(), **more):
+    tokenizer = load_chat_tokenizer(config, TokenizerConfig(init_tokens=tokens), ChatConfig())
+    return load_model(config, adapter, ComputeConfig(), tokenizer, **more), tokenizer
+
+
+def batch():
+    ids = torch.arange(5, 25).numpy()
+    return lay_out([ids], [torch.ones(20).numpy()])
+
+
+def test_an_adapter_folder_goes_on_with_its_adapter(tmp_path):
+    """With rows of new tokens, which nobody names again; as --model-path and as --adapter-path."""
+    model, tokenizer = opened(ModelConfig(), AdapterConfig(adapter="lora"), ("<q>=a",))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "trainable_tokens" in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    export(model.inner, tokenizer.fast, tmp_path / "final")
+    ids = tokenizer.vocabulary.special["<q>"]
+    seqs = batch()
+    seqs = seqs._replace(tokens=seqs.tokens.clone().fill_(ids))
+    expected = model.eval().logprobs(seqs)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    for config in (
+        ModelConfig(str(tmp_path / "final")),
+        ModelConfig("builtin", str(tmp_path / "final")),
+    ):
+        again, _ = opened(config)
+        assert {name for name, p in again.named_parameters() if p.requires_grad} == trained
+        assert torch.equal(again.eval().logprobs(seqs), expected)
+    with pytest.raises(ValueError, match="a new adapter or that one"):
+        opened(ModelConfig(str(tmp_path / "final")), AdapterConfig(adapter="lora"))
+
+
+@pytest.mark.parametrize("fault", ["missing", "renamed"])
+def test_tensors_that_do_not_fit_are_named(tmp_path, fault):
+    load_for_inference(ModelConfig()).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensor = tensors.pop(name)
+    if fault == "renamed":
+        tensors[f"base.{name}"] = tensor
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"lacks 1 tensors \({name}\)"):
+        load_for_inference(ModelConfig(str(tmp_path)))
+    tensors[name] = tensor.clone()
+    tensors["extra"] = torch.zeros(1)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="without a place for them"):
+        load_for_inference(ModelConfig(str(tmp_path)))
+
+
+def test_a_new_head_is_told_and_drawn_from_the_seed():
+    heads = [
+        opened(ModelConfig(), num_labels=3, seed=seed)[0].inner.score.weight for seed in (0, 0, 1)
+    ]
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+    assert "the head of 3 scores is new" in opened(ModelConfig(), num_labels=3)[0].note
+    assert opened(ModelConfig())[0].note == ""
+
+
+def test_a_cast_leaves_rotary_frequencies_alone():
+    model = load_base(ModelConfig(str(tiny_folder())))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    cast_parameters(model, torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert before and all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+    assert any(b.dtype == torch.float32 for _, b in model.named_buffers())

@@ -1,0 +1,76 @@
+"""What stands in a folder, and what a command loads for it; no weights are read."""
+
+import json
+
+import pytest
+
+from ta.folders import ModelConfig, read_folder, resolve
+
+
+def folder(path, **files):
+    """A folder with JSON files: config={...} is config.json."""
+    path.mkdir(parents=True)
+    for name, content in files.items():
+        (path / f"{name}.json").write_text(json.dumps(content))
+    return str(path)
+
+
+@pytest.fixture
+def base(tmp_path):
+    return folder(tmp_path / "base", config={"model_type": "llama"})
+
+
+def test_the_kinds_of_folders(tmp_path, base):
+    assert read_folder(base)[:3] == (base, "model", None)
+    head = {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}
+    assert read_folder(folder(tmp_path / "head", config=head)).kind == "classifier"
+    adapter = folder(tmp_path / "adapter", adapter_config={"base_model_name_or_path": base})
+    assert read_folder(adapter)[:3] == (adapter, "adapter", base)
+    assert read_folder("someone/model", hub=True)[:2] == ("someone/model", "hub")
+    seeing = folder(tmp_path / "seeing", config={"model_type": "llama"}, media={})
+    assert read_folder(seeing).media and not read_folder(base).media
+
+
+def test_an_adapter_as_the_model_is_that_adapter_on_its_base(tmp_path, base):
+    adapter = folder(
+        tmp_path / "adapter", adapter_config={"base_model_name_or_path": base}, tokenizer={}
+    )
+    expected = (base, adapter, None, adapter)
+    assert resolve(ModelConfig(adapter)) == resolve(ModelConfig(base, adapter)) == expected
+    assert resolve(ModelConfig(base)) == (base, None, None, base)
+    with pytest.raises(ValueError, match="is an adapter, and --adapter-path .* is another"):
+        resolve(ModelConfig(adapter, adapter))
+    lost = folder(tmp_path / "lost", adapter_config={"base_model_name_or_path": "/nowhere"})
+    with pytest.raises(ValueError, match="an adapter of base '/nowhere', which is not here"):
+        resolve(ModelConfig(lost))
+
+
+def test_a_run_folder_stands_for_its_final(tmp_path, base):
+    """Its own config.json holds the run's settings, not a model's."""
+    folder(tmp_path / "run", config={"config": {}})
+    final = folder(tmp_path / "run" / "final", adapter_config={"base_model_name_or_path": base})
+    assert resolve(ModelConfig(str(tmp_path / "run")))[:2] == (base, final)
+    assert resolve(ModelConfig(base, str(tmp_path / "run")))[:2] == (base, final)
+    # a model that happens to have a folder of that name is itself
+    folder(tmp_path / "base" / "final", config={"model_type": "llama"})
+    assert resolve(ModelConfig(base)).base == base
+
+
+def test_encoders_and_projectors_come_along_from_the_adapter_or_its_base(tmp_path):
+    base = folder(tmp_path / "base", config={"model_type": "llama"}, media={})
+    settings = {"base_model_name_or_path": base}
+    plain = folder(tmp_path / "plain", adapter_config=settings)
+    seeing = folder(tmp_path / "seeing", adapter_config=settings, media={})
+    assert resolve(ModelConfig(plain)).media == base
+    assert resolve(ModelConfig(seeing)).media == seeing
+
+
+def test_what_is_no_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no model folder at /nowhere"):
+        resolve(ModelConfig("/nowhere"))
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        resolve(ModelConfig(folder(tmp_path / "empty")))
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        resolve(ModelConfig(str(tmp_path / "torn")))
