@@ -74,7 +74,7 @@ def load_adapted_base(source, adapter_path: str):
     from transformers import AutoConfig
 
     from ta.folders import resolve
-    from ta.model.adapter_base import labels_of, read_config
+    from ta.model.adapters import labels_of, read_config
     from ta.model.language_model import native_attention
     from ta.model.load import load_base
 

@@ -57,7 +57,7 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
     from ta.generation.metrics import roc_auc as roc_auc
     from ta.generation.samples import SamplesConfig as SamplesConfig
     from ta.generation.samples import generate_samples as generate_samples
-    from ta.model.adapter_settings import AdapterConfig as AdapterConfig
+    from ta.model.adapters import AdapterConfig as AdapterConfig
     from ta.model.export import export as export
     from ta.model.language_model import LanguageModel as LanguageModel
     from ta.model.load import ComputeConfig as ComputeConfig
@@ -96,7 +96,7 @@ NAMES = {  # module: what `import ta` gives of it, loaded on first use
     "ta.data.batch": "Batch lay_out",
     "ta.data.loader": "BatchConfig check_margins collate_chats collate_classes collate_pairs "
     "labelled_collate labels_of read_ahead train_batches val_batches",
-    "ta.model.adapter_settings": "AdapterConfig",
+    "ta.model.adapters": "AdapterConfig",
     "ta.model.load": "ComputeConfig load_for_inference load_model",
     "ta.model.language_model": "LanguageModel",
     "ta.model.logprobs": "cross_entropy_sum token_logprobs",

@@ -19,7 +19,7 @@ from ta.data.loader import BatchConfig, micro_batches
 from ta.data.prepare import Prepared
 from ta.files import cache_folder, hash_json, write_atomic
 from ta.folders import ModelConfig, fingerprint, model_folder
-from ta.model.adapter_settings import AdapterConfig
+from ta.model.adapters import AdapterConfig
 from ta.model.load import ComputeConfig, load_model
 from ta.parallel import gather_objects, rank, say
 

@@ -4,7 +4,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from ta.chat.tokenizer import NewToken
-from ta.model.adapter_settings import AdapterConfig
+from ta.model.adapters import AdapterConfig
 from ta.model.new_rows import set_rows
 
 ROWS = 20

@@ -38,7 +38,7 @@ def test_an_adapter_as_the_model_is_that_adapter_on_its_base(tmp_path, base):
     expected = (base, adapter, None, adapter)
     assert resolve(ModelConfig(adapter)) == resolve(ModelConfig(base, adapter)) == expected
     assert resolve(ModelConfig(base)) == (base, None, None, base)
-    with pytest.raises(ValueError, match="is an adapter, and --adapter-path .* is another"):
+    with pytest.raises(ValueError, match=r"is an adapter, and --adapter-path .* is another"):
         resolve(ModelConfig(adapter, adapter))
     lost = folder(tmp_path / "lost", adapter_config={"base_model_name_or_path": "/nowhere"})
     with pytest.raises(ValueError, match="an adapter of base '/nowhere', which is not here"):

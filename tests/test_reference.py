@@ -20,7 +20,7 @@ from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.data.loader import training_feed
 from ta.folders import ModelConfig
 from ta.losses import choose
-from ta.model.adapter_settings import AdapterConfig
+from ta.model.adapters import AdapterConfig
 from ta.model.load import ComputeConfig, load_model
 from ta.reference import (
     Reference,

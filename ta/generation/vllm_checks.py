@@ -69,7 +69,7 @@ def check_head(config) -> None:
 
 def lora_rank(adapter_path: str, runtime: bool) -> int:
     """The greatest rank of a LoRA adapter; ValueError for adapters that vLLM cannot apply or cannot apply at run time, and that cannot be merged."""
-    from ta.model.adapter_base import read_config
+    from ta.model.adapters import read_config
 
     settings = read_config(adapter_path)
     if settings["peft_type"] != "LORA":

@@ -1,33 +1,16 @@
-"""Adapters on a base model, with the rows of new tokens: added, saved, loaded, checked and merged. T columns, V vocabulary, D width, C labels."""
+"""Adapters on a base model: settings, added, saved, loaded, checked against their base, and merged.
+
+The rows of new tokens train and are saved with them. T columns, V vocabulary, D width, C labels.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ta.model.adapter_base import (
-    BASE,
-    ROWS,
-    WEIGHTS,
-    Facts,
-    check_base,
-    describe,
-    read_config,
-    read_facts,
-    read_tensors,
-    task_of,
-    title,
-)
-from ta.model.adapter_settings import (
-    PROMPT_LEARNING,
-    AdapterConfig,
-    check_adapter,
-    lora_settings,
-    prompt_settings,
-    start_ids,
-)
 from ta.model.new_rows import resize, tables
 
 if TYPE_CHECKING:
@@ -35,6 +18,405 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+KINDS = {
+    "lora": "LORA",
+    "prefix": "PREFIX_TUNING",
+    "prompt": "PROMPT_TUNING",
+    "p-tuning": "P_TUNING",
+}
+PROMPT_LEARNING = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    adapter: Literal["none", "lora", "prefix", "prompt", "p-tuning"] = "none"
+    """Train these few weights and leave the base as it is; none trains every weight."""
+    lora_rank: int = 16
+    """Rank of the LoRA update."""
+    lora_alpha: float = 32
+    """The update is scaled by alpha / rank (with rsLoRA alpha / sqrt(rank))."""
+    lora_dropout: float = 0.0
+    """Dropout before the LoRA update, 0 to 1."""
+    lora_targets: tuple[str, ...] = ("all-linear",)
+    """Names of the modules that get LoRA; all-linear is every linear layer but the head."""
+    lora_modules_to_save: tuple[str, ...] = ()
+    """Names of modules that train fully beside LoRA and are saved with it; a classifier's head always is."""
+    use_dora: bool = False
+    """Split the update into direction and magnitude (DoRA, arXiv 2402.09353)."""
+    use_rslora: bool = False
+    """Scale by the square root of the rank (rsLoRA, arXiv 2312.03732)."""
+    virtual_tokens: int = 20
+    """Virtual tokens of prefix tuning, prompt tuning and p-tuning."""
+    prompt_init_text: str | None = None
+    """Prompt tuning starts from the embeddings of this text (repeated where it is shorter than the virtual tokens); none: from random tokens."""
+    p_tuning_hidden: int | None = None
+    """Width of p-tuning's prompt encoder; none is the width of the model."""
+
+
+def check_adapter(
+    config: AdapterConfig,
+    path: str | None = None,
+    *,
+    packing: bool = False,
+    checkpointing: bool = False,
+) -> None:
+    """ValueError for settings without effect, out of range, or that cannot work together.
+
+    Nothing is loaded. `path` is the folder of a trained adapter that is gone on with.
+    """
+    kind, default = config.adapter, AdapterConfig()
+    if path is not None and kind != "none":
+        raise ValueError(
+            f"--adapter {kind} with --adapter-path {path}: a new adapter or that one? give one of the two"
+        )
+    for field in fields(config):
+        if (
+            field.name in OWNERS
+            and kind not in OWNERS[field.name]
+            and getattr(config, field.name) != getattr(default, field.name)
+        ):
+            raise ValueError(
+                f"--{field.name.replace('_', '-')} has no effect with --adapter {kind}: it belongs to {' or '.join(OWNERS[field.name])}"
+            )
+    for name in ("lora_rank", "lora_alpha", "virtual_tokens", "p_tuning_hidden"):
+        if (value := getattr(config, name)) is not None and value <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
+    if not 0 <= config.lora_dropout < 1:
+        raise ValueError(f"--lora-dropout {config.lora_dropout}: must be at least 0 and below 1")
+    if kind == "lora" and not config.lora_targets:
+        raise ValueError(
+            "--lora-targets is empty: give all-linear or names of modules, such as q_proj v_proj"
+        )
+    if "all-linear" in config.lora_targets and len(config.lora_targets) > 1:
+        raise ValueError(
+            f"--lora-targets {' '.join(config.lora_targets)}: all-linear stands alone; give it or names of modules"
+        )
+    stored = read_config(path)["peft_type"] if path else KINDS.get(kind, "")
+    if packing and stored in PROMPT_LEARNING:
+        raise ValueError(
+            f"{stored} cannot be packed: its virtual tokens stand at the beginning of a row; turn packing off (--no-packing)"
+        )
+    if checkpointing and stored == "PREFIX_TUNING":
+        raise ValueError(
+            f"{stored} with activation checkpointing: its keys and values would be lost in the backward pass; turn checkpointing off"
+        )
+
+
+def lora_settings(
+    model: PreTrainedModel, config: AdapterConfig, new_token_ids: Sequence[int]
+) -> PeftConfig:
+    """peft's settings for LoRA on `model`.
+
+    New tokens train in each table once: peft ties the head's rows where the tables are tied.
+    ValueError for names that the model does not have, and for tables that are tied in ways that
+    peft cannot keep.
+    """
+    from peft import LoraConfig
+
+    targets = [] if config.lora_targets == ("all-linear",) else list(config.lora_targets)
+    whole_modules = config.lora_modules_to_save
+    _check_names(model, "--lora-targets", targets)
+    _check_names(model, "--lora-modules-to-save", whole_modules)
+    tied = "output" not in tables(model) and model.get_output_embeddings() is not None
+    heads = _table_names(model)
+    _check_tables(heads, targets, whole_modules, tied, bool(new_token_ids))
+    whole = [name for name in heads if _hits(name, whole_modules)]
+    own = heads[:1] if tied else heads
+    rows = [] if tied and whole else [name for name in own if name not in whole]
+    saved = [
+        target
+        for target in whole_modules
+        if not (tied and any(_hits(name, [target]) for name in heads))
+    ]
+    if tied and whole:
+        # named once: peft makes the head follow, and its own order of names matters
+        saved += heads[:1]
+    indices = {name: sorted(set(new_token_ids)) for name in rows} if new_token_ids else {}
+    # GPT-2's layers are transposed
+    transposed = any(type(module).__name__ == "Conv1D" for module in model.modules())
+    return LoraConfig(
+        task_type=task_of(model),
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets or "all-linear",
+        modules_to_save=saved or None,
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
+        trainable_token_indices=indices or None,
+        ensure_weight_tying=bool(tied and whole),
+        fan_in_fan_out=transposed,
+    )
+
+
+def _check_names(model: PreTrainedModel, flag: str, targets: Sequence[str]) -> None:
+    """ValueError for a name that no module of the model has."""
+    modules = {name: module for name, module in model.named_modules() if name}
+    for target in targets:
+        if not any(_hits(name, [target]) for name in modules):
+            leaves = {
+                name.rsplit(".")[-1]
+                for name, module in modules.items()
+                if not list(module.children())
+            }
+            raise ValueError(
+                f"{flag} {target}: the model has no module of that name; it has {', '.join(sorted(leaves))}"
+            )
+
+
+def _table_names(model: PreTrainedModel) -> list[str]:
+    """The names of the input table and, where there is one, of the output layer."""
+    found = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = {id(module): name for name, module in model.named_modules()}
+    return [names[id(module)] for module in found if module is not None]
+
+
+def _check_tables(
+    heads: Sequence[str],
+    targets: Sequence[str],
+    whole_modules: Sequence[str],
+    tied: bool,
+    new_tokens: bool,
+) -> None:
+    """ValueError for LoRA on a table that could not be merged, and for ties that peft breaks."""
+    hit = [name for name in heads if _hits(name, targets)]
+    if hit and (tied or new_tokens):
+        why = "its table is tied to the other one" if tied else "the rows of new tokens train there"
+        raise ValueError(
+            f"--lora-targets: LoRA on {hit[0]} cannot be merged, {why}; leave it out, or give it to --lora-modules-to-save"
+        )
+    whole = any(_hits(name, whole_modules) for name in heads)
+    if tied and whole and not heads[0].endswith("embed_tokens"):
+        raise ValueError(
+            f"--lora-modules-to-save: peft would untie {heads[0]} from the head; leave it out (new tokens train without it)"
+        )
+
+
+def prompt_settings(model: PreTrainedModel, config: AdapterConfig) -> PeftConfig:
+    """peft's settings for prefix tuning, prompt tuning or p-tuning on `model`; nothing in them looks up a tokenizer."""
+    from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+
+    sizes = {"task_type": task_of(model), "num_virtual_tokens": config.virtual_tokens}
+    if config.adapter == "p-tuning":
+        return PromptEncoderConfig(**sizes, encoder_hidden_size=config.p_tuning_hidden)
+    return {"prefix": PrefixTuningConfig, "prompt": PromptTuningConfig}[config.adapter](**sizes)
+
+
+def start_ids(
+    model: PreTrainedModel,
+    config: AdapterConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    seed: int,
+) -> list[int]:
+    """The token ids whose embeddings prompt tuning starts from: the text's, repeated to the number of virtual tokens, or random ones."""
+    import torch
+
+    count, text = config.virtual_tokens, config.prompt_init_text
+    if text is None:
+        rows = model.get_input_embeddings().weight.shape[0]
+        return torch.randint(
+            0, rows, (count,), generator=torch.Generator().manual_seed(seed)
+        ).tolist()
+    assert tokenizer is not None, "prompt_init_text needs the tokenizer"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not 0 < len(ids) <= count:
+        raise ValueError(
+            f"--prompt-init-text {text!r} has {len(ids)} tokens for {count} virtual tokens; give a text with 1 to {count} of them"
+        )
+    return (ids * count)[:count]
+
+
+def _hits(name: str, targets: Sequence[str]) -> bool:
+    return any(name == target or name.endswith("." + target) for target in targets)
+
+
+OWNERS = {
+    **dict.fromkeys(
+        (
+            "lora_rank",
+            "lora_alpha",
+            "lora_dropout",
+            "lora_targets",
+            "lora_modules_to_save",
+            "use_dora",
+            "use_rslora",
+        ),
+        ("lora",),
+    ),
+    "virtual_tokens": ("prefix", "prompt", "p-tuning"),
+    "prompt_init_text": ("prompt",),
+    "p_tuning_hidden": ("p-tuning",),
+}
+
+
+CONFIG, WEIGHTS, BASE, ROWS = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "base.json",
+    "new_tokens.safetensors",
+)
+READABLE = ("LORA", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
+SAMPLED, CLOSE = (
+    16,
+    0.02,
+)  # weights compared, and how near they must be: bfloat16 and float32 copies of one base are the same base
+
+
+class Facts(NamedTuple):
+    """What an adapter must know of its base, set on the peft model as `adapter_facts` and saved beside the weights; empty where unknown."""
+
+    base: dict[
+        str, Any
+    ]  # name, architecture, task, vocabulary, and a few weights by name; a classifier's labels
+    rows: dict[
+        str, Tensor
+    ]  # ids (N,) and the base's rows there: input (N, D), output (N, D) if untied, output_bias (N,); empty without new tokens
+
+
+def task_of(model: PreTrainedModel) -> str:
+    """peft's name of what the model is for: SEQ_CLS, CAUSAL_LM or FEATURE_EXTRACTION (an encoder without a head)."""
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        return "SEQ_CLS"
+    return "FEATURE_EXTRACTION" if model.get_output_embeddings() is None else "CAUSAL_LM"
+
+
+def describe(model: PreTrainedModel) -> dict[str, Any]:
+    """The facts of a base that has no adapter yet; heads and token tables, which training may replace or enlarge, give no sample."""
+    skip = {id(model.get_input_embeddings().weight)}
+    skip |= {
+        id(p)
+        for name, p in model.named_parameters()
+        if name.split(".")[0] in ("score", "classifier", "lm_head", "embed_out")
+    }
+    sampled = [
+        (name, p)
+        for name, p in model.named_parameters()
+        if p.is_floating_point() and p.ndim == 2 and not p.is_meta and id(p) not in skip
+    ]
+    step = max(1, len(sampled) // SAMPLED)
+    facts = {
+        "name": model.name_or_path,
+        "architecture": type(model).__name__,
+        "task": task_of(model),
+        "vocabulary": model.get_input_embeddings().weight.shape[0],
+        "sample": {name: p.detach()[0, :4].float().tolist() for name, p in sampled[::step]},
+    }
+    if facts["task"] == "SEQ_CLS":
+        facts |= {"num_labels": model.config.num_labels, "id2label": model.config.id2label}
+    return facts
+
+
+def title(facts: dict[str, Any]) -> str:
+    """One base in words, for messages."""
+    return f"{facts['name'] or 'without a name'!r} ({facts['architecture']}, {facts['task']}, vocabulary {facts['vocabulary']})"
+
+
+def check_base(model: PreTrainedModel, facts: Facts, path: str) -> None:
+    """ValueError, naming both bases, unless `model` is the base of the adapter at `path`, with or without the rows of its new tokens."""
+    ours, theirs = describe(model), facts.base
+    new = set(facts.rows["ids"].tolist()) if facts.rows else set()
+    low, high = ours["vocabulary"], theirs["vocabulary"]
+    shared = ours["sample"].keys() & theirs["sample"].keys()
+    differing = [
+        name for name in sorted(shared) if not _near(ours["sample"][name], theirs["sample"][name])
+    ]
+    if ours["architecture"] != theirs["architecture"]:
+        reason = "the architectures differ"
+    elif low > high or not set(range(low, high)) <= new:
+        reason = "the vocabularies differ"
+    elif differing:
+        reason = f"the weights differ, {differing[0]} for one"
+    else:
+        return
+    raise ValueError(
+        f"adapter {path} was trained on base {title(theirs)}, the model given is {title(ours)}: {reason}; give the base that it was trained on"
+    )
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The settings of the adapter in folder `path`; ValueError where there is none, or none of ours, or no safetensors."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(
+            f"no adapter folder at {path}: give the folder that holds {CONFIG} (a run's export is RUN/final)"
+        )
+    if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
+        raise ValueError(
+            f"{path} holds no {' and no '.join(missing)}: give the folder of a saved adapter"
+        )
+    config = _read_json(folder / CONFIG)
+    if config.get("peft_type") not in READABLE:
+        raise ValueError(
+            f"{folder / CONFIG}: an adapter of type {config.get('peft_type')!r}; known are {', '.join(READABLE)}"
+        )
+    return config
+
+
+def read_facts(path: str | Path) -> Facts:
+    """What the adapter in folder `path` says of its base; empty for an adapter that another library saved."""
+    folder = Path(path)
+    base = _read_json(folder / BASE) if (folder / BASE).is_file() else {}
+    if base and not {"name", "architecture", "task", "vocabulary", "sample"} <= base.keys():
+        raise ValueError(
+            f"{folder / BASE} is not complete: save the adapter again, or remove that file to load without knowing its base"
+        )
+    return Facts(base, read_tensors(folder / ROWS) if base and (folder / ROWS).is_file() else {})
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; ValueError where it is torn."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a complete safetensors file ({error}): give a complete adapter folder"
+        ) from error
+
+
+def labels_of(path: str | Path) -> dict[str, Any]:
+    """`num_labels` (and `id2label` where recorded) of a classification adapter, to load its base with; else from the shape of its head."""
+    from safetensors import safe_open
+
+    facts = read_facts(path).base
+    if "num_labels" in facts:
+        return {
+            "num_labels": facts["num_labels"],
+            "id2label": {int(key): label for key, label in facts["id2label"].items()},
+        }
+    with safe_open(Path(path) / WEIGHTS, "pt") as file:
+        heads = [
+            name for name in file.keys() if name.endswith(("score.weight", "classifier.weight"))
+        ]
+        if not heads:
+            raise ValueError(
+                f"{path} holds no classification head (score.weight): give an adapter that was saved with its head"
+            )
+        return {"num_labels": file.get_slice(heads[0]).get_shape()[0]}
+
+
+def _near(left: list[float], right: list[float]) -> bool:
+    return len(left) == len(right) and all(
+        abs(a - b) <= CLOSE * max(abs(a), abs(b)) + 1e-6 for a, b in zip(left, right, strict=True)
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is not valid JSON ({error}): give a complete adapter folder"
+        ) from error
+    if not isinstance(data, dict):
+        raise ValueError(
+            f"{path} holds a {type(data).__name__}, not settings: give a complete adapter folder"
+        )
+    return data
+
 
 ENCODER = "prompt_encoder.safetensors"
 PROMPT = "prompt_encoder.default."  # where peft keeps what makes virtual tokens

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ta.folders import ModelConfig, read_folder, resolve
 from ta.generation.settings import context_of
-from ta.model.adapter_base import labels_of
+from ta.model.adapters import labels_of
 from ta.model.load import load_for_inference
 
 if TYPE_CHECKING:

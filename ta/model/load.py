@@ -12,10 +12,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ta.folders import ModelConfig, resolve
-from ta.model.adapter_base import read_config
-from ta.model.adapter_settings import KINDS as ADAPTERS
-from ta.model.adapter_settings import PROMPT_LEARNING, AdapterConfig, check_adapter
-from ta.model.adapters import add_adapter, is_prompt_learning, load_adapter, merge_adapter
+from ta.model.adapters import KINDS as ADAPTERS
+from ta.model.adapters import (
+    PROMPT_LEARNING,
+    AdapterConfig,
+    add_adapter,
+    check_adapter,
+    is_prompt_learning,
+    load_adapter,
+    merge_adapter,
+    read_config,
+)
 from ta.model.arguments import parsed, quantization
 from ta.model.new_rows import check_vocabulary, set_rows
 from ta.parallel import compile_blocks, gather_objects, rank, recompute, round_frozen, shard, world

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ta.folders import ModelConfig
-    from ta.model.adapter_settings import AdapterConfig
+    from ta.model.adapters import AdapterConfig
 
 
 @dataclass(frozen=True)

@@ -324,8 +324,7 @@ def test_adapters_equal_the_hf_engine(tmp_path, how):
     import copy
 
     from ta.chat.tokenizer import add_tokens
-    from ta.model.adapter_settings import AdapterConfig
-    from ta.model.adapters import add_adapter, load_adapter, save_adapter
+    from ta.model.adapters import AdapterConfig, add_adapter, load_adapter, save_adapter
     from ta.model.new_rows import set_rows
 
     config, tokenizer = lively(tmp_path / "base"), copy.deepcopy(TOKENIZER)
@@ -373,8 +372,7 @@ def test_scores_equal_the_hf_engine(tmp_path, name, labels, adapter):
     import transformers
 
     from ta.chat.render import Tokens
-    from ta.model.adapter_settings import AdapterConfig
-    from ta.model.adapters import add_adapter, save_adapter
+    from ta.model.adapters import AdapterConfig, add_adapter, save_adapter
     from ta.model.inference import open_scorer
 
     torch.manual_seed(0)
@@ -442,7 +440,7 @@ def test_pictures_equal_the_hf_engine(tmp_path):
     from ta.generation.prompts import read_prompts
     from ta.media.multimodal import around, write_parts
     from ta.media.settings import MediaConfig, MediaFiles, open_media, reopen_media
-    from ta.model.adapter_settings import AdapterConfig
+    from ta.model.adapters import AdapterConfig
     from ta.model.export import export
     from ta.model.inference import open_generator
     from ta.model.load import ComputeConfig, load_model

@@ -20,7 +20,7 @@ from ta.media.feature_file import Layout
 from ta.media.features import extract
 from ta.media.multimodal import MediaBatch, around, dress, embed_modalities, embed_prompts, fill
 from ta.media.settings import MediaConfig, load_marked, open_media
-from ta.model.adapter_settings import AdapterConfig
+from ta.model.adapters import AdapterConfig
 from ta.model.load import ComputeConfig, load_model
 
 D = 160  # width of the built-in model

@@ -7,12 +7,12 @@ from adapted import LORA, NEW, base, same
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from ta.model.adapter_base import read_facts
 from ta.model.adapters import (
     AdapterConfig,
     add_adapter,
     load_adapter,
     probe_logits,
+    read_facts,
     save_adapter,
 )
 

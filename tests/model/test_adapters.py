@@ -8,11 +8,11 @@ from adapted import KINDS, LORA, MODELS, NEW, ROWS, base, same, train_a_step
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from ta.model.adapter_base import labels_of
 from ta.model.adapters import (
     AdapterConfig,
     add_adapter,
     is_prompt_learning,
+    labels_of,
     load_adapter,
     logits_agree,
     merge_adapter,

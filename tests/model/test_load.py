@@ -8,14 +8,16 @@ from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.data.batch import lay_out
 from ta.folders import ModelConfig, tiny_folder
-from ta.model.adapter_settings import AdapterConfig
+from ta.model.adapters import AdapterConfig
 from ta.model.export import export
 from ta.model.load import ComputeConfig, cast_parameters, load_base, load_for_inference, load_model
 
 
-def opened(config, adapter=AdapterConfig(), tokens=(), **more):
+def opened(config, adapter=None, tokens=(), **more):
     tokenizer = load_chat_tokenizer(config, TokenizerConfig(init_tokens=tokens), ChatConfig())
-    return load_model(config, adapter, ComputeConfig(), tokenizer, **more), tokenizer
+    return load_model(
+        config, adapter or AdapterConfig(), ComputeConfig(), tokenizer, **more
+    ), tokenizer
 
 
 def batch():

@@ -13,8 +13,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2ForSequenceClass
 from ta import parallel
 from ta.data.batch import lay_out
 from ta.media.multimodal import MediaBatch, MediaModel
-from ta.model.adapter_settings import AdapterConfig
-from ta.model.adapters import add_adapter
+from ta.model.adapters import AdapterConfig, add_adapter
 from ta.model.attention import register
 from ta.model.language_model import base_model, wrap
 from ta.rag.embedding import Encoder, Reading, Texts

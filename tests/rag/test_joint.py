@@ -16,7 +16,7 @@ from ta.data.batch import lay_out
 from ta.data.loader import micro_batches
 from ta.data.prepare import DataConfig, prepare_questions
 from ta.folders import ModelConfig
-from ta.model.adapter_settings import AdapterConfig
+from ta.model.adapters import AdapterConfig
 from ta.model.load import ComputeConfig, load_model
 from ta.rag import joint
 from ta.rag.embedding import open_encoder

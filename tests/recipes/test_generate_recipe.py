@@ -211,8 +211,7 @@ def test_adapters_and_prompts_that_do_not_fit_are_refused(door, data, tmp_path, 
     """Each with exit code 2, a line that says what to give, and nothing written."""
     from ta.builtin import models
     from ta.folders import ModelConfig
-    from ta.model.adapter_settings import AdapterConfig
-    from ta.model.adapters import add_adapter, save_adapter
+    from ta.model.adapters import AdapterConfig, add_adapter, save_adapter
     from ta.model.load import load_base
 
     models.write_tiny(tmp_path / "base")
