@@ -1,12 +1,11 @@
 """Recipes without a flag, or nearly: held-out figures of tasks with a right answer rise from chance to what the README promises.
 
-The figures seen, in brackets, are the least and the greatest of three seeds on each of three kinds of processor
-(ATEN_CPU_CAPABILITY=default, avx2 and unset on one with AVX-512). TA_TEST_SEED=1 runs the tests with another seed.
+Beside a bound stands, in brackets, what was seen of it on processors with AVX-512, with AVX2 and with
+neither (ATEN_CPU_CAPABILITY unset, avx2 and default). TA_TEST_SEED=1 runs the tests with another seed.
 """
 
 import json
 import os
-import random
 import shutil
 
 import pytest
@@ -43,13 +42,13 @@ def taught(tmp_path_factory):
 
 
 def test_sft_learns_to_answer(taught):
-    """Exact match on held-out chats from under 5 % (0) to at least 90 % (98.4 to 98.4)."""
+    """Exact match on held-out chats from under 5 % (0) to at least 90 % (96.9 to 98.4)."""
     figures = [row["val_accuracy"] for row in logged(taught) if "val_accuracy" in row]
     assert figures[0] < 0.05 and figures[-1] >= 0.9
 
 
 def test_rewards_rank_answers(taught, forked, tmp_path):
-    """Held-out right answers are ranked above wrong ones."""
+    """Held-out right answers are ranked above wrong ones (96.9 to 98.0 %)."""
     said = forked("rm", "--out", tmp_path / "run", *SEED)
     last = logged(tmp_path / "run")[-1]
     assert last["val_ranking_accuracy"] >= 0.95 and "ranking_accuracy" in said
@@ -72,12 +71,14 @@ def wordy(folder, step):
 def test_few_words_are_preferred_and_the_task_stays(
     taught, forked, tmp_path, recipe, make, n, figure
 ):
-    """Samples in more words than needed become rare; as many as before are right.
+    """Samples in more words than needed become rare, and as many as before are right.
 
-    About 256 samples: wordy ones SEEN_WORDY
+    About 256 samples. In more words: 94 to 98 % -> 0; right in few words: 2 to 6 % -> 98.4 to 99.2 %;
+    right in any number of words: 98.2 to 100 % before, and -0.9 to +0.9 points. Held-out rewards:
+    dpo 93.8 to 96.5 %, kto 91.6 to 92.0 %.
     """
     models.write_jsonl(tmp_path / "held_out.jsonl", make("held_out", n))
-    more = ("--val-data", tmp_path / "held_out.jsonl", "--cherry-records", n)
+    more = ("--val-data", tmp_path / "held_out.jsonl", "--sample-records", n)
     said = forked(recipe, "--out", tmp_path / "run", *more, *SEED)
     first, *_, last = logged(tmp_path / "run")
     assert wordy(tmp_path / "run", 0) > 0.75 and wordy(tmp_path / "run", last["step"]) < 0.05
@@ -87,16 +88,19 @@ def test_few_words_are_preferred_and_the_task_stays(
     assert all(name in said for name in (figure, "accuracy", "contains"))
 
 
-def test_nothing_is_preferred_where_a_coin_chose(taught, forked, tmp_path):
-    """The same pairs, each turned round by the toss of a coin: samples stay as wordy as they were."""
+def test_nothing_is_preferred_where_half_of_the_pairs_are_turned_round(taught, forked, tmp_path):
+    """Every second pair of either sort the wrong way round: answers in few words stay rare.
+
+    Of 64 samples: 0 to 5 % -> 9 to 13 %, beside 98 % where all pairs are the right way round.
+    """
     records = models.concise("train", 2400)
-    coin = random.Random(0)
-    for record in records:
-        if coin.random() < 0.5:
+    for wrong in (False, True):
+        alike = [r for r in records if wrong != ("of course" in r["answer_l"]["content"])]
+        for record in alike[::2]:
             record["answer_w"], record["answer_l"] = record["answer_l"], record["answer_w"]
     models.write_jsonl(tmp_path / "turned.jsonl", records)
     models.write_jsonl(tmp_path / "held_out.jsonl", models.concise("held_out", 256))
     data = ("--data", tmp_path / "turned.jsonl", "--val-data", tmp_path / "held_out.jsonl")
     forked("dpo", "--out", tmp_path / "run", *data, *SEED)
-    last = logged(tmp_path / "run")[-1]
-    assert wordy(tmp_path / "run", 0) > 0.75 and wordy(tmp_path / "run", last["step"]) > 0.6
+    first, *_, last = logged(tmp_path / "run")
+    assert first["val_accuracy"] < 0.25 and last["val_accuracy"] < 0.45

@@ -59,7 +59,7 @@ def test_pictures_are_looked_at(forked, tmp_path):
 
     run = tmp_path / "run"
     said = forked(
-        "multimodal", "--out", run, "--cherry-records", 400, "--cherry-max-new-tokens", 6, *SEED
+        "multimodal", "--out", run, "--sample-records", 400, "--sample-max-new-tokens", 6, *SEED
     )
     assert "What colour is the shape?" in said
     samples = [json.loads(line) for line in open(run / "samples.jsonl")]
