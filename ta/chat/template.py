@@ -1,4 +1,4 @@
-"""The two forms of a chat template, and how each cuts a dialogue into template text and content without guessing."""
+"""The two kinds of chat template, and how each cuts a dialogue into template text and content."""
 
 from __future__ import annotations
 
@@ -17,24 +17,32 @@ Render = Callable[
 ]  # (messages, add_generation_prompt) -> text; ValueError where the template refuses
 
 DEFAULT_TAGS = {role: role for role in (SYSTEM, "developer", "user", ANSWER, "tool")}
-REMEDY = "give --prefix-template, --suffix-template and --role-tags instead of the tokenizer's own template"
+REMEDY = (
+    "give --prefix-template, --suffix-template and --role-tags instead of the tokenizer's own "
+    "template"
+)
 
 
 @dataclass(frozen=True)
 class ChatConfig:
     prefix_template: str | None = None
-    """Text before each message, with {role} for the role's tag; \\n and \\t are read as newline and tab. With none of prefix and suffix
-    given, the tokenizer's own chat template is used."""
+    """Text before each message, with {role} for the role's tag; \\n and \\t are read as newline and
+    tab. With none of prefix and suffix given, the tokenizer's own chat template is used."""
     suffix_template: str | None = None
-    """Text after each message: what the model learns to end an answer with; \\n and \\t as above."""
+    """Text after each message: what the model learns to end an answer with; \\n and \\t as above.
+    """
     role_tags: tuple[str, ...] = ()
-    """role=tag pairs, e.g. user=Human assistant=AI: the roles that records may have, and how the template writes them."""
+    """role=tag pairs, e.g. user=Human assistant=AI: the roles that records may have, and how the
+    template writes them."""
     loss_on: Literal["answers", "last", "all"] = "answers"
-    """Which messages are learned: every answer, the last answer, or every message. A message's own "loss" wins."""
+    """Which messages are learned: every answer, the last answer, or every message. A message's own
+    "loss" wins."""
     max_tokens: int | None = None
-    """Longest sequence in tokens, everything counted; whole messages go until it fits. None: no limit."""
+    """Longest sequence in tokens, everything counted; whole messages go until it fits. None: no
+    limit."""
     keep_end: bool = False
-    """Cut dialogues keep their latest messages, not their earliest. Prompts and answers that are compared always keep the latest."""
+    """Cut dialogues keep their latest messages, not their earliest. Prompts and answers that are
+    compared always keep the latest."""
     system_prompt: str | None = None
     """System prompt put in place of the record's own; never learned."""
     ignore_system_prompt: bool = False
@@ -59,14 +67,19 @@ class Span(NamedTuple):
     """One message as the template writes it: prefix + opening + content + suffix."""
 
     prefix: str  # never learned; for an answer it ends where generation starts
-    opening: str  # what the template writes between the generation prompt and an answer's content (an empty think block): learned
+    # what the template writes between the generation prompt and an answer's content, such as an
+    # empty think block: learned
+    opening: str
     content: str
     suffix: str
     fault: str = ""  # why this message cannot be learned: its borders are not known
 
 
 class ExplicitTemplate(NamedTuple):
-    """Each message is prefix.format(role=tag) + content + suffix, each part tokenized by itself; bos ("" for none) comes first."""
+    """Each message is prefix.format(role=tag) + content + suffix, each part tokenized by itself.
+
+    Bos ("" for none) comes first.
+    """
 
     prefix: str
     suffix: str
@@ -75,7 +88,10 @@ class ExplicitTemplate(NamedTuple):
 
 
 class JinjaTemplate(NamedTuple):
-    """A tokenizer's own chat template; skeleton(roles) tells its text around the contents, and is remembered by roles."""
+    """A tokenizer's own chat template.
+
+    Skeleton(roles) tells its text around the contents, and is remembered by roles.
+    """
 
     render: Render
     skeleton: Callable[[tuple[str, ...]], Skeleton]
@@ -98,23 +114,30 @@ Template = ExplicitTemplate | JinjaTemplate
 def explicit_template(
     prefix: str | None, suffix: str | None, role_tags: Tags | None = None, bos: str | None = None
 ) -> ExplicitTemplate:
-    """A template from its parts, any of which may be empty or None. Without tags system, developer, user, assistant and tool stand for
-    themselves. `bos` is the text of the tokenizer's BOS token. ValueError: tags without the answer's role, a prefix that does not format."""
+    """A template from its parts, any of which may be empty or None.
+
+    Without tags system, developer, user, assistant and tool stand for themselves. `bos` is the text
+    of the tokenizer's BOS token. ValueError: tags without the answer's role, a prefix that does not
+    format.
+    """
     tags = {canonical_role(role): tag for role, tag in (role_tags or DEFAULT_TAGS).items()}
     prefix, suffix, bos = prefix or "", suffix or "", bos or ""
     if ANSWER not in tags:
         raise ValueError(
-            f"role tags {', '.join(tags)} name no {ANSWER}, so no answer could be written; add a tag for {ANSWER} (or bot)"
+            f"role tags {', '.join(tags)} name no {ANSWER}, so no answer could be written; add a "
+            f"tag for {ANSWER} (or bot)"
         )
     if "{role}" in suffix:
         raise ValueError(
-            f"suffix template {suffix!r} has {{role}}, but only the prefix is filled in; move it to the prefix"
+            f"suffix template {suffix!r} has {{role}}, but only the prefix is filled in; move it "
+            "to the prefix"
         )
     try:
         first = prefix.format(role=tags[ANSWER])
     except (KeyError, IndexError, ValueError) as error:
         raise ValueError(
-            f"prefix template {prefix!r} cannot be filled in ({error!r}): write braces twice, except in {{role}}"
+            f"prefix template {prefix!r} cannot be filled in ({error!r}): write braces twice, "
+            f"except in {{role}}"
         ) from None
     return ExplicitTemplate(prefix, suffix, tags, "" if bos and first.startswith(bos) else bos)
 
@@ -122,8 +145,11 @@ def explicit_template(
 def jinja_template(
     render: Render, special: Iterable[str] = (), source: str = "", role_tags: Tags | None = None
 ) -> JinjaTemplate:
-    """A tokenizer's chat template; `special` are its control tokens. role_tags (default: the usual five) are the roles known,
-    each with the name that the template is given for it."""
+    """A tokenizer's chat template.
+
+    `special` are its control tokens. role_tags (default: the usual five) are the roles known, each
+    with the name that the template is given for it.
+    """
     tags = {canonical_role(role): tag for role, tag in (role_tags or DEFAULT_TAGS).items()}
     names = sorted(special, key=len, reverse=True)
     border = (
@@ -147,7 +173,8 @@ def jinja_template(
         for i, mark in enumerate(marks):
             before, found, text = text.partition(mark)
             if not found or mark in text:
-                return f"the chat template writes message {i + 1} ({roles[i]}) {'twice' if found else 'not at all, or not in its place'}"
+                how = "twice" if found else "not at all, or not in its place"
+                return f"the chat template writes message {i + 1} ({roles[i]}) {how}"
             parts.append(before)
         return (*parts, text)
 
@@ -181,9 +208,15 @@ def _skeleton(
         if isinstance(opened, str):
             fault = opened
         elif not whole[i].startswith(opened[-1]):
-            fault = f"the generation prompt ends in {opened[-1]!r}, but before the answer stands {whole[i]!r}"
+            fault = (
+                f"the generation prompt ends in {opened[-1]!r}, but before the answer stands "
+                f"{whole[i]!r}"
+            )
         elif i == len(roles) - 1 and opened[:-1] != whole[:i]:
-            fault = "the template writes the messages before the answer otherwise when the answer is there"
+            fault = (
+                "the template writes the messages before the answer otherwise when the answer is "
+                "there"
+            )
         opens.append(len(opened[-1]) if not fault else len(whole[i]))
         ends.append(end or 0)
         faults.append(fault)
@@ -193,7 +226,10 @@ def _skeleton(
 
 
 def _common_end(alone: str, within: str, border: re.Pattern[str]) -> int | None:
-    """How much of `within` is the suffix that a message has when nothing follows: all of it, or whole parts up to a special token."""
+    """How much of `within` is the suffix that a message has when nothing follows.
+
+    That is all of it, or whole parts up to a special token; None where it cannot be told.
+    """
     if within.startswith(alone):
         return len(alone)
     end, seen = 0, False
@@ -205,12 +241,16 @@ def _common_end(alone: str, within: str, border: re.Pattern[str]) -> int | None:
 
 
 def split_chat(messages: Sequence[Message], template: Template, opened: bool = False) -> list[Span]:
-    """One Span a message, and one more for the opened answer if `opened`. ValueError: unknown role, or a template that cannot be split."""
+    """One Span a message, and one more for the opened answer if `opened`.
+
+    ValueError: unknown role, or a template that cannot be split.
+    """
     for i, message in enumerate(messages):
         if message["role"] not in template.role_tags:
             known = ", ".join(template.role_tags)
             raise ValueError(
-                f"message {i + 1} has role {message['role']!r}; the roles known are {known}: correct it, or give it a tag in --role-tags"
+                f"message {i + 1} has role {message['role']!r}; the roles known are {known}: "
+                "correct it, or give it a tag in --role-tags"
             )
     if isinstance(template, JinjaTemplate):
         return _split_jinja(messages, template, opened)
@@ -241,7 +281,8 @@ def _split_jinja(messages: Sequence[Message], template: JinjaTemplate, opened: b
     if opened:
         if skeleton.faults[-1]:
             raise ValueError(
-                f"the answer to this dialogue ({' '.join(roles)}) cannot be opened: {skeleton.faults[-1]}; {REMEDY}"
+                f"the answer to this dialogue ({' '.join(roles)}) cannot be opened: "
+                f"{skeleton.faults[-1]}; {REMEDY}"
             )
         texts = (*texts[:count], texts[count][: skeleton.opens[count]])
     contents = _contents(template.render(given, opened), texts, given)
@@ -270,7 +311,10 @@ def _given(message: Message, tags: Tags) -> Message:
 
 
 def _contents(text: str, texts: tuple[str, ...], messages: Sequence[Message]) -> list[str]:
-    """The contents as the template wrote them, as they are or stripped; ValueError where the text is not texts and contents in turn."""
+    """The contents as the template wrote them, as they are or stripped.
+
+    ValueError where the text is not texts and contents in turn.
+    """
     contents = [message["content"] for message in messages]
     if (
         text
@@ -297,13 +341,17 @@ def _contents(text: str, texts: tuple[str, ...], messages: Sequence[Message]) ->
         i = min(len(found), len(contents) - 1)
         who = f"message {i + 1} ({messages[i]['role']})" if messages else "this dialogue"
         raise ValueError(
-            f"{who} cannot be split faithfully: the tokenizer's chat template changes its content or writes it depending on it; {REMEDY}"
+            f"{who} cannot be split faithfully: the tokenizer's chat template changes its content "
+            f"or writes it depending on it; {REMEDY}"
         )
     return found
 
 
 def export_template(template: Template) -> str:
-    """Jinja source for tokenizer.chat_template that writes what was trained; a dialogue with an unknown role raises."""
+    """Jinja source for tokenizer.chat_template that writes what was trained.
+
+    A dialogue with an unknown role raises.
+    """
     if isinstance(template, JinjaTemplate):
         return template.source
     prefixes = {
@@ -314,7 +362,8 @@ def export_template(template: Template) -> str:
     return (
         f"{{%- set prefixes = {quote(prefixes)} -%}}{{{{- {quote(template.bos)} -}}}}"
         "{%- for message in messages -%}{%- if message['role'] not in prefixes -%}"
-        "{{- raise_exception('unknown role ' + message['role'] + '; known: ' + prefixes | join(', ')) -}}{%- endif -%}"
+        "{{- raise_exception('unknown role ' + message['role'] + '; known: ' + prefixes | join(', "
+        "')) -}}{%- endif -%}"
         f"{{{{- prefixes[message['role']] + message['content'] + {quote(template.suffix)} -}}}}{{%- endfor -%}}"
         f"{{%- if add_generation_prompt -%}}{{{{- prefixes[{quote(ANSWER)}] -}}}}{{%- endif -%}}"
     )

@@ -1,4 +1,4 @@
-"""ChatTokenizer: a tokenizer with its chat template, new tokens, stop tokens and literal encoding."""
+"""A tokenizer with its chat template, new tokens, stop tokens and literal encoding."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ class TokenizerConfig:
     pad_token: str | None = None
     """Padding token for a tokenizer that names none; must be in its vocabulary."""
     init_tokens: tuple[str, ...] = ()
-    """token=text pairs: new tokens, each starting from the mean of the embeddings of the pieces of a text, e.g. "<RS>=<s>"."""
+    """token=text pairs: new tokens, each starting from the mean of the embeddings of the pieces of
+    a text, e.g. "<RS>=<s>"."""
 
 
 class NewToken(NamedTuple):
@@ -270,15 +271,18 @@ def _extend(fast: PreTrainedTokenizerFast, tokens: Sequence[str]) -> None:
 def load_tokenizer(
     path: str | None, config: TokenizerConfig = TokenizerConfig()
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer in config.tokenizer_path, else in `path` (the model's folder); nothing is looked up on a hub.
+    """The tokenizer in config.tokenizer_path, else in `path` (the model's folder).
 
-    ValueError: no such folder, no fast tokenizer in it, a token that the vocabulary lacks or that the tokenizer has already named otherwise."""
+    Nothing is looked up on a hub. ValueError: no such folder, no fast tokenizer in it, a token that
+    the vocabulary lacks or that the tokenizer has already named otherwise.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     folder = Path(config.tokenizer_path or path or "")
     if not (config.tokenizer_path or path) or not folder.is_dir():
         raise ValueError(
-            f"tokenizer folder {str(folder)!r} does not exist; give the folder of a tokenizer in --tokenizer-path"
+            f"tokenizer folder {str(folder)!r} does not exist; give the folder of a tokenizer in "
+            "--tokenizer-path"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -287,11 +291,13 @@ def load_tokenizer(
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = str(error).strip().splitlines()[:1] or [repr(error)]
         raise ValueError(
-            f"folder {str(folder)!r} holds no tokenizer that can be loaded ({why[0]}); give one with a tokenizer.json"
+            f"folder {str(folder)!r} holds no tokenizer that can be loaded ({why[0]}); give one "
+            "with a tokenizer.json"
         ) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(
-            f"the tokenizer in {str(folder)!r} is not backed by a tokenizer.json, which chats are encoded with; convert it to a fast one"
+            f"the tokenizer in {str(folder)!r} is not backed by a tokenizer.json, which chats are "
+            "encoded with; convert it to a fast one"
         )
     for kind in ("bos_token", "eos_token", "pad_token"):
         _set_token(tokenizer, kind, getattr(config, kind))
@@ -305,11 +311,13 @@ def _set_token(tokenizer: PreTrainedTokenizerFast, kind: str, token: str | None)
     flag = "--" + kind.replace("_", "-")
     if has is not None:
         raise ValueError(
-            f"{flag} {token!r} is given, but the tokenizer's own is {has!r} and the model was trained with it; leave the flag out"
+            f"{flag} {token!r} is given, but the tokenizer's own is {has!r} and the model was "
+            "trained with it; leave the flag out"
         )
     if token not in tokenizer.get_vocab():
         raise ValueError(
-            f"{flag} {token!r} is not in the vocabulary; give a token that is, or declare it with --init-tokens"
+            f"{flag} {token!r} is not in the vocabulary; give a token that is, or declare it with "
+            "--init-tokens"
         )
     setattr(tokenizer, kind, token)
 
@@ -317,8 +325,11 @@ def _set_token(tokenizer: PreTrainedTokenizerFast, kind: str, token: str | None)
 def vocabulary(
     tokenizer: PreTrainedTokenizerFast, content_tokens: Sequence[str] = ()
 ) -> Vocabulary:
-    """What chats are encoded with. `content_tokens` are added tokens that count in content too, e.g. <doc_sep>; any other is plain text there.
-    ValueError: a content token that is no added token. Make it again after adding tokens."""
+    """What chats are encoded with; make it again after adding tokens.
+
+    `content_tokens` are added tokens that count in content too, e.g. <doc_sep>; any other is plain
+    text there. ValueError: a content token that is no added token.
+    """
     backend = tokenizer.backend_tokenizer
     added = {token.content: (id, token) for id, token in backend.get_added_tokens_decoder().items()}
     # runs of white space are text to every user, whatever table a tokenizer keeps them in
@@ -326,7 +337,8 @@ def vocabulary(
     for text in content_tokens:
         if text not in special:
             raise ValueError(
-                f"content token {text!r} is no added token of the tokenizer; add it with --init-tokens, or leave it out"
+                f"content token {text!r} is no added token of the tokenizer; add it with "
+                "--init-tokens, or leave it out"
             )
     source = json.loads(backend.to_str())
     literal = _literal(source, special)
@@ -361,7 +373,10 @@ def _encoder(source: dict[str, Any]):
 
 
 def _literal(source: dict[str, Any], special: dict[str, int]) -> dict[str, Any]:
-    """The tokenizer without special tokens: not as added tokens, and not as words of its model, which could match them in plain text too."""
+    """The tokenizer without special tokens.
+
+    They are neither its added tokens nor words of its model, which could match them in plain text.
+    """
     model = dict(source["model"])
     hidden = special.keys() & (
         model["vocab"].keys()
@@ -413,7 +428,10 @@ def _steps(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 
 
 def _begins(source: dict[str, Any]) -> str | None:
-    """Where the tokenizer puts a space in front of a text: "first" only at its very beginning, "always" after each special token too."""
+    """Where the tokenizer puts a space in front of a text; None: nowhere.
+
+    "first": at its very beginning only; "always": after each special token too.
+    """
     found = None
     for step in (*_steps(source["normalizer"]), *_steps(source["pre_tokenizer"])):
         if (
@@ -444,7 +462,10 @@ def _without_prefix(source: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_role_tags(pairs: Sequence[str]) -> dict[str, str]:
-    """("user=Human", "bot=AI") -> {"user": "Human", "assistant": "AI"}; ValueError for what is not role=tag or comes twice."""
+    """("user=Human", "bot=AI") -> {"user": "Human", "assistant": "AI"}.
+
+    ValueError for what is not role=tag or comes twice.
+    """
     tags: dict[str, str] = {}
     for pair in pairs:
         role, equals, tag = pair.partition("=")
@@ -459,8 +480,11 @@ def parse_role_tags(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def template_of(tokenizer: PreTrainedTokenizerFast, config: ChatConfig) -> Template:
-    """The explicit template where config gives a prefix or suffix, else the tokenizer's own. Role tags name the roles of the explicit one,
-    or rename roles for the tokenizer's own. ValueError: no template at all, or parts that cannot work."""
+    """The explicit template where config gives a prefix or suffix, else the tokenizer's own.
+
+    Role tags name the roles of the explicit one, or rename roles for the tokenizer's own.
+    ValueError: no template at all, or parts that cannot work.
+    """
     tags = parse_role_tags(config.role_tags)
     if config.prefix_template is not None or config.suffix_template is not None:
         prefix, suffix = (
@@ -470,7 +494,8 @@ def template_of(tokenizer: PreTrainedTokenizerFast, config: ChatConfig) -> Templ
         return explicit_template(prefix, suffix, tags, tokenizer.bos_token)
     if not tokenizer.chat_template:
         raise ValueError(
-            "the tokenizer has no chat template; give --prefix-template and --suffix-template (and --role-tags)"
+            "the tokenizer has no chat template; give --prefix-template and --suffix-template (and "
+            "--role-tags)"
         )
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
@@ -511,13 +536,19 @@ def _answer_suffix(template: Template) -> str:
 
 
 def stop_ids(template: Template, vocab: Vocabulary) -> list[int]:
-    """The special token that ends an answer (for generation_config.eos_token_id), [] where an answer ends in plain text or not at all."""
+    """The special token that ends an answer, for generation_config.eos_token_id.
+
+    The list is empty where an answer ends in plain text or not at all.
+    """
     found = special_border(frozenset(vocab.special)).search(_answer_suffix(template))
     return [vocab.special[found.group()]] if found else []
 
 
 def stop_strings(template: Template, vocab: Vocabulary) -> list[str]:
-    """The plain text that ends an answer where no special token does; [] where one does or nothing ends it."""
+    """The plain text that ends an answer where no special token does.
+
+    The list is empty where a special token ends it, or nothing.
+    """
     suffix = _answer_suffix(template)
     return [] if stop_ids(template, vocab) or not suffix else [suffix]
 
@@ -528,8 +559,12 @@ def disagreement(
     chats: Sequence[Sequence[Message]],
     encoded: Sequence[Sequence[int]],
 ) -> str:
-    """How the exported template, tokenized as one text by plain transformers, first differs from the ids that were trained; "" where it
-    does not. Templates whose borders are plain text can differ, since a tokenizer merges across borders that training keeps."""
+    """How the exported template first differs from training, in words; "" where it does not.
+
+    It is tokenized as one text by plain transformers and compared with the ids that were trained.
+    Templates whose borders are plain text can differ: a tokenizer merges across borders that
+    training keeps.
+    """
     source = export_template(template)
     for i, (chat, ids) in enumerate(zip(chats, encoded, strict=True)):
         plain = [

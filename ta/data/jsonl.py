@@ -15,7 +15,10 @@ MAX_LINE = 32 << 20  # bytes
 
 
 class BadRecord(ValueError):
-    """What is wrong with one record: a short countable `reason`, and `unusable` where the record is well formed but teaches nothing."""
+    """What is wrong with one record.
+
+    `reason` is short and can be counted. `unusable`: the record is well formed but teaches nothing.
+    """
 
     def __init__(self, reason: str, message: str, unusable: bool = False):
         super().__init__(message)
@@ -23,7 +26,10 @@ class BadRecord(ValueError):
 
 
 def regular_file(path: str) -> os.stat_result:
-    """The stat of a file that can be read as data, or a ValueError that says what stands there instead."""
+    """The stat of a file that can be read as data.
+
+    ValueError that says what stands there instead.
+    """
     try:
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -43,9 +49,10 @@ def regular_file(path: str) -> os.stat_result:
 
 
 def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """Stream (1-based line, bytes) of the lines that are not blank; of a line over MAX_LINE only its first MAX_LINE + 1 bytes.
+    """Stream (1-based line, bytes) of the lines that are not blank.
 
-    ValueError for what makes the whole file unreadable: missing, a directory or pipe, nothing in it, a damaged or cut gzip stream.
+    Of a line over MAX_LINE only its first MAX_LINE + 1 bytes. ValueError for what makes the whole
+    file unreadable: missing, a directory or pipe, nothing in it, a damaged or cut gzip stream.
     """
     number = found = 0
     regular_file(path)
@@ -57,11 +64,13 @@ def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
                     part = file.readline(MAX_LINE + 1)
             except EOFError:
                 raise ValueError(
-                    f"{path}:{number + 1}: the gzip file ends before its end mark (a cut download?); give the whole file"
+                    f"{path}:{number + 1}: the gzip file ends before its end mark (a cut "
+                    "download?); give the whole file"
                 ) from None
             except (gzip.BadGzipFile, zlib.error) as error:
                 raise ValueError(
-                    f"{path}:{number + 1}: not sound gzip ({error}); give a .jsonl.gz, or a plain .jsonl without .gz"
+                    f"{path}:{number + 1}: not sound gzip ({error}); give a .jsonl.gz, or a plain "
+                    ".jsonl without .gz"
                 ) from None
             if not raw:
                 break
@@ -91,7 +100,8 @@ def _single_keys(pairs: list[tuple[str, Any]]) -> dict:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise BadRecord(
             "key given twice",
-            f"key {twice!r} stands twice in one object, so one of its values would be lost; keep one",
+            f"key {twice!r} stands twice in one object, so one of its values would be lost; keep "
+            "one",
         )
     return data
 
@@ -102,7 +112,11 @@ _decode = json.JSONDecoder(
 
 
 def parse_record(raw: bytes) -> dict:
-    """The JSON object of one line. BadRecord where it is none; a key given twice is refused, since JSON would keep the last in silence."""
+    """The JSON object of one line.
+
+    BadRecord where it is none; a key given twice is refused, since JSON would keep the last in
+    silence.
+    """
     if len(raw) > MAX_LINE:
         raise BadRecord(
             "line over 32 MiB",
@@ -122,17 +136,22 @@ def parse_record(raw: bytes) -> dict:
         raise
     except json.JSONDecodeError as error:
         near = text[max(error.pos - 20, 0) : error.pos + 20]
-        message = f"not JSON: {error.msg.removesuffix(' at')} at column {error.pos + 1}, near {near!r}; give one JSON object a line"
+        message = (
+            f"not JSON: {error.msg.removesuffix(' at')} at column {error.pos + 1}, near {near!r}; "
+            "give one JSON object a line"
+        )
         raise BadRecord("not JSON", message) from None
     except UnicodeDecodeError as error:
         raise BadRecord(
             "not UTF-8",
-            f"byte {error.start + 1} of the line is not UTF-8 (0x{raw[error.start]:02x}); save the file as UTF-8",
+            f"byte {error.start + 1} of the line is not UTF-8 (0x{raw[error.start]:02x}); save the "
+            "file as UTF-8",
         ) from None
     except UnicodeEncodeError:
         raise BadRecord(
             "lone surrogate",
-            "a lone surrogate (\\uD800-\\uDFFF without its other half) is no character; give valid text",
+            "a lone surrogate (\\uD800-\\uDFFF without its other half) is no character; give valid "
+            "text",
         ) from None
     except RecursionError:
         raise BadRecord(
@@ -146,13 +165,17 @@ def parse_record(raw: bytes) -> dict:
     if not isinstance(data, dict):
         raise BadRecord(
             "not an object",
-            f"the line holds {named(data)}, not an object; give one {{...}} a line, no list around them",
+            f"the line holds {named(data)}, not an object; give one {{...}} a line, no list around "
+            "them",
         )
     return data
 
 
 def read_jsonl(path: str) -> Iterator[tuple[int, dict]]:
-    """Stream (1-based line, object) of a .jsonl or .jsonl.gz file; every failure is a ValueError "file:line: what, why, what to give"."""
+    """Stream (1-based line, object) of a .jsonl or .jsonl.gz file.
+
+    Every failure is a ValueError "file:line: what, why, what to give".
+    """
     for line, raw in read_lines(path):
         try:
             data = parse_record(raw)

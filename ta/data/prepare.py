@@ -1,4 +1,7 @@
-"""The prepared set: records encoded once, kept as memory-mapped arrays under the hash of what they were made from."""
+"""Prepared data: records encoded once and kept as memory-mapped arrays.
+
+They lie in the cache under a hash of all that they were made from.
+"""
 
 from __future__ import annotations
 
@@ -66,13 +69,16 @@ PREPARE_VERSION = 1  # of what records become; raise it when the ids or weights 
 @dataclass(frozen=True)
 class DataConfig:
     data: tuple[str, ...] = ()
-    """Training sources: FILE.jsonl, FILE@0.1 (share), FILE@500 (count), FILE@500,offset=10,rows=100,system=TEXT. Default: built-in data."""
+    """Training sources: FILE.jsonl, FILE@0.1 (share), FILE@500 (count),
+    FILE@500,offset=10,rows=100,system=TEXT. Default: built-in data."""
     val_data: tuple[str, ...] = ()
     """Evaluation sources, written alike."""
     on_bad_record: Literal["error", "skip"] = "error"
-    """A record that is wrong stops the run at its file and line, or is skipped, counted and written aside."""
+    """A record that is wrong stops the run at its file and line, or is skipped, counted and written
+    aside."""
     max_bad_share: float = 0.01
-    """More skipped records than this share of all, or more pairs of equal answers, are an error again (0 to 1)."""
+    """More skipped records than this share of all, or more pairs of equal answers, are an error
+    again (0 to 1)."""
     cache_dir: str = ""
     """Where prepared data is kept. Default: $TA_CACHE, or ta in the user's cache folder."""
 
@@ -276,7 +282,11 @@ def preview(prepared: Prepared, tokenizer: ChatTokenizer) -> None:
 
 
 def read_drops(prepared: Prepared) -> Iterator[dict]:
-    """What was not used: {"source" (index), "file", "line", "reason"}, and "text" for a bad line that was skipped."""
+    """What was not used, in order.
+
+    Each is {"source" (index), "file", "line", "reason"}, with "text" for a bad line that was
+    skipped.
+    """
     with open(
         Path(prepared.info["folder"]) / "drops.jsonl", encoding="utf-8", errors="surrogateescape"
     ) as lines:
@@ -285,7 +295,7 @@ def read_drops(prepared: Prepared) -> Iterator[dict]:
 
 
 def write_drops(prepared: Prepared, path: str) -> None:
-    """Write {"file", "line", "reason", "text"?} of what was not used as JSONL, for the run folder."""
+    """Write what was not used to a file of JSON lines: {"file", "line", "reason", "text"?}."""
     with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
         for entry in read_drops(prepared):
             file.write(
@@ -297,7 +307,10 @@ def write_drops(prepared: Prepared, path: str) -> None:
 
 
 def report(info: dict[str, Any]) -> list[str]:
-    """Lines for a person: what was taken from where, how much of it is learned, what was dropped and why."""
+    """Lines for a person.
+
+    They say what was taken from where, how much of it is learned, what was dropped and why.
+    """
     share = 100 * info["learned_tokens"] / max(info["tokens"], 1)
     before = " (prepared before)" if info["cached"] else ""
     lines = [
@@ -328,7 +341,8 @@ def _parse(texts: Sequence[str], config: DataConfig, chat: ChatConfig) -> list[S
         if source.system_prompt and (chat.system_prompt or chat.ignore_system_prompt):
             other = "--ignore-system-prompt" if chat.ignore_system_prompt else "--system-prompt"
             raise ValueError(
-                f"{source.path}: has system={source.system_prompt!r} of its own beside {other}; give one of them"
+                f"{source.path}: has system={source.system_prompt!r} of its own beside {other}; "
+                "give one of them"
             )
     return parsed
 
@@ -450,7 +464,10 @@ def _append(
     counts: dict[str, int],
     done: list[tuple[Record, Encoded]],
 ) -> None:
-    """Add the encoded records of one chunk to the columns, which the first chunk opens, and to the counts."""
+    """Add the encoded records of one chunk to the columns and to the counts.
+
+    The first chunk opens the columns.
+    """
     import numpy as np
 
     first = done[0][1]
@@ -503,7 +520,11 @@ def _append(
 def _open(
     folder: Path, sources: list[Source], texts: list[str], config: DataConfig
 ) -> Prepared | str:
-    """The prepared set in `folder` with places named by the sources of today, or why it is not one ("" if absent or too bad for `config`)."""
+    """The prepared set in `folder`, or why it is not one.
+
+    Places are named by the files of today. The reason is "" where nothing is there, or where it has
+    too many bad records for `config`.
+    """
     found = open_arrays(folder)
     if isinstance(found, str):
         return found

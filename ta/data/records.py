@@ -1,4 +1,7 @@
-"""The kinds of records: one checker each, which says what is wrong or gives the record in its one canonical form."""
+"""One checker for each kind of record.
+
+It says what is wrong, or gives the record in its one canonical form.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,11 @@ MAX_NUMBER = 1e30  # what margins, rewards and weights may reach without leaving
 
 
 def check_chat(data: dict, need_answer: bool = True, types: tuple[str, ...] = ("text",)) -> dict:
-    """{"messages": [{role, content, loss?}]}: the record with canonical messages; unknown keys stay, an optional key that is null is absent.
+    """{"messages": [{role, content, loss?}]}: the record with canonical messages.
 
-    Like every checker: `bot` becomes `assistant`, `disable_loss: true` becomes `loss: false`, and BadRecord says what is wrong.
-    With `need_answer`, some message must be an answer (or carry a `loss` of its own).
+    Unknown keys stay, an optional key that is null is absent. Like every checker: `bot` becomes
+    `assistant`, `disable_loss: true` becomes `loss: false`, and BadRecord says what is wrong. With
+    `need_answer`, some message must be an answer (or carry a `loss` of its own).
     """
     messages = _messages(data, "messages", types)
     if need_answer and not any(
@@ -22,20 +26,23 @@ def check_chat(data: dict, need_answer: bool = True, types: tuple[str, ...] = ("
     ):
         raise BadRecord(
             "no answer",
-            f"no message of role assistant (roles: {_roles(messages)}), so nothing can be learned; give an answer",
+            f"no message of role assistant (roles: {_roles(messages)}), so nothing can be learned; "
+            "give an answer",
         )
     return {**data, "messages": messages}
 
 
 def check_prompt(data: dict) -> dict:
-    """A chat to be answered: {"messages": [...]}, an answer at its end is allowed and not needed."""
+    """A chat to be answered: {"messages": [...]}; an answer at its end is allowed, not needed."""
     return check_chat(data, need_answer=False)
 
 
 def check_media(data: dict, need_answer: bool = True) -> dict:
-    """A chat whose messages may be {"role", "type": text | image | audio, "content": text or path}, or hold a list of such parts.
+    """A chat with pictures and sounds.
 
-    Pictures and sounds stand in messages that are neither answers nor system prompts and, with `need_answer`, before some answer.
+    Its messages may be {"role", "type": text | image | audio, "content": text or path}, or hold a
+    list of such parts. Pictures and sounds stand in messages that are neither answers nor system
+    prompts and, with `need_answer`, before some answer.
     """
     data = check_chat(data, need_answer, types=("text", "image", "audio"))
     answers = [
@@ -47,7 +54,8 @@ def check_media(data: dict, need_answer: bool = True) -> dict:
         if found and message["role"] in ("assistant", "system"):
             raise BadRecord(
                 f"{found} in a message of role {message['role']}",
-                f"messages[{place}] of role {message['role']} is {found}; answers and system prompts are text, put it into a question",
+                f"messages[{place}] of role {message['role']} is {found}; answers and system "
+                "prompts are text, put it into a question",
             )
         if found and need_answer and (not answers or place > answers[-1]):
             raise BadRecord(
@@ -58,9 +66,10 @@ def check_media(data: dict, need_answer: bool = True) -> dict:
 
 
 def check_pair(data: dict) -> dict:
-    """{"context", "answer_w", "answer_l", precomputed_margin?}, or prompt/chosen/rejected as text or messages, read into the former.
+    """{"context", "answer_w", "answer_l", precomputed_margin?}.
 
-    Two equal answers are no error but unusable: nothing tells them apart.
+    prompt/chosen/rejected, as text or messages, is read into it. Two equal answers are no error but
+    unusable: nothing tells them apart.
     """
     if "context" not in data and ("chosen" in data or "rejected" in data):
         data = _from_chosen(data)
@@ -89,7 +98,10 @@ def check_labelled(data: dict) -> dict:
 
 
 def check_question(data: dict) -> dict:
-    """A chat whose last question is to be answered from passages: {"messages", "gold"?: id or list of ids of passages that hold the answer}."""
+    """{"messages", "gold"?}: a chat whose last question is to be answered from passages.
+
+    `gold` is an id, or a list of ids, of passages that hold the answer.
+    """
     gold = data.get("gold")
     gold = [] if gold is None else gold if isinstance(gold, list) else [gold]
     if not all(isinstance(name, str | int) and not isinstance(name, bool) for name in gold):
@@ -102,7 +114,8 @@ def check_question(data: dict) -> dict:
     if not asked or asked[-1]["role"] == SYSTEM:
         raise BadRecord(
             "no question",
-            "no message of a user comes before the answer, so there is nothing to search for; give a question",
+            "no message of a user comes before the answer, so there is nothing to search for; give "
+            "a question",
         )
     return checked | {"gold": [str(name) for name in dict.fromkeys(gold)]}
 
@@ -119,7 +132,10 @@ def check_class(data: dict) -> dict:
 
 
 def check_candidates(data: dict) -> dict:
-    """{"messages", "answers": [{id, content}], rewards?: {answer id: number}}; ids become text, an answer without one gets its place."""
+    """{"messages", "answers": [{id, content}], rewards?: {answer id: number}}.
+
+    Ids become text; an answer without one gets its place.
+    """
     given = data.get("answers")
     if not isinstance(given, list) or not given:
         raise BadRecord(
@@ -145,7 +161,8 @@ def check_candidates(data: dict) -> dict:
         if not isinstance(rewards, dict) or rewards.keys() != set(names):
             raise BadRecord(
                 "rewards do not fit",
-                f"rewards is {_shown(data, 'rewards')} for answers {names}; give one number for each id",
+                f"rewards is {_shown(data, 'rewards')} for answers {names}; give one number for "
+                "each id",
             )
         rewards = {name: _number(rewards, name, "rewards do not fit") for name in names}
         if None in rewards.values():
@@ -192,7 +209,8 @@ def _message(given: object, where: str, types: tuple[str, ...] = ("text",)) -> d
     if not isinstance(role, str) or not role:
         raise BadRecord(
             "role is not text",
-            f"the role of {where} is {_shown(given, 'role')}; give a name such as user or assistant",
+            f"the role of {where} is {_shown(given, 'role')}; give a name such as user or "
+            "assistant",
         )
     if isinstance(content, list) and content and len(types) > 1:
         content = [
@@ -249,7 +267,8 @@ def _part(given: object, where: str, types: tuple[str, ...]) -> dict:
     ):
         raise BadRecord(
             "part of a message",
-            f"{where} is {named(given)}; give {{type, content}} with text or path, type one of {', '.join(types)}",
+            f"{where} is {named(given)}; give {{type, content}} with text or path, type one of "
+            f"{', '.join(types)}",
         )
     return {"type": given["type"], "content": given["content"]}
 
@@ -274,7 +293,10 @@ def _answer(data: dict, key: str) -> dict:
 
 
 def _from_chosen(data: dict) -> dict:
-    """prompt/chosen/rejected -> context/answer_w/answer_l; chosen and rejected may be answers or whole dialogues with a common beginning."""
+    """prompt/chosen/rejected -> context/answer_w/answer_l.
+
+    Chosen and rejected may be answers or whole dialogues with a common beginning.
+    """
     plain = {
         key: value for key, value in data.items() if key not in ("prompt", "chosen", "rejected")
     }
@@ -300,7 +322,8 @@ def _from_chosen(data: dict) -> dict:
     if start and start[-len(context) :] != context:
         raise BadRecord(
             "prompt not in chosen",
-            "chosen starts with other messages than prompt; give the prompt once, or twice the same",
+            "chosen starts with other messages than prompt; give the prompt once, or twice the "
+            "same",
         )
     return {**plain, **answers, "context": start or context}
 

@@ -1,4 +1,4 @@
-"""Sources: which records of which files are taken, and the report of those that could not be used."""
+"""Sources of records: which records of which files are taken, and why others are not used."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ Check = Callable[[dict], dict]
 
 
 class Source(NamedTuple):
-    """A file and what is taken of it: `rows` records from `offset`, of these a seeded `share` in (0, 1] or `count`."""
+    """A file and what is taken of it.
+
+    Of `rows` records from `offset` a seeded `share` in (0, 1] or `count` is chosen.
+    """
 
     path: str
     share: float | None = None
@@ -40,9 +43,11 @@ class Record(NamedTuple):
 
 
 def parse_source(text: str) -> Source:
-    """Read `file.jsonl`, `file.jsonl@0.1` (share, has a point), `file.jsonl@500` (count), `file.jsonl@500,offset=10,rows=100,system=Be kind, ...`.
+    """Read a file's name and the choice of its records.
 
-    `system=` takes the rest of the text. An `@` may belong to the path: the longest path that exists is taken.
+    It is `file.jsonl`, `file.jsonl@0.1` (share, has a point), `file.jsonl@500` (count) or
+    `file.jsonl@500,offset=10,rows=100,system=Be kind, ...`, where `system=` takes the rest of the
+    text. An `@` may belong to the path: the longest path that exists is taken.
     """
     cuts = [i for i, letter in enumerate(text) if letter == "@"]
     if not text or text.startswith("@"):
@@ -57,7 +62,8 @@ def parse_source(text: str) -> Source:
         except ValueError as error:
             failure = failure or error
     raise ValueError(
-        f"source {text!r}: {failure}; give file.jsonl@0.1 (share), @500 (count), @500,offset=10,rows=100,system=TEXT"
+        f"source {text!r}: {failure}; give file.jsonl@0.1 (share), @500 (count), "
+        "@500,offset=10,rows=100,system=TEXT"
     )
 
 
@@ -97,10 +103,11 @@ def _with_choice(path: str, choice: str) -> Source:
 
 
 def select(source: Source, seed: int) -> tuple[bytearray, str]:
-    """Which records of a source are taken: a flag for each line that is not blank, and a remark or "".
+    """Which records of a source are taken: a flag for each line that is not blank; and a remark.
 
-    The choice ranks records by a keyed hash of their line, so it depends on the seed and the lines alone: not on other sources, names
-    or order; a larger share contains the smaller one. Identical lines are as many records.
+    The choice ranks records by a keyed hash of their line. It depends on the seed and the lines
+    alone, not on other sources, names or order; a larger share contains the smaller one. Identical
+    lines are as many records. The remark is "" where there is nothing to say.
     """
     chosen = source.share is not None or source.count is not None
     ranks, key = array("Q"), str(seed).encode()[:64]
@@ -109,7 +116,8 @@ def select(source: Source, seed: int) -> tuple[bytearray, str]:
     window = range(len(ranks))[source.offset :][: source.rows]
     if not window:
         raise ValueError(
-            f"{source.path}: offset={source.offset} leaves nothing of its {len(ranks)} records; give a smaller offset"
+            f"{source.path}: offset={source.offset} leaves nothing of its {len(ranks)} records; "
+            "give a smaller offset"
         )
     want = (
         source.count
@@ -126,7 +134,10 @@ def select(source: Source, seed: int) -> tuple[bytearray, str]:
 
 
 class Drops:
-    """Counts what was not used by reason, with the first places, and writes it aside as JSONL; decides when bad records are an error."""
+    """Counts what was not used, by reason, and names the first places.
+
+    It writes each as a line of JSON to `aside` and decides when bad records are an error.
+    """
 
     def __init__(
         self,
@@ -147,7 +158,11 @@ class Drops:
         self.first: dict[str, list[tuple[int, int]]] = {}
 
     def bad_record(self, source: int, path: str, line: int, error: ValueError, raw: bytes) -> None:
-        """Count a record that is wrong, or raise ValueError: always unless skipping, and when skipped ones outgrow `max_bad_share`."""
+        """Count a record that is wrong, or raise ValueError.
+
+        It raises always unless bad records are skipped, and when skipped ones are more than
+        `max_bad_share` allows.
+        """
         if getattr(error, "unusable", False):
             return self.drop(source, path, line, error.reason)
         if not self.skip:
@@ -159,7 +174,8 @@ class Drops:
         )
         if self.bad > self.max_bad_share * self.expected:
             raise ValueError(
-                f"{path}:{line}: {error}\nbad records: {self.bad} so far of {self.expected}, over --max-bad-share {self.max_bad_share}; "
+                f"{path}:{line}: {error}\nbad records: {self.bad} so far of {self.expected}, over "
+                f"--max-bad-share {self.max_bad_share}; "
                 f"mend them or raise it. By reason: {self.table()}"
             ) from None
 
@@ -206,7 +222,10 @@ class Drops:
 def scan(
     index: int, source: Source, keep: Sequence[int], check: Check, drops: Drops
 ) -> Iterator[tuple[Record, bytes]]:
-    """Stream the chosen records of one source, checked, each with its line as bytes; the rest goes to `drops`."""
+    """Stream the chosen records of one source, checked, each with its line as bytes.
+
+    The rest goes to `drops`.
+    """
     chosen: Iterable = (
         numbered for numbered, kept in zip(read_lines(source.path), keep, strict=False) if kept
     )
@@ -225,7 +244,10 @@ def scan(
 
 
 def chunks(stream: Iterable[tuple[Record, bytes]]) -> Iterator[list[tuple[Record, bytes]]]:
-    """Lists of at most CHUNK_RECORDS records and about CHUNK_BYTES, so that memory does not grow with the data."""
+    """Lists of at most CHUNK_RECORDS records and about CHUNK_BYTES.
+
+    Memory therefore does not grow with the data.
+    """
     chunk, size = [], 0
     for record, raw in stream:
         chunk.append((record, raw))
@@ -240,7 +262,10 @@ def chunks(stream: Iterable[tuple[Record, bytes]]) -> Iterator[list[tuple[Record
 
 @contextmanager
 def no_long_collections() -> Iterator[None]:
-    """Python's search for dead cycles would walk all records and tokens again and again: that of what is new, which `chunks` asks for, is enough."""
+    """Turn off Python's search for dead cycles, which would walk all tokens again and again.
+
+    The search among what is new, which `chunks` asks for, is enough.
+    """
     was = gc.isenabled()
     gc.disable()
     try:
@@ -251,7 +276,10 @@ def no_long_collections() -> Iterator[None]:
 
 
 def pin_errors(many: Callable[[list[dict]], Sequence], records: list[dict]) -> list:
-    """`many(records)`, with a ValueError in the place of each record that causes one (found by halving) instead of failing them all."""
+    """`many(records)`, with a ValueError in the place of each record that causes one.
+
+    Those are found by halving, so that the other records do not fail.
+    """
     try:
         return list(many(records))
     except ValueError as error:
@@ -264,7 +292,10 @@ def pin_errors(many: Callable[[list[dict]], Sequence], records: list[dict]) -> l
 def read_records(
     sources: Iterable[str], check: Check, drops: Drops | None = None, seed: int = 0
 ) -> Iterator[Record]:
-    """Stream the checked records of several sources without preparing them; sources go in the order of their text, as in `prepare`."""
+    """Stream the checked records of several sources without preparing them.
+
+    Sources go in the order of their text, as in `prepare`.
+    """
     drops = drops or Drops()
     parsed = [parse_source(text) for text in sorted(sources)]
     kept = [select(source, seed) for source in parsed]

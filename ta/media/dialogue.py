@@ -1,4 +1,4 @@
-"""Pictures and sounds in chats: the placeholder text that stands for each, and which of them a cut dialogue keeps."""
+"""Pictures and sounds in chats: placeholder text for each, and which a cut dialogue keeps."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ def place_media(
 ) -> tuple[list[Message], Media]:
     """The messages with placeholder text where a picture or sound stood, and these in order.
 
-    Such a message carries `parts`, its text cut into (text, whether it is placeholders): only there do media tokens count, whatever users type.
-    BadRecord for a modality without a placeholder and for a file that cannot be used.
+    Such a message carries `parts`, its text cut into (text, whether it is placeholders): only there
+    do media tokens count, whatever users type. BadRecord for a modality without a placeholder and
+    for a file that cannot be used.
     """
     placed, media = [], []
     for message in messages:
@@ -60,7 +61,8 @@ def place_media(
                 known = " and ".join(placeholders) or "none"
                 raise BadRecord(
                     f"no {part['type']} encoder",
-                    f"{part['content']!r} is {part['type']}, and the encoders given read {known}; give --{part['type']}-encoder",
+                    f"{part['content']!r} is {part['type']}, and the encoders given read {known}; "
+                    f"give --{part['type']}-encoder",
                 )
             try:
                 placeholder.check(part["content"])
