@@ -200,13 +200,13 @@ def encode_pairs(
 ) -> list[tuple[Tokens, Tokens] | Drop]:
     """(chosen, rejected) of each record, which share one cut context; only answers are learned."""
     groups = [
-        group if isinstance(group, Drop) else distinct(group)
+        group if isinstance(group, Drop) else drop_equal(group)
         for group in encode_answers(contexts, pairs, tokenizer, config)
     ]
     return [group if isinstance(group, Drop) else (group[0], group[1]) for group in groups]
 
 
-def distinct(sequences: list[Tokens]) -> list[Tokens] | Drop:
+def drop_equal(sequences: list[Tokens]) -> list[Tokens] | Drop:
     """The sequences of a pair, or a Drop where both have the same tokens."""
     if sequences[0].ids == sequences[1].ids:
         return Drop(EQUAL, "the two answers have the same tokens")

@@ -23,7 +23,7 @@ from ta.chat.encode import (
     ONE_ANSWER,
     Drop,
     Rule,
-    distinct,
+    drop_equal,
     encode_dialogues,
     with_answers,
 )
@@ -401,7 +401,7 @@ def _build(
                 done = []
                 for (record, raw, _), result in zip(jobs, results, strict=True):
                     if kind.distinct and isinstance(result, list):
-                        result = distinct(result)
+                        result = drop_equal(result)
                     if isinstance(result, ValueError):
                         drops.bad_record(index, source.path, record.line, result, raw)
                     elif isinstance(result, Drop):
