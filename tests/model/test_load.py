@@ -31,7 +31,7 @@ def test_an_adapter_folder_goes_on_with_its_adapter(tmp_path):
     for name, parameter in model.named_parameters():
         if "lora_B" in name or "trainable_tokens" in name:
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
-    export(model.inner, tokenizer.fast, tmp_path / "final")
+    export(model, tokenizer, tmp_path / "final")
     ids = tokenizer.vocabulary.special["<q>"]
     seqs = batch()
     seqs = seqs._replace(tokens=seqs.tokens.clone().fill_(ids))
