@@ -19,7 +19,7 @@ try:
 except ImportError:
     from bench.harness import Figures, compare, parser, read
 
-from bench.work import in_order, lora, marks_of, settings
+from bench.work import in_order, lora, marks_of, settings, train_timed
 
 SHAPES = {  # those of Llama 3.2 1B and 3.1 8B
     "1B": {
@@ -181,11 +181,8 @@ def ours(
 
     from ta import parallel
     from ta.data.batch import lay_out
-    from ta.data.loader import Feed
     from ta.model.attention import register
     from ta.model.language_model import wrap
-    from ta.training.loop import LoopConfig, train
-    from ta.training.optim import OptimConfig
 
     model = build(flags, size, register())
     steps = chats(flags, model.config.vocab_size)
@@ -197,28 +194,16 @@ def ours(
         parallel.compile_blocks(model)
     if checkpointing:
         parallel.recompute(model)
-    marks = []
-    with tempfile.TemporaryDirectory() as out:
-        feed = Feed(
-            flags.steps, lambda number: [lay_out(*map(list, zip(*steps[number], strict=True)))]
-        )
-        step = lambda model, batch: (model.loss(batch), batch.weights.sum(), {})
-
-        def after_step(done: int) -> None:
-            marks.append(now())
-            if done == flags.steps:
-                raise StopIteration  # a checkpoint of 8B weights is not what is measured
-
-        try:
-            train(
-                model, feed, step, LoopConfig(out=out), OptimConfig(lr=1e-5), after_step=after_step
-            )
-        except StopIteration:
-            pass
+    marks = train_timed(
+        model,
+        flags.steps,
+        lambda number: [lay_out(*map(list, zip(*steps[number], strict=True)))],
+        lambda model, batch: (model.loss(batch), batch.weights.sum(), {}),
+    )
     if seconds is not None:
         seconds.extend(b - a for a, b in itertools.pairwise(marks))
     return rates(
-        flops, sum(len(ids) for step in steps[2:] for ids, _ in step), marks[-1] - marks[1]
+        flops, sum(len(ids) for step in steps[2:] for ids, _ in step), marks[-1] - marks[2]
     )
 
 

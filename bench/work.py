@@ -116,3 +116,50 @@ def settings(flags: argparse.Namespace, out: str, batch: int) -> dict:
         "gradient_checkpointing": False,
         "disable_tqdm": True,
     }
+
+
+class GivenBatches:
+    """Batches made beforehand, as `train` takes them: `at(step)` gives the micro-batches of a step."""
+
+    def __init__(self, steps: int, at):
+        from types import SimpleNamespace
+
+        self.steps, self.at, self.batch_size, self.seed = steps, at, 1, 0
+        self.prepared = SimpleNamespace(info={"fingerprint": ""})
+
+    def names(self, step: int) -> list[str]:
+        return []
+
+
+def train_timed(model, steps: int, at, step, before_step=None) -> list[float]:
+    """Seconds at the beginning of each of `steps` steps of `train`, and at the end of the last.
+
+    The loop ends before it writes a checkpoint: large weights on the disk are not what is timed.
+    """
+    import tempfile
+
+    import torch
+
+    from ta.training.loop import train
+    from ta.training.optim import OptimConfig, adamw
+    from ta.training.run_folder import LoopConfig, Run
+
+    marks: list[float] = []
+
+    def mark(done, micro_batches):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+        if done == steps:
+            raise StopIteration
+        return before_step(done, micro_batches) if before_step else micro_batches
+
+    batches = GivenBatches(steps + 1, lambda number: at(min(number, steps - 1)))
+    optim = OptimConfig(lr=1e-5)
+    with tempfile.TemporaryDirectory() as out:
+        run = Run(LoopConfig(out=out))
+        try:
+            train(run, model, batches, step, adamw(model, optim), optim, before_step=mark)
+        except StopIteration:
+            pass
+    return marks
