@@ -39,10 +39,10 @@ def labelled_set(n=13, seed=0, desirable=None, **more):
     return data._replace(extras={"desirable": given.astype(float)})
 
 
-def gradients(model, data, dress, step, before=None, budget=64, packed=True, records=None):
+def gradients(model, data, collate, step, before=None, budget=64, packed=True, records=None):
     """(loss, {metric: mean}, {name: gradient}) of one step over `records`, cut into micro-batches of `budget` tokens."""
     records = np.arange(len(data.origin)) if records is None else np.asarray(records)
-    batches = micro_batches(data, records, budget, packed, dress)
+    batches = micro_batches(data, records, budget, packed, collate)
     batches = before(model, batches) if before else batches
     model.zero_grad()
     total, count, figures = 0.0, 0, {}
