@@ -38,7 +38,9 @@ class Range(NamedTuple):
         start = f"above {self.low:g}" if self.above else f"from {self.low:g}"
         if self.below is not None:
             return f"{start} to below {self.below:g}"
-        return f"{start} {'up' if self.high == math.inf else f'to {self.high:g}'}"
+        if self.high == math.inf:
+            return start if self.above else f"{start} up"
+        return f"{start} to {self.high:g}"
 
 
 def check_config(config: Any) -> None:

@@ -94,13 +94,14 @@ def append_line(path: str | Path, record: dict) -> None:
 def read_lines(path: str | Path) -> list[dict]:
     """The whole objects of a file of JSON lines, none where there is no file.
 
-    What a kill has torn, such as a last line without its end, and what is no object is left out.
+    What a kill has torn, such as a last line without its end, and what is no object is left out;
+    bytes that are no UTF-8 become U+FFFD.
     """
     out = []
     with suppress(FileNotFoundError):
         for line in Path(path).read_bytes().split(b"\n")[:-1]:
             with suppress(ValueError):
-                record = json.loads(line)
+                record = json.loads(line.decode(errors="replace"))
                 if isinstance(record, dict):
                     out.append(record)
     return out

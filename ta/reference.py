@@ -66,10 +66,9 @@ class Reference:
         """The batches with the reference's log-probabilities, unless they hold them already."""
         from ta.data.batch import to_device
 
+        placed = [to_device(batch, self.device) for batch in batches]
         if self.kind == "cached":
-            return list(batches)
-        device = self.device
-        placed = [to_device(batch, device) for batch in batches]
+            return placed
         return [batch._replace(reference=batch.both(self.logps)) for batch in placed]
 
     def follow(self, done: int) -> None:

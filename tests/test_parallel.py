@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from small import prepared, sft_step, tiny
 
 from ta import parallel
-from ta.data.loader import training_feed
+from ta.data.loader import BatchConfig, train_batches
 from ta.training import checkpoint
-from ta.training.loop import LoopConfig, train
-from ta.training.optim import OptimConfig, make_optimizer
+from ta.training.loop import train
+from ta.training.optim import OptimConfig, adamw
+from ta.training.run_folder import LoopConfig, Run
 
 STEPS = 8
 
@@ -42,23 +43,22 @@ def model_of(lora):
 def work(folder, lora, stop=None):
     """Train from what is there to the end, or until a signal after step `stop`; micro-batches of 50 tokens, so that gradients accumulate."""
     model = model_of(lora)
-    feed = training_feed(
-        prepared(), batch_size=8, max_tokens_per_micro=50, seed=0, steps=STEPS, epochs=1
-    )
-    config = LoopConfig(out=str(folder), log_every=1, resume=True)
+    config = BatchConfig(steps=STEPS, batch_size=8, max_tokens_per_micro=50)
+    run, optim = Run(LoopConfig(out=str(folder), log_every=1, resume=True)), OptimConfig(lr=1e-2)
 
-    def after_step(done):
-        if done == stop and parallel.rank() == 0:  # heard by all at the next step
+    def before_step(done, micro_batches):
+        if done == stop and parallel.rank() == 0:  # heard by all within this step
             os.kill(os.getpid(), signal.SIGTERM)
+        return micro_batches
 
     train(
+        run,
         model,
-        feed,
+        train_batches(prepared(), config),
         sft_step,
-        config,
-        OptimConfig(lr=1e-2),
-        identity={"data": 1},
-        after_step=after_step,
+        adamw(model, optim),
+        optim,
+        before_step=before_step,
     )
 
 
@@ -69,9 +69,8 @@ def state(folder):
     for shard in found.manifest["shards"]:
         tensors = load_file(found.path / shard["file"])
         for name, rows in shard["rows"].items():
-            for key in (name, *(f"{moment}/{name}" for moment in checkpoint.MOMENTS)):
-                if key in tensors:
-                    parts.setdefault(key, []).append((rows["start"], tensors[key]))
+            parts.setdefault(name, []).append((rows["start"], tensors[name]))
+    assert set(checkpoint.MOMENTS) == {key.partition("/")[0] for key in parts if "/" in key}
     return {
         key: torch.cat([rows for _, rows in sorted(found, key=lambda p: p[0])])
         for key, found in parts.items()
@@ -81,7 +80,7 @@ def state(folder):
 def save_again(folder, target, lora, rank):
     """Load the newest checkpoint on this number of processes and save it elsewhere."""
     model = model_of(lora)
-    optimizer = make_optimizer(model, OptimConfig(lr=1e-2))
+    optimizer = adamw(model, OptimConfig(lr=1e-2))
     step = checkpoint.load(checkpoint.newest(folder), model, optimizer)
     checkpoint.save(target, step, model, optimizer, {})
 

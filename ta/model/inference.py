@@ -129,7 +129,8 @@ def scorer(
     import numpy as np
     import torch
 
-    from ta.data.batch import lay_out, split_micro, to_device
+    from ta.data.batch import lay_out, to_device
+    from ta.data.loader import split_micro
     from ta.model.language_model import wrap
 
     wrapper, _ = wrap(model)

@@ -37,6 +37,8 @@ class LanguageModel(nn.Module):
         self.autocast = autocast
         # what the user should know of how it is run
         self.note = ""
+        # how it was placed: what a pass computes in, and whether blocks run again in the backward pass
+        self.half_precision, self.recomputed = autocast is not None, False
         self.compiled = False  # whether the head's elementwise part is, as the blocks may be
         self.refusal = ""  # what the model said to a batch in a mode that it cannot run
         # False: train() leaves dropout off, as where a reference must agree to the last bit

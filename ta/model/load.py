@@ -282,6 +282,7 @@ def _place(
     if around is not None:
         wrapper = around(wrapper)
     wrapper.note = note
+    wrapper.half_precision, wrapper.recomputed = half, compute.activation_checkpointing
     if half:
         round_frozen(wrapper)
     if compute.compile:

@@ -39,7 +39,7 @@ def cross_entropy_sum(
         weights,
         head.scale,
         head.cap,
-        chunk or _rows(hidden),
+        chunk or chunk_rows(hidden.device),
         head.compiled,
     )
 
@@ -53,7 +53,7 @@ def token_logprobs(hidden: Tensor, head: Head, targets: Tensor, chunk: int | Non
         targets,
         head.scale,
         head.cap,
-        chunk or _rows(hidden),
+        chunk or chunk_rows(hidden.device),
         head.compiled,
     )
 
@@ -63,8 +63,9 @@ def sequence_sums(values: Tensor, owners: Tensor, n: int) -> Tensor:
     return values.new_zeros(n).index_add(0, owners, values)
 
 
-def _rows(hidden: Tensor) -> int:
-    return 4096 if hidden.is_cuda else 256
+def chunk_rows(device: torch.device) -> int:
+    """Rows of logits that are held at a time on a device."""
+    return 4096 if device.type == "cuda" else 256
 
 
 @lru_cache

@@ -127,6 +127,9 @@ def train(
     except ValueError:
         run.forget()
         raise
+    except SystemExit:
+        run.release()
+        raise
     if rank() == 0:
         write_report(folder)
     return figures

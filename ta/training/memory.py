@@ -36,13 +36,13 @@ def estimate(
     moments = 2 if "betas" in optimizer.defaults else 1 if optimizer.defaults.get("momentum") else 0
     looked_at = range(min(STEPS_LOOKED_AT, batches.steps))
     tokens = max(batch_of(batch).tokens.numel() for step in looked_at for batch in batches.at(step))
-    config = base_model(getattr(model, "inner", model)).config.get_text_config()
+    config = base_model(model.inner).config.get_text_config()
     width, layers = config.hidden_size, config.num_hidden_layers
     hidden = getattr(config, "intermediate_size", 4 * width)
-    half = getattr(model, "half", False)
+    half = model.half_precision
     block = tokens * (KEPT_WIDTHS * width + KEPT_HIDDEN * hidden) * (2 if half else 4)
-    recomputed = getattr(model, "recomputed", False)
-    kept = layers * tokens * width * (2 if half else 4) + block if recomputed else layers * block
+    inputs = layers * tokens * width * (2 if half else 4)
+    kept = inputs + block if model.recomputed else layers * block
     logits = 2 * min(tokens, chunk_rows(trained[0].device)) * config.vocab_size * 4
     sizes = sum(_size(p) for p in trained)
     parts = {

@@ -91,10 +91,16 @@ class Run:
     def forget(self) -> None:
         """Take away the folder of a run that came to nothing more than its settings and drops."""
         opening = {".lock", "config.json", "drops.jsonl"}
-        if parallel.rank() or self.lock is None or not self.folder.is_dir():
-            return
-        if {path.name for path in self.folder.iterdir()} <= opening:
+        mine = parallel.rank() == 0 and self.lock is not None and self.folder.is_dir()
+        if mine and {path.name for path in self.folder.iterdir()} <= opening:
             shutil.rmtree(self.folder)
+        self.release()
+
+    def release(self) -> None:
+        """Let others write the folder: for a run that ends before its export."""
+        if parallel.rank() == 0 and self.lock is not None:
+            self.lock.close()
+        self.lock = None
 
 
 def start_run(config: Any) -> Run:

@@ -1,4 +1,4 @@
-"""Cherry-picks: the prompts of every kind of record, their answers and metrics, and the same on a sharded model."""
+"""Samples: the prompts of every kind of record, their answers and metrics, and the same on a sharded model."""
 
 import json
 import os
@@ -6,19 +6,21 @@ from itertools import pairwise
 
 import pytest
 
-from ta.builtin import models
+from ta.builtin import models, tasks
 from ta.chat.encode import encode_prompt
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.folders import ModelConfig
 from ta.generation.generate import generate
-from ta.generation.metrics import METRICS
+from ta.generation.metrics import METRICS, check_metrics
 from ta.generation.samples import (
-    CherryConfig,
-    check_cherries,
+    MEASURED,
+    Prompt,
+    SamplesConfig,
     dialogue_of,
-    pick_cherries,
+    generate_samples,
     prompts_of,
+    question_of,
 )
 from ta.generation.settings import GenerateConfig
 from ta.model.language_model import wrap
@@ -49,7 +51,13 @@ def test_prompts_end_before_the_answer_wanted(tokenizer):
     ]
     found = prompts_of(records, tokenizer, ChatConfig())
     one, two = (encode_prompt(m, tokenizer, ChatConfig()) for m in ([USER], more))
-    assert found == [(0, two, "6", []), (1, one, "4", []), (3, one, "4", []), (4, one, "4", [])]
+    assert found == [
+        Prompt(records[0], records[0]["messages"], two, "6"),
+        Prompt(records[1], [USER, ANSWER], one, "4"),
+        Prompt(records[3], [USER, ANSWER], one, "4"),
+        Prompt(records[4], [USER, ANSWER], one, "4"),
+    ]
+    assert [question_of(prompt.chat) for prompt in found] == ["And 3 + 3?", *["2 + 2?"] * 3]
     assert dialogue_of(records[3])[-1]["content"] == "4"
 
 
@@ -59,32 +67,32 @@ def test_a_random_cut_is_seeded_and_asks_before_any_answer(tokenizer):
     ]
     records = [{"messages": turns}] * 40
     found = prompts_of(records, tokenizer, ChatConfig(), 3)
-    wanted = [answer for _, _, answer, _ in found]
+    wanted = [prompt.reference for prompt in found]
     assert set(wanted) == {f"assistant {n}" for n in range(4)} and wanted == [
-        a for _, _, a, _ in prompts_of(records, tokenizer, ChatConfig(), 3)
+        p.reference for p in prompts_of(records, tokenizer, ChatConfig(), 3)
     ]
-    assert wanted != [a for _, _, a, _ in prompts_of(records, tokenizer, ChatConfig(), 4)]
-    assert {a for _, _, a, _ in prompts_of(records, tokenizer, ChatConfig())} == {"assistant 3"}
-    for _, prompt, answer, _ in found:
-        before = turns[: [turn["content"] for turn in turns].index(answer)]
-        assert prompt == encode_prompt(before, tokenizer, ChatConfig())
+    assert wanted != [p.reference for p in prompts_of(records, tokenizer, ChatConfig(), 4)]
+    assert {p.reference for p in prompts_of(records, tokenizer, ChatConfig())} == {"assistant 3"}
+    for prompt in found:
+        before = turns[: [turn["content"] for turn in turns].index(prompt.reference)]
+        assert prompt.ids == encode_prompt(before, tokenizer, ChatConfig())
     assert (
-        prompts_of([{"messages": [USER]}], tokenizer, ChatConfig(), 3)[0][2] == ""
+        prompts_of([{"messages": [USER]}], tokenizer, ChatConfig(), 3)[0].reference == ""
     )  # no answer before which to cut
 
 
 def test_answers_are_the_engines_and_are_measured_kept_and_shown(tokenizer, tmp_path, capsys):
     model, _ = wrap(load_base(ModelConfig()))
-    records = models.chats("held_out", 6)
-    config = CherryConfig(
-        cherry_show=2,
-        cherry_max_new_tokens=5,
-        cherry_metrics=("accuracy", "rouge_l", "perplexity", "self_bleu"),
+    records = tasks.chats("held_out", 6)
+    config = SamplesConfig(
+        sample_show=2,
+        sample_max_new_tokens=5,
+        sample_metrics=("accuracy", "rouge_l", "perplexity", "self_bleu"),
     )
-    figures = pick_cherries(model, records, tokenizer, ChatConfig(), config, tmp_path, 7)
-    assert list(figures) == list(config.cherry_metrics) and figures["perplexity"] > 1
+    figures = generate_samples(model, tokenizer, records, ChatConfig(), config, tmp_path, 7)
+    assert list(figures) == list(config.sample_metrics) and figures["perplexity"] > 1
     kept = lines(tmp_path / "samples.jsonl")
-    prompts = [ids for _, ids, *_ in prompts_of(records, tokenizer, ChatConfig())]
+    prompts = [prompt.ids for prompt in prompts_of(records, tokenizer, ChatConfig())]
     settings = GenerateConfig(max_new_tokens=5, stop_strings=tuple(tokenizer.stop_strings))
     assert [k["answer"] for k in kept] == [
         a[0].text for a in generate(model, tokenizer.fast, prompts, settings, tokenizer.stop_ids)
@@ -95,7 +103,9 @@ def test_answers_are_the_engines_and_are_measured_kept_and_shown(tokenizer, tmp_
     shown = capsys.readouterr().err
     assert "samples at step 7" in shown and "book?" in shown and "hat?" not in shown  # two rows
     assert (
-        pick_cherries(model, [], tokenizer, ChatConfig(), config, tmp_path, 8) == {}
+        generate_samples(model, tokenizer, [], ChatConfig(), config, tmp_path, 8)
+        == {}
+        == generate_samples(model, tokenizer, None, ChatConfig(), config, tmp_path, 8)
         and len(lines(tmp_path / "samples.jsonl")) == 6
     )
 
@@ -106,17 +116,12 @@ def test_metrics_that_cannot_be_measured_are_refused_before_anything_is_written(
         ("kl", "needs ref_logprobs"),
         ("recall_at_1", "needs retrieved and gold"),
     ):
-        code, text = door("sft", "--cherry-metrics", name, "--out", tmp_path / "run")
+        code, text = door("sft", "--sample-metrics", name, "--out", tmp_path / "run")
         assert code == 2 and message in text and not (tmp_path / "run").exists()
-    check_cherries(
-        CherryConfig(
-            cherry_metrics=tuple(
-                m
-                for m in METRICS
-                if m.startswith(("rouge", "bleu", "distinct", "meteor", "length"))
-            )
-        )
-    )
+    fine = [m for m in METRICS if m.startswith(("rouge", "bleu", "distinct", "meteor", "length"))]
+    assert len(fine) > 5
+    check_metrics(fine, MEASURED)
+    SamplesConfig(sample_metrics=tuple(fine)).check()
 
 
 @pytest.mark.slow
@@ -127,11 +132,11 @@ def test_a_sharded_model_gives_the_same_answers(run, tmp_path):
         2,
         "--batch-size",
         4,
-        "--cherry-records",
+        "--sample-records",
         6,
-        "--cherry-max-new-tokens",
+        "--sample-max-new-tokens",
         8,
-        "--cherry-random-cut",
+        "--sample-random-cut",
         "--eval-every",
         1,
     )

@@ -10,48 +10,65 @@ from conftest import together
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ta.builtin import models
+from ta.chat.template import ChatConfig, explicit_template, export_template
+from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
+from ta.folders import ModelConfig
 from ta.model import export
+from ta.model.language_model import wrap
 from ta.parallel import close, init
+
+
+def made(dtype=torch.float32):
+    """The built-in model, untrained, and its tokenizer."""
+    tokenizer = load_chat_tokenizer(ModelConfig(), TokenizerConfig(), ChatConfig())
+    return wrap(models.tiny_model().to(dtype))[0], tokenizer
 
 
 @pytest.fixture(scope="module")
 def parts():
-    return models.tiny_model(), models.tiny_tokenizer()
+    return made()
 
 
 def test_a_large_model_is_several_files_with_an_index(parts, tmp_path, monkeypatch):
     model, tokenizer = parts
     monkeypatch.setattr(export, "MAX_FILE", "1MB")
-    export.export(model, tokenizer, tmp_path / "final", stop_ids=[2])
+    export.export(model, tokenizer._replace(stop_ids=[2]), tmp_path / "final")
     index = json.loads((tmp_path / "final" / "model.safetensors.index.json").read_text())
     files = {path.name for path in (tmp_path / "final").glob("*.safetensors")}
     assert len(files) > 3 and files == set(index["weight_map"].values())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
     assert all(
-        torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(model.inner.parameters(), loaded.parameters(), strict=True)
     )
     assert loaded.generation_config.eos_token_id == [2] and len(
         AutoTokenizer.from_pretrained(tmp_path / "final")
-    ) == len(tokenizer)
+    ) == len(tokenizer.fast)
 
 
-def test_what_fails_leaves_the_earlier_export(parts, tmp_path):
+def test_what_fails_leaves_the_earlier_export(parts, tmp_path, monkeypatch):
     def fail(folder):
         raise OSError(28, "No space left on device")
 
     export.export(*parts, tmp_path / "final")
     before = sorted(p.name for p in tmp_path.rglob("*"))
-    with pytest.raises(OSError, match="No space"):
-        export.export(*parts, tmp_path / "final", write=fail)
+    model, tokenizer = parts
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(model, "save_parts", fail)
+        export.export(model, tokenizer, tmp_path / "final")
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
-    export.export(*parts, tmp_path / "final", chat_template="{{ messages }}")
-    assert AutoTokenizer.from_pretrained(tmp_path / "final").chat_template == "{{ messages }}"
+    template = explicit_template("{role}: ", "</s>")
+    export.export(model, tokenizer._replace(template=template), tmp_path / "final")
+    written = AutoTokenizer.from_pretrained(tmp_path / "final")
+    assert written.chat_template == export_template(template)
+    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Bye"}]
+    assert written.apply_chat_template(chat, tokenize=False) == "user: Hello</s>assistant: Bye</s>"
 
 
 def test_every_file_has_the_mode_that_the_umask_gives(tmp_path):
     before = os.umask(0o022)
     try:
-        export.export(models.tiny_model().bfloat16(), models.tiny_tokenizer(), tmp_path / "final")
+        export.export(*made(torch.bfloat16), tmp_path / "final")
     finally:
         os.umask(before)
     modes = {

@@ -10,10 +10,11 @@ import pytest
 import torch
 from small import prepared, sft_step, tiny
 
-from ta.data.loader import training_feed
+from ta.data.loader import BatchConfig, train_batches
 from ta.training import checkpoint
-from ta.training.loop import LoopConfig, train
-from ta.training.optim import OptimConfig
+from ta.training.loop import train
+from ta.training.optim import OptimConfig, adamw
+from ta.training.run_folder import LoopConfig, Run
 
 STEPS = 12
 
@@ -33,11 +34,10 @@ def model_of(lora):
 
 def work(folder, lora):
     """Train to the end, going on from what is there."""
-    feed = training_feed(
-        prepared(), batch_size=8, max_tokens_per_micro=100, seed=0, steps=STEPS, epochs=1
-    )
-    config = LoopConfig(out=str(folder), save_every=1, log_every=1, resume=True)
-    train(model_of(lora), feed, sft_step, config, OptimConfig(lr=1e-2), identity={"data": 1})
+    config = BatchConfig(steps=STEPS, batch_size=8, max_tokens_per_micro=100)
+    run = Run(LoopConfig(out=str(folder), save_every=1, log_every=1, resume=True))
+    model, optim = model_of(lora), OptimConfig(lr=1e-2)
+    train(run, model, train_batches(prepared(), config), sft_step, adamw(model, optim), optim)
 
 
 def in_child(folder, lora, before=lambda: None) -> int:

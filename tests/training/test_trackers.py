@@ -6,25 +6,25 @@ import zipfile
 
 import pytest
 
-from ta.training.trackers import SINKS, check_sinks, open_sinks
+from ta.training.trackers import TRACKERS, check_trackers, open_trackers
 
 FIGURES = [(1, {"loss": 2.5, "lr": 0.1}), (1, {"val_loss": 3.0}), (2, {"loss": 1.25, "lr": 0.2})]
 
 
 def write(name, folder):
     pytest.importorskip(name)
-    (sink,) = open_sinks([name], folder)
+    (log,) = open_trackers([name], folder)
     for step, figures in FIGURES:
-        sink(step, figures)
+        log(step, figures)
 
 
 def test_a_service_that_is_not_installed_is_said_with_the_command(monkeypatch):
     monkeypatch.setattr("ta.training.trackers.find_spec", lambda name: None)
-    for name in SINKS:
+    for name in TRACKERS:
         with pytest.raises(
             ValueError, match=f"--log {name}: the package is not installed: pip install {name}"
         ):
-            check_sinks([name])
+            check_trackers([name])
 
 
 def test_tensorboard(tmp_path):
