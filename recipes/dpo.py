@@ -200,6 +200,7 @@ def main(config: Config) -> None:
         collate=ta.collate_pairs,
         default_batch_size=32 if config.model.model_path.startswith("builtin") else 64,
     )
+    ta.check_sync(config.reference, batches.steps)
     val_batches = ta.val_batches(
         val_data, config.batches, packed=model.packed, collate=ta.collate_pairs
     )

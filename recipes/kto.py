@@ -133,6 +133,7 @@ def main(config: Config) -> None:
         collate=collate,
         default_batch_size=64,
     )
+    ta.check_sync(config.reference, batches.steps)
     val_batches = []
     if val_data:
         val_data, collate = with_collate(config, reference, val_data, model)

@@ -66,6 +66,7 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
     from ta.model.logprobs import cross_entropy_sum as cross_entropy_sum
     from ta.model.logprobs import token_logprobs as token_logprobs
     from ta.reference import ReferenceConfig as ReferenceConfig
+    from ta.reference import check_sync as check_sync
     from ta.reference import learned_tokens as learned_tokens
     from ta.reference import open_reference as open_reference
     from ta.reference import sequence_logps as sequence_logps
@@ -104,8 +105,8 @@ NAMES = {  # module: what `import ta` gives of it, loaded on first use
     "ta.generation.generate": "GenerateConfig generate",
     "ta.generation.metrics": "measure roc_auc",
     "ta.generation.samples": "SamplesConfig generate_samples",
-    "ta.reference": "ReferenceConfig learned_tokens open_reference sequence_logps "
-    "with_cached_reference",
+    "ta.reference": "ReferenceConfig check_sync learned_tokens open_reference "
+    "sequence_logps with_cached_reference",
     "ta.training.run_folder": "LoopConfig Run start_run",
     "ta.training.loop": "mean_over scores_of train",
     "ta.training.optim": "OptimConfig adamw with_default_lr",

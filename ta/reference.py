@@ -370,11 +370,10 @@ def _write_table(path: Path, table: Tensor) -> None:
     write_atomic(path, save({"logps": table.contiguous()}))
 
 
-def never_synced(config: ReferenceConfig, steps: int) -> str:
-    """What to tell the user where a synced reference stays as it is, or nothing."""
-    if config.reference != "synced" or config.sync_every <= steps:
-        return ""
-    return (
-        f"note: --sync-every {config.sync_every} is more than the {steps} steps of this run, "
-        "so the reference never follows"
-    )
+def check_sync(config: ReferenceConfig, steps: int) -> None:
+    """Say where a run of so many steps leaves a synced reference as it is."""
+    if config.reference == "synced" and config.sync_every >= steps:
+        say(
+            f"note: --sync-every {config.sync_every} is not below the {steps} steps of this run, "
+            "so the reference never follows"
+        )

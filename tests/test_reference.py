@@ -11,29 +11,34 @@ import pytest
 import torch
 from judged import gradients, labelled_set, pair_set, recipe
 from small import tiny
-from ta.data.answer_batches import labelled, pairs
 
-from ta import reference, reference_table
+from ta import reference
 from ta.builtin import models
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
-from ta.data.loader import training_feed
+from ta.data.loader import (
+    BatchConfig,
+    collate_pairs,
+    labelled_collate,
+    micro_batches,
+    train_batches,
+)
 from ta.folders import ModelConfig
-from ta.losses import choose
 from ta.model.adapters import AdapterConfig
 from ta.model.load import ComputeConfig, load_model
 from ta.reference import (
     Reference,
     ReferenceConfig,
-    adapter_off,
-    dressed,
+    adapter_off_logps,
+    check_sync,
+    choose_reference,
+    frozen_logps,
     open_reference,
-    still,
-    synced,
-    with_reference,
+    with_cached_reference,
 )
-from ta.training.loop import LoopConfig, train
-from ta.training.optim import OptimConfig
+from ta.training.loop import train
+from ta.training.optim import OptimConfig, adamw
+from ta.training.run_folder import LoopConfig, Run
 
 LN2 = float(np.float32(math.log(2)))
 
@@ -48,19 +53,22 @@ def opened(tokenizer, adapter=AdapterConfig(), **more):  # noqa: B008
     return load_model(at, adapter, ComputeConfig(), tokenizer), at
 
 
-def first_loss(model, ref, data, packed=True, budget=200, name="sigmoid"):
+def frozen(model):
+    """A reference that is another model."""
+    return Reference("frozen", frozen_logps(model.eval()))
+
+
+def learn(name="sigmoid"):
+    """The step of recipes/dpo.py."""
     dpo = recipe("dpo")
-    before = lambda model, batches: with_reference(ref, batches)
+    return partial(dpo.step, name, dpo.FLAGS[name])
+
+
+def first_loss(model, ref, data, packed=True, budget=200, name="sigmoid"):
+    before = lambda model, batches: ref.add_to(batches)
     model.train()
-    return gradients(
-        model,
-        data,
-        dressed(ref, data, pairs(data)),
-        partial(dpo.step, choose(name)),
-        before,
-        budget,
-        packed and model.mode == "packed",
-    )
+    packed = packed and model.packed
+    return gradients(model, data, collate_pairs, learn(name), before, budget, packed)
 
 
 @pytest.mark.parametrize("kind", ["adapter_off", "frozen", "cached", "synced"])
@@ -70,22 +78,16 @@ def test_training_starts_at_ln_2(tokenizer, tmp_path, kind, lora):
         pytest.skip("no adapter to turn off")
     adapter = AdapterConfig(adapter="lora", lora_rank=4) if lora else AdapterConfig()
     model, at = opened(tokenizer, adapter)
-    ref = open_reference(
-        ReferenceConfig(kind),
-        model,
-        tokenizer,
-        at,
-        adapter,
-        ComputeConfig(),
-        seed=0,
-        max_tokens_per_micro=200,
-        folder=str(tmp_path),
-    )
-    start = first_loss(model, ref, pair_set())
+    ref = open_reference(ReferenceConfig(kind), model, tokenizer, at, adapter, ComputeConfig())
+    config = BatchConfig(max_tokens_per_micro=200)
+    made = pair_set()
+    data = with_cached_reference(made, ref, collate_pairs, config, model.packed, str(tmp_path))
+    assert (data.reference is not None) == (kind == "cached")
+    start = first_loss(model, ref, data)
     assert start.loss == pytest.approx(LN2, abs=0 if kind != "cached" else 1e-6)
     assert max(g.abs().max() for g in start.grads.values()) > 0
     other = first_loss(
-        model, Reference(still(tiny(seed=5).eval())), pair_set()
+        model, frozen(tiny(seed=5)), pair_set()
     )  # guard: another reference starts elsewhere
     assert abs(other.loss - LN2) > 1e-3
 
@@ -93,9 +95,9 @@ def test_training_starts_at_ln_2(tokenizer, tmp_path, kind, lora):
 def test_dropout_stays_off_beside_a_reference(tokenizer):
     noisy = tiny(resid_pdrop=0.3)
     copy = tiny(resid_pdrop=0.3).eval()
-    assert first_loss(noisy, Reference(still(copy)), pair_set()).loss != LN2  # guard
+    assert first_loss(noisy, frozen(copy), pair_set()).loss != LN2  # guard
     noisy.dropout = False
-    assert first_loss(noisy, Reference(still(copy)), pair_set()).loss == LN2
+    assert first_loss(noisy, frozen(copy), pair_set()).loss == LN2
     model, at = opened(tokenizer)
     open_reference(
         ReferenceConfig(), model, tokenizer, at, AdapterConfig(), ComputeConfig(), seed=0
@@ -112,12 +114,10 @@ def test_adapter_off_is_the_base_also_when_the_adapter_has_learned(tokenizer):
             if "lora_B" in name:
                 parameter.normal_()
     data = pair_set()
-    dress = pairs(data)
-    from ta.data.loader import micro_batches
-
-    (batch,) = micro_batches(data, np.arange(13), 10_000, True, dress)
-    assert torch.equal(adapter_off(model)(batch.seqs), still(base)(batch.seqs))
-    assert not torch.allclose(still(model)(batch.seqs), still(base)(batch.seqs))
+    (batch,) = micro_batches(data, np.arange(13), 10_000, True, collate_pairs)
+    sequences = batch.sequences
+    assert torch.equal(adapter_off_logps(model)(sequences), frozen_logps(base)(sequences))
+    assert not torch.allclose(frozen_logps(model)(sequences), frozen_logps(base)(sequences))
     assert all(p.requires_grad for n, p in model.named_parameters() if "lora" in n)
 
 
@@ -125,7 +125,7 @@ class Counted:
     """A reference that counts its passes and fails in one of them."""
 
     def __init__(self, model, fail_at=None):
-        self.logps, self.calls, self.fail_at = still(model.eval()), 0, fail_at
+        self.logps, self.calls, self.fail_at = frozen_logps(model.eval()), 0, fail_at
 
     def __call__(self, batch):
         self.calls += 1
@@ -136,77 +136,76 @@ class Counted:
 
 @pytest.mark.parametrize("kind", ["pairs", "labelled"])
 def test_a_table_is_computed_once_and_resumed(tmp_path, monkeypatch, capsys, kind):
-    monkeypatch.setattr(reference_table, "PART", 4)
+    monkeypatch.setattr(reference, "PART", 4)
     data = pair_set() if kind == "pairs" else labelled_set()
-    dress = pairs(data) if kind == "pairs" else labelled(data, 0)
-    make = partial(
-        reference_table.cached, folder=tmp_path, max_tokens_per_micro=60, packed=True, device="cpu"
-    )
+    collate = collate_pairs if kind == "pairs" else labelled_collate(data, 0)
+    config = BatchConfig(max_tokens_per_micro=60)
+
+    def make(logps, key, folder=tmp_path / "cache", depends=None):
+        ref = Reference("cached", logps, key)
+        return with_cached_reference(data, ref, collate, config, True, str(folder), depends)
+
     model = tiny(dtype=torch.float64)
     whole = Counted(model)
-    table = make(whole, data, dress, ["a"], folder=tmp_path / "other")
+    table = make(whole, ["a"], tmp_path / "other").reference
     assert table.shape == (13, 2) and table.dtype == torch.float64
     stopped = Counted(model, fail_at=whole.calls - 1)
     with pytest.raises(KeyboardInterrupt):
-        make(stopped, data, dress, ["a"])
+        make(stopped, ["a"])
     resumed = Counted(model)
-    assert torch.equal(make(resumed, data, dress, ["a"]), table)
+    assert torch.equal(make(resumed, ["a"]).reference, table)
     assert 0 < resumed.calls < whole.calls  # the parts that were there are kept
     again = Counted(model)
-    assert torch.equal(make(again, data, dress, ["a"]), table) and again.calls == 0
-    (file,) = tmp_path.glob("*.safetensors")  # and the parts are gone
-    make(again, data, dress, ["b"])
-    assert again.calls == whole.calls  # other settings, other numbers
+    assert torch.equal(make(again, ["a"]).reference, table) and again.calls == 0
+    (file,) = tmp_path.glob("cache/**/*.safetensors")  # and the parts are gone
+    for more in ({"key": ["b"]}, {"key": ["a"], "depends": ["seed", 1]}):
+        other = Counted(model)
+        make(other, **more)
+        assert other.calls == whole.calls  # other settings, other numbers
     file.write_bytes(file.read_bytes()[:-9])
-    assert (
-        torch.equal(make(again, data, dress, ["a"]), table)
-        and "is damaged" in capsys.readouterr().err
-    )
+    assert torch.equal(make(again, ["a"]).reference, table)
+    assert "is damaged" in capsys.readouterr().err and again.calls == whole.calls
+    known = make(Counted(model, fail_at=1), ["a"])
     for i in range(13):  # each row is its own record's, whatever batch it was computed in
-        from ta.data.loader import lay_records
+        batch = collate(data, np.array([i]), True)
+        values = batch.both(frozen_logps(model))[0]
+        torch.testing.assert_close(values, table[i], rtol=1e-10, atol=1e-12)
+        assert torch.equal(collate(known, np.array([i]), True).reference, table[[i]])
+    assert with_cached_reference(data, frozen(model), collate, config, True) is data
 
-        batch = dress(lay_records(data, [i], True), np.array([i]))
-        torch.testing.assert_close(batch.both(still(model))[0], table[i], rtol=1e-10, atol=1e-12)
-        filled = dressed(Reference(table=lambda *_: table), data, dress)(
-            lay_records(data, [i], True), np.array([i])
-        )
-        assert torch.equal(filled.ref, table[[i]])
+
+def synced(policy, copy, every, alpha):
+    """A reference that follows the policy."""
+    copy.requires_grad_(False)
+    ref = Reference("synced", frozen_logps(copy.eval()), every=every, alpha=alpha, copy=copy)
+    reference._follow_policy(ref, policy)
+    return ref
 
 
 def run_synced(folder, every=2, alpha=0.5, steps=5, stop=None, resume=False):
     """A short run of DPO with a synced reference; -> (policy, copy)."""
-    dpo, data = recipe("dpo"), pair_set(n=24)
-    policy, copy = tiny(), tiny().requires_grad_(False).eval()
+    policy, copy = tiny(), tiny()
     policy.dropout = copy.dropout = False
-    follow, extra = synced(policy, copy, every, alpha)
-    ref = Reference(still(copy))
+    ref = synced(policy, copy, every, alpha)
 
-    def after_step(done):
-        follow(done)
-        if done == stop:
+    def before_step(done, micro_batches):
+        if done + 1 == stop:
             os.kill(os.getpid(), signal.SIGTERM)
+        ref.follow(done)
+        return ref.add_to(micro_batches)
 
-    folder.mkdir(exist_ok=True)
-    feed = training_feed(
-        data,
-        batch_size=8,
-        max_tokens_per_micro=200,
-        seed=0,
-        steps=steps,
-        epochs=1,
-        dress=pairs(data),
-    )
-    before = lambda model, batches: with_reference(ref, batches)
-    loop = LoopConfig(out=str(folder), log_every=1, resume=resume)
+    config = BatchConfig(steps=steps, batch_size=8, max_tokens_per_micro=200)
+    batches = train_batches(pair_set(n=24), config, collate=collate_pairs)
+    run, optim = Run(LoopConfig(out=str(folder), log_every=1, resume=resume)), OptimConfig(lr=1e-2)
     train(
+        run,
         policy,
-        feed,
-        partial(dpo.step, choose("sigmoid")),
-        loop,
-        OptimConfig(lr=1e-2),
-        before_step=before,
-        after_step=after_step,
-        extra=extra,
+        batches,
+        learn(),
+        adamw(policy, optim),
+        optim,
+        before_step=before_step,
+        more_state=ref.state,
     )
     return policy, copy
 
@@ -218,13 +217,13 @@ def losses(folder):
 def test_a_synced_reference_follows(tmp_path):
     policy, copy = tiny(seed=0), tiny(seed=1)
     before = [p.detach().clone() for p in copy.parameters()]
-    follow, extra = synced(policy, copy, every=2, alpha=0.25)
-    follow(1)
+    ref = synced(policy, copy, every=2, alpha=0.25)
+    ref.follow(0), ref.follow(1)
     assert all(torch.equal(a, b) for a, b in zip(before, copy.parameters(), strict=True))
-    follow(2)
+    ref.follow(2)
     for old, ours, new in zip(before, policy.parameters(), copy.parameters(), strict=True):
         torch.testing.assert_close(new, 0.25 * ours + 0.75 * old)
-    assert len(extra) == len(before)
+    assert len(ref.state) == len(before)
     with pytest.raises(ValueError, match="policy's shape"):
         synced(policy, tiny(n_embd=16), 1, 1.0)
     run_synced(tmp_path / "never", every=100)
@@ -252,6 +251,7 @@ def test_a_synced_reference_survives_a_resume(tmp_path, stop):
 
 def test_another_vocabulary_is_an_error(tokenizer, tmp_path):
     model, at = opened(tokenizer)
+    policy = (model, tokenizer, at, AdapterConfig(), ComputeConfig())
     models.write_tiny(tmp_path / "same", seed=3)
     models.write_tiny(tmp_path / "other", seed=3)
     text = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
@@ -260,45 +260,44 @@ def test_another_vocabulary_is_an_error(tokenizer, tmp_path):
     vocab[a], vocab[b] = vocab[b], vocab[a]
     (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(text))
     with pytest.raises(ValueError, match="another vocabulary than the policy \\(2 tokens differ"):
-        open_reference(
-            ReferenceConfig(ref_path=str(tmp_path / "other")),
-            model,
-            tokenizer,
-            at,
-            AdapterConfig(),
-            ComputeConfig(),
-            seed=0,
-        )
-    ref = open_reference(
-        ReferenceConfig(ref_path=str(tmp_path / "same")),
-        model,
-        tokenizer,
-        at,
-        AdapterConfig(),
-        ComputeConfig(),
-        seed=0,
-    )
+        open_reference(ReferenceConfig(ref_path=str(tmp_path / "other")), *policy)
+    ref = open_reference(ReferenceConfig(ref_path=str(tmp_path / "same")), *policy)
     assert abs(first_loss(model, ref, pair_set()).loss - LN2) > 1e-4
 
 
 def test_settings_that_cannot_be():
     lora, none = AdapterConfig(adapter="lora"), AdapterConfig()
-    assert (
-        reference.choose(ReferenceConfig(), lora) == "adapter_off"
-        and reference.choose(ReferenceConfig(), none) == "frozen"
-    )
-    assert reference.choose(ReferenceConfig(ref_path="m"), lora) == "frozen"
-    assert reference.choose(ReferenceConfig(), AdapterConfig(), "a") == "frozen"
+    base, adapted = ModelConfig(), ModelConfig(adapter_path="a")
+    assert choose_reference(ReferenceConfig(), base, lora) == "adapter_off"
+    assert choose_reference(ReferenceConfig(), base, none) == "frozen"
+    assert choose_reference(ReferenceConfig(ref_path="m"), base, lora) == "frozen"
+    assert choose_reference(ReferenceConfig(), adapted, none) == "frozen"
+    assert choose_reference(ReferenceConfig("adapter_off"), adapted, none) == "adapter_off"
     for config, adapter, words in (
         (ReferenceConfig("adapter_off"), none, "there is no adapter"),
         (ReferenceConfig("adapter_off", ref_path="m"), lora, "no second model"),
         (ReferenceConfig("frozen", sync_every=3), none, "no effect"),
-        (ReferenceConfig("synced", sync_alpha=0), none, "share above 0"),
         (ReferenceConfig("synced", ref_path="m"), lora, "leave --ref-path out"),
         (ReferenceConfig(), AdapterConfig(adapter="lora", lora_dropout=0.1), "--lora-dropout 0.1"),
     ):
         with pytest.raises(ValueError, match=words):
-            reference.choose(config, adapter)
-    assert "never follows" in reference.never_synced(
-        ReferenceConfig("synced"), 100
-    ) and not reference.never_synced(ReferenceConfig(), 100)
+            choose_reference(config, base, adapter)
+    with pytest.raises(ValueError, match="leave --ref-path out"):
+        choose_reference(ReferenceConfig("synced", ref_path="m"), adapted, none)
+
+
+def test_a_reference_that_never_follows_is_said(capsys):
+    """It follows at the beginning of a step, so that the last update is before the last step."""
+    for config, steps, said in (
+        (ReferenceConfig("synced"), 100, True),
+        (ReferenceConfig("synced", sync_every=100), 100, True),
+        (ReferenceConfig("synced", sync_every=100), 101, False),
+        (ReferenceConfig(), 100, False),
+    ):
+        check_sync(config, steps)
+        assert ("never follows" in capsys.readouterr().err) == said
+
+
+def test_a_share_of_nothing_is_refused(door):
+    code, said = door("dpo", "--reference", "synced", "--sync-alpha", 0)
+    assert code == 2 and "--sync-alpha 0.0: give a number above 0 to 1" in said

@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 
 from ta import parallel
 from ta.command_line import Range
-from ta.files import hold_lock, read_lines, remove, write_atomic
+from ta.files import ASIDE, hold_lock, read_lines, remove, write_atomic
 from ta.folders import fingerprint
+from ta.model.arguments import check_quantize
 from ta.training.trackers import check_trackers
 
 # any of these tells a run folder
@@ -104,12 +105,16 @@ class Run:
 
 
 def start_run(config: Any) -> Run:
-    """The run of a recipe's config (its `loop` and `model` groups): checked, nothing written yet.
+    """The run of a recipe's config: checked, nothing written yet.
+
+    It reads the groups loop, model, adapter, compute and batches.
 
     Joins the process group under torchrun and picks this process's device. ValueError where --out
-    holds something else, or where a service of --log is not installed.
+    holds something else, where a service of --log is not installed, or where --quantize cannot work.
     """
     loop = config.loop
+    adapted = config.adapter.adapter != "none" or config.model.adapter_path is not None
+    check_quantize(config.compute.quantize, adapted, parallel.world())
     device = parallel.init()
     if config.model.model_path.startswith("builtin"):
         parallel.one_thread()
@@ -127,7 +132,9 @@ def check_out(loop: LoopConfig) -> list[str]:
         raise ValueError(
             "--resume goes on with a run and --overwrite deletes it: give one of the two"
         )
-    held = sorted(p.name for p in folder.iterdir() if p.name != ".lock") if folder.exists() else []
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    # a process that was killed may have left its lock, and a part of what it was writing
+    held = [name for name in names if name != ".lock" and not ASIDE.fullmatch(name)]
     if held and not any(name in held for name in RUN_FILES):
         raise ValueError(
             f"--out {out} holds files that are no run ({', '.join(held[:3])}): give a new folder"
@@ -164,9 +171,9 @@ def resume_key(run: Run, batches: Any, optimizer: Any, optim: Any, more: dict[st
     key: dict[str, Any] = {"data": batches.prepared.info["fingerprint"]}
     config = run.config
     if config is not None:
-        model, compute = config.model, getattr(config, "compute", None)
+        model = config.model
         key["model"] = fingerprint(model.model_path, model.hub)
-        key["quantize"] = getattr(compute, "quantize", "none")
+        key["quantize"] = config.compute.quantize
         key["adapter_path"] = model.adapter_path
         for own in dataclasses.fields(config):
             value = getattr(config, own.name)
