@@ -107,10 +107,9 @@ class Run:
 def start_run(config: Any) -> Run:
     """The run of a recipe's config: checked, nothing written yet.
 
-    It reads the groups loop, model, adapter, compute and batches.
-
-    Joins the process group under torchrun and picks this process's device. ValueError where --out
-    holds something else, where a service of --log is not installed, or where --quantize cannot work.
+    It reads the groups loop, model, adapter, compute and batches, joins the process group
+    under torchrun and picks this process's device. ValueError where --out holds something else,
+    where a service of --log is not installed, or where --quantize cannot work.
     """
     loop = config.loop
     adapted = config.adapter.adapter != "none" or config.model.adapter_path is not None
