@@ -438,7 +438,7 @@ def test_pictures_equal_the_hf_engine(tmp_path):
     from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
     from ta.data.sources import Drops
     from ta.generation.prompts import read_prompts
-    from ta.media.multimodal import around, write_parts
+    from ta.media.multimodal import with_projectors
     from ta.media.settings import MediaConfig, MediaFiles, open_media, reopen_media
     from ta.model.adapters import AdapterConfig
     from ta.model.export import export
@@ -458,9 +458,9 @@ def test_pictures_equal_the_hf_engine(tmp_path):
         AdapterConfig(),
         ComputeConfig(),
         tokenizer,
-        around=partial(around, media)(tokenizer),
+        around=partial(with_projectors, media, tokenizer),
     )
-    export(model.inner, tokenizer.fast, tmp_path / "final", write=write_parts(media, model))
+    export(model, tokenizer, tmp_path / "final")
     media = reopen_media(tmp_path / "final", files, (str(asked),), "cpu")
     config = ModelConfig(str(tmp_path / "final"))
     tokenizer = load_chat_tokenizer(

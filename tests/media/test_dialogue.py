@@ -12,11 +12,11 @@ from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import Placeholder, TokenizerConfig, load_chat_tokenizer
 from ta.data import records
 from ta.data.jsonl import BadRecord
-from ta.data.loader import media_of
 from ta.data.prepare import DataConfig
 from ta.folders import ModelConfig
 from ta.media.dialogue import encode_media, prepare_media_chats
 from ta.media.images import write_image
+from ta.media.multimodal import media_of
 from ta.media.settings import MediaConfig, open_media
 
 A = {"role": "assistant", "content": "red"}

@@ -12,13 +12,19 @@ from test_encoders import save_clip
 from ta.builtin.pictures import write_pictures
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
-from ta.data.loader import lay_records
 from ta.data.prepare import DataConfig
 from ta.folders import ModelConfig
 from ta.media.dialogue import prepare_media_chats
 from ta.media.feature_file import Layout
 from ta.media.features import extract
-from ta.media.multimodal import MediaBatch, around, dress, embed_modalities, embed_prompts, fill
+from ta.media.multimodal import (
+    MediaBatch,
+    collate_media,
+    embed_modalities,
+    embed_prompts,
+    with_features,
+    with_projectors,
+)
 from ta.media.settings import MediaConfig, load_marked, open_media
 from ta.model.adapters import AdapterConfig
 from ta.model.load import ComputeConfig, load_model
@@ -62,7 +68,7 @@ def formed(media, **chat):
 
 
 def made(media, path, model=None, freeze=False, adapter="none", **chat):
-    """(model, tokenizer, prepared, dress) of records in a file."""
+    """(model, tokenizer, prepared, collate) of records in a file."""
     tokenizer, chat = formed(media, **chat)
     prepared = prepare_media_chats(
         [str(path)], tokenizer, chat, DataConfig(), say=lambda line: None
@@ -73,14 +79,13 @@ def made(media, path, model=None, freeze=False, adapter="none", **chat):
             AdapterConfig(adapter=adapter),
             ComputeConfig(),
             tokenizer,
-            around=around(media, tokenizer, freeze),
+            around=partial(with_projectors, media, tokenizer, freeze=freeze),
         )
-    return model, tokenizer, prepared, dress(media, prepared)
+    return model, tokenizer, prepared, partial(collate_media, media)
 
 
 def batch_of_records(prepared, make, records, packed=True):
-    records = np.array(records)
-    return make(lay_records(prepared, records, packed), records)
+    return make(prepared, np.array(records), packed)
 
 
 def test_what_learns(place):
@@ -90,7 +95,7 @@ def test_what_learns(place):
         model, tokenizer, prepared, make = made(
             media, place / "train.jsonl", freeze=freeze, adapter=adapter
         )
-        batch = fill(media, batch_of_records(prepared, make, [0, 1]))
+        batch = with_features(media, batch_of_records(prepared, make, [0, 1]))
         model.train()
         model.loss(batch).backward()
         grads = {
@@ -119,22 +124,29 @@ def test_packed_equals_padded_equals_alone(place):
         place, image_projector="c_abs", image_embeddings=4, projector_width=16, projector_depth=1
     )
     model, _, prepared, make = made(media, place / "train.jsonl")
-    whole = model.logprobs(fill(media, batch_of_records(prepared, make, [0, 1, 2])))
+    whole = model.logprobs(with_features(media, batch_of_records(prepared, make, [0, 1, 2])))
     alone = torch.cat(
-        [model.logprobs(fill(media, batch_of_records(prepared, make, [i]))) for i in range(3)]
+        [
+            model.logprobs(with_features(media, batch_of_records(prepared, make, [i])))
+            for i in range(3)
+        ]
     )
     model.set_mode("padded")
-    padded = model.logprobs(fill(media, batch_of_records(prepared, make, [0, 1, 2], packed=False)))
+    padded = model.logprobs(
+        with_features(media, batch_of_records(prepared, make, [0, 1, 2], packed=False))
+    )
     assert torch.allclose(whole, alone, atol=1e-5) and torch.allclose(whole, padded, atol=1e-5)
     assert not torch.allclose(
         whole,
         model.logprobs(
-            fill(media, swapped(batch_of_records(prepared, make, [0, 1, 2], packed=False)))
+            with_features(media, swapped(batch_of_records(prepared, make, [0, 1, 2], packed=False)))
         ),
         atol=1e-3,
     )
     model.set_mode("native")
-    own = model.logprobs(fill(media, batch_of_records(prepared, make, [0, 1, 2], packed=False)))
+    own = model.logprobs(
+        with_features(media, batch_of_records(prepared, make, [0, 1, 2], packed=False))
+    )
     assert torch.allclose(own, whole, atol=1e-4), (
         "models whose hidden states cannot be read see pictures, too"
     )
@@ -166,15 +178,17 @@ def test_cached_equals_uncached_bit_for_bit(place, tmp_path, name):
     _, _, again, read = made(cached, place / "train.jsonl", model)
     for records in ([0], [0, 1, 2, 3, 4], [5, 2]):
         one, other = (
-            fill(m, batch_of_records(p, d, records))
+            with_features(m, batch_of_records(p, d, records))
             for m, p, d in ((media, prepared, make), (cached, again, read))
         )
         assert torch.equal(one.image, other.image) and torch.equal(
             model.loss(one), model.loss(other)
         )
-    lazy = fill(cached, batch_of_records(again, dress(cached, again, read=False), [0, 1, 2, 3, 4]))
+    lazy = with_features(
+        cached, batch_of_records(again, partial(collate_media, cached, read=False), [0, 1, 2, 3, 4])
+    )
     assert torch.equal(
-        lazy.image, fill(media, batch_of_records(prepared, make, [0, 1, 2, 3, 4])).image
+        lazy.image, with_features(media, batch_of_records(prepared, make, [0, 1, 2, 3, 4])).image
     )
 
 
@@ -194,7 +208,9 @@ def test_text_alone_and_nothing_at_all_run_the_projector(place, tmp_path):
     model, _, prepared, make = made(media, tmp_path / "t.jsonl")
     for records in ([0], []):
         model.zero_grad()
-        model.loss(fill(media, batch_of_records(prepared, make, np.array(records, int)))).backward()
+        model.loss(
+            with_features(media, batch_of_records(prepared, make, np.array(records, int)))
+        ).backward()
         assert all(p.grad is not None for p in model.projectors.parameters()), (
             "or processes with and without pictures would not meet"
         )
@@ -203,7 +219,7 @@ def test_text_alone_and_nothing_at_all_run_the_projector(place, tmp_path):
 def test_prompts_are_embedded_as_batches_are(place):
     media = opened(place)
     model, _, prepared, make = made(media, place / "train.jsonl")
-    whole = model.embed(fill(media, batch_of_records(prepared, make, [0, 1])))[0]
+    whole = model.embed(with_features(media, batch_of_records(prepared, make, [0, 1])))[0]
     ids = [prepared.ids[prepared.offsets[i] : prepared.offsets[i + 1]].tolist() for i in (0, 1)]
     found = list(
         embed_prompts(
@@ -228,7 +244,7 @@ def test_sounds_beside_pictures(place, tmp_path):
     (tmp_path / "t.jsonl").write_text(json.dumps(record) + "\n")
     media = opened(place, audio_encoder="whisper", audio_encoder_path=str(place / "whisper"))
     model, tokenizer, prepared, make = made(media, tmp_path / "t.jsonl")
-    batch = fill(media, batch_of_records(prepared, make, [0]))
+    batch = with_features(media, batch_of_records(prepared, make, [0]))
     assert batch.image.shape[0] == batch.audio.shape[0] == 1
     model.loss(batch).backward()
     assert all(p.grad.abs().sum() > 0 for p in model.projectors.parameters())
@@ -273,7 +289,7 @@ def test_an_encoder_is_one_function_and_one_entry(place, tmp_path, monkeypatch):
         projector_width=16,
     )
     model, _, prepared, make = made(media, place / "train.jsonl")
-    model.loss(fill(media, batch_of_records(prepared, make, [0, 1]))).backward()
+    model.loss(with_features(media, batch_of_records(prepared, make, [0, 1]))).backward()
     assert (
         model.projectors["image"].positions.shape == (1, 196, 8)
         and model.projectors["image"].positions.grad.abs().sum() > 0

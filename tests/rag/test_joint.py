@@ -61,7 +61,7 @@ def made(tmp_path_factory):
         AdapterConfig(),
         ComputeConfig(),
         tokenizer,
-        around=lambda generator: joint.RagModel(generator, encoder),
+        around=partial(joint.RagModel, encoder=encoder),
     )
     retriever = retriever_of(
         index, encoder_tokenizer, tokenizer, ChatConfig(), Joining(3, 256, "\n\n")
@@ -73,13 +73,13 @@ def made(tmp_path_factory):
         DataConfig(),
         say=lambda line: None,
     )
-    dress = joint.asked(prepared, index.passages)
-    return model, retriever, prepared, dress
+    collate = joint.question_collate(prepared, index.passages)
+    return model, retriever, prepared, collate
 
 
 def batches(made, k=3, max_tokens=8192, records=6, **more):
-    model, retriever, prepared, dress = made
-    asked = micro_batches(prepared, np.arange(records), 8192, True, dress)
+    model, retriever, prepared, collate = made
+    asked = micro_batches(prepared, np.arange(records), 8192, True, collate)
     return joint.with_passages(
         retriever._replace(how=Joining(k, 256, "\n\n")),
         model,
@@ -94,7 +94,7 @@ def total(made, parts, scale=SCALE):
     made[0].zero_grad(set_to_none=True)
     loss = 0.0
     for batch in parts:
-        value, count, _ = joint.step(scale, made[0], batch)
+        value, count, _ = joint.rag_step(scale, made[0], batch)
         assert count == len(batch.found)
         value.backward()
         loss += value.item()
@@ -105,8 +105,8 @@ def total(made, parts, scale=SCALE):
 
 def brute(made, k, gold=False):
     """The definition, question by question and passage by passage: transformers' logits, a plain encoder, a sum over probabilities."""
-    model, retriever, prepared, dress = made
-    (asked,) = micro_batches(prepared, np.arange(6), 8192, True, dress)
+    model, retriever, prepared, collate = made
+    (asked,) = micro_batches(prepared, np.arange(6), 8192, True, collate)
     model.zero_grad(set_to_none=True)
     table, texts = (
         retriever.table.double(),
@@ -165,7 +165,7 @@ def test_one_passage_is_fine_tuning_on_the_joined_text_and_the_encoder_learns_no
         gradient.any() for name, gradient in gradients.items() if name.startswith("encoder.")
     )
     model.zero_grad(set_to_none=True)
-    sft, weight, _ = sft_step(model, batch.seqs)
+    sft, weight, _ = sft_step(model, batch.sequences)
     sft.backward()
     plain = {name: p.grad for name, p in model.named_parameters() if name.startswith("inner.")}
     agree(
@@ -186,7 +186,7 @@ def test_micro_batches_padding_and_the_order_of_passages_change_nothing(made):
     parts = batches(made, gold=True, in_batch=1)
     expected = total(made, parts)
     longest = max(
-        sum(batch.seqs.lengths) for batch in batches(made, gold=True, in_batch=1, records=1)
+        sum(batch.sequences.lengths) for batch in batches(made, gold=True, in_batch=1, records=1)
     )
     many = batches(made, max_tokens=2 * longest, gold=True, in_batch=1)
     assert len(parts) == 1 < len(many)
@@ -202,8 +202,8 @@ def test_micro_batches_padding_and_the_order_of_passages_change_nothing(made):
     cells = batch.cells // k * k + order.argsort()[batch.cells % k]
     agree(total(made, [batch._replace(vectors=batch.vectors[:, order], cells=cells)]), expected)
     ids = [
-        batch.seqs.tokens[0, e - n + 1 : e + 1].numpy()
-        for e, n in zip(batch.seqs.ends.tolist(), batch.seqs.lengths, strict=True)
+        batch.sequences.tokens[0, e - n + 1 : e + 1].numpy()
+        for e, n in zip(batch.sequences.ends.tolist(), batch.sequences.lengths, strict=True)
     ]
     assert len(ids) == len(batch.cells) <= q * k
 
@@ -212,7 +212,7 @@ def test_a_batch_without_questions_runs_and_counts_nothing(made):
     """As on a process that has none left."""
     (batch,) = batches(made, records=1)
     empty = batch._replace(
-        seqs=lay_out([], []),
+        sequences=lay_out([], []),
         questions=type(batch.questions)(*(x[:1] for x in batch.questions)),
         vectors=batch.vectors[:0],
         cells=batch.cells[:0],
@@ -241,23 +241,23 @@ def test_a_question_whose_passages_do_not_fit_is_refused(made):
 
 
 def test_under_a_limit_passages_give_way_and_questions_do_not(made):
-    model, retriever, prepared, dress = made
+    model, retriever, prepared, collate = made
     limit = int(np.diff(prepared.offsets).max()) + 3
     tight = retriever._replace(chat=ChatConfig(max_tokens=limit))
-    asked = micro_batches(prepared, np.arange(6), 8192, True, dress)
-    whole = batches(made)[0].seqs.lengths
+    asked = micro_batches(prepared, np.arange(6), 8192, True, collate)
+    whole = batches(made)[0].sequences.lengths
     for batch in joint.with_passages(tight, model, asked):
-        assert max(batch.seqs.lengths) <= limit < max(whole) and len(batch.cells) == 18
-        assert len(batch.seqs.owners.unique()) == 18  # every sequence keeps its answer
+        assert max(batch.sequences.lengths) <= limit < max(whole) and len(batch.cells) == 18
+        assert len(batch.sequences.owners.unique()) == 18  # every sequence keeps its answer
 
 
 def test_answers_read_what_training_reads(made):
     """The prompt of inference is the beginning of the sequence that training saw for the same passage, and names it with its score."""
-    model, retriever, prepared, dress = made
+    model, retriever, prepared, collate = made
     from ta.chat.encode import encode_prompts
 
     one = retriever._replace(how=Joining(1, 256, "\n\n"))
-    (asked,) = micro_batches(prepared, np.arange(6), 8192, True, dress)
+    (asked,) = micro_batches(prepared, np.arange(6), 8192, True, collate)
     (batch,) = batches(made, k=1)
     encode = partial(
         encode_prompts,
@@ -266,9 +266,9 @@ def test_answers_read_what_training_reads(made):
     )
     embed = lambda texts: model.embed(texts)
     found = answerable(one, embed, [{"messages": chat} for chat in asked.chats], encode)
-    starts = np.cumsum([0, *batch.seqs.lengths])
+    starts = np.cumsum([0, *batch.sequences.lengths])
     for (record, prompt), start, rows in zip(found, starts, batch.found, strict=False):
-        assert batch.seqs.tokens[0, start : start + len(prompt)].tolist() == prompt
+        assert batch.sequences.tokens[0, start : start + len(prompt)].tolist() == prompt
         (passage,) = record["passages"]
         assert passage["id"] == take(one.passages, rows)[0]["id"] and -1 <= passage["score"] <= 1
         assert record["messages"][0]["content"].startswith(passage["id"].replace("-", " "))
@@ -286,7 +286,7 @@ def test_gold_that_is_no_passage_is_named_by_its_line(made, tmp_path):
         say=lambda line: None,
     )
     with pytest.raises(ValueError, match=r"q\.jsonl:1: gold names passage 'unheard-of'"):
-        joint.asked(prepared, retriever.passages)
+        joint.question_collate(prepared, retriever.passages)
 
 
 def test_figures_by_hand(made):
@@ -294,7 +294,7 @@ def test_figures_by_hand(made):
     model = made[0]
     lists = lambda gold: [[g[0] if i % 2 and g else 39, 38, *g, 37] for i, g in enumerate(gold)]
     parts = [batch._replace(found=lists(batch.gold)) for batch in batches(made, ranked=10)]
-    values = joint.figures(model, parts, 3)
+    values = joint.retrieval_figures(model, parts, 3)
     golds = [g for batch in parts for g in batch.gold]
     hits = [i for i, g in enumerate(golds) if g and i % 2]
     assert len(golds) == 6 and sum(map(bool, golds)) == 5

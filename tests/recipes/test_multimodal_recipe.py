@@ -13,7 +13,7 @@ from ta.builtin.pictures import write_pictures
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.folders import ModelConfig
-from ta.media.multimodal import embed_prompts, seeing
+from ta.media.multimodal import embed_prompts, media_model_for_inference
 from ta.media.settings import MediaFiles, reopen_media
 from ta.model.load import load_for_inference
 
@@ -283,7 +283,7 @@ def test_llava_layout_gives_equal_logits(forked, door, flags, place, tmp_path):
         "cpu",
     )
     config = ModelConfig(model_path=str(tmp_path / "run" / "final"))
-    ours = seeing(
+    ours = media_model_for_inference(
         media,
         load_chat_tokenizer(
             config, TokenizerConfig(), ChatConfig(), placeholders=media.placeholders
