@@ -95,11 +95,12 @@ def encoder(flags) -> Figures:
     """The forward passes alone."""
     import torch
 
-    from ta.rag.embedding import Reading, open_encoder, pad, tokenize
+    from ta.rag.embedding import open_encoder, pad, tokenize
+    from ta.rag.embedding_settings import EmbeddingSettings
 
     with tempfile.TemporaryDirectory() as folder:
         records, path = passages(flags, Path(folder))
-        reading = Reading("mean", True, "", "", 512)
+        reading = EmbeddingSettings("mean", True, "", "", 512)
         model, tokenizer = open_encoder(path, reading)
     ids = sorted(
         tokenize([record["text"] for record in records], tokenizer, reading, "passage"), key=len
@@ -121,17 +122,18 @@ def encoder(flags) -> Figures:
 def building(flags) -> Figures:
     from ta.builtin import models
     from ta.rag.embedding import Texts, open_encoder
-    from ta.rag.index import EncoderConfig, begin, build
+    from ta.rag.embedding_settings import EncoderConfig
+    from ta.rag.index import begin_index, build_index
 
     with tempfile.TemporaryDirectory() as folder:
         records, path = passages(flags, Path(folder))
         models.write_jsonl(Path(folder) / "passages.jsonl", records)
         import torch
 
-        from ta.rag.embedding import reading_of
+        from ta.rag.embedding_settings import embedding_settings
 
         config = EncoderConfig(encoder_path=path)
-        warm, _ = open_encoder(path, reading_of(path, config))
+        warm, _ = open_encoder(path, embedding_settings(path, config))
         with torch.no_grad():
             warm(
                 Texts(
@@ -139,8 +141,8 @@ def building(flags) -> Figures:
                 )
             )
         cpu = time.process_time()
-        begin(Path(folder) / "index", [str(Path(folder) / "passages.jsonl")], config)
-        assert build(Path(folder) / "index", "cpu")
+        begin_index(Path(folder) / "index", [str(Path(folder) / "passages.jsonl")], config)
+        assert build_index(Path(folder) / "index", "cpu")
         return {"build_cpu_s": time.process_time() - cpu}
 
 
@@ -151,10 +153,9 @@ def opening(flags) -> Figures:
     import torch
 
     from ta.folders import fingerprint
-    from ta.rag.embedding import reading_of
-    from ta.rag.index import EncoderConfig, save_index
-    from ta.rag.passages import Passages, take
-    from ta.rag.search import open_index
+    from ta.rag.embedding_settings import EncoderConfig, embedding_settings
+    from ta.rag.index import open_index, save_index
+    from ta.rag.passages import Passages, read_passages
 
     with tempfile.TemporaryDirectory() as place:
         _, path = passages(flags, Path(place))
@@ -163,14 +164,14 @@ def opening(flags) -> Figures:
         (Path(place) / "many.jsonl").write_bytes(line * n)
         many = Passages(Path(place) / "many.jsonl", np.arange(n + 1, dtype=np.int64) * len(line))
         zeros = np.memmap(Path(place) / "zeros", np.float32, "w+", shape=(n, 384))
-        reading = reading_of(path, EncoderConfig())._asdict()
+        reading = embedding_settings(path, EncoderConfig())._asdict()
         about = {"format": 1, "encoder": fingerprint(path), "encoder_path": path}
         save_index(folder, many, torch.from_numpy(zeros), about | {"reading": reading})
         start = time.perf_counter()
         index = open_index(folder)
         assert (
             index.vectors.shape == (n, 384)
-            and take(index.passages, [n - 1])[0]["id"] == "0"
+            and read_passages(index.passages, [n - 1])[0]["id"] == "0"
             and not index.vectors[n // 2].any()
         )
         return {"open_s": time.perf_counter() - start}

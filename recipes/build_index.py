@@ -8,26 +8,24 @@ A line of passages: {"id": "p1", "title": "Keys", "text": "Anna's key is red."};
 vectors.safetensors and manifest.json.
 """
 
+from __future__ import annotations
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from ta.builtin import data_files
-from ta.command_line import cli
-from ta.parallel import close, init, on_rank_zero, pick_device, rank, world
-from ta.rag import index
-from ta.rag.index import EncoderConfig
-from ta.rag.search import add_approximate, need_faiss
+import ta
 
 
 @dataclass(frozen=True)
-class BuildIndex:
-    encoder: EncoderConfig = EncoderConfig()
+class Config:
+    encoder: ta.rag.EncoderConfig = ta.rag.EncoderConfig()
     passages: tuple[str, ...] = ()
     """Sources of passages: file.jsonl, file.jsonl@0.1 (share), file.jsonl@500 (count); none: the built-in catalogue."""
     out: str = "index"
     """Folder to write."""
-    max_tokens_per_pass: int = 8192
+    max_tokens_per_pass: Annotated[int, ta.Range(1)] = 8192
     """Tokens, padding included, in one pass of the encoder: the memory knob."""
     approximate: bool = False
     """Put an approximate index beside the exact one (needs faiss), for `generate --approximate`; pays from millions of passages on."""
@@ -37,33 +35,36 @@ class BuildIndex:
     """Replace an index that exists."""
 
 
-def main(config: BuildIndex) -> None:
+def main(config: Config) -> None:
     from tqdm import tqdm
 
     if config.approximate:
-        need_faiss()
-    init()
-    out, sources = Path(config.out), config.passages or (str(data_files.passages_file()),)
-    count = on_rank_zero(
-        lambda: index.begin(out, sources, config.encoder, config.resume, config.overwrite)
+        ta.rag.need_faiss()
+    out, sources = Path(config.out), config.passages or (str(ta.rag.passages_file()),)
+    ta.parallel.init()
+    count = ta.parallel.on_rank_zero(
+        lambda: ta.rag.begin_index(out, sources, config.encoder, config.resume, config.overwrite)
     )
-    close()
-    # from here on each process works on its own share and waits for no other
-    me, processes, device = rank(), world(), pick_device()
-    share = None if me else -(-count // processes)
+    ta.parallel.close()
+
+    # from here on each process embeds its own share and waits for no other
+    rank, world = ta.parallel.rank(), ta.parallel.world()
     with tqdm(
-        total=share,
+        total=None if rank else -(-count // world),
         desc="embedding",
         unit=" passages",
-        disable=me > 0,
+        disable=rank > 0,
         mininterval=0.5,
         dynamic_ncols=True,
     ) as bar:
-        if index.build(out, device, me, processes, config.max_tokens_per_pass, bar.update):
-            if config.approximate:
-                add_approximate(out)
-            print(f"done: {out}", file=sys.stderr)
+        published = ta.rag.build_index(
+            out, ta.parallel.pick_device(), rank, world, config.max_tokens_per_pass, bar.update
+        )
+    if published:
+        if config.approximate:
+            ta.rag.add_approximate(out)
+        print(f"done: {out}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    cli(main, BuildIndex)
+    ta.cli(main, Config)

@@ -40,7 +40,7 @@ from ta.generation.vllm_engine import VllmConfig
 from ta.media.settings import MediaFiles, reopen_media
 from ta.model.inference import open_generator, vllm_settings
 from ta.rag.passages import RetrievalConfig
-from ta.rag.retrieval import online
+from ta.rag.retrieval import retrieve_for_prompts
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def main(config: Generate) -> None:
     )
     if drops.counts:
         print(f"left out: {drops.table()}", file=sys.stderr)
-    records = online(config.retrieval, records, tokenizer, config.chat, device)
+    records = retrieve_for_prompts(config.retrieval, records, tokenizer, config.chat, device)
     engine, vocabulary, context = open_generator(
         model, tokenizer, device, vllm, config.generation.seed, media
     )

@@ -17,8 +17,6 @@ from functools import partial
 from typing import Annotated
 
 import ta
-from ta import Range
-from ta.rag.passages import RetrievalConfig
 
 
 @dataclass(frozen=True)
@@ -33,16 +31,16 @@ class Config:
     optim: ta.OptimConfig = ta.OptimConfig()
     loop: ta.LoopConfig = ta.LoopConfig(out="runs/rag")
     samples: ta.SamplesConfig = ta.SamplesConfig()
-    retrieval: RetrievalConfig = RetrievalConfig()
+    retrieval: ta.rag.RetrievalConfig = ta.rag.RetrievalConfig()
     gold: bool = True
     """While training: where a record names its gold passage and that was not found, it takes the place of the last one found."""
-    in_batch: Annotated[int, Range(0)] = 0
+    in_batch: Annotated[int, ta.Range(0)] = 0
     """While training: passages of so many other questions of the batch (their gold, else their best) join the candidates."""
-    encoder_lr: Annotated[float | None, Range(0)] = None
+    encoder_lr: Annotated[float | None, ta.Range(0)] = None
     """Learning rate of the encoder; 0 leaves it as it is. Default: 2e-5; 3e-3 for the built-in one."""
-    score_scale: Annotated[float | None, Range(0, above=True)] = None
+    score_scale: Annotated[float | None, ta.Range(0, above=True)] = None
     """Factor on scores before their softmax. Default: 20 where vectors have length 1, else 1."""
-    reembed_every: Annotated[int, Range(0)] = 0
+    reembed_every: Annotated[int, ta.Range(0)] = 0
     """Steps between embedding all passages anew by the encoder as it then is; 0: never, then only questions move."""
 
 
@@ -63,7 +61,7 @@ def main(config: Config) -> None:
         config.retrieval.index or ta.rag.builtin_index(), config.retrieval.encoder_path
     )
     encoder, encoder_tokenizer = ta.rag.open_encoder(
-        index.encoder, index.reading, run.device, config.model.dtype
+        index.encoder, index.embedding_settings, run.device, config.model.dtype
     )
     encoder_lr = config.encoder_lr
     if encoder_lr is None:
@@ -71,7 +69,7 @@ def main(config: Config) -> None:
     encoder.requires_grad_(encoder_lr > 0)
     scale = config.score_scale
     if scale is None:
-        scale = 20.0 if index.reading.normalize else 1.0
+        scale = 20.0 if index.embedding_settings.normalize else 1.0
 
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat)
     files, val_files = ta.data_or_builtin(config.data.data, config.data.val_data, "questions")
@@ -88,14 +86,15 @@ def main(config: Config) -> None:
     )
 
     k = config.retrieval.num_passages or 4
-    how = ta.rag.joining(config.retrieval, index.manifest)
+    settings = ta.rag.passage_settings(config.retrieval, index.manifest)
+    settings = settings._replace(num_passages=k)
     retriever = ta.rag.retriever_of(
-        index, encoder_tokenizer, tokenizer, config.chat, how._replace(num_passages=k), run.device
+        index, encoder_tokenizer, tokenizer, config.chat, settings, run.device
     )
     if config.reembed_every:
         retriever = retriever._replace(table=retriever.table.clone())
     # each sequence of training has one passage, and so has an answer afterwards
-    one_passage = retriever._replace(how=how._replace(num_passages=1))
+    one_passage = retriever._replace(passage_settings=settings._replace(num_passages=1))
     model.retriever, model.index = one_passage, index
 
     def collate(data):
@@ -136,11 +135,11 @@ def main(config: Config) -> None:
         model.eval()
         records = ta.first_records(val_data, config.samples.sample_records)
         encode = partial(ta.encode_prompts, tokenizer=tokenizer, config=config.chat)
-        asked = ta.rag.answerable(one_passage, model.embed, records, encode)
+        prompts = ta.rag.prompts_with_passages(one_passage, model.embed, records, encode)
         figures |= ta.generate_samples(
             model,
             tokenizer,
-            [record for record, _ in asked],
+            [record for record, _ in prompts],
             config.chat,
             config.samples,
             run.folder,
@@ -153,7 +152,7 @@ def main(config: Config) -> None:
         "index": [index.manifest["encoder"], index.manifest["passages_sha256"]],
         "scale": scale,
         "encoder_lr": encoder_lr,
-        **retriever.how._asdict(),
+        **retriever.passage_settings._asdict(),
     }
     ta.preview(train_data, tokenizer)
     ta.train(

@@ -8,9 +8,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # for editors; NAMES says the same
+    from ta.builtin.data_files import passages_file as passages_file
     from ta.builtin.fine_tuned import builtin_index as builtin_index
     from ta.rag.embedding import open_encoder as open_encoder
+    from ta.rag.embedding_settings import EncoderConfig as EncoderConfig
+    from ta.rag.index import begin_index as begin_index
+    from ta.rag.index import build_index as build_index
+    from ta.rag.index import open_index as open_index
     from ta.rag.joint import RANKED as RANKED
     from ta.rag.joint import RagModel as RagModel
     from ta.rag.joint import question_collate as question_collate
@@ -18,31 +23,25 @@ if TYPE_CHECKING:
     from ta.rag.joint import reembedded as reembedded
     from ta.rag.joint import retrieval_figures as retrieval_figures
     from ta.rag.joint import with_passages as with_passages
-    from ta.rag.passages import joining as joining
-    from ta.rag.retrieval import answerable as answerable
+    from ta.rag.passages import RetrievalConfig as RetrievalConfig
+    from ta.rag.passages import passage_settings as passage_settings
+    from ta.rag.retrieval import prompts_with_passages as prompts_with_passages
     from ta.rag.retrieval import retriever_of as retriever_of
-    from ta.rag.search import open_index as open_index
+    from ta.rag.search import add_approximate as add_approximate
+    from ta.rag.search import need_faiss as need_faiss
 
-_HOME = {
-    "builtin_index": "ta.builtin.fine_tuned",
-    "open_encoder": "ta.rag.embedding",
-    "joining": "ta.rag.passages",
-    "answerable": "ta.rag.retrieval",
-    "retriever_of": "ta.rag.retrieval",
-    "open_index": "ta.rag.search",
-    **dict.fromkeys(
-        [
-            "RANKED",
-            "RagModel",
-            "question_collate",
-            "rag_step",
-            "reembedded",
-            "retrieval_figures",
-            "with_passages",
-        ],
-        "ta.rag.joint",
-    ),
+NAMES = {  # module: what `ta.rag` gives of it
+    "ta.builtin.data_files": "passages_file",
+    "ta.builtin.fine_tuned": "builtin_index",
+    "ta.rag.embedding_settings": "EncoderConfig",
+    "ta.rag.embedding": "open_encoder",
+    "ta.rag.index": "begin_index build_index open_index",
+    "ta.rag.passages": "RetrievalConfig passage_settings",
+    "ta.rag.retrieval": "prompts_with_passages retriever_of",
+    "ta.rag.search": "add_approximate need_faiss",
+    "ta.rag.joint": "RANKED RagModel question_collate rag_step reembedded retrieval_figures with_passages",
 }
+_HOME = {name: module for module, names in NAMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,7 @@
-"""Building the index of a collection: its passages and their vectors in safetensors, made block by block, gone on with after a kill.
+"""The index of a collection: a folder with its passages and their vectors, built in parts and opened checked.
 
-Letters: N passages, E width of a vector.
+Building is resumable: the vectors of each block of passages are a part on the disk, and the folder
+is published whole when all parts are there. Letters: N passages, E width of a vector.
 """
 
 from __future__ import annotations
@@ -8,9 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ta.data.jsonl import regular_file
 from ta.data.sources import parse_source
@@ -25,49 +25,111 @@ from ta.files import (
     writing,
 )
 from ta.folders import encoder_folder, fingerprint
-from ta.rag.passages import Passages, take, text_of, write_passages
-from ta.rag.search import FORMAT, NAMES
+from ta.rag.embedding_settings import (
+    EmbeddingSettings,
+    EncoderConfig,
+    embedding_settings,
+    width_of,
+)
+from ta.rag.passages import Passages, read_passages, text_of, write_passages
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+FORMAT = 1
+PASSAGES, VECTORS, MANIFEST = "passages.jsonl", "vectors.safetensors", "manifest.json"
 BLOCK = 2048  # passages that are embedded together and make one part
-OFFSETS, WHOLE = "offsets", "vectors.npy"  # among the parts
+OFFSETS, ALL_VECTORS = "offsets", "vectors.npy"  # among the parts
 
 
-@dataclass(frozen=True)
-class EncoderConfig:
-    encoder_path: str = "builtin"
-    """Folder of a text encoder, such as a sentence-transformers model; "builtin" is a tiny random one."""
-    pooling: Literal["mean", "cls", "last", "max"] | None = None
-    """What of an encoder's states is a text's vector. Default, here and below: what the encoder's folder says, else mean, normalised."""
-    normalize: bool | None = None
-    """Scale vectors to length 1, so that scores are cosines."""
-    query_prefix: str | None = None
-    """Text in front of every question, such as "query: "."""
-    passage_prefix: str | None = None
-    """Text in front of every passage, such as "passage: "."""
-    encoder_max_tokens: int | None = None
-    """Tokens of a text that the encoder reads at most; what is longer is cut at its end."""
+class Index(NamedTuple):
+    """An open index; neither vectors nor passages are in memory before they are used."""
+
+    folder: Path
+    vectors: Tensor  # (N, E) float32
+    passages: Passages
+    manifest: dict[str, Any]
+    embedding_settings: EmbeddingSettings  # of its encoder
+    encoder: str  # folder of that encoder, which embeds the questions too
 
 
-def begin(
+def open_index(path: str | Path, encoder_path: str | None = None) -> Index:
+    """The index in a folder, with the encoder it was built with, or a copy of it in `encoder_path`.
+
+    ValueError where there is no index, where its encoder is gone or another one, where its passages
+    have changed, and where its file of vectors is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(path)
+    if not (folder / MANIFEST).exists():
+        raise ValueError(
+            f"no index at {path}: give a folder that recipes/build_index.py or recipes/rag.py wrote"
+        )
+    manifest = json.loads((folder / MANIFEST).read_text())
+    if manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} has format {manifest.get('format')}, this version reads {FORMAT}: "
+            "build the index anew"
+        )
+    encoder = str((folder / manifest["encoder_path"]).resolve())
+    if encoder_path:
+        encoder = encoder_folder(encoder_path)
+    if not (Path(encoder) / "config.json").exists():
+        raise ValueError(f"{path}: its encoder is not at {encoder} any more; give --encoder-path")
+    if _passages_changed(folder / PASSAGES, manifest):
+        raise ValueError(
+            f"{folder / PASSAGES} has changed since the index was built, or is gone: "
+            "build the index anew"
+        )
+    try:
+        with safe_open(folder / VECTORS, "pt") as file:
+            vectors, offsets = file.get_tensor("vectors"), file.get_tensor(OFFSETS).numpy()
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{folder / VECTORS} is damaged ({error}): build the index anew"
+        ) from error
+    if (width := width_of(encoder)) != vectors.shape[1]:
+        raise ValueError(
+            f"{path} has vectors of width {vectors.shape[1]}, the encoder in {encoder} gives "
+            f"{width}: give the one it was built with"
+        )
+    if fingerprint(encoder) != manifest["encoder"]:
+        raise ValueError(
+            f"{path} was built with another encoder than {encoder}: their scores would mean "
+            "nothing; build it with this one"
+        )
+    settings = EmbeddingSettings(**manifest["reading"])
+    passages = Passages(folder / PASSAGES, offsets)
+    return Index(folder, vectors, passages, manifest, settings, encoder)
+
+
+def _passages_changed(path: Path, manifest: dict[str, Any]) -> bool:
+    """Whether the file of passages is another one than was embedded; it is read only if need be."""
+    if not path.exists() or stamp(path)[0] != manifest["passages_stamp"][0]:
+        return True
+    if stamp(path)[:2] == manifest["passages_stamp"]:
+        return False
+    # a copy has another time of change and the same content
+    return content_hash(path, cache_folder("") / "hashes") != manifest["passages_sha256"]
+
+
+def begin_index(
     out: Path,
     sources: Sequence[str],
     config: EncoderConfig,
     resume: bool = False,
     overwrite: bool = False,
 ) -> int:
-    """Prepare the parts beside `out`: passages, and what the index will be made of; how many.
+    """Write the passages and the settings of an index into parts beside `out`; N, their number.
 
-    ValueError: `out` or its beginning is there and neither `resume` nor `overwrite` is asked; it was
-    begun with other passages or another encoder; another process builds it; passages that are wrong,
-    by file and line. An index that is to be replaced stands until the new one is finished.
+    An index that is to be replaced stands until the new one is finished. ValueError where `out` or
+    its parts exist and neither `resume` nor `overwrite` is given, where the parts belong to other
+    passages or another encoder, where another process builds it, and for passages that are wrong,
+    by file and line.
     """
     import torch
-
-    from ta.rag.embedding import reading_of, width_of
 
     parts = Parts(out)
     if resume and overwrite:
@@ -80,7 +142,7 @@ def begin(
         raise ValueError(
             f"--out {out} exists: give another folder, or --overwrite to build it anew"
         )
-    if stands and not (out / "manifest.json").exists():
+    if stands and not (out / MANIFEST).exists():
         raise ValueError(f"--out {out} is no index, so it is not overwritten: give another folder")
     if begun and not (resume or overwrite):
         raise ValueError(
@@ -88,7 +150,7 @@ def begin(
             "or --overwrite to start anew"
         )
     folder, notes = encoder_folder(config.encoder_path), cache_folder("") / "hashes"
-    reading = reading_of(folder, config)
+    settings = embedding_settings(folder, config)
     parsed = [parse_source(text) for text in sorted(sources)]
     for source in parsed:
         regular_file(source.path)
@@ -96,21 +158,21 @@ def begin(
         "format": FORMAT,
         "encoder": fingerprint(folder),
         "encoder_path": str(Path(folder).resolve()),
-        "reading": json.loads(json.dumps(reading._asdict())),
+        "reading": json.loads(json.dumps(settings._asdict())),
         "width": width_of(folder),
         "sources": [[content_hash(source.path, notes), *source[1:]] for source in parsed],
     }
     with locked(out, share="part-0"):
         if resume and begun and OFFSETS in parts.keys():  # noqa: SIM118 no mapping
-            if odd := [key for key in made_of if begun[key] != made_of[key]]:
+            if changed := [key for key in made_of if begun[key] != made_of[key]]:
                 raise ValueError(
-                    f"--resume: {out} was begun with another {' and another '.join(odd)}; "
+                    f"--resume: {out} was begun with another {' and another '.join(changed)}; "
                     "give the same, or --overwrite"
                 )
             return len(_offsets(parts)) - 1
         parts.begin(made_of)
         try:
-            with writing(parts.folder / NAMES[0]) as aside:
+            with writing(parts.folder / PASSAGES) as aside:
                 offsets = torch.from_numpy(write_passages(sources, aside))
             parts.save(OFFSETS, {OFFSETS: offsets})
         except BaseException:
@@ -119,7 +181,7 @@ def begin(
     return len(offsets) - 1
 
 
-def build(
+def build_index(
     out: Path,
     device: str,
     rank: int = 0,
@@ -127,12 +189,13 @@ def build(
     max_tokens: int = 8192,
     advance: Callable[[int], None] = lambda n: None,
 ) -> bool:
-    """Embed this process's blocks of what `begin` prepared, but those that an earlier run did.
+    """Embed this process's blocks of what `begin_index` wrote, except those already on the disk.
 
-    True where the index was published by this call. `advance` is told of passages whose vectors are
-    on the disk, first of those from before. ValueError where another process builds these blocks.
+    True where this call published the index. `advance(n)` is called when the vectors of n more
+    passages are on the disk, first with those of an earlier run. ValueError where another process
+    builds these blocks.
     """
-    from ta.rag.embedding import Reading, embed, open_encoder, tokenize
+    from ta.rag.embedding import embed, open_encoder, tokenize
 
     parts = Parts(out)
     with locked(out, share=f"part-{rank}"):
@@ -148,12 +211,12 @@ def build(
         }
         advance(sum(len(rows) for block, rows in blocks.items() if block in done))
         if left := [block for block in blocks if block not in done]:
-            reading = Reading(**begun["reading"])
-            encoder, tokenizer = open_encoder(begun["encoder_path"], reading, device)
-            passages = Passages(parts.folder / NAMES[0], offsets)
+            settings = EmbeddingSettings(**begun["reading"])
+            encoder, tokenizer = open_encoder(begun["encoder_path"], settings, device)
+            passages = Passages(parts.folder / PASSAGES, offsets)
         for block in left:
-            texts = [text_of(passage) for passage in take(passages, blocks[block])]
-            ids = tokenize(texts, tokenizer, reading, "passage")
+            texts = [text_of(passage) for passage in read_passages(passages, blocks[block])]
+            ids = tokenize(texts, tokenizer, settings, "passage")
             vectors = embed(encoder, ids, tokenizer.pad_token_id, device, max_tokens)
             parts.save(f"{block:08}", {"vectors": vectors.float().cpu().contiguous()})
             advance(len(blocks[block]))
@@ -166,21 +229,21 @@ def _offsets(parts: Parts) -> np.ndarray:
 
 def _done(parts: Parts, total: int) -> set[int]:
     """Blocks whose vectors are on the disk: in parts, or all of them in one array."""
-    if (parts.folder / WHOLE).exists():
+    if (parts.folder / ALL_VECTORS).exists():
         return set(range(total))
     return {int(key) for key in parts.keys() if key != OFFSETS}  # noqa: SIM118 no mapping
 
 
 def _publish(out: Path, parts: Parts, total: int) -> bool:
-    """Write the index once, whichever process comes last, in place of an earlier one.
+    """Write the index if all blocks are there; the process that ends last does it.
 
-    False where blocks are missing or another process was first.
+    False where blocks are missing or another process has written it.
     """
     import numpy as np
     import torch
 
     with locked(out, waiting=lambda: None):
-        whole, about = parts.folder / WHOLE, parts.about()
+        whole, about = parts.folder / ALL_VECTORS, parts.about()
         if about is None or len(_done(parts, total)) < total:
             return False
         if not whole.exists():  # all vectors in one array, to be mapped: memory does not grow
@@ -192,7 +255,7 @@ def _publish(out: Path, parts: Parts, total: int) -> bool:
         for block in range(total):  # room on the disk for two copies is enough
             parts.drop(f"{block:08}")
         with publishing(out, replace=True) as aside:
-            passages = Passages(parts.folder / NAMES[0], _offsets(parts))
+            passages = Passages(parts.folder / PASSAGES, _offsets(parts))
             vectors = np.load(whole, mmap_mode="c")
             about.pop("sources")
             _write(aside, passages, torch.from_numpy(vectors), about)
@@ -201,7 +264,7 @@ def _publish(out: Path, parts: Parts, total: int) -> bool:
 
 
 def save_index(folder: Path, passages: Passages, vectors: Tensor, manifest: dict[str, Any]) -> None:
-    """Write an index of these passages with these vectors (N, E) into `folder`, which is made."""
+    """Write an index of these passages with these vectors (N, E) into a new `folder`."""
     folder.mkdir()
     _write(folder, passages, vectors, manifest)
 
@@ -210,11 +273,11 @@ def _write(folder: Path, passages: Passages, vectors: Tensor, manifest: dict[str
     import torch
     from safetensors.torch import save_file
 
-    shutil.copyfile(passages.path, folder / NAMES[0])
+    shutil.copyfile(passages.path, folder / PASSAGES)
     tensors = {OFFSETS: torch.from_numpy(passages.offsets), "vectors": vectors.float().cpu()}
-    save_file({name: x.contiguous() for name, x in tensors.items()}, folder / NAMES[1])
+    save_file({name: x.contiguous() for name, x in tensors.items()}, folder / VECTORS)
     known = {
-        "passages_sha256": content_hash(folder / NAMES[0]),
-        "passages_stamp": stamp(folder / NAMES[0])[:2],
+        "passages_sha256": content_hash(folder / PASSAGES),
+        "passages_stamp": stamp(folder / PASSAGES)[:2],
     }
-    (folder / NAMES[2]).write_text(json.dumps({**manifest, **known}, indent=2))
+    (folder / MANIFEST).write_text(json.dumps({**manifest, **known}, indent=2))

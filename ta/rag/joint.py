@@ -1,11 +1,11 @@
-"""Training retriever and generator together: candidates of each step's questions, joined and laid out, and the RAG-sequence loss on them.
+"""Training retriever and generator together: the candidates of a step's questions, and the RAG-sequence loss.
 
 Letters: Q questions, K candidate passages a question, N joined sequences, E width of a vector, M learned tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,20 +29,20 @@ from ta.model.export import gathered, whole
 from ta.model.language_model import LanguageModel
 from ta.model.logprobs import sequence_sums
 from ta.parallel import gather_objects, rank, world
-from ta.rag.embedding import Texts, embed, pad, save_reading, tokenize
-from ta.rag.index import save_index
-from ta.rag.passages import Passages, join, rows_of, take, text_of
-from ta.rag.retrieval import Retriever, candidates, find, passages_of
+from ta.rag.embedding import Texts, embed, pad, tokenize
+from ta.rag.embedding_settings import save_embedding_settings
+from ta.rag.index import Index, save_index
+from ta.rag.passages import Passages, join_passages, read_passages, rows_of, text_of
+from ta.rag.retrieval import Retriever, candidate_rows, find_passages, passages_of
 
 if TYPE_CHECKING:
     from ta.data.loader import Collate
     from ta.data.prepare import Prepared
-    from ta.rag.search import Index
 
 RANKED = 10  # passages that an evaluation ranks
 
 
-class Asked(NamedTuple):
+class Questions(NamedTuple):
     """Questions whose passages are yet to be found."""
 
     sequences: Batch  # without passages
@@ -55,12 +55,12 @@ class RagBatch(NamedTuple):
     """Questions with their candidate passages, each joined into a sequence of its own."""
 
     sequences: Batch  # N
-    questions: Texts  # Q (one lone token where Q is 0)
+    questions: Texts  # Q (one padding token where Q is 0)
     vectors: Tensor  # (Q, K, E) of the candidates, constant
-    cells: Tensor  # (N,) int64: the place of a sequence in the (Q, K) table; other places hold no candidate
+    cells: Tensor  # (N,) int64, the place of a sequence in the (Q, K) table; others are empty
     found: list[list[int]]  # rows of the passages found for each question, best first
     gold: list[list[int]]
-    alone: Batch  # Q sequences without passages
+    alone: Batch  # Q sequences without passages, or none
 
 
 class RagModel(LanguageModel):
@@ -80,25 +80,28 @@ class RagModel(LanguageModel):
             return self.encoder(texts)
 
     def save_parts(self, folder: Path | None) -> None:
-        """Write the encoder, its tokenizer and the index that fits it, which `retriever` searches."""
+        """Write the encoder, its tokenizer and the index with `retriever`'s vectors."""
         state = gathered(self.encoder.model)
         if rank() or self.retriever is None:
             return
-        retriever, index, to = self.retriever, self.index, folder / "encoder"
-        whole(self.encoder.model, state).save_pretrained(to)
-        retriever.encoder_tokenizer.save_pretrained(to)
-        save_reading(to, retriever.reading)
-        known = {
-            "encoder": fingerprint(str(to)),
+        retriever, index, encoder = self.retriever, self.index, folder / "encoder"
+        whole(self.encoder.model, state).save_pretrained(encoder)
+        retriever.encoder_tokenizer.save_pretrained(encoder)
+        save_embedding_settings(encoder, retriever.embedding_settings)
+        changed = {
+            "encoder": fingerprint(str(encoder)),
             "encoder_path": "../encoder",
-            "joining": retriever.how._asdict(),
+            "joining": retriever.passage_settings._asdict(),
         }
-        manifest = {**index.manifest, **known}
+        manifest = {**index.manifest, **changed}
         save_index(folder / "index", retriever.passages, retriever.table, manifest)
 
 
 def question_collate(prepared: Prepared, passages: Passages, seed: int = 0) -> Collate:
-    """A collate function for questions, which are read again as text; ValueError where gold names a passage that is not in the collection."""
+    """A collate function for questions, whose records are read again as text.
+
+    ValueError where a record's gold names a passage that is not in the collection.
+    """
     texts = [source["source"] for source in prepared.info["sources"]]
     systems = [parse_source(text).system_prompt for text in texts]
     places = {(int(source), int(line)): i for i, (source, line) in enumerate(prepared.origin)}
@@ -112,14 +115,15 @@ def question_collate(prepared: Prepared, passages: Passages, seed: int = 0) -> C
     for place, record in enumerate(records):
         if absent := [name for name in record["gold"] if name not in rows]:
             raise ValueError(
-                f"{name_of(prepared, place)}: gold names passage {absent[0]!r}, which {passages.path} has not: mend it, or build the index anew"
+                f"{name_of(prepared, place)}: gold names passage {absent[0]!r}, which "
+                f"{passages.path} has not: mend it, or build the index anew"
             )
 
-    def collate(prepared: Prepared, chosen: np.ndarray, packed: bool) -> Asked:
+    def collate(prepared: Prepared, chosen: np.ndarray, packed: bool) -> Questions:
         batch = collate_chats(prepared, chosen, packed)
-        mine = [records[i] for i in chosen]
-        gold = [[rows[name] for name in record["gold"]] for record in mine]
-        return Asked(batch, chosen.tolist(), [record["messages"] for record in mine], gold)
+        asked = [records[i] for i in chosen]
+        gold = [[rows[name] for name in record["gold"]] for record in asked]
+        return Questions(batch, chosen.tolist(), [record["messages"] for record in asked], gold)
 
     return collate
 
@@ -127,173 +131,183 @@ def question_collate(prepared: Prepared, passages: Passages, seed: int = 0) -> C
 def with_passages(
     retriever: Retriever,
     model: RagModel,
-    batches: Sequence[Asked],
+    batches: Sequence[Questions],
     *,
     gold: bool = False,
     in_batch: int = 0,
     max_tokens_per_micro: int = 8192,
     ranked: int = 0,
 ) -> list[RagBatch]:
-    """The step's questions with their candidates, cut anew into micro-batches, as many on every process; all processes take part.
+    """The questions of a step with their candidates, in new micro-batches, as many on every process.
 
-    Candidates are the k best passages by the encoder as it is now; with `gold` the gold one takes the last place where it was not found; and those
-    of `in_batch` other questions of the global batch (their gold, else their best). ValueError where the candidates of a question do not fit.
+    Candidates are the k best passages by the encoder as it is now; `gold` and `in_batch` as in
+    `candidate_rows`. `ranked` finds so many passages in all and lays out the questions without
+    passages too, for figures. All processes take part. ValueError where the candidates of a
+    question do not fit into a micro-batch.
     """
-    was_training = model.training
-    model.eval()
-    chats, wanted, records = (
+    chats, golds, records = (
         [x for batch in batches for x in getattr(batch, name)]
         for name in ("chats", "gold", "records")
     )
-    k = retriever.how.num_passages
-    _, rows, ids = find(retriever, model.embed, chats, max(k, ranked), together=True)
+    k = retriever.passage_settings.num_passages
+    was_training = model.training
+    model.eval()
+    _, rows, ids = find_passages(retriever, model.embed, chats, max(k, ranked), together=True)
     model.train(was_training)
     found = rows.tolist()
-    rows_in = candidates(records, found, wanted, k, gold, in_batch)
-    known = passages_of(retriever, [row for mine in rows_in for row in mine])
-    tokenizer, chat = retriever.tokenizer, replace(retriever.chat, keep_end=True)
-    encode = partial(encode_chats, tokenizer=tokenizer, config=chat)
-    flat = [(chats[q], [text_of(known[row])]) for q, mine in enumerate(rows_in) for row in mine]
-    whole = join(
-        [c for c, _ in flat],
-        [t for _, t in flat],
-        encode,
-        tokenizer.fast,
-        retriever.how,
-        chat.max_tokens,
-    )
-    joined, at = [], 0
-    for mine in rows_in:
-        joined.append([tokens for tokens, _, _ in whole[at : at + len(mine)]])
-        at += len(mine)
+    candidates = candidate_rows(records, found, golds, k, gold, in_batch)
+    chat = replace(retriever.chat, keep_end=True)
+    encode = partial(encode_chats, tokenizer=retriever.tokenizer, config=chat)
+    joined = _joined(retriever, chats, candidates, encode, chat.max_tokens)
     packed = model.mode == "packed"
     micros = _split(joined, max_tokens_per_micro, packed)
     alone = encode(chats) if ranked else None
-    device = retriever.device
+    most = max(gather_objects(len(micros)))
     out = []
-    for places in micros + [[]] * (max(gather_objects(len(micros))) - len(micros)):
-        width = max([len(rows_in[q]) for q in places], default=1)
-        vectors = torch.zeros(
-            len(places), width, retriever.table.shape[1], dtype=retriever.table.dtype
-        )
-        for i, q in enumerate(places):
-            vectors[i, : len(rows_in[q])] = retriever.table[rows_in[q]].cpu()
+    for questions in micros + [[]] * (most - len(micros)):
+        width = max([len(candidates[q]) for q in questions], default=1)  # K
+        table = retriever.table
+        vectors = torch.zeros(len(questions), width, table.shape[1], dtype=table.dtype)
+        cells = []
+        for i, q in enumerate(questions):
+            vectors[i, : len(candidates[q])] = table[candidates[q]].cpu()
+            cells += range(i * width, i * width + len(candidates[q]))
         batch = RagBatch(
-            _lay([tokens for q in places for tokens in joined[q]], packed),
-            pad([ids[q] for q in places], retriever.encoder_tokenizer.pad_token_id),
+            _laid_out([tokens for q in questions for tokens in joined[q]], packed),
+            pad([ids[q] for q in questions], retriever.encoder_tokenizer.pad_token_id),
             vectors,
-            torch.tensor(
-                [i * width + j for i, q in enumerate(places) for j in range(len(rows_in[q]))],
-                dtype=torch.int64,
-            ),
-            [found[q] for q in places],
-            [wanted[q] for q in places],
-            _lay([alone[q] for q in places] if alone else [], packed),
+            torch.tensor(cells, dtype=torch.int64),
+            [found[q] for q in questions],
+            [golds[q] for q in questions],
+            _laid_out([alone[q] for q in questions] if alone else [], packed),
         )
-        out.append(to_device(batch, device))
+        out.append(to_device(batch, retriever.device))
     return out
 
 
-def _lay(seqs: Sequence[Tokens], packed: bool) -> Batch:
-    return lay_out(
-        [np.array(tokens.ids) for tokens in seqs],
-        [np.array(tokens.weights, np.float32) for tokens in seqs],
-        packed,
+def _joined(
+    retriever: Retriever,
+    chats: Sequence[list[dict]],
+    candidates: Sequence[Sequence[int]],
+    encode: Callable,
+    max_tokens: int | None,
+) -> list[list[Tokens]]:
+    """The tokens of each question with each of its candidates."""
+    passages = passages_of(retriever, [row for rows in candidates for row in rows])
+    pairs = [(chats[q], row) for q, rows in enumerate(candidates) for row in rows]
+    joined = join_passages(
+        [chat for chat, _ in pairs],
+        [[text_of(passages[row])] for _, row in pairs],
+        encode,
+        retriever.tokenizer.fast,
+        retriever.passage_settings,
+        max_tokens,
     )
+    tokens = iter([tokens for tokens, _, _ in joined])
+    return [[next(tokens) for _ in rows] for rows in candidates]
+
+
+def _laid_out(sequences: Sequence[Tokens], packed: bool) -> Batch:
+    ids = [np.array(tokens.ids) for tokens in sequences]
+    return lay_out(ids, [np.array(tokens.weights, np.float32) for tokens in sequences], packed)
 
 
 def _split(joined: list[list[Tokens]], max_tokens: int, packed: bool) -> list[list[int]]:
-    """Questions to micro-batches of `max_tokens` at most; all candidates of a question stand in one."""
-    sizes = [[len(tokens.ids) for tokens in mine] for mine in joined]
-    totals = [sum(mine) if packed else len(mine) * max(mine) for mine in sizes]
+    """Questions to micro-batches of at most `max_tokens`; all candidates of one stay together."""
+    sizes = [[len(tokens.ids) for tokens in candidates] for candidates in joined]
+    totals = [sum(lengths) if packed else len(lengths) * max(lengths) for lengths in sizes]
     if max(totals, default=0) > max_tokens:
         raise ValueError(
-            f"a question with its {max(map(len, joined))} passages takes {max(totals)} tokens, more than --max-tokens-per-micro {max_tokens}: "
-            "raise that, or lower --k, --passage-tokens or --max-tokens"
+            f"a question with its {max(map(len, joined))} passages takes {max(totals)} tokens, more "
+            f"than --max-tokens-per-micro {max_tokens}: "
+            "raise that, or lower --num-passages, --passage-tokens or --max-tokens"
         )
     return [places for places in split_micro(totals, max_tokens, packed=packed)[0] if places]
 
 
-def parts_of(model: RagModel, batch: RagBatch, scale: float) -> tuple[Tensor, Tensor]:
-    """Of every candidate the log-probability of the answer (its weighted tokens summed) and the scaled score, -inf where none is: (Q, K) each."""
+def answers_and_scores(model: RagModel, batch: RagBatch, scale: float) -> tuple[Tensor, Tensor]:
+    """(Q, K) log-probabilities of the answer after each candidate, and (Q, K) scores of these.
+
+    A log-probability is the sum of the answer's weighted tokens; a score is `scale` times the
+    product of the vectors of question and passage, -inf where there is no candidate.
+    """
     q, k = batch.vectors.shape[:2]
     vectors = model.embed(batch.questions)[:q]  # (Q, E)
     logps = model.logprobs(batch.sequences)  # (M,)
-    sums = sequence_sums(
-        logps * batch.sequences.weights.to(logps), batch.sequences.owners, len(batch.cells)
-    )  # (N,)
+    weighted = logps * batch.sequences.weights.to(logps)
+    sums = sequence_sums(weighted, batch.sequences.owners, len(batch.cells))  # (N,)
     table = sums.new_zeros(q * k).index_copy(0, batch.cells, sums).view(q, k)
-    there = (
-        torch.zeros(q * k, dtype=torch.bool, device=sums.device)
-        .index_fill(0, batch.cells, True)
-        .view(q, k)
-    )
+    filled = torch.zeros(q * k, dtype=torch.bool, device=sums.device)
+    filled = filled.index_fill(0, batch.cells, True).view(q, k)
     scores = scale * (vectors[:, None] * batch.vectors.to(vectors)).sum(-1)
-    return table, scores.masked_fill(~there, float("-inf"))
+    return table, scores.masked_fill(~filled, float("-inf"))
 
 
 def rag_step(
     scale: float, model: RagModel, batch: RagBatch
 ) -> tuple[Tensor, int, dict[str, Tensor]]:
-    """RAG-sequence (`losses.rag_loss`) over questions: with one candidate its sum is that of fine-tuning on the joined text."""
-    logps, scores = parts_of(model, batch, scale)
+    """The sum of RAG-sequence losses (`losses.rag_loss`) over questions, and their number.
+
+    With one candidate a question it is the loss of fine-tuning on the joined text.
+    """
+    logps, scores = answers_and_scores(model, batch, scale)
+    # a column of zeros, so that the greatest of no candidates is 0
     weights = torch.cat([scores.softmax(-1), scores.new_zeros(len(scores), 1)], 1).detach()
     return rag_loss(logps, scores).sum(), len(scores), {"best_weight": weights.amax(1).sum()}
 
 
 def reembedded(retriever: Retriever, model: RagModel) -> Tensor:
-    """(N, E) vectors of all passages by the encoder as it is now, each process embedding its share; all processes take part."""
+    """(N, E) vectors of all passages by the encoder as it is now, a share on each process.
+
+    All processes take part.
+    """
     n = len(retriever.table)
-    mine = range(n * rank() // world(), n * (rank() + 1) // world())
+    share = range(n * rank() // world(), n * (rank() + 1) // world())
+    texts = [text_of(passage) for passage in read_passages(retriever.passages, share)]
+    ids = tokenize(texts, retriever.encoder_tokenizer, retriever.embedding_settings, "passage")
     was_training = model.training
     model.eval()
-    ids = tokenize(
-        [text_of(passage) for passage in take(retriever.passages, mine)],
-        retriever.encoder_tokenizer,
-        retriever.reading,
-        "passage",
-    )
-    agree = lambda passes: max(gather_objects(passes))
     vectors = embed(
         model.embed,
         ids,
         retriever.encoder_tokenizer.pad_token_id,
         retriever.device,
-        agree=agree,
+        agree=lambda passes: max(gather_objects(passes)),
     )
     model.train(was_training)
     return torch.cat([part.to(vectors.device) for part in gather_objects(vectors.cpu())])
 
 
 def retrieval_figures(model: RagModel, batches: Sequence[RagBatch], k: int) -> dict[str, float]:
-    """Recall at 1, 5 and k and MRR (over RANKED passages) of the questions that name gold, and the retrieval utility, over all processes' batches."""
-    mine: list[tuple] = []
+    """Recall at 1, 5 and k and MRR of the questions that name gold, and the retrieval utility.
+
+    MRR ranks RANKED passages. The utility is the gain of the answers' log-probability by passages.
+    The batches of all processes are counted.
+    """
+    share: list[tuple] = []  # (found, gold, log-probabilities alone, and after each passage)
     with torch.no_grad():
         for batch in batches:
-            after, alone = (_tokens_of(model, seqs) for seqs in (batch.sequences, batch.alone))
+            after = _by_sequence(model, batch.sequences)
+            alone = _by_sequence(model, batch.alone)
             width = batch.vectors.shape[1]
+            questions = [cell // width for cell in batch.cells.tolist()]
             for q, (found, gold) in enumerate(zip(batch.found, batch.gold, strict=True)):
-                texts = [
-                    tokens
-                    for cell, tokens in zip(batch.cells.tolist(), after, strict=True)
-                    if cell // width == q
-                ]
-                mine.append((found, gold, alone[q], texts))
-    found, gold, alone, after = zip(
-        *(row for part in gather_objects(mine) for row in part), strict=True
-    )
+                passages = [x for x, of in zip(after, questions, strict=True) if of == q]
+                share.append((found, gold, alone[q], passages))
+    rows = [row for part in gather_objects(share) for row in part]
+    found, gold, alone, after = zip(*rows, strict=True)
     named = ("recall_at_1", "recall_at_5", "mrr") if any(gold) else ()
-    values = measure(
+    figures = measure(
         (*named, "retrieval_utility"),
         retrieved=found,
         gold=gold,
         logprobs=alone,
         passage_logprobs=after,
     )
-    return values | ({f"recall_at_{k}": recall_at_k(found, gold, k)} if named else {})
+    return figures | ({f"recall_at_{k}": recall_at_k(found, gold, k)} if named else {})
 
 
-def _tokens_of(model: RagModel, batch: Batch) -> list[list[float]]:
+def _by_sequence(model: RagModel, batch: Batch) -> list[list[float]]:
     """Log-probabilities of the learned tokens of each sequence."""
     counts = batch.owners.bincount(minlength=len(batch.ends)).tolist()
     # run for an empty batch too: the other processes take part in the same calls

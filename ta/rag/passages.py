@@ -1,4 +1,4 @@
-"""The passages of a collection: one JSONL file with the place of every line, and how passages are put before a question."""
+"""The passages of a collection, a JSONL file read by line, and how passages are put before a question."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from ta.chat.encode import Drop
 from ta.chat.messages import SYSTEM, strip_trailing_answers
+from ta.command_line import Range
 from ta.data.records import check_passage
 from ta.data.sources import Drops, parse_source, read_records
 
 if TYPE_CHECKING:
     import numpy as np
 
-MARGIN = 8  # tokens kept free below the limit: pieces of text may take a few more where they meet
+# tokens kept free below the limit: two texts joined may take a few more tokens than each alone
+MARGIN = 8
 
 Chat = Sequence[dict]
 Encode = Callable[[list[Chat]], list]  # chats -> token sequences, or Drop where one does not fit
@@ -29,7 +31,7 @@ class Passages(NamedTuple):
     offsets: np.ndarray  # (N + 1,) int64
 
 
-class Joining(NamedTuple):
+class PassageSettings(NamedTuple):
     """How passages are put before a question."""
 
     num_passages: int = 4  # before one question, at inference
@@ -43,9 +45,9 @@ class RetrievalConfig:
     """Folder of an index, written by build_index.py, or by rag.py in RUN/final/index."""
     encoder_path: str | None = None
     """Folder of the index's encoder, where it is not where it was when the index was built."""
-    num_passages: int | None = None
+    num_passages: Annotated[int | None, Range(1)] = None
     """Passages found for each question. Default: 4, before a question all together; 1 for what rag.py trained, which reads each by itself."""
-    passage_tokens: int | None = None
+    passage_tokens: Annotated[int | None, Range(1)] = None
     """Tokens of a passage at most, as the generator counts them; longer ones are cut at their end. Default: what rag.py trained with, or 256."""
     approximate: bool = False
     """Search the approximate index (build_index --approximate; needs faiss): faster on millions of passages, and now and then misses one."""
@@ -53,25 +55,18 @@ class RetrievalConfig:
     """Text after each passage; a token of --init-tokens may stand in it. Default: what rag.py trained with, or a blank line."""
 
 
-def joining(config: RetrievalConfig, manifest: dict[str, Any]) -> Joining:
-    """The user's settings over those that the index tells. ValueError for numbers below 1."""
-    known = Joining(**manifest.get("joining", {}))._asdict()
-    chosen = Joining(
-        **{
-            key: value if (own := getattr(config, key)) is None else own
-            for key, value in known.items()
-        }
-    )
-    for name in ("num_passages", "passage_tokens"):
-        if getattr(chosen, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(chosen, name)}: give 1 or more")
-    return chosen
+def passage_settings(config: RetrievalConfig, manifest: dict[str, Any]) -> PassageSettings:
+    """The settings in an index's manifest, each replaced by the user's where he gives one."""
+    settings = PassageSettings(**manifest.get("joining", {}))
+    given = {name: getattr(config, name) for name in PassageSettings._fields}
+    return settings._replace(**{name: x for name, x in given.items() if x is not None})
 
 
 def write_passages(sources: Sequence[str], path: Path, seed: int = 0) -> np.ndarray:
-    """Write the passages of the sources to `path`, one {"id", "title"?, "text", ...} a line, and give their offsets (N + 1,) int64.
+    """Write the passages of the sources to `path`; their offsets, (N + 1,) int64.
 
-    A passage without an id gets its place, from 0. ValueError with file and line: a passage without text, an id that another passage has.
+    A line is {"id", "title"?, "text", ...}. A passage without an id gets its place, from 0.
+    ValueError with file and line for a passage without text and for an id that another one has.
     """
     import numpy as np
 
@@ -92,7 +87,7 @@ def write_passages(sources: Sequence[str], path: Path, seed: int = 0) -> np.ndar
     return np.array(offsets, np.int64)
 
 
-def take(passages: Passages, rows: Iterable[int]) -> list[dict]:
+def read_passages(passages: Passages, rows: Iterable[int]) -> list[dict]:
     """The passages of `rows`, in their order."""
     with open(passages.path, "rb") as file:
         found = []
@@ -104,7 +99,7 @@ def take(passages: Passages, rows: Iterable[int]) -> list[dict]:
 
 
 def rows_of(passages: Passages, ids: Iterable[str]) -> dict[str, int]:
-    """{id: row} of those of `ids` that are there; the file is read once, and no more than that is kept in memory."""
+    """{id: row} of those of `ids` that are in the collection; the file is read once, line by line."""
     wanted, found = set(ids), {}
     if wanted:
         with open(passages.path, "rb") as file:
@@ -115,64 +110,67 @@ def rows_of(passages: Passages, ids: Iterable[str]) -> dict[str, int]:
 
 
 def text_of(passage: dict) -> str:
-    """What is embedded and read of a passage: its title, where it has one, in a line above its text."""
+    """The text of a passage as it is embedded and read: a line with its title, if any, above it."""
     return f"{passage['title']}\n{passage['text']}" if passage.get("title") else passage["text"]
 
 
-def question_of(messages: Chat) -> int:
-    """The place of the message that is searched for: the last one before the trailing answer. ValueError where there is none."""
-    asked = strip_trailing_answers(messages)
-    if not asked or asked[-1]["role"] == SYSTEM:
+def question_place(messages: Chat) -> int:
+    """The index of the message that is the question: the last one before the trailing answers.
+
+    ValueError where there is none.
+    """
+    kept = strip_trailing_answers(messages)
+    if not kept or kept[-1]["role"] == SYSTEM:
         raise ValueError(
             "no question: no message of a user comes before the answer, so there is nothing to search for"
         )
-    return len(asked) - 1
+    return len(kept) - 1
 
 
 def put_before(messages: Chat, texts: Sequence[str], separator: str) -> list[dict]:
-    """The chat with the passages, each followed by the separator, in front of the question's own text."""
-    at = question_of(messages)
+    """The chat with the passages' texts, each followed by the separator, before the question's."""
+    place = question_place(messages)
     block = "".join(text + separator for text in texts)
     return [
-        {**message, "content": block + message["content"]} if i == at else message
+        {**message, "content": block + message["content"]} if i == place else message
         for i, message in enumerate(messages)
     ]
 
 
-def join(
+def join_passages(
     chats: Sequence[Chat],
     texts: Sequence[Sequence[str]],
     encode: Encode,
     tokenizer: Any,
-    how: Joining,
+    settings: PassageSettings,
     max_tokens: int | None,
 ) -> list[tuple[Any, list[dict], int]]:
-    """For each chat (its tokens with its passages or Drop, the joined messages, how many of the passages are in them), best passage first.
+    """Put the texts of passages, best first, before the question of each chat.
 
-    `encode` is `encode_chats` or `encode_prompts` with its settings, under which training and inference get the same text. Of what `max_tokens`
-    leaves beside the chat itself the passages take as much as fits: the last one that fits is cut, those after it are left out. The question
-    is never touched: where it does not fit by itself, the result is encode's Drop.
+    Gives for each chat its tokens or a Drop, its messages, and how many passages are in them.
+    `encode` is `encode_chats` or `encode_prompts` with its settings, so that training and inference
+    see the same text. The passages share the tokens that `max_tokens` leaves beside the chat: the
+    last one that fits is cut, those after it are left out. The question is never cut: where it does
+    not fit by itself, the result is encode's Drop.
     """
     alone = encode(list(chats)) if max_tokens is not None else [None] * len(chats)
     kept = []
-    for found, base in zip(texts, alone, strict=True):
-        room = (
-            None
-            if base is None
-            else 0
-            if isinstance(base, Drop)
-            else max_tokens - _length(base) - MARGIN
-        )
-        kept.append(_cut(found, room, tokenizer, how))
-    joined = [
-        put_before(chat, found, how.separator) for chat, found in zip(chats, kept, strict=True)
-    ]
+    for passages, base in zip(texts, alone, strict=True):
+        room = None
+        if base is not None:
+            room = 0 if isinstance(base, Drop) else max_tokens - _length(base) - MARGIN
+        kept.append(_cut(passages, room, tokenizer, settings))
+    pairs = zip(chats, kept, strict=True)
+    joined = [put_before(chat, passages, settings.separator) for chat, passages in pairs]
+    encoded = encode(joined)
     results = []
-    for chat, found, whole, base, tokens in zip(
-        chats, kept, joined, alone, encode(joined), strict=True
-    ):
+    for i, (base, tokens) in enumerate(zip(alone, encoded, strict=True)):
+        # the joined text was cut after all: the chat goes without passages
         lost = base is not None and (isinstance(tokens, Drop) or _length(tokens) < _length(base))
-        results.append((base, list(chat), 0) if lost else (tokens, whole, len(found)))
+        if lost:
+            results.append((base, list(chats[i]), 0))
+        else:
+            results.append((tokens, joined[i], len(kept[i])))
     return results
 
 
@@ -180,22 +178,29 @@ def _length(tokens: Any) -> int:
     return 0 if isinstance(tokens, Drop) else len(getattr(tokens, "ids", tokens))
 
 
-def _cut(texts: Sequence[str], room: int | None, tokenizer: Any, how: Joining) -> list[str]:
-    """As many of the texts as fit into `room` tokens with their separators, each of passage_tokens at most."""
+def _cut(
+    texts: Sequence[str], room: int | None, tokenizer: Any, settings: PassageSettings
+) -> list[str]:
+    """As many texts as fit into `room` tokens (None: any number), separators included.
+
+    Each has passage_tokens at most.
+    """
     kept = []
-    after = len(tokenizer(how.separator, add_special_tokens=False).input_ids)
+    separator = len(tokenizer(settings.separator, add_special_tokens=False).input_ids)
     for text in texts:
-        limit = how.passage_tokens if room is None else min(how.passage_tokens, room - after)
+        limit = settings.passage_tokens
+        if room is not None:
+            limit = min(limit, room - separator)
         if limit < 1:
             break
-        whole = text
+        cut = text
         if room is not None or len(text.encode()) > limit:  # a token has a byte at least
-            spans = tokenizer(
-                text, add_special_tokens=False, return_offsets_mapping=True
-            ).offset_mapping
-            whole = text if len(spans) <= limit else text[: spans[limit - 1][1]]
-            room = None if room is None else room - min(len(spans), limit) - after
-        kept.append(whole)
-        if len(whole) < len(text) and limit < how.passage_tokens:
+            encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            spans = encoding.offset_mapping
+            cut = text if len(spans) <= limit else text[: spans[limit - 1][1]]
+            if room is not None:
+                room -= min(len(spans), limit) + separator
+        kept.append(cut)
+        if len(cut) < len(text) and limit < settings.passage_tokens:
             break
     return kept

@@ -1,4 +1,4 @@
-"""Passages found for questions and put before them: what inference does, and training before every step.
+"""Passages found for questions and put before them: at inference, and in training before each step.
 
 Letters: N passages, E width of a vector, Q questions, K results.
 """
@@ -12,42 +12,42 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ta.chat.encode import encode_prompts
 from ta.parallel import gather_objects
+from ta.rag.embedding_settings import EmbeddingSettings
+from ta.rag.index import Index, open_index
 from ta.rag.passages import (
-    Joining,
     Passages,
+    PassageSettings,
     RetrievalConfig,
-    join,
-    joining,
-    question_of,
-    take,
+    join_passages,
+    passage_settings,
+    question_place,
+    read_passages,
     text_of,
 )
-from ta.rag.search import Index, about_top_k, open_index, top_k
+from ta.rag.search import approximate_top_k, top_k
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ta.chat.template import ChatConfig
     from ta.chat.tokenizer import ChatTokenizer
-    from ta.rag.embedding import Reading, Texts
+    from ta.rag.embedding import Texts
 
 RESIDENT = 8 << 30  # bytes of vectors that a device holds at most
 
 
 class Retriever(NamedTuple):
-    """What finds and joins passages, but for the encoder of the questions, which is given with each call."""
+    """All that finds and joins passages, except the encoder, which each call is given."""
 
     table: Tensor  # (N, E) vectors of the passages
     passages: Passages
     encoder_tokenizer: Any
-    reading: Reading
-    tokenizer: ChatTokenizer
+    embedding_settings: EmbeddingSettings
+    tokenizer: ChatTokenizer  # of the generator
     chat: ChatConfig
-    how: Joining
+    passage_settings: PassageSettings
     device: Any  # of the encoder
-    approximate: Path | None = (
-        None  # the folder whose approximate index is searched instead of the table
-    )
+    approximate: Path | None = None  # an index whose approximate one is searched, not the table
 
 
 def retriever_of(
@@ -55,85 +55,95 @@ def retriever_of(
     encoder_tokenizer: Any,
     tokenizer: ChatTokenizer,
     chat: ChatConfig,
-    how: Joining,
+    settings: PassageSettings,
     device: Any = "cpu",
 ) -> Retriever:
-    """The retriever of an index. Vectors stay in the file when they are searched on the CPU, or are too many for a device: it gets block by block.
+    """The retriever of an index.
 
-    ValueError where it holds fewer passages than are to be found.
+    Vectors of more than RESIDENT bytes stay in the file, and a device gets them block by block; so
+    do all vectors that are searched on the CPU. ValueError where the index holds fewer passages
+    than are to be found.
     """
-    if how.num_passages > len(index.vectors):
+    if settings.num_passages > len(index.vectors):
         raise ValueError(
-            f"--num-passages {how.num_passages}: {index.folder} holds {len(index.vectors)} passages; give at most that"
+            f"--num-passages {settings.num_passages}: {index.folder} holds {len(index.vectors)} "
+            "passages; give at most that"
         )
     table = index.vectors.to(device) if index.vectors.nbytes < RESIDENT else index.vectors
     return Retriever(
-        table, index.passages, encoder_tokenizer, index.reading, tokenizer, chat, how, device
+        table,
+        index.passages,
+        encoder_tokenizer,
+        index.embedding_settings,
+        tokenizer,
+        chat,
+        settings,
+        device,
     )
 
 
-def find(
+def find_passages(
     retriever: Retriever,
     forward: Callable[[Texts], Tensor],
     chats: Sequence[Sequence[dict]],
     k: int,
     together: bool = False,
 ) -> tuple[Tensor, Tensor, list[list[int]]]:
-    """The k best passages of each chat's question: scores (Q, K), rows (Q, K), and the token ids of the questions.
+    """The k best passages of each chat's question: scores (Q, K), rows (Q, K), questions' token ids.
 
-    `forward` calls the encoder; with `together` it is sharded, and all processes call this at once.
+    `forward` calls the encoder. With `together` it is sharded, and all processes call this at once.
     """
     from ta.rag.embedding import embed, tokenize
 
-    texts = [chat[question_of(chat)]["content"] for chat in chats]
-    ids = tokenize(texts, retriever.encoder_tokenizer, retriever.reading, "query")
+    texts = [chat[question_place(chat)]["content"] for chat in chats]
+    ids = tokenize(texts, retriever.encoder_tokenizer, retriever.embedding_settings, "query")
     agree = (lambda passes: max(gather_objects(passes))) if together else int
-    vectors = embed(
-        forward, ids, retriever.encoder_tokenizer.pad_token_id, retriever.device, agree=agree
-    )  # (Q, E)
+    pad_id = retriever.encoder_tokenizer.pad_token_id
+    vectors = embed(forward, ids, pad_id, retriever.device, agree=agree)  # (Q, E)
     if retriever.approximate:
-        return *about_top_k(retriever.approximate, vectors, k), ids
+        return *approximate_top_k(retriever.approximate, vectors, k), ids
     return *top_k(vectors.float(), retriever.table, k), ids
 
 
-def answerable(
+def prompts_with_passages(
     retriever: Retriever,
     forward: Callable[[Texts], Tensor],
     records: Sequence[dict],
     encode: Callable,
 ) -> list[tuple[dict, Any]]:
-    """(record, its prompt's tokens or Drop) with the best passages before each question; `encode` is `encode_prompts` with its settings.
+    """(record, its prompt's tokens or a Drop), the best passages before each question.
 
-    The record's messages are the joined ones, and its "passages" those that are in them, as [{"id", "score"}].
+    A record's messages are the joined ones, and its "passages" those that are in them, as
+    [{"id", "score"}]. `encode` is `encode_prompts` with its settings.
     """
     chats = [record["messages"] for record in records]
-    scores, rows, _ = find(retriever, forward, chats, retriever.how.num_passages)
-    lists = [[row for row in found if row >= 0] for found in rows.tolist()]
-    known = passages_of(retriever, [row for found in lists for row in found])
-    texts = [[text_of(known[row]) for row in found] for found in lists]
-    joined = join(
-        chats, texts, encode, retriever.tokenizer.fast, retriever.how, retriever.chat.max_tokens
-    )
+    settings = retriever.passage_settings
+    scores, rows, _ = find_passages(retriever, forward, chats, settings.num_passages)
+    found = [[row for row in one if row >= 0] for one in rows.tolist()]
+    passages = passages_of(retriever, [row for one in found for row in one])
+    texts = [[text_of(passages[row]) for row in one] for one in found]
+    fast, limit = retriever.tokenizer.fast, retriever.chat.max_tokens
+    joined = join_passages(chats, texts, encode, fast, settings, limit)
     results = []
-    for record, (tokens, messages, used), found, values in zip(
-        records, joined, lists, scores.tolist(), strict=True
-    ):
-        named = [
-            {"id": known[row]["id"], "score": value}
-            for row, value in zip(found[:used], values, strict=False)
-        ]
-        results.append((record | {"messages": messages, "passages": named}, tokens))
+    for i, (tokens, messages, used) in enumerate(joined):
+        pairs = zip(found[i][:used], scores[i].tolist(), strict=False)
+        named = [{"id": passages[row]["id"], "score": score} for row, score in pairs]
+        results.append((records[i] | {"messages": messages, "passages": named}, tokens))
     return results
 
 
-def online(
+def retrieve_for_prompts(
     config: RetrievalConfig,
     records: list[tuple],
     tokenizer: ChatTokenizer,
     chat: ChatConfig,
     device: str,
 ) -> list:
-    """(record with its "passages", prompt ids) of each (record, prompt ids, media) that `read_prompts` gave: its passages put before its question."""
+    """Put the passages found before the question of each (record, prompt ids, media).
+
+    The records are those of `read_prompts`; each gets its "passages" and its prompt's new ids.
+    ValueError for settings of retrieval without an index, and for prompts with pictures or sounds.
+    """
     from ta.rag.embedding import open_encoder
 
     if config.index is None:
@@ -143,24 +153,23 @@ def online(
             )
         return records
     index = open_index(config.index, config.encoder_path)
-    encoder, encoder_tokenizer = open_encoder(index.encoder, index.reading, device)
-    retriever = retriever_of(
-        index, encoder_tokenizer, tokenizer, chat, joining(config, index.manifest), device
-    )
+    encoder, encoder_tokenizer = open_encoder(index.encoder, index.embedding_settings, device)
+    settings = passage_settings(config, index.manifest)
+    retriever = retriever_of(index, encoder_tokenizer, tokenizer, chat, settings, device)
     retriever = retriever._replace(approximate=index.folder if config.approximate else None)
     encode = partial(encode_prompts, tokenizer=tokenizer, config=chat)
     if any(media for _, _, media in records):
         raise ValueError(
             "--index with a model of pictures or sounds: passages are found for text alone; leave it out"
         )
-    found = answerable(retriever, encoder, [data for data, *_ in records], encode)
+    prompts = prompts_with_passages(retriever, encoder, [data for data, *_ in records], encode)
     return [
         (data | {"passages": joined["passages"]}, ids, media)
-        for (data, _, media), (joined, ids) in zip(records, found, strict=True)
+        for (data, _, media), (joined, ids) in zip(records, prompts, strict=True)
     ]
 
 
-def candidates(
+def candidate_rows(
     records: Sequence[int],
     found: Sequence[Sequence[int]],
     gold: Sequence[Sequence[int]],
@@ -168,27 +177,30 @@ def candidates(
     with_gold: bool,
     in_batch: int,
 ) -> list[list[int]]:
-    """Rows of the candidates of each question, none twice; all processes take part, so that the batch's other questions are those of all of them."""
-    chosen = [list(mine[:k]) for mine in found]
+    """Rows of the candidates of each question, none twice.
+
+    They are the first k found; `with_gold` puts a gold passage in the last one's place where none
+    was found; `in_batch` adds passages of so many other questions (their gold, else their best),
+    those of the records that follow in the global batch. All processes take part.
+    """
+    candidates = [list(rows[:k]) for rows in found]
     if with_gold:
-        for mine, right in zip(chosen, gold, strict=True):
-            if right and not set(right) & set(mine):
-                mine[-1] = right[0]
+        for rows, right in zip(candidates, gold, strict=True):
+            if right and not set(right) & set(rows):
+                rows[-1] = right[0]
     if in_batch:
-        best = [(right or mine)[0] for mine, right in zip(found, gold, strict=True)]
-        share = dict(zip(records, best, strict=True))
-        everyone = sorted(
-            {record: row for part in gather_objects(share) for record, row in part.items()}.items()
-        )
-        place = {record: i for i, (record, _) in enumerate(everyone)}
-        for record, mine in zip(records, chosen, strict=True):
-            at = place[record] + 1
-            others = [row for _, row in everyone[at:] + everyone[: at - 1]]
-            mine += [row for row in dict.fromkeys(others) if row not in mine][:in_batch]
-    return chosen
+        best = [(right or rows)[0] for rows, right in zip(found, gold, strict=True)]
+        shares = gather_objects(dict(zip(records, best, strict=True)))
+        by_record = {record: row for share in shares for record, row in share.items()}
+        circle = sorted(by_record)
+        for record, rows in zip(records, candidates, strict=True):
+            place = circle.index(record)
+            others = [by_record[other] for other in circle[place + 1 :] + circle[:place]]
+            rows += [row for row in dict.fromkeys(others) if row not in rows][:in_batch]
+    return candidates
 
 
 def passages_of(retriever: Retriever, rows: Sequence[int]) -> dict[int, dict]:
     """{row: passage}; each is read once."""
     unique = sorted(set(rows))
-    return dict(zip(unique, take(retriever.passages, unique), strict=True))
+    return dict(zip(unique, read_passages(retriever.passages, unique), strict=True))

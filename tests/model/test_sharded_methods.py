@@ -17,7 +17,8 @@ from ta.media.settings import Opened
 from ta.model.adapters import AdapterConfig, add_adapter
 from ta.model.attention import register
 from ta.model.language_model import base_model, wrap
-from ta.rag.embedding import Encoder, Reading, Texts
+from ta.rag.embedding import TextEncoder, Texts
+from ta.rag.embedding_settings import EmbeddingSettings
 from ta.rag.joint import RagModel
 
 FEATURES = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -55,7 +56,8 @@ def root_of(kind):
         quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         config = BertConfig(vocab_size=32, intermediate_size=32, **sizes, **quiet)
         return RagModel(
-            root, Encoder(BertModel(config).double(), Reading("mean", True, "", "", 64))
+            root,
+            TextEncoder(BertModel(config).double(), EmbeddingSettings("mean", True, "", "", 64)),
         )
     return root
 

@@ -7,19 +7,21 @@ import torch
 
 from ta.builtin import models
 from ta.rag.embedding import (
-    Encoder,
-    Reading,
+    TextEncoder,
     Texts,
     embed,
     open_encoder,
     pad,
     pool,
-    reading_of,
-    save_reading,
     tokenize,
+)
+from ta.rag.embedding_settings import (
+    EmbeddingSettings,
+    EncoderConfig,
+    embedding_settings,
+    save_embedding_settings,
     width_of,
 )
-from ta.rag.index import EncoderConfig
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +49,10 @@ def test_pooling_by_hand():
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last", "max"])
 def test_a_text_has_the_same_vector_in_any_company(folder, pooling):
     encoder, tokenizer = open_encoder(
-        str(folder), Reading(pooling, True, "", "", 128), dtype="float64"
+        str(folder), EmbeddingSettings(pooling, True, "", "", 128), dtype="float64"
     )
     texts = ["key", "the red lamp of Anna, and more", "", "box?", "the red lamp of Anna, and more"]
-    ids = tokenize(texts, tokenizer, encoder.reading, "query")
+    ids = tokenize(texts, tokenizer, encoder.settings, "query")
     ids[2] = ids[2] or [tokenizer.pad_token_id]
     together = embed(encoder, ids, tokenizer.pad_token_id, "cpu", max_tokens=30)
     alone = torch.cat([embed(encoder, [x], tokenizer.pad_token_id, "cpu") for x in ids])
@@ -65,7 +67,7 @@ def test_a_text_has_the_same_vector_in_any_company(folder, pooling):
 
 
 def test_prefixes_and_limit(folder):
-    reading = Reading("mean", False, "query: ", "passage: ", 8)
+    reading = EmbeddingSettings("mean", False, "query: ", "passage: ", 8)
     _, tokenizer = open_encoder(str(folder), reading)
     query, passage = (
         tokenize(["key " * 20], tokenizer, reading, what)[0] for what in ("query", "passage")
@@ -80,41 +82,44 @@ def test_prefixes_and_limit(folder):
 
 def test_what_the_folder_says_is_read_and_what_is_written_is_read_again(folder, tmp_path):
     assert (
-        reading_of(str(folder), EncoderConfig()) == Reading("mean", True, "", "", 128)
+        embedding_settings(str(folder), EncoderConfig())
+        == EmbeddingSettings("mean", True, "", "", 128)
         and width_of(str(folder)) == 128
     )
-    encoder, _ = open_encoder(str(folder), Reading("cls", False, "q ", "p ", 40))
+    encoder, _ = open_encoder(str(folder), EmbeddingSettings("cls", False, "q ", "p ", 40))
     encoder.model.save_pretrained(tmp_path)
-    save_reading(tmp_path, encoder.reading)
-    assert reading_of(str(tmp_path), EncoderConfig()) == encoder.reading
+    save_embedding_settings(tmp_path, encoder.settings)
+    assert embedding_settings(str(tmp_path), EncoderConfig()) == encoder.settings
     changed = EncoderConfig(pooling="last", normalize=True, query_prefix="", encoder_max_tokens=9)
-    assert reading_of(str(tmp_path), changed) == Reading("last", True, "", "p ", 9)
+    assert embedding_settings(str(tmp_path), changed) == EmbeddingSettings(
+        "last", True, "", "p ", 9
+    )
     with pytest.raises(
         ValueError, match=r"--encoder-max-tokens 200: the encoder in .* reads 1 to 40"
     ):
-        reading_of(str(tmp_path), EncoderConfig(encoder_max_tokens=200))
+        embedding_settings(str(tmp_path), EncoderConfig(encoder_max_tokens=200))
     (tmp_path / "1_Pooling" / "config.json").write_text(
         json.dumps({"pooling_mode_weightedmean_tokens": True})
     )
     with pytest.raises(
         ValueError, match="pooling by pooling_mode_weightedmean_tokens is not known"
     ):
-        reading_of(str(tmp_path), EncoderConfig())
+        embedding_settings(str(tmp_path), EncoderConfig())
     modules = json.loads((tmp_path / "modules.json").read_text())
     (tmp_path / "modules.json").write_text(
         json.dumps([*modules, {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}])
     )
     with pytest.raises(ValueError, match=r"modules\.json has a Dense layer"):
-        reading_of(str(tmp_path), EncoderConfig())
+        embedding_settings(str(tmp_path), EncoderConfig())
     with pytest.raises(ValueError, match="does not load as a text encoder"):
-        open_encoder(str(tmp_path / "1_Pooling"), encoder.reading)
+        open_encoder(str(tmp_path / "1_Pooling"), encoder.settings)
 
 
 def test_gradients_reach_every_part_of_the_encoder(folder):
-    encoder, _ = open_encoder(str(folder), Reading("mean", True, "", "", 128))
+    encoder, _ = open_encoder(str(folder), EmbeddingSettings("mean", True, "", "", 128))
     encoder(Texts(torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.int64)))[0, 0].backward()
     still = [name for name, p in encoder.named_parameters() if p.grad is None or not p.grad.any()]
-    assert all("pooler" in name for name in still) and isinstance(encoder, Encoder)
+    assert all("pooler" in name for name in still) and isinstance(encoder, TextEncoder)
 
 
 def test_a_real_encoder_from_the_package_index():
@@ -123,7 +128,7 @@ def test_a_real_encoder_from_the_package_index():
     from pathlib import Path
 
     (config,) = list(Path(package.__file__).parent.rglob("modules.json"))
-    reading = reading_of(str(config.parent), EncoderConfig())
+    reading = embedding_settings(str(config.parent), EncoderConfig())
     assert reading.pooling == "mean" and reading.normalize and reading.max_tokens == 256
     encoder, tokenizer = open_encoder(str(config.parent), reading)
     texts = [

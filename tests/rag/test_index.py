@@ -10,8 +10,8 @@ import torch
 from ta.builtin import models
 from ta.files import clean_up, locked
 from ta.rag import index
-from ta.rag.index import EncoderConfig, begin, build
-from ta.rag.search import open_index
+from ta.rag.embedding_settings import EncoderConfig
+from ta.rag.index import begin_index, build_index, open_index
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,8 @@ def config(given, **more):
 
 
 def whole(given, out):
-    begin(out, [str(given / "passages.jsonl")], config(given))
-    assert build(out, "cpu")
+    begin_index(out, [str(given / "passages.jsonl")], config(given))
+    assert build_index(out, "cpu")
     return out
 
 
@@ -46,9 +46,9 @@ def same(a, b):
 
 def test_two_processes_build_what_one_does(given, tmp_path):
     one, two = whole(given, tmp_path / "one"), tmp_path / "two"
-    begin(two, [str(given / "passages.jsonl")], config(given))
-    assert not build(two, "cpu", 0, 2) and not two.exists()
-    assert build(two, "cpu", 1, 2)
+    begin_index(two, [str(given / "passages.jsonl")], config(given))
+    assert not build_index(two, "cpu", 0, 2) and not two.exists()
+    assert build_index(two, "cpu", 1, 2)
     assert same(one, two) and sorted(os.listdir(one)) == [
         "manifest.json",
         "passages.jsonl",
@@ -78,7 +78,7 @@ def killed(out, count):
     if not (pid := os.fork()):
         os.rename, os.replace = dying_after(count)
         try:
-            build(out, "cpu")
+            build_index(out, "cpu")
             os._exit(0)
         finally:
             os._exit(1)
@@ -89,34 +89,34 @@ def killed(out, count):
 
 def test_a_build_goes_on_where_it_was_killed(given, tmp_path):
     expected, out = whole(given, tmp_path / "whole"), tmp_path / "killed"
-    begin(out, [str(given / "passages.jsonl")], config(given))
+    begin_index(out, [str(given / "passages.jsonl")], config(given))
     for count in (1, 2, 1):  # blocks after which it dies, before the next one has its name
         assert killed(out, count) and not out.exists()
-        begin(out, [str(given / "passages.jsonl")], config(given), resume=True)
+        begin_index(out, [str(given / "passages.jsonl")], config(given), resume=True)
     left = []
     torn = tmp_path / ".killed.parts" / ".00000005.safetensors.7.tmp"
     torn.write_bytes(b"torn")  # what a kill leaves of a part is no part
-    assert build(out, "cpu", advance=left.append) and left == [64, 16, 10]
+    assert build_index(out, "cpu", advance=left.append) and left == [64, 16, 10]
     assert same(expected, out)
 
 
 def test_a_kill_while_it_is_published_leaves_the_old_index_or_the_new_one(given, tmp_path):
     expected, out, step = whole(given, tmp_path / "whole"), tmp_path / "index", 0
     models.write_jsonl(tmp_path / "other.jsonl", models.passages()[:7])
-    begin(out, [str(tmp_path / "other.jsonl")], config(given))
-    build(out, "cpu")
+    begin_index(out, [str(tmp_path / "other.jsonl")], config(given))
+    build_index(out, "cpu")
     shutil.copytree(out, tmp_path / "old")
     sources, seen = [str(given / "passages.jsonl")], []
     while True:
-        begin(out, sources, config(given), overwrite=True)
+        begin_index(out, sources, config(given), overwrite=True)
         died = killed(out, 6 + step)  # six blocks, then each step of what follows
         clean_up(out)
         seen.append(len(open_index(out).vectors))
         if not died:
             break
-        begin(out, sources, config(given), resume=True)
+        begin_index(out, sources, config(given), resume=True)
         left = []
-        assert build(out, "cpu", advance=left.append) and left == [90] and same(expected, out)
+        assert build_index(out, "cpu", advance=left.append) and left == [90] and same(expected, out)
         shutil.rmtree(out)
         shutil.copytree(tmp_path / "old", out)
         step += 1
@@ -126,34 +126,34 @@ def test_a_kill_while_it_is_published_leaves_the_old_index_or_the_new_one(given,
 
 def test_a_second_builder_is_refused(given, tmp_path):
     out, sources = tmp_path / "index", [str(given / "passages.jsonl")]
-    begin(out, sources, config(given))
+    begin_index(out, sources, config(given))
     with locked(out, share="part-0"):
         with pytest.raises(ValueError, match="index is being written by another process"):
-            begin(out, sources, config(given), overwrite=True)
+            begin_index(out, sources, config(given), overwrite=True)
         with pytest.raises(ValueError, match="index is being written by another process"):
-            build(out, "cpu")
-    assert build(out, "cpu")
+            build_index(out, "cpu")
+    assert build_index(out, "cpu")
 
 
 def test_what_was_begun_is_not_gone_on_with_otherwise(given, tmp_path):
     out, sources = tmp_path / "index", [str(given / "passages.jsonl")]
-    begin(out, sources, config(given))
+    begin_index(out, sources, config(given))
     with pytest.raises(ValueError, match="was begun and not finished: give --resume"):
-        begin(out, sources, config(given))
+        begin_index(out, sources, config(given))
     with pytest.raises(ValueError, match="begun with another reading"):
-        begin(out, sources, config(given, pooling="cls"), resume=True)
+        begin_index(out, sources, config(given, pooling="cls"), resume=True)
     models.write_jsonl(tmp_path / "other.jsonl", models.passages()[:7])
     with pytest.raises(ValueError, match="begun with another sources"):
-        begin(out, [str(tmp_path / "other.jsonl")], config(given), resume=True)
-    begin(out, [str(tmp_path / "other.jsonl")], config(given), overwrite=True)
-    assert build(out, "cpu") and open_index(out).vectors.shape == (7, 128)
+        begin_index(out, [str(tmp_path / "other.jsonl")], config(given), resume=True)
+    begin_index(out, [str(tmp_path / "other.jsonl")], config(given), overwrite=True)
+    assert build_index(out, "cpu") and open_index(out).vectors.shape == (7, 128)
     with pytest.raises(ValueError, match="exists: give another folder, or --overwrite"):
-        begin(out, sources, config(given))
+        begin_index(out, sources, config(given))
     (tmp_path / "precious").mkdir()
-    begin(tmp_path / "precious", sources, config(given))  # an empty folder is as good as none
+    begin_index(tmp_path / "precious", sources, config(given))  # an empty folder is as good as none
     (tmp_path / "precious" / "notes.txt").touch()
     with pytest.raises(ValueError, match="is no index, so it is not overwritten"):
-        begin(tmp_path / "precious", sources, config(given), overwrite=True)
+        begin_index(tmp_path / "precious", sources, config(given), overwrite=True)
 
 
 @pytest.mark.slow
@@ -169,7 +169,10 @@ def test_the_recipe_on_one_process_and_on_two(forked, given, tmp_path):
     forked("build_index", *flags, "--out", tmp_path / "one")
     forked("build_index", *flags, "--out", tmp_path / "two", processes=2)
     one, two = (open_index(tmp_path / name) for name in ("one", "two"))
-    assert torch.equal(one.vectors, two.vectors) and one.reading.passage_prefix == "passage: "
+    assert (
+        torch.equal(one.vectors, two.vectors)
+        and one.embedding_settings.passage_prefix == "passage: "
+    )
 
 
 def test_wrong_input_is_answered_in_a_line_and_nothing_is_written(door, given, tmp_path):

@@ -20,17 +20,17 @@ from ta.model.adapters import AdapterConfig
 from ta.model.load import ComputeConfig, load_model
 from ta.rag import joint
 from ta.rag.embedding import open_encoder
-from ta.rag.index import EncoderConfig, begin, build
-from ta.rag.passages import Joining, put_before, take, text_of
-from ta.rag.retrieval import answerable, candidates, retriever_of
-from ta.rag.search import open_index
+from ta.rag.embedding_settings import EncoderConfig
+from ta.rag.index import begin_index, build_index, open_index
+from ta.rag.passages import PassageSettings, put_before, read_passages, text_of
+from ta.rag.retrieval import candidate_rows, prompts_with_passages, retriever_of
 
 SCALE = 3.0
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A model of generator and encoder in float64, its retriever, and Asked batches of 6 records with answers of other lengths."""
+    """A model of generator and encoder in float64, its retriever, and Questions batches of 6 records with answers of other lengths."""
     folder = tmp_path_factory.mktemp("rag")
     models.write_encoder(folder / "encoder")
     models.write_small(folder / "generator")
@@ -46,14 +46,16 @@ def made(tmp_path_factory):
     del records[5]["gold"]
     records[4]["messages"][-1]["loss"] = 0.5
     models.write_jsonl(folder / "questions.jsonl", records)
-    begin(
+    begin_index(
         folder / "index",
         [str(folder / "passages.jsonl")],
         EncoderConfig(encoder_path=str(folder / "encoder")),
     )
-    build(folder / "index", "cpu")
+    build_index(folder / "index", "cpu")
     index = open_index(folder / "index")
-    encoder, encoder_tokenizer = open_encoder(index.encoder, index.reading, dtype="float64")
+    encoder, encoder_tokenizer = open_encoder(
+        index.encoder, index.embedding_settings, dtype="float64"
+    )
     config = ModelConfig(model_path=str(folder / "generator"), dtype="float64")
     tokenizer = load_chat_tokenizer(config, TokenizerConfig(), ChatConfig())
     model = load_model(
@@ -64,7 +66,7 @@ def made(tmp_path_factory):
         around=partial(joint.RagModel, encoder=encoder),
     )
     retriever = retriever_of(
-        index, encoder_tokenizer, tokenizer, ChatConfig(), Joining(3, 256, "\n\n")
+        index, encoder_tokenizer, tokenizer, ChatConfig(), PassageSettings(3, 256, "\n\n")
     )
     prepared = prepare_questions(
         [str(folder / "questions.jsonl")],
@@ -81,7 +83,7 @@ def batches(made, k=3, max_tokens=8192, records=6, **more):
     model, retriever, prepared, collate = made
     asked = micro_batches(prepared, np.arange(records), 8192, True, collate)
     return joint.with_passages(
-        retriever._replace(how=Joining(k, 256, "\n\n")),
+        retriever._replace(passage_settings=PassageSettings(k, 256, "\n\n")),
         model,
         asked,
         max_tokens_per_micro=max_tokens,
@@ -110,7 +112,7 @@ def brute(made, k, gold=False):
     model.zero_grad(set_to_none=True)
     table, texts = (
         retriever.table.double(),
-        [text_of(p) for p in take(retriever.passages, range(40))],
+        [text_of(p) for p in read_passages(retriever.passages, range(40))],
     )
     loss = 0.0
     for chat, right in zip(asked.chats, asked.gold, strict=True):
@@ -225,11 +227,11 @@ def test_a_batch_without_questions_runs_and_counts_nothing(made):
 
 def test_candidates_by_hand():
     found, gold, records = [[1, 2, 3], [4, 5, 6], [1, 5, 7]], [[9], [5], []], [12, 10, 11]
-    assert candidates(records, found, gold, 2, False, 0) == [[1, 2], [4, 5], [1, 5]]
-    assert candidates(records, found, gold, 2, True, 0) == [[1, 9], [4, 5], [1, 5]]
+    assert candidate_rows(records, found, gold, 2, False, 0) == [[1, 2], [4, 5], [1, 5]]
+    assert candidate_rows(records, found, gold, 2, True, 0) == [[1, 9], [4, 5], [1, 5]]
     # in the order of records: 10 has passage 5, 11 has 1, 12 has 9; each takes from those that follow it, in a circle, none twice
-    assert candidates(records, found, gold, 2, False, 1) == [[1, 2, 5], [4, 5, 1], [1, 5, 9]]
-    assert candidates(records, found, gold, 2, True, 5) == [[1, 9, 5], [4, 5, 1, 9], [1, 5, 9]]
+    assert candidate_rows(records, found, gold, 2, False, 1) == [[1, 2, 5], [4, 5, 1], [1, 5, 9]]
+    assert candidate_rows(records, found, gold, 2, True, 5) == [[1, 9, 5], [4, 5, 1, 9], [1, 5, 9]]
 
 
 def test_a_question_whose_passages_do_not_fit_is_refused(made):
@@ -256,7 +258,7 @@ def test_answers_read_what_training_reads(made):
     model, retriever, prepared, collate = made
     from ta.chat.encode import encode_prompts
 
-    one = retriever._replace(how=Joining(1, 256, "\n\n"))
+    one = retriever._replace(passage_settings=PassageSettings(1, 256, "\n\n"))
     (asked,) = micro_batches(prepared, np.arange(6), 8192, True, collate)
     (batch,) = batches(made, k=1)
     encode = partial(
@@ -265,12 +267,15 @@ def test_answers_read_what_training_reads(made):
         config=ChatConfig(),
     )
     embed = lambda texts: model.embed(texts)
-    found = answerable(one, embed, [{"messages": chat} for chat in asked.chats], encode)
+    found = prompts_with_passages(one, embed, [{"messages": chat} for chat in asked.chats], encode)
     starts = np.cumsum([0, *batch.sequences.lengths])
     for (record, prompt), start, rows in zip(found, starts, batch.found, strict=False):
         assert batch.sequences.tokens[0, start : start + len(prompt)].tolist() == prompt
         (passage,) = record["passages"]
-        assert passage["id"] == take(one.passages, rows)[0]["id"] and -1 <= passage["score"] <= 1
+        assert (
+            passage["id"] == read_passages(one.passages, rows)[0]["id"]
+            and -1 <= passage["score"] <= 1
+        )
         assert record["messages"][0]["content"].startswith(passage["id"].replace("-", " "))
 
 

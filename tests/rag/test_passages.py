@@ -11,17 +11,18 @@ from ta.builtin import models
 from ta.chat.encode import Drop, encode_chats, encode_prompts
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
+from ta.command_line import check_config
 from ta.folders import ModelConfig
 from ta.rag.passages import (
-    Joining,
     Passages,
+    PassageSettings,
     RetrievalConfig,
-    join,
-    joining,
+    join_passages,
+    passage_settings,
     put_before,
-    question_of,
+    question_place,
+    read_passages,
     rows_of,
-    take,
     text_of,
     write_passages,
 )
@@ -54,9 +55,9 @@ def test_passages_are_found_by_place_and_by_id(tmp_path):
         {"id": "7", "title": "T", "text": "b", "url": "x"},
         {"id": "0", "text": "söme\ntext"},
     )
-    assert take(kept, [1, 0, 1]) == [seven, first, seven]
+    assert read_passages(kept, [1, 0, 1]) == [seven, first, seven]
     assert rows_of(kept, ["z", "7", "no"]) == {"7": 1, "z": 2} and rows_of(kept, []) == {}
-    assert [text_of(p) for p in take(kept, range(3))] == ["söme\ntext", "T\nb", "c"]
+    assert [text_of(p) for p in read_passages(kept, range(3))] == ["söme\ntext", "T\nb", "c"]
 
 
 @pytest.mark.parametrize(
@@ -83,11 +84,12 @@ def test_the_question_is_the_last_message_before_the_answer():
         {"role": role, "content": role} for role in ("user", "assistant", "system")
     )
     assert (
-        question_of([system, user, answer, user, answer, answer]) == 3 and question_of([user]) == 0
+        question_place([system, user, answer, user, answer, answer]) == 3
+        and question_place([user]) == 0
     )
     for chat in ([], [answer], [system, answer], [system]):
         with pytest.raises(ValueError, match="no question"):
-            question_of(chat)
+            question_place(chat)
     assert put_before([user, answer, user, answer], ["A", "B"], "|")[2]["content"] == "A|B|user"
 
 
@@ -102,9 +104,12 @@ def test_joined_chats_fit_and_keep_their_question(
     tokenizer, texts, question, limit, passage_tokens, prompt
 ):
     chat = [{"role": "user", "content": question}, {"role": "assistant", "content": "red"}]
-    config, how = ChatConfig(max_tokens=limit, keep_end=True), Joining(4, passage_tokens, "##")
+    config, how = (
+        ChatConfig(max_tokens=limit, keep_end=True),
+        PassageSettings(4, passage_tokens, "##"),
+    )
     encode = lambda chats: (encode_prompts if prompt else encode_chats)(chats, tokenizer, config)
-    ((tokens, messages, used),) = join([chat], [texts], encode, tokenizer.fast, how, limit)
+    ((tokens, messages, used),) = join_passages([chat], [texts], encode, tokenizer.fast, how, limit)
     alone = encode([chat])[0]
     if isinstance(alone, Drop):
         assert isinstance(tokens, Drop) and used == 0
@@ -139,8 +144,8 @@ def test_passages_are_cut_then_left_out(tokenizer):
     for encode in (encode_chats, encode_prompts):
         config = ChatConfig(max_tokens=40)
         run = lambda chats, encode=encode, config=config: encode(chats, tokenizer, config)
-        tokens, messages, used = join(
-            [chat], [texts], run, tokenizer.fast, Joining(3, 256, "\n"), 40
+        tokens, messages, used = join_passages(
+            [chat], [texts], run, tokenizer.fast, PassageSettings(3, 256, "\n"), 40
         )[0]
         both.append(getattr(tokens, "ids", tokens))
         assert (
@@ -150,7 +155,9 @@ def test_passages_are_cut_then_left_out(tokenizer):
         )
     plain = lambda chats, encode: encode(chats, tokenizer, ChatConfig())
     train, asked = (
-        join([chat], [texts], lambda c, e=e: plain(c, e), tokenizer.fast, Joining(), None)[0][0]
+        join_passages(
+            [chat], [texts], lambda c, e=e: plain(c, e), tokenizer.fast, PassageSettings(), None
+        )[0][0]
         for e in (encode_chats, encode_prompts)
     )
     assert train.ids[: len(asked)] == asked
@@ -158,10 +165,12 @@ def test_passages_are_cut_then_left_out(tokenizer):
 
 def test_settings_of_the_user_over_those_of_the_index():
     index = {"joining": {"num_passages": 1, "passage_tokens": 9, "separator": "|"}}
-    assert joining(RetrievalConfig(), {}) == Joining() and joining(
+    assert passage_settings(RetrievalConfig(), {}) == PassageSettings() and passage_settings(
         RetrievalConfig(), index
-    ) == Joining(1, 9, "|")
-    assert joining(RetrievalConfig(num_passages=3, separator=""), index) == Joining(3, 9, "")
-    with pytest.raises(ValueError, match="--passage-tokens 0: give 1 or more"):
-        joining(RetrievalConfig(passage_tokens=0), {})
-    assert json.dumps(Joining()._asdict())
+    ) == PassageSettings(1, 9, "|")
+    assert passage_settings(
+        RetrievalConfig(num_passages=3, separator=""), index
+    ) == PassageSettings(3, 9, "")
+    with pytest.raises(ValueError, match="--passage-tokens 0: give a number from 1 up"):
+        check_config(RetrievalConfig(passage_tokens=0))
+    assert json.dumps(PassageSettings()._asdict())

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ta.builtin import models
-from ta.rag.index import EncoderConfig, begin, build
-from ta.rag.search import open_index, top_k
+from ta.rag.embedding_settings import EncoderConfig
+from ta.rag.index import begin_index, build_index, open_index
+from ta.rag.search import top_k
 
 
 @settings(max_examples=80, deadline=None)
@@ -55,12 +56,12 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     models.write_encoder(folder / "encoder")
     models.write_jsonl(folder / "passages.jsonl", models.passages()[:30])
-    begin(
+    begin_index(
         folder / "index",
         [str(folder / "passages.jsonl")],
         EncoderConfig(encoder_path=str(folder / "encoder")),
     )
-    assert build(folder / "index", "cpu")
+    assert build_index(folder / "index", "cpu")
     return folder
 
 
@@ -79,8 +80,8 @@ def test_an_index_is_opened_as_it_was_built_and_after_a_copy(made, index):
     )
     assert (
         first.encoder == str(made / "encoder")
-        and first.reading.pooling == "mean"
-        and first.reading.normalize
+        and first.embedding_settings.pooling == "mean"
+        and first.embedding_settings.normalize
     )
     torch.testing.assert_close(first.vectors.norm(dim=1), torch.ones(30))
 
@@ -120,13 +121,13 @@ def test_an_index_that_does_not_fit_is_refused(made, index, tmp_path):
 def test_an_approximate_index_finds_nearly_the_same(made, index, monkeypatch):
     """All its lists searched, it gives what exact search does; without faiss or without such an index, a line says so."""
     pytest.importorskip("faiss")
-    from ta.rag.search import about_top_k, add_approximate
+    from ta.rag.search import add_approximate, approximate_top_k
 
     with pytest.raises(ValueError, match="has no approximate index: build it with --approximate"):
-        about_top_k(index, torch.zeros(1, 128), 3)
+        approximate_top_k(index, torch.zeros(1, 128), 3)
     add_approximate(index)
     vectors = open_index(index).vectors
-    scores, rows = about_top_k(index, vectors[:5], 3, share=1.0)
+    scores, rows = approximate_top_k(index, vectors[:5], 3, share=1.0)
     expected = top_k(vectors[:5], vectors, 3)
     assert torch.equal(rows, expected[1])
     torch.testing.assert_close(scores, expected[0])

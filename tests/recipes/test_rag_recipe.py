@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from ta.builtin import models
-from ta.rag.index import EncoderConfig, begin, build
-from ta.rag.search import open_index
+from ta.rag.embedding_settings import EncoderConfig
+from ta.rag.index import begin_index, build_index, open_index
 
 QUICK = (
     "--steps",
@@ -49,12 +49,12 @@ def given(tmp_path_factory):
     for split, n in (("train", 40), ("held_out", 12)):
         found = [q for q in models.questions(split, 1000) if q["gold"][0] in names][:n]
         models.write_jsonl(folder / f"{split}.jsonl", found)
-    begin(
+    begin_index(
         folder / "index",
         [str(folder / "passages.jsonl")],
         EncoderConfig(encoder_path=str(folder / "encoder")),
     )
-    build(folder / "index", "cpu")
+    build_index(folder / "index", "cpu")
     return folder
 
 
@@ -182,7 +182,7 @@ def test_wrong_input_is_answered_before_anything_is_written(door, given, tmp_pat
         (("--index", tmp_path / "nothing"), "no index at"),
         (("--encoder-path", tmp_path / "other"), "was built with another encoder"),
         (("--num-passages", 61), "--num-passages 61: "),
-        (("--num-passages", 0), "--num-passages 0: give 1 or more"),
+        (("--num-passages", 0), "--num-passages 0: give a number from 1 up"),
         (
             ("--data", tmp_path / "none.jsonl"),
             "none.jsonl:1: no message of a user comes before the answer",
@@ -190,8 +190,8 @@ def test_wrong_input_is_answered_before_anything_is_written(door, given, tmp_pat
         (("--data", tmp_path / "odd.jsonl"), "odd.jsonl:1: gold is"),
         (("--data", tmp_path / "gone.jsonl"), "gone.jsonl:1: gold names passage 'nowhere'"),
         (("--max-tokens", 8), "all 40 records are dropped"),
-        (("--in-batch", -1), "--in-batch -1: must be 0 or more"),
-        (("--score-scale", 0), "--score-scale 0.0: must be above 0"),
+        (("--in-batch", -1), "--in-batch -1: give a number from 0 up"),
+        (("--score-scale", 0), "--score-scale 0.0: give a number above 0 up"),
     )
     for more, words in cases:
         code, said = door("rag", *flags(given, out, *more))

@@ -1,0 +1,145 @@
+"""How a text becomes a vector: pooling, prefixes, length limit, read from an encoder's folder and written into one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
+POOLINGS = {  # what sentence-transformers calls them in 1_Pooling/config.json
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_lasttoken": "last",
+    "pooling_mode_max_tokens": "max",
+}
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    encoder_path: str = "builtin"
+    """Folder of a text encoder, such as a sentence-transformers model; "builtin" is a tiny random one."""
+    pooling: Literal["mean", "cls", "last", "max"] | None = None
+    """What of an encoder's states is a text's vector. Default, here and below: what the encoder's folder says, else mean, normalised."""
+    normalize: bool | None = None
+    """Scale vectors to length 1, so that scores are cosines."""
+    query_prefix: str | None = None
+    """Text in front of every question, such as "query: "."""
+    passage_prefix: str | None = None
+    """Text in front of every passage, such as "passage: "."""
+    encoder_max_tokens: int | None = None
+    """Tokens of a text that the encoder reads at most; what is longer is cut at its end."""
+
+
+class EmbeddingSettings(NamedTuple):
+    """How an encoder's texts become vectors."""
+
+    pooling: Literal["mean", "cls", "last", "max"]
+    normalize: bool  # to length 1
+    query_prefix: str
+    passage_prefix: str
+    max_tokens: int  # longer texts are cut at their end
+
+
+def embedding_settings(folder: str, config: EncoderConfig) -> EmbeddingSettings:
+    """The settings in an encoder's folder, each replaced by the user's where he gives one.
+
+    They are read from sentence-transformers' files; without these, pooling is the mean and vectors
+    have length 1. ValueError for a layer or a pooling of sentence-transformers that is unknown here
+    (the vectors would be others), and for a length that the encoder cannot read.
+    """
+    pooling, normalize = _pooling_of(folder)
+    prompts = (_json(folder, "config_sentence_transformers.json") or {}).get("prompts") or {}
+    limit = (_json(folder, "sentence_bert_config.json") or {}).get("max_seq_length")
+    limit = limit or getattr(model_config(folder), "max_position_embeddings", 512)
+
+    def chosen(by_user: Any, by_folder: Any) -> Any:
+        return by_folder if by_user is None else by_user
+
+    settings = EmbeddingSettings(
+        pooling=chosen(config.pooling, pooling),
+        normalize=chosen(config.normalize, normalize),
+        query_prefix=chosen(config.query_prefix, prompts.get("query", "")),
+        passage_prefix=chosen(
+            config.passage_prefix, prompts.get("passage", prompts.get("document", ""))
+        ),
+        max_tokens=chosen(config.encoder_max_tokens, limit),
+    )
+    if not 1 <= settings.max_tokens <= limit:
+        raise ValueError(
+            f"--encoder-max-tokens {settings.max_tokens}: the encoder in {folder} reads 1 to {limit}"
+        )
+    return settings
+
+
+def _pooling_of(folder: str) -> tuple[Any, bool]:
+    """The pooling that a folder names, and whether its vectors are scaled to length 1."""
+    modules = _json(folder, "modules.json") or []
+    names = [module["type"].rpartition(".")[2] for module in modules]
+    if unknown := set(names) - {"Transformer", "Pooling", "Normalize"}:
+        raise ValueError(
+            f"{folder}: modules.json has a {min(unknown)} layer, which is not applied here: "
+            "give an encoder without it"
+        )
+    normalize = "Normalize" in names or not modules
+    if "Pooling" not in names:
+        return "mean", normalize
+    config = _json(folder, f"{modules[names.index('Pooling')]['path']}/config.json") or {}
+    modes = [key for key, on in config.items() if key.startswith("pooling_mode") and on]
+    if "pooling_mode" in config:
+        modes = [config["pooling_mode"]]
+    if len(modes) != 1 or POOLINGS.get(modes[0], modes[0]) not in POOLINGS.values():
+        raise ValueError(
+            f"{folder}: pooling by {' and '.join(modes) or 'nothing'} is not known: "
+            f"give --pooling {'|'.join(POOLINGS.values())}"
+        )
+    return POOLINGS.get(modes[0], modes[0]), normalize
+
+
+def save_embedding_settings(folder: Path, settings: EmbeddingSettings) -> None:
+    """Write the settings beside a saved encoder, in the files that `embedding_settings` reads.
+
+    sentence-transformers then loads the folder too.
+    """
+    kinds = [("Transformer", ""), ("Pooling", "1_Pooling")]
+    if settings.normalize:
+        kinds.append(("Normalize", "2_Normalize"))
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(kinds)
+    ]
+    width = json.loads((folder / "config.json").read_text())["hidden_size"]
+    pooling = {key: name == settings.pooling for key, name in POOLINGS.items()}
+    files = {
+        "modules.json": modules,
+        "1_Pooling/config.json": {"word_embedding_dimension": width, **pooling},
+        "sentence_bert_config.json": {
+            "max_seq_length": settings.max_tokens,
+            "do_lower_case": False,
+        },
+        "config_sentence_transformers.json": {
+            "prompts": {"query": settings.query_prefix, "passage": settings.passage_prefix}
+        },
+    }
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content, indent=2))
+
+
+def width_of(folder: str) -> int:
+    """E, the width of a vector, from the encoder's config."""
+    return model_config(folder).get_text_config().hidden_size
+
+
+def model_config(folder: str) -> Any:
+    """transformers' config of the encoder in a local folder."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, **LOCAL)
+
+
+def _json(folder: str, name: str) -> Any:
+    path = Path(folder) / name
+    return json.loads(path.read_text()) if path.exists() else None
