@@ -94,10 +94,10 @@ def test_nothing_is_preferred_where_half_of_the_pairs_are_turned_round(taught, f
     Of 64 samples: 0 to 5 % -> 9 to 13 %, beside 98 % where all pairs are the right way round.
     """
     records = models.concise("train", 2400)
-    for wrong in (False, True):
-        alike = [r for r in records if wrong != ("of course" in r["answer_l"]["content"])]
-        for record in alike[::2]:
-            record["answer_w"], record["answer_l"] = record["answer_l"], record["answer_w"]
+    more_words = [r for r in records if "of course" in r["answer_l"]["content"]]
+    wrong = [r for r in records if "of course" not in r["answer_l"]["content"]]
+    for record in (*more_words[::2], *wrong[::2]):
+        record["answer_w"], record["answer_l"] = record["answer_l"], record["answer_w"]
     models.write_jsonl(tmp_path / "turned.jsonl", records)
     models.write_jsonl(tmp_path / "held_out.jsonl", models.concise("held_out", 256))
     data = ("--data", tmp_path / "turned.jsonl", "--val-data", tmp_path / "held_out.jsonl")
