@@ -73,9 +73,9 @@ def test_few_words_are_preferred_and_the_task_stays(
 ):
     """Samples in more words than needed become rare, and as many as before are right.
 
-    About 256 samples. In more words: 94 to 98 % -> 0; right in few words: 2 to 6 % -> 98.4 to 99.2 %;
-    right in any number of words: 98.2 to 100 % before, and -0.9 to +0.9 points. Held-out rewards:
-    dpo 93.8 to 96.5 %, kto 91.6 to 92.0 %.
+    About 256 samples. In more words: 92 to 98 % -> 0; right in few words: 2 to 6 % -> 96.4 to 99.2 %;
+    right in any number of words: 97.3 to 100 % before, and -0.9 to +0.9 points. Held-out rewards:
+    dpo 93.8 to 96.5 %, kto 91.6 to 94.3 %.
     """
     models.write_jsonl(tmp_path / "held_out.jsonl", make("held_out", n))
     more = ("--val-data", tmp_path / "held_out.jsonl", "--sample-records", n)
@@ -91,7 +91,7 @@ def test_few_words_are_preferred_and_the_task_stays(
 def test_nothing_is_preferred_where_half_of_the_pairs_are_turned_round(taught, forked, tmp_path):
     """Every second pair of either sort the wrong way round: answers in few words stay rare.
 
-    Of 64 samples: 0 to 5 % -> 9 to 13 %, beside 98 % where all pairs are the right way round.
+    Of 64 samples: 0 to 6 % -> 5 to 13 %, beside 97 to 100 % where all pairs are the right way round.
     """
     records = models.concise("train", 2400)
     more_words = [r for r in records if "of course" in r["answer_l"]["content"]]
