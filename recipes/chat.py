@@ -13,103 +13,50 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ta.chat.encode import encode_prompt
-from ta.chat.messages import ANSWER
-from ta.chat.template import ChatConfig
-from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
-from ta.command_line import cli
-from ta.folders import ModelConfig
-from ta.generation.generate import generate
-from ta.generation.settings import Ending, GenerateConfig, check_settings
-from ta.model.load import load_for_inference
-from ta.parallel import pick_device
+import ta
 
 
 @dataclass(frozen=True)
-class Chat:
-    model: ModelConfig = ModelConfig()
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    chat: ChatConfig = ChatConfig()
-    generation: GenerateConfig = GenerateConfig()
+class Config:
+    model: ta.ModelConfig = ta.ModelConfig()
+    tokenizer: ta.TokenizerConfig = ta.TokenizerConfig()
+    chat: ta.ChatConfig = ta.ChatConfig()
+    generation: ta.GenerateConfig = ta.GenerateConfig()
     run: str | None = None
     """Folder of a training run: its final model, with the system prompt and chat settings that it was trained with."""
 
 
-def main(config: Chat) -> None:
-    check_settings(config.generation)
-    config = of_run(config) if config.run else config
-    tokenizer = load_chat_tokenizer(config.model, config.tokenizer, config.chat)
-    loaded = load_for_inference(config.model, pick_device())
-    settings = dataclasses.replace(
-        config.generation, stop_strings=(*config.generation.stop_strings, *tokenizer.stop_strings)
-    )
-    ending = Ending(tokenizer.fast, frozenset(tokenizer.stop_ids), settings)
-    messages: list[dict] = []
-    print("/reset forgets the dialogue, /quit ends it", file=sys.stderr)
-    while (question := ask()) is not None:
-        if question == "/reset":
-            messages = []
-        elif question:
-            messages.append({"role": "user", "content": question})
-            printer = Printer(ending)
-            try:
-                prompt = encode_prompt(messages, tokenizer, config.chat)
-                answer = generate(
-                    loaded,
-                    tokenizer.fast,
-                    [prompt],
-                    settings,
-                    tokenizer.stop_ids,
-                    on_token=printer,
-                    keys=[len(messages)],
-                )[0][0]
-            except (
-                ValueError,
-                KeyboardInterrupt,
-            ) as error:  # the dialogue goes on without this question
-                messages.pop()
-                print(
-                    f"error: {error}" if isinstance(error, ValueError) else " (stopped)",
-                    file=sys.stderr,
-                )
-                continue
-            printer.end(answer.text)
-            messages.append({"role": ANSWER, "content": answer.text})
-
-
-def of_run(config: Chat) -> Chat:
-    """The settings of a run where the flags leave them at their defaults."""
-    path = Path(config.run) / "config.json"
-    if not path.exists() or not (Path(config.run) / "final").is_dir():
+def of_run(config: Config) -> Config:
+    """The settings of the run in --run where the flags leave them at their defaults."""
+    if config.run is None:
+        return config
+    path, final = Path(config.run) / "config.json", Path(config.run) / "final"
+    if not path.exists() or not final.is_dir():
         raise ValueError(
-            f"--run {config.run} holds no config.json and final model: give the folder of a finished run, or --model-path"
+            f"--run {config.run} holds no config.json and final model: give the folder of a "
+            "finished run, or --model-path"
         )
     trained = json.loads(path.read_text(encoding="utf-8"))["config"]
-
-    def merged(given, key):
-        """Fields of a settings object, those left at their default taken from the run."""
-        known = {f.name: f.default for f in dataclasses.fields(given)}
-        own = {
-            k: tuple(v) if isinstance(v, list) else v
-            for k, v in trained.get(key, {}).items()
-            if k in known
-        }
-        return dataclasses.replace(
-            given, **{k: v for k, v in own.items() if getattr(given, k) == known[k]}
-        )
-
-    final = (
-        str(Path(config.run) / "final")
-        if config.model.model_path == ModelConfig.model_path
-        else config.model.model_path
+    chat = with_trained(config.chat, trained.get("chat", {}))
+    like = with_trained(config.model, trained.get("model", {}))
+    model = dataclasses.replace(
+        config.model, dtype=like.dtype, trust_remote_code=like.trust_remote_code
     )
-    options = {
-        name: getattr(merged(config.model, "model"), name)
-        for name in ("dtype", "trust_remote_code")
-    }
-    model = dataclasses.replace(config.model, model_path=final, **options)
-    return dataclasses.replace(config, model=model, chat=merged(config.chat, "chat"))
+    if model.model_path == ta.ModelConfig.model_path:
+        model = dataclasses.replace(model, model_path=str(final))
+    return dataclasses.replace(config, model=model, chat=chat)
+
+
+def with_trained(config: Any, trained: dict[str, Any]) -> Any:
+    """The config whose fields that are at their default have the values of a run."""
+    changes = {}
+    for field in dataclasses.fields(config):
+        if field.name in trained and getattr(config, field.name) == field.default:
+            value = trained[field.name]
+            changes[field.name] = tuple(value) if isinstance(value, list) else value
+    return dataclasses.replace(config, **changes)
 
 
 def ask() -> str | None:
@@ -122,12 +69,16 @@ def ask() -> str | None:
 
 
 class Printer:
-    """Prints an answer as it grows, holding back what may still change: half a character, the beginning of a stop string."""
+    """Prints an answer as it grows.
 
-    def __init__(self, ending: Ending):
+    What may still change is held back: half a character, the beginning of a stop string.
+    """
+
+    def __init__(self, ending: ta.Ending):
         self.ending, self.shown = ending, ""
 
     def __call__(self, prompt: int, number: int, ids: list[int]) -> None:
+        """Show what is sure of the answer whose ids so far are `ids`."""
         text = self.ending.text(ids).rstrip("\ufffd")
         stops = self.ending.config.stop_strings
         held = max(
@@ -136,10 +87,49 @@ class Printer:
         self.end(text[: len(text) - held], "")
 
     def end(self, text: str, close: str = "\n") -> None:
+        """Show the rest of `text`, and `close` after it."""
         if text.startswith(self.shown):
             print(text[len(self.shown) :], end=close, flush=True)
             self.shown = text
 
 
+def main(config: Config) -> None:
+    config = of_run(config)
+    tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat)
+    model = ta.load_for_inference(config.model, ta.parallel.pick_device())
+    stops = (*config.generation.stop_strings, *tokenizer.stop_strings)
+    settings = dataclasses.replace(config.generation, stop_strings=stops)
+    ending = ta.Ending(tokenizer.fast, frozenset(tokenizer.stop_ids), settings)
+    messages: list[dict] = []
+    print("/reset forgets the dialogue, /quit ends it", file=sys.stderr)
+    while (question := ask()) is not None:
+        if question == "/reset":
+            messages = []
+        if question in ("", "/reset"):
+            continue
+        asked = [*messages, {"role": "user", "content": question}]
+        printer = Printer(ending)
+        try:
+            prompt = ta.encode_prompt(asked, tokenizer, config.chat)
+            answers = ta.generate(
+                model,
+                tokenizer.fast,
+                [prompt],
+                settings,
+                tokenizer.stop_ids,
+                on_token=printer,
+                keys=[len(asked)],  # another seed for each question
+            )
+        except ValueError as error:  # the dialogue goes on without this question
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        except KeyboardInterrupt:
+            print(" (stopped)", file=sys.stderr)
+            continue
+        text = answers[0][0].text
+        printer.end(text)
+        messages = [*asked, {"role": "assistant", "content": text}]
+
+
 if __name__ == "__main__":
-    cli(main, Chat)
+    ta.cli(main, Config)

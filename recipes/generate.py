@@ -1,10 +1,12 @@
-"""Answer every chat of a dataset with a base or a trained model: one JSON line a record, in input order, resumable, on one process or many.
+"""Answer every chat of a dataset with a base or a trained model: one JSON line a record.
 
     python recipes/generate.py --model-path runs/sft/final --data chats.jsonl --out answers.jsonl
     python recipes/generate.py --model-path runs/sft/final --data chats.jsonl --out answers.jsonl \\
         --settings greedy "warm:temperature=0.8,num_answers=4"        (answers.greedy.jsonl, answers.warm.jsonl)
     torchrun --nproc-per-node 8 recipes/generate.py ...                (each process takes every 8th record)
     python recipes/generate.py --engine vllm --tensor-parallel-size 2 ...
+
+Lines stand in input order; a run that was stopped goes on with --resume.
 
 A line of data: {"id": 1, "messages": [{"role": "user", "content": "2 + 2?"}]}; an answer at its end is taken off and kept as "reference".
 A line of the output has the record's fields and {"answers": [{"id": "0", "content": "4", "finish": "stop"}], "key": "..."}.
@@ -16,42 +18,24 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from ta import parallel
-from ta.builtin import data_files
-from ta.chat.template import ChatConfig
-from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
-from ta.command_line import cli
-from ta.data.sources import Drops
+import ta
+from ta import Range
 from ta.files import hash_json
-from ta.folders import ModelConfig, fingerprint, resolve
-from ta.generation import answers_file
-from ta.generation.answers_file import progress
-from ta.generation.prompts import read_prompts
-from ta.generation.settings import (
-    GenerateConfig,
-    check_prompts,
-    check_settings,
-    parse_settings,
-    to_json,
-)
-from ta.generation.vllm_engine import VllmConfig
-from ta.media.settings import MediaFiles, reopen_media
-from ta.model.inference import open_generator, vllm_settings
-from ta.rag.passages import RetrievalConfig
-from ta.rag.retrieval import retrieve_for_prompts
+
+AT_ONCE = 256  # prompts of pictures or sounds whose embeddings are held at one time
 
 
 @dataclass(frozen=True)
-class Generate:
-    model: ModelConfig = ModelConfig()
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    chat: ChatConfig = ChatConfig()
-    generation: GenerateConfig = GenerateConfig()
-    vllm: VllmConfig = VllmConfig()
-    media: MediaFiles = MediaFiles()
-    retrieval: RetrievalConfig = RetrievalConfig()
+class Config:
+    model: ta.ModelConfig = ta.ModelConfig()
+    tokenizer: ta.TokenizerConfig = ta.TokenizerConfig()
+    chat: ta.ChatConfig = ta.ChatConfig()
+    generation: ta.GenerateConfig = ta.GenerateConfig()
+    vllm: ta.VllmConfig = ta.VllmConfig()
+    media: ta.media.MediaFiles = ta.media.MediaFiles()
+    retrieval: ta.rag.RetrievalConfig = ta.rag.RetrievalConfig()
     data: tuple[str, ...] = ()
     """Sources of chats: file.jsonl, file.jsonl@0.1 (share), file.jsonl@500 (count); none: built-in held-out chats."""
     out: str = "answers.jsonl"
@@ -68,7 +52,7 @@ class Generate:
     """Keep the prompt as the model saw it, decoded, as "prompt"."""
     on_bad_record: Literal["error", "skip"] = "error"
     """Stop at a record that cannot be read or answered, or count and leave it out."""
-    max_bad_share: float = 0.01
+    max_bad_share: Annotated[float, Range(0, 1)] = 0.01
     """With skip: more bad records than this share are an error again."""
     resume: bool = False
     """Go on where a stopped run left off: answers that are there are kept."""
@@ -76,98 +60,148 @@ class Generate:
     """Replace an output that exists."""
 
 
-def main(config: Generate) -> None:
-    # each process works on its own share and waits for no other
-    rank, world, device = parallel.rank(), parallel.world(), parallel.pick_device()
-    named = [parse_settings(text, config.generation) for text in config.settings] or [
-        ("", config.generation)
-    ]
-    outs = [
-        Path(config.out).with_suffix((name and f".{name}") + Path(config.out).suffix)
-        for name, _ in named
-    ]
-    if len(set(outs)) < len(outs):
+def named_settings(config: Config) -> dict[str, ta.GenerateConfig]:
+    """The settings of --settings by name, or those of the flags under no name."""
+    named = [ta.parse_settings(text, config.generation) for text in config.settings]
+    if len(dict(named)) < len(named):
         raise ValueError(
             "--settings use a name twice and would write one file twice: give each its own name"
         )
-    vllm = vllm_settings(config.engine, config.vllm, world)
-    for (_, settings), out in zip(named, outs, strict=True):
-        check_settings(settings)
-        answers_file.check(out, config.resume, config.overwrite, rank, world)
-    model, sources = config.model, resolve(config.model)
-    media = reopen_media(sources.media or sources.base, config.media, config.data, device)
-    tokenizer = load_chat_tokenizer(
-        model, config.tokenizer, config.chat, media.placeholders if media else {}
-    )
-    paths = (
-        config.data
-        or data_files.data_or_builtin(
-            (), (), "pictures" if media else "questions" if config.retrieval.index else "chats"
-        )[1]
-    )
-    drops = Drops(config.on_bad_record, config.max_bad_share)
-    records = read_prompts(
-        paths, tokenizer, config.chat, drops, config.generation.seed, config.random_cut
+    return dict(named) or {"": config.generation}
+
+
+def output_path(config: Config, name: str) -> Path:
+    """OUT, with the name of the settings before its ending."""
+    out = Path(config.out)
+    return out.with_suffix((name and f".{name}") + out.suffix)
+
+
+def read_data(config: Config, tokenizer, media, device: str) -> list[tuple[dict, list[int]]]:
+    """(record, token ids of its prompt) of every chat, with passages in the prompt where asked."""
+    files = config.data
+    if not files:
+        builtin = "pictures" if media else "questions" if config.retrieval.index else "chats"
+        files = ta.data_or_builtin((), (), builtin)[1]  # the held-out records
+    drops = ta.Drops(config.on_bad_record, config.max_bad_share)
+    prompts = ta.read_prompts(
+        files,
+        tokenizer,
+        config.chat,
+        drops,
+        config.generation.seed,
+        config.random_cut,
+        encode=ta.media.encode_media_prompts if media else ta.encode_prompts,
     )
     if drops.counts:
         print(f"left out: {drops.table()}", file=sys.stderr)
-    records = retrieve_for_prompts(config.retrieval, records, tokenizer, config.chat, device)
-    engine, vocabulary, context = open_generator(
-        model, tokenizer, device, vllm, config.generation.seed, media
-    )
-    check_prompts([prompt for _, prompt, _ in records], vocabulary, context)
-    who = [
-        fingerprint(sources.base, model.hub),
-        fingerprint(sources.adapter) if sources.adapter else "",
-        model.dtype,
-        config.engine,
-    ]
-    for (name, settings), out in zip(named, outs, strict=True):
-        answers_file.begin(out, config.overwrite, rank, world)
-        settings = dataclasses.replace(
-            settings, stop_strings=(*settings.stop_strings, *tokenizer.stop_strings)
+    if config.retrieval.index and any(map(has_media, prompts)):
+        raise ValueError(
+            "--index with a model of pictures or sounds: passages are found for text alone; "
+            "leave it out"
         )
-        what = [
-            *who,
-            config.logprobs,
-            config.with_prompt,
-            dataclasses.asdict(settings) | {"slots": 0},
-        ]  # slots change no answer
-        keys = [hash_json([what, i, *record])[:16] for i, record in enumerate(records)]
-        there = answers_file.done(out, keys)
-        mine = [i for i in range(rank, len(records), world) if keys[i] not in there]
-        with (
-            answers_file.Part(out, rank) as part,
-            progress(name or "generate", len(mine), rank == 0) as advance,
-        ):
+    return ta.rag.retrieve_for_prompts(
+        config.retrieval, prompts, tokenizer, config.chat, device
+    )
 
-            def finished(
-                n, answers, mine=mine, keys=keys, settings=settings, part=part, advance=advance
-            ):
-                data, prompt, _ = records[mine[n]]
-                text = tokenizer.fast.decode(
-                    prompt, skip_special_tokens=settings.skip_special_tokens
+
+def has_media(prompt: tuple[dict, list[int]]) -> bool:
+    """Whether pictures or sounds stand in the messages of a record."""
+    return any(
+        isinstance(message["content"], list) or message.get("type", "text") != "text"
+        for message in prompt[0]["messages"]
+    )
+
+
+def load_engine(config: Config, tokenizer, media, device: str):
+    """The model that answers: ours over transformers', or a started vLLM."""
+    if config.engine == "hf":
+        return ta.load_for_inference(config.model, device)
+    seed = config.generation.seed
+    return ta.start_vllm(
+        config.model, tokenizer.fast, config.vllm, seed=seed, embeds=media is not None
+    )
+
+
+def load_projectors(config: Config, tokenizer, media, model):
+    """What embeds prompts with pictures and sounds, around our model or its embedding table."""
+    if config.engine == "vllm":
+        model = ta.media.Table(ta.load_for_inference(config.model))  # vLLM holds the rest
+    return ta.media.media_model_for_inference(media, tokenizer, model)
+
+
+def answer(config: Config, model, tokenizer, prompts, settings, places, keys, out, embeds=None):
+    """Answer the prompts at `places`; a record is written as soon as it has its answers."""
+
+    def finished(n: int, answers: list) -> None:
+        i = places[n]
+        record, ids = prompts[i]
+        if config.with_prompt:
+            special = settings.skip_special_tokens
+            prompt = tokenizer.fast.decode(ids, skip_special_tokens=special)
+            record = record | {"prompt": prompt}
+        made = {"answers": ta.answers_to_json(answers, config.logprobs), "key": keys[i]}
+        out.append(record | made, tokens=sum(len(a.ids) for a in answers))
+
+    ta.generate(
+        model,
+        tokenizer.fast,
+        [prompts[i][1] for i in places],
+        settings,
+        tokenizer.stop_ids,
+        on_answer=finished,
+        embeds=embeds,
+        keys=places,  # a record's answers do not depend on the records beside it
+    )
+
+
+def main(config: Config) -> None:
+    # each process works on its own share and waits for no other
+    device = ta.parallel.pick_device()
+    ta.check_engine(config.engine, config.vllm)
+    outs = [
+        (name, settings, ta.AnswersFile(output_path(config, name), config.resume, config.overwrite))
+        for name, settings in named_settings(config).items()
+    ]
+    sources = ta.resolve(config.model)
+    media = ta.media.reopen_media(sources.media or sources.base, config.media, config.data, device)
+    tokenizer = ta.load_chat_tokenizer(
+        config.model, config.tokenizer, config.chat, media.placeholders if media else {}
+    )
+    prompts = read_data(config, tokenizer, media, device)
+    model = load_engine(config, tokenizer, media, device)
+    projectors = load_projectors(config, tokenizer, media, model) if media else None
+    ta.check_prompts([ids for _, ids in prompts], *ta.limits_of(model))
+
+    weights = [ta.fingerprint(sources.base, config.model.hub)]
+    weights += [ta.fingerprint(sources.adapter) if sources.adapter else ""]
+    for name, settings, out in outs:
+        stops = (*settings.stop_strings, *tokenizer.stop_strings)
+        settings = dataclasses.replace(settings, stop_strings=stops)
+        # all that an answer depends on; the number of slots changes none
+        made_by = [*weights, config.model.dtype, config.engine, config.logprobs, config.with_prompt]
+        made_by += [dataclasses.asdict(settings) | {"slots": 0}]
+        keys = [hash_json([made_by, i, *prompt])[:16] for i, prompt in enumerate(prompts)]
+        done = out.done(keys)
+        todo = out.share(keys, done)
+        with out.writing(len(todo), name or "generate"):
+            if media is None:
+                answer(config, model, tokenizer, prompts, settings, todo, keys, out)
+            for start in range(0, len(todo), AT_ONCE) if media else ():
+                places = todo[start : start + AT_ONCE]
+                chats = [prompts[i][0]["messages"] for i in places]
+                ids = [prompts[i][1] for i in places]
+                embeds = list(
+                    ta.media.embed_media_prompts(
+                        media, tokenizer, config.chat, projectors, chats, ids
+                    )
                 )
-                shown = ({"prompt": text} if config.with_prompt else {}) | {
-                    "answers": to_json(answers, config.logprobs)
-                }
-                part.append(data | shown | {"key": keys[mine[n]]})
-                advance(answers)
-
-            seen = {"media": [records[i][2] for i in mine]} if media else {}
-            engine(
-                [records[i][1] for i in mine],
-                settings,
-                tokenizer.stop_ids,
-                on_answer=finished,
-                keys=mine,
-                **seen,
-            )
-        if answers_file.publish(out, keys):
+                answer(config, model, tokenizer, prompts, settings, places, keys, out, embeds)
+        if out.publish(keys):
             print(
-                f"{out}: {len(keys):,} records, {len(there):,} of them from before", file=sys.stderr
+                f"{out.path}: {len(keys):,} records, {len(done):,} of them from before",
+                file=sys.stderr,
             )
 
 
 if __name__ == "__main__":
-    cli(main, Generate)
+    ta.cli(main, Config)

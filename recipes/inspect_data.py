@@ -14,46 +14,28 @@ import math
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from ta.builtin import data_files
+import ta
+from ta import Range
+from ta.builtin.data_files import NAMES
 from ta.chat.render import Tokens, show
-from ta.chat.template import ChatConfig
-from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
-from ta.command_line import cli
-from ta.data.prepare import (
-    KINDS,
-    DataConfig,
-    Prepared,
-    lengths,
-    prepare,
-    read_drops,
-    report,
-    sequence,
-)
-from ta.folders import ModelConfig
-from ta.media.dialogue import MEDIA_CHATS
-from ta.media.settings import MediaConfig, open_media
+from ta.data.prepare import Prepared, lengths, read_drops, report
 
 BAR = 50  # characters
 
 
 @dataclass(frozen=True)
-class InspectData:
-    chat: ChatConfig = ChatConfig()
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    data: DataConfig = DataConfig()
-    model_path: str = "builtin"
-    """Folder whose tokenizer is used; its weights are not read."""
-    adapter_path: str | None = None
-    """Adapter whose tokenizer is used, if it has one of its own."""
-    hub: bool = False
-    """Allow the model's name to be looked up on the Hugging Face hub."""
+class Config:
+    model: ta.ModelConfig = ta.ModelConfig()
+    tokenizer: ta.TokenizerConfig = ta.TokenizerConfig()
+    chat: ta.ChatConfig = ta.ChatConfig()
+    data: ta.DataConfig = ta.DataConfig()
+    media: ta.media.MediaConfig = ta.media.MediaConfig()
     kind: Literal["chat", "pair", "labelled", "class", "media", "question"] = "chat"
     """What the records are: chats (sft), pairs (rm, dpo), labelled answers (kto), classified dialogues (classify), pictures and sounds
     (multimodal) or questions (rag, without their passages)."""
-    media: MediaConfig = MediaConfig()
-    examples: int = 3
+    examples: Annotated[int, Range(0)] = 3
     """Records shown with colours."""
     seed: int = 0
     """Chooses the records of sources with a share or a count, as in training."""
@@ -61,28 +43,17 @@ class InspectData:
     """One JSON line a record instead of a page for a person."""
 
 
-def main(config: InspectData) -> None:
-    model = ModelConfig(
-        model_path=config.model_path, adapter_path=config.adapter_path, hub=config.hub
-    )
-    placeholders = (
-        open_media(config.media, config.data.data, "cpu").placeholders
-        if config.kind == "media"
-        else {}
-    )
-    tokenizer = load_chat_tokenizer(model, config.tokenizer, config.chat, placeholders)
-    training, _ = data_files.data_or_builtin(config.data.data, (), data_files.NAMES[config.kind])
-    for sources in (training, config.data.val_data):
-        if not sources:
-            continue
-        kind = MEDIA_CHATS if config.kind == "media" else KINDS[config.kind]
-        prepared = prepare(sources, tokenizer, config.chat, config.data, config.seed, kind=kind)
-        for line in (
-            json_lines(prepared)
-            if config.json
-            else page(prepared, config.examples, tokenizer.fast.decode)
-        ):
-            print(line)
+def prepare(config: Config, files: tuple[str, ...], tokenizer) -> Prepared | None:
+    """The records of the files as the method that takes their kind learns from them."""
+    by_kind = {
+        "chat": ta.prepare_chats,
+        "pair": ta.prepare_pairs,
+        "labelled": ta.prepare_labelled,
+        "class": ta.prepare_classes,
+        "media": ta.media.prepare_media_chats,
+        "question": ta.prepare_questions,
+    }
+    return by_kind[config.kind](files, tokenizer, config.chat, config.data, config.seed)
 
 
 def json_lines(prepared: Prepared) -> Iterator[str]:
@@ -91,13 +62,14 @@ def json_lines(prepared: Prepared) -> Iterator[str]:
         (entry["source"], entry["line"], entry["reason"]) for entry in read_drops(prepared)
     )
     records = [(*origin, i) for i, origin in enumerate(prepared.origin.tolist())]
-    for source, line, found in sorted([*records, *drops], key=lambda entry: entry[:2]):
+    for source, line, record in sorted([*records, *drops], key=lambda entry: entry[:2]):
         head = (
             {"file": prepared.info["sources"][source]["path"]}
             if len(prepared.info["sources"]) > 1
             else {}
         )
-        body = {"dropped": found} if isinstance(found, str) else record_of(prepared, found)
+        dropped = isinstance(record, str)  # the reason, else its number
+        body = {"dropped": record} if dropped else record_of(prepared, record)
         yield json.dumps(head | {"line": line} | body, ensure_ascii=False)
 
 
@@ -105,7 +77,7 @@ def record_of(prepared: Prepared, i: int) -> dict:
     """ids, labels and weights of record i; where a record has several sequences they stand in a list."""
     parts = []
     for j in range(prepared.k):
-        ids, weights = (array.tolist() for array in sequence(prepared, i * prepared.k + j))
+        ids, weights = (array.tolist() for array in ta.sequence(prepared, i * prepared.k + j))
         labels = [token if weight else -100 for token, weight in zip(ids, weights, strict=True)]
         parts.append({"ids": ids, "labels": labels, "weights": weights})
     extras = {
@@ -116,20 +88,25 @@ def record_of(prepared: Prepared, i: int) -> dict:
 
 
 def page(prepared: Prepared, examples: int, decode) -> Iterator[str]:
-    """Counts and drops, a histogram of lengths, and the first records with their learned tokens in colour."""
+    """Counts and drops, a histogram of lengths, and the first records.
+
+    Their learned tokens are in colour; `decode` makes text of token ids.
+    """
     yield from report(prepared.info)
     yield from histogram(lengths(prepared).tolist())
     for i in range(min(examples, len(prepared.origin))):
         source, line = prepared.origin[i]
         extras = "".join(f" {name}={values[i]:g}" for name, values in prepared.extras.items())
-        yield f"\n{prepared.info['sources'][source]['path']}:{line}{extras}  (green: learned, yellow: with a weight of its own, dim: not learned)"
+        place = f"{prepared.info['sources'][source]['path']}:{line}"
+        colours = "(green: learned, yellow: with a weight of its own, dim: not learned)"
+        yield f"\n{place}{extras}  {colours}"
         for j in range(prepared.k):
-            ids, weights = (array.tolist() for array in sequence(prepared, i * prepared.k + j))
+            ids, weights = (array.tolist() for array in ta.sequence(prepared, i * prepared.k + j))
             yield show(Tokens(ids, weights), decode)
 
 
 def histogram(sizes: list[int], bins: int = 12) -> Iterator[str]:
-    """Lines of `from-to |#### count` over equal widths, and the middle, 95 % and longest."""
+    """Lines of `from-to |#### count` over equal widths; first the middle, 95 % and the longest."""
     ranked = sorted(sizes)
     middle, high = ranked[len(ranked) // 2], ranked[min(len(ranked) * 95 // 100, len(ranked) - 1)]
     yield f"\ntokens a record: median {middle:,}, 95 % up to {high:,}, longest {ranked[-1]:,}"
@@ -142,7 +119,24 @@ def histogram(sizes: list[int], bins: int = 12) -> Iterator[str]:
         yield f"{start:>8,}-{start + width - 1:<8,}|{'#' * -(-count * BAR // max(counts))} {count:,}"
 
 
+def main(config: Config) -> None:
+    placeholders = {}
+    if config.kind == "media":
+        placeholders = ta.media.open_media(config.media, config.data.data, "cpu").placeholders
+    tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat, placeholders)
+    files, _ = ta.data_or_builtin(config.data.data, (), NAMES[config.kind])
+    for sources in (files, config.data.val_data):
+        prepared = prepare(config, sources, tokenizer)
+        if prepared is None:
+            continue
+        lines = json_lines(prepared)
+        if not config.json:
+            lines = page(prepared, config.examples, tokenizer.fast.decode)
+        for line in lines:
+            print(line)
+
+
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the run quietly
-    cli(main, InspectData)
+    ta.cli(main, Config)

@@ -7,32 +7,30 @@ A line of data: {"messages": [...], "answers": [{"id": "a", "content": "4"}, {"i
 A line of the output is the record with the chosen answers only, best first where there are rewards; with --as-chats, one chat for each.
 """
 
+from __future__ import annotations
+
 import json
 import sys
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from ta.command_line import cli
+import ta
+from ta import Range
 from ta.data.records import check_candidates
-from ta.data.sources import read_records
 from ta.files import locked, write_atomic
-from ta.generation import answers_file
-from ta.generation.sampling import SAMPLERS
 
 
 @dataclass(frozen=True)
-class Sample:
+class Config:
     data: tuple[str, ...] = ()
     """Sources of candidate records."""
     out: str = "chosen.jsonl"
     """File to write."""
     method: Literal["random", "best", "rejection"] = "best"
     """random; best by reward; rejection: RSO (Liu et al. 2023), accepted with probability exp((r - r_max) / beta)."""
-    n: int = 1
+    n: Annotated[int, Range(0)] = 1
     """Answers to keep of each record; all of them where there are fewer."""
-    beta: float = 0.5
+    beta: Annotated[float, Range(0, above=True)] = 0.5
     """Of rejection: the temperature; towards 0 it is best, large it is random."""
     seed: int = 0
     """Seed of the choice; each record's depends on its place and this alone."""
@@ -42,46 +40,51 @@ class Sample:
     """Replace an output that exists."""
 
 
-def chosen(config: Sample, place: int, data: dict) -> list[dict]:
-    """The answers to keep of a record. ValueError where a reward is needed and missing."""
-    answers, rewards, seed = data["answers"], data.get("rewards") or {}, f"{config.seed}-{place}"
+def choose(config: Config, place: int, record: dict) -> list[dict]:
+    """The answers to keep of a record, best first where there are rewards.
+
+    ValueError where a reward is needed and missing.
+    """
+    answers, seed = record["answers"], f"{config.seed}-{place}"
     if config.method == "random":
-        return [answers[i] for i in SAMPLERS["random"](len(answers), config.n, seed=seed)]
-    missing = [answer["id"] for answer in answers if answer["id"] not in rewards]
+        return [answers[i] for i in ta.sample_random(len(answers), config.n, seed=seed)]
+    by_id = record.get("rewards") or {}
+    missing = [answer["id"] for answer in answers if answer["id"] not in by_id]
     if missing:
         raise ValueError(
-            f"record {place + 1}: answer {missing[0]!r} has no reward, which --method {config.method} needs; score the file first"
+            f"record {place + 1}: answer {missing[0]!r} has no reward, which --method "
+            f"{config.method} needs; score the file first"
         )
-    extra = {"seed": seed, "beta": config.beta} if config.method == "rejection" else {}
-    kept = partial(SAMPLERS[config.method], **extra)(
-        [rewards[answer["id"]] for answer in answers], config.n
+    rewards = [by_id[answer["id"]] for answer in answers]
+    chosen = (
+        ta.sample_best(rewards, config.n)
+        if config.method == "best"
+        else ta.sample_rejection(rewards, config.n, seed=seed, beta=config.beta)
     )
-    return [answers[i] for i in sorted(kept, key=lambda i: -rewards[answers[i]["id"]])]
+    return [answers[i] for i in sorted(chosen, key=lambda i: -rewards[i])]
 
 
-def main(config: Sample) -> None:
+def lines_of(config: Config, record: dict, answers: list[dict]) -> list[dict]:
+    """The record with its chosen answers, or a chat for each of them."""
+    if not config.as_chats:
+        return [record | {"answers": answers}]
+    rest = {k: v for k, v in record.items() if k not in ("answers", "rewards", "key")}
+    turns = [{"role": "assistant", "content": answer["content"]} for answer in answers]
+    return [rest | {"messages": [*record["messages"], turn]} for turn in turns]
+
+
+def main(config: Config) -> None:
     if not config.data:
         raise ValueError("no data to choose from: give --data FILE.jsonl with candidate answers")
-    out = Path(config.out)
-    answers_file.check(out, False, config.overwrite)
+    out = ta.AnswersFile(config.out, overwrite=config.overwrite)
     lines = []
-    for place, record in enumerate(read_records(config.data, check_candidates)):
-        answers = chosen(config, place, record.data)
-        rest = {
-            key: value
-            for key, value in record.data.items()
-            if key not in ("answers", "rewards", "key")
-        }
-        if config.as_chats:
-            for answer in answers:
-                message = {"role": "assistant", "content": answer["content"]}
-                lines.append(rest | {"messages": [*record.data["messages"], message]})
-        else:
-            lines.append({**record.data, "answers": answers})
-    with locked(out):
-        write_atomic(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    print(f"{out}: {len(lines):,} lines", file=sys.stderr)
+    for place, record in enumerate(ta.read_records(config.data, check_candidates)):
+        lines += lines_of(config, record.data, choose(config, place, record.data))
+    with locked(out.path):
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_atomic(out.path, text)
+    print(f"{out.path}: {len(lines):,} lines", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    cli(main, Sample)
+    ta.cli(main, Config)

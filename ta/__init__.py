@@ -15,7 +15,9 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
     from ta.builtin.data_files import data_or_builtin as data_or_builtin
     from ta.builtin.fine_tuned import with_fine_tuned_model as with_fine_tuned_model
     from ta.chat.cut import cut_dialogue as cut_dialogue
+    from ta.chat.encode import encode_answers as encode_answers
     from ta.chat.encode import encode_chat as encode_chat
+    from ta.chat.encode import encode_dialogues as encode_dialogues
     from ta.chat.encode import encode_prompt as encode_prompt
     from ta.chat.encode import encode_prompts as encode_prompts
     from ta.chat.encode import loss_weights as loss_weights
@@ -49,22 +51,51 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
     from ta.data.prepare import prepare_questions as prepare_questions
     from ta.data.prepare import preview as preview
     from ta.data.prepare import sequence as sequence
+    from ta.data.sources import Drops as Drops
+    from ta.data.sources import read_records as read_records
     from ta.files import append_line as append_line
     from ta.folders import ModelConfig as ModelConfig
-    from ta.generation.generate import GenerateConfig as GenerateConfig
+    from ta.folders import fingerprint as fingerprint
+    from ta.folders import resolve as resolve
+    from ta.generation.answers_file import AnswersFile as AnswersFile
     from ta.generation.generate import generate as generate
+    from ta.generation.generate import limits_of as limits_of
     from ta.generation.metrics import measure as measure
     from ta.generation.metrics import roc_auc as roc_auc
+    from ta.generation.prompts import read_prompts as read_prompts
     from ta.generation.samples import SamplesConfig as SamplesConfig
     from ta.generation.samples import generate_samples as generate_samples
+    from ta.generation.sampling import sample_best as sample_best
+    from ta.generation.sampling import sample_random as sample_random
+    from ta.generation.sampling import sample_rejection as sample_rejection
+    from ta.generation.score import num_labels_of as num_labels_of
+    from ta.generation.score import score as score
+    from ta.generation.settings import Ending as Ending
+    from ta.generation.settings import GenerateConfig as GenerateConfig
+    from ta.generation.settings import answers_to_json as answers_to_json
+    from ta.generation.settings import check_prompts as check_prompts
+    from ta.generation.settings import parse_settings as parse_settings
+    from ta.generation.vllm_engine import VllmConfig as VllmConfig
+    from ta.generation.vllm_engine import check_engine as check_engine
+    from ta.generation.vllm_engine import start_vllm as start_vllm
     from ta.model.adapters import AdapterConfig as AdapterConfig
+    from ta.model.adapters import load_adapter as load_adapter
+    from ta.model.adapters import logits_agree as logits_agree
+    from ta.model.adapters import merge_adapter as merge_adapter
+    from ta.model.adapters import probe_logits as probe_logits
+    from ta.model.export import copy_media as copy_media
     from ta.model.export import export as export
     from ta.model.language_model import LanguageModel as LanguageModel
+    from ta.model.language_model import native_attention as native_attention
+    from ta.model.language_model import wrap as wrap
     from ta.model.load import ComputeConfig as ComputeConfig
+    from ta.model.load import cast_parameters as cast_parameters
+    from ta.model.load import load_base as load_base
     from ta.model.load import load_for_inference as load_for_inference
     from ta.model.load import load_model as load_model
     from ta.model.logprobs import cross_entropy_sum as cross_entropy_sum
     from ta.model.logprobs import token_logprobs as token_logprobs
+    from ta.model.new_rows import check_vocabulary as check_vocabulary
     from ta.reference import ReferenceConfig as ReferenceConfig
     from ta.reference import check_sync as check_sync
     from ta.reference import learned_tokens as learned_tokens
@@ -83,13 +114,14 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
 
 NAMES = {  # module: what `import ta` gives of it, loaded on first use
     "ta.command_line": "Range cli table",
-    "ta.folders": "ModelConfig",
+    "ta.folders": "ModelConfig fingerprint resolve",
     "ta.builtin.data_files": "data_or_builtin",
     "ta.builtin.fine_tuned": "with_fine_tuned_model",
     "ta.chat.template": "ChatConfig",
     "ta.chat.render": "render_chat tokenize_with_loss_mask",
     "ta.chat.cut": "cut_dialogue",
-    "ta.chat.encode": "encode_chat encode_prompt encode_prompts loss_weights",
+    "ta.chat.encode": "encode_answers encode_chat encode_dialogues encode_prompt "
+    "encode_prompts loss_weights",
     "ta.chat.tokenizer": "ChatTokenizer TokenizerConfig load_chat_tokenizer",
     "ta.data.prepare": "DataConfig first_records prepare_chats prepare_classes prepare_labelled prepare_pairs "
     "prepare_questions preview sequence",
@@ -97,14 +129,22 @@ NAMES = {  # module: what `import ta` gives of it, loaded on first use
     "ta.data.batch": "Batch lay_out",
     "ta.data.loader": "BatchConfig check_margins collate_chats collate_classes collate_pairs "
     "labelled_collate labels_of read_ahead train_batches val_batches",
-    "ta.model.adapters": "AdapterConfig",
-    "ta.model.load": "ComputeConfig load_for_inference load_model",
-    "ta.model.language_model": "LanguageModel",
+    "ta.model.adapters": "AdapterConfig load_adapter logits_agree merge_adapter probe_logits",
+    "ta.model.load": "ComputeConfig cast_parameters load_base load_for_inference load_model",
+    "ta.model.language_model": "LanguageModel native_attention wrap",
     "ta.model.logprobs": "cross_entropy_sum token_logprobs",
-    "ta.model.export": "export",
-    "ta.generation.generate": "GenerateConfig generate",
+    "ta.model.export": "copy_media export",
+    "ta.generation.generate": "generate limits_of",
     "ta.generation.metrics": "measure roc_auc",
     "ta.generation.samples": "SamplesConfig generate_samples",
+    "ta.data.sources": "Drops read_records",
+    "ta.generation.settings": "Ending GenerateConfig answers_to_json check_prompts parse_settings",
+    "ta.generation.answers_file": "AnswersFile",
+    "ta.generation.prompts": "read_prompts",
+    "ta.generation.sampling": "sample_best sample_random sample_rejection",
+    "ta.generation.score": "num_labels_of score",
+    "ta.generation.vllm_engine": "VllmConfig check_engine start_vllm",
+    "ta.model.new_rows": "check_vocabulary",
     "ta.reference": "ReferenceConfig check_sync learned_tokens open_reference "
     "sequence_logps with_cached_reference",
     "ta.training.run_folder": "LoopConfig Run start_run",

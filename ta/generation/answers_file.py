@@ -8,140 +8,141 @@ carries a `key`, a hash of what it answers, by which a later run knows what it n
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from ta.files import append_line, locked, read_lines, write_atomic
+from ta.parallel import rank, world
 
 
-def check(out: Path, resume: bool, overwrite: bool, rank: int = 0, world: int = 1) -> None:
-    """ValueError where `out`, or a part of it, exists and neither resume nor overwrite is asked.
-    Changes nothing.
+class AnswersFile:
+    """An output file as this process sees it; opening it checks and changes nothing.
+
+    ValueError where the file, or a part of it, exists and neither resume nor overwrite is asked.
     """
-    if resume and overwrite:
-        raise ValueError(
-            "--resume goes on with an output and --overwrite deletes it: give one of the two"
-        )
-    if out.is_dir():
-        raise ValueError(f"--out {out} is a folder: give a file, such as {out / 'answers.jsonl'}")
-    if resume or overwrite:
-        return
-    if out.exists():
-        raise ValueError(
-            f"--out {out} exists: give another file, --resume to add what is missing, or --overwrite to start anew"
-        )
-    if _own(out, rank, world):
-        raise ValueError(
-            f"--out {out} was begun and not finished: give --resume to go on, or --overwrite to start anew"
-        )
 
-
-def begin(out: Path, overwrite: bool, rank: int = 0, world: int = 1) -> None:
-    """Make the folder, and with `overwrite` delete what there is.
-
-    ValueError, and nothing is deleted, where another process is writing it.
-    """
-    parts = _own(out, rank, world)
-    with contextlib.ExitStack() as stack:
-        for number in {rank, *map(_number, parts)}:
-            stack.enter_context(locked(out, share=f"part-{number}"))
-        if overwrite:
-            for path in parts + [out] * (rank == 0):
-                path.unlink(missing_ok=True)
-
-
-def done(out: Path, keys: Iterable[str]) -> dict[str, dict]:
-    """{key: object} of those of `keys` that `out` and its parts hold; torn lines are left out."""
-    wanted, found = set(keys), {}
-    for path in (out, *_parts(out)):
-        for record in read_lines(path):  # none where another process has just published the whole
-            if record.get("key") in wanted:
-                found.setdefault(record["key"], record)
-    return found
-
-
-class Part:
-    """The part file of one process, made at its first object; ValueError where another writes it."""
-
-    def __init__(self, out: Path, rank: int = 0):
-        self.path = out.with_name(f".{out.name}.part-{rank}")
-        self.lock = locked(out, share=f"part-{rank}")
-
-    def append(self, record: dict) -> None:
-        """Add an object; a line torn by an earlier kill is cut off first."""
-        append_line(self.path, record)
-
-    def __enter__(self) -> Part:
-        self.lock.__enter__()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.lock.__exit__(*error)
-
-
-def publish(out: Path, keys: Sequence[str]) -> bool:
-    """Write `out` in the order of `keys` and delete the parts, if all are there; else False.
-
-    Then other processes are still at work.
-    """
-    found = done(out, keys)
-    if len(found) < len(set(keys)):
-        return False
-    write_atomic(out, "".join(json.dumps(found[key], ensure_ascii=False) + "\n" for key in keys))
-    for part in _parts(out):
-        part.unlink(missing_ok=True)
-    return True
-
-
-@contextlib.contextmanager
-def progress(name: str, total: int, show: bool) -> Iterator[Callable[[Sequence], None]]:
-    """A bar over records with tokens a second and time left; gives the function to call with the
-    answers of each.
-    """
-    from tqdm import tqdm
-
-    with tqdm(
-        total=total,
-        desc=name,
-        unit="record",
-        disable=not show or not total,
-        dynamic_ncols=True,
-        mininterval=0.5,
-    ) as bar:
-        start, tokens = time.perf_counter(), 0
-
-        def advance(answers: Sequence) -> None:
-            nonlocal tokens
-            tokens += sum(len(answer.ids) for answer in answers)
-            bar.set_postfix_str(
-                f"{tokens / (time.perf_counter() - start):,.0f} tokens/s", refresh=False
+    def __init__(self, path: str | Path, resume: bool = False, overwrite: bool = False):
+        self.path, self.overwrite = Path(path), overwrite
+        self.rank, self.world = rank(), world()
+        self.part = self.path.with_name(f".{self.path.name}.part-{self.rank}")
+        self.seconds, self.tokens = 0.0, 0
+        self.bar: Any = None
+        if resume and overwrite:
+            raise ValueError(
+                "--resume goes on with an output and --overwrite deletes it: give one of the two"
             )
-            bar.update()
+        if self.path.is_dir():
+            raise ValueError(
+                f"--out {path} is a folder: give a file, such as {self.path / 'answers.jsonl'}"
+            )
+        if resume or overwrite:
+            return
+        if self.path.exists():
+            raise ValueError(
+                f"--out {path} exists: give another file, --resume to add what is missing, "
+                "or --overwrite to start anew"
+            )
+        if self._own_parts():
+            raise ValueError(
+                f"--out {path} was begun and not finished: give --resume to go on, "
+                "or --overwrite to start anew"
+            )
 
-        yield advance
+    def done(self, keys: Iterable[str]) -> dict[str, dict]:
+        """{key: object} of those of `keys` that the file and its parts hold.
 
+        Torn lines are left out; where the file is to be replaced nothing counts as done.
+        """
+        return {} if self.overwrite else self._read(keys)
 
-def _own(out: Path, rank: int, world: int) -> list[Path]:
-    """The parts that this process answers for.
+    def share(self, keys: Sequence[str], done: Iterable[str] = ()) -> list[int]:
+        """The numbers of the objects that this process makes: every world-th that is not `done`."""
+        done = set(done)
+        return [i for i in range(self.rank, len(keys), self.world) if keys[i] not in done]
 
-    Each part has one such process, whatever the number of processes that wrote them.
-    """
-    return [part for part in _parts(out) if _number(part) % world == rank]
+    @contextmanager
+    def writing(self, total: int, name: str = "") -> Iterator[AnswersFile]:
+        """Take the file for this process, which will `append` `total` objects; a bar shows them.
+
+        What is to be replaced is deleted now. ValueError, and nothing is deleted, where another
+        process is writing it.
+        """
+        from tqdm import tqdm
+
+        with ExitStack() as stack:
+            for number in {self.rank, *map(_number, self._own_parts())}:
+                stack.enter_context(locked(self.path, share=f"part-{number}"))
+            if self.overwrite:
+                for path in self._own_parts() + [self.path] * (self.rank == 0):
+                    path.unlink(missing_ok=True)
+            self.bar = stack.enter_context(
+                tqdm(
+                    total=total,
+                    desc=name,
+                    unit="record",
+                    disable=self.rank > 0 or not total,
+                    dynamic_ncols=True,
+                    mininterval=0.5,  # seconds
+                )
+            )
+            self.seconds, self.tokens = time.perf_counter(), 0
+            yield self
+
+    def append(self, record: dict, tokens: int = 0) -> None:
+        """Add an object, for which `tokens` were computed.
+
+        A line torn by an earlier kill is cut off first.
+        """
+        append_line(self.part, record)
+        if self.bar is not None:
+            self.tokens += tokens
+            speed = self.tokens / (time.perf_counter() - self.seconds)
+            self.bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
+            self.bar.update()
+
+    def publish(self, keys: Sequence[str]) -> bool:
+        """Write the file in the order of `keys` and delete the parts, if all are there; else False.
+
+        Then other processes are still at work.
+        """
+        found = self._read(keys)
+        if len(found) < len(set(keys)):
+            return False
+        lines = [json.dumps(found[key], ensure_ascii=False) + "\n" for key in keys]
+        write_atomic(self.path, "".join(lines))
+        for part in self._parts():
+            part.unlink(missing_ok=True)
+        return True
+
+    def _read(self, keys: Iterable[str]) -> dict[str, dict]:
+        wanted, found = set(keys), {}
+        for path in (self.path, *self._parts()):
+            for record in read_lines(path):  # none where another process has just published it
+                if record.get("key") in wanted:
+                    found.setdefault(record["key"], record)
+        return found
+
+    def _own_parts(self) -> list[Path]:
+        """The parts that this process answers for.
+
+        Each part has one such process, whatever the number of processes that wrote them.
+        """
+        return [part for part in self._parts() if _number(part) % self.world == self.rank]
+
+    def _parts(self) -> list[Path]:
+        if not self.path.parent.is_dir():
+            return []
+        head = f".{self.path.name}.part-"
+        return sorted(
+            path
+            for path in self.path.parent.iterdir()
+            if path.name.startswith(head) and path.name[len(head) :].isdigit()
+        )
 
 
 def _number(part: Path) -> int:
     return int(part.name.rpartition("-")[2])
-
-
-def _parts(out: Path) -> list[Path]:
-    if not out.parent.is_dir():
-        return []
-    head = f".{out.name}.part-"
-    return sorted(
-        path
-        for path in out.parent.iterdir()
-        if path.name.startswith(head) and path.name[len(head) :].isdigit()
-    )

@@ -1,5 +1,7 @@
-"""Answers to prompts given as token ids: the slot engine for most models, transformers' own generate for beams, prompt learning and unusual caches.
+"""Answers to prompts given as token ids, by the engine that fits.
 
+The slot engine for most models; transformers' own generate for beams, prefix tuning and unusual
+caches; vLLM where it was started.
 Letters: B rows, L prompt tokens, V vocabulary, D model width.
 """
 
@@ -9,19 +11,13 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ta.generation.settings import (
-    Answer,
-    Ending,
-    GenerateConfig,
-    check_prompts,
-    check_settings,
-    context_of,
-)
+from ta.command_line import check_config
+from ta.generation.settings import Answer, Ending, GenerateConfig, check_prompts, context_of
+from ta.generation.vllm_engine import VllmEngine, generate_vllm
+from ta.model.adapters import is_prompt_learning, virtual_embeddings
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-__all__ = ["Answer", "GenerateConfig", "generate"]
 
 
 def generate(
@@ -38,28 +34,36 @@ def generate(
 ) -> list[list[Answer]]:
     """`config.num_answers` answers to each prompt, in input order.
 
-    model: a transformers or peft model, or ta's wrapper around one; its attention function, train mode and gradients are put back afterwards.
-    prompts: token ids. embeds: for each prompt (L, D) in place of its tokens' embeddings. stop_ids: tokens that end an answer.
-    keys: the number that each prompt's sampling is seeded with beside config.seed (its place in `prompts` by default).
-    fixed_shapes: whether decode steps come in few shapes and replay as CUDA graphs (None: on a GPU); the answers are the same.
-    on_answer(i, answers) is called as soon as prompt i has all its answers; on_token(i, answer, ids) after each token (not in beam search).
-    ValueError: settings that exclude each other; prompts that are empty, too long for the context, or of another vocabulary; broken logits.
+    model: a transformers or peft model, a LanguageModel around one, or a started vLLM; a model's
+    attention function, train mode and gradients are put back afterwards.
+    prompts: token ids. embeds: for each prompt (L, D) in place of its tokens' embeddings.
+    stop_ids: tokens that end an answer.
+    keys: the number that each prompt's sampling is seeded with beside config.seed (its place in
+    `prompts` by default).
+    on_answer(i, answers) is called as soon as prompt i has all its answers; on_token(i, answer,
+    ids) after each token (not in beam search, not by vLLM).
+    fixed_shapes: whether decode steps come in few shapes and replay as CUDA graphs (None: on a
+    GPU); the answers are the same.
+    ValueError: settings that exclude each other; prompts that are empty, too long for the context,
+    or of another vocabulary; broken logits.
     """
+    check_config(config)
+    if isinstance(model, VllmEngine):
+        return generate_vllm(model, prompts, config, stop_ids, on_answer, embeds, keys)
     from ta.generation.hf_generate import run_beams, run_driven
     from ta.generation.slot_cache import attention_for, plain_cache
     from ta.generation.slot_engine import Caller, Job, Sampling, run_slots
-    from ta.model.adapters import is_prompt_learning
     from ta.model.language_model import base_model
 
     inner = getattr(model, "inner", model)
     base = base_model(inner)
     virtual = is_prompt_learning(inner)
     vocabulary, context = limits_of(model)
-    check_settings(config)
     check_prompts(prompts, vocabulary, context)
     if embeds is not None and [len(x) for x in embeds] != [len(prompt) for prompt in prompts]:
         raise ValueError(
-            "embeds and prompts differ in length: give one row of embeddings for every token of every prompt"
+            "embeds and prompts differ in length: give one row of embeddings for every token "
+            "of every prompt"
         )
     n = config.num_answers
     limits = [
@@ -87,7 +91,7 @@ def generate(
         if on_answer is not None and all(answer is not None for answer in answers[i]):
             on_answer(i, answers[i])
 
-    how = Sampling(config.temperature, config.top_p, config.top_k, config.repetition_penalty)
+    sampling = Sampling(config.temperature, config.top_p, config.top_k, config.repetition_penalty)
     driven = (
         config.beams > 1
         or not plain_cache(base)
@@ -97,7 +101,7 @@ def generate(
         if config.beams > 1:
             run_beams(inner, prompts, jobs, config, ending, finished, embeds, virtual)
         elif driven:
-            run_driven(inner, prompts, jobs, config, how, advance, finished, embeds, virtual)
+            run_driven(inner, prompts, jobs, config, sampling, advance, finished, embeds, virtual)
         else:
             run, layers, width = _forward(base if virtual else model, base)
             fed = _with_virtual_tokens(inner, base, prompts, embeds) if virtual else embeds
@@ -110,7 +114,7 @@ def generate(
                 layers,
                 prompts,
                 jobs,
-                how,
+                sampling,
                 config.slots,
                 fed,
                 width,
@@ -121,8 +125,12 @@ def generate(
 
 
 def limits_of(model) -> tuple[int, int | None]:
-    """(number of embeddings, tokens of prompt and answer at most or None), as `check_prompts` takes them."""
-    from ta.model.adapters import is_prompt_learning
+    """(Embeddings of a model or a started vLLM, tokens of prompt and answer at most or None).
+
+    `check_prompts` takes them.
+    """
+    if isinstance(model, VllmEngine):
+        return model.vocabulary, model.context
     from ta.model.language_model import base_model
 
     inner = getattr(model, "inner", model)
@@ -135,15 +143,17 @@ def limits_of(model) -> tuple[int, int | None]:
 
 @contextlib.contextmanager
 def _at_rest(model, inner, base, attention: str) -> Iterator[None]:
-    """Evaluation mode, no gradients, attention that knows masks and caches, no generation settings of the model's own; put back after."""
+    """Evaluation mode, no gradients, `attention`, no generation settings of the model's own.
+
+    All is put back after.
+    """
     import torch
     from transformers import GenerationConfig
 
     training = [module for module in model.modules() if module.training]
     before, settings = base.config._attn_implementation, base.generation_config
-    owners = {base} | (
-        {inner} if hasattr(inner, "generation_config") else set()
-    )  # peft keeps a second copy
+    # peft keeps a second copy
+    owners = {base} | ({inner} if hasattr(inner, "generation_config") else set())
     device, autocast = base.get_input_embeddings().weight.device, getattr(model, "autocast", None)
     try:
         model.eval()
@@ -166,41 +176,38 @@ def _at_rest(model, inner, base, attention: str) -> Iterator[None]:
 
 
 def _with_virtual_tokens(inner, base, prompts, embeds) -> list[Tensor]:
-    """Each prompt's embeddings behind those of the virtual tokens: prompt tuning and p-tuning are no more than that."""
-    import torch
+    """Each prompt's embeddings behind those of the virtual tokens.
 
-    from ta.model.adapters import virtual_embeddings
+    Prompt tuning and p-tuning are no more than that.
+    """
+    import torch
 
     table = base.get_input_embeddings()
     virtual = virtual_embeddings(inner).to(table.weight.dtype)  # (virtual tokens, D)
-    own = embeds or [table(torch.tensor(prompt, device=table.weight.device)) for prompt in prompts]
-    return [torch.cat([virtual, x.to(virtual.device)]) for x in own]
+    if embeds is None:
+        embeds = [table(torch.tensor(prompt, device=table.weight.device)) for prompt in prompts]
+    return [torch.cat([virtual, x.to(virtual.device)]) for x in embeds]
 
 
 def _forward(model, base) -> tuple[Callable[[dict], Tensor], int, int]:
-    """The one place where the slot engine runs a model: (function from keyword arguments to the last column's logits (B, V), cached layers, V)."""
+    """What the slot engine runs a model by, the number of its cached layers, and its V.
+
+    The first is a function from keyword arguments to the last column's logits (B, V).
+    """
     import inspect
 
     from transformers.cache_utils import DynamicCache
 
-    inner = getattr(model, "inner", model)
-    if hasattr(model, "unshard"):  # a sharded root gathers its weights around its own methods only
-        from torch.distributed.fsdp import register_fsdp_forward_method
-
-        if not hasattr(model, "run_inner"):
-            model.run_inner = model.inner.__call__
-            register_fsdp_forward_method(model, "run_inner")
-        inner = model.run_inner
+    # a sharded root gathers its weights around its own methods only
+    run = model.outputs if hasattr(model, "unshard") else getattr(model, "inner", model)
+    # transformers' models differ in what they take
     taken = inspect.signature(base.forward).parameters
     extra = {"use_cache": True} | ({"logits_to_keep": 1} if "logits_to_keep" in taken else {})
 
     def forward(inputs: dict) -> Tensor:
         if "position_ids" not in taken:
             inputs.pop("position_ids")  # such models (ALiBi) count real tokens in the mask
-        return inner(**inputs, **extra).logits[:, -1]  # (B, V)
+        return run(**inputs, **extra).logits[:, -1]  # (B, V)
 
-    return (
-        forward,
-        len(DynamicCache(config=base.config).layers),
-        base.get_output_embeddings().weight.shape[0],
-    )
+    layers = len(DynamicCache(config=base.config).layers)
+    return forward, layers, base.get_output_embeddings().weight.shape[0]

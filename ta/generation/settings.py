@@ -1,4 +1,6 @@
-"""What a generation is asked for and what it gives: settings, the checks at the door, where an answer ends and how its text is cut."""
+"""What a generation is asked for and what it gives: settings, checks of prompts, where an answer
+ends and how its text is cut.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +8,26 @@ import ast
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
+
+from ta.command_line import Range, check_config
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    max_new_tokens: int = 128
+    max_new_tokens: Annotated[int, Range(1)] = 128
     """Tokens of an answer at most, its end token counted."""
-    temperature: float = 0.0
+    temperature: Annotated[float, Range(0)] = 0.0
     """0 takes the most probable token; above 0 samples."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Range(0, 1, above=True)] = 1.0
     """Sample among the most probable tokens that together reach this probability."""
-    top_k: int = 0
+    top_k: Annotated[int, Range(0)] = 0
     """Sample among this many most probable tokens; 0 is all."""
-    num_answers: int = 1
+    num_answers: Annotated[int, Range(1)] = 1
     """Answers for each prompt."""
-    beams: int = 1
+    beams: Annotated[int, Range(1)] = 1
     """Beam search of this width, through transformers' generate or vLLM's."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: Annotated[float, Range(0, above=True)] = 1.0
     """Above 1 makes tokens of the prompt and of the answer so far less probable (CTRL, arXiv 1909.05858)."""
     stop_strings: tuple[str, ...] = ()
     """An answer ends where one of these is complete."""
@@ -31,23 +35,58 @@ class GenerateConfig:
     """Leave the stop string or end token in the text."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
-    seed: int = 0
+    seed: Annotated[int, Range(0)] = 0
     """Seed of the sampling; what a record gets does not depend on the records beside it."""
-    slots: int = 64
+    slots: Annotated[int, Range(1)] = 64
     """Answers that the hf engine generates at the same time (a memory knob)."""
+
+    def check(self) -> None:
+        """ValueError for settings that are impossible together, and for an empty stop string."""
+        if not all(self.stop_strings):
+            raise ValueError(
+                f"--stop-strings {self.stop_strings} cannot be: give strings that are not empty"
+            )
+        if self.beams > 1 and self.temperature:
+            raise ValueError(
+                f"--beams {self.beams} searches and --temperature {self.temperature} samples: "
+                "give one of them"
+            )
+        if 1 < self.beams < self.num_answers:
+            raise ValueError(
+                f"--num-answers {self.num_answers} are more than --beams {self.beams} can give: "
+                "raise beams"
+            )
+        if self.beams == 1 and not self.temperature and self.num_answers > 1:
+            raise ValueError(
+                f"--num-answers {self.num_answers} would be the same answer: "
+                "give a --temperature above 0, or beams"
+            )
+        if not self.temperature and (self.top_p < 1 or self.top_k):
+            raise ValueError(
+                "--top-p and --top-k choose what is sampled, and --temperature 0 takes the most "
+                "probable token: give a temperature"
+            )
 
 
 class Answer(NamedTuple):
-    ids: list[int]  # all that was generated, the end token and the stop string's tokens included
-    text: str  # without them, unless keep_stop
+    """One answer to a prompt."""
+
+    # all that was generated, the end token and the stop string's tokens included
+    ids: list[int]
+    # without them, unless keep_stop
+    text: str
     finish: Literal["stop", "length"]
-    logprobs: list[float]  # log p of each id in nats, before penalty and temperature
+    # log p of each id in nats, before penalty and temperature
+    logprobs: list[float]
 
 
-def to_json(
+def answers_to_json(
     answers: Sequence[Answer], logprobs: Literal["none", "sum", "tokens"] = "none"
 ) -> list[dict]:
-    """Answers as objects of a candidates record: id, content, finish, and log-probabilities (nats) where asked."""
+    """Answers as objects of a candidates record: id, content, finish.
+
+    Log-probabilities (nats) where asked: "sum" of the whole answer, "tokens" of each id too.
+    """
     shown = [
         {"id": str(k), "content": answer.text, "finish": answer.finish}
         for k, answer in enumerate(answers)
@@ -61,12 +100,17 @@ def to_json(
 
 
 def parse_settings(text: str, default: GenerateConfig) -> tuple[str, GenerateConfig]:
-    """(name, settings) of "name" or "name:temperature=0.7,num_answers=4,stop_strings=('a','b')"; what is not named stays as in `default`."""
+    """(name, settings) of "name" or "name:temperature=0.7,num_answers=4,stop_strings=('a','b')".
+
+    What is not named stays as in `default`. ValueError for a text of another form, for settings
+    that do not exist, and for values that cannot be.
+    """
     name, _, given = text.partition(":")
     known = {field.name for field in dataclasses.fields(GenerateConfig)}
     if not name or not all(letter.isalnum() or letter in "-_" for letter in name):
         raise ValueError(
-            f"settings {text!r} start with no name of letters, digits, - and _: give name:temperature=0.7,num_answers=4"
+            f"settings {text!r} start with no name of letters, digits, - and _: "
+            "give name:temperature=0.7,num_answers=4"
         )
     try:
         call = ast.parse(f"f({given})", mode="eval").body
@@ -75,7 +119,8 @@ def parse_settings(text: str, default: GenerateConfig) -> tuple[str, GenerateCon
             raise ValueError("a value without a key")
     except (SyntaxError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"settings {text!r} are not of the form name:temperature=0.7,num_answers=4,stop_strings=('a','b')"
+            f"settings {text!r} are not of the form "
+            "name:temperature=0.7,num_answers=4,stop_strings=('a','b')"
         ) from error
     for key, value in changes.items():
         if key not in known:
@@ -85,61 +130,25 @@ def parse_settings(text: str, default: GenerateConfig) -> tuple[str, GenerateCon
         kind = type(getattr(default, key))
         if type(value) is not kind and not (kind is float and type(value) is int):
             raise ValueError(f"settings {text!r}: {key}={value!r} is no {kind.__name__}")
-    return name, dataclasses.replace(default, **changes)
-
-
-def check_settings(config: GenerateConfig) -> None:
-    """ValueError for settings that are impossible, or impossible together."""
-    c = config
-    for name, fine, want in (
-        ("max-new-tokens", c.max_new_tokens >= 1, "1 or more"),
-        ("temperature", 0 <= c.temperature < float("inf"), "0 (greedy) or a positive number"),
-        ("top-p", 0 < c.top_p <= 1, "above 0 and at most 1"),
-        ("top-k", c.top_k >= 0, "0 (all) or more"),
-        ("num-answers", c.num_answers >= 1, "1 or more"),
-        ("beams", c.beams >= 1, "1 (no beam search) or more"),
-        (
-            "repetition-penalty",
-            0 < c.repetition_penalty < float("inf"),
-            "a positive number (1 is off)",
-        ),
-        ("slots", c.slots >= 1, "1 or more"),
-        ("seed", c.seed >= 0, "0 or more"),
-        ("stop-strings", all(c.stop_strings), "strings that are not empty"),
-    ):
-        if not fine:
-            raise ValueError(
-                f"--{name} {getattr(c, name.replace('-', '_'))} cannot be: give {want}"
-            )
-    if c.beams > 1 and c.temperature:
-        raise ValueError(
-            f"--beams {c.beams} searches and --temperature {c.temperature} samples: give one of them"
-        )
-    if 1 < c.beams < c.num_answers:
-        raise ValueError(
-            f"--num-answers {c.num_answers} are more than --beams {c.beams} can give: raise beams"
-        )
-    if c.beams == 1 and not c.temperature and c.num_answers > 1:
-        raise ValueError(
-            f"--num-answers {c.num_answers} would be the same answer: give a --temperature above 0, or beams"
-        )
-    if not c.temperature and (c.top_p < 1 or c.top_k):
-        raise ValueError(
-            "--top-p and --top-k choose what is sampled, and --temperature 0 takes the most probable token: give a temperature"
-        )
+    settings = dataclasses.replace(default, **changes)
+    check_config(settings)
+    return name, settings
 
 
 def check_prompts(
     prompts: Sequence[Sequence[int]], vocabulary: int, context: int | None, room: int = 1
 ) -> None:
-    """ValueError with the count and the first number of prompts that are empty, hold ids outside the embedding table, or leave no room to answer.
+    """ValueError with the count and the first number of prompts that cannot be answered.
 
-    `room`: tokens that must fit behind a prompt; 0 where it is read and not answered.
+    They are empty, hold ids outside the embedding table of `vocabulary` rows, or leave no room in
+    the `context` of so many tokens (None: no limit). `room`: tokens that must fit behind a prompt;
+    0 where it is read and not answered.
     """
     empty = [i for i, p in enumerate(prompts) if len(p) == 0]
     if empty:
         raise ValueError(
-            f"{len(empty)} of {len(prompts)} prompts are empty (the first is number {empty[0]}): a prompt needs at least one token"
+            f"{len(empty)} of {len(prompts)} prompts are empty (the first is number {empty[0]}): "
+            "a prompt needs at least one token"
         )
     outside = [i for i, p in enumerate(prompts) if min(p) < 0 or max(p) >= vocabulary]
     if outside:
@@ -157,7 +166,7 @@ def check_prompts(
 
 
 def context_of(config) -> int | None:
-    """Tokens a model of this transformers config can look at; None where it has no limit."""
+    """Tokens that a model of this transformers config can look at; None where it has no limit."""
     config = config.get_text_config(decoder=True)
     for name in ("max_position_embeddings", "max_seq_len", "seq_length"):
         if isinstance(limit := getattr(config, name, None), int) and limit > 0:
@@ -177,30 +186,29 @@ class Ending(NamedTuple):
         stops = self.config.stop_strings
         if ids[-1] in self.stop_ids or not stops:
             return ids[-1] in self.stop_ids
-        tail = ids[
-            -max(len(stop.encode()) for stop in stops) - 4 :
-        ]  # every token of a stop string has a byte of it
+        # every token of a stop string has a byte of it
+        tail = ids[-max(len(stop.encode()) for stop in stops) - 4 :]
         return any(stop in self._decode(tail) for stop in stops) and any(
             stop in self._decode(ids) for stop in stops
         )
 
     def answer(self, ids: list[int], logprobs: list[float]) -> Answer:
+        """The finished answer of all ids that were generated."""
         return Answer(ids, self.text(ids), "stop" if self.reached(ids) else "length", logprobs)
 
     def text(self, ids: list[int]) -> str:
-        """What is shown of generated ids: without stop and special tokens, or with them, as the settings say."""
+        """What is shown of generated ids, with stop and special tokens as the settings say."""
         keep, skip = self.config.keep_stop, self.config.skip_special_tokens
         if ids and ids[-1] in self.stop_ids and not keep:
             ids = ids[:-1]
         whole = self._decode(ids)
-        found = [(whole.find(stop), stop) for stop in self.config.stop_strings if stop in whole]
-        if not found:
+        places = [(whole.find(stop), stop) for stop in self.config.stop_strings if stop in whole]
+        if not places:
             return self._decode(ids, skip) if skip else whole
-        at, stop = min(found)
+        at, stop = min(places)
         cut = at + len(stop) if keep else at
-        for n in range(
-            len(ids), -1, -1
-        ):  # whole tokens before the cut lose their special ones; the token cut through gives its characters
+        # whole tokens before the cut lose their special ones; the token cut through gives characters
+        for n in range(len(ids), -1, -1):
             before = self._decode(ids[:n])
             if len(before) <= cut and whole.startswith(before):
                 return self._decode(ids[:n], skip) + whole[len(before) : cut]

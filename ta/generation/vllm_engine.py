@@ -1,4 +1,7 @@
-"""vLLM behind the signature of ta.generate: token ids in, the same answers out; what vLLM cannot honour is refused, never dropped."""
+"""vLLM as an engine of `generate` and `score`: token ids in, the same answers out.
+
+What vLLM cannot honour is refused, never dropped.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,11 @@ import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from ta.generation.settings import (
-    Answer,
-    Ending,
-    GenerateConfig,
-    check_prompts,
-    check_settings,
-    context_of,
-)
+from ta.command_line import Range
+from ta.folders import ModelConfig, model_folder, resolve
+from ta.generation.settings import Answer, Ending, GenerateConfig, check_prompts, context_of
 from ta.generation.vllm_checks import (
     check_head,
     check_installed,
@@ -27,26 +25,28 @@ from ta.generation.vllm_checks import (
     lora_rank,
     refuse_settings,
 )
+from ta.model.load import cast_parameters, load_for_inference
+from ta.parallel import world
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from ta.chat.render import Tokens
-    from ta.folders import ModelConfig
 
 AT_ONCE = 1024  # requests handed over together: what a killed run loses at most
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of a LoRA adapter that vLLM makes room for
 
 
 @dataclass(frozen=True)
 class VllmConfig:
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: Annotated[int, Range(1)] = 1
     """Devices that share each layer; must divide the attention heads."""
-    gpu_memory_utilization: float = 0.9
+    gpu_memory_utilization: Annotated[float, Range(0, 1, above=True)] = 0.9
     """Share of a device's memory that vLLM takes."""
-    kv_cache_gb: float | None = None
+    kv_cache_gb: Annotated[float | None, Range(0, above=True)] = None
     """Memory for keys and values in GiB; None: what is left on a GPU, 1 on CPU."""
-    max_model_len: int | None = None
+    max_model_len: Annotated[int | None, Range(1)] = None
     """Tokens of prompt and answer at most; None: the model's context."""
     enforce_eager: bool = False
     """Skip compilation and CUDA graphs: starts sooner, runs slower. Always so on CPU."""
@@ -54,8 +54,25 @@ class VllmConfig:
     """Merge the adapter into its base first, or let vLLM apply it at run time (plain LoRA only)."""
 
 
+def check_engine(engine: Literal["hf", "vllm"], config: VllmConfig) -> None:
+    """ValueError where vLLM's settings are given to the other engine.
+
+    Also where torchrun started several processes of vLLM.
+    """
+    if engine == "vllm" and world() > 1:
+        raise ValueError(
+            "vLLM starts its own processes: run it without torchrun, with --tensor-parallel-size"
+        )
+    for own in dataclasses.fields(config):
+        if engine == "hf" and getattr(config, own.name) != own.default:
+            raise ValueError(
+                f"--{own.name.replace('_', '-')} is a setting of vLLM: add --engine vllm, "
+                "or leave it out"
+            )
+
+
 @dataclass
-class Engine:
+class VllmEngine:
     """A running vLLM; keep it open for several settings."""
 
     llm: Any
@@ -63,41 +80,41 @@ class Engine:
     vocabulary: int
     context: int
     lora: Any = None
-    folder: Any = field(
-        default=None, repr=False
-    )  # the temporary folder of merged weights and tokenizer, deleted with the engine
+    # the temporary folder of merged weights and tokenizer, deleted with the engine
+    folder: Any = field(default=None, repr=False)
 
 
-def open_engine(
+def start_vllm(
     model: ModelConfig,
     tokenizer: PreTrainedTokenizerBase,
-    adapter_path: str | None,
     config: VllmConfig,
+    *,
     seed: int = 0,
     num_labels: int = 0,
     embeds: bool = False,
-) -> Engine:
-    """Start vLLM on `model.model_path`, an adapter merged into it or applied at run time, in the dtype that the hf engine would use.
+) -> VllmEngine:
+    """Start vLLM on the folders that `model` names, in the dtype that the hf engine would use.
 
-    With `num_labels`, on a classifier or reward model, for `score_vllm`; with `embeds`, for prompts given as embeddings.
-    ValueError: vLLM is not installed; a tensor-parallel size that the model cannot be cut by; an adapter that vLLM cannot apply; a head that it
-    reads otherwise; a model that it does not run.
+    An adapter is merged into its base or applied at run time. With `num_labels` the model is a
+    classifier or reward model, for `score`; with `embeds` prompts are given as embeddings.
+    ValueError: vLLM is not installed; a tensor-parallel size that the model cannot be cut by; an
+    adapter that vLLM cannot apply; a head that it reads otherwise; a model that it does not run.
     """
     check_installed()
     import torch
     from transformers import AutoConfig
 
-    from ta.folders import model_folder
-
     if model.model_args:
         raise ValueError(
-            f"--model-args {' '.join(model.model_args)} are arguments of transformers, which vLLM does not take: give --engine hf"
+            f"--model-args {' '.join(model.model_args)} are arguments of transformers, "
+            "which vLLM does not take: give --engine hf"
         )
     cuda = torch.cuda.is_available()
     dtype = {"auto": "bfloat16" if cuda else "float32"}.get(model.dtype, model.dtype)
     if dtype == "float64":
         raise ValueError("--dtype float64 is not in vLLM: give float32 or bfloat16, or --engine hf")
-    folder = model_folder(model.model_path, model.hub)
+    sources = resolve(model)
+    folder = model_folder(sources.base, model.hub)
     settings = AutoConfig.from_pretrained(
         folder, local_files_only=not model.hub, trust_remote_code=model.trust_remote_code
     )
@@ -107,21 +124,18 @@ def open_engine(
     if num_labels:
         check_head(settings)
         more = {"runner": "pooling"}
-    if adapter_path is not None:
-        rank = lora_rank(adapter_path, config.adapter_in_vllm == "runtime")
+    if sources.adapter is not None:
+        rank = lora_rank(sources.adapter, config.adapter_in_vllm == "runtime")
         if config.adapter_in_vllm == "runtime":
-            lora = adapter_path
-            more |= {
-                "enable_lora": True,
-                "max_lora_rank": next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank),
-            }
+            lora = sources.adapter
+            room = next(known for known in RANKS if known >= rank)
+            more |= {"enable_lora": True, "max_lora_rank": room}
         else:
-            folder = _merge(model, adapter_path, dtype, temporary.name, num_labels)
+            folder = _merge(model, dtype, temporary.name, num_labels)
     check_tables(folder)
     if folder != temporary.name:
-        settings.save_pretrained(
-            temporary.name
-        )  # vLLM looks for it beside the tokenizer, and waits
+        # vLLM looks for it beside the tokenizer, and waits
+        settings.save_pretrained(temporary.name)
     tokenizer.save_pretrained(temporary.name)  # with its new tokens, wherever the weights lie
     llm = _start(folder, temporary.name, dtype, config, model, seed, more, cuda)
     limits = [
@@ -139,7 +153,7 @@ def open_engine(
 
         request = LoRARequest("adapter", 1, str(Path(lora).resolve()))
     vocabulary = llm.llm_engine.model_config.get_vocab_size()
-    return Engine(llm, tokenizer, vocabulary, min(limits), request, temporary)
+    return VllmEngine(llm, tokenizer, vocabulary, min(limits), request, temporary)
 
 
 def _start(
@@ -152,6 +166,7 @@ def _start(
     more: dict,
     cuda: bool,
 ):
+    # vLLM takes these from the environment alone
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if not cuda and config.tensor_parallel_size == 1:
@@ -183,40 +198,40 @@ def _start(
         KeyError,
         ImportError,
     ) as error:
-        why = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-        raise ValueError(f"vLLM does not run {folder}: {why.strip()}; --engine hf may") from error
+        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        raise ValueError(
+            f"vLLM does not run {folder}: {reason.strip()}; --engine hf may"
+        ) from error
 
 
-def _merge(model: ModelConfig, adapter_path: str, dtype: str, folder: str, num_labels: int) -> str:
+def _merge(model: ModelConfig, dtype: str, folder: str, num_labels: int) -> str:
+    """Write the model with its adapter merged in float32 into `folder`, in `dtype`."""
     import torch
 
-    from ta.model.load import cast_parameters, load_for_inference
-
-    adapted = dataclasses.replace(model, adapter_path=adapter_path, dtype="float32")
-    merged = load_for_inference(adapted, num_labels=num_labels or None)
+    exact = dataclasses.replace(model, dtype="float32")
+    merged = load_for_inference(exact, num_labels=num_labels or None)
     cast_parameters(merged, getattr(torch, dtype))
     merged.save_pretrained(folder)
     return folder
 
 
 def generate_vllm(
-    engine: Engine,
+    engine: VllmEngine,
     prompts: Sequence[Sequence[int]],
     config: GenerateConfig,
     stop_ids: Collection[int],
     on_answer: Callable[[int, list[Answer]], None] | None = None,
-    keys: Sequence[int] | None = None,
     embeds: Sequence[Tensor] | None = None,
+    keys: Sequence[int] | None = None,
 ) -> list[list[Answer]]:
-    """ta.generation.generate.generate on a running vLLM: the same answers when greedy (to rounding); sampling has other random numbers, seeded alike.
+    """`generate` on a running vLLM, which calls this: the same answers when greedy (to rounding).
 
-    embeds: for each prompt (L, D) in place of its tokens' embeddings, on an engine opened for them.
+    Sampling has other random numbers, seeded alike. embeds: for each prompt (L, D) in place of its
+    tokens' embeddings, on an engine started for them.
     """
-    check_settings(config)
     refuse_settings(config, stop_ids, engine.tokenizer.eos_token_id, embeds is not None)
-    check_prompts(
-        prompts, engine.vocabulary, engine.context
-    )  # an exception inside an engine's step would hang the next call
+    # an exception inside an engine's step would hang the next call
+    check_prompts(prompts, engine.vocabulary, engine.context)
     limits = [min(config.max_new_tokens, engine.context - len(prompt)) for prompt in prompts]
     ending = Ending(engine.tokenizer, frozenset(stop_ids), config)
     run = _sample if config.beams == 1 else _search
@@ -225,26 +240,26 @@ def generate_vllm(
     for start in range(0, len(prompts), at_once):
         part = range(start, min(start + at_once, len(prompts)))
         numbers = [i if keys is None else keys[i] for i in part]
-        given = [
+        requests = [
             {"prompt_token_ids": list(prompts[i])}
             if embeds is None
             else {"prompt_embeds": embeds[i].cpu()}
             for i in part
         ]
-        for i, found in zip(
-            part,
-            run(engine, given, [limits[i] for i in part], config, stop_ids, numbers),
-            strict=True,
-        ):
-            answers.append([ending.answer(ids, logprobs) for ids, logprobs in found])
+        results = run(engine, requests, [limits[i] for i in part], config, stop_ids, numbers)
+        for i, generated in zip(part, results, strict=True):
+            answers.append([ending.answer(ids, logprobs) for ids, logprobs in generated])
             if on_answer is not None:
                 on_answer(i, answers[-1])
     return answers
 
 
-def _sample(
-    engine, prompts, limits, config, stop_ids, numbers
-) -> list[list[tuple[list[int], list[float]]]]:
+# For each prompt its answers, each as (ids, log-probabilities)
+Generated = list[list[tuple[list[int], list[float]]]]
+
+
+def _sample(engine, prompts, limits, config, stop_ids, numbers) -> Generated:
+    """Greedy decoding or sampling; `numbers` seed what each prompt gets."""
     from vllm import SamplingParams
 
     requests, parameters = [], []
@@ -269,50 +284,41 @@ def _sample(
                 )
             )
     done = engine.llm.generate(requests, parameters, lora_request=engine.lora, use_tqdm=False)
-    found = []
-    for request in done:
-        ids = list(request.outputs[0].token_ids)
-        chosen = [
-            step[token].logprob
-            for token, step in zip(ids, request.outputs[0].logprobs, strict=True)
-        ]
-        found.append((ids, chosen))
-    return [found[i : i + config.num_answers] for i in range(0, len(found), config.num_answers)]
+    answers = [_answer_of(request.outputs[0]) for request in done]
+    n = config.num_answers
+    return [answers[i : i + n] for i in range(0, len(answers), n)]
 
 
-def _search(
-    engine, prompts, limits, config, stop_ids, numbers
-) -> list[list[tuple[list[int], list[float]]]]:
+def _search(engine, prompts, limits, config, stop_ids, numbers) -> Generated:
+    """Beam search, of prompts of one limit at a time."""
     from vllm.sampling_params import BeamSearchParams
 
-    found: list[list] = [[] for _ in prompts]
+    answers: Generated = [[] for _ in prompts]
     for limit in sorted(set(limits)):
-        chosen = [i for i, own in enumerate(limits) if own == limit]
+        chosen = [i for i, of_prompt in enumerate(limits) if of_prompt == limit]
         parameters = BeamSearchParams(
             beam_width=config.beams, max_tokens=limit, ignore_eos=not stop_ids
         )
         requests = [prompts[i] for i in chosen]
-        for i, result in zip(
-            chosen,
-            engine.llm.beam_search(requests, parameters, lora_request=engine.lora),
-            strict=True,
-        ):
+        results = engine.llm.beam_search(requests, parameters, lora_request=engine.lora)
+        for i, result in zip(chosen, results, strict=True):
             for beam in result.sequences[: config.num_answers]:
                 ids = list(beam.tokens[len(prompts[i]["prompt_token_ids"]) :])
-                found[i].append(
-                    (
-                        ids,
-                        [
-                            step[token].logprob
-                            for token, step in zip(ids, beam.logprobs, strict=True)
-                        ],
-                    )
-                )
-    return found
+                answers[i].append((ids, _logprobs_of(ids, beam.logprobs)))
+    return answers
 
 
-def score_vllm(engine: Engine, sequences: Sequence[Tokens]) -> list[list[float]]:
-    """ta.model.inference.scorer on an engine opened with `num_labels`: the C scores of each sequence at its last token, before any softmax."""
+def _answer_of(output: Any) -> tuple[list[int], list[float]]:
+    ids = list(output.token_ids)
+    return ids, _logprobs_of(ids, output.logprobs)
+
+
+def _logprobs_of(ids: list[int], steps: Sequence[dict]) -> list[float]:
+    return [step[token].logprob for token, step in zip(ids, steps, strict=True)]
+
+
+def score_vllm(engine: VllmEngine, sequences: Sequence[Tokens]) -> list[list[float]]:
+    """`score` on an engine started with `num_labels`, which calls this."""
     from vllm import PoolingParams
 
     check_prompts([tokens.ids for tokens in sequences], engine.vocabulary, engine.context, room=0)

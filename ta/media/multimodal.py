@@ -6,7 +6,7 @@ Letters: B rows, T columns, I pictures or sounds, F features of one, E encoder w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,11 +32,9 @@ if TYPE_CHECKING:
 
     from ta.chat.template import ChatConfig
     from ta.chat.tokenizer import ChatTokenizer
-    from ta.generation.settings import GenerateConfig
     from ta.media.dialogue import Media
 
 TOKENS_AT_ONCE = 8192  # of prompts that are embedded together
-PROMPTS_AT_ONCE = 256  # whose embeddings are held at one time
 
 
 class MediaBatch(NamedTuple):
@@ -153,31 +151,6 @@ class Table(nn.Module):
 
     def get_input_embeddings(self) -> nn.Module:
         return self.table
-
-
-def answer_media(
-    opened: Opened,
-    model: MediaModel,
-    engine: Callable,
-    prompts: Sequence[Sequence[int]],
-    config: GenerateConfig,
-    stop_ids: Collection[int],
-    media: Sequence[Media],
-    on_answer: Callable[[int, list], None] | None = None,
-    keys: Sequence[int] | None = None,
-) -> list[list]:
-    """`engine` (generate or generate_vllm with its model) on prompts with pictures and sounds, a part of them at a time, so that memory does not
-    grow with their number; their embeddings are those of `model`."""
-    keys = range(len(prompts)) if keys is None else keys
-    answers: list[list] = []
-    for start in range(0, len(prompts), PROMPTS_AT_ONCE):
-        part = slice(start, start + PROMPTS_AT_ONCE)
-        embeds = list(embed_prompts(opened, model, prompts[part], media[part]))
-        told = on_answer and (lambda i, found, start=start: on_answer(start + i, found))
-        answers += engine(
-            prompts[part], config, stop_ids, on_answer=told, keys=keys[part], embeds=embeds
-        )
-    return answers
 
 
 def projector_lr(config: MediaConfig, model_path: str, lr: float) -> float:

@@ -6,7 +6,7 @@ Letters: B rows, T columns, N sequences, M learned targets, V vocabulary, D mode
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ class LanguageModel(nn.Module):
     `parallel.shard` registers. These methods must not call one another.
     """
 
-    METHODS = ("loss", "logprobs", "scores", "hidden")
+    METHODS = ("loss", "logprobs", "scores", "hidden", "outputs")
 
     def __init__(self, inner: nn.Module, mode: Mode, autocast: torch.dtype | None = None):
         super().__init__()
@@ -80,6 +80,10 @@ class LanguageModel(nn.Module):
         with self._arithmetic():
             batch, embeds = self._inputs(batch)
             return self._hidden(batch, embeds)[:, : batch.tokens.shape[1]]
+
+    def outputs(self, **inputs: Any) -> Any:
+        """What the transformers model itself gives for its own keyword arguments: for generation."""
+        return self.inner(**inputs)
 
     @property
     def packed(self) -> bool:

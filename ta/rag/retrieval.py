@@ -139,10 +139,10 @@ def retrieve_for_prompts(
     chat: ChatConfig,
     device: str,
 ) -> list:
-    """Put the passages found before the question of each (record, prompt ids, media).
+    """Put the passages found before the question of each (record, prompt ids).
 
     The records are those of `read_prompts`; each gets its "passages" and its prompt's new ids.
-    ValueError for settings of retrieval without an index, and for prompts with pictures or sounds.
+    Without an index they stay as they are. ValueError for other settings of retrieval without one.
     """
     from ta.rag.embedding import open_encoder
 
@@ -158,14 +158,10 @@ def retrieve_for_prompts(
     retriever = retriever_of(index, encoder_tokenizer, tokenizer, chat, settings, device)
     retriever = retriever._replace(approximate=index.folder if config.approximate else None)
     encode = partial(encode_prompts, tokenizer=tokenizer, config=chat)
-    if any(media for _, _, media in records):
-        raise ValueError(
-            "--index with a model of pictures or sounds: passages are found for text alone; leave it out"
-        )
     prompts = prompts_with_passages(retriever, encoder, [data for data, *_ in records], encode)
     return [
-        (data | {"passages": joined["passages"]}, ids, media)
-        for (data, _, media), (joined, ids) in zip(records, prompts, strict=True)
+        (data | {"passages": joined["passages"]}, ids)
+        for (data, _), (joined, ids) in zip(records, prompts, strict=True)
     ]
 
 

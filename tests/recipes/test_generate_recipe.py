@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 from tqdm.auto import tqdm
 
+import ta
 from ta.builtin.tasks import chats
 from ta.generation.settings import GenerateConfig, parse_settings
 
@@ -38,7 +39,7 @@ def recipe():
 
 
 def config_of(recipe, data, out, **more):
-    return recipe.Generate(
+    return recipe.Config(
         data=(str(data),),
         out=str(out),
         generation=GenerateConfig(max_new_tokens=6, slots=5),
@@ -352,22 +353,22 @@ def test_chat_speaks_as_the_run_was_trained(tmp_path, monkeypatch, capsys):
         "model": {"dtype": "float64", "packing": True},
     }
     (tmp_path / "config.json").write_text(json.dumps({"config": trained}))
-    found = module.of_run(module.Chat(run=str(tmp_path), chat=ChatConfig(max_tokens=50)))
+    found = module.of_run(module.Config(run=str(tmp_path), chat=ChatConfig(max_tokens=50)))
     assert (found.chat.system_prompt, found.chat.max_tokens, found.model.dtype) == (
         "Be brief.",
         50,
         "float64",
     )
     assert found.model.model_path == str(tmp_path / "final")
-    asked, real = [], module.generate
+    asked, real = [], ta.generate
 
     def noting(model, tokenizer, prompts, *more, **named):
         asked.append(tokenizer.decode(prompts[0]))
         return real(model, tokenizer, prompts, *more, **named)
 
-    monkeypatch.setattr(module, "generate", noting)
+    monkeypatch.setattr(ta, "generate", noting)
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\nagain\n"))
-    module.main(module.Chat(run=str(tmp_path), generation=GenerateConfig(max_new_tokens=3)))
+    module.main(module.Config(run=str(tmp_path), generation=GenerateConfig(max_new_tokens=3)))
     answers = capsys.readouterr().out.split("\n")
     assert (
         asked[0].startswith("<|im_start|>system\nBe brief.<|im_end|>")
@@ -376,4 +377,4 @@ def test_chat_speaks_as_the_run_was_trained(tmp_path, monkeypatch, capsys):
     assert asked[1].startswith(asked[0] + answers[0]) and "again<|im_end|>" in asked[1]
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match=r"holds no config\.json"):
-        module.of_run(module.Chat(run=str(tmp_path)))
+        module.of_run(module.Config(run=str(tmp_path)))

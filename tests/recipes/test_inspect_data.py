@@ -5,11 +5,12 @@ import re
 
 import pytest
 
-from recipes.inspect_data import InspectData, histogram, main
+from recipes.inspect_data import Config, histogram, main
 from ta.builtin.models import tiny_tokenizer
 from ta.builtin.tasks import chats
 from ta.chat.template import ChatConfig
 from ta.data.prepare import DataConfig
+from ta.folders import ModelConfig
 
 
 @pytest.fixture
@@ -27,10 +28,10 @@ def write(path, *records):
 def json_of(capsys, model, *data, max_tokens=None, kind="chat"):
     sources = tuple(str(path) for path in data)
     main(
-        InspectData(
-            ChatConfig(max_tokens=max_tokens),
+        Config(
+            model=ModelConfig(str(model)),
+            chat=ChatConfig(max_tokens=max_tokens),
             data=DataConfig(sources),
-            model_path=str(model),
             kind=kind,
             json=True,
         )

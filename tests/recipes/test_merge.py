@@ -26,7 +26,7 @@ from ta.model.new_rows import set_rows
 
 def run_merge(*flags):
     with pytest.raises(SystemExit) as stop:
-        cli(merge.main, merge.MergeConfig, [str(flag) for flag in flags])
+        cli(merge.main, merge.Config, [str(flag) for flag in flags])
     return stop.value.code
 
 
