@@ -122,7 +122,8 @@ def continuous(model, prompts, stop):
 
 def ours(model, prompts, stop):
     from ta.builtin.models import tiny_tokenizer
-    from ta.generation.generate import GenerateConfig, generate
+    from ta.generation.generate import generate
+    from ta.generation.settings import GenerateConfig
 
     config = GenerateConfig(max_new_tokens=LONGEST_ANSWER, skip_special_tokens=False)
     return [row[0].ids for row in generate(model, tiny_tokenizer(), prompts, config, stop)]
@@ -132,16 +133,15 @@ def vllm(model):
     """vLLM started on the model: its run."""
     from ta.builtin.models import tiny_tokenizer
     from ta.folders import ModelConfig
-    from ta.generation.generate import GenerateConfig
-    from ta.generation.vllm_engine import VllmConfig, generate_vllm, open_engine
+    from ta.generation.settings import GenerateConfig
+    from ta.generation.vllm_engine import VllmConfig, generate_vllm, start_vllm
 
     os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        engine = open_engine(
+        engine = start_vllm(
             ModelConfig(folder),
             tiny_tokenizer(),
-            None,
             VllmConfig(kv_cache_gb=0.5, max_model_len=512),
         )
     config = GenerateConfig(max_new_tokens=LONGEST_ANSWER, skip_special_tokens=False)

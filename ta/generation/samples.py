@@ -13,8 +13,9 @@ from ta.chat.messages import ANSWER, canonical_role, random_cut
 from ta.command_line import Range, table
 from ta.data.prepare import first_records
 from ta.files import append_line
-from ta.generation.generate import GenerateConfig, generate
+from ta.generation.generate import generate
 from ta.generation.metrics import check_metrics, measure
+from ta.generation.settings import GenerateConfig
 from ta.parallel import rank, say
 
 if TYPE_CHECKING:

