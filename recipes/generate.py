@@ -99,9 +99,7 @@ def read_data(config: Config, tokenizer, media, device: str) -> list[tuple[dict,
             "--index with a model of pictures or sounds: passages are found for text alone; "
             "leave it out"
         )
-    return ta.rag.retrieve_for_prompts(
-        config.retrieval, prompts, tokenizer, config.chat, device
-    )
+    return ta.rag.retrieve_for_prompts(config.retrieval, prompts, tokenizer, config.chat, device)
 
 
 def has_media(prompt: tuple[dict, list[int]]) -> bool:
