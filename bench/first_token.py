@@ -47,7 +47,7 @@ def to_first_byte(*command: str) -> dict[str, float]:
 
 
 def bare(flags: argparse.Namespace) -> dict[str, float]:
-    from ta.builtin.data_files import tiny_folder
+    from ta.builtin.model_folders import tiny_folder
 
     return to_first_byte("-c", BARE, str(tiny_folder()))
 

@@ -52,8 +52,8 @@ def write_clip(folder: Path, tiny: bool) -> None:
 
 def write_pictures(folder: Path, count: int) -> None:
     """Drawn pictures of 640 x 640 and one dialogue about each."""
+    from ta.builtin.drawing import Shape, draw, write_image
     from ta.builtin.pictures import make_scene, training_record
-    from ta.media.images import Shape, draw, write_image
 
     (folder / "images").mkdir()
     with open(folder / "train.jsonl", "w", encoding="utf-8") as file:

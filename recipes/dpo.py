@@ -164,7 +164,7 @@ def main(config: Config) -> None:
     settings = loss_settings(config)
     if config.loss in WITHOUT_REFERENCE and config.reference != ta.ReferenceConfig():
         raise ValueError(
-            f"--loss {config.loss} has no reference: leave --reference, --ref-path and --sync-... out"
+            f"--loss {config.loss} has no reference: leave --reference, --ref-path, --sync-every and --sync-alpha out"
         )
     config = ta.with_fine_tuned_model(config, "builtin-wordy")
     run = ta.start_run(config)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import ta
 from ta.files import publishing
-from ta.model.adapters import labels_of, read_config
+from ta.model.adapters import adapter_labels, read_config
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def load_base(config: ta.ModelConfig, adapter: str):
     task = read_config(adapter)["task_type"]
     if task not in TASKS:
         raise ValueError(f"{adapter} is an adapter for {task}: known are {', '.join(TASKS)}")
-    labels = labels_of(adapter) if task == "SEQ_CLS" else {}
+    labels = adapter_labels(adapter) if task == "SEQ_CLS" else {}
     exact = replace(config, dtype="float32")
     model = ta.load_base(exact, TASKS[task], labels.get("num_labels", 1), whole=True)
     if labels.get("id2label"):

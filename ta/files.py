@@ -91,7 +91,7 @@ def append_line(path: str | Path, record: dict) -> None:
         file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
 
 
-def read_lines(path: str | Path) -> list[dict]:
+def read_json_lines(path: str | Path) -> list[dict]:
     """The whole objects of a file of JSON lines, none where there is no file.
 
     What a kill has torn, such as a last line without its end, and what is no object is left out;

@@ -1,25 +1,14 @@
-"""What stands in a folder (a model, an adapter, a run, ...), read from JSON alone; and the folders of built-in models."""
+"""What stands in a folder (a model, an adapter, a run, ...), read from JSON alone."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ta.builtin import models, pictures
-from ta.files import cache_folder, content_hash, hash_json, publishing
-
-TUNED, WORDY, SMALL, READER, SEEING = (
-    "builtin-sft",
-    "builtin-wordy",
-    "builtin-small",
-    "builtin-reader",
-    "builtin-pictures",
-)  # what --model-path calls them
-PICTURES = (5000, 100)  # training, held out
+from ta.builtin.model_folders import builtin_encoder, builtin_model
+from ta.files import cache_folder, content_hash, hash_json
 
 
 @dataclass(frozen=True)
@@ -134,68 +123,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def place() -> Path:
-    """A cache folder of this version of the built-in parts."""
-    return cache_folder("") / "builtin" / models.fingerprint()
-
-
-def tiny_folder() -> Path:
-    """The seeded tiny model with its tokenizer, as a folder that from_pretrained loads; written once."""
-    return written("model", models.write_tiny)
-
-
-def small_folder() -> Path:
-    """A smaller one for the built-in passages, likewise."""
-    return written("small", models.write_small)
-
-
-def encoder_folder(path: str = "builtin") -> str:
-    """The folder of a text encoder; "builtin" is a seeded tiny one, likewise."""
-    return (
-        str(written("encoder", models.write_encoder)) if path == "builtin" else model_folder(path)
-    )
-
-
-def written(name: str, write: Callable[[Path], None]) -> Path:
-    """The folder of built-in parts of that name, which `write` makes where it is not there yet."""
-    folder = place() / name
-    if not folder.exists():
-        with suppress(FileExistsError), publishing(folder) as aside:  # or another was first
-            write(aside)
-    return folder
-
-
-def tuned_folder(name: str = TUNED) -> Path:
-    """Where a built-in model lies after fine-tuning (ta/builtin/fine_tuned.py).
-
-    TUNED is the tiny one after chats, WORDY that one after wordy chats, READER the small one after
-    questions with passages.
-    """
-    return place() / ("tuned" if name == TUNED else name)
-
-
-def seeing_folder() -> Path:
-    """The seeded language model for the built-in pictures, likewise."""
-    return written(
-        f"model-pictures-{pictures.fingerprint()}",
-        lambda folder: models.write_pictures_model(folder, pictures.texts()),
-    )
-
-
-def pictures_folder() -> Path:
-    """Generated pictures with their records (ta/builtin/pictures.py), drawn once; the pictures lie in its folder images."""
-    name = f"pictures-{PICTURES[0]}-{PICTURES[1]}-{pictures.fingerprint()}"
-    return written(name, lambda folder: pictures.write_pictures(folder, *PICTURES))
-
-
 def model_folder(path: str, hub: bool = False) -> str:
     """The folder (or, with `hub`, the name) to load; "builtin" is written to the cache once. ValueError where there is no such folder."""
     if path.startswith("builtin") and not Path(path).exists():
-        made = {"builtin": tiny_folder, SMALL: small_folder, SEEING: seeing_folder}
-        if path in made:
-            return str(made[path]())
-        if path in (TUNED, WORDY, READER) and tuned_folder(path).exists():
-            return str(tuned_folder(path))
+        path = str(builtin_model(path) or path)
     path = _final(path)
     if not Path(path).is_dir() and not hub:
         raise ValueError(
@@ -208,6 +139,11 @@ def model_folder(path: str, hub: bool = False) -> str:
             f"{path} holds no config.json: give the folder of a saved model (a run's export is RUN/final)"
         )
     return path
+
+
+def encoder_folder(path: str = "builtin") -> str:
+    """The folder of a text encoder; "builtin" is a seeded tiny one in the cache."""
+    return str(builtin_encoder()) if path == "builtin" else model_folder(path)
 
 
 def fingerprint(path: str, hub: bool = False) -> str:

@@ -7,18 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from ta.builtin import models
+from ta.builtin.model_folders import builtin_cache, pictures_folder
 from ta.files import locked
-from ta.folders import READER, TUNED, WORDY, pictures_folder, place, tiny_folder, tuned_folder
-
-__all__ = [
-    "READER",
-    "TUNED",
-    "WORDY",
-    "data_or_builtin",
-    "pictures_folder",
-    "tiny_folder",
-    "tuned_folder",
-]
 
 NAMES = {
     "chat": "chats",
@@ -60,7 +50,7 @@ def data_or_builtin(
 
 def records_file(name: str, make: Callable[[], list[dict]]) -> Path:
     """The file of built-in records of that name, which `make` gives where it is not there yet."""
-    path = place() / name
+    path = builtin_cache() / name
     if not path.exists():
         with locked(path, waiting=lambda: None):
             if not path.exists():  # else another process was first: its file stays as it is

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from ta import parallel
 from ta.builtin.data_files import data_or_builtin, passages_file
+from ta.builtin.model_folders import READER, SMALL, TUNED, WORDY, builtin_cache, tuned_folder
 from ta.builtin.models import TINY_BATCH, TINY_LR, TINY_STEPS
-from ta.folders import READER, SMALL, TUNED, WORDY, place, tuned_folder
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 
@@ -97,7 +97,7 @@ def fine_tune(name: str = TUNED) -> None:
 
 def builtin_index() -> Path:
     """The index of the built-in passages by the built-in encoder; built once."""
-    folder = place() / "index"
+    folder = builtin_cache() / "index"
     if not folder.exists():
         _run("build_index", "--passages", passages_file(), "--out", folder)
     return folder

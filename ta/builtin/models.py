@@ -260,7 +260,7 @@ def _write(
     tiny_tokenizer(catalogue).save_pretrained(folder)
 
 
-def fingerprint() -> str:
+def models_version() -> str:
     """Changes whenever the code that makes the built-in models or records does: a key for folders that keep them."""
     return hashlib.sha256(
         b"".join(Path(path).read_bytes() for path in (__file__, tasks.__file__))

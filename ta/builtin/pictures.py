@@ -63,7 +63,7 @@ def make_scene(seed: int, index: int, held_out: bool) -> Scene:
 
 def draw_scene(scene: Scene) -> np.ndarray:
     """(SIZE, SIZE, 3) uint8."""
-    from ta.media.images import Shape, draw
+    from ta.builtin.drawing import Shape, draw
 
     return draw(
         SIZE,
@@ -72,7 +72,7 @@ def draw_scene(scene: Scene) -> np.ndarray:
     )
 
 
-def questions(scene: Scene) -> dict[str, tuple[str, str]]:
+def picture_questions(scene: Scene) -> dict[str, tuple[str, str]]:
     """{kind: (question, answer)}: colour, shape and count of every picture, place where there is one shape."""
     one = len(scene.places) == 1
     asked = {
@@ -90,7 +90,7 @@ def training_record(scene: Scene, name: str, seed: int, index: int) -> dict:
     """One dialogue about a picture: the picture, then all its questions in seeded order, each with its answer."""
     import numpy as np
 
-    asked = list(questions(scene).values())
+    asked = list(picture_questions(scene).values())
     messages = [{"role": "user", "type": "image", "content": name}]
     for i in np.random.default_rng([seed, index, 7]).permutation(len(asked)):
         messages += _turn(*asked[i])
@@ -102,18 +102,20 @@ def question_records(scene: Scene, name: str) -> list[dict]:
     picture = {"role": "user", "type": "image", "content": name}
     return [
         {"id": f"{name}#{kind}", "kind": kind, "messages": [picture, *_turn(*asked)]}
-        for kind, asked in questions(scene).items()
+        for kind, asked in picture_questions(scene).items()
     ]
 
 
 def texts() -> tuple[str, ...]:
     """All questions and answers there are, each once."""
     scenes = (make_scene(0, index, False) for index in range(100))
-    asked = {text for scene in scenes for pair in questions(scene).values() for text in pair}
+    asked = {
+        text for scene in scenes for pair in picture_questions(scene).values() for text in pair
+    }
     return tuple(sorted({*asked, *COLOURS, *SHAPES, *PLACES, *NUMBERS}))
 
 
-def fingerprint() -> str:
+def pictures_version() -> str:
     """Changes whenever this code does: a key for folders that keep its pictures."""
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
 
@@ -133,7 +135,7 @@ def write_pictures(
     `train` pictures become one dialogue each, `held_out` pictures one record a question; paths in the records are relative to `folder`/images.
     The same arguments write the same bytes. ValueError if a count is below 1.
     """
-    from ta.media.images import write_image
+    from ta.builtin.drawing import write_image
 
     if train < 1 or held_out < 1:
         raise ValueError(

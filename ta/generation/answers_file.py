@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ta.files import append_line, locked, read_lines, write_atomic
+from ta.files import append_line, locked, read_json_lines, write_atomic
 from ta.parallel import rank, world
 
 
@@ -121,7 +121,7 @@ class AnswersFile:
     def _read(self, keys: Iterable[str]) -> dict[str, dict]:
         wanted, found = set(keys), {}
         for path in (self.path, *self._parts()):
-            for record in read_lines(path):  # none where another process has just published it
+            for record in read_json_lines(path):  # none where another process has just published it
                 if record.get("key") in wanted:
                     found.setdefault(record["key"], record)
         return found

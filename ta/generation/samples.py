@@ -146,7 +146,7 @@ def generate_samples(
             sample = {
                 "step": step,
                 "id": prompt.record.get("id", place),
-                "prompt": question_of(prompt.chat),
+                "prompt": asked_text(prompt.chat),
                 "answer": answer.text,
                 "reference": prompt.reference,
             }
@@ -162,7 +162,7 @@ def generate_samples(
     return measure(config.sample_metrics, **dict(zip(MEASURED, measured, strict=True)))
 
 
-def question_of(chat: Sequence[dict]) -> str:
+def asked_text(chat: Sequence[dict]) -> str:
     """The last message before the answer, with what is no text as [path]."""
     asked = chat[:-1]
     if not asked:

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 
 MAX_PIXELS = 64_000_000
 # Formats whose decoders read pixels and nothing else: no scripts (EPS), no nested files (ICNS), no vector or video containers.
@@ -30,16 +30,6 @@ class Preprocessing(NamedTuple):
     std: tuple[float, ...] | None
     resample: int = 3  # pillow's number of the filter: 0 nearest, 1 lanczos, 2 bilinear, 3 bicubic
     scale: float | None = 1 / 255
-
-
-class Shape(NamedTuple):
-    """One drawn shape: a circle, square, triangle or cross around (x, y), all in pixels."""
-
-    kind: str
-    colour: tuple[int, int, int]
-    x: float
-    y: float
-    radius: float
 
 
 def media_key(relative: str) -> str:
@@ -270,33 +260,3 @@ def _pair(size: object, path: Path) -> tuple[int, int]:
     raise ValueError(
         f"{path}: size {size!r} is not understood; give a number, shortest_edge, or height and width"
     )
-
-
-def draw(size: int, background: tuple[int, int, int], shapes: Sequence[Shape]) -> np.ndarray:
-    """A (size, size, 3) uint8 picture with `shapes` drawn in order, edges smoothed by drawing four times as large."""
-    grown = Image.new("RGB", (size * 4, size * 4), background)
-    pen = ImageDraw.Draw(grown)
-    for kind, colour, x, y, radius in shapes:
-        left, top, right, bottom, third = (
-            *((value * 4) for value in (x - radius, y - radius, x + radius, y + radius)),
-            radius * 4 / 3,
-        )
-        if kind == "circle":
-            pen.ellipse((left, top, right, bottom), fill=colour)
-        elif kind == "square":
-            pen.rectangle((left, top, right, bottom), fill=colour)
-        elif kind == "triangle":
-            pen.polygon([(x * 4, top), (left, bottom), (right, bottom)], fill=colour)
-        elif kind == "cross":
-            pen.rectangle((x * 4 - third, top, x * 4 + third, bottom), fill=colour)
-            pen.rectangle((left, y * 4 - third, right, y * 4 + third), fill=colour)
-        else:
-            raise ValueError(
-                f"shape {kind!r} cannot be drawn; give circle, square, triangle or cross"
-            )
-    return np.asarray(grown.resize((size, size), resample=Image.Resampling.BOX))
-
-
-def write_image(path: str | Path, image: np.ndarray) -> None:
-    """Write (H, W, 3) uint8 in the format of the path's ending."""
-    Image.fromarray(image).save(path)

@@ -9,10 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from ta.builtin.model_folders import pictures_folder
 from ta.chat.tokenizer import Placeholder
 from ta.data.sources import parse_source
 from ta.files import hash_json
-from ta.folders import pictures_folder
 
 if TYPE_CHECKING:
     import torch

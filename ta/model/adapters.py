@@ -377,7 +377,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def labels_of(path: str | Path) -> dict[str, Any]:
+def adapter_labels(path: str | Path) -> dict[str, Any]:
     """`num_labels` (and `id2label` where recorded) of a classification adapter, to load its base with; else from the shape of its head."""
     from safetensors import safe_open
 
@@ -389,7 +389,9 @@ def labels_of(path: str | Path) -> dict[str, Any]:
         }
     with safe_open(Path(path) / WEIGHTS, "pt") as file:
         heads = [
-            name for name in file.keys() if name.endswith(("score.weight", "classifier.weight"))
+            name
+            for name in file.keys()  # noqa: SIM118 - no mapping
+            if name.endswith(("score.weight", "classifier.weight"))
         ]
         if not heads:
             raise ValueError(

@@ -6,32 +6,14 @@ Letters: B rows, H heads, T columns, D head width, N documents.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ta.data.batch import Cuts, leads
+
 NAME = "ta"
-COLUMNS = 128  # a row's columns on a GPU are a multiple of this: kernels meet few shapes
-DOCUMENTS = 64  # and the number of its documents of this: empty ones at the end change nothing
-
-
-class Cuts(NamedTuple):
-    """How a packed row is cut, as one kernel for all documents takes it; made once a batch.
-
-    The row is wider than its documents: what is over is one more document. Where prompts are
-    shared, `seen` names for each key its column in the row: a document's keys are those of its
-    prefix, then its own.
-    """
-
-    columns: int  # of the row
-    queries: Tensor  # (C + 1,) int32, where documents begin and end
-    keys: Tensor  # (C + 1,) int32, the same among keys
-    longest: int  # at least the greatest number of queries of a document, a power of two
-    longest_keys: int
-    seen: Tensor | None = None  # (K,) int64
 
 
 @dataclass(eq=False)
@@ -45,51 +27,6 @@ class Documents:
     lengths: tuple[int, ...]
     prefixes: tuple[int, ...] = ()
     cuts: Cuts | None = None
-
-
-def leads(prefixes) -> np.ndarray:
-    """For each document the one that holds its prefix: the last one, up to itself, without a prefix."""
-    prefixes = np.asarray(prefixes)
-    return np.maximum.accumulate(np.where(prefixes == 0, np.arange(len(prefixes)), 0))
-
-
-def cuts_of(lengths: tuple[int, ...], prefixes: tuple[int, ...] = ()) -> Cuts:
-    """The Cuts of a row of these documents, on the host; without a document the row holds one lone token."""
-    own = np.asarray(lengths or (1,), np.int64)
-    before = np.asarray(prefixes or (0,) * len(own), np.int64)
-    rest = -own.sum() % COLUMNS
-    if prefixes:
-        rest = rest or COLUMNS  # what is over among keys must have a query that sees it
-        padded = -(own + before).sum() % COLUMNS
-        padded += COLUMNS * -(-max(0, rest - padded) // COLUMNS)
-    else:
-        padded = rest
-    own, whole = np.append(own, rest), np.append(own + before, padded)
-    bounds = [torch.from_numpy(_bounds(x)) for x in (own, whole)]
-    longest, longest_keys = (1 << max(8, int(x.max() - 1).bit_length()) for x in (own, whole))
-    if not prefixes:
-        return Cuts(int(own.sum()), *bounds, longest, longest_keys)
-    starts = np.cumsum(own) - own
-    home = starts[np.append(leads(before), len(before))]  # where each document's prefix begins
-    lead = np.append(before, 0)
-    column = np.arange(whole.sum()) - np.repeat(np.cumsum(whole) - whole, whole)
-    owner = np.repeat(np.arange(len(whole)), whole)
-    seen = np.where(
-        column < lead[owner], home[owner] + column, starts[owner] + column - lead[owner]
-    )
-    return Cuts(
-        int(own.sum()),
-        *bounds,
-        longest,
-        longest_keys,
-        torch.from_numpy(np.minimum(seen, own.sum() - 1)),
-    )
-
-
-def _bounds(lengths: np.ndarray) -> np.ndarray:
-    out = np.full(-(-len(lengths) // DOCUMENTS) * DOCUMENTS + 1, lengths.sum(), np.int32)
-    out[0], out[1 : len(lengths) + 1] = 0, np.cumsum(lengths)
-    return out
 
 
 def document_attention(

@@ -13,6 +13,7 @@ from ta.chat.messages import ANSWER
 from ta.chat.template import ChatConfig, export_template
 from ta.chat.tokenizer import ChatTokenizer, disagreement
 from ta.files import publishing
+from ta.model.adapters import save_adapter
 from ta.model.language_model import LanguageModel, base_model
 from ta.parallel import gather_objects, on_rank_zero, rank, say, world
 
@@ -57,8 +58,6 @@ def export(
     template would give other ids than training did for a chat of `records`. Every process must call
     this: sharded tensors are gathered one at a time, and only rank 0 keeps them.
     """
-    from ta.model.adapters import save_adapter
-
     folder, inner = Path(folder), model.inner
     base = base_model(inner)
     _say_disagreement(tokenizer, records)

@@ -23,8 +23,9 @@ from ta.data.prepare import Prepared, write_drops
 from ta.files import append_line
 from ta.parallel import gather_objects, rank, say, seed_dropout, sum_over_ranks, world
 from ta.training import checkpoint, run_folder
+from ta.training.memory import memory_report
 from ta.training.optim import OptimConfig, lr_at, update
-from ta.training.progress import Signals, Window, line, memory, progress_bar
+from ta.training.progress import Signals, StepSums, line, memory, progress_bar
 from ta.training.report import write_report
 from ta.training.run_folder import Run
 from ta.training.trackers import open_trackers
@@ -60,9 +61,7 @@ def train(
     """
     loop, folder = run.loop, run.folder
     if loop.dry_run:
-        from ta.training.memory import report
-
-        say(report(model, batches, optimizer))
+        say(memory_report(model, batches, optimizer))
         raise SystemExit(0)
     key = run_folder.resume_key(run, batches, optimizer, optim, resume_key or {})
     run.open(key)
@@ -79,7 +78,7 @@ def train(
         model.train()
         if evaluate and first == 0:
             figures = _evaluate(evaluate, model, folder, 0, trackers)
-        window, ready = Window(), _on_device(batches, first, device)
+        window, ready = StepSums(), _on_device(batches, first, device)
         with Signals() as stop, progress_bar(batches.steps, first, rank() == 0) as bar:
             for number in range(first, batches.steps):
                 seed_dropout(batches.seed, number)
@@ -111,7 +110,7 @@ def train(
                     if rank() == 0:
                         _log(folder, record, trackers)
                         bar.set_postfix_str(line(record), refresh=False)
-                    window = Window()
+                    window = StepSums()
                 bar.update()
                 stopping = total["stop"] > 0
                 if stopping or last or (loop.save_every and done % loop.save_every == 0):

@@ -54,7 +54,7 @@ def estimate(
     return {name: size / 1e9 for name, size in (parts | {"in all": sum(parts.values())}).items()}
 
 
-def report(model: nn.Module, batches: TrainBatches, optimizer: torch.optim.Optimizer) -> str:
+def memory_report(model: nn.Module, batches: TrainBatches, optimizer: torch.optim.Optimizer) -> str:
     """Parameters, trained ones, steps and the estimate, for a person."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

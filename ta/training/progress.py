@@ -6,7 +6,7 @@ import signal
 import time
 
 
-class Window:
+class StepSums:
     """Sums since the last logged step."""
 
     def __init__(self):

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ta.files import read_lines, write_atomic
+from ta.files import read_json_lines, write_atomic
 
 Curve = list[tuple[float, float]]  # (step, value)
 
@@ -35,7 +35,7 @@ def write_report(folder: Path) -> None:
     """Write folder/report.html from config.json, metrics.jsonl, samples.jsonl and drops.jsonl, those of them that are there."""
     path = folder / "config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    logs = [read_lines(folder / f"{name}.jsonl") for name in ("metrics", "samples", "drops")]
+    logs = [read_json_lines(folder / f"{name}.jsonl") for name in ("metrics", "samples", "drops")]
     write_atomic(folder / "report.html", page(folder.resolve().name, settings, *logs))
 
 
@@ -51,7 +51,7 @@ def page(
     sections = {
         "Curves": charts and f'<div class="grid">{charts}</div>',
         "Held-out records, before and after": sample_table(samples),
-        "Records left out": table(
+        "Records left out": html_table(
             ("reason", "records"), Counter(d.get("reason", "?") for d in drops).most_common()
         )
         if drops
@@ -277,7 +277,7 @@ def settings_tables(settings: dict) -> str:
 
     def grid(groups: dict[str, dict | None]) -> str:
         found = [
-            f"<div><h3>{escape(name)}</h3>{table((), group.items())}</div>"
+            f"<div><h3>{escape(name)}</h3>{html_table((), group.items())}</div>"
             for name, group in groups.items()
             if group
         ]
@@ -303,7 +303,7 @@ def settings_tables(settings: dict) -> str:
     return command + main + (every and f"<details><summary>all settings</summary>{every}</details>")
 
 
-def table(head: Iterable[str], rows: Iterable[tuple]) -> str:
+def html_table(head: Iterable[str], rows: Iterable[tuple]) -> str:
     top = "".join(f"<th>{escape(text)}</th>" for text in head)
     return f"<table>{top and f'<tr>{top}</tr>'}{''.join('<tr>' + ''.join(map(cell, row)) + '</tr>' for row in rows)}</table>"
 

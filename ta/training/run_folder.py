@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from ta import parallel
 from ta.command_line import Range
-from ta.files import ASIDE, hold_lock, read_lines, remove, write_atomic
+from ta.files import ASIDE, hold_lock, read_json_lines, remove, write_atomic
 from ta.folders import fingerprint
 from ta.model.arguments import check_quantize
 from ta.training.trackers import check_trackers
@@ -24,7 +24,7 @@ RUN_FILES = ("config.json", "checkpoints", "final", "metrics.jsonl")
 def cut_back(path: Path, step: int) -> None:
     """Drop logged objects later than `step`, so that a resumed run tells one story."""
     if path.exists():
-        kept = [record for record in read_lines(path) if record.get("step", 0) <= step]
+        kept = [record for record in read_json_lines(path) if record.get("step", 0) <= step]
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in kept]
         write_atomic(path, "".join(lines))
 

@@ -15,7 +15,7 @@ from ta.data.jsonl import BadRecord
 from ta.data.prepare import DataConfig
 from ta.folders import ModelConfig
 from ta.media.dialogue import encode_media, prepare_media_chats
-from ta.media.images import write_image
+from ta.builtin.drawing import write_image
 from ta.media.multimodal import media_of
 from ta.media.settings import MediaConfig, open_media
 

@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save_file
 from test_audio import tone, write_wav
 from test_imagebind import AUDIO, IMAGE, Published
 
+from ta.builtin.drawing import write_image
 from ta.builtin.pictures import draw_scene, make_scene, questions, write_pictures
 from ta.media.encoders import ENCODERS, fingerprint, load_encoder
 from ta.media.feature_file import Layout
 from ta.media.features import check_features, extract, read_features, take
 from ta.media.imagebind import convert_checkpoint
-from ta.media.images import find_files, media_path, write_image
+from ta.media.images import find_files, media_path
 
 TOWER = {
     "hidden_size": 16,

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ta.builtin.drawing import Shape, draw, write_image
 from ta.media.images import (
     CLIP,
     SIGLIP,
     Preprocessing,
-    Shape,
-    draw,
     find_files,
     media_key,
     media_path,
@@ -22,7 +21,6 @@ from ta.media.images import (
     read_image,
     read_pixels,
     read_preprocessing,
-    write_image,
 )
 
 

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from ta.model.adapters import (
     AdapterConfig,
+    adapter_labels,
     add_adapter,
     is_prompt_learning,
-    labels_of,
     load_adapter,
     logits_agree,
     merge_adapter,
@@ -96,9 +96,9 @@ def test_every_kind_trains_saves_and_loads(name, head, kind, tmp_path):
     after = probe_logits(wrapped)
     save_adapter(wrapped, tmp_path)
     if settings:
-        assert labels_of(tmp_path)["num_labels"] == 3
+        assert adapter_labels(tmp_path)["num_labels"] == 3
         (tmp_path / "base.json").rename(tmp_path / "elsewhere")
-        assert labels_of(tmp_path) == {"num_labels": 3}
+        assert adapter_labels(tmp_path) == {"num_labels": 3}
         (tmp_path / "elsewhere").rename(tmp_path / "base.json")
     fresh = base(name, head=head, **settings)
     if settings:

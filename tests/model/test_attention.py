@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ta.model.attention import Documents, _varlen, cuts_of, document_attention
+from ta.data.batch import cuts_of
+from ta.model.attention import Documents, _varlen, document_attention
 
 LENGTHS = (5, 1, 17, 40)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")

@@ -319,7 +319,7 @@ def test_adapters_under_autocast_widen_nothing(dora):
 
 def on_one_kernel(batch):
     """The batch as it is on a GPU."""
-    from ta.model.attention import cuts_of
+    from ta.data.batch import cuts_of
 
     return batch._replace(cuts=cuts_of(batch.lengths, batch.prefixes))
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ta.builtin.model_folders import tiny_folder
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.data.batch import lay_out
-from ta.folders import ModelConfig, tiny_folder
+from ta.folders import ModelConfig
 from ta.model.adapters import AdapterConfig
 from ta.model.export import export
 from ta.model.load import ComputeConfig, cast_parameters, load_base, load_for_inference, load_model

@@ -10,7 +10,7 @@ import shutil
 
 import pytest
 
-from ta.builtin import data_files, models
+from ta.builtin import model_folders, models
 
 pytestmark = pytest.mark.slow
 SEED = ("--seed", os.environ.get("TA_TEST_SEED", "0"))
@@ -35,9 +35,9 @@ def taught(tmp_path_factory):
         cwd=ROOT,
         capture_output=True,
     )
-    data_files.tiny_folder()
+    model_folders.tiny_folder()
     # as warm_start would leave it: the same steps from the same seed
-    shutil.copytree(out / "final", data_files.tuned_folder())
+    shutil.copytree(out / "final", model_folders.tuned_folder())
     return out
 
 

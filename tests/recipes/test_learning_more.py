@@ -49,7 +49,7 @@ def test_retriever_and_generator_learn_together_and_a_generator_alone_finds_no_m
 
 def test_pictures_are_looked_at(forked, tmp_path):
     """Held-out questions about colour, shape and place: at least 90 % right, and at chance where every question gets another one's picture."""
-    from ta.folders import pictures_folder
+    from ta.builtin.model_folders import pictures_folder
 
     def shares(answered):
         right: dict[str, list[bool]] = {}
