@@ -31,7 +31,7 @@ from ta.files import (
     open_arrays,
     ours,
     publishing,
-    read_lines,
+    read_json_lines,
     remove,
     write_atomic,
     write_manifest,
@@ -379,20 +379,22 @@ def test_many_processes_on_one_lock_are_there_one_at_a_time(tmp_path):
 def test_a_torn_line_is_cut_off_before_the_next(tmp_path, cut):
     path = tmp_path / "log.jsonl"
     records = [{"n": i, "text": "é\u2028\n"} for i in range(4)]
-    assert read_lines(path) == []
+    assert read_json_lines(path) == []
     for record in records[:3]:
         append_line(path, record)
-    assert read_lines(path) == records[:3]
+    assert read_json_lines(path) == records[:3]
     path.write_bytes(path.read_bytes()[:-cut])
-    assert read_lines(path) == records[:2]
+    assert read_json_lines(path) == records[:2]
     append_line(path, records[3])
-    assert read_lines(path) == records[:2] + records[3:]
-    assert [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] == read_lines(path)
+    assert read_json_lines(path) == records[:2] + records[3:]
+    assert [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] == read_json_lines(
+        path
+    )
     path.write_bytes(b'[1]\n\xff\nnull\n{"a": 1}\n{"b":')
-    assert read_lines(path) == [{"a": 1}]
+    assert read_json_lines(path) == [{"a": 1}]
     path.write_bytes(b'{"torn')
     append_line(path, records[0])
-    assert read_lines(path) == records[:1]
+    assert read_json_lines(path) == records[:1]
 
 
 def test_parts_are_there_or_not_and_go_with_the_rest(tmp_path):

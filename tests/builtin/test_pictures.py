@@ -14,7 +14,7 @@ from ta.builtin.pictures import (
     SIZE,
     draw_scene,
     make_scene,
-    questions,
+    picture_questions,
     write_pictures,
 )
 from ta.media.images import media_path, read_image
@@ -37,7 +37,7 @@ def test_answers_are_true_of_the_pixels():
     seen = Counter()
     for index in range(120):
         scene = make_scene(3, index, held_out=bool(index % 2))
-        image, asked = draw_scene(scene).astype(int), questions(scene)
+        image, asked = draw_scene(scene).astype(int), picture_questions(scene)
         assert image.shape == (SIZE, SIZE, 3)
         to_colour, to_background = (
             np.abs(image - rgb).sum(2) for rgb in (COLOURS[asked["colour"][1]], scene.background)

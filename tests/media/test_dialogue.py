@@ -6,6 +6,7 @@ import os
 import pytest
 from PIL import Image
 
+from ta.builtin.drawing import write_image
 from ta.builtin.pictures import draw_scene, make_scene
 from ta.chat.encode import Drop
 from ta.chat.template import ChatConfig
@@ -15,7 +16,6 @@ from ta.data.jsonl import BadRecord
 from ta.data.prepare import DataConfig
 from ta.folders import ModelConfig
 from ta.media.dialogue import encode_media, prepare_media_chats
-from ta.builtin.drawing import write_image
 from ta.media.multimodal import media_of
 from ta.media.settings import MediaConfig, open_media
 
