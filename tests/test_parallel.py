@@ -121,14 +121,14 @@ def test_a_dead_process_ends_the_others(tmp_path):
     def main(rank):
         if rank:
             os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
-        work(tmp_path, False, 1)
+        work(tmp_path / "run", False, 1)
 
     start = time.monotonic()
     codes = together(main, 2, tmp_path / "said")
     assert (
         codes[0] not in (0, 143) and codes[1] == -signal.SIGKILL and time.monotonic() - start < 60
     )
-    assert checkpoint.newest(tmp_path / "checkpoints") is None
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints") is None
 
 
 FAULTS = """
