@@ -243,6 +243,7 @@ def _resume(run: Run, model, optimizer, key: dict[str, Any], more_state) -> int:
     before = found.manifest["identity"]
     names = [*now, *(name for name in before if name not in now and before[name] is not None)]
     if found.manifest["format"] == 1:  # an older version noted fewer settings
+        before = before | {"optimizer": "AdamW"}
         names = [name for name in now if name in before]
     changed = {
         name: f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
@@ -255,6 +256,15 @@ def _resume(run: Run, model, optimizer, key: dict[str, Any], more_state) -> int:
             f"{found.path} was made with other settings: {'; '.join(refused)}. "
             "Give the same ones, or --allow-change NAME"
         )
+    if found.manifest["format"] == 1 and more_state:
+        # that version moved a synced reference before it saved, this one moves it after
+        every = before.get("sync_every")
+        if every and found.manifest["step"] % every == 0:
+            raise ValueError(
+                f"{found.path} is of an older version and holds a synced reference that has just "
+                f"moved, which would move twice: delete it to go on from an earlier checkpoint whose "
+                f"step is no multiple of --sync-every {every}, or start anew with --overwrite"
+            )
     step = checkpoint.load(found, model, optimizer, more_state)
     for text in found.damaged:
         say(f"skipped damaged checkpoint {text}")
