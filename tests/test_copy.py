@@ -46,7 +46,7 @@ EDITS = {  # what stands in recipes/dpo.py: what stands in the copy
         '        return {"half_loss": figures["loss"] / 2, "norm": float(sum(weights)) ** 0.5}\n'
     ),
 }
-STEPS = 120
+STEPS = 40
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def page(tmp_path_factory):
 def start(page, out, *more):
     """A process that runs the copy as a user does."""
     flags = ("--model-path", page / "model", "--data", page / "train.jsonl", "--out", out)
-    flags += ("--val-data", page / "held_out.jsonl", "--batch-size", 2, "--lr", "1e-4")
+    flags += ("--val-data", page / "held_out.jsonl", "--batch-size", 2, "--lr", "1e-3")
     flags += ("--steps", STEPS, "--log-every", 1, "--max-tokens", 64, "--target", 3, *more)
     return subprocess.Popen(
         [sys.executable, str(page / "mine.py"), *map(str, flags)],
@@ -103,7 +103,7 @@ def test_a_copied_page_with_a_method_of_its_own_resumes_bit_for_bit(page, tmp_pa
 
     cut = start(page, tmp_path / "cut")
     log = tmp_path / "cut" / "metrics.jsonl"
-    while cut.poll() is None and not (log.exists() and log.read_text().count("\n") > 5):
+    while cut.poll() is None and not (log.exists() and log.read_text().count("\n") > 3):
         time.sleep(0.02)
     cut.send_signal(signal.SIGTERM)
     assert cut.wait(timeout=60) == 143, cut.stderr.read()[-3000:]

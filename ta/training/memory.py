@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from ta.data.loader import TrainBatches
 
 STEPS_LOOKED_AT = 32
-KEPT_WIDTHS = (
-    10  # (T, D) tensors a block keeps for its backward pass: norms, projections, residuals
-)
-KEPT_HIDDEN = 4  # (T, I) tensors that its feed-forward part keeps
+# (T, D) tensors that a block keeps for its backward pass: norms, projections, residuals
+KEPT_WIDTHS = 13
+# (T, I) tensors that its feed-forward part keeps
+KEPT_HIDDEN = 4
 
 
 def estimate(
