@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ta.folders import ModelConfig, read_folder, resolve
 from ta.generation.vllm_engine import VllmEngine, score_vllm
-from ta.model.adapters import labels_of
+from ta.model.adapters import adapter_labels
 
 if TYPE_CHECKING:
     from ta.chat.render import Tokens
@@ -21,7 +21,7 @@ def num_labels_of(config: ModelConfig) -> int:
     """How many scores the head of a saved classifier gives. ValueError for a model without one."""
     sources = resolve(config)
     if sources.adapter:
-        return labels_of(sources.adapter)["num_labels"]
+        return adapter_labels(sources.adapter)["num_labels"]
     folder = read_folder(sources.base, config.hub)
     if folder.kind != "classifier":
         raise ValueError(
