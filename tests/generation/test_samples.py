@@ -17,10 +17,10 @@ from ta.generation.samples import (
     MEASURED,
     Prompt,
     SamplesConfig,
+    asked_text,
     dialogue_of,
     generate_samples,
     prompts_of,
-    question_of,
 )
 from ta.generation.settings import GenerateConfig
 from ta.model.language_model import wrap
@@ -57,7 +57,7 @@ def test_prompts_end_before_the_answer_wanted(tokenizer):
         Prompt(records[3], [USER, ANSWER], one, "4"),
         Prompt(records[4], [USER, ANSWER], one, "4"),
     ]
-    assert [question_of(prompt.chat) for prompt in found] == ["And 3 + 3?", *["2 + 2?"] * 3]
+    assert [asked_text(prompt.chat) for prompt in found] == ["And 3 + 3?", *["2 + 2?"] * 3]
     assert dialogue_of(records[3])[-1]["content"] == "4"
 
 
