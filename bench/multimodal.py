@@ -68,9 +68,9 @@ def write_pictures(folder: Path, count: int) -> None:
 
 
 def encoder_of(flags):
-    from ta.media.settings import load_marked
+    from ta.media.encoders import load_with_fingerprint
 
-    return load_marked(
+    return load_with_fingerprint(
         flags.encoder, f"{flags.folder}/clip" if flags.encoder == "clip" else None, "cpu"
     )
 
@@ -81,17 +81,16 @@ def files_of(flags, count: int) -> dict[str, Path]:
 
 def make_cache(flags, out: str, count: int, workers: int) -> float:
     """Seconds that ta's own way takes for the features of `count` pictures."""
-    from ta.media.feature_file import Layout
-    from ta.media.features import extract
+    from ta.media.features import Layout, extract
 
-    encoder, mark = encoder_of(flags)
+    encoder, fingerprint = encoder_of(flags)
     start = time.perf_counter()
     extract(
         out,
         files_of(flags, count),
         encoder.read,
         encoder.encode,
-        Layout(mark, (encoder.n_modality_embs, encoder.emb_dim), "F32"),
+        Layout(fingerprint, (encoder.n_modality_embs, encoder.emb_dim), "F32"),
         32,
         workers,
     )

@@ -123,7 +123,7 @@ def load_engine(config: Config, tokenizer, media, device: str):
 def load_projectors(config: Config, tokenizer, media, model):
     """What embeds prompts with pictures and sounds, around our model or its embedding table."""
     if config.engine == "vllm":
-        model = ta.media.Table(ta.load_for_inference(config.model))  # vLLM holds the rest
+        model = ta.media.EmbeddingTable(ta.load_for_inference(config.model))  # vLLM holds the rest
     return ta.media.media_model_for_inference(media, tokenizer, model)
 
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import ta
-from ta.media.settings import MediaConfig
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Config:
     optim: ta.OptimConfig = ta.OptimConfig()
     loop: ta.LoopConfig = ta.LoopConfig(out="runs/multimodal")
     samples: ta.SamplesConfig = ta.SamplesConfig()
-    media: MediaConfig = MediaConfig()
+    media: ta.media.MediaConfig = ta.media.MediaConfig()
 
 
 def step(media, model, batch):

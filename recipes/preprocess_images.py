@@ -7,16 +7,17 @@ A stopped run goes on where it was when it is started again. The file's keys are
 fingerprint and a hash of every file's content, so that a changed picture or another encoder is refused, never read.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from ta.command_line import cli
-from ta.parallel import say
+import ta
 
 
 @dataclass(frozen=True)
-class Preprocess:
+class Config:
     root: str
     """Folder below which the pictures (or sounds) lie: what --image-root names in training."""
     out: str
@@ -25,9 +26,9 @@ class Preprocess:
     """builtin, clip, siglip, imagebind or whisper."""
     encoder_path: str | None = None
     """Folder of the encoder's weights; builtin needs none."""
-    batch_size: int = 32
+    batch_size: Annotated[int, ta.Range(1)] = 32
     """Files encoded at once; the features do not depend on it."""
-    workers: int = 2
+    workers: Annotated[int, ta.Range(0)] = 2
     """Processes that read and decode; 0 reads in this one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What is computed and stored; auto is bfloat16 on accelerators and float32 on CPU."""
@@ -37,62 +38,50 @@ class Preprocess:
     """Replace an output that exists."""
 
 
-def main(config: Preprocess) -> None:
-    import torch
+def main(config: Config) -> None:
     from tqdm import tqdm
 
-    from ta.media.feature_file import Layout
-    from ta.media.features import extract
-    from ta.media.images import ENDINGS, find_files, media_path
-    from ta.media.settings import load_marked
-
-    out = Path(config.out)
+    out, skip = Path(config.out), config.on_bad_file == "skip"
     if out.exists() and not config.overwrite:
         raise ValueError(f"--out {out} exists: give another file, or --overwrite to replace it")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    half = config.dtype == "bfloat16" or (config.dtype == "auto" and device == "cuda")
-    encoder, mark = load_marked(config.encoder, config.encoder_path, device, half)
-    paths, skipped = {}, []
-    for key in find_files(config.root, ENDINGS if encoder.modality == "image" else (".wav",)):
-        try:
-            paths[key] = media_path(config.root, key)
-        except ValueError as error:
-            if config.on_bad_file == "error":
-                raise
-            skipped.append((key, str(error)))
+    device = ta.parallel.pick_device()
+    half = config.dtype == "bfloat16" or (config.dtype == "auto" and device != "cpu")
+    encoder, fingerprint = ta.media.load_with_fingerprint(
+        config.encoder, config.encoder_path, device, half
+    )
+    paths, skipped = ta.media.find_media(config.root, encoder.modality, skip)
     if not paths:
         raise ValueError(
             f"--root {config.root}: no {encoder.modality} file in it; give the folder that holds them"
         )
+
     out.parent.mkdir(parents=True, exist_ok=True)
-    layout = Layout(mark, (encoder.n_modality_embs, encoder.emb_dim), "BF16" if half else "F32")
+    shape = (encoder.n_modality_embs, encoder.emb_dim)
     with tqdm(
         total=len(paths), desc="encode", unit=f" {encoder.modality}s", dynamic_ncols=True
     ) as bar:
-        how = {
-            "batch_size": config.batch_size,
-            "workers": config.workers,
-            "skip_bad": config.on_bad_file == "skip",
-        }
-        tell = lambda done, total: bar.update(done - bar.n)
-        done = extract(
+        result = ta.media.extract(
             out,
             paths,
             encoder.read,
             encoder.encode,
-            layout,
-            **how,
-            progress=tell,
-            overwrite=config.overwrite,
+            ta.media.Layout(fingerprint, shape, "BF16" if half else "F32"),
+            config.batch_size,
+            config.workers,
+            skip,
+            lambda done, total: bar.update(done - bar.n),
+            config.overwrite,
         )
-    skipped += done.skipped
+
+    skipped += result.skipped
     for key, why in skipped[:10]:
-        say(f"left out {key}: {why}")
-    more = f", {len(skipped):,} left out" if skipped else ""
-    say(
-        f"{out}: features of {done.done:,} files, {done.done - done.encoded:,} of them from before{more}"
+        ta.parallel.say(f"left out {key}: {why}")
+    left_out = f", {len(skipped):,} left out" if skipped else ""
+    before = result.done - result.encoded
+    ta.parallel.say(
+        f"{out}: features of {result.done:,} files, {before:,} of them from before{left_out}"
     )
 
 
 if __name__ == "__main__":
-    cli(main, Preprocess)
+    ta.cli(main, Config)

@@ -7,19 +7,16 @@ both forms are compared before anything is published. In a prompt for it a pictu
 (<MS><img></MS>).
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
 
-from ta.chat.template import ChatConfig
-from ta.chat.tokenizer import TokenizerConfig
-from ta.command_line import cli
-from ta.folders import ModelConfig, resolve
-from ta.media.settings import MediaFiles, reopen_media
-from ta.model.load import load_for_inference
+import ta
 
 
 @dataclass(frozen=True)
-class ToLlava:
+class Config:
     model_path: str
     """Folder of a trained model or adapter: RUN/final of recipes/multimodal.py."""
     out: str
@@ -28,34 +25,27 @@ class ToLlava:
     """Folder of the encoder, where it is no longer where it was."""
 
 
-def main(config: ToLlava) -> None:
-    from ta.chat.tokenizer import load_chat_tokenizer
-    from ta.media.llava import check_llava, write_llava
-    from ta.media.multimodal import media_model_for_inference
-    from ta.model.export import published
-
+def main(config: Config) -> None:
     out = Path(config.out)
     if out.exists():
         raise ValueError(f"--out {out} exists: give a new folder")
-    source = ModelConfig(model_path=config.model_path, dtype="float32")
-    sources = resolve(source)
-    files = MediaFiles(image_root=".", image_encoder_path=config.image_encoder_path)
-    media = reopen_media(sources.media or sources.base, files, (), "cpu")
+    source = ta.ModelConfig(model_path=config.model_path, dtype="float32")
+    files = ta.media.MediaFiles(image_root=".", image_encoder_path=config.image_encoder_path)
+    folders = ta.resolve(source)
+    media = ta.media.reopen_media(folders.media or folders.base, files, (), "cpu")
     if media is None:
         raise ValueError(
-            f"{config.model_path} has no media.json, so it reads no pictures: give RUN/final of recipes/multimodal.py"
+            f"{config.model_path} has no media.json, so it reads no pictures: "
+            "give RUN/final of recipes/multimodal.py"
         )
-    check_llava(media)
-    tokenizer = load_chat_tokenizer(source, TokenizerConfig(), ChatConfig(), media.placeholders)
-    model = media_model_for_inference(media, tokenizer, load_for_inference(source))
-    with published(out) as folder:
-        gap = write_llava(folder, media, model, tokenizer)
-        if gap > 1e-3:
-            raise ValueError(
-                f"the Llava layout gives logits that differ by {gap:.2g}: this language model computes otherwise there"
-            )
+    ta.media.check_llava(media)
+    tokenizer = ta.load_chat_tokenizer(
+        source, ta.TokenizerConfig(), ta.ChatConfig(), media.placeholders
+    )
+    model = ta.media.media_model_for_inference(media, tokenizer, ta.load_for_inference(source))
+    gap = ta.media.export_llava(media, model, tokenizer, out)
     print(f"{config.model_path} -> {out} (logits agree to {gap:.1g})")
 
 
 if __name__ == "__main__":
-    cli(main, ToLlava)
+    ta.cli(main, Config)

@@ -1,13 +1,26 @@
-"""Pictures and sounds: encoders, projectors, features. What recipes need of it, loaded on first use."""
+"""Pictures and sounds: encoders, caches of their features, projectors, and models that read them.
+
+What recipes need of it is loaded on first use.
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # for editors; NAMES says the same
     from ta.media.dialogue import prepare_media_chats as prepare_media_chats
-    from ta.media.multimodal import Table as Table
+    from ta.media.encoders import load_with_fingerprint as load_with_fingerprint
+    from ta.media.features import Layout as Layout
+    from ta.media.features import extract as extract
+    from ta.media.images import find_media as find_media
+    from ta.media.llava import check_llava as check_llava
+    from ta.media.llava import export_llava as export_llava
+    from ta.media.modalities import MediaConfig as MediaConfig
+    from ta.media.modalities import MediaFiles as MediaFiles
+    from ta.media.modalities import open_media as open_media
+    from ta.media.modalities import reopen_media as reopen_media
+    from ta.media.multimodal import EmbeddingTable as EmbeddingTable
     from ta.media.multimodal import collate_media as collate_media
     from ta.media.multimodal import embed_media_prompts as embed_media_prompts
     from ta.media.multimodal import embed_modalities as embed_modalities
@@ -17,36 +30,23 @@ if TYPE_CHECKING:
     from ta.media.multimodal import projector_lr as projector_lr
     from ta.media.multimodal import with_features as with_features
     from ta.media.multimodal import with_projectors as with_projectors
-    from ta.media.settings import MediaConfig as MediaConfig
-    from ta.media.settings import MediaFiles as MediaFiles
-    from ta.media.settings import open_media as open_media
-    from ta.media.settings import reopen_media as reopen_media
 
-_HOME = {
-    "prepare_media_chats": "dialogue",
-    "MediaConfig": "settings",
-    "MediaFiles": "settings",
-    "open_media": "settings",
-    "reopen_media": "settings",
-    **dict.fromkeys(
-        [
-            "Table",
-            "collate_media",
-            "embed_media_prompts",
-            "embed_modalities",
-            "encode_media_prompts",
-            "media_model_for_inference",
-            "media_resume_key",
-            "projector_lr",
-            "with_features",
-            "with_projectors",
-        ],
-        "multimodal",
-    ),
+NAMES = {  # module: what `ta.media` gives of it
+    "ta.media.modalities": "MediaConfig MediaFiles open_media reopen_media",
+    "ta.media.images": "find_media",
+    "ta.media.encoders": "load_with_fingerprint",
+    "ta.media.features": "Layout extract",
+    "ta.media.dialogue": "prepare_media_chats",
+    "ta.media.multimodal": "EmbeddingTable collate_media embed_media_prompts "
+    "embed_modalities encode_media_prompts "
+    "media_model_for_inference media_resume_key projector_lr "
+    "with_features with_projectors",
+    "ta.media.llava": "check_llava export_llava",
 }
+_HOME = {name: module for module, names in NAMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'ta.media' has no attribute {name!r}")
-    return getattr(import_module(f"ta.media.{_HOME[name]}"), name)
+    return getattr(import_module(_HOME[name]), name)

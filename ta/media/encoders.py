@@ -1,4 +1,4 @@
-"""Frozen encoders of pictures and sounds: each tells its width and number of features, reads its own files, and encodes without gradient."""
+"""Frozen encoders of pictures and sounds: each reads its own files and makes features of fixed number and width."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ta.media.audio import fbank_clips, whisper_mels
-from ta.media.encoder_files import ClipPatches, SeededPatches, SiglipPatches, WhisperStates
 from ta.media.imagebind import load_trunk
 from ta.media.images import CLIP, SIGLIP, Preprocessing, read_pixels, read_preprocessing
 
@@ -26,26 +26,27 @@ if TYPE_CHECKING:
 
 
 class Encoder(NamedTuple):
-    """What a vision-language model needs of an encoder. Letters: I inputs, F features of one, E width of a feature."""
+    """A frozen encoder. Letters: I inputs, F features of one, E width of a feature."""
 
     modality: Literal["image", "audio"]
     emb_dim: int  # E
     n_modality_embs: int  # F
-    grid: (
-        tuple[int, int] | None
-    )  # (rows, columns) of the F features, None where they lie on no grid
-    read: Callable[
-        [str | Path], np.ndarray
-    ]  # one file to one input; pickles, and runs without torch where the reader does
-    module: nn.Module  # inputs to (I, F, E); frozen
-    settings: dict[str, Any]  # all that shapes the features besides the weights, in JSON values
+    # (rows, columns) of the F features, None where they lie on no grid
+    grid: tuple[int, int] | None
+    # one file to one input; it pickles, because other processes run it
+    read: Callable[[str | Path], np.ndarray]
+    # inputs to (I, F, E)
+    module: nn.Module
+    # all that decides the features besides the weights, in JSON values
+    settings: dict[str, Any]
 
     def encode(self, inputs: Tensor) -> Tensor:
-        """(I, F, E) features of a batch of inputs, in evaluation mode and without gradient, on the module's device and in its dtype."""
-        place = next(self.module.parameters())
-        self.module.eval()  # a parent's train() may have reached it, and dropout would make features that no cache repeats
+        """(I, F, E) features of a batch of inputs, without gradient, on the module's device."""
+        parameter = next(self.module.parameters())
+        # train() of a parent may have reached it, and with dropout no cache would repeat its features
+        self.module.eval()
         with torch.no_grad():
-            return self.module(inputs.to(place.device, place.dtype))
+            return self.module(inputs.to(parameter.device, parameter.dtype))
 
 
 def load_encoder(
@@ -54,29 +55,43 @@ def load_encoder(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Encoder:
-    """The encoder `name` of ENCODERS with the weights in `folder` (builtin needs none), frozen, on `device` in `dtype`."""
+    """The encoder `name` of ENCODERS with the weights in `folder`, frozen; builtin needs no folder.
+
+    ValueError for an unknown name and for a folder that does not hold such an encoder.
+    """
     if name not in ENCODERS:
         raise ValueError(f"encoder {name!r} is not known; give one of {', '.join(ENCODERS)}")
     if name != "builtin" and not (folder and Path(folder).is_dir()):
         raise ValueError(
-            f"encoder {name}: {folder!r} is not a folder; give the folder with the model's weights and preprocessor_config.json"
+            f"encoder {name}: {folder!r} is not a folder; give the folder with the model's weights "
+            "and preprocessor_config.json"
         )
     encoder = ENCODERS[name](Path(folder) if folder else Path())
     encoder.module.to(device, dtype).eval().requires_grad_(False)
     return encoder
 
 
-def fingerprint(encoder: Encoder) -> str:
-    """Hex SHA-256 of settings and weights in their dtype: two encoders of one fingerprint give the same features."""
-    seen = hashlib.sha256(json.dumps(encoder.settings, sort_keys=True).encode())
+def load_with_fingerprint(
+    name: str, folder: str | Path | None, device: str, half: bool = False
+) -> tuple[Encoder, str]:
+    """The encoder on `device`, in bfloat16 with `half`, and its fingerprint in float32."""
+    encoder = load_encoder(name, folder, "cpu")
+    fingerprint = encoder_fingerprint(encoder)
+    encoder.module.to(device, torch.bfloat16 if half else torch.float32)
+    return encoder, fingerprint
+
+
+def encoder_fingerprint(encoder: Encoder) -> str:
+    """Hex SHA-256 of settings and weights in their dtype: equal ones give the same features."""
+    digest = hashlib.sha256(json.dumps(encoder.settings, sort_keys=True).encode())
     for name, tensor in sorted(encoder.module.state_dict().items()):
-        seen.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        seen.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return seen.hexdigest()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def builtin(folder: Path) -> Encoder:
-    """The demo's seeded encoder of 48 x 48 pictures; it needs no files."""
+    """The seeded encoder of 48 x 48 pictures; it needs no files."""
     module = SeededPatches()
     how = Preprocessing((48, 48), None, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     width, side = module.colours + module.forms + 2 * module.side, module.side
@@ -92,20 +107,22 @@ def builtin(folder: Path) -> Encoder:
 
 
 def clip(folder: Path) -> Encoder:
-    """CLIP's vision tower (a whole CLIP folder or the tower alone), as LLaVA reads it (arXiv 2310.03744): hidden_states[-2][:, 1:]."""
+    """CLIP's vision model, from its own folder or a whole CLIP's: hidden_states[-2][:, 1:].
+
+    LLaVA reads CLIP so (arXiv 2310.03744).
+    """
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     config = _config(CLIPVisionConfig, folder, "clip", "clip_vision_model")
-    config.num_hidden_layers -= (
-        1  # the state before the last layer is the last state of a model with one layer fewer
-    )
+    # the state before the last layer is the last state of a model with one layer fewer
+    config.num_hidden_layers -= 1
     return _patches(
         "clip", folder, CLIP, config, ClipPatches(load_tower(CLIPVisionModel, folder, config))
     )
 
 
 def siglip(folder: Path) -> Encoder:
-    """SigLIP's vision tower (arXiv 2303.15343), all patches of hidden_states[-2]; it has no class token."""
+    """SigLIP's vision model (arXiv 2303.15343): hidden_states[-2]; it has no class token."""
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
     config = _config(SiglipVisionConfig, folder, "siglip", "siglip_vision_model")
@@ -120,7 +137,10 @@ def siglip(folder: Path) -> Encoder:
 
 
 def imagebind(folder: Path) -> Encoder:
-    """A trunk of ImageBind, pictures or sounds as its config.json says, from a folder that imagebind.convert_checkpoint wrote."""
+    """ImageBind's trunk of pictures or sounds, as the config.json of its folder says.
+
+    The folder is one that `imagebind.convert_checkpoint` wrote.
+    """
     trunk = load_trunk(folder)
     config = trunk.config
     if config.modality == "image":
@@ -137,9 +157,10 @@ def imagebind(folder: Path) -> Encoder:
 
 
 def whisper(folder: Path) -> Encoder:
-    """Whisper's audio encoder (arXiv 2212.04356), its last hidden state; a sound shorter than the window is padded with silence.
+    """Whisper's audio encoder (arXiv 2212.04356): its last hidden state.
 
-    Its features lie on a line; the grid folds the line into rows of equal length, as near to a square as they go.
+    A sound shorter than the window is padded with silence. The features lie on a line; the grid
+    cuts the line into rows of equal length, as near to a square as possible.
     """
     from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
@@ -154,7 +175,8 @@ def whisper(folder: Path) -> Encoder:
     count = config.max_source_positions
     if (extractor.feature_size, frames) != (config.num_mel_bins, 2 * count):
         raise ValueError(
-            f"{folder}: the extractor gives {extractor.feature_size} x {frames} mels, the encoder reads {config.num_mel_bins} x {2 * count}"
+            f"{folder}: the extractor gives {extractor.feature_size} x {frames} mels, the encoder "
+            f"reads {config.num_mel_bins} x {2 * count}"
         )
     rows = next(rows for rows in range(math.isqrt(count), 0, -1) if count % rows == 0)
     module = WhisperStates(load_tower(WhisperModel, folder, config).encoder)
@@ -184,12 +206,13 @@ def whisper(folder: Path) -> Encoder:
 
 
 def _settings(name: str, how: Preprocessing | None = None, **more: Any) -> dict[str, Any]:
+    """What a fingerprint covers besides the weights; `version` is raised when features change."""
     return {
         "encoder": name,
         "version": 1,
         "preprocessing": list(how) if how else None,
         **more,
-    }  # raise version when features change
+    }
 
 
 def _patches(
@@ -200,7 +223,8 @@ def _patches(
     if given != (config.image_size, config.image_size):
         wants = f"{config.image_size} x {config.image_size}"
         raise ValueError(
-            f"{folder}: preprocessor_config.json makes pictures of {given or 'any size'}, the encoder reads {wants}; make them equal"
+            f"{folder}: preprocessor_config.json makes pictures of {given or 'any size'}, the encoder "
+            f"reads {wants}; make them equal"
         )
     side = config.image_size // config.patch_size
     keys = (
@@ -228,13 +252,17 @@ def _config(kind: Any, folder: Path, *types: str) -> Any:
     found = json.loads(path.read_text()).get("model_type") if path.is_file() else None
     if found not in types:
         raise ValueError(
-            f"{folder}: its config.json is of model type {found!r}; this encoder reads {' or '.join(types)}"
+            f"{folder}: its config.json is of model type {found!r}; this encoder reads "
+            f"{' or '.join(types)}"
         )
     return kind.from_pretrained(str(folder), local_files_only=True)
 
 
 def load_tower(kind: Any, folder: Path, config: Any) -> nn.Module:
-    """transformers' model with every weight from the folder; weights it has no use for (the text tower, the last layer) are passed over."""
+    """transformers' model with every weight from the folder; weights of other parts are not read.
+
+    ValueError where a weight is missing or a file cannot be read.
+    """
     from safetensors import SafetensorError
 
     with _quiet():
@@ -253,14 +281,15 @@ def load_tower(kind: Any, folder: Path, config: Any) -> nn.Module:
             ) from error
     if info["missing_keys"]:
         raise ValueError(
-            f"{folder}: {len(info['missing_keys'])} weights are missing, the first is {min(info['missing_keys'])}; give a whole model"
+            f"{folder}: {len(info['missing_keys'])} weights are missing, the first is "
+            f"{min(info['missing_keys'])}; give a whole model"
         )
     return model
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers prints a table of every weight it passes over; here that is all of the text tower."""
+    """Without transformers' table of the weights it does not read: all of the text model."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -269,6 +298,100 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(level)
+
+
+class ClipPatches(nn.Module):
+    """A CLIP vision model without its last layer: its patches, without the class token."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Pixels (I, 3, H, W) -> features (I, F, E)."""
+        return self.model(pixel_values=pixels).last_hidden_state[:, 1:]
+
+
+class SiglipPatches(nn.Module):
+    """A SigLIP vision model without its last layer, final norm and pooling: its patches."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        inner = getattr(model, "vision_model", model)
+        self.embeddings, self.layers = inner.embeddings, inner.encoder
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Pixels (I, 3, H, W) -> features (I, F, E)."""
+        return self.layers(inputs_embeds=self.embeddings(pixels)).last_hidden_state
+
+
+class WhisperStates(nn.Module):
+    """Whisper's encoder: its last hidden state, 50 features a second of the padded window."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, mels: Tensor) -> Tensor:
+        """Log-mel spectrograms (I, mels, frames) -> features (I, F, E)."""
+        return self.model(input_features=mels).last_hidden_state
+
+
+class SeededPatches(nn.Module):
+    """The built-in encoder: fixed random filters on 4 x 4 tiles of a small picture.
+
+    Each tile gives the mean rectified answers of 32 colour filters and of 96 filters on the
+    foreground, and its row and column, one-hot. The foreground is how far a pixel is from the
+    picture's median colour, so that a shape looks the same in every colour. A linear map reads
+    colour, shape and place off these features.
+    """
+
+    side, colours, forms = 4, 32, 96
+
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+
+        def filters(count: int, channels: int, edge: int, bias: float) -> nn.Conv2d:
+            """Random filters of unit norm; the global generator is not used."""
+            layer = nn.utils.skip_init(
+                nn.Conv2d, channels, count, edge, stride=3, padding=edge // 2
+            )
+            weight = torch.randn(layer.weight.shape, generator=generator)
+            if channels == 1:  # a form is where the foreground changes
+                weight = weight - weight.mean((1, 2, 3), keepdim=True)
+            layer.weight.data = weight / weight.flatten(1).norm(dim=1)[:, None, None, None]
+            layer.bias.data = (2 * torch.rand(count, generator=generator) - 1) * bias
+            return layer
+
+        self.colour = filters(self.colours, 3, 3, 0.3)
+        self.form = filters(self.forms, 1, 9, 0.5)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Pixels (I, 3, H, W) -> features (I, 16, 136), the same bits in any batch.
+
+        float32 rounds otherwise in another batch: this computes in float64 and keeps 8 bits after
+        the point.
+        """
+        exact = pixels.double()
+        median = exact.flatten(2).median(dim=2).values[:, :, None, None]
+        distance = (exact - median).abs().amax(1, keepdim=True)  # (I, 1, H, W)
+        foreground = distance / distance.amax((2, 3), keepdim=True).clamp(min=1e-6)
+        answers = []
+        for layer, seen in ((self.colour, exact), (self.form, 2 * foreground - 1)):
+            weight, bias = layer.weight.double(), layer.bias.double()
+            answer = F.conv2d(seen, weight, bias, layer.stride, layer.padding).relu()
+            answers.append(F.adaptive_avg_pool2d(answer, self.side).flatten(2).transpose(1, 2))
+        colour, form = answers  # (I, 16, filters)
+        # what sets the filters apart says the shape more than what they have in common
+        form = 4 * form - 3 * form.mean(2, keepdim=True)
+        rows = 4 * torch.eye(self.side, dtype=exact.dtype, device=exact.device) - 1
+        row, column = rows.repeat_interleave(self.side, 0), rows.repeat(self.side, 1)
+        place = torch.cat([row, column], dim=1)  # (16, 8)
+        place = place.expand(len(exact), -1, -1)
+        # the scales suit the first layer of a projector
+        features = torch.cat([16 * colour - 4, 4 * form - 1, place], dim=2)
+        return (features * 256).round().div(256).to(pixels.dtype)
 
 
 ENCODERS: dict[str, Callable[[Path], Encoder]] = {

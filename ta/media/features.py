@@ -1,5 +1,8 @@
-"""Cached encoder features: made from media files by reader processes and an encoder, read by
-slices, refused when stale.
+"""A cache of encoder features: made from media files once, read in slices, refused when stale.
+
+It is a safetensors file of tensors {key: (F, E)}. Its metadata holds, as JSON under one name (the
+order of several is not kept), the encoder's fingerprint, the shape, and a content hash for each
+key. Until the file is finished its batches lie as parts beside it.
 """
 
 from __future__ import annotations
@@ -11,13 +14,26 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ta.files import SETTLED, content_hash, locked, stamp, write_atomic
-from ta.media.feature_file import FORMAT, FeatureFile, Layout
+from ta.files import SETTLED, Parts, content_hash, locked, stamp, write_atomic, writing
 from ta.parallel import gather_objects, rank, world
 
 if TYPE_CHECKING:  # reader processes import this module, and none of them needs torch
     import numpy as np
     import torch
+
+
+FORMAT = "ta-features-2"
+MAX_HEADER = 100_000_000  # bytes; safetensors reads no longer header
+ENTRY = 200  # bytes of a header for one tensor and its hash, at most, without its two keys
+MAX_PARTS = 50_000  # that are mapped into memory at once; Linux allows a process 65,530 maps
+
+
+class Layout(NamedTuple):
+    """What is the same for a whole cache."""
+
+    fingerprint: str
+    shape: tuple[int, int]
+    dtype: str  # safetensors' name: F32, F16 or BF16
 
 
 class Features(NamedTuple):
@@ -34,8 +50,84 @@ class Extracted(NamedTuple):
     """What `extract` did."""
 
     done: int  # features in the published file
-    encoded: int  # of these, encoded by this call; the others were found half done
+    encoded: int  # of these, encoded by this call; the others by one that was stopped
     skipped: list[tuple[str, str]]  # (key, why)
+
+
+class FeatureFile:
+    """A cache that is being made; `hashes` {key: content hash} says what it holds.
+
+    Letters: I files of a batch, (F, E) the features of one.
+    """
+
+    def __init__(self, out: Path, layout: Layout, keys: Iterable[str]):
+        """Begin, or go on with the parts of an earlier call.
+
+        ValueError where these belong to another encoder, and for too many files for one cache.
+        """
+        self.out, self.layout, self.parts = out, layout, Parts(out)
+        keys = list(keys)
+        if "__metadata__" in keys:
+            raise ValueError(
+                "a media file named '__metadata__' cannot be cached: safetensors keeps that name; "
+                "rename it"
+            )
+        if sum(2 * len(json.dumps(key)) + ENTRY for key in keys) > MAX_HEADER:
+            raise ValueError(
+                f"{out}: {len(keys):,} files are too many for one cache (safetensors reads no "
+                f"header over {MAX_HEADER:,} bytes); split the folder"
+            )
+        about = [FORMAT, *json.loads(json.dumps(layout))]
+        if self.parts.about() not in (None, about):
+            raise ValueError(
+                f"{out} was begun with another encoder or other settings; remove "
+                f"{self.parts.folder}, or give another path"
+            )
+        if self.parts.about() is None:
+            self.parts.begin(about)
+        self.hashes: dict[str, str] = {}
+        for part in self.parts.keys():  # noqa: SIM118 no mapping
+            self.hashes |= json.loads(self.parts.load(part)[1]["hashes"])
+
+    def append(self, keys: Sequence[str], hashes: Sequence[str], features: torch.Tensor) -> None:
+        """Add (I, F, E) features; when this returns, they are on the disk."""
+        import torch
+
+        names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+        have = (names.get(features.dtype), tuple(features.shape))
+        want = (self.layout.dtype, (len(keys), *self.layout.shape))
+        if have != want:
+            raise ValueError(
+                f"the encoder gave features {have}, this cache holds {want}; "
+                "tell the encoder's own shape and dtype"
+            )
+        number = len(self.parts.keys())
+        if number == MAX_PARTS:
+            raise ValueError(
+                f"{self.out}: over {MAX_PARTS:,} batches; give a larger batch size and begin anew"
+            )
+        added = dict(zip(keys, hashes, strict=True))
+        tensors = {"features": features.detach().cpu().contiguous()}
+        self.parts.save(f"{number:06}", tensors, {"hashes": json.dumps(added)})
+        self.hashes |= added
+
+    def publish(self) -> None:
+        """Write the cache and delete the parts; they are memory-mapped, so memory does not grow."""
+        from safetensors.torch import save_file
+
+        tensors, hashes = {}, {}
+        for part in sorted(self.parts.keys()):
+            found, about = self.parts.load(part)
+            hashes |= json.loads(about["hashes"])
+            tensors |= zip(json.loads(about["hashes"]), found["features"], strict=True)
+        info = {
+            "fingerprint": self.layout.fingerprint,
+            "shape": self.layout.shape,
+            "hashes": hashes,
+        }
+        with writing(self.out) as aside:
+            save_file(tensors, aside, {FORMAT: json.dumps(info, sort_keys=True)})
+        self.parts.clear()
 
 
 def content_hashes(files: Sequence[Path], notes: Path) -> list[str]:
@@ -44,7 +136,7 @@ def content_hashes(files: Sequence[Path], notes: Path) -> list[str]:
     """
     try:
         known = json.loads(notes.read_text())
-    except (FileNotFoundError, ValueError):  # a torn file of notes is as good as none
+    except (FileNotFoundError, ValueError):  # no notes, or a damaged file of them
         known = {}
     stamps = [stamp(str(file)) for file in files]
     new = [i for i, file in enumerate(files) if known.get(str(file), [None])[0] != stamps[i]]
@@ -72,7 +164,8 @@ def read_features(path: str | Path, fingerprint: str | None = None) -> Features:
         handle = safe_open(str(path), framework="pt")
     except SafetensorError as error:
         raise ValueError(
-            f"{path}: not a safetensors file ({error}); make the cache with recipes/preprocess_images.py"
+            f"{path}: not a safetensors file ({error}); make the cache with "
+            "recipes/preprocess_images.py"
         ) from error
     known = handle.metadata() or {}
     if known.get("format") == "ta-features-1":
@@ -104,7 +197,8 @@ def take(features: Features, keys: Sequence[str]) -> torch.Tensor:
     for key in keys:
         if key not in features.hashes:
             raise ValueError(
-                f"{key!r} is not among the {len(features.hashes)} files of the cache {features.path}; preprocess it too"
+                f"{key!r} is not among the {len(features.hashes)} files of the cache "
+                f"{features.path}; preprocess it too"
             )
     return (
         torch.stack([features.handle.get_tensor(key) for key in keys])
@@ -122,13 +216,15 @@ def check_features(
     absent = [key for key in paths if key not in features.hashes]
     if absent:
         raise ValueError(
-            f"{features.path}: {len(absent)} of {len(paths)} files are not in the cache, the first is {absent[0]!r}; preprocess them"
+            f"{features.path}: {len(absent)} of {len(paths)} files are not in the cache, the first "
+            f"is {absent[0]!r}; preprocess them"
         )
     hashes = hashes or {key: content_hash(path) for key, path in paths.items()}
     changed = [key for key, value in hashes.items() if value != features.hashes[key]]
     if changed:
         raise ValueError(
-            f"{features.path} is stale: {len(changed)} of {len(paths)} files changed since, the first is {changed[0]!r}; make it again"
+            f"{features.path} is stale: {len(changed)} of {len(paths)} files changed since, the "
+            f"first is {changed[0]!r}; make it again"
         )
 
 
@@ -144,13 +240,13 @@ def extract(
     progress: Callable[[int, int], None] | None = None,
     overwrite: bool = False,
 ) -> Extracted:
-    """Encode the files of `paths` {key: file} into the cache `out`, going on where an interrupted
-    call stopped; memory does not grow with them.
+    """Encode the files of `paths` {key: file} into the cache `out`.
 
-    `read` (run in `workers` processes; 0 reads here) gives one input, `encode` takes a batch of
-    them to (I, F, E). A file that `read` refuses with ValueError ends the call, or with `skip_bad`
-    is counted. `progress(done, total)` is called after every batch. An `out` that exists is
-    replaced at the end where `overwrite` says so. ValueError where another process writes `out`.
+    It goes on where an interrupted call stopped, and its memory does not grow with the files.
+    `read` makes one input of a file, in `workers` processes (0: in this one); `encode` makes
+    (I, F, E) of a batch of inputs. A file that `read` refuses with ValueError ends the call, or is
+    counted with `skip_bad`. `progress(done, total)` is called after every batch. With `overwrite`
+    an `out` that exists is replaced at the end. ValueError where another process writes `out`.
     """
     import torch
 
@@ -158,7 +254,8 @@ def extract(
         raise ValueError(f"{out} exists; remove it, or give another path")
     if workers < 0 or batch_size < 1:
         raise ValueError(
-            f"workers {workers}, batch size {batch_size}: give 0 or more workers and a batch of 1 or more"
+            f"workers {workers}, batch size {batch_size}: give 0 or more workers and a batch of 1 "
+            "or more"
         )
     skipped: list[tuple[str, str]] = []
     with locked(out):

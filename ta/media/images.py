@@ -1,4 +1,4 @@
-"""Pictures between disk and array: paths that stay below a root, decoding with limits, the published preprocessing, and drawing."""
+"""Pictures from disk to arrays: paths that stay below a root, decoding with limits, and preprocessing."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import os
 import stat
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
+if TYPE_CHECKING:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
 MAX_PIXELS = 64_000_000
-# Formats whose decoders read pixels and nothing else: no scripts (EPS), no nested files (ICNS), no vector or video containers.
+# Formats whose decoders read pixels only: no scripts (EPS), nested files (ICNS), vectors or video
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -22,9 +26,8 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".
 class Preprocessing(NamedTuple):
     """How an encoder wants its pictures; the order is resize, crop in the middle, scale, normalise."""
 
-    size: (
-        int | tuple[int, int] | None
-    )  # the shorter edge in pixels, or (height, width); None leaves the size alone
+    # the shorter edge in pixels, or (height, width); None leaves the size alone
+    size: int | tuple[int, int] | None
     crop: tuple[int, int] | None  # (height, width)
     mean: tuple[float, ...] | None  # per channel, after scaling; None does not normalise
     std: tuple[float, ...] | None
@@ -33,19 +36,23 @@ class Preprocessing(NamedTuple):
 
 
 def media_key(relative: str) -> str:
-    """The one spelling of a relative media path, by which caches know it: "./a//b.png" is "a/b.png"."""
+    """The key of a relative media path in a cache: "./a//b.png" is "a/b.png"."""
     return PurePosixPath(relative).as_posix()
 
 
 def media_path(root: str | Path, relative: str) -> Path:
-    """The existing regular file that `relative` names below `root`, symlinks followed; whatever leaves the root is a ValueError."""
+    """The file that `relative` names below `root`, symlinks followed.
+
+    ValueError for a path that leaves the root, and where there is no regular file.
+    """
     if not isinstance(relative, str) or not relative or "\0" in relative:
         raise ValueError(
             f"media path {relative!r}: not a path; give the file's path relative to the media root"
         )
     if "://" in relative or relative.startswith("data:"):
         raise ValueError(
-            f"media path {relative[:80]!r}: nothing is fetched from a URL; save the file below the media root and give its path"
+            f"media path {relative[:80]!r}: nothing is fetched from a URL; save the file below the "
+            "media root and give its path"
         )
     if PurePosixPath(relative).is_absolute():
         raise ValueError(
@@ -53,20 +60,22 @@ def media_path(root: str | Path, relative: str) -> Path:
         )
     if ".." in PurePosixPath(relative).parts:
         raise ValueError(
-            f"media path {relative!r} has '..' in it; give a path that stays below the media root {root}"
+            f"media path {relative!r} has '..' in it; give a path that stays below the media root "
+            f"{root}"
         )
     base = Path(root).resolve()
     path = (base / relative).resolve()
     if not path.is_relative_to(base):
         raise ValueError(
-            f"media path {relative!r} leads through a symlink to {path}, outside the media root {root}"
+            f"media path {relative!r} leads through a symlink to {path}, outside the media root "
+            f"{root}"
         )
     check_file(path)
     return path
 
 
 def find_files(root: str | Path, endings: Sequence[str] = ENDINGS) -> list[str]:
-    """The keys of all picture files below `root`, known by their `endings`, in order; hidden files and folders are left out."""
+    """The keys of all files below `root` with such `endings`, in order, hidden ones left out."""
     if not Path(root).is_dir():
         raise ValueError(f"{root} is not a folder; give the folder that holds the files")
     names = (
@@ -79,8 +88,30 @@ def find_files(root: str | Path, endings: Sequence[str] = ENDINGS) -> list[str]:
     )
 
 
+def find_media(
+    root: str | Path, modality: str, skip_bad: bool = False
+) -> tuple[dict[str, Path], list[tuple[str, str]]]:
+    """The files of a modality below `root`: {key: path}, and (key, why) of those left out.
+
+    ValueError for a file that cannot be used, such as a link that leaves the root; with `skip_bad`
+    it is left out.
+    """
+    paths, skipped = {}, []
+    for key in find_files(root, ENDINGS if modality == "image" else (".wav",)):
+        try:
+            paths[key] = media_path(root, key)
+        except ValueError as error:
+            if not skip_bad:
+                raise
+            skipped.append((key, str(error)))
+    return paths, skipped
+
+
 def check_file(path: str | Path) -> None:
-    """ValueError unless `path` is a regular file with something in it; never opens it, so that a FIFO cannot block."""
+    """ValueError unless `path` is a regular file with something in it.
+
+    It is not opened: a FIFO would block.
+    """
     try:
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -98,26 +129,29 @@ def check_file(path: str | Path) -> None:
 def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decode a picture to (H, W, 3) uint8 RGB, upright by its EXIF orientation; the first frame of an animation.
 
-    Transparent pixels are laid over white, 16-bit grey is scaled to 8 bits. Width x height is read from the header and checked against
-    `max_pixels` before anything is decoded. ValueError names the path of what is missing, empty, huge, broken or no picture.
+    Transparent pixels are put over white, 16-bit grey is scaled to 8 bits. Width x height is read
+    from the header and checked against `max_pixels` before anything is decoded. ValueError names
+    the path of what is missing, empty, huge, broken or no picture.
     """
     check_file(path)
     with open(path, "rb") as file, warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # Pillow warns of big pictures and odd metadata; the limit below is an error, not a warning
+        # Pillow warns of big pictures and wrong metadata; here a limit is an error
+        warnings.simplefilter("ignore")
         try:
             image = Image.open(file, formats=FORMATS)
             pixels = image.width * image.height
         except Image.DecompressionBombError as error:
             raise ValueError(f"{path}: the picture is too large to decode: {error}") from error
-        except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, struct.error and more for a file they cannot read
+        # Pillow raises OSError, SyntaxError, struct.error and more for a file that it cannot read
+        except Exception as error:
             raise ValueError(
-                f"{path}: not a picture that can be read ({error}); give one of {', '.join(FORMATS)}"
+                f"{path}: not a picture that can be read ({error}); give one of "
+                f"{', '.join(FORMATS)}"
             ) from error
         if pixels > max_pixels:
             raise ValueError(
-                f"{path}: {image.width} x {image.height} is {pixels} pixels, the limit is {max_pixels}; scale it down first"
+                f"{path}: {image.width} x {image.height} is {pixels} pixels, the limit is "
+                f"{max_pixels}; scale it down first"
             )
         try:
             image.load()
@@ -133,9 +167,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError(
             "its pixels are floating-point numbers without a known range; save it with 8 or 16 bits"
         )
-    if image.mode.startswith(
-        "I"
-    ):  # 16-bit grey; plain convert("RGB") would clip everything above 255 to white
+    # 16-bit grey: plain convert("RGB") would make everything above 255 white
+    if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("its pixels have more than 16 bits; save it with 8 or 16 bits")
@@ -147,26 +180,48 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def preprocess(image: np.ndarray, how: Preprocessing) -> np.ndarray:
-    """(H, W, 3) uint8 to (3, height, width) float32, bit for bit what transformers' CLIP and SigLIP image processors (pillow) give."""
+    """(H, W, 3) uint8 to (3, height, width) float32, by transformers' image processor of CLIP.
+
+    SigLIP's differs in its settings alone. ValueError for a long strip whose short edge would have
+    to grow so far that it has more than MAX_PIXELS.
+    """
     if how.size is not None:
-        height, width = _resized(image.shape[0], image.shape[1], how.size)
-        if height * width > MAX_PIXELS:  # a 1 x 60000 strip, grown until its short edge fits
+        width, height = image.shape[1], image.shape[0]
+        new_height, new_width = _resized(height, width, how.size)
+        if new_height * new_width > MAX_PIXELS:
             raise ValueError(
-                f"{image.shape[1]} x {image.shape[0]} pixels would grow to {width} x {height}; cut the picture to a milder shape"
+                f"{width} x {height} pixels would grow to {new_width} x {new_height}; "
+                "cut the picture to a milder shape"
             )
-        image = np.asarray(Image.fromarray(image).resize((width, height), resample=how.resample))
-    pixels = image.transpose(2, 0, 1)  # (3, H, W)
+    pixels = _processor(how)(image, input_data_format="channels_last", return_tensors="np")
+    return np.ascontiguousarray(pixels["pixel_values"][0], np.float32)
+
+
+@cache
+def _processor(how: Preprocessing) -> CLIPImageProcessorPil:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    def sides(pair: tuple[int, int]) -> dict[str, int]:
+        return {"height": pair[0], "width": pair[1]}
+
+    settings: dict[str, Any] = {
+        "do_convert_rgb": False,
+        "do_resize": how.size is not None,
+        "do_center_crop": how.crop is not None,
+        "do_rescale": how.scale is not None,
+        "do_normalize": how.mean is not None,
+        "resample": how.resample,
+    }
+    if how.size is not None:
+        one_edge = isinstance(how.size, int)
+        settings["size"] = {"shortest_edge": how.size} if one_edge else sides(how.size)
     if how.crop is not None:
-        pixels = _crop_middle(pixels, *how.crop)
+        settings["crop_size"] = sides(how.crop)
     if how.scale is not None:
-        pixels = (pixels.astype(np.float64) * how.scale).astype(np.float32)
-    pixels = pixels.astype(np.float32)
+        settings["rescale_factor"] = how.scale
     if how.mean is not None:
-        mean, std = (
-            np.array(values, dtype=np.float32)[:, None, None] for values in (how.mean, how.std)
-        )
-        pixels = (pixels - mean) / std
-    return np.ascontiguousarray(pixels)
+        settings |= {"image_mean": list(how.mean), "image_std": list(how.std)}
+    return CLIPImageProcessorPil(**settings)
 
 
 def read_pixels(path: str | Path, how: Preprocessing, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -179,26 +234,11 @@ def read_pixels(path: str | Path, how: Preprocessing, max_pixels: int = MAX_PIXE
 
 
 def _resized(height: int, width: int, size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a picture after resizing."""
     if isinstance(size, tuple):
         return size
-    short, long = min(height, width), max(height, width)
-    grown = int(size * long / short)
-    return (grown, size) if width <= height else (size, grown)
-
-
-def _crop_middle(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Cut (C, H, W) to (C, height, width) in the middle, with zeros where it is too small, rounding as transformers does."""
-    before = [
-        max(0, -((have - want) // 2))
-        for have, want in zip(pixels.shape[1:], (height, width), strict=True)
-    ]
-    after = [
-        max(0, want - have - lead)
-        for have, want, lead in zip(pixels.shape[1:], (height, width), before, strict=True)
-    ]
-    pixels = np.pad(pixels, ((0, 0), (before[0], after[0]), (before[1], after[1])))
-    top, left = (pixels.shape[1] - height) // 2, (pixels.shape[2] - width) // 2
-    return pixels[:, top : top + height, left : left + width]
+    long_edge = int(size * max(height, width) / min(height, width))
+    return (long_edge, size) if width <= height else (size, long_edge)
 
 
 CLIP = Preprocessing(
@@ -208,7 +248,11 @@ SIGLIP = Preprocessing((224, 224), None, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 def read_preprocessing(folder: str | Path, default: Preprocessing) -> Preprocessing:
-    """The settings in a model folder's preprocessor_config.json (or processor_config.json); a key left out takes the `default`'s value."""
+    """The settings in a folder's preprocessor_config.json (or processor_config.json).
+
+    A key left out has the `default`'s value. ValueError for another processor than CLIP's and
+    SigLIP's, and for sizes that are not understood.
+    """
     path = Path(folder) / "preprocessor_config.json"
     if path.is_file():
         given = json.loads(path.read_text())
@@ -223,7 +267,8 @@ def read_preprocessing(folder: str | Path, default: Preprocessing) -> Preprocess
     )
     if not kind.startswith(("CLIP", "SiglipImage")) or given.get("do_pad"):
         raise ValueError(
-            f"{path}: {kind} (do_pad={given.get('do_pad')}) is not known here; CLIP's and SigLIP's image processors are"
+            f"{path}: {kind} (do_pad={given.get('do_pad')}) is not known here; CLIP's and SigLIP's "
+            "image processors are"
         )
     mean, std = given.get("image_mean", default.mean), given.get("image_std", default.std)
     normalises = given.get("do_normalize", True) and mean is not None
@@ -258,5 +303,6 @@ def _pair(size: object, path: Path) -> tuple[int, int]:
     if isinstance(size, Sequence) and len(size) == 2:
         return int(size[0]), int(size[1])
     raise ValueError(
-        f"{path}: size {size!r} is not understood; give a number, shortest_edge, or height and width"
+        f"{path}: size {size!r} is not understood; give a number, shortest_edge, or height and "
+        "width"
     )

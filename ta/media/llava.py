@@ -1,4 +1,7 @@
-"""An export in transformers' Llava layout: CLIP or SigLIP, an mlp projector and a language model in one folder, for plain transformers and vLLM."""
+"""An export in transformers' Llava layout, which plain transformers and vLLM serve.
+
+One folder holds CLIP or SigLIP, an mlp projector and a language model.
+"""
 
 from __future__ import annotations
 
@@ -11,37 +14,56 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ta.chat.tokenizer import ChatTokenizer
+    from ta.media.modalities import Modalities
     from ta.media.multimodal import MediaModel
-    from ta.media.settings import Opened
 
-TOWERS = {
+TOWERS = {  # encoder: transformers' class, the features it selects, number of class tokens
     "clip": ("CLIPVisionModel", "default", 1),
     "siglip": ("SiglipVisionModel", "full", 0),
-}  # class, what is selected, class tokens
+}
+MAX_DIFFERENCE = 1e-3  # of a logit
 
 
-def check_llava(media: Opened) -> None:
-    """ValueError unless the layout has room for these modalities: pictures alone, through CLIP or SigLIP and an mlp."""
-    if set(media.modalities) != {"image"}:
+def check_llava(media: Modalities) -> None:
+    """ValueError unless the layout holds these modalities: pictures by CLIP or SigLIP and an mlp."""
+    if set(media) != {"image"}:
         raise ValueError(
-            f"the Llava layout holds pictures alone, this model reads {' and '.join(media.modalities)}; serve it with recipes/generate.py"
+            f"the Llava layout holds pictures alone, this model reads {' and '.join(media)}; "
+            "serve it with recipes/generate.py"
         )
-    settings = media.modalities["image"].settings
+    settings = media["image"].settings
     if settings["encoder"] not in TOWERS or settings["projector"] not in ("mlp", "llava"):
         raise ValueError(
-            f"the Llava layout holds clip or siglip and an mlp, not {settings['encoder']} and {settings['projector']}; "
+            f"the Llava layout holds clip or siglip and an mlp, not {settings['encoder']} and "
+            f"{settings['projector']}; "
             "serve this model with recipes/generate.py"
         )
 
 
-def write_llava(folder: Path, media: Opened, model: MediaModel, tokenizer: ChatTokenizer) -> float:
-    """Write `model` into `folder` in the layout; the greatest difference between its logits and ours on one picture.
+def export_llava(
+    media: Modalities, model: MediaModel, tokenizer: ChatTokenizer, out: str | Path
+) -> float:
+    """Publish `model` in the layout as `out`; the greatest difference between its logits and ours.
 
-    ValueError where the language model does not fit the layout.
+    ValueError where the language model does not fit the layout or computes otherwise in it.
     """
+    from ta.model.export import published
+
+    with published(Path(out)) as folder:
+        gap = _write(folder, media, model, tokenizer)
+        if gap > MAX_DIFFERENCE:
+            raise ValueError(
+                f"the Llava layout gives logits that differ by {gap:.2g}: "
+                "this language model computes otherwise there"
+            )
+    return gap
+
+
+def _write(folder: Path, media: Modalities, model: MediaModel, tokenizer: ChatTokenizer) -> float:
+    """Write `model` into `folder`; the difference of logits."""
     from ta.model.language_model import base_model
 
-    settings, base = media.modalities["image"].settings, base_model(model.inner)
+    settings, base = media["image"].settings, base_model(model.inner)
     _, select, classes = TOWERS[settings["encoder"]]
     whole = assembled(settings, base, model.projectors["image"], tokenizer.placeholders["image"].id)
     gap = difference(whole, media, model, tokenizer)
@@ -64,7 +86,10 @@ def write_llava(folder: Path, media: Opened, model: MediaModel, tokenizer: ChatT
 
 
 def _published_names(folder: Path) -> None:
-    """Call the tower's weights vision_tower.vision_model.*, as published models do: vLLM knows no other name, transformers reads both."""
+    """Call the encoder's weights vision_tower.vision_model.*, as published models do.
+
+    vLLM knows no other name, transformers reads both.
+    """
     from safetensors.torch import load_file, save_file
 
     def name(key: str) -> str:
@@ -82,7 +107,10 @@ def _published_names(folder: Path) -> None:
 
 
 def assembled(settings: dict, base: PreTrainedModel, projector: nn.Module, placeholder: int):
-    """transformers' LlavaForConditionalGeneration of a tower's folder, a language model and an mlp. ValueError where they do not fit."""
+    """transformers' LlavaForConditionalGeneration of an encoder's folder, a language model and an mlp.
+
+    ValueError where they do not fit.
+    """
     import transformers
 
     from ta.media.encoders import load_tower
@@ -112,21 +140,22 @@ def assembled(settings: dict, base: PreTrainedModel, projector: nn.Module, place
     except RuntimeError as error:
         why = str(error).splitlines()[-1].strip()
         raise ValueError(
-            f"{type(base).__name__} does not fit the Llava layout ({why}); serve it with recipes/generate.py"
+            f"{type(base).__name__} does not fit the Llava layout ({why}); "
+            "serve it with recipes/generate.py"
         ) from error
     whole.generation_config = base.generation_config
     return whole
 
 
-def difference(whole, media: Opened, model: MediaModel, tokenizer: ChatTokenizer) -> float:
-    """Greatest difference between the logits of the two models on one random picture and a few tokens."""
+def difference(whole, media: Modalities, model: MediaModel, tokenizer: ChatTokenizer) -> float:
+    """The greatest difference between the two models' logits, on a random picture and few tokens."""
     import torch
 
     from ta.media.multimodal import embed_modalities
     from ta.model.language_model import base_model, native_attention
 
     modality, placeholder, base = (
-        media.modalities["image"],
+        media["image"],
         tokenizer.placeholders["image"],
         base_model(model.inner),
     )

@@ -1,4 +1,4 @@
-"""The vision-language module: projected features stand in for placeholders, a language model reads them; what a batch and a prompt need for it.
+"""A language model that reads pictures and sounds: their projected features take the place of placeholders.
 
 Letters: B rows, T columns, I pictures or sounds, F features of one, E encoder width, N embeddings of one, L prompt tokens, D model width.
 """
@@ -6,7 +6,8 @@ Letters: B rows, T columns, I pictures or sounds, F features of one, E encoder w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,8 +22,8 @@ from ta.files import cache_folder, hash_json
 from ta.media.dialogue import encode_media
 from ta.media.features import check_features, content_hashes
 from ta.media.images import media_key, media_path
+from ta.media.modalities import PROJECTORS, MediaConfig, Modalities, encoded, inputs_of
 from ta.media.projectors import load_projector, projector_of, save_projector
-from ta.media.settings import PROJECTORS, MediaConfig, Opened, encoded, inputs_of
 from ta.model.export import gathered
 from ta.model.language_model import LanguageModel, base_model
 from ta.parallel import rank
@@ -38,8 +39,11 @@ TOKENS_AT_ONCE = 8192  # of prompts that are embedded together
 
 
 class MediaBatch(NamedTuple):
-    """A Batch and, for each modality, what stands for its pictures or sounds in the order of the placeholders: their paths until they are read,
-    the encoder's inputs until they are encoded, then features (I, F, E); None where the model has no such modality."""
+    """A Batch and, for each modality, its pictures or sounds in the order of the placeholders.
+
+    First they are paths, then the encoder's inputs, at last features (I, F, E); None where the
+    model has no such modality.
+    """
 
     sequences: Batch
     image: Tensor | tuple[str, ...] | None = None
@@ -49,15 +53,17 @@ class MediaBatch(NamedTuple):
 def embed_modalities(
     token_embeds: Tensor, tokens: Tensor, features: Tensor, placeholder_id: int
 ) -> Tensor:
-    """token_embeds (B, T, D) with features (I, N, D) in place of the placeholders of tokens (B, T), in order, row by row. (B, T, D)
+    """token_embeds (B, T, D) with features (I, N, D) in place of the placeholders in tokens (B, T).
 
-    ValueError where there are not I * N placeholders.
+    They are put in order, row by row. Gives (B, T, D). ValueError where there are not I * N
+    placeholders.
     """
     places = (tokens.flatten() == placeholder_id).nonzero()[:, 0]
     count = features.shape[0] * features.shape[1]
     if len(places) != count:
         raise ValueError(
-            f"{len(places)} placeholders of id {placeholder_id} for {count} embeddings ({features.shape[0]} x {features.shape[1]}): "
+            f"{len(places)} placeholders of id {placeholder_id} for {count} embeddings "
+            f"({features.shape[0]} x {features.shape[1]}): "
             "every picture or sound needs one placeholder for each of its embeddings"
         )
     flat = token_embeds.flatten(0, 1)
@@ -73,7 +79,11 @@ class MediaModel(LanguageModel):
     METHODS = (*LanguageModel.METHODS, "embed")
 
     def __init__(
-        self, language: LanguageModel, projectors: Mapping[str, nn.Module], media: Opened, ids: dict
+        self,
+        language: LanguageModel,
+        projectors: Mapping[str, nn.Module],
+        media: Modalities,
+        ids: Mapping[str, int],
     ):
         super().__init__(language.inner, language.mode, language.autocast)
         self.projectors = nn.ModuleDict(projectors)
@@ -81,11 +91,12 @@ class MediaModel(LanguageModel):
         self.ids = dict(ids)  # modality -> id of its placeholder
 
     def embed(self, batch: MediaBatch) -> Tensor:
-        """The tokens' embeddings with projected features in place of placeholders, (B, T, D)."""
+        """(B, T, D) embeddings of the tokens, projected features in place of placeholders."""
         with self._arithmetic():
             return self._inputs(batch)[1]
 
     def _inputs(self, batch: MediaBatch) -> tuple[Batch, Tensor]:
+        """The sequences, and the embeddings (B, T, D) that the language model reads for them."""
         tokens = batch.sequences.tokens
         embeds = base_model(self.inner).get_input_embeddings()(tokens)
         for name, projector in self.projectors.items():
@@ -94,26 +105,26 @@ class MediaModel(LanguageModel):
         return batch.sequences, embeds
 
     def save_parts(self, folder: Path | None) -> None:
-        """Write projectors and media.json, from which inference knows the encoders."""
+        """Write the projectors, and media.json, from which inference knows the encoders."""
         states = {name: gathered(projector) for name, projector in self.projectors.items()}
         if rank() == 0:
             (folder / PROJECTORS).mkdir()
             for name, projector in self.projectors.items():
                 path = folder / PROJECTORS / f"{name}.safetensors"
                 save_projector(projector, path, states[name])
-            self.media.write(folder)
+            self.media.save(folder)
 
 
 def with_projectors(
-    media: Opened,
+    media: Modalities,
     tokenizer: ChatTokenizer,
     language: LanguageModel,
     freeze: bool = False,
     seed: int = 0,
 ) -> MediaModel:
-    """The language model with a projector for each modality; with `freeze` these train alone.
+    """The language model with a projector for each modality; with `freeze` only these are trained.
 
-    A new projector is drawn from `seed`.
+    A projector starts from the weights that its modality names, else it is drawn from `seed`.
     """
     table = base_model(language.inner).get_input_embeddings()
     if freeze:
@@ -122,9 +133,9 @@ def with_projectors(
         torch.manual_seed(seed)
         projectors = {
             name: projector_of(modality.settings, table.weight.shape[1])
-            for name, modality in media.modalities.items()
+            for name, modality in media.items()
         }
-    for name, modality in media.modalities.items():
+    for name, modality in media.items():
         if modality.projector_path:
             load_projector(projectors[name], modality.projector_path)
     ids = {name: placeholder.id for name, placeholder in tokenizer.placeholders.items()}
@@ -135,15 +146,15 @@ def with_projectors(
 
 
 def media_model_for_inference(
-    media: Opened, tokenizer: ChatTokenizer, model: nn.Module
+    media: Modalities, tokenizer: ChatTokenizer, model: nn.Module
 ) -> MediaModel:
-    """A loaded transformers model (or its Table) with its projectors, for use without training."""
+    """A loaded transformers model (or its EmbeddingTable) with its projectors, not for training."""
     language = LanguageModel(model, "packed")
     return with_projectors(media, tokenizer, language).requires_grad_(False).eval()
 
 
-class Table(nn.Module):
-    """A language model's embedding table without the model, for an engine that holds the model elsewhere."""
+class EmbeddingTable(nn.Module):
+    """A language model's embedding table alone: the engine holds the model elsewhere."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -154,24 +165,26 @@ class Table(nn.Module):
 
 
 def projector_lr(config: MediaConfig, model_path: str, lr: float) -> float:
-    """The peak learning rate of the projectors: 1e-3 for new ones before a language model that knows its language (LLaVA's), else its own."""
+    """The peak learning rate of the projectors.
+
+    Default: 1e-3, LLaVA's, for new projectors of a trained language model, else its own `lr`.
+    """
     if config.projector_lr is not None:
-        if config.projector_lr <= 0:
-            raise ValueError(f"--projector-lr {config.projector_lr}: give a learning rate above 0")
         return config.projector_lr
     given = config.image_projector_path or config.audio_projector_path
     return lr if given or model_path.startswith("builtin") else 1e-3
 
 
-def media_resume_key(media: Opened, config: MediaConfig, *data: Prepared | None) -> dict[str, Any]:
-    """What must not differ when a run is resumed, beside its text.
+def media_resume_key(
+    media: Modalities, config: MediaConfig, *data: Prepared | None
+) -> dict[str, Any]:
+    """What of pictures and sounds must be equal when a run is resumed.
 
-    Encoders, projectors, what is frozen, and the content of every picture and sound of the `data`.
-    ValueError where the content of one is not what its cache was made from.
+    It is encoders, projectors, what is frozen, and the content of every picture and sound of the
+    `data`. ValueError where a file has not the content that its cache was made from.
     """
     settings = {
-        name: {k: v for k, v in m.settings.items() if k != "path"}
-        for name, m in media.modalities.items()
+        name: {k: v for k, v in m.settings.items() if k != "path"} for name, m in media.items()
     }
     return {
         "modalities": settings,
@@ -180,78 +193,76 @@ def media_resume_key(media: Opened, config: MediaConfig, *data: Prepared | None)
     }
 
 
-def media_hash(opened: Opened, prepared: Prepared) -> str:
-    """Hash of the content of all pictures and sounds; all processes take part. ValueError names the record whose file is gone, or is not what a
-    cache was made from."""
-    places: dict[tuple[str, str], int] = {}  # (modality, path) -> the first record that has it
+def media_hash(media: Modalities, prepared: Prepared) -> str:
+    """Hash of the content of all pictures and sounds of the records; all processes take part.
+
+    ValueError names the record whose file is gone or has not the content that its cache was made
+    from.
+    """
+    first: dict[tuple[str, str], int] = {}  # (modality, path) -> the first record that has it
     for record in range(len(prepared.origin)):
         for item in media_of(prepared, record):
-            places.setdefault(item, record)
+            first.setdefault(item, record)
     content = []
-    for name, modality in opened.modalities.items():
-        paths = {path: record for (kind, path), record in places.items() if kind == name}
-        files = {
-            path: _named(prepared, record, media_path, modality.root, path)
-            for path, record in paths.items()
-        }
-        notes = (
-            cache_folder("")
-            / "hashes"
-            / f"media-sha256-{hash_json(str(Path(modality.root).resolve()))[:32]}.json"
-        )
+    for name, modality in media.items():
+        records = {path: record for (kind, path), record in first.items() if kind == name}
+        files = {}
+        for path, record in records.items():
+            with _naming(prepared, record):
+                files[path] = media_path(modality.root, path)
+        root = hash_json(str(Path(modality.root).resolve()))[:32]
+        notes = cache_folder("") / "hashes" / f"media-sha256-{root}.json"
         hashes = dict(zip(files, content_hashes(list(files.values()), notes), strict=True))
         content += hashes.values()
-        for path, record in paths.items() if modality.cache else ():
+        if modality.cache is None:
+            continue
+        for path, record in records.items():
             key = media_key(path)
-            _named(
-                prepared,
-                record,
-                check_features,
-                modality.cache,
-                {key: files[path]},
-                {key: hashes[path]},
-            )
+            with _naming(prepared, record):
+                check_features(modality.cache, {key: files[path]}, {key: hashes[path]})
     return hash_json(sorted(content))
 
 
-def _named(prepared: Prepared, record: int, work: Callable, *given: Any) -> Any:
-    """What `work` gives; its ValueError names the record."""
+@contextmanager
+def _naming(prepared: Prepared, record: int) -> Iterator[None]:
+    """A ValueError names the record."""
     try:
-        return work(*given)
+        yield
     except ValueError as error:
         raise ValueError(f"{name_of(prepared, record)}: {error}") from error
 
 
 def collate_media(
-    media: Opened, prepared: Prepared, records: np.ndarray, packed: bool, read: bool = True
+    media: Modalities, prepared: Prepared, records: np.ndarray, packed: bool, read: bool = True
 ) -> MediaBatch:
     """A MediaBatch of the given records.
 
-    With `read` their files or cached features are read here, in the thread that makes batches; else
-    `with_features` does it, so that a list of batches holds paths only. ValueError names the record
-    whose file cannot be read.
+    With `read` their files or cached features are read here, in the thread that makes batches;
+    else `with_features` reads them, and a list of batches holds paths only. ValueError names the
+    record whose file cannot be read.
     """
-    values: dict[str, Any] = {name: [] for name in media.modalities}
+    items: dict[str, list] = {name: [] for name in media}
     for record in map(int, records):
         for name, path in media_of(prepared, record):
-            value = path
-            if read:
-                value = _named(prepared, record, inputs_of, media.modalities[name], path)
-            values[name].append(value)
-    found = {name: torch.stack(v) if read and v else tuple(v) for name, v in values.items()}
-    return MediaBatch(collate_chats(prepared, records, packed), **found)
+            with _naming(prepared, record):
+                items[name].append(inputs_of(media[name], path) if read else path)
+    batch = MediaBatch(collate_chats(prepared, records, packed))
+    return batch._replace(
+        **{name: torch.stack(x) if read and x else tuple(x) for name, x in items.items()}
+    )
 
 
-def with_features(media: Opened, batch: MediaBatch) -> MediaBatch:
-    """The batch with features in the place of paths or inputs, on the device of its tokens."""
+def with_features(media: Modalities, batch: MediaBatch) -> MediaBatch:
+    """The batch with features in place of paths or inputs, on the device of its tokens."""
     device = batch.sequences.tokens.device
-    found = {}
-    for name, modality in media.modalities.items():
-        values = getattr(batch, name)
-        if isinstance(values, tuple):
-            values = torch.stack([inputs_of(modality, path) for path in values]) if values else None
-        found[name] = encoded(modality, values).to(device)
-    return batch._replace(**found)
+    features = {}
+    for name, modality in media.items():
+        inputs = getattr(batch, name)
+        if isinstance(inputs, tuple):
+            paths = inputs
+            inputs = torch.stack([inputs_of(modality, path) for path in paths]) if paths else None
+        features[name] = encoded(modality, inputs).to(device)
+    return batch._replace(**features)
 
 
 def media_of(prepared: Prepared, record: int) -> list[tuple[str, str]]:
@@ -259,20 +270,20 @@ def media_of(prepared: Prepared, record: int) -> list[tuple[str, str]]:
     if prepared.media is None:
         return []
     text, ends = prepared.media
-    own = text[ends[record - 1] if record else 0 : ends[record]]
-    return [tuple(pair) for pair in json.loads(own.tobytes())]
+    start = ends[record - 1] if record else 0
+    return [tuple(pair) for pair in json.loads(text[start : ends[record]].tobytes())]
 
 
 def encode_media_prompts(
     chats: Sequence[list[dict]], tokenizer: ChatTokenizer, chat: ChatConfig
 ) -> list:
     """Token ids of each chat's prompt, pictures and sounds as placeholders, or a Drop."""
-    found = encode_media(chats, tokenizer, chat, prompts=True)
-    return [result if isinstance(result, Drop) else result[0].ids for result in found]
+    results = encode_media(chats, tokenizer, chat, prompts=True)
+    return [result if isinstance(result, Drop) else result[0].ids for result in results]
 
 
 def embed_media_prompts(
-    media: Opened,
+    media: Modalities,
     tokenizer: ChatTokenizer,
     chat: ChatConfig,
     model: MediaModel,
@@ -280,14 +291,20 @@ def embed_media_prompts(
     prompts: Sequence[Sequence[int]],
 ) -> Iterator[Tensor]:
     """(L, D) of each prompt that `encode_media_prompts` gave; all processes take part."""
-    items = [found[1] for found in encode_media(chats, tokenizer, chat, prompts=True)]
+    items = [result[1] for result in encode_media(chats, tokenizer, chat, prompts=True)]
     return embed_prompts(media, model, prompts, items)
 
 
 def embed_prompts(
-    opened: Opened, model: MediaModel, prompts: Sequence[Sequence[int]], media: Sequence[Media]
+    modalities: Modalities,
+    model: MediaModel,
+    prompts: Sequence[Sequence[int]],
+    media: Sequence[Media],
 ) -> Iterator[Tensor]:
-    """(L, D) of each prompt: its tokens' embeddings with its pictures and sounds in place; every process must call it alike."""
+    """(L, D) of each prompt: its tokens' embeddings with its pictures and sounds in place.
+
+    `media` holds those of each prompt. All processes must call this with equal prompts.
+    """
     device = next(model.parameters()).device
     start = 0
     while start < len(prompts):
@@ -296,14 +313,12 @@ def embed_prompts(
             total, stop = total + len(prompts[stop]), stop + 1
         ids = [torch.tensor(prompt).numpy() for prompt in prompts[start:stop]]
         batch = lay_out(ids, [torch.zeros(len(x)).numpy() for x in ids])
+        items = [item for one in media[start:stop] for item in one]
         paths = {
-            name: tuple(
-                path for items in media[start:stop] for found, path in items if found == name
-            )
-            for name in opened.modalities
+            name: tuple(path for modality, path in items if modality == name) for name in modalities
         }
         with torch.no_grad():
-            filled = with_features(opened, to_device(MediaBatch(batch, **paths), device))
-            embeds = model.embed(filled)  # (1, T, D)
+            on_device = to_device(MediaBatch(batch, **paths), device)
+            embeds = model.embed(with_features(modalities, on_device))  # (1, T, D)
         yield from embeds[0].split(list(batch.lengths))
         start = stop

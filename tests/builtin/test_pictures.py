@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from ta.builtin.drawing import Shape, draw
 from ta.builtin.pictures import (
     COLOURS,
     NUMBERS,
@@ -99,3 +100,19 @@ def test_series_are_disjoint_by_construction():
         for i in range(50)
         for held_out in (False, True)
     )
+
+
+def test_drawing():
+    image = draw(
+        16,
+        (9, 9, 9),
+        [Shape("square", (255, 0, 0), 4, 8, 2), Shape("circle", (0, 0, 255), 12, 8, 3)],
+    )
+    assert (
+        image.shape == (16, 16, 3)
+        and (image[8, 4] == (255, 0, 0)).all()
+        and (image[8, 12] == (0, 0, 255)).all()
+        and (image[0] == 9).all()
+    )
+    with pytest.raises(ValueError, match="star"):
+        draw(8, (0, 0, 0), [Shape("star", (1, 1, 1), 4, 4, 2)])

@@ -435,23 +435,21 @@ def test_pictures_equal_the_hf_engine(tmp_path):
     from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
     from ta.data.sources import Drops
     from ta.generation.prompts import read_prompts
+    from ta.media.modalities import MediaConfig, MediaFiles, open_media, reopen_media
     from ta.media.multimodal import (
-        Table,
+        EmbeddingTable,
         embed_media_prompts,
         encode_media_prompts,
         media_model_for_inference,
         with_projectors,
     )
-    from ta.media.settings import MediaConfig, MediaFiles, open_media, reopen_media
     from ta.model.adapters import AdapterConfig
     from ta.model.export import export
     from ta.model.load import ComputeConfig, load_model
 
     _, asked = write_pictures(tmp_path, 1, 6)
     files = MediaFiles(image_root=str(tmp_path / "images"))
-    media = open_media(
-        MediaConfig(image_root=files.image_root, image_encoder="builtin"), (str(asked),), "cpu"
-    )
+    media = open_media(MediaConfig(files=files, image_encoder="builtin"), (str(asked),), "cpu")
     tokenizer = load_chat_tokenizer(
         ModelConfig(), TokenizerConfig(), ChatConfig(), placeholders=media.placeholders
     )
@@ -475,7 +473,7 @@ def test_pictures_equal_the_hf_engine(tmp_path):
     model = load_for_inference(config)
     engine = start_vllm(config, tokenizer.fast, SMALL, embeds=True)
     settings, answers = GenerateConfig(max_new_tokens=12), []
-    for answering, language in ((model, model), (engine, Table(model))):
+    for answering, language in ((model, model), (engine, EmbeddingTable(model))):
         projectors = media_model_for_inference(media, tokenizer, language)
         embeds = list(
             embed_media_prompts(media, tokenizer, ChatConfig(), projectors, chats, prompts)

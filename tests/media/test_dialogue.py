@@ -16,8 +16,8 @@ from ta.data.jsonl import BadRecord
 from ta.data.prepare import DataConfig
 from ta.folders import ModelConfig
 from ta.media.dialogue import encode_media, prepare_media_chats
+from ta.media.modalities import MediaConfig, MediaFiles, open_media
 from ta.media.multimodal import media_of
-from ta.media.settings import MediaConfig, open_media
 
 A = {"role": "assistant", "content": "red"}
 
@@ -209,7 +209,7 @@ def spoiled(folder):
 def test_every_bad_file_is_an_error_with_its_line_or_a_counted_skip(tmp_path):
     wrong = spoiled(tmp_path)
     media = open_media(
-        MediaConfig(image_root=str(tmp_path / "images"), image_encoder="builtin"),
+        MediaConfig(files=MediaFiles(image_root=str(tmp_path / "images")), image_encoder="builtin"),
         ("x.jsonl",),
         "cpu",
     )

@@ -13,10 +13,14 @@ from test_audio import tone, write_wav
 from test_imagebind import AUDIO, IMAGE, Published
 
 from ta.builtin.drawing import write_image
-from ta.builtin.pictures import draw_scene, make_scene, questions, write_pictures
-from ta.media.encoders import ENCODERS, fingerprint, load_encoder
-from ta.media.feature_file import Layout
-from ta.media.features import check_features, extract, read_features, take
+from ta.builtin.pictures import (
+    draw_scene,
+    make_scene,
+    picture_questions,
+    write_pictures,
+)
+from ta.media.encoders import ENCODERS, encoder_fingerprint, load_encoder
+from ta.media.features import Layout, check_features, extract, read_features, take
 from ta.media.imagebind import convert_checkpoint
 from ta.media.images import find_files, media_path
 
@@ -207,19 +211,19 @@ def test_imagebind(tmp_path, config, output):
 
 def test_a_fingerprint_knows_weights_settings_and_dtype(tmp_path):
     save_clip(tmp_path / "m", whole=True)
-    first = fingerprint(load_encoder("clip", tmp_path / "m"))
-    assert fingerprint(load_encoder("clip", tmp_path / "m")) == first and len(first) == 64
-    assert fingerprint(load_encoder("clip", tmp_path / "m", dtype=torch.bfloat16)) != first
-    seen = {first, fingerprint(load_encoder("builtin"))}
+    first = encoder_fingerprint(load_encoder("clip", tmp_path / "m"))
+    assert encoder_fingerprint(load_encoder("clip", tmp_path / "m")) == first and len(first) == 64
+    assert encoder_fingerprint(load_encoder("clip", tmp_path / "m", dtype=torch.bfloat16)) != first
+    seen = {first, encoder_fingerprint(load_encoder("builtin"))}
     settings = tmp_path / "m" / "preprocessor_config.json"
     given = json.loads(settings.read_text())
     settings.write_text(json.dumps(given | {"resample": 2}))
-    seen.add(fingerprint(load_encoder("clip", tmp_path / "m")))
+    seen.add(encoder_fingerprint(load_encoder("clip", tmp_path / "m")))
     settings.write_text(json.dumps(given))
     weights = load_file(tmp_path / "m" / "model.safetensors")
     weights["vision_model.encoder.layers.0.mlp.fc1.bias"][0] += 1e-3
     save_file(weights, tmp_path / "m" / "model.safetensors", {"format": "pt"})
-    seen.add(fingerprint(load_encoder("clip", tmp_path / "m")))
+    seen.add(encoder_fingerprint(load_encoder("clip", tmp_path / "m")))
     assert len(seen) == 4
 
 
@@ -305,8 +309,10 @@ def test_the_demo_encoder_can_be_read_linearly():
     for kind, pick in tiles.items():
         data = []
         for scenes, features in splits.values():
-            kept = [i for i, scene in enumerate(scenes) if kind in questions(scene)]
-            data.append((pick(features[kept]), [questions(scenes[i])[kind][1] for i in kept]))
+            kept = [i for i, scene in enumerate(scenes) if kind in picture_questions(scene)]
+            data.append(
+                (pick(features[kept]), [picture_questions(scenes[i])[kind][1] for i in kept])
+            )
         assert linear_accuracy(*data) > 0.97, kind
 
 
@@ -314,7 +320,7 @@ def test_cached_features_are_the_encoders_own(tmp_path):
     write_pictures(tmp_path, train=7, held_out=1)
     paths = {key: media_path(tmp_path / "images", key) for key in find_files(tmp_path / "images")}
     encoder = load_encoder("builtin")
-    layout = Layout(fingerprint(encoder), (encoder.n_modality_embs, encoder.emb_dim), "F32")
+    layout = Layout(encoder_fingerprint(encoder), (encoder.n_modality_embs, encoder.emb_dim), "F32")
     assert (
         extract(
             tmp_path / "c.safetensors",
@@ -327,7 +333,7 @@ def test_cached_features_are_the_encoders_own(tmp_path):
         ).done
         == 8
     )
-    cache = read_features(tmp_path / "c.safetensors", fingerprint(load_encoder("builtin")))
+    cache = read_features(tmp_path / "c.safetensors", encoder_fingerprint(load_encoder("builtin")))
     check_features(cache, paths)
     inputs = torch.stack([torch.from_numpy(encoder.read(path)) for path in paths.values()])
     for size in (1, 2, 8):  # in batches of other sizes, too

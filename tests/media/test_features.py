@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ta.files import content_hash, locked
-from ta.media.feature_file import FeatureFile, Layout
 from ta.media.features import (
+    FeatureFile,
+    Layout,
     check_features,
     content_hashes,
     extract,
@@ -221,7 +222,7 @@ def test_wrong_shapes_and_names_are_refused(tmp_path, paths):
 
 
 def test_too_long_a_header_is_said_first(tmp_path, monkeypatch):
-    monkeypatch.setattr("ta.media.feature_file.MAX_HEADER", 2000)
+    monkeypatch.setattr("ta.media.features.MAX_HEADER", 2000)
     with pytest.raises(ValueError, match="split the folder"):
         FeatureFile(tmp_path / "c", LAYOUT, [f"{i}.png" for i in range(20)])
 
@@ -231,7 +232,7 @@ import re, resource, sys
 import numpy as np
 import safetensors.torch, torch
 from ta.media.features import extract
-from ta.media.feature_file import Layout
+from ta.media.features import Layout
 
 def memory(name):
     return int(re.search(name + r":\\s*(\\d+) kB", open("/proc/self/status").read())[1])

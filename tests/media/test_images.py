@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ta.builtin.drawing import Shape, draw, write_image
+from ta.builtin.drawing import write_image
 from ta.media.images import (
     CLIP,
     SIGLIP,
@@ -250,19 +250,3 @@ def test_channels_are_red_green_blue(tmp_path):
     assert (
         read_pixels(tmp_path / "red.png", plain) == np.array([1, 0, 0], np.float32)[:, None, None]
     ).all()
-
-
-def test_drawing():
-    image = draw(
-        16,
-        (9, 9, 9),
-        [Shape("square", (255, 0, 0), 4, 8, 2), Shape("circle", (0, 0, 255), 12, 8, 3)],
-    )
-    assert (
-        image.shape == (16, 16, 3)
-        and (image[8, 4] == (255, 0, 0)).all()
-        and (image[8, 12] == (0, 0, 255)).all()
-        and (image[0] == 9).all()
-    )
-    with pytest.raises(ValueError, match="star"):
-        draw(8, (0, 0, 0), [Shape("star", (1, 1, 1), 4, 4, 2)])

@@ -15,8 +15,9 @@ from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.data.prepare import DataConfig
 from ta.folders import ModelConfig
 from ta.media.dialogue import prepare_media_chats
-from ta.media.feature_file import Layout
-from ta.media.features import extract
+from ta.media.encoders import load_with_fingerprint
+from ta.media.features import Layout, extract
+from ta.media.modalities import MediaConfig, MediaFiles, open_media
 from ta.media.multimodal import (
     MediaBatch,
     collate_media,
@@ -25,7 +26,6 @@ from ta.media.multimodal import (
     with_features,
     with_projectors,
 )
-from ta.media.settings import MediaConfig, load_marked, open_media
 from ta.model.adapters import AdapterConfig
 from ta.model.load import ComputeConfig, load_model
 
@@ -56,8 +56,11 @@ def place(tmp_path_factory):
 
 
 def opened(place, **config):
-    config = {"image_root": str(place / "images"), "image_encoder": "builtin"} | config
-    return open_media(MediaConfig(**config), (str(place / "train.jsonl"),), "cpu")
+    files = {"image_root": str(place / "images")}
+    for name in MediaFiles.__dataclass_fields__.keys() & config.keys():
+        files[name] = config.pop(name)
+    config = MediaConfig(files=MediaFiles(**files), **{"image_encoder": "builtin"} | config)
+    return open_media(config, (str(place / "train.jsonl"),), "cpu")
 
 
 def formed(media, **chat):
@@ -90,7 +93,7 @@ def batch_of_records(prepared, make, records, packed=True):
 
 def test_what_learns(place):
     media = opened(place, image_encoder="clip", image_encoder_path=str(place / "clip"))
-    encoder = media.modalities["image"].encode.__self__.module
+    encoder = media["image"].encode.__self__.module
     for freeze, adapter in ((False, "none"), (True, "none"), (False, "lora")):
         model, tokenizer, prepared, make = made(
             media, place / "train.jsonl", freeze=freeze, adapter=adapter
@@ -162,18 +165,18 @@ def test_cached_equals_uncached_bit_for_bit(place, tmp_path, name):
         "image_encoder": name,
         "image_encoder_path": str(place / "clip") if name == "clip" else None,
     }
-    encoder, mark = load_marked(name, path["image_encoder_path"], "cpu")
+    encoder, fingerprint = load_with_fingerprint(name, path["image_encoder_path"], "cpu")
     files = {f"train/{i:05d}.png": place / "images" / "train" / f"{i:05d}.png" for i in range(6)}
     extract(
         tmp_path / "c",
         files,
         encoder.read,
         encoder.encode,
-        Layout(mark, (encoder.n_modality_embs, encoder.emb_dim), "F32"),
+        Layout(fingerprint, (encoder.n_modality_embs, encoder.emb_dim), "F32"),
         batch_size=4,
     )
     media, cached = opened(place, **path), opened(place, **path, image_features=str(tmp_path / "c"))
-    assert cached.modalities["image"].encode is None
+    assert cached["image"].encode is None
     model, _, prepared, make = made(media, place / "train.jsonl")
     _, _, again, read = made(cached, place / "train.jsonl", model)
     for records in ([0], [0, 1, 2, 3, 4], [5, 2]):
@@ -249,10 +252,7 @@ def test_sounds_beside_pictures(place, tmp_path):
     model.loss(batch).backward()
     assert all(p.grad.abs().sum() > 0 for p in model.projectors.parameters())
     ids = prepared.ids.tolist()
-    assert (
-        ids.count(tokenizer.placeholders["audio"].id)
-        == media.modalities["audio"].settings["features"]
-    )
+    assert ids.count(tokenizer.placeholders["audio"].id) == media["audio"].settings["features"]
     assert ids.index(tokenizer.placeholders["audio"].id) < ids.index(
         tokenizer.placeholders["image"].id
     )

@@ -12,8 +12,8 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2ForSequenceClass
 
 from ta import parallel
 from ta.data.batch import lay_out
+from ta.media.modalities import Modalities
 from ta.media.multimodal import MediaBatch, MediaModel
-from ta.media.settings import Opened
 from ta.model.adapters import AdapterConfig, add_adapter
 from ta.model.attention import register
 from ta.model.language_model import base_model, wrap
@@ -50,7 +50,7 @@ def root_of(kind):
     torch.manual_seed(1)
     if kind == "media":
         projectors = {"image": torch.nn.Linear(5, 32).double()}
-        return MediaModel(root, projectors, Opened({}), {"image": 9})
+        return MediaModel(root, projectors, Modalities({}), {"image": 9})
     if kind == "retrieval":
         sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
         quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
