@@ -42,7 +42,7 @@ def _inputs(prompts, jobs, batch, embeds, device) -> dict:
     return padded
 
 
-def run_driven(inner, prompts, jobs, config, how, advance, finished, embeds, virtual) -> None:
+def run_driven(inner, prompts, jobs, config, sampling, advance, finished, embeds, virtual) -> None:
     """transformers' generate runs the model and keeps its cache; our own function chooses every token.
 
     virtual: an adapter puts virtual tokens in front.
@@ -50,7 +50,7 @@ def run_driven(inner, prompts, jobs, config, how, advance, finished, embeds, vir
     device = next(inner.parameters()).device
     for batch in _batches(prompts, jobs, config, config.slots, virtual):
         ids, logprobs, done = [[] for _ in batch], [[] for _ in batch], [False] * len(batch)
-        draws = [(*uniforms(jobs[j], how), 0.0) for j in batch]
+        draws = [(*uniforms(jobs[j], sampling), 0.0) for j in batch]
 
         def pick(_, logits, batch=batch, ids=ids, logprobs=logprobs, done=done, draws=draws):
             """The next token of every row (transformers' step), which is noted with its log-probability."""
@@ -66,7 +66,7 @@ def run_driven(inner, prompts, jobs, config, how, advance, finished, embeds, vir
                     seen[
                         row, torch.tensor([*prompts[jobs[j].prompt], *ids[row]], dtype=torch.long)
                     ] = True
-            tokens, logps = choose(logits, drawn, seen, how)
+            tokens, logps = choose(logits, drawn, seen, sampling)
             for row, (token, logp) in enumerate(zip(tokens.tolist(), logps.tolist(), strict=True)):
                 if not done[row]:
                     ids[row].append(token)

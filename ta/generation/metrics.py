@@ -1,17 +1,19 @@
-"""Metrics: pure functions from lists to one float, and the dict that names them all.
+"""Metrics: pure functions from lists to one float, and the table that names them all.
 
-Arguments have the same names everywhere, so that `measure` can fill them in: `answers` and `references` (texts), `predictions` and `labels`,
-`scores`, `logprobs` and `ref_logprobs` (per answer, per token), `rewards`, `retrieved` and `gold` (passage ids per question). A single token has
-a value; a mean of nothing, or a question without an answer (ROC-AUC of one class), is nan.
+Inputs have the same names everywhere: `answers` and `references` (texts), `predictions` and
+`labels`, `scores`, `logprobs` and `ref_logprobs` (per answer, per token), `rewards`, `retrieved`
+and `gold` (passage ids per question). A single token has a value; a mean of nothing, or a question
+without an answer (ROC-AUC of one class), is nan.
 """
 
-import inspect
+from __future__ import annotations
+
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from ta.generation.text_metrics import (
     adjusted_distinct,
@@ -19,6 +21,7 @@ from ta.generation.text_metrics import (
     distinct,
     diversity,
     length,
+    mean,
     meteor,
     rouge_l,
     rouge_n,
@@ -32,14 +35,14 @@ def accuracy(predictions: Sequence[Any], labels: Sequence[Any]) -> float:
         [x.strip() if isinstance(x, str) else x for x in pair]
         for pair in zip(predictions, labels, strict=True)
     ]
-    return _mean(p == y for p, y in bare)
+    return mean(p == y for p, y in bare)
 
 
 def contains(answers: Sequence[str], references: Sequence[str]) -> float:
     """Share of answers in which the reference stands as whole words: right, in any number of words."""
     patterns = (rf"(?<!\w){re.escape(reference.strip())}(?!\w)" for reference in references)
     pairs = zip(answers, patterns, strict=True)
-    return _mean(re.search(pattern, answer) is not None for answer, pattern in pairs)
+    return mean(re.search(pattern, answer) is not None for answer, pattern in pairs)
 
 
 def balanced_accuracy(predictions: Sequence[Hashable], labels: Sequence[Hashable]) -> float:
@@ -48,22 +51,22 @@ def balanced_accuracy(predictions: Sequence[Hashable], labels: Sequence[Hashable
         Counter(y for p, y in zip(predictions, labels, strict=True) if p == y),
         Counter(labels),
     )
-    return _mean(hits[c] / count[c] for c in count)
+    return mean(hits[c] / count[c] for c in count)
 
 
 def precision(predictions: Sequence[Hashable], labels: Sequence[Hashable]) -> float:
     """Macro-average of true positives / predicted positives over the classes that occur; a class never predicted has 0."""
-    return _mean(hits / max(predicted, 1) for hits, predicted, _ in _counts(predictions, labels))
+    return mean(hits / max(predicted, 1) for hits, predicted, _ in _counts(predictions, labels))
 
 
 def recall(predictions: Sequence[Hashable], labels: Sequence[Hashable]) -> float:
     """Macro-average of true positives / labels of the class over the classes that occur; a class only predicted has 0."""
-    return _mean(hits / max(there, 1) for hits, _, there in _counts(predictions, labels))
+    return mean(hits / max(there, 1) for hits, _, there in _counts(predictions, labels))
 
 
 def f1(predictions: Sequence[Hashable], labels: Sequence[Hashable]) -> float:
     """Macro-average over the classes that occur of 2 true positives / (predicted positives + labels of the class)."""
-    return _mean(
+    return mean(
         2 * hits / (predicted + there) for hits, predicted, there in _counts(predictions, labels)
     )
 
@@ -86,7 +89,7 @@ def roc_auc(scores: Sequence[float], labels: Sequence[int | bool]) -> float:
 
 def perplexity(logprobs: Sequence[Sequence[float]]) -> float:
     """exp(-mean log-probability) over the tokens of all answers (Jelinek et al. 1977); one token of probability p has 1 / p."""
-    mean = _mean(logprob for answer in logprobs for logprob in answer)
+    mean = mean(logprob for answer in logprobs for logprob in answer)
     return math.inf if mean < -700 else math.exp(-mean)
 
 
@@ -103,33 +106,33 @@ def kl(
         raise ValueError(f"unknown estimator {estimator!r}; give k1 or k3")
     pairs = [zip(p, q, strict=True) for p, q in zip(logprobs, ref_logprobs, strict=True)]
     gaps = (p - q for answer in pairs for p, q in answer)
-    return _mean(
+    return mean(
         gaps if estimator == "k1" else (math.inf if d < -700 else math.expm1(-d) + d for d in gaps)
     )
 
 
 def reward(rewards: Sequence[float]) -> float:
     """Mean reward."""
-    return _mean(rewards)
+    return mean(rewards)
 
 
 def recall_at_k(
     retrieved: Sequence[Sequence[Hashable]], gold: Sequence[Collection[Hashable]], k: int = 5
 ) -> float:
     """Mean share of a question's gold passages that are among its first k retrieved; with one gold passage, the hit rate."""
-    return _mean(
-        len(set(found[:k]) & set(right)) / len(set(right))
-        for found, right in zip(retrieved, gold, strict=True)
+    return mean(
+        len(set(ranked[:k]) & set(right)) / len(set(right))
+        for ranked, right in zip(retrieved, gold, strict=True)
         if right
     )
 
 
 def mrr(retrieved: Sequence[Sequence[Hashable]], gold: Sequence[Collection[Hashable]]) -> float:
     """Mean of 1 / rank of the first gold passage, 0 where none was retrieved (Voorhees 1999). Questions without gold do not count."""
-    pairs = [(found, right) for found, right in zip(retrieved, gold, strict=True) if right]
-    return _mean(
-        next((1 / rank for rank, passage in enumerate(found, 1) if passage in right), 0.0)
-        for found, right in pairs
+    pairs = [(ranked, right) for ranked, right in zip(retrieved, gold, strict=True) if right]
+    return mean(
+        next((1 / rank for rank, passage in enumerate(ranked, 1) if passage in right), 0.0)
+        for ranked, right in pairs
     )
 
 
@@ -144,35 +147,40 @@ def retrieval_utility(
     pairs = [
         (alone, after) for alone, after in zip(logprobs, passage_logprobs, strict=True) if after
     ]
-    return _mean(_mean(_mean(tokens) for tokens in after) - _mean(alone) for alone, after in pairs)
+    return mean(mean(mean(tokens) for tokens in after) - mean(alone) for alone, after in pairs)
+
+
+class Metric(NamedTuple):
+    """A function and the inputs that it takes, in order."""
+
+    function: Callable[..., float]
+    inputs: tuple[str, ...]
 
 
 def measure(names: Iterable[str], **data: Any) -> dict[str, float]:
-    """The metrics `names` of METRICS, each given those of `data` that it takes. ValueError for an unknown name or for missing data."""
+    """The metrics `names` of METRICS, each given those of `data` that it takes.
+
+    ValueError for an unknown name or for missing data.
+    """
     names = list(names)
     check_metrics(names, [key for key, value in data.items() if value is not None])
-    return {name: METRICS[name](**{key: data[key] for key in _needs(name)}) for name in names}
+    values = {}
+    for name in names:
+        function, inputs = METRICS[name]
+        values[name] = function(*(data[key] for key in inputs))
+    return values
 
 
 def check_metrics(names: Iterable[str], given: Collection[str]) -> None:
-    """ValueError for an unknown name, and for a metric that needs other arguments than those `given`."""
+    """ValueError for an unknown name, and for a metric that needs other inputs than those `given`."""
     for name in names:
         if name not in METRICS:
             raise ValueError(f"unknown metric {name!r}; give some of: {', '.join(METRICS)}")
-        if missing := [key for key in _needs(name) if key not in given]:
+        if missing := [key for key in METRICS[name].inputs if key not in given]:
             raise ValueError(
-                f"metric {name} needs {' and '.join(missing)}, and there is only {', '.join(given) or 'nothing'}; leave it out"
+                f"metric {name} needs {' and '.join(missing)}, and there is only "
+                f"{', '.join(given) or 'nothing'}; leave it out"
             )
-
-
-def _needs(name: str) -> list[str]:
-    parameters = inspect.signature(METRICS[name]).parameters.values()
-    return [p.name for p in parameters if p.default is p.empty]
-
-
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return math.fsum(values) / len(values) if values else math.nan
 
 
 def _counts(
@@ -184,31 +192,33 @@ def _counts(
     return [(hits[c], predicted[c], there[c]) for c in predicted | there]
 
 
-METRICS: dict[str, Callable[..., float]] = {
-    "accuracy": accuracy,
-    "contains": contains,
-    "balanced_accuracy": balanced_accuracy,
-    "precision": precision,
-    "recall": recall,
-    "f1": f1,
-    "roc_auc": roc_auc,
-    "length": length,
-    "distinct_1": distinct,
-    "distinct_2": partial(distinct, n=2),
-    "adjusted_distinct_1": adjusted_distinct,
-    "adjusted_distinct_2": partial(adjusted_distinct, n=2),
-    "diversity": diversity,
-    "bleu": bleu,
-    "self_bleu": self_bleu,
-    "rouge_1": rouge_n,
-    "rouge_2": partial(rouge_n, n=2),
-    "rouge_l": rouge_l,
-    "meteor": meteor,
-    "perplexity": perplexity,
-    "kl": kl,
-    "reward": reward,
-    "recall_at_1": partial(recall_at_k, k=1),
-    "recall_at_5": recall_at_k,
-    "mrr": mrr,
-    "retrieval_utility": retrieval_utility,
+CLASSES = ("predictions", "labels")
+TEXTS = ("answers", "references")
+METRICS: dict[str, Metric] = {
+    "accuracy": Metric(accuracy, CLASSES),
+    "contains": Metric(contains, TEXTS),
+    "balanced_accuracy": Metric(balanced_accuracy, CLASSES),
+    "precision": Metric(precision, CLASSES),
+    "recall": Metric(recall, CLASSES),
+    "f1": Metric(f1, CLASSES),
+    "roc_auc": Metric(roc_auc, ("scores", "labels")),
+    "length": Metric(length, ("answers",)),
+    "distinct_1": Metric(distinct, ("answers",)),
+    "distinct_2": Metric(partial(distinct, n=2), ("answers",)),
+    "adjusted_distinct_1": Metric(adjusted_distinct, ("answers", "vocab_size")),
+    "adjusted_distinct_2": Metric(partial(adjusted_distinct, n=2), ("answers", "vocab_size")),
+    "diversity": Metric(diversity, ("answers",)),
+    "bleu": Metric(bleu, TEXTS),
+    "self_bleu": Metric(self_bleu, ("answers",)),
+    "rouge_1": Metric(rouge_n, TEXTS),
+    "rouge_2": Metric(partial(rouge_n, n=2), TEXTS),
+    "rouge_l": Metric(rouge_l, TEXTS),
+    "meteor": Metric(meteor, TEXTS),
+    "perplexity": Metric(perplexity, ("logprobs",)),
+    "kl": Metric(kl, ("logprobs", "ref_logprobs")),
+    "reward": Metric(reward, ("rewards",)),
+    "recall_at_1": Metric(partial(recall_at_k, k=1), ("retrieved", "gold")),
+    "recall_at_5": Metric(recall_at_k, ("retrieved", "gold")),
+    "mrr": Metric(mrr, ("retrieved", "gold")),
+    "retrieval_utility": Metric(retrieval_utility, ("logprobs", "passage_logprobs")),
 }

@@ -98,8 +98,8 @@ def prompts_of(
         chats.append(messages)
         answers.append(messages[-1]["content"] if messages[-1]["role"] == ANSWER else "")
     encoded = encode(chats, tokenizer, chat)
-    found = zip(chosen, chats, encoded, answers, strict=True)
-    return [Prompt(*fields) for fields in found if not isinstance(fields[2], Drop)]
+    prompts = zip(chosen, chats, encoded, answers, strict=True)
+    return [Prompt(*fields) for fields in prompts if not isinstance(fields[2], Drop)]
 
 
 def generate_samples(

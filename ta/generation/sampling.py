@@ -5,7 +5,7 @@ all of them. The same seed gives the same choice; give every record a seed of it
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from random import Random
 
 
@@ -58,10 +58,3 @@ def _check(rewards: Sequence[float]) -> None:
             raise ValueError(
                 f"reward {i} is {reward}, which has no place in an order; give finite rewards"
             )
-
-
-SAMPLERS: dict[str, Callable[..., list[int]]] = {
-    "random": sample_random,
-    "best": sample_best,
-    "rejection": sample_rejection,
-}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ta.data.loader import split_micro
 from ta.folders import ModelConfig, read_folder, resolve
 from ta.generation.vllm_engine import VllmEngine, score_vllm
 from ta.model.adapters import adapter_labels
@@ -47,7 +48,6 @@ def score(
     import torch
 
     from ta.data.batch import lay_out, to_device
-    from ta.data.loader import split_micro
 
     device = next(model.parameters()).device
     rows: list[list[float]] = [[]] * len(sequences)

@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 
-class Window:
+class CacheWindow:
     """Which rows and columns of the buffer the forward pass under way reads and writes; shared by all layers.
 
     A step of fixed shapes reads the first `width` columns whatever they hold, and writes the column
@@ -37,7 +37,7 @@ class SlotLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, window: Window):
+    def __init__(self, window: CacheWindow):
         super().__init__()
         self.window = window
 

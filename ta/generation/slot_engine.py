@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ta.generation.graphs import Graphs
-from ta.generation.slot_cache import SlotLayer, Window
+from ta.generation.slot_cache import SlotLayer, CacheWindow
 from ta.parallel import say
 
 PREFILL_TOKENS = 8192  # padded prompt tokens in one prefill: bounds its activations
@@ -86,7 +86,7 @@ def run_slots(
     layers: int,
     prompts: Sequence[Sequence[int]],
     jobs: Sequence[Job],
-    how: Sampling,
+    sampling: Sampling,
     slots: int = 64,
     embeds: Sequence[Tensor] | None = None,
     vocabulary: int = 0,
@@ -109,16 +109,16 @@ def run_slots(
     slots = min(slots, len(jobs))
     longest = lengths[jobs[waiting[-1]].prompt]
     capacity = longest + min(longest // 2 + 64, max(job.limit for job in jobs))
-    window = Window(slots, bucket(capacity) if fixed_shapes else capacity, longest)
+    window = CacheWindow(slots, bucket(capacity) if fixed_shapes else capacity, longest)
     cache = Cache(layers=[SlotLayer(window) for _ in range(layers)])
     seen = (
         torch.zeros(slots, vocabulary, dtype=torch.bool, device=device)
-        if how.repetition_penalty != 1
+        if sampling.repetition_penalty != 1
         else None
     )
     tokens = torch.zeros(slots, dtype=torch.long, device=device)
-    engine = Engine(
-        caller, prompts, lengths, jobs, how, embeds, device, window, cache, seen, waiting, tokens
+    engine = SlotEngine(
+        caller, prompts, lengths, jobs, sampling, embeds, device, window, cache, seen, waiting, tokens
     )
     if fixed_shapes:
         engine.fix_shapes()
@@ -138,15 +138,15 @@ def run_slots(
 
 
 @dataclass
-class Engine:
+class SlotEngine:
     caller: Caller
     prompts: Sequence[Sequence[int]]
     lengths: Sequence[int]  # of each prompt, in columns
     jobs: Sequence[Job]
-    how: Sampling
+    sampling: Sampling
     embeds: Sequence[Tensor] | None
     device: torch.device
-    window: Window
+    window: CacheWindow
     cache: Cache
     seen: Tensor | None  # (slots, V): tokens of each row so far
     waiting: list[int]  # jobs, the next at the end
@@ -212,9 +212,9 @@ class Engine:
                 if self.seen is not None:
                     self.seen[len(self.rows)] = False
                     self.seen[len(self.rows), self._sent(self.prompts[i])] = True
-                self.rows.append(Row(job, self.lengths[i], uniforms(self.jobs[job], self.how)))
+                self.rows.append(Row(job, self.lengths[i], uniforms(self.jobs[job], self.sampling)))
         seen = None if self.seen is None else self.seen[first : len(self.rows)]
-        self._append(first, *choose(logits, self._sent(self._drawn(first)), seen, self.how))
+        self._append(first, *choose(logits, self._sent(self._drawn(first)), seen, self.sampling))
 
     def step(self) -> None:
         """One more token for every row."""
@@ -223,7 +223,7 @@ class Engine:
         if found is None:
             n = len(self.rows)
             seen = None if self.seen is None else self.seen[:n]
-            found = choose(self._logits(), self._sent(self._drawn(0)), seen, self.how)
+            found = choose(self._logits(), self._sent(self._drawn(0)), seen, self.sampling)
         self.window.end += 1
         for row in self.rows:
             row.length += 1
@@ -273,7 +273,7 @@ class Engine:
         # an empty slot, of length 0, sees the column that it writes and no other
         places = [self.window.end, *(row.length for row in self.rows), *[0] * (key[0] - n)]
         self.places[: len(places)].copy_(self._pinned(places), non_blocking=True)
-        if self.how.temperature:
+        if self.sampling.temperature:
             self.draws[:n].copy_(self._pinned(self._drawn(0)), non_blocking=True)
         known = key in self.fixed.replays
         try:
@@ -303,9 +303,9 @@ class Engine:
 
     def _fixed(self, rows: int, width: int) -> tuple[Tensor, Tensor]:
         """ids (rows,) and log-probabilities (rows,), from tensors that stay where they are."""
-        draws = self.draws[:rows] if self.how.temperature else None
+        draws = self.draws[:rows] if self.sampling.temperature else None
         seen = None if self.seen is None else self.seen[:rows]
-        return choose(self._fixed_logits(rows, width), draws, seen, self.how)
+        return choose(self._fixed_logits(rows, width), draws, seen, self.sampling)
 
     def _fixed_logits(self, rows: int, width: int) -> Tensor:
         """(rows, V) after the last token of the first `rows` slots, of `width` columns of the cache."""
@@ -325,7 +325,7 @@ class Engine:
 
     def _drawn(self, first: int) -> list[float] | None:
         """The next random number of every row from `first` on; None where decoding is greedy."""
-        if not self.how.temperature:
+        if not self.sampling.temperature:
             return None
         return [row.uniforms[row.asked] for row in self.rows[first:]]
 
@@ -417,17 +417,17 @@ def tell(text: str) -> None:
     say(text)
 
 
-def uniforms(job: Job, how: Sampling) -> Sequence[float]:
+def uniforms(job: Job, sampling: Sampling) -> Sequence[float]:
     """The random numbers of one answer, made when its turn comes."""
     return (
         np.random.default_rng(job.seed).random(job.limit, np.float32).tolist()
-        if how.temperature
+        if sampling.temperature
         else ()
     )
 
 
 def choose(
-    logits: Tensor, uniforms: Tensor | None, seen: Tensor | None, how: Sampling
+    logits: Tensor, uniforms: Tensor | None, seen: Tensor | None, sampling: Sampling
 ) -> tuple[Tensor, Tensor]:
     """Next tokens of `logits` (B, V): (ids (B,), log p (B,) in nats under the model's plain distribution, before penalty and temperature).
 
@@ -441,21 +441,21 @@ def choose(
         scores = torch.where(
             seen,
             torch.where(
-                scores < 0, scores * how.repetition_penalty, scores / how.repetition_penalty
+                scores < 0, scores * sampling.repetition_penalty, scores / sampling.repetition_penalty
             ),
             scores,
         )
-    ids = scores.argmax(-1) if uniforms is None else _draw(scores, uniforms, how)
+    ids = scores.argmax(-1) if uniforms is None else _draw(scores, uniforms, sampling)
     return ids, logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1)
 
 
-def _draw(scores: Tensor, uniforms: Tensor, how: Sampling) -> Tensor:
-    scores = scores / how.temperature
-    if 0 < how.top_k < scores.shape[1]:
-        scores = scores.masked_fill(scores < scores.topk(how.top_k).values[:, -1:], -torch.inf)
-    if how.top_p < 1:
+def _draw(scores: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
+    scores = scores / sampling.temperature
+    if 0 < sampling.top_k < scores.shape[1]:
+        scores = scores.masked_fill(scores < scores.topk(sampling.top_k).values[:, -1:], -torch.inf)
+    if sampling.top_p < 1:
         ordered, order = scores.sort(-1)
-        out = ordered.softmax(-1).cumsum(-1) <= 1 - how.top_p
+        out = ordered.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
         out[:, -1] = False
         scores = scores.masked_fill(torch.zeros_like(out).scatter(1, order, out), -torch.inf)
     reached = scores.softmax(-1).cumsum(-1, dtype=torch.float64)

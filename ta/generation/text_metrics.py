@@ -15,7 +15,7 @@ Units = Sequence[str] | Sequence[Sequence[Hashable]]
 
 def length(answers: Units) -> float:
     """Mean number of units (words of texts, tokens of ids) an answer."""
-    return _mean(len(units) for units in _split(answers))
+    return mean(len(units) for units in _split(answers))
 
 
 def distinct(answers: Units, n: int = 1) -> float:
@@ -43,7 +43,7 @@ def adjusted_distinct(answers: Units, vocab_size: int, n: int = 1) -> float:
 def diversity(answers: Units) -> float:
     """Mean over answers of the entropy of their units, -sum p log p in nats (Shannon 1948); 0 for an empty answer."""
     totals = ((Counter(units), len(units)) for units in _split(answers))
-    return _mean(
+    return mean(
         -sum(c / total * math.log(c / total) for c in counts.values()) for counts, total in totals
     )
 
@@ -65,7 +65,7 @@ def self_bleu(answers: Units, max_n: int = 4) -> float:
     units = _split(answers)
     if len(units) == 1:
         return 0.0
-    return _mean(
+    return mean(
         _bleu([(a, units[:i] + units[i + 1 :])], max_n, effective_order=True)
         for i, a in enumerate(units)
     )
@@ -77,13 +77,13 @@ def rouge_n(answers: Sequence[str], references: Sequence[str], n: int = 1) -> fl
         [Counter(_ngrams(_plain(text), n)) for text in pair]
         for pair in zip(answers, references, strict=True)
     ]
-    return _mean(2 * (a & r).total() / max(a.total() + r.total(), 1) for a, r in grams)
+    return mean(2 * (a & r).total() / max(a.total() + r.total(), 1) for a, r in grams)
 
 
 def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
     """ROUGE-L (Lin 2004): mean F1 of the longest common subsequence of words as in `rouge_n`."""
     pairs = [(_plain(a), _plain(r)) for a, r in zip(answers, references, strict=True)]
-    return _mean(2 * _common_subsequence(a, r) / max(len(a) + len(r), 1) for a, r in pairs)
+    return mean(2 * _common_subsequence(a, r) / max(len(a) + len(r), 1) for a, r in pairs)
 
 
 def meteor(answers: Sequence[str], references: Sequence[str]) -> float:
@@ -99,10 +99,11 @@ def meteor(answers: Sequence[str], references: Sequence[str]) -> float:
         p, r = matched / len(answer), matched / len(reference)
         return 10 * p * r / (r + 9 * p) * (1 - 0.5 * (chunks / matched) ** 3)
 
-    return _mean(one(_plain(a), _plain(r)) for a, r in zip(answers, references, strict=True))
+    return mean(one(_plain(a), _plain(r)) for a, r in zip(answers, references, strict=True))
 
 
-def _mean(values: Iterable[float]) -> float:
+def mean(values: Iterable[float]) -> float:
+    """The mean of numbers; nan of none."""
     values = list(values)
     return math.fsum(values) / len(values) if values else math.nan
 
@@ -123,7 +124,7 @@ def _bleu(
     pairs: list[tuple[list[Hashable], list[list[Hashable]]]], max_n: int, effective_order: bool
 ) -> float:
     """BLEU of (answer, its references): clipped n-gram precisions, of which a k-th zero counts as 1 / (2^k total), and the brevity penalty."""
-    orders, ours, theirs, zeros = [], 0, 0, 0
+    orders, answered, wanted, zeros = [], 0, 0, 0
     for n in range(1, max_n + 1):
         correct = total = 0
         for answer, references in pairs:
@@ -133,10 +134,9 @@ def _bleu(
             correct, total = correct + (grams & best).total(), total + grams.total()
         orders.append((correct, total))
     for answer, references in pairs:
-        ours += len(answer)
-        theirs += min((abs(len(r) - len(answer)), len(r)) for r in references)[
-            1
-        ]  # the closest length, the shorter of two
+        answered += len(answer)
+        # the closest length, the shorter of two
+        wanted += min((abs(len(r) - len(answer)), len(r)) for r in references)[1]
     if not any(correct for correct, _ in orders) or (not effective_order and not orders[-1][1]):
         return 0.0 if pairs else math.nan
     logs = []
@@ -144,7 +144,7 @@ def _bleu(
         if total:
             zeros += not correct
             logs.append(math.log(correct / total if correct else 1 / (2**zeros * total)))
-    return math.exp(min(0, 1 - theirs / ours) + sum(logs) / len(logs))
+    return math.exp(min(0, 1 - wanted / answered) + sum(logs) / len(logs))
 
 
 def _common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
