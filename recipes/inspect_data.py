@@ -74,7 +74,10 @@ def json_lines(prepared: Prepared) -> Iterator[str]:
 
 
 def record_of(prepared: Prepared, i: int) -> dict:
-    """ids, labels and weights of record i; where a record has several sequences they stand in a list."""
+    """ids, labels and weights of record i.
+
+    Where a record has several sequences they stand in a list.
+    """
     parts = []
     for j in range(prepared.k):
         ids, weights = (array.tolist() for array in ta.sequence(prepared, i * prepared.k + j))

@@ -109,22 +109,22 @@ class AnswersFile:
 
         Then other processes are still at work.
         """
-        found = self._read(keys)
-        if len(found) < len(set(keys)):
+        made = self._read(keys)
+        if len(made) < len(set(keys)):
             return False
-        lines = [json.dumps(found[key], ensure_ascii=False) + "\n" for key in keys]
+        lines = [json.dumps(made[key], ensure_ascii=False) + "\n" for key in keys]
         write_atomic(self.path, "".join(lines))
         for part in self._parts():
             part.unlink(missing_ok=True)
         return True
 
     def _read(self, keys: Iterable[str]) -> dict[str, dict]:
-        wanted, found = set(keys), {}
+        wanted, records = set(keys), {}
         for path in (self.path, *self._parts()):
             for record in read_json_lines(path):  # none where another process has just published it
                 if record.get("key") in wanted:
-                    found.setdefault(record["key"], record)
-        return found
+                    records.setdefault(record["key"], record)
+        return records
 
     def _own_parts(self) -> list[Path]:
         """The parts that this process answers for.

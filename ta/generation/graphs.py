@@ -1,4 +1,4 @@
-"""CUDA graphs: work whose shapes and addresses never change is recorded once and replayed as a single launch."""
+"""CUDA graphs: work of fixed shapes and addresses, recorded once and replayed as one launch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ WARM_UPS = 2  # plain calls of a key before it is recorded: libraries settle wha
 
 
 class Graphs:
-    """`work(*key)`: on a GPU recorded at the third call of a key and replayed from then on, on a CPU a plain call.
+    """`work(*key)`: on a GPU recorded at the third call of a key and replayed from then on, on a
+    CPU a plain call.
 
     work: reads and writes tensors that stay where they are, and neither waits for the device nor
     looks at its values; what it gives holds until the next call. RuntimeError: it does wait.

@@ -1,4 +1,5 @@
-"""transformers' own generate, for what the slot engine cannot hold: beam search, prefix tuning, and models with caches of their own kind.
+"""transformers' own generate, for what the slot engine cannot hold: beam search, prefix tuning, and
+models with caches of their own kind.
 
 Letters: B rows, L prompt tokens, V vocabulary, D model width.
 """
@@ -13,7 +14,11 @@ from ta.generation.slot_engine import choose, left_pad, uniforms
 
 
 def _batches(prompts, jobs, config, rows: int, virtual: bool) -> Iterator[list[int]]:
-    """Jobs in batches of like length; of one length where padding would be penalised, or stand behind virtual tokens, or where limits differ."""
+    """Jobs in batches of like length.
+
+    Of one length where padding would be penalised, or stand behind virtual tokens, or where limits
+    differ.
+    """
     equal = (
         config.repetition_penalty != 1
         or virtual
@@ -43,7 +48,9 @@ def _inputs(prompts, jobs, batch, embeds, device) -> dict:
 
 
 def run_driven(inner, prompts, jobs, config, sampling, advance, finished, embeds, virtual) -> None:
-    """transformers' generate runs the model and keeps its cache; our own function chooses every token.
+    """transformers' generate runs the model and keeps its cache.
+
+    Our own function chooses every token.
 
     virtual: an adapter puts virtual tokens in front.
     """
@@ -53,7 +60,9 @@ def run_driven(inner, prompts, jobs, config, sampling, advance, finished, embeds
         draws = [(*uniforms(jobs[j], sampling), 0.0) for j in batch]
 
         def pick(_, logits, batch=batch, ids=ids, logprobs=logprobs, done=done, draws=draws):
-            """The next token of every row (transformers' step), which is noted with its log-probability."""
+            """The next token of every row (transformers' step), which is noted with its
+            log-probability.
+            """
             drawn = (
                 torch.tensor([draw[len(row)] for draw, row in zip(draws, ids, strict=True)])
                 if config.temperature

@@ -30,7 +30,10 @@ from ta.generation.text_metrics import (
 
 
 def accuracy(predictions: Sequence[Any], labels: Sequence[Any]) -> float:
-    """Exact match: the share of predictions that equal their label; texts without the white space around them."""
+    """Exact match: the share of predictions that equal their label.
+
+    Texts are compared without the white space around them.
+    """
     bare = [
         [x.strip() if isinstance(x, str) else x for x in pair]
         for pair in zip(predictions, labels, strict=True)
@@ -55,30 +58,42 @@ def balanced_accuracy(predictions: Sequence[Hashable], labels: Sequence[Hashable
 
 
 def precision(predictions: Sequence[Hashable], labels: Sequence[Hashable]) -> float:
-    """Macro-average of true positives / predicted positives over the classes that occur; a class never predicted has 0."""
+    """Macro-average of true positives / predicted positives over the classes that occur.
+
+    A class never predicted has 0.
+    """
     return mean(hits / max(predicted, 1) for hits, predicted, _ in _counts(predictions, labels))
 
 
 def recall(predictions: Sequence[Hashable], labels: Sequence[Hashable]) -> float:
-    """Macro-average of true positives / labels of the class over the classes that occur; a class only predicted has 0."""
+    """Macro-average of true positives / labels of the class over the classes that occur.
+
+    A class only predicted has 0.
+    """
     return mean(hits / max(there, 1) for hits, _, there in _counts(predictions, labels))
 
 
 def f1(predictions: Sequence[Hashable], labels: Sequence[Hashable]) -> float:
-    """Macro-average over the classes that occur of 2 true positives / (predicted positives + labels of the class)."""
+    """Macro-average over the classes that occur of 2 true positives / (predicted positives + labels
+    of the class).
+    """
     return mean(
         2 * hits / (predicted + there) for hits, predicted, there in _counts(predictions, labels)
     )
 
 
 def roc_auc(scores: Sequence[float], labels: Sequence[int | bool]) -> float:
-    """Share of (positive, negative) pairs ranked rightly by score, ties half (Mann-Whitney U; Hanley and McNeil 1982); labels 0 or 1."""
+    """Share of (positive, negative) pairs ranked rightly by score, ties half.
+
+    It is Mann-Whitney's U (Hanley and McNeil 1982); labels are 0 or 1.
+    """
     import numpy as np
 
     values, positive = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
     if len(values) != len(positive):
         raise ValueError(
-            f"{len(values)} scores and {len(positive)} labels do not pair up; give one label a score"
+            f"{len(values)} scores and {len(positive)} labels do not pair up; "
+            "give one label a score"
         )
     wins, losses = np.sort(values[positive]), np.sort(values[~positive])
     if not len(wins) or not len(losses):
@@ -88,9 +103,12 @@ def roc_auc(scores: Sequence[float], labels: Sequence[int | bool]) -> float:
 
 
 def perplexity(logprobs: Sequence[Sequence[float]]) -> float:
-    """exp(-mean log-probability) over the tokens of all answers (Jelinek et al. 1977); one token of probability p has 1 / p."""
-    mean = mean(logprob for answer in logprobs for logprob in answer)
-    return math.inf if mean < -700 else math.exp(-mean)
+    """exp(-mean log-probability) over the tokens of all answers (Jelinek et al. 1977).
+
+    One token of probability p has 1 / p.
+    """
+    average = mean(logprob for answer in logprobs for logprob in answer)
+    return math.inf if average < -700 else math.exp(-average)
 
 
 def kl(
@@ -98,9 +116,11 @@ def kl(
     ref_logprobs: Sequence[Sequence[float]],
     estimator: str = "k1",
 ) -> float:
-    """KL(policy || reference), nats a token, over the tokens of answers sampled from the policy (Schulman 2020, "Approximating KL divergence").
+    """KL(policy || reference), nats a token, over the tokens of answers sampled from the policy
+    (Schulman 2020, "Approximating KL divergence").
 
-    With d = logprob - ref_logprob: "k1" is the mean of d, unbiased; "k3" of exp(-d) - 1 + d, unbiased too, of lower variance, never below 0.
+    With d = logprob - ref_logprob: "k1" is the mean of d, unbiased; "k3" of exp(-d) - 1 + d,
+    unbiased too, of lower variance, never below 0.
     """
     if estimator not in ("k1", "k3"):
         raise ValueError(f"unknown estimator {estimator!r}; give k1 or k3")
@@ -119,7 +139,10 @@ def reward(rewards: Sequence[float]) -> float:
 def recall_at_k(
     retrieved: Sequence[Sequence[Hashable]], gold: Sequence[Collection[Hashable]], k: int = 5
 ) -> float:
-    """Mean share of a question's gold passages that are among its first k retrieved; with one gold passage, the hit rate."""
+    """Mean share of a question's gold passages that are among its first k retrieved.
+
+    With one gold passage, the hit rate.
+    """
     return mean(
         len(set(ranked[:k]) & set(right)) / len(set(right))
         for ranked, right in zip(retrieved, gold, strict=True)
@@ -128,7 +151,10 @@ def recall_at_k(
 
 
 def mrr(retrieved: Sequence[Sequence[Hashable]], gold: Sequence[Collection[Hashable]]) -> float:
-    """Mean of 1 / rank of the first gold passage, 0 where none was retrieved (Voorhees 1999). Questions without gold do not count."""
+    """Mean of 1 / rank of the first gold passage, 0 where none was retrieved (Voorhees 1999).
+
+    Questions without gold do not count.
+    """
     pairs = [(ranked, right) for ranked, right in zip(retrieved, gold, strict=True) if right]
     return mean(
         next((1 / rank for rank, passage in enumerate(ranked, 1) if passage in right), 0.0)
@@ -139,10 +165,12 @@ def mrr(retrieved: Sequence[Sequence[Hashable]], gold: Sequence[Collection[Hasha
 def retrieval_utility(
     logprobs: Sequence[Sequence[float]], passage_logprobs: Sequence[Sequence[Sequence[float]]]
 ) -> float:
-    """Mean over passages, then questions, of log p(answer | question, passage) - log p(answer | question), nats a token.
+    """Mean over passages, then questions, of log p(answer | question, passage) - log p(answer |
+    question), nats a token.
 
-    `logprobs`: per question, of the reference answer's tokens without passages; `passage_logprobs`: the same after each of its passages. Above
-    0 the passages help. The likelihood of the answer as a measure of a passage is that of arXiv 2301.12652 (REPLUG), section 4.2.
+    `logprobs`: per question, of the reference answer's tokens without passages; `passage_logprobs`:
+    the same after each of its passages. Above 0 the passages help. The likelihood of the answer as
+    a measure of a passage is that of arXiv 2301.12652 (REPLUG), section 4.2.
     """
     pairs = [
         (alone, after) for alone, after in zip(logprobs, passage_logprobs, strict=True) if after

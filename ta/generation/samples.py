@@ -80,7 +80,9 @@ def prompts_of(
     cut_seed: int | None = None,
     encode: Encode = encode_prompts,
 ) -> list[Prompt]:
-    """The prompts of the records, of those whose prompt fits; the answer taken off is the reference.
+    """The prompts of the records, of those whose prompt fits.
+
+    The answer taken off is the reference.
 
     A labelled answer that is not desirable has no right answer beside it and is left out.
     """
@@ -117,8 +119,9 @@ def generate_samples(
 ) -> dict[str, float]:
     """Answer the first records of `data` greedily, append them to samples.jsonl, show some.
 
-    Returns the metrics chosen. `encode` makes token ids of chats, and `embed` embeddings of prompts, where records hold more
-    than text. {} where there is nothing to answer or where the model is a classifier.
+    Returns the metrics chosen. `encode` makes token ids of chats, and `embed` embeddings of
+    prompts, where records hold more than text. {} where there is nothing to answer or where the
+    model is a classifier.
     """
     if not data or not config.sample_records or not model.generates:
         return {}

@@ -1,7 +1,9 @@
-"""Which of a record's candidate answers to keep: some at random, the best by reward, or those that rejection sampling accepts.
+"""Which of a record's candidate answers to keep: some at random, the best by reward, or those that
+rejection sampling accepts.
 
-Each function returns indexes of candidates, none twice, in the order in which they were chosen; asked for more than there are, it returns
-all of them. The same seed gives the same choice; give every record a seed of its own, such as f"{seed}-{record_id}".
+Each function returns indexes of candidates, none twice, in the order in which they were chosen;
+asked for more than there are, it returns all of them. The same seed gives the same choice; give
+every record a seed of its own, such as f"{seed}-{record_id}".
 """
 
 import math
@@ -15,7 +17,10 @@ def sample_random(count: int, n: int, *, seed: int | str) -> list[int]:
 
 
 def sample_best(rewards: Sequence[float], n: int) -> list[int]:
-    """The `n` candidates of highest reward, the highest first; of equal rewards the earlier candidate."""
+    """The `n` candidates of highest reward, the highest first.
+
+    Of equal rewards the earlier candidate.
+    """
     _check(rewards)
     return sorted(range(len(rewards)), key=lambda i: -rewards[i])[: _within(n, len(rewards))]
 
@@ -25,10 +30,11 @@ def sample_rejection(
 ) -> list[int]:
     """Statistical rejection sampling, algorithm 1 of arXiv 2309.06657 (RSO), whose beta is 0.5.
 
-    In passes over the pool each candidate is accepted with probability exp((reward - r_max) / beta), r_max being the highest reward that was
-    in the pool when the pass began. The accepted leave the pool; it ends with the n-th. The best one left is accepted in every pass, so it
-    always ends. A pass goes through the pool in a random order, so that the place in the file is worth nothing. beta towards 0 is
-    `sample_best`, a large beta is `sample_random`.
+    In passes over the pool each candidate is accepted with probability exp((reward - r_max) /
+    beta), r_max being the highest reward that was in the pool when the pass began. The accepted
+    leave the pool; it ends with the n-th. The best one left is accepted in every pass, so it always
+    ends. A pass goes through the pool in a random order, so that the place in the file is worth
+    nothing. beta towards 0 is `sample_best`, a large beta is `sample_random`.
     """
     if not beta > 0:
         raise ValueError(

@@ -153,15 +153,16 @@ def check_prompts(
     outside = [i for i, p in enumerate(prompts) if min(p) < 0 or max(p) >= vocabulary]
     if outside:
         raise ValueError(
-            f"{len(outside)} of {len(prompts)} prompts hold token ids outside the model's {vocabulary} embeddings "
-            f"(the first is number {outside[0]}): give the tokenizer that belongs to the model"
+            f"{len(outside)} of {len(prompts)} prompts hold token ids outside the model's "
+            f"{vocabulary} embeddings (the first is number {outside[0]}): give the tokenizer that belongs to the model"
         )
     long = [i for i, p in enumerate(prompts) if context is not None and len(p) + room > context]
     if long:
         fault = "leave no room for an answer" if room else "do not fit"
         raise ValueError(
-            f"{len(long)} of {len(prompts)} prompts {fault} in the model's context of {context} tokens "
-            f"(number {long[0]} has {len(prompts[long[0]])}): cut them with a --max-tokens below {context}"
+            f"{len(long)} of {len(prompts)} prompts {fault} in the model's context of {context} "
+            f"tokens (number {long[0]} has {len(prompts[long[0]])}): cut them with a --max-tokens "
+            f"below {context}"
         )
 
 

@@ -1,4 +1,5 @@
-"""One preallocated key-value buffer in which every row ends at the same column, behind transformers' cache interface.
+"""One preallocated key-value buffer in which every row ends at the same column, behind
+transformers' cache interface.
 
 Letters: B rows, T columns, H heads, D head width.
 """
@@ -19,7 +20,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 
 class CacheWindow:
-    """Which rows and columns of the buffer the forward pass under way reads and writes; shared by all layers.
+    """Which rows and columns of the buffer the forward pass under way reads and writes.
+
+    All layers share it.
 
     A step of fixed shapes reads the first `width` columns whatever they hold, and writes the column
     whose number stands in the tensor `column` (1,); elsewhere `column` is None.
@@ -33,7 +36,10 @@ class CacheWindow:
 
 
 class SlotLayer(CacheLayerMixin):
-    """The keys and values of one layer, (slots, H, capacity, D) each; every layer keeps all columns, sliding windows are left to the mask."""
+    """The keys and values of one layer, (slots, H, capacity, D) each.
+
+    Every layer keeps all columns, sliding windows are left to the mask.
+    """
 
     is_sliding = False
 
@@ -85,13 +91,17 @@ class SlotLayer(CacheLayerMixin):
         return -1
 
     def copy(self, source, target, width: int) -> None:
-        """Rows `source` (a number or an index tensor) also become rows `target`, in the last `width` columns."""
+        """Rows `source` (a number or an index tensor) also become rows `target`, in the last
+        `width` columns.
+        """
         columns = slice(self.window.end - width, self.window.end)
         for x in (self.keys, self.values):
             x[target, :, columns] = x[source, :, columns]
 
     def rebase(self, width: int, live: int, old_end: int) -> None:
-        """Move the last `width` columns of the live rows to the window's new end, in a new buffer where its capacity is new."""
+        """Move the last `width` columns of the live rows to the window's new end, in a new buffer
+        where its capacity is new.
+        """
         new, old = slice(self.window.end - width, self.window.end), slice(old_end - width, old_end)
         for name in ("keys", "values"):
             before = getattr(self, name)
@@ -105,7 +115,9 @@ class SlotLayer(CacheLayerMixin):
 
 
 def plain_cache(model) -> bool:
-    """Whether the model's past is keys and values of every layer and nothing else, so that the slot engine can hold it."""
+    """Whether the model's past is keys and values of every layer and nothing else, so that the slot
+    engine can hold it.
+    """
     config = model.config.get_text_config(decoder=True)
     if (
         getattr(model, "_is_stateful", False)
@@ -133,7 +145,9 @@ def grouped_attention(
     scaling=None,
     **kwargs,
 ):
-    """transformers' sdpa attention, which copies keys and values once for every query head of a group; here a single query's group shares them."""
+    """transformers' sdpa attention, which copies keys and values once for every query head of a
+    group; here a single query's group shares them.
+    """
     groups = query.shape[1] // key.shape[1]
     if (
         query.shape[2] > 1

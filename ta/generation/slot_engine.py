@@ -1,9 +1,11 @@
-"""A generation engine in plain torch: a fixed number of slots over a model's public forward, where a finished row is replaced by the next prompt.
+"""A generation engine in plain torch: a fixed number of slots over a model's public forward, where
+a finished row is replaced by the next prompt.
 
-A new prompt is prefilled straight into the columns left of the buffer's common end, a decode step writes one column for every row, and a finished
-row is overwritten by the last one: nothing is copied but that row.
-A plain step computes the live rows and the columns they need. A step of fixed shapes, which a GPU can replay as a graph, rounds both up, finds
-all that changes in tensors that stay where they are, and its tokens are read one step late.
+A new prompt is prefilled straight into the columns left of the buffer's common end, a decode step
+writes one column for every row, and a finished row is overwritten by the last one: nothing is
+copied but that row. A plain step computes the live rows and the columns they need. A step of fixed
+shapes, which a GPU can replay as a graph, rounds both up, finds all that changes in tensors that
+stay where they are, and its tokens are read one step late.
 Letters: B rows (live slots), T columns, L prompt tokens, V vocabulary, D model width.
 """
 
@@ -21,7 +23,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ta.generation.graphs import Graphs
-from ta.generation.slot_cache import SlotLayer, CacheWindow
+from ta.generation.slot_cache import CacheWindow, SlotLayer
 from ta.parallel import say
 
 PREFILL_TOKENS = 8192  # padded prompt tokens in one prefill: bounds its activations
@@ -95,9 +97,11 @@ def run_slots(
 ) -> None:
     """Run all `jobs`, at most `slots` at a time.
 
-    layers: how many layers hold a cache. embeds[i] (L, D) is fed in place of prompt i, whose tokens only a repetition penalty then looks at.
+    layers: how many layers hold a cache. embeds[i] (L, D) is fed in place of prompt i, whose tokens
+    only a repetition penalty then looks at.
     vocabulary: V, read where a repetition penalty is on.
-    fixed_shapes: steps of few different shapes, replayed as CUDA graphs on a GPU; said and given up where the model cannot.
+    fixed_shapes: steps of few different shapes, replayed as CUDA graphs on a GPU; said and given up
+    where the model cannot.
     """
     device = torch.device(device)
     lengths = [len(x) for x in (prompts if embeds is None else embeds)]
@@ -118,7 +122,18 @@ def run_slots(
     )
     tokens = torch.zeros(slots, dtype=torch.long, device=device)
     engine = SlotEngine(
-        caller, prompts, lengths, jobs, sampling, embeds, device, window, cache, seen, waiting, tokens
+        caller,
+        prompts,
+        lengths,
+        jobs,
+        sampling,
+        embeds,
+        device,
+        window,
+        cache,
+        seen,
+        waiting,
+        tokens,
     )
     if fixed_shapes:
         engine.fix_shapes()
@@ -167,7 +182,10 @@ class SlotEngine:
         self.fixed = Graphs(self._fixed, self.device)
 
     def leave_shapes(self) -> None:
-        """Take plain steps from now on; the graphs, which hold the buffers in a circle, go at once."""
+        """Take plain steps from now on.
+
+        The graphs, which hold the buffers in a circle, go at once.
+        """
         if self.fixed:
             self.fixed.forget()
         self.fixed = None
@@ -177,7 +195,9 @@ class SlotEngine:
         return self.lengths[self.jobs[self.waiting[-1]].prompt] if self.waiting else 0
 
     def prefill(self) -> None:
-        """Admit as many waiting jobs as fit, each prompt computed once however many answers it gets."""
+        """Admit as many waiting jobs as fit, each prompt computed once however many answers it
+        gets.
+        """
         window, first, width = self.window, len(self.rows), self.next_length()
         group: dict[int, list[int]] = {}  # prompt -> its jobs
         taken = 0
@@ -219,18 +239,20 @@ class SlotEngine:
     def step(self) -> None:
         """One more token for every row."""
         self._make_room()
-        found = self._replayed() if self.fixed else None
-        if found is None:
+        chosen = self._replayed() if self.fixed else None
+        if chosen is None:
             n = len(self.rows)
             seen = None if self.seen is None else self.seen[:n]
-            found = choose(self._logits(), self._sent(self._drawn(0)), seen, self.sampling)
+            chosen = choose(self._logits(), self._sent(self._drawn(0)), seen, self.sampling)
         self.window.end += 1
         for row in self.rows:
             row.length += 1
-        self._append(0, *found)
+        self._append(0, *chosen)
 
     def _make_room(self) -> None:
-        """See that the next column is in the buffer, and near the live ones where widths are rounded."""
+        """See that the next column is in the buffer, and near the live ones where widths are
+        rounded.
+        """
         window, width = self.window, max(row.length for row in self.rows)
         end, close = window.end, max(width, self.next_length())
         if self.fixed:
@@ -267,7 +289,10 @@ class SlotEngine:
         return self.caller.forward(inputs)
 
     def _replayed(self) -> tuple[Tensor, Tensor] | None:
-        """ids and log-probabilities of the live rows by the step of fixed shapes; None from where the model cannot take it."""
+        """ids and log-probabilities of the live rows by the step of fixed shapes.
+
+        None from where the model cannot take it.
+        """
         n, slots = len(self.rows), self.window.slots
         key = rows_bucket(n, slots), bucket(self.window.end + 1)
         # an empty slot, of length 0, sees the column that it writes and no other
@@ -287,12 +312,14 @@ class SlotEngine:
             if known:
                 raise
             reason = str(error).partition("\n")[0] or type(error).__name__
-            tell(f"note: this model generates without CUDA graphs, more slowly ({reason})")
+            say_once(f"note: this model generates without CUDA graphs, more slowly ({reason})")
             self.leave_shapes()
             return None
 
     def _check(self, rows: int, width: int) -> None:
-        """RuntimeError where a step of fixed shapes gives other logits than a plain one, for more rows than rounding may."""
+        """RuntimeError where a step of fixed shapes gives other logits than a plain one, for more
+        rows than rounding may.
+        """
         plain = self._logits().float()
         fixed = self._fixed_logits(rows, width)[: len(plain)].float()
         spread = (plain - plain.mean(1, keepdim=True)).norm(dim=1)
@@ -308,7 +335,9 @@ class SlotEngine:
         return choose(self._fixed_logits(rows, width), draws, seen, self.sampling)
 
     def _fixed_logits(self, rows: int, width: int) -> Tensor:
-        """(rows, V) after the last token of the first `rows` slots, of `width` columns of the cache."""
+        """(rows, V) after the last token of the first `rows` slots, of `width` columns of the
+        cache.
+        """
         window, end, lengths = self.window, self.places[:1], self.places[1 : 1 + rows, None]
         columns = torch.arange(width, device=self.device)
         inputs = {
@@ -330,7 +359,9 @@ class SlotEngine:
         return [row.uniforms[row.asked] for row in self.rows[first:]]
 
     def _append(self, first: int, ids: Tensor, logprobs: Tensor) -> None:
-        """Give every row from `first` on its next token, read what is due, and drop the rows that have ended."""
+        """Give every row from `first` on its next token, read what is due, and drop the rows that
+        have ended.
+        """
         fresh = self.rows[first:]
         last = first + len(fresh)
         self.tokens[first:last] = ids
@@ -348,7 +379,10 @@ class SlotEngine:
         self._drop()
 
     def read(self, leave: int) -> None:
-        """Take what was computed, but for the last `leave` steps; what a row got after its end is nothing."""
+        """Take what was computed, but for the last `leave` steps.
+
+        What a row got after its end is nothing.
+        """
         while len(self.unread) > leave:
             rows, ids, logprobs, arrived = self.unread.popleft()
             if arrived is not None:
@@ -358,7 +392,8 @@ class SlotEngine:
                     continue
                 if logprob != logprob:
                     raise ValueError(
-                        "the model's logits are not numbers (NaN): its weights or the arithmetic (dtype) are broken"
+                        "the model's logits are not numbers (NaN): its weights or the arithmetic "
+                        "(dtype) are broken"
                     )
                 row.ids.append(token)
                 row.logprobs.append(logprob)
@@ -405,14 +440,16 @@ def bucket(columns: int) -> int:
 
 
 def rows_bucket(rows: int, slots: int) -> int:
-    """`rows` rounded up to `slots`, a quarter of it, a sixteenth, ...: fewer rows save little, and each number is recorded anew."""
+    """`rows` rounded up to `slots`, a quarter of it, a sixteenth, ...: fewer rows save little, and
+    each number is recorded anew.
+    """
     while slots // 4 >= rows:
         slots //= 4
     return slots
 
 
 @functools.cache
-def tell(text: str) -> None:
+def say_once(text: str) -> None:
     """Say it once."""
     say(text)
 
@@ -429,10 +466,12 @@ def uniforms(job: Job, sampling: Sampling) -> Sequence[float]:
 def choose(
     logits: Tensor, uniforms: Tensor | None, seen: Tensor | None, sampling: Sampling
 ) -> tuple[Tensor, Tensor]:
-    """Next tokens of `logits` (B, V): (ids (B,), log p (B,) in nats under the model's plain distribution, before penalty and temperature).
+    """Next tokens of `logits` (B, V): (ids (B,), log p (B,) in nats under the model's plain
+    distribution, before penalty and temperature).
 
-    `seen` (B, V) marks tokens of the prompt or answer for the repetition penalty (CTRL, arXiv 1909.05858: positive logits divided, negative
-    multiplied). Sampling inverts the cumulative distribution at `uniforms` (B,), so that a row's draw depends on that row alone. Order as in
+    `seen` (B, V) marks tokens of the prompt or answer for the repetition penalty (CTRL, arXiv
+    1909.05858: positive logits divided, negative multiplied). Sampling inverts the cumulative
+    distribution at `uniforms` (B,), so that a row's draw depends on that row alone. Order as in
     transformers: penalty, temperature, top-k, top-p.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -441,7 +480,9 @@ def choose(
         scores = torch.where(
             seen,
             torch.where(
-                scores < 0, scores * sampling.repetition_penalty, scores / sampling.repetition_penalty
+                scores < 0,
+                scores * sampling.repetition_penalty,
+                scores / sampling.repetition_penalty,
             ),
             scores,
         )
@@ -465,7 +506,9 @@ def _draw(scores: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
 
 
 def left_pad(prompts: Sequence[Sequence[int] | Tensor], device="cpu") -> dict[str, Tensor]:
-    """input_ids (or, of tensors (L, D), inputs_embeds), attention_mask and position_ids of prompts that all end in the last column."""
+    """input_ids (or, of tensors (L, D), inputs_embeds), attention_mask and position_ids of prompts
+    that all end in the last column.
+    """
     width = max(len(prompt) for prompt in prompts)
     pad = torch.tensor([width - len(prompt) for prompt in prompts], device=device)[:, None]
     columns = torch.arange(width, device=device)

@@ -1,7 +1,8 @@
-"""Metrics of texts by their words: length, variety, overlap with references and with each other; pure functions of lists to one float.
+"""Metrics of texts by their words: length, variety, overlap with references and with each other.
 
-`answers` are texts, split into words at white space, or (but for ROUGE and METEOR) ready-made units such as token ids; `references` is one text
-an answer. An empty answer or one of a single word has a value; no answers at all are nan. Nothing is downloaded.
+`answers` are texts, split into words at white space, or (but for ROUGE and METEOR) ready-made units
+such as token ids; `references` is one text an answer. An empty answer or one of a single word has a
+value; no answers at all are nan. Nothing is downloaded.
 """
 
 import heapq
@@ -19,15 +20,21 @@ def length(answers: Units) -> float:
 
 
 def distinct(answers: Units, n: int = 1) -> float:
-    """distinct-n, arXiv 1510.03055: different n-grams / n-grams of all answers; 0 where no answer has n units."""
+    """distinct-n, arXiv 1510.03055: different n-grams / n-grams of all answers.
+
+    0 where no answer has n units.
+    """
     grams = [gram for units in _split(answers) for gram in _ngrams(units, n)]
     return len(set(grams)) / max(len(grams), 1)
 
 
 def adjusted_distinct(answers: Units, vocab_size: int, n: int = 1) -> float:
-    """Expectation-adjusted distinct-n, eq. 5 of Liu et al. 2022 (ACL short 86): different / (V (1 - ((V - 1) / V)^count)), V = vocab_size.
+    """Expectation-adjusted distinct-n, eq. 5 of Liu et al. 2022 (ACL short 86).
 
-    The denominator is how many different ones a uniform draw of as many would have, so that length is no fault; it can exceed 1.
+    different / (V (1 - ((V - 1) / V)^count)), V = vocab_size.
+
+    The denominator is how many different ones a uniform draw of as many would have, so that length
+    is no fault; it can exceed 1.
     """
     if vocab_size < 1:
         raise ValueError(
@@ -41,7 +48,10 @@ def adjusted_distinct(answers: Units, vocab_size: int, n: int = 1) -> float:
 
 
 def diversity(answers: Units) -> float:
-    """Mean over answers of the entropy of their units, -sum p log p in nats (Shannon 1948); 0 for an empty answer."""
+    """Mean over answers of the entropy of their units, -sum p log p in nats (Shannon 1948).
+
+    0 for an empty answer.
+    """
     totals = ((Counter(units), len(units)) for units in _split(answers))
     return mean(
         -sum(c / total * math.log(c / total) for c in counts.values()) for counts, total in totals
@@ -49,7 +59,10 @@ def diversity(answers: Units) -> float:
 
 
 def bleu(answers: Units, references: Units, max_n: int = 4) -> float:
-    """Corpus BLEU of 0 to 1 (Papineni et al. 2002), one reference an answer; equals sacrebleu with tokenize="none" (exponential smoothing)."""
+    """Corpus BLEU of 0 to 1 (Papineni et al. 2002), one reference an answer.
+
+    Equals sacrebleu with tokenize="none" (exponential smoothing).
+    """
     return _bleu(
         [(a, [r]) for a, r in zip(_split(answers), _split(references), strict=True)],
         max_n,
@@ -58,9 +71,12 @@ def bleu(answers: Units, references: Units, max_n: int = 4) -> float:
 
 
 def self_bleu(answers: Units, max_n: int = 4) -> float:
-    """Self-BLEU, arXiv 1802.01886: mean sentence BLEU of each answer with the others as references; 0 for a single answer, which is like no other.
+    """Self-BLEU, arXiv 1802.01886: mean sentence BLEU of each answer with the others as references.
 
-    Of words, not letters. Sentence BLEU as in sacrebleu: orders that the answer is too short for do not count.
+    0 for a single answer, which is like no other.
+
+    Of words, not letters. Sentence BLEU as in sacrebleu: orders that the answer is too short for do
+    not count.
     """
     units = _split(answers)
     if len(units) == 1:
@@ -72,7 +88,10 @@ def self_bleu(answers: Units, max_n: int = 4) -> float:
 
 
 def rouge_n(answers: Sequence[str], references: Sequence[str], n: int = 1) -> float:
-    """ROUGE-N (Lin 2004): mean F1 of the n-grams in common, each counted as often as both have it; lower-cased runs of letters and digits."""
+    """ROUGE-N (Lin 2004): mean F1 of the n-grams in common, each counted as often as both have it.
+
+    Words are lower-cased runs of letters and digits.
+    """
     grams = [
         [Counter(_ngrams(_plain(text), n)) for text in pair]
         for pair in zip(answers, references, strict=True)
@@ -87,9 +106,11 @@ def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
 
 
 def meteor(answers: Sequence[str], references: Sequence[str]) -> float:
-    """METEOR (Banerjee and Lavie 2005) with its exact module only: no stems, no synonyms, so no downloads; words as in `rouge_n`.
+    """METEOR (Banerjee and Lavie 2005) with its exact module only: no stems, no synonyms, so no
+    downloads; words as in `rouge_n`.
 
-    10 P R / (R + 9 P) (1 - 0.5 (chunks / matches)^3), matches in as long chunks as a greedy choice of the longest finds.
+    10 P R / (R + 9 P) (1 - 0.5 (chunks / matches)^3), matches in as long chunks as a greedy choice
+    of the longest finds.
     """
 
     def one(answer: list[str], reference: list[str]) -> float:
@@ -123,7 +144,9 @@ def _ngrams(units: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:
 def _bleu(
     pairs: list[tuple[list[Hashable], list[list[Hashable]]]], max_n: int, effective_order: bool
 ) -> float:
-    """BLEU of (answer, its references): clipped n-gram precisions, of which a k-th zero counts as 1 / (2^k total), and the brevity penalty."""
+    """BLEU of (answer, its references): clipped n-gram precisions, of which a k-th zero counts as 1
+    / (2^k total), and the brevity penalty.
+    """
     orders, answered, wanted, zeros = [], 0, 0, 0
     for n in range(1, max_n + 1):
         correct = total = 0
@@ -160,7 +183,9 @@ def _common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 def _align(a: Sequence[str], b: Sequence[str]) -> tuple[int, int]:
-    """Matched words and chunks (runs in the same order) of a one-to-one alignment that takes the longest free common run each time."""
+    """Matched words and chunks (runs in the same order) of a one-to-one alignment that takes the
+    longest free common run each time.
+    """
     where: dict[str, list[int]] = {}
     for j, word in enumerate(b):
         where.setdefault(word, []).append(j)

