@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from ta.builtin.model_folders import tiny_folder
 from ta.command_line import OLD_NAMES
 
 ROOT = Path(__file__).parent.parent
@@ -157,7 +158,7 @@ def test_every_flag_named_in_a_string_exists():
 
 EFFECTS = {  # flag: (recipe, more flags, where it takes effect)
     "--loss-on": ("sft", (), "loss_weights"),
-    "--beta": ("dpo", ("--model-path", "builtin"), "sigmoid"),
+    "--beta": ("dpo", ("--model-path", "TINY"), "sigmoid"),
     "--adapter": ("sft", ("--adapter", "lora"), "add_adapter"),
     "--max-tokens-per-micro": ("sft", (), "split_micro"),
     "--image-encoder": ("multimodal", (), "load_encoder"),
@@ -183,6 +184,7 @@ def test_a_flag_is_near_its_effect(flag, tmp_path, monkeypatch):
                 frame = frame.f_back
             stacks.append(stack[::-1])
 
+    more = [str(tiny_folder()) if word == "TINY" else word for word in more]
     argv = ["x", *more, "--steps", "1", "--sample-records", "0", "--out", str(tmp_path / "run")]
     monkeypatch.setattr(sys, "argv", argv)
     sys.setprofile(profile)
