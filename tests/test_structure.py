@@ -173,7 +173,7 @@ def test_a_flag_is_near_its_effect(flag, tmp_path, monkeypatch):
     stacks: list[list[tuple[str, str]]] = []
 
     def profile(frame, event, _):
-        if event == "call" and frame.f_code.co_name == effect and not stacks:
+        if event == "call" and frame.f_code.co_name == effect and len(stacks) < 50:
             stack = []
             while frame is not None:
                 name = frame.f_code.co_filename
@@ -193,7 +193,7 @@ def test_a_flag_is_near_its_effect(flag, tmp_path, monkeypatch):
             runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"), run_name="__main__")
     finally:
         sys.setprofile(None)
-    (stack,) = stacks
+    stack = min(stacks, key=len)  # evaluation calls the step once more, from further off
     assert stack[0][1] == "main", stack
     assert len(stack) <= 5 and len({file for file, _ in stack}) <= 3, stack
 
