@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
-
 from ta.command_line import Range
 from ta.data.prepare import Prepared, lengths, sequence
 from ta.parallel import rank, say, world
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ta.data.batch import Batch, ClassBatch, LabelledBatch, PairBatch
 
     Collate = Callable[[Prepared, np.ndarray, bool], Any]  # (data, its records, packed) -> a batch
@@ -148,6 +148,8 @@ def val_batches(
     collate: Collate = collate_chats,
 ) -> list:
     """This process's share of all records, as batches; every process gets as many. [] for None."""
+    import numpy as np
+
     if prepared is None:
         return []
     check_budget(prepared, config.max_tokens_per_micro)
@@ -175,6 +177,8 @@ def steps_in(n: int, batch_size: int, epochs: float) -> int:
 @lru_cache(maxsize=2)
 def _order(n: int, seed: int, epoch: int) -> np.ndarray:
     """(n,) the seeded order of the records in a pass."""
+    import numpy as np
+
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch]))).permutation(
         n
     )
@@ -188,6 +192,8 @@ def records_of_step(n: int, batch_size: int, seed: int, step: int) -> np.ndarray
 
 def heaviest_step(sizes: np.ndarray, batch_size: int, seed: int, steps: int) -> int:
     """The step of the first pass, and of the first `steps`, with the most tokens; sizes (n,)."""
+    import numpy as np
+
     starts = np.arange(0, len(sizes), batch_size)
     totals = np.add.reduceat(sizes[_order(len(sizes), seed, 0)], starts)
     return int(totals[:steps].argmax())
@@ -244,6 +250,8 @@ def _group(lengths: Sequence[int], max_tokens: int, world: int) -> list[list[int
 
 def common_prefix(a, a_weights, b, b_weights) -> int:
     """Leading tokens that two sequences share and neither learns, leaving each one token or more."""
+    import numpy as np
+
     limit = min(len(a), len(b)) - 1
     for weights in (a_weights, b_weights):
         if weights.any():
@@ -272,6 +280,7 @@ def check_budget(prepared: Prepared, max_tokens_per_micro: int) -> None:
 
 def collate_pairs(prepared: Prepared, records: np.ndarray, packed: bool) -> PairBatch:
     """Pairs with their margins (0 where a record gives none) and, where known, the reference."""
+    import numpy as np
     import torch
 
     from ta.data.batch import PairBatch
@@ -290,6 +299,8 @@ def with_known_reference(batch: Any, prepared: Prepared, records: np.ndarray) ->
 
 def check_margins(prepared: Prepared | None, use: Literal["needed", "used", "unused"]) -> None:
     """Say what becomes of the margins in the data; ValueError where each record needs one."""
+    import numpy as np
+
     if prepared is None:
         return
     given = prepared.extras["margin"]
@@ -337,6 +348,8 @@ def partners(prepared: Prepared, seed: int) -> Callable[[int], int | None]:
     from i's and whose answer makes nothing longer than the longest record; None where none of the
     next TRIES is such. A pure function of (data, seed, i).
     """
+    import numpy as np
+
     n, longest = len(prepared.origin), int(lengths(prepared).max())
     order = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, n]))).permutation(n)
     place = np.empty(n, np.int64)
@@ -361,6 +374,8 @@ def partners(prepared: Prepared, seed: int) -> Callable[[int], int | None]:
 
 def mismatch(prepared: Prepared, i: int, j: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Ids and weights of record i's context with record j's answer; without j nothing is learned."""
+    import numpy as np
+
     ids, weights = sequence(prepared, i)
     if j is None:
         return ids, np.zeros_like(weights)
@@ -372,11 +387,14 @@ def mismatch(prepared: Prepared, i: int, j: int | None) -> tuple[np.ndarray, np.
 
 def first_learned(weights: np.ndarray) -> int:
     """Where the answer starts."""
+    import numpy as np
+
     return int(np.argmax(weights != 0))
 
 
 def collate_classes(prepared: Prepared, records: np.ndarray, packed: bool) -> ClassBatch:
     """Texts and their classes."""
+    import numpy as np
     import torch
 
     from ta.data.batch import ClassBatch
@@ -390,6 +408,8 @@ def labels_of(prepared: Prepared, num_labels: int) -> np.ndarray:
 
     ValueError names the first record whose label is none of `num_labels`.
     """
+    import numpy as np
+
     labels = prepared.extras["label"].astype(np.int64)
     wrong = np.flatnonzero((labels < 0) | (labels >= num_labels))
     if len(wrong):
