@@ -1,11 +1,14 @@
-"""Build the index of a collection of passages: their vectors by a text encoder, for exact search; resumable, on one process or many.
+"""Build the index of a collection of passages: their vectors by a text encoder, for exact search.
 
-    python recipes/build_index.py                                                # built-in catalogue and encoder
+    python recipes/build_index.py                              # built-in catalogue and encoder
     python recipes/build_index.py --passages passages.jsonl --encoder-path ENCODER --out index
-    torchrun --nproc-per-node 8 recipes/build_index.py ...                       # each process embeds every 8th block
+    torchrun --nproc-per-node 8 recipes/build_index.py ...     # each process embeds every 8th block
 
-A line of passages: {"id": "p1", "title": "Keys", "text": "Anna's key is red."}; id and title are optional. The index is a folder: passages.jsonl,
+A run that was stopped goes on with --resume. The index is a folder: passages.jsonl,
 vectors.safetensors and manifest.json.
+
+A line of passages: {"id": "p1", "title": "Keys", "text": "Anna's key is red."}; id and title are
+optional.
 """
 
 from __future__ import annotations
@@ -22,13 +25,15 @@ import ta
 class Config:
     encoder: ta.rag.EncoderConfig = ta.rag.EncoderConfig()
     passages: tuple[str, ...] = ()
-    """Sources of passages: file.jsonl, file.jsonl@0.1 (share), file.jsonl@500 (count); none: the built-in catalogue."""
+    """Sources of passages: file.jsonl, file.jsonl@0.1 (share), file.jsonl@500 (count); none: the
+    built-in catalogue."""
     out: str = "index"
     """Folder to write."""
     max_tokens_per_pass: Annotated[int, ta.Range(1)] = 8192
     """Tokens, padding included, in one pass of the encoder: the memory knob."""
     approximate: bool = False
-    """Put an approximate index beside the exact one (needs faiss), for `generate --approximate`; pays from millions of passages on."""
+    """Put an approximate index beside the exact one (needs faiss), for `generate --approximate`;
+    pays from millions of passages on."""
     resume: bool = False
     """Go on where a stopped run left off."""
     overwrite: bool = False

@@ -1,13 +1,18 @@
-"""Train a language model to see and hear: a frozen encoder, a trained projector and a language model (whole, by adapter, or frozen).
+"""Train a language model to see and hear: a projector from a frozen encoder's features.
 
-    python recipes/multimodal.py                                   # built-in tiny model, encoder, generated pictures and questions
-    python recipes/multimodal.py --model-path MODEL --image-encoder clip --image-encoder-path CLIP --data pictures.jsonl --image-root DIR
-    python recipes/multimodal.py ... --freeze-language-model       # the projector alone; --adapter lora trains an adapter beside it
-    python recipes/multimodal.py ... --image-features CACHE        # features made once by recipes/preprocess_images.py
-    torchrun --nproc-per-node 8 recipes/multimodal.py ...          # the same losses on 8 devices
+The language model is trained whole, by an adapter, or not at all.
 
-A line of data: {"messages": [{"role": "user", "type": "image", "content": "cat.png"}, {"role": "user", "content": "What is this?"},
-{"role": "assistant", "content": "A cat."}]}; the content of a message may also be a list of such parts.
+    python recipes/multimodal.py                             # built-in model, encoder and pictures
+    python recipes/multimodal.py --model-path MODEL --data pictures.jsonl --image-root DIR \\
+        --image-encoder clip --image-encoder-path CLIP
+    python recipes/multimodal.py ... --freeze-language-model  # the projector alone
+    python recipes/multimodal.py ... --adapter lora           # an adapter beside it
+    python recipes/multimodal.py ... --image-features CACHE   # made by recipes/preprocess_images.py
+    torchrun --nproc-per-node 8 recipes/multimodal.py ...     # the same losses on 8 devices
+
+A line of data: {"messages": [{"role": "user", "type": "image", "content": "cat.png"},
+{"role": "user", "content": "What is this?"}, {"role": "assistant", "content": "A cat."}]}; the
+content of a message may also be a list of such parts.
 """
 
 from __future__ import annotations
@@ -45,8 +50,8 @@ def step(media, model, batch):
 def main(config: Config) -> None:
     if config.media.freeze_language_model and config.adapter.adapter != "none":
         raise ValueError(
-            f"--freeze-language-model with --adapter {config.adapter.adapter}, which would train it: "
-            "give one of the two"
+            f"--freeze-language-model with --adapter {config.adapter.adapter}, which would train "
+            "it: give one of the two"
         )
     run = ta.start_run(config)
     media = ta.media.open_media(config.media, config.data.data, run.device)

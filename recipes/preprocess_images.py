@@ -1,10 +1,15 @@
-"""Run a frozen encoder over all pictures (or sounds) of a folder once: one safetensors file of features that training and generation read.
+"""Run a frozen encoder over all pictures (or sounds) of a folder once: a file of their features.
 
-    python recipes/preprocess_images.py --root pictures --encoder clip --encoder-path CLIP --out clip.safetensors
-    python recipes/multimodal.py ... --image-encoder clip --image-encoder-path CLIP --image-features clip.safetensors
+Training and generation read the features in place of running the encoder.
 
-A stopped run goes on where it was when it is started again. The file's keys are the files' paths below --root; it also holds the encoder's
-fingerprint and a hash of every file's content, so that a changed picture or another encoder is refused, never read.
+    python recipes/preprocess_images.py --root pictures --encoder clip --encoder-path CLIP \\
+        --out clip.safetensors
+    python recipes/multimodal.py ... --image-encoder clip --image-encoder-path CLIP \\
+        --image-features clip.safetensors
+
+A run that was stopped goes on when it is started again. The keys of the file are the paths of the
+pictures below --root. It also holds the encoder's fingerprint and a hash of each picture, so that a
+changed picture or another encoder is refused.
 """
 
 from __future__ import annotations
@@ -52,7 +57,8 @@ def main(config: Config) -> None:
     paths, skipped = ta.media.find_media(config.root, encoder.modality, skip)
     if not paths:
         raise ValueError(
-            f"--root {config.root}: no {encoder.modality} file in it; give the folder that holds them"
+            f"--root {config.root}: no {encoder.modality} file in it; "
+            "give the folder that holds them"
         )
 
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,18 @@
-"""Retriever and generator trained together: the likelihood of each answer, mixed over the passages found (RAG-sequence, Lewis et al. 2020).
+"""Train retriever and generator together: the likelihood of each answer, mixed over passages.
 
-    python recipes/rag.py                                          # built-in catalogue, questions, encoder and generator
+RAG-sequence of Lewis et al. 2020.
+
+    python recipes/rag.py                       # built-in catalogue, questions, encoder, generator
     python recipes/build_index.py --passages passages.jsonl --encoder-path ENCODER --out index
-    python recipes/rag.py --model-path MODEL --index index --data questions.jsonl --val-data held_out.jsonl --out runs/rag
-    python recipes/generate.py --model-path runs/rag/final --index runs/rag/final/index --data questions.jsonl --out answers.jsonl
-    torchrun --nproc-per-node 8 recipes/rag.py ...                 # the same losses on 8 devices
+    python recipes/rag.py --model-path MODEL --index index --out runs/rag \\
+        --data questions.jsonl --val-data held_out.jsonl
+    python recipes/generate.py --model-path runs/rag/final --index runs/rag/final/index \\
+        --data questions.jsonl --out answers.jsonl
+    torchrun --nproc-per-node 8 recipes/rag.py ...     # the same losses on 8 devices
 
-A line of data: {"messages": [{"role": "user", "content": "Anna's key?"}, {"role": "assistant", "content": "red tea"}], "gold": ["cat-rain"]};
-gold, ids of passages that hold the answer, is optional. A line of passages: {"id": "cat-rain", "title": "Keys", "text": "Anna's is red tea."}.
+A line of data: {"messages": [{"role": "user", "content": "Anna's key?"}, {"role": "assistant",
+"content": "red tea"}], "gold": ["cat-rain"]}; gold, ids of passages that hold the answer, is
+optional. A line of passages: {"id": "cat-rain", "title": "Keys", "text": "Anna's is red tea."}.
 """
 
 from __future__ import annotations
@@ -33,22 +38,26 @@ class Config:
     samples: ta.SamplesConfig = ta.SamplesConfig()
     retrieval: ta.rag.RetrievalConfig = ta.rag.RetrievalConfig()
     gold: bool = True
-    """While training: where a record names its gold passage and that was not found, it takes the place of the last one found."""
+    """While training: where a record names its gold passage and that was not found, it takes the
+    place of the last one found."""
     in_batch: Annotated[int, ta.Range(0)] = 0
-    """While training: passages of so many other questions of the batch (their gold, else their best) join the candidates."""
+    """While training: passages of so many other questions of the batch (their gold, else their
+    best) join the candidates."""
     encoder_lr: Annotated[float | None, ta.Range(0)] = None
-    """Learning rate of the encoder; 0 leaves it as it is. Default: 2e-5; 3e-3 for the built-in one."""
+    """Learning rate of the encoder; 0 leaves it as it is. Default: 2e-5; 3e-3 for the built-in
+    one."""
     score_scale: Annotated[float | None, ta.Range(0, above=True)] = None
     """Factor on scores before their softmax. Default: 20 where vectors have length 1, else 1."""
     reembed_every: Annotated[int, ta.Range(0)] = 0
-    """Steps between embedding all passages anew by the encoder as it then is; 0: never, then only questions move."""
+    """Steps between embedding all passages anew by the encoder as it then is; 0: never, then only
+    questions move."""
 
 
 def main(config: Config) -> None:
     if config.retrieval.approximate:
         raise ValueError(
-            "--approximate in training: the vectors of questions move, and so may those of passages; "
-            "leave it out"
+            "--approximate in training: the vectors of questions move, and so may those of "
+            "passages; leave it out"
         )
     if config.retrieval.num_passages == 1 and not config.in_batch and config.encoder_lr != 0:
         ta.parallel.say(

@@ -1,10 +1,12 @@
-"""Write a trained vision-language model in transformers' Llava layout, so that plain transformers and vLLM serve it.
+"""Write a trained vision-language model in transformers' Llava layout.
+
+Plain transformers and vLLM serve it.
 
     python recipes/to_llava.py --model-path runs/multimodal/final --out runs/multimodal/llava
 
-Where the parts allow it: a CLIP or SigLIP encoder, an mlp projector, a language model that the layout takes (an adapter is merged). The logits of
-both forms are compared before anything is published. In a prompt for it a picture is written as the start token, one placeholder and the end token
-(<MS><img></MS>).
+The layout holds a CLIP or SigLIP encoder, an mlp projector and most language models (an adapter is
+merged). The logits of both forms are compared before anything is published. In a prompt for it a
+picture is the start token, one placeholder and the end token (<MS><img></MS>).
 """
 
 from __future__ import annotations

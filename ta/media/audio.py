@@ -1,4 +1,4 @@
-"""Sound from disk to arrays: wav files to mono float samples at 16 kHz, and the two published spectrograms."""
+"""Sounds from disk to arrays: mono samples of wav files, and the two published spectrograms."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ MAX_SECONDS = 600.0
 
 
 def read_audio(path: str | Path, rate: int = RATE, max_seconds: float = MAX_SECONDS) -> np.ndarray:
-    """Decode a PCM wav file (8, 16, 24 or 32 bits) to (N,) float32 in [-1, 1]: channels averaged, resampled to `rate` Hz.
+    """Decode a PCM wav file (8, 16, 24 or 32 bits) to (N,) float32 in [-1, 1], N at `rate` Hz.
 
-    The length is read from the header and checked against `max_seconds` before anything is decoded. ValueError names the path of what is
-    missing, empty, too long, cut short or no such file.
+    Channels are averaged. The length is read from the header and checked against `max_seconds`
+    before anything is decoded. ValueError names the path of what is missing, empty, too long, cut
+    short or no such file.
     """
     if not os.path.exists(path):
         raise ValueError(f"{path}: no such file; check the media root and the path in the record")
@@ -38,22 +39,24 @@ def read_audio(path: str | Path, rate: int = RATE, max_seconds: float = MAX_SECO
         channels, width, given_rate, count = sound.getparams()[:4]
         if given_rate < 1 or channels < 1 or width not in (1, 2, 3, 4):
             raise ValueError(
-                f"{path}: {channels} channels of {width} bytes at {given_rate} Hz; convert it to 16-bit PCM wav"
+                f"{path}: {channels} channels of {width} bytes at {given_rate} Hz; "
+                "convert it to 16-bit PCM wav"
             )
         if count < 1:
             raise ValueError(f"{path}: no samples in it; remove it or record it again")
         if count / given_rate > max_seconds:
             raise ValueError(
-                f"{path}: {count / given_rate:.1f} s of sound, the limit is {max_seconds:g} s; cut it into pieces"
+                f"{path}: {count / given_rate:.1f} s of sound, the limit is {max_seconds:g} s; "
+                "cut it into pieces"
             )
         data = sound.readframes(count)
     if len(data) != count * channels * width:
         raise ValueError(
-            f"{path}: cut short: {len(data)} bytes of sound, its header promises {count * channels * width}"
+            f"{path}: cut short: {len(data)} bytes of sound, its header promises "
+            f"{count * channels * width}"
         )
-    return resample(
-        _samples(data, width).reshape(count, channels).mean(axis=1), given_rate, rate
-    ).astype(np.float32)
+    mono = _samples(data, width).reshape(count, channels).mean(axis=1)
+    return resample(mono, given_rate, rate).astype(np.float32)
 
 
 def _samples(data: bytes, width: int) -> np.ndarray:
@@ -67,8 +70,11 @@ def _samples(data: bytes, width: int) -> np.ndarray:
 
 
 def resample(samples: np.ndarray, rate: int, to: int, zeros: int = 16) -> np.ndarray:
-    """Change the sampling rate of (N,) by a polyphase filter: a sinc of `zeros` crossings under a Hann window, cut at 0.95 of the lower
-    Nyquist frequency (Smith, Digital Audio Resampling). (ceil(N * to / rate),) float64; a constant stays the same constant."""
+    """(N,) samples at `rate` Hz to (ceil(N * to / rate),) float64 at `to` Hz.
+
+    The polyphase filter is a sinc of `zeros` crossings under a Hann window, cut at 0.95 of the lower
+    Nyquist frequency (Smith, Digital Audio Resampling). A constant stays the same constant.
+    """
     if rate == to:
         return samples.astype(np.float64)
     common = math.gcd(rate, to)
@@ -81,21 +87,24 @@ def resample(samples: np.ndarray, rate: int, to: int, zeros: int = 16) -> np.nda
     out = np.empty(length)
     for phase in range(min(up, length)):
         start, fraction = divmod(phase * down, up)
-        offset = (
-            np.arange(-reach, reach + 1) - fraction / up
-        )  # input samples before and after this output
+        # input samples before and after this output
+        offset = np.arange(-reach, reach + 1) - fraction / up
         taps = np.sinc(offset * cutoff) * np.cos(np.pi / 2 * np.clip(offset / reach, -1, 1)) ** 2
         out[phase::up] = windows[start::down][: len(out[phase::up])] @ (taps / taps.sum())
     return out
 
 
 def whisper_mels(path: str | Path, extractor: WhisperFeatureExtractor) -> np.ndarray:
-    """Whisper's log-mel spectrogram (mels, frames) float32 of a file, padded with silence; longer than the window is a ValueError."""
+    """Whisper's log-mel spectrogram (mels, frames) float32 of a file, padded with silence.
+
+    ValueError for a sound that is longer than the window.
+    """
     samples = read_audio(path, extractor.sampling_rate)
     if len(samples) > extractor.n_samples:
         seconds = len(samples) / extractor.sampling_rate
         raise ValueError(
-            f"{path}: {seconds:.1f} s of sound, this encoder hears {extractor.chunk_length} s; cut the file into pieces"
+            f"{path}: {seconds:.1f} s of sound, this encoder hears {extractor.chunk_length} s; "
+            "cut the file into pieces"
         )
     return extractor(samples, sampling_rate=extractor.sampling_rate, return_tensors="np")[
         "input_features"
@@ -105,8 +114,11 @@ def whisper_mels(path: str | Path, extractor: WhisperFeatureExtractor) -> np.nda
 def fbank_clips(
     path: str | Path, mels: int, frames: int, clips: int, seconds: float = 2.0
 ) -> np.ndarray:
-    """ImageBind's input (clips, 1, mels, frames) float32: `clips` stretches of `seconds` spread evenly over the file, each as a log filter
-    bank padded with zeros or cut to `frames`, then (x + 4.268) / 9.138 (arXiv 2305.05665, appendix on data)."""
+    """ImageBind's input (clips, 1, mels, frames) float32 (arXiv 2305.05665, appendix on data).
+
+    `clips` stretches of `seconds` lie evenly over the file. Each becomes a log filter bank, padded
+    with zeros or cut to `frames`, then (x + 4.268) / 9.138.
+    """
     samples = read_audio(path)
     length = round(seconds * RATE)
     starts = [round(i * max(len(samples) - length, 0) / max(clips - 1, 1)) for i in range(clips)]
@@ -116,7 +128,10 @@ def fbank_clips(
 
 
 def kaldi_fbank(samples: np.ndarray, mels: int) -> np.ndarray:
-    """Kaldi's log mel filter bank (mels, frames) of 16 kHz samples: 25 ms Hann windows every 10 ms, mean removed, no dither."""
+    """Kaldi's log mel filter bank (mels, frames) of 16 kHz samples.
+
+    Windows are 25 ms, Hann, every 10 ms; the mean is removed, and there is no dither.
+    """
     from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
     if len(samples) < 400:

@@ -88,15 +88,15 @@ def encode_media(
     placed = [place_media(chat, placeholders) for chat in chats]
     encode = encode_prompts if prompts else encode_chats
     results = encode([messages for messages, _ in placed], tokenizer, config)
-    found: list[tuple[Tokens, Media] | Drop] = []
+    encoded: list[tuple[Tokens, Media] | Drop] = []
     for result, (_, media) in zip(results, placed, strict=True):
         if isinstance(result, Drop):
-            found.append(result)
+            encoded.append(result)
             continue
         tokens = Tokens(result, [0.0] * len(result)) if prompts else result
         kept = kept_media(media, tokens.ids, placeholders, prompts or config.keep_end)
-        found.append((tokens, kept))
-    return found
+        encoded.append((tokens, kept))
+    return encoded
 
 
 def kept_media(

@@ -1,4 +1,4 @@
-"""Frozen encoders of pictures and sounds: each reads its own files and makes features of fixed number and width."""
+"""Frozen encoders of pictures and sounds: each reads its files and makes features of them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Encoder(NamedTuple):
     def encode(self, inputs: Tensor) -> Tensor:
         """(I, F, E) features of a batch of inputs, without gradient, on the module's device."""
         parameter = next(self.module.parameters())
-        # train() of a parent may have reached it, and with dropout no cache would repeat its features
+        # train() of a parent may have reached it, and a cache would not repeat what dropout makes
         self.module.eval()
         with torch.no_grad():
             return self.module(inputs.to(parameter.device, parameter.dtype))
@@ -168,7 +168,8 @@ def whisper(folder: Path) -> Encoder:
     config.decoder_layers = 0
     if not (folder / "preprocessor_config.json").is_file():
         raise ValueError(
-            f"{folder}: no preprocessor_config.json; save Whisper's feature extractor into its folder"
+            f"{folder}: no preprocessor_config.json; "
+            "save Whisper's feature extractor into its folder"
         )
     extractor = WhisperFeatureExtractor.from_pretrained(str(folder), local_files_only=True)
     frames = extractor.nb_max_frames
@@ -223,8 +224,8 @@ def _patches(
     if given != (config.image_size, config.image_size):
         wants = f"{config.image_size} x {config.image_size}"
         raise ValueError(
-            f"{folder}: preprocessor_config.json makes pictures of {given or 'any size'}, the encoder "
-            f"reads {wants}; make them equal"
+            f"{folder}: preprocessor_config.json makes pictures of {given or 'any size'}, "
+            f"the encoder reads {wants}; make them equal"
         )
     side = config.image_size // config.patch_size
     keys = (
@@ -249,10 +250,10 @@ def _patches(
 
 def _config(kind: Any, folder: Path, *types: str) -> Any:
     path = folder / "config.json"
-    found = json.loads(path.read_text()).get("model_type") if path.is_file() else None
-    if found not in types:
+    model_type = json.loads(path.read_text()).get("model_type") if path.is_file() else None
+    if model_type not in types:
         raise ValueError(
-            f"{folder}: its config.json is of model type {found!r}; this encoder reads "
+            f"{folder}: its config.json is of model type {model_type!r}; this encoder reads "
             f"{' or '.join(types)}"
         )
     return kind.from_pretrained(str(folder), local_files_only=True)

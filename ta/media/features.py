@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ta.files import SETTLED, Parts, content_hash, locked, stamp, write_atomic, writing
 from ta.parallel import gather_objects, rank, world
 
-if TYPE_CHECKING:  # reader processes import this module, and none of them needs torch
+if TYPE_CHECKING:
     import numpy as np
     import torch
 
@@ -117,9 +117,9 @@ class FeatureFile:
 
         tensors, hashes = {}, {}
         for part in sorted(self.parts.keys()):
-            found, about = self.parts.load(part)
+            part_tensors, about = self.parts.load(part)
             hashes |= json.loads(about["hashes"])
-            tensors |= zip(json.loads(about["hashes"]), found["features"], strict=True)
+            tensors |= zip(json.loads(about["hashes"]), part_tensors["features"], strict=True)
         info = {
             "fingerprint": self.layout.fingerprint,
             "shape": self.layout.shape,
@@ -141,15 +141,15 @@ def content_hashes(files: Sequence[Path], notes: Path) -> list[str]:
     stamps = [stamp(str(file)) for file in files]
     new = [i for i, file in enumerate(files) if known.get(str(file), [None])[0] != stamps[i]]
     read = {i: content_hash(files[i]) for i in new[rank() :: world()]}
-    found = {i: value for part in gather_objects(read) for i, value in part.items()}
+    hashes = {i: value for part in gather_objects(read) for i, value in part.items()}
     settled = {
         str(files[i]): [stamps[i], value]
-        for i, value in found.items()
+        for i, value in hashes.items()
         if time.time_ns() - max(stamps[i][1:3]) > SETTLED
     }
     if settled and rank() == 0:
         write_atomic(notes, json.dumps(known | settled))
-    return [found.get(i) or known[str(file)][1] for i, file in enumerate(files)]
+    return [hashes.get(i) or known[str(file)][1] for i, file in enumerate(files)]
 
 
 def read_features(path: str | Path, fingerprint: str | None = None) -> Features:
@@ -260,7 +260,7 @@ def extract(
     skipped: list[tuple[str, str]] = []
     with locked(out):
         partial = FeatureFile(Path(out), layout, paths)
-        found = len(partial.hashes)
+        before = len(partial.hashes)
         batch: list[tuple[str, str, np.ndarray]] = []
         left = [(key, path) for key, path in paths.items() if key not in partial.hashes]
 
@@ -291,7 +291,7 @@ def extract(
                 + (f"; the first: {skipped[0][1]}" if skipped else "")
             )
         partial.publish()
-        return Extracted(len(partial.hashes), len(partial.hashes) - found, skipped)
+        return Extracted(len(partial.hashes), len(partial.hashes) - before, skipped)
 
 
 Read = tuple[str, str, Any, str | None]  # key, content hash, input, why it could not be read

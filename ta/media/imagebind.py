@@ -1,8 +1,9 @@
-"""ImageBind's picture and sound trunks (arXiv 2305.05665) in plain torch, with weights converted from the published checkpoint's names.
+"""ImageBind's trunks of pictures and sounds (arXiv 2305.05665), with the published weights.
 
-The published model pools each trunk to one joint embedding. Language models read more from the patches, so `tokens` gives every patch after the
-head's layer norm, where the published head would pick the class token; `embedding` gives the published joint embedding of unit length
-(without the fixed logit scale that training multiplied onto it), one token that means the same for pictures and sounds.
+The published model pools each trunk to one joint embedding. Language models read more from the
+patches, so the output `tokens` is every patch after the head's layer norm, where the published head
+takes the class token. The output `embedding` is the published joint embedding of unit length,
+without the fixed logit scale of its training: one token, in a space that pictures and sounds share.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ AUDIO_HUGE = TrunkConfig(
 
 
 class Attention(nn.Module):
-    """Full self-attention; with `extra`, every sequence gets one learned key and value more (add_bias_kv of torch's own module)."""
+    """Full self-attention; `extra` adds one learned key and value (torch: add_bias_kv)."""
 
     def __init__(self, width: int, heads: int, extra: bool):
         super().__init__()
@@ -95,7 +96,10 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Patches, class token, blocks, head. Pictures: (I, 3, H, W), seen as two equal video frames. Sounds: (I, clips, 1, mels, frames)."""
+    """Patches, class token, blocks, head.
+
+    Pictures are (I, 3, H, W), read as two equal video frames; sounds (I, clips, 1, mels, frames).
+    """
 
     def __init__(self, config: TrunkConfig):
         super().__init__()
@@ -141,12 +145,12 @@ class Trunk(nn.Module):
         )
 
     def tokens(self, inputs: Tensor) -> Tensor:
-        """(I, clips * patches, width): patches after the head's layer norm, row by row, clip after clip."""
+        """(I, clips * patches, width): patches after the head's layer norm, row by row."""
         states = self._states(inputs)[:, 1:]
         return states.reshape(len(inputs), -1, self.config.width)
 
     def embedding(self, inputs: Tensor) -> Tensor:
-        """(I, joint_dim): the joint embedding, unit length for each clip, averaged over clips as published."""
+        """(I, joint_dim): the joint embedding, unit length for each clip, averaged over clips."""
         joint = F.normalize(self.head(self._states(inputs)[:, 0]), dim=-1)
         return joint.reshape(len(inputs), -1, self.config.joint_dim).mean(dim=1)
 
@@ -189,9 +193,10 @@ _RENAMES = [
 
 
 def convert_names(names: Iterable[str], modality: str) -> dict[str, str]:
-    """{published name: ours} of the weights of one modality; other modalities and the logit scale are left out.
+    """{published name: ours} of the weights of one modality, without the logit scale.
 
-    Names as in imagebind_huge.pth of github.com/facebookresearch/ImageBind. bias_k and bias_v become the two rows of `attention.extra`.
+    Published names are those of imagebind_huge.pth of github.com/facebookresearch/ImageBind. bias_k
+    and bias_v become the two rows of `attention.extra`.
     """
     rules = [
         (re.compile(pattern.replace("M", _SECTIONS[modality], 1)), ours)
@@ -218,9 +223,10 @@ def convert_weights(published: Mapping[str, Tensor], modality: str) -> dict[str,
 
 
 def convert_checkpoint(checkpoint: str | Path, folder: str | Path, config: TrunkConfig) -> None:
-    """Write the trunk that `config` describes from a published .pth file as `folder`/model.safetensors and config.json.
+    """Write the trunk of `config` from a published .pth file into `folder`, for `load_trunk`.
 
-    Only tensors are unpickled (weights_only). ValueError if the file is none, or its weights do not fit `config`.
+    Only tensors are unpickled (weights_only). ValueError if the file is no checkpoint, or its
+    weights do not fit `config`.
     """
     from safetensors.torch import save_file
 
@@ -228,9 +234,11 @@ def convert_checkpoint(checkpoint: str | Path, folder: str | Path, config: Trunk
         raise ValueError(f"{checkpoint}: no such file; give the published imagebind_huge.pth")
     try:
         published = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError and more for what is no checkpoint
+    # torch raises UnpicklingError, RuntimeError, EOFError and more for what is no checkpoint
+    except Exception as error:
         raise ValueError(
-            f"{checkpoint}: not a checkpoint of weights alone ({error}); give the published imagebind_huge.pth"
+            f"{checkpoint}: not a checkpoint of weights alone ({error}); "
+            "give the published imagebind_huge.pth"
         ) from error
     weights = convert_weights(published, config.modality)
     with torch.device("meta"):
@@ -243,14 +251,15 @@ def convert_checkpoint(checkpoint: str | Path, folder: str | Path, config: Trunk
 
 
 def load_trunk(folder: str | Path) -> Trunk:
-    """The trunk in a converted folder, strictly: every weight present with its shape, none left over."""
+    """The trunk in a converted folder; ValueError unless its weights are exactly the trunk's."""
     from safetensors.torch import load_file
 
     paths = Path(folder) / "config.json", Path(folder) / "model.safetensors"
     given = json.loads(paths[0].read_text()) if paths[0].is_file() else {}
     if given.pop("model_type", None) != "imagebind" or not paths[1].is_file():
         raise ValueError(
-            f"{folder}: no converted ImageBind trunk; make one with convert_checkpoint from imagebind_huge.pth"
+            f"{folder}: no converted ImageBind trunk; "
+            "make one with convert_checkpoint from imagebind_huge.pth"
         )
     try:
         config = TrunkConfig(**{**given, "size": tuple(given["size"])})
@@ -275,5 +284,6 @@ def _check(trunk: Trunk, weights: Mapping[str, Tensor], where: object) -> None:
         )
         if have != want:
             raise ValueError(
-                f"{where}: weight {name} is {have}, a {trunk.config.modality} trunk of these sizes wants {want}; give its own sizes"
+                f"{where}: weight {name} is {have}, a {trunk.config.modality} trunk of these sizes "
+                f"wants {want}; give its own sizes"
             )

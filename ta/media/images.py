@@ -1,4 +1,4 @@
-"""Pictures from disk to arrays: paths that stay below a root, decoding with limits, and preprocessing."""
+"""Pictures from disk to arrays: paths below a root, decoding with limits, and preprocessing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".
 
 
 class Preprocessing(NamedTuple):
-    """How an encoder wants its pictures; the order is resize, crop in the middle, scale, normalise."""
+    """How an encoder's pictures are made: resize, crop in the middle, scale, normalise."""
 
     # the shorter edge in pixels, or (height, width); None leaves the size alone
     size: int | tuple[int, int] | None
@@ -113,21 +113,23 @@ def check_file(path: str | Path) -> None:
     It is not opened: a FIFO would block.
     """
     try:
-        found = os.stat(path)
+        info = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"{path}: no such file; check the media root and the path in the record"
         ) from None
-    if stat.S_ISDIR(found.st_mode):
+    if stat.S_ISDIR(info.st_mode):
         raise ValueError(f"{path} is a folder; give a file")
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(info.st_mode):
         raise ValueError(f"{path} is not a regular file (a FIFO, socket or device); give a file")
-    if found.st_size == 0:
+    if info.st_size == 0:
         raise ValueError(f"{path} is empty (0 bytes); remove it or write it again")
 
 
 def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decode a picture to (H, W, 3) uint8 RGB, upright by its EXIF orientation; the first frame of an animation.
+    """Decode a picture, or the first frame of an animation, to (H, W, 3) uint8 RGB.
+
+    It is turned upright by its EXIF orientation.
 
     Transparent pixels are put over white, 16-bit grey is scaled to 8 bits. Width x height is read
     from the header and checked against `max_pixels` before anything is decoded. ValueError names
@@ -260,7 +262,8 @@ def read_preprocessing(folder: str | Path, default: Preprocessing) -> Preprocess
         given = json.loads(path.read_text()).get("image_processor", {})
     else:
         raise ValueError(
-            f"{folder}: no preprocessor_config.json; save the model's image processor into its folder"
+            f"{folder}: no preprocessor_config.json; "
+            "save the model's image processor into its folder"
         )
     kind = str(
         given.get("image_processor_type", given.get("feature_extractor_type", "CLIPImageProcessor"))

@@ -25,7 +25,7 @@ MAX_DIFFERENCE = 1e-3  # of a logit
 
 
 def check_llava(media: Modalities) -> None:
-    """ValueError unless the layout holds these modalities: pictures by CLIP or SigLIP and an mlp."""
+    """ValueError unless the layout holds these modalities: CLIP or SigLIP and an mlp."""
     if set(media) != {"image"}:
         raise ValueError(
             f"the Llava layout holds pictures alone, this model reads {' and '.join(media)}; "
@@ -107,7 +107,7 @@ def _published_names(folder: Path) -> None:
 
 
 def assembled(settings: dict, base: PreTrainedModel, projector: nn.Module, placeholder: int):
-    """transformers' LlavaForConditionalGeneration of an encoder's folder, a language model and an mlp.
+    """LlavaForConditionalGeneration of an encoder's folder, a language model and an mlp.
 
     ValueError where they do not fit.
     """
@@ -148,7 +148,7 @@ def assembled(settings: dict, base: PreTrainedModel, projector: nn.Module, place
 
 
 def difference(whole, media: Modalities, model: MediaModel, tokenizer: ChatTokenizer) -> float:
-    """The greatest difference between the two models' logits, on a random picture and few tokens."""
+    """The greatest difference between the models' logits, on a random picture and few tokens."""
     import torch
 
     from ta.media.multimodal import embed_modalities

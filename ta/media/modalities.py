@@ -1,6 +1,6 @@
-"""The modalities of a model: which encoder reads which files, and how many embeddings stand for one of them.
+"""The modalities of a model: which encoder reads which files, and how they stand in the text.
 
-Features come from the encoder, or from a cache of them. Letters: I inputs, F features of one, E width.
+Features come from the encoder or from a cache. Letters: I inputs, F features of one, E width.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class MediaFiles:
     """Where pictures, sounds, encoders and caches lie."""
 
     image_root: str = ""
-    """Folder below which all pictures and sounds lie; records name them relative to it. Default: the folder of the data."""
+    """Folder below which all pictures and sounds lie; records name them relative to it. Default:
+    the folder of the data."""
     image_encoder_path: str | None = None
     """Folder of the picture encoder's weights; builtin needs none."""
     audio_encoder_path: str | None = None
@@ -49,7 +50,8 @@ class MediaFiles:
 class MediaConfig:
     files: MediaFiles = MediaFiles()
     image_encoder: str | None = None
-    """builtin, clip, siglip or imagebind. Default: builtin on built-in data; with --data none unless given."""
+    """builtin, clip, siglip or imagebind. Default: builtin on built-in data; with --data none
+    unless given."""
     audio_encoder: str | None = None
     """whisper or imagebind. Default: none."""
     image_projector: Literal["mlp", "llava", "c_abstractor", "c_abs"] = "mlp"
@@ -61,7 +63,8 @@ class MediaConfig:
     audio_embeddings: Annotated[int | None, Range(1)] = None
     """Embeddings that stand for one sound."""
     image_projector_path: str | None = None
-    """Safetensors file of weights that the picture projector starts from; a run's is RUN/final/projectors/image.safetensors."""
+    """Safetensors file of weights that the picture projector starts from; a run's is
+    RUN/final/projectors/image.safetensors."""
     audio_projector_path: str | None = None
     """The same for sounds."""
     projector_width: Annotated[int, Range(1)] = 1024
@@ -69,7 +72,8 @@ class MediaConfig:
     projector_depth: Annotated[int, Range(1)] = 3
     """Blocks in each of its two stages."""
     projector_lr: Annotated[float | None, Range(0, above=True)] = None
-    """Peak learning rate of the projectors. Default: 1e-3, or --lr where the projector or the built-in model is given."""
+    """Peak learning rate of the projectors. Default: 1e-3, or --lr where the projector or the
+    built-in model is given."""
     freeze_language_model: bool = False
     """Train the projectors alone."""
     media_tokens: tuple[str, str] = ("<MS>", "</MS>")
@@ -164,7 +168,8 @@ def open_media(
         encoder, fingerprint = load_with_fingerprint(encoder_name, path, device, half)
         if encoder.modality != name:
             raise ValueError(
-                f"--{name}-encoder {encoder_name} reads {encoder.modality}: give an encoder of {name}"
+                f"--{name}-encoder {encoder_name} reads {encoder.modality}: "
+                f"give an encoder of {name}"
             )
         embeddings = getattr(config, f"{name}_embeddings")
         settings = {
@@ -206,9 +211,9 @@ def reopen_media(
         encoder, fingerprint = load_with_fingerprint(settings["encoder"], path, device, half)
         if fingerprint != settings["fingerprint"]:
             raise ValueError(
-                f"{folder} was trained with another {settings['encoder']} encoder than {path} holds "
-                f"({settings['fingerprint'][:12]}, this one is {fingerprint[:12]}); give its folder "
-                f"in --{name}-encoder-path"
+                f"{folder} was trained with another {settings['encoder']} encoder than {path} "
+                f"holds ({settings['fingerprint'][:12]}, this one is {fingerprint[:12]}); "
+                f"give its folder in --{name}-encoder-path"
             )
         weights = str(Path(folder) / PROJECTORS / f"{name}.safetensors")
         cache_path = getattr(files, f"{name}_features")

@@ -1,6 +1,7 @@
-"""A language model that reads pictures and sounds: their projected features take the place of placeholders.
+"""A language model that reads pictures and sounds: projected features in place of placeholders.
 
-Letters: B rows, T columns, I pictures or sounds, F features of one, E encoder width, N embeddings of one, L prompt tokens, D model width.
+Letters: B rows, T columns, D the model's width, L tokens of a prompt; I pictures or sounds, F
+features of one, E the encoder's width, N embeddings of one.
 """
 
 from __future__ import annotations

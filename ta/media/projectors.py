@@ -1,4 +1,4 @@
-"""Projectors: small trained networks that turn an encoder's features (I, F, E) into a language model's embeddings (I, N, D)."""
+"""Projectors: small networks from an encoder's features (I, F, E) to embeddings (I, N, D)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a GELU, position by position, as LLaVA 1.5 (section 3.2 of arXiv 2310.03744): N is F."""
+    """Two linear layers with a GELU at each position, N = F (LLaVA 1.5, arXiv 2310.03744, 3.2)."""
 
     def __init__(
         self, emb_dim: int, n_in: int, dim: int, n_out: int, grid: tuple[int, int] | None = None
@@ -20,7 +20,8 @@ class Mlp(nn.Module):
         super().__init__()
         if n_out != n_in:
             raise ValueError(
-                f"projector mlp gives as many tokens as the encoder, {n_in}, not {n_out}; set n_modality_embeddings to {n_in}"
+                f"projector mlp gives as many tokens as the encoder, {n_in}, not {n_out}; "
+                f"set n_modality_embeddings to {n_in}"
             )
         self.layers = nn.Sequential(nn.Linear(emb_dim, dim), nn.GELU(), nn.Linear(dim, dim))
 
@@ -36,7 +37,7 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 class SqueezeExcite(nn.Module):
-    """Scale every channel by a gate computed from the channels' means over the picture (arXiv 1709.01507)."""
+    """Scale every channel by a gate made of the channels' means (arXiv 1709.01507)."""
 
     def __init__(self, channels: int, squeezed: int):
         super().__init__()
@@ -49,7 +50,7 @@ class SqueezeExcite(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """RegNet-Y block (arXiv 2003.13678) with depthwise convolution, layer norm and SiLU, as the C-Abstractor stacks them."""
+    """The C-Abstractor's RegNet-Y block (arXiv 2003.13678): depthwise, with layer norm and SiLU."""
 
     def __init__(self, channels_in: int, channels: int):
         super().__init__()
@@ -75,9 +76,10 @@ class Bottleneck(nn.Module):
 
 
 class CAbstractor(nn.Module):
-    """C-Abstractor (section 3.2 of HoneyBee, arXiv 2312.06742): stage, adaptive average pooling to a square of N tokens, stage, MLP.
+    """C-Abstractor (HoneyBee, arXiv 2312.06742, section 3.2): stage, pooling, stage, MLP.
 
-    `grid` is the encoder's (rows, columns); without it F must be a square number. The position embedding has F entries, one a patch.
+    The pooling is adaptive and averages to a square of N tokens. `grid` is the encoder's (rows,
+    columns); without it F must be a square number. Each of the F patches has a position embedding.
     """
 
     def __init__(
@@ -99,12 +101,14 @@ class CAbstractor(nn.Module):
             grid = (_side(n_in, "the encoder gives"),) * 2
         elif grid[0] * grid[1] != n_in:
             raise ValueError(
-                f"projector c_abstractor: a grid of {grid[0]} x {grid[1]} patches is not the encoder's {n_in}"
+                f"projector c_abstractor: a grid of {grid[0]} x {grid[1]} patches is not the "
+                f"encoder's {n_in}"
             )
         side = _side(n_out, "n_modality_embeddings is")
         if n_out > n_in:
             raise ValueError(
-                f"projector c_abstractor cannot make {n_out} tokens of the encoder's {n_in}; give {math.isqrt(n_in) ** 2} or fewer"
+                f"projector c_abstractor cannot make {n_out} tokens of the encoder's {n_in}; "
+                f"give {math.isqrt(n_in) ** 2} or fewer"
             )
         self.grid = grid
         self.positions = nn.Parameter(
@@ -118,9 +122,8 @@ class CAbstractor(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, features: Tensor) -> Tensor:
-        x = (
-            (features + self.positions).movedim(1, 2).unflatten(2, self.grid)
-        )  # (I, E, rows, columns)
+        x = (features + self.positions).movedim(1, 2)  # (I, E, F)
+        x = x.unflatten(2, self.grid)  # (I, E, rows, columns)
         x = self.after(self.pool(self.before(x)))  # (I, width, side, side)
         return self.mlp(x.flatten(2).movedim(1, 2))  # (I, N, D)
 
@@ -131,7 +134,8 @@ def _side(count: int, what: str) -> int:
         return side
     near = ", ".join(str(s * s) for s in (max(side, 1), side + 1) if s * s != count)
     raise ValueError(
-        f"projector c_abstractor works on squares of tokens; {what} {count}; the nearest that fit: {near}"
+        f"projector c_abstractor works on squares of tokens; {what} {count}; the nearest that fit: "
+        f"{near}"
     )
 
 
@@ -147,7 +151,8 @@ def make_projector(
 ) -> nn.Module:
     """The projector named `kind` from n_in encoder features of emb_dim to n_out embeddings of dim.
 
-    `grid` is the encoder's (rows, columns); `width` and `depth` (channels, and blocks a stage) are read by c_abstractor alone.
+    `grid` is the encoder's (rows, columns). Only c_abstractor reads `width` (channels) and `depth`
+    (blocks a stage).
     """
     if kind not in PROJECTORS:
         raise ValueError(f"projector {kind!r} is not known; give one of {', '.join(PROJECTORS)}")
@@ -156,7 +161,7 @@ def make_projector(
 
 
 def projector_of(settings: Mapping[str, Any], dim: int) -> nn.Module:
-    """A projector with the sizes in a modality's settings; its weights are drawn from the global generator."""
+    """A projector with the sizes in a modality's settings, drawn from torch's global seed."""
     return make_projector(
         settings["projector"],
         settings["emb_dim"],
@@ -172,7 +177,7 @@ def projector_of(settings: Mapping[str, Any], dim: int) -> nn.Module:
 def save_projector(
     projector: nn.Module, path: str | Path, state: dict[str, Tensor] | None = None
 ) -> None:
-    """Write the projector's weights (or `state`, what a sharded one gathered) as one safetensors file."""
+    """Write the weights as one safetensors file; `state` is what a sharded projector gathered."""
     from safetensors.torch import save_file
 
     save_file(
@@ -185,7 +190,10 @@ def save_projector(
 
 
 def load_projector(projector: nn.Module, path: str | Path) -> None:
-    """Fill `projector` from a safetensors file; every name and shape must be there, or ValueError says which is not and nothing is changed."""
+    """Fill `projector` from a safetensors file.
+
+    ValueError, and nothing is changed, where a name or a shape is another one.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -205,7 +213,8 @@ def load_projector(projector: nn.Module, path: str | Path) -> None:
         )
         if have != want:
             raise ValueError(
-                f"{path}: weight {name} is {have} in the file and {want} in the projector; give the same kind and sizes as saved"
+                f"{path}: weight {name} is {have} in the file and {want} in the projector; "
+                "give the same kind and sizes as saved"
             )
     projector.load_state_dict(given)
 

@@ -40,7 +40,8 @@ NAMES = {  # module: what `ta.rag` gives of it
     "ta.rag.passages": "RetrievalConfig passage_settings",
     "ta.rag.retrieval": "prompts_with_passages retrieve_for_prompts retriever_of",
     "ta.rag.search": "add_approximate need_faiss",
-    "ta.rag.joint": "RANKED RagModel question_collate rag_step reembedded retrieval_figures with_passages",
+    "ta.rag.joint": "RANKED RagModel question_collate rag_step reembedded retrieval_figures "
+    "with_passages",
 }
 _HOME = {name: module for module, names in NAMES.items() for name in names.split()}
 

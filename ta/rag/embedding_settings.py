@@ -1,4 +1,4 @@
-"""How a text becomes a vector: pooling, prefixes, length limit, read from an encoder's folder and written into one."""
+"""How a text becomes a vector: pooling, prefixes, length limit, as an encoder's folder says."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ POOLINGS = {  # what sentence-transformers calls them in 1_Pooling/config.json
 @dataclass(frozen=True)
 class EncoderConfig:
     encoder_path: str = "builtin"
-    """Folder of a text encoder, such as a sentence-transformers model; "builtin" is a tiny random one."""
+    """Folder of a text encoder, such as a sentence-transformers model; "builtin" is a tiny random
+    one."""
     pooling: Literal["mean", "cls", "last", "max"] | None = None
-    """What of an encoder's states is a text's vector. Default, here and below: what the encoder's folder says, else mean, normalised."""
+    """What of an encoder's states is a text's vector. Default, here and below: what the encoder's
+    folder says, else mean, normalised."""
     normalize: bool | None = None
     """Scale vectors to length 1, so that scores are cosines."""
     query_prefix: str | None = None
@@ -68,7 +70,8 @@ def embedding_settings(folder: str, config: EncoderConfig) -> EmbeddingSettings:
     )
     if not 1 <= settings.max_tokens <= limit:
         raise ValueError(
-            f"--encoder-max-tokens {settings.max_tokens}: the encoder in {folder} reads 1 to {limit}"
+            f"--encoder-max-tokens {settings.max_tokens}: the encoder in {folder} reads "
+            f"1 to {limit}"
         )
     return settings
 

@@ -1,4 +1,4 @@
-"""The index of a collection: a folder with its passages and their vectors, built in parts and opened checked.
+"""The index of a collection: a folder of passages and their vectors, built in parts.
 
 Building is resumable: the vectors of each block of passages are a part on the disk, and the folder
 is published whole when all parts are there. Letters: N passages, E width of a vector.

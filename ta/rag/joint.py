@@ -1,6 +1,7 @@
-"""Training retriever and generator together: the candidates of a step's questions, and the RAG-sequence loss.
+"""Training retriever and generator together: a step's candidates and the RAG-sequence loss.
 
-Letters: Q questions, K candidate passages a question, N joined sequences, E width of a vector, M learned tokens.
+Letters: Q questions, K candidate passages a question, N joined sequences, M learned tokens, E width
+of a vector.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def with_passages(
     max_tokens_per_micro: int = 8192,
     ranked: int = 0,
 ) -> list[RagBatch]:
-    """The questions of a step with their candidates, in new micro-batches, as many on every process.
+    """A step's questions with their candidates, in new micro-batches, as many on every process.
 
     Candidates are the k best passages by the encoder as it is now; `gold` and `in_batch` as in
     `candidate_rows`. `ranked` finds so many passages in all and lays out the questions without
@@ -218,15 +219,15 @@ def _split(joined: list[list[Tokens]], max_tokens: int, packed: bool) -> list[li
     totals = [sum(lengths) if packed else len(lengths) * max(lengths) for lengths in sizes]
     if max(totals, default=0) > max_tokens:
         raise ValueError(
-            f"a question with its {max(map(len, joined))} passages takes {max(totals)} tokens, more "
-            f"than --max-tokens-per-micro {max_tokens}: "
+            f"a question with its {max(map(len, joined))} passages takes {max(totals)} tokens, "
+            f"more than --max-tokens-per-micro {max_tokens}: "
             "raise that, or lower --num-passages, --passage-tokens or --max-tokens"
         )
     return [places for places in split_micro(totals, max_tokens, packed=packed)[0] if places]
 
 
 def answers_and_scores(model: RagModel, batch: RagBatch, scale: float) -> tuple[Tensor, Tensor]:
-    """(Q, K) log-probabilities of the answer after each candidate, and (Q, K) scores of these.
+    """(Q, K) log-probabilities of the answer after each candidate, (Q, K) scores of candidates.
 
     A log-probability is the sum of the answer's weighted tokens; a score is `scale` times the
     product of the vectors of question and passage, -inf where there is no candidate.

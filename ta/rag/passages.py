@@ -1,4 +1,4 @@
-"""The passages of a collection, a JSONL file read by line, and how passages are put before a question."""
+"""The passages of a collection, a JSONL file, and how passages are put before a question."""
 
 from __future__ import annotations
 
@@ -46,13 +46,17 @@ class RetrievalConfig:
     encoder_path: str | None = None
     """Folder of the index's encoder, where it is not where it was when the index was built."""
     num_passages: Annotated[int | None, Range(1)] = None
-    """Passages found for each question. Default: 4, before a question all together; 1 for what rag.py trained, which reads each by itself."""
+    """Passages found for each question. Default: 4, before a question all together; 1 for what
+    rag.py trained, which reads each by itself."""
     passage_tokens: Annotated[int | None, Range(1)] = None
-    """Tokens of a passage at most, as the generator counts them; longer ones are cut at their end. Default: what rag.py trained with, or 256."""
+    """Tokens of a passage at most, as the generator counts them; longer ones are cut at their end.
+    Default: what rag.py trained with, or 256."""
     approximate: bool = False
-    """Search the approximate index (build_index --approximate; needs faiss): faster on millions of passages, and now and then misses one."""
+    """Search the approximate index (build_index --approximate; needs faiss): faster on millions of
+    passages, and now and then misses one."""
     separator: str | None = None
-    """Text after each passage; a token of --init-tokens may stand in it. Default: what rag.py trained with, or a blank line."""
+    """Text after each passage; a token of --init-tokens may stand in it. Default: what rag.py
+    trained with, or a blank line."""
 
 
 def passage_settings(config: RetrievalConfig, manifest: dict[str, Any]) -> PassageSettings:
@@ -90,23 +94,23 @@ def write_passages(sources: Sequence[str], path: Path, seed: int = 0) -> np.ndar
 def read_passages(passages: Passages, rows: Iterable[int]) -> list[dict]:
     """The passages of `rows`, in their order."""
     with open(passages.path, "rb") as file:
-        found = []
+        read = []
         for row in rows:
             start, end = (int(x) for x in passages.offsets[row : row + 2])
             file.seek(start)
-            found.append(json.loads(file.read(end - start)))
-        return found
+            read.append(json.loads(file.read(end - start)))
+        return read
 
 
 def rows_of(passages: Passages, ids: Iterable[str]) -> dict[str, int]:
-    """{id: row} of those of `ids` that are in the collection; the file is read once, line by line."""
-    wanted, found = set(ids), {}
+    """{id: row} of those `ids` that are in the collection; the file is read once."""
+    wanted, rows = set(ids), {}
     if wanted:
         with open(passages.path, "rb") as file:
             for row, line in enumerate(file):
                 if (name := json.loads(line)["id"]) in wanted:
-                    found[name] = row
-    return found
+                    rows[name] = row
+    return rows
 
 
 def text_of(passage: dict) -> str:
@@ -122,7 +126,8 @@ def question_place(messages: Chat) -> int:
     kept = strip_trailing_answers(messages)
     if not kept or kept[-1]["role"] == SYSTEM:
         raise ValueError(
-            "no question: no message of a user comes before the answer, so there is nothing to search for"
+            "no question: no message of a user comes before the answer, so there is nothing to "
+            "search for"
         )
     return len(kept) - 1
 

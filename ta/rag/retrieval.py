@@ -89,7 +89,7 @@ def find_passages(
     k: int,
     together: bool = False,
 ) -> tuple[Tensor, Tensor, list[list[int]]]:
-    """The k best passages of each chat's question: scores (Q, K), rows (Q, K), questions' token ids.
+    """The k best passages of each chat's question: scores (Q, K), rows (Q, K), token ids.
 
     `forward` calls the encoder. With `together` it is sharded, and all processes call this at once.
     """

@@ -1,4 +1,4 @@
-"""The best passages of each question: exactly, by block after block of vectors, or approximately by faiss.
+"""The best passages of each question: exactly, block by block, or approximately by faiss.
 
 Letters: N passages, E width of a vector, Q questions, K results.
 """
@@ -92,7 +92,8 @@ def approximate_top_k(
 
     if not (folder / APPROXIMATE).exists():
         raise ValueError(
-            f"{folder} has no approximate index: build it with --approximate, or leave --approximate out"
+            f"{folder} has no approximate index: build it with --approximate, "
+            "or leave --approximate out"
         )
     faiss = need_faiss()
     index = faiss.read_index(str(folder / APPROXIMATE))

@@ -191,7 +191,7 @@ def test_wrong_input_is_answered_before_anything_is_written(door, given, tmp_pat
         (("--data", tmp_path / "gone.jsonl"), "gone.jsonl:1: gold names passage 'nowhere'"),
         (("--max-tokens", 8), "all 40 records are dropped"),
         (("--in-batch", -1), "--in-batch -1: give a number from 0 up"),
-        (("--score-scale", 0), "--score-scale 0.0: give a number above 0 up"),
+        (("--score-scale", 0), "--score-scale 0.0: give a number above 0"),
     )
     for more, words in cases:
         code, said = door("rag", *flags(given, out, *more))
