@@ -122,9 +122,26 @@ def load_engine(config: Config, tokenizer, media, device: str):
 
 def load_projectors(config: Config, tokenizer, media, model):
     """What embeds prompts with pictures and sounds, around our model or its embedding table."""
+    if media is None:
+        return None
     if config.engine == "vllm":
         model = ta.media.EmbeddingTable(ta.load_for_inference(config.model))  # vLLM holds the rest
     return ta.media.media_model_for_inference(media, tokenizer, model)
+
+
+def keys_of(config: Config, settings: ta.GenerateConfig, prompts) -> list[str]:
+    """For each prompt a hash of all that its answers depend on."""
+    model, sources = config.model, ta.resolve(config.model)
+    made_by = [
+        ta.fingerprint(sources.base, model.hub),
+        ta.fingerprint(sources.adapter) if sources.adapter else "",
+        model.dtype,
+        config.engine,
+        config.logprobs,
+        config.with_prompt,
+        dataclasses.asdict(settings) | {"slots": 0},  # their number changes no answer
+    ]
+    return [hash_json([made_by, i, *prompt])[:16] for i, prompt in enumerate(prompts)]
 
 
 def answer(config: Config, model, tokenizer, prompts, settings, places, keys, out, embeds=None):
@@ -167,32 +184,24 @@ def main(config: Config) -> None:
     )
     prompts = read_data(config, tokenizer, media, device)
     model = load_engine(config, tokenizer, media, device)
-    projectors = load_projectors(config, tokenizer, media, model) if media else None
+    projectors = load_projectors(config, tokenizer, media, model)
     ta.check_prompts([ids for _, ids in prompts], *ta.limits_of(model))
 
-    weights = [ta.fingerprint(sources.base, config.model.hub)]
-    weights += [ta.fingerprint(sources.adapter) if sources.adapter else ""]
+    at_once = AT_ONCE if media else len(prompts)
     for name, settings, out in outs:
         stops = (*settings.stop_strings, *tokenizer.stop_strings)
         settings = dataclasses.replace(settings, stop_strings=stops)
-        # all that an answer depends on; the number of slots changes none
-        made_by = [*weights, config.model.dtype, config.engine, config.logprobs, config.with_prompt]
-        made_by += [dataclasses.asdict(settings) | {"slots": 0}]
-        keys = [hash_json([made_by, i, *prompt])[:16] for i, prompt in enumerate(prompts)]
+        keys = keys_of(config, settings, prompts)
         done = out.done(keys)
         todo = out.share(keys, done)
         with out.writing(len(todo), name or "generate"):
-            if media is None:
-                answer(config, model, tokenizer, prompts, settings, todo, keys, out)
-            for start in range(0, len(todo), AT_ONCE) if media else ():
-                places = todo[start : start + AT_ONCE]
-                chats = [prompts[i][0]["messages"] for i in places]
-                ids = [prompts[i][1] for i in places]
-                embeds = list(
-                    ta.media.embed_media_prompts(
-                        media, tokenizer, config.chat, projectors, chats, ids
-                    )
-                )
+            for start in range(0, len(todo), at_once):
+                places, embeds = todo[start : start + at_once], None
+                if media:
+                    chats = [prompts[i][0]["messages"] for i in places]
+                    ids = [prompts[i][1] for i in places]
+                    known = media, tokenizer, config.chat, projectors
+                    embeds = list(ta.media.embed_media_prompts(*known, chats, ids))
                 answer(config, model, tokenizer, prompts, settings, places, keys, out, embeds)
         if out.publish(keys):
             print(
