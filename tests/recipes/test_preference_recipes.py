@@ -317,7 +317,7 @@ def test_without_a_model_the_built_in_one_is_fine_tuned_once(forked, data, tmp_p
     def before(rank):
         os.environ["TA_CACHE"] = str(tmp_path / "cache")
         for name in (fine_tuned.TUNED, fine_tuned.WORDY):
-            fine_tuned.WARMTH[name] = fine_tuned.WARMTH[name]._replace(steps=2)
+            fine_tuned.FINE_TUNINGS[name] = fine_tuned.FINE_TUNINGS[name]._replace(steps=2)
 
     more = ("--data", data / "preferences-train.jsonl", *QUICK)
     first, second = (
