@@ -36,7 +36,8 @@ class Config:
     class_weights: tuple[str, ...] = ()
     """One weight a class, in order; or auto, which makes every class count alike. Default: none."""
     gamma: Annotated[float, Range(0)] = 0.0
-    """Focal loss: how much less a record counts the surer the model is of it (2 is usual); 0 is cross-entropy."""
+    """Focal loss: how much less a record counts the surer the model is of it (2 is usual); 0 is
+    cross-entropy."""
 
 
 def weights_of(config: Config, labels):
@@ -58,7 +59,8 @@ def weights_of(config: Config, labels):
         or not any(weights)
     ):
         raise ValueError(
-            f"--class-weights {' '.join(given)}: give auto, or {config.num_labels} numbers from 0 on, not all of them 0"
+            f"--class-weights {' '.join(given)}: give auto, or {config.num_labels} numbers from 0 "
+            "on, not all of them 0"
         )
     return torch.tensor(weights)
 

@@ -39,10 +39,12 @@ class Config:
         "sigmoid", "sigmoid_with_margin", "hinge", "ipo", "kto_pair", "slic_hf", "cpo", "orpo",
         "simpo", "apo_zero", "apo_down", "asft", "dpop", "nca_pair", "cal_dpo",
     ] = "sigmoid"  # fmt: skip
-    """Which loss; sigmoid is DPO's. What each computes, and where it is from, stands in ta/losses.py."""
+    """Which loss; sigmoid is DPO's. What each computes, and where it is from, stands in
+    ta/losses.py."""
     beta: Annotated[float | None, Range(0, above=True)] = None
-    """Of the losses that have it: how much the policy may leave its reference. Default, here and below: the one published with the loss,
-    which is 0.1 but for hinge 0.05, simpo 2, dpop 0.3, nca_pair 0.01 and cal_dpo 0.002."""
+    """Of the losses that have it: how much the policy may leave its reference. Default, here and
+    below: the one published with the loss, which is 0.1 but for hinge 0.05, simpo 2, dpop 0.3,
+    nca_pair 0.01 and cal_dpo 0.002."""
     label_smoothing: Annotated[float | None, Range(0, below=0.5)] = None
     """Of sigmoid: the share of pairs believed to be labelled the wrong way round (0)."""
     gamma: Annotated[float | None, Range(0)] = None
@@ -164,7 +166,8 @@ def main(config: Config) -> None:
     settings = loss_settings(config)
     if config.loss in WITHOUT_REFERENCE and config.reference != ta.ReferenceConfig():
         raise ValueError(
-            f"--loss {config.loss} has no reference: leave --reference, --ref-path, --sync-every and --sync-alpha out"
+            f"--loss {config.loss} has no reference: leave --reference, --ref-path, --sync-every "
+            "and --sync-alpha out"
         )
     config = ta.with_fine_tuned_model(config, "builtin-wordy")
     run = ta.start_run(config)

@@ -37,7 +37,8 @@ class Config:
     beta: Annotated[float, Range(0, above=True)] = 0.1
     """How much the policy may leave its reference."""
     desirable_weight: Annotated[float, Range(0, above=True)] = 1.0
-    """Weight of desirable answers. With d of them and u others, d * weight should be 1 to 4/3 of u * the weight of the others."""
+    """Weight of desirable answers. With d of them and u others, d * weight should be 1 to 4/3 of u
+    * the weight of the others."""
     undesirable_weight: Annotated[float, Range(0, above=True)] = 1.0
     """Weight of the others."""
 

@@ -22,9 +22,11 @@ class ModelConfig:
     adapter_path: str | None = None
     """Folder of a trained adapter for the model, to go on with or to use; its own settings hold."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """Arithmetic of the forward pass; auto is bfloat16 on accelerators and float32 on CPU. Master weights that train stay float32 (or float64)."""
+    """Arithmetic of the forward pass; auto is bfloat16 on accelerators and float32 on CPU. Master
+    weights that train stay float32 (or float64)."""
     model_args: tuple[str, ...] = ()
-    """Further key=value arguments of from_pretrained, such as attn_implementation=flash_attention_2."""
+    """Further key=value arguments of from_pretrained, such as
+    attn_implementation=flash_attention_2."""
     hub: bool = False
     """Allow model names to be looked up on the Hugging Face hub."""
     trust_remote_code: bool = False
@@ -91,7 +93,8 @@ def resolve(config: ModelConfig) -> Sources:
         base, adapter = found.base, found.path
         if not base or not (config.hub or Path(base).is_dir()):
             raise ValueError(
-                f"{config.model_path} is an adapter of base {base!r}, which is not here: give the base in --model-path, this in --adapter-path"
+                f"{config.model_path} is an adapter of base {base!r}, which is not here: give the "
+                "base in --model-path, this in --adapter-path"
             )
         if Path(base).is_dir():
             base = read_folder(base).path
@@ -130,13 +133,15 @@ def model_folder(path: str, hub: bool = False) -> str:
     path = _final(path)
     if not Path(path).is_dir() and not hub:
         raise ValueError(
-            f"no model folder at {path}: give a folder with config.json and *.safetensors, or add --hub to look the name up on the hub"
+            f"no model folder at {path}: give a folder with config.json and *.safetensors, or add "
+            "--hub to look the name up on the hub"
         )
     if Path(path).is_dir() and not any(
         (Path(path) / name).exists() for name in ("config.json", "adapter_config.json")
     ):
         raise ValueError(
-            f"{path} holds no config.json: give the folder of a saved model (a run's export is RUN/final)"
+            f"{path} holds no config.json: give the folder of a saved model (a run's export is "
+            "RUN/final)"
         )
     return path
 

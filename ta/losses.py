@@ -214,7 +214,8 @@ def _difference(policy: Pair, ref: Pair) -> Tensor:
 def _per_token(pair: Pair) -> Pair:
     if pair.chosen_len is None or pair.rejected_len is None:
         raise ValueError(
-            "the pair has no lengths, of which this method makes means; give Pair(chosen, rejected, chosen_len, rejected_len)"
+            "the pair has no lengths, of which this method makes means; give Pair(chosen, "
+            "rejected, chosen_len, rejected_len)"
         )
     return Pair(_float(pair.chosen) / pair.chosen_len, _float(pair.rejected) / pair.rejected_len)
 
@@ -267,7 +268,8 @@ def class_loss(
     """
     if gamma < 0:
         raise ValueError(
-            f"gamma={gamma} would stress what is already right; give 0 (cross-entropy) or more (2 is the paper's)"
+            f"gamma={gamma} would stress what is already right; give 0 (cross-entropy) or more (2 "
+            "is the paper's)"
         )
     logp = _float(logits).log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)  # (N,)
     loss = -logp
@@ -286,7 +288,8 @@ def balanced_weights(labels: Sequence[int] | Tensor, num_labels: int) -> Tensor:
         raise ValueError("balanced class weights of no labels; give the labels of the training set")
     if labels.min() < 0 or labels.max() >= num_labels:
         raise ValueError(
-            f"labels from {labels.min()} to {labels.max()} do not fit num_labels={num_labels}; give 0 to {num_labels - 1}"
+            f"labels from {labels.min()} to {labels.max()} do not fit num_labels={num_labels}; "
+            f"give 0 to {num_labels - 1}"
         )
     counts = torch.bincount(labels, minlength=num_labels).double()
     weights = len(labels) / ((counts > 0).sum() * counts.clamp(min=1))

@@ -38,14 +38,17 @@ PART = 2048  # records between two files of a table that is being computed
 @dataclass(frozen=True)
 class ReferenceConfig:
     reference: Literal["auto", "adapter_off", "frozen", "cached", "synced"] = "auto"
-    """What the policy is compared with: itself with its new adapter off, a frozen second copy, numbers computed once before training and kept, or a
-    copy that follows the policy. auto is adapter_off for a new adapter, else frozen."""
+    """What the policy is compared with: itself with its new adapter off, a frozen second copy,
+    numbers computed once before training and kept, or a copy that follows the policy. auto is
+    adapter_off for a new adapter, else frozen."""
     ref_path: str | None = None
-    """Folder of another model as the reference (frozen, cached or synced); it must have the policy's vocabulary. Default: the policy at its start."""
+    """Folder of another model as the reference (frozen, cached or synced); it must have the
+    policy's vocabulary. Default: the policy at its start."""
     sync_every: Annotated[int, Range(1)] = 512
     """Steps between two updates of a synced reference (TR-DPO, arXiv 2404.09656)."""
     sync_alpha: Annotated[float, Range(0, 1, above=True)] = 0.6
-    """A synced reference becomes alpha * policy + (1 - alpha) * reference, tensor by tensor (with an adapter: of the adapter); 1 is a copy."""
+    """A synced reference becomes alpha * policy + (1 - alpha) * reference, tensor by tensor (with
+    an adapter: of the adapter); 1 is a copy."""
 
 
 @dataclass
@@ -160,7 +163,8 @@ def choose_reference(config: ReferenceConfig, model: ModelConfig, adapter: Adapt
         )
     if adapter.lora_dropout:
         raise ValueError(
-            f"--lora-dropout {adapter.lora_dropout} would part the policy from its reference, which "
+            f"--lora-dropout {adapter.lora_dropout} would part the policy from its reference, "
+            "which "
             "agree at step 0: leave it out"
         )
     return choice

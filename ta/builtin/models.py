@@ -56,7 +56,8 @@ TINY_LR = 1.5e-3
 
 TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message['role'] not in ('system', 'user', 'assistant') %}{{ raise_exception('unknown role ' ~ message['role']) }}{% endif %}"
+    "{% if message['role'] not in ('system', 'user', 'assistant') %}{{ raise_exception('unknown "
+    "role ' ~ message['role']) }}{% endif %}"
     "{{ '<|im_start|>' ~ message['role'] ~ '\n' ~ message['content'] ~ '<|im_end|>\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

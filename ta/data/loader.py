@@ -34,7 +34,8 @@ class BatchConfig:
     epochs: Annotated[float, Range(0, above=True)] = 1.0
     """Passes over the data, where --steps is not given."""
     batch_size: Annotated[int | None, Range(1)] = None
-    """Records per optimizer step, over all devices together. Default: 64; fewer where the built-in model is trained."""
+    """Records per optimizer step, over all devices together. Default: 64; fewer where the built-in
+    model is trained."""
     max_tokens_per_micro: Annotated[int, Range(1)] = 8192
     """Tokens in one forward pass on one device: the memory knob. It never changes results."""
     seed: Annotated[int, Range(0)] = 0
@@ -307,8 +308,10 @@ def check_margins(prepared: Prepared | None, use: Literal["needed", "used", "unu
     missing = np.flatnonzero(np.isnan(given))
     if use == "needed" and len(missing):
         raise ValueError(
-            f"{name_of(prepared, missing[0])} has no precomputed_margin, nor have {len(missing) - 1} "
-            "other records, and this loss is made of margins: give each record one, or another --loss"
+            f"{name_of(prepared, missing[0])} has no precomputed_margin, nor have "
+            f"{len(missing) - 1} "
+            "other records, and this loss is made of margins: give each record one, or another "
+            "--loss"
         )
     if len(missing) < len(given) and use != "needed":
         used = "is in the loss, 0 in that of the others"
@@ -414,7 +417,8 @@ def labels_of(prepared: Prepared, num_labels: int) -> np.ndarray:
     wrong = np.flatnonzero((labels < 0) | (labels >= num_labels))
     if len(wrong):
         raise ValueError(
-            f"{name_of(prepared, wrong[0])} has label {labels[wrong[0]]} of --num-labels {num_labels} "
+            f"{name_of(prepared, wrong[0])} has label {labels[wrong[0]]} of --num-labels "
+            f"{num_labels} "
             f"(0 to {num_labels - 1}), as have {len(wrong) - 1} other records: "
             "raise --num-labels or mend the labels"
         )

@@ -1,6 +1,7 @@
-"""Adapters on a base model: settings, added, saved, loaded, checked against their base, and merged.
+"""Adapters on a base model: create, save, load, check against the base, and merge.
 
-The rows of new tokens train and are saved with them. T columns, V vocabulary, D width, C labels.
+The embedding rows of new tokens train with an adapter and are saved with it. Letters: T columns, V
+vocabulary, D model width, C classes, N new tokens.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class AdapterConfig:
     lora_targets: tuple[str, ...] = ("all-linear",)
     """Names of the modules that get LoRA; all-linear is every linear layer but the head."""
     lora_modules_to_save: tuple[str, ...] = ()
-    """Names of modules that train fully beside LoRA and are saved with it; a classifier's head always is."""
+    """Names of modules that train fully beside LoRA and are saved with it; a classifier's head
+    always is."""
     use_dora: bool = False
     """Split the update into direction and magnitude (DoRA, arXiv 2402.09353)."""
     use_rslora: bool = False
@@ -49,7 +51,8 @@ class AdapterConfig:
     virtual_tokens: int = 20
     """Virtual tokens of prefix tuning, prompt tuning and p-tuning."""
     prompt_init_text: str | None = None
-    """Prompt tuning starts from the embeddings of this text (repeated where it is shorter than the virtual tokens); none: from random tokens."""
+    """Prompt tuning starts from the embeddings of this text (repeated where it is shorter than the
+    virtual tokens); none: from random tokens."""
     p_tuning_hidden: int | None = None
     """Width of p-tuning's prompt encoder; none is the width of the model."""
 
@@ -61,14 +64,16 @@ def check_adapter(
     packing: bool = False,
     checkpointing: bool = False,
 ) -> None:
-    """ValueError for settings without effect, out of range, or that cannot work together.
+    """Check the settings of an adapter before anything is loaded.
 
-    Nothing is loaded. `path` is the folder of a trained adapter that is gone on with.
+    `path` is the folder of a trained adapter that trains further. ValueError for settings that have
+    no effect, are out of range, or cannot work together.
     """
     kind, default = config.adapter, AdapterConfig()
     if path is not None and kind != "none":
         raise ValueError(
-            f"--adapter {kind} with --adapter-path {path}: a new adapter or that one? give one of the two"
+            f"--adapter {kind} with --adapter-path {path}: a new adapter or that one? give one of "
+            "the two"
         )
     for field in fields(config):
         if (
@@ -77,7 +82,8 @@ def check_adapter(
             and getattr(config, field.name) != getattr(default, field.name)
         ):
             raise ValueError(
-                f"--{field.name.replace('_', '-')} has no effect with --adapter {kind}: it belongs to {' or '.join(OWNERS[field.name])}"
+                f"--{field.name.replace('_', '-')} has no effect with --adapter {kind}: it belongs "
+                f"to {' or '.join(OWNERS[field.name])}"
             )
     for name in ("lora_rank", "lora_alpha", "virtual_tokens", "p_tuning_hidden"):
         if (value := getattr(config, name)) is not None and value <= 0:
@@ -90,16 +96,19 @@ def check_adapter(
         )
     if "all-linear" in config.lora_targets and len(config.lora_targets) > 1:
         raise ValueError(
-            f"--lora-targets {' '.join(config.lora_targets)}: all-linear stands alone; give it or names of modules"
+            f"--lora-targets {' '.join(config.lora_targets)}: all-linear stands alone; give it or "
+            "names of modules"
         )
     stored = read_config(path)["peft_type"] if path else KINDS.get(kind, "")
     if packing and stored in PROMPT_LEARNING:
         raise ValueError(
-            f"{stored} cannot be packed: its virtual tokens stand at the beginning of a row; turn packing off (--no-packing)"
+            f"{stored} cannot be packed: its virtual tokens stand at the beginning of a row; turn "
+            "packing off (--no-packing)"
         )
     if checkpointing and stored == "PREFIX_TUNING":
         raise ValueError(
-            f"{stored} with activation checkpointing: its keys and values would be lost in the backward pass; turn checkpointing off"
+            f"{stored} with activation checkpointing: its keys and values would be lost in the "
+            "backward pass; turn checkpointing off"
         )
 
 
@@ -108,7 +117,7 @@ def lora_settings(
 ) -> PeftConfig:
     """peft's settings for LoRA on `model`.
 
-    New tokens train in each table once: peft ties the head's rows where the tables are tied.
+    New tokens train in each table once: peft ties the rows of the head where the tables are tied.
     ValueError for names that the model does not have, and for tables that are tied in ways that
     peft cannot keep.
     """
@@ -122,18 +131,18 @@ def lora_settings(
     heads = _table_names(model)
     _check_tables(heads, targets, whole_modules, tied, bool(new_token_ids))
     whole = [name for name in heads if _hits(name, whole_modules)]
-    own = heads[:1] if tied else heads
-    rows = [] if tied and whole else [name for name in own if name not in whole]
+    separate = heads[:1] if tied else heads
+    rows = [] if tied and whole else [name for name in separate if name not in whole]
     saved = [
         target
         for target in whole_modules
         if not (tied and any(_hits(name, [target]) for name in heads))
     ]
     if tied and whole:
-        # named once: peft makes the head follow, and its own order of names matters
+        # peft ties the head to the input table itself, and it depends on the order of the names
         saved += heads[:1]
     indices = {name: sorted(set(new_token_ids)) for name in rows} if new_token_ids else {}
-    # GPT-2's layers are transposed
+    # GPT-2 stores its weights transposed
     transposed = any(type(module).__name__ == "Conv1D" for module in model.modules())
     return LoraConfig(
         task_type=task_of(model),
@@ -161,15 +170,16 @@ def _check_names(model: PreTrainedModel, flag: str, targets: Sequence[str]) -> N
                 if not list(module.children())
             }
             raise ValueError(
-                f"{flag} {target}: the model has no module of that name; it has {', '.join(sorted(leaves))}"
+                f"{flag} {target}: the model has no module of that name; it has "
+                f"{', '.join(sorted(leaves))}"
             )
 
 
 def _table_names(model: PreTrainedModel) -> list[str]:
-    """The names of the input table and, where there is one, of the output layer."""
-    found = (model.get_input_embeddings(), model.get_output_embeddings())
+    """The names of the input table and of the output layer, where the model has one."""
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
     names = {id(module): name for name, module in model.named_modules()}
-    return [names[id(module)] for module in found if module is not None]
+    return [names[id(module)] for module in layers if module is not None]
 
 
 def _check_tables(
@@ -179,22 +189,29 @@ def _check_tables(
     tied: bool,
     new_tokens: bool,
 ) -> None:
-    """ValueError for LoRA on a table that could not be merged, and for ties that peft breaks."""
+    """ValueError for LoRA on a table that cannot be merged, and for ties that peft would break."""
     hit = [name for name in heads if _hits(name, targets)]
     if hit and (tied or new_tokens):
-        why = "its table is tied to the other one" if tied else "the rows of new tokens train there"
+        reason = "its table is tied to the other one"
+        if not tied:
+            reason = "the rows of new tokens train there"
         raise ValueError(
-            f"--lora-targets: LoRA on {hit[0]} cannot be merged, {why}; leave it out, or give it to --lora-modules-to-save"
+            f"--lora-targets: LoRA on {hit[0]} cannot be merged, {reason}; leave it out, or give "
+            "it to --lora-modules-to-save"
         )
     whole = any(_hits(name, whole_modules) for name in heads)
     if tied and whole and not heads[0].endswith("embed_tokens"):
         raise ValueError(
-            f"--lora-modules-to-save: peft would untie {heads[0]} from the head; leave it out (new tokens train without it)"
+            f"--lora-modules-to-save: peft would untie {heads[0]} from the head; leave it out (new "
+            "tokens train without it)"
         )
 
 
 def prompt_settings(model: PreTrainedModel, config: AdapterConfig) -> PeftConfig:
-    """peft's settings for prefix tuning, prompt tuning or p-tuning on `model`; nothing in them looks up a tokenizer."""
+    """peft's settings for prefix tuning, prompt tuning or p-tuning on `model`.
+
+    They name no tokenizer, so peft looks none up.
+    """
     from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 
     sizes = {"task_type": task_of(model), "num_virtual_tokens": config.virtual_tokens}
@@ -209,20 +226,24 @@ def start_ids(
     tokenizer: PreTrainedTokenizerBase | None,
     seed: int,
 ) -> list[int]:
-    """The token ids whose embeddings prompt tuning starts from: the text's, repeated to the number of virtual tokens, or random ones."""
+    """The token ids (virtual tokens,) whose embeddings prompt tuning starts from.
+
+    They are the ids of the text, repeated up to the number of virtual tokens, or random ones from
+    `seed`. ValueError for a text without tokens or with more tokens than virtual tokens.
+    """
     import torch
 
     count, text = config.virtual_tokens, config.prompt_init_text
     if text is None:
         rows = model.get_input_embeddings().weight.shape[0]
-        return torch.randint(
-            0, rows, (count,), generator=torch.Generator().manual_seed(seed)
-        ).tolist()
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(0, rows, (count,), generator=generator).tolist()
     assert tokenizer is not None, "prompt_init_text needs the tokenizer"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not 0 < len(ids) <= count:
         raise ValueError(
-            f"--prompt-init-text {text!r} has {len(ids)} tokens for {count} virtual tokens; give a text with 1 to {count} of them"
+            f"--prompt-init-text {text!r} has {len(ids)} tokens for {count} virtual tokens; give a "
+            f"text with 1 to {count} of them"
         )
     return (ids * count)[:count]
 
@@ -250,39 +271,43 @@ OWNERS = {
 }
 
 
-CONFIG, WEIGHTS, BASE, ROWS = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "base.json",
-    "new_tokens.safetensors",
-)
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+BASE = "base.json"
+ROWS = "new_tokens.safetensors"
 READABLE = ("LORA", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
-SAMPLED, CLOSE = (
-    16,
-    0.02,
-)  # weights compared, and how near they must be: bfloat16 and float32 copies of one base are the same base
+# number of weights that are compared to recognize a base
+SAMPLED = 16
+# relative tolerance of that comparison: a bfloat16 copy of a base must count as the same base
+CLOSE = 0.02
 
 
 class Facts(NamedTuple):
-    """What an adapter must know of its base, set on the peft model as `adapter_facts` and saved beside the weights; empty where unknown."""
+    """The facts about its base that an adapter keeps, on disk and in `adapter_facts` of the model.
 
-    base: dict[
-        str, Any
-    ]  # name, architecture, task, vocabulary, and a few weights by name; a classifier's labels
-    rows: dict[
-        str, Tensor
-    ]  # ids (N,) and the base's rows there: input (N, D), output (N, D) if untied, output_bias (N,); empty without new tokens
+    Both are empty where the facts are unknown.
+    """
+
+    # name, architecture, task, vocabulary, a sample of weights by name, and a classifier's labels
+    base: dict[str, Any]
+    # ids (N,) and the rows of the base at these ids: input (N, D), output (N, D) where the tables
+    # are untied, output_bias (N,); empty without new tokens
+    rows: dict[str, Tensor]
 
 
 def task_of(model: PreTrainedModel) -> str:
-    """peft's name of what the model is for: SEQ_CLS, CAUSAL_LM or FEATURE_EXTRACTION (an encoder without a head)."""
+    """peft's name of the model's task: SEQ_CLS, CAUSAL_LM, or FEATURE_EXTRACTION without a head."""
     if type(model).__name__.endswith("ForSequenceClassification"):
         return "SEQ_CLS"
     return "FEATURE_EXTRACTION" if model.get_output_embeddings() is None else "CAUSAL_LM"
 
 
 def describe(model: PreTrainedModel) -> dict[str, Any]:
-    """The facts of a base that has no adapter yet; heads and token tables, which training may replace or enlarge, give no sample."""
+    """The facts of a base that has no adapter yet.
+
+    The sample of weights leaves out heads and token tables, because training may replace or enlarge
+    them.
+    """
     skip = {id(model.get_input_embeddings().weight)}
     skip |= {
         id(p)
@@ -309,19 +334,23 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
 
 def title(facts: dict[str, Any]) -> str:
     """One base in words, for messages."""
-    return f"{facts['name'] or 'without a name'!r} ({facts['architecture']}, {facts['task']}, vocabulary {facts['vocabulary']})"
+    name = facts["name"] or "without a name"
+    architecture, task = facts["architecture"], facts["task"]
+    return f"{name!r} ({architecture}, {task}, vocabulary {facts['vocabulary']})"
 
 
 def check_base(model: PreTrainedModel, facts: Facts, path: str) -> None:
-    """ValueError, naming both bases, unless `model` is the base of the adapter at `path`, with or without the rows of its new tokens."""
-    ours, theirs = describe(model), facts.base
+    """ValueError, naming both bases, unless `model` is the base of the adapter at `path`.
+
+    The model may have the rows of the adapter's new tokens or lack them.
+    """
+    given, trained = describe(model), facts.base
     new = set(facts.rows["ids"].tolist()) if facts.rows else set()
-    low, high = ours["vocabulary"], theirs["vocabulary"]
-    shared = ours["sample"].keys() & theirs["sample"].keys()
-    differing = [
-        name for name in sorted(shared) if not _near(ours["sample"][name], theirs["sample"][name])
-    ]
-    if ours["architecture"] != theirs["architecture"]:
+    low, high = given["vocabulary"], trained["vocabulary"]
+    left, right = given["sample"], trained["sample"]
+    shared = sorted(left.keys() & right.keys())
+    differing = [name for name in shared if not _near(left[name], right[name])]
+    if given["architecture"] != trained["architecture"]:
         reason = "the architectures differ"
     elif low > high or not set(range(low, high)) <= new:
         reason = "the vocabularies differ"
@@ -330,16 +359,21 @@ def check_base(model: PreTrainedModel, facts: Facts, path: str) -> None:
     else:
         return
     raise ValueError(
-        f"adapter {path} was trained on base {title(theirs)}, the model given is {title(ours)}: {reason}; give the base that it was trained on"
+        f"adapter {path} was trained on base {title(trained)}, the model given is {title(given)}: "
+        f"{reason}; give the base that it was trained on"
     )
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The settings of the adapter in folder `path`; ValueError where there is none, or none of ours, or no safetensors."""
+    """The settings of the adapter in folder `path`.
+
+    ValueError where there is no adapter, an adapter of an unknown type, or no safetensors file.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(
-            f"no adapter folder at {path}: give the folder that holds {CONFIG} (a run's export is RUN/final)"
+            f"no adapter folder at {path}: give the folder that holds {CONFIG} (a run's export is "
+            "RUN/final)"
         )
     if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
         raise ValueError(
@@ -348,24 +382,29 @@ def read_config(path: str | Path) -> dict[str, Any]:
     config = _read_json(folder / CONFIG)
     if config.get("peft_type") not in READABLE:
         raise ValueError(
-            f"{folder / CONFIG}: an adapter of type {config.get('peft_type')!r}; known are {', '.join(READABLE)}"
+            f"{folder / CONFIG}: an adapter of type {config.get('peft_type')!r}; known are "
+            f"{', '.join(READABLE)}"
         )
     return config
 
 
 def read_facts(path: str | Path) -> Facts:
-    """What the adapter in folder `path` says of its base; empty for an adapter that another library saved."""
+    """What the adapter in folder `path` says of its base.
+
+    It is empty for an adapter that another library saved. ValueError for an incomplete file.
+    """
     folder = Path(path)
     base = _read_json(folder / BASE) if (folder / BASE).is_file() else {}
     if base and not {"name", "architecture", "task", "vocabulary", "sample"} <= base.keys():
         raise ValueError(
-            f"{folder / BASE} is not complete: save the adapter again, or remove that file to load without knowing its base"
+            f"{folder / BASE} is not complete: save the adapter again, or remove that file to load "
+            "without knowing its base"
         )
     return Facts(base, read_tensors(folder / ROWS) if base and (folder / ROWS).is_file() else {})
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; ValueError where it is torn."""
+    """The tensors of a safetensors file; ValueError where the file is incomplete."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -378,7 +417,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def adapter_labels(path: str | Path) -> dict[str, Any]:
-    """`num_labels` (and `id2label` where recorded) of a classification adapter, to load its base with; else from the shape of its head."""
+    """`num_labels`, and `id2label` where it is recorded, with which to load a classifier's base.
+
+    Without a record the number comes from the shape of the saved head. ValueError where there is no
+    head.
+    """
     from safetensors import safe_open
 
     facts = read_facts(path).base
@@ -395,9 +438,14 @@ def adapter_labels(path: str | Path) -> dict[str, Any]:
         ]
         if not heads:
             raise ValueError(
-                f"{path} holds no classification head (score.weight): give an adapter that was saved with its head"
+                f"{path} holds no classification head (score.weight): give an adapter that was "
+                "saved with its head"
             )
         return {"num_labels": file.get_slice(heads[0]).get_shape()[0]}
+
+
+def _shape(tensors: dict[str, Tensor], name: str) -> tuple[int, ...] | str:
+    return tuple(tensors[name].shape) if name in tensors else "absent"
 
 
 def _near(left: list[float], right: list[float]) -> bool:
@@ -421,7 +469,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 ENCODER = "prompt_encoder.safetensors"
-PROMPT = "prompt_encoder.default."  # where peft keeps what makes virtual tokens
+# the prefix of peft's parameters that make virtual tokens
+PROMPT = "prompt_encoder.default."
 
 
 def add_adapter(
@@ -433,15 +482,17 @@ def add_adapter(
 ) -> PeftModel | PreTrainedModel:
     """The model with a new trainable adapter, everything else frozen; the model itself for "none".
 
-    Adapter weights are float32 (float64 on a float64 base). The rows of `new_token_ids` train with LoRA in the input table and in an
-    untied output table. The model is changed in place; randomness comes from `seed` alone. ValueError for what cannot work on this model.
+    Adapter weights are float32, float64 on a float64 base. The rows of `new_token_ids` train with
+    LoRA in the input table and in an untied output table. The model is changed in place; random
+    weights come from `seed` alone. ValueError for settings that cannot work on this model.
     """
     check_adapter(config)
     if config.adapter == "none":
         return model
     if new_token_ids and config.adapter != "lora":
         raise ValueError(
-            f"new tokens cannot train with --adapter {config.adapter}: it leaves the embeddings frozen; give --adapter lora"
+            f"new tokens cannot train with --adapter {config.adapter}: it leaves the embeddings "
+            "frozen; give --adapter lora"
         )
     settings = (
         lora_settings(model, config, new_token_ids)
@@ -453,45 +504,47 @@ def add_adapter(
 
 
 def load_adapter(model: PreTrainedModel, path: str, trainable: bool = False) -> PeftModel:
-    """The model with the saved adapter in folder `path`, and with the rows of its new tokens; eval mode and frozen unless trainable.
+    """The model with the saved adapter in folder `path` and the rows of its new tokens.
 
-    ValueError, naming both, for an adapter of another base (other architecture, task, vocabulary, shapes or weights).
+    It is frozen and in eval mode unless `trainable`. ValueError, naming both bases, for an adapter
+    of another base (other architecture, task, vocabulary, shapes or weights).
     """
     from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 
     kind, folder = read_config(path)["peft_type"], Path(path)
     if trainable and kind == "P_TUNING" and not (folder / ENCODER).exists():
         raise ValueError(
-            f"{path} holds no {ENCODER}, without which p-tuning cannot go on training; it can only be used"
+            f"{path} holds no {ENCODER}, without which p-tuning cannot go on training; it can only "
+            "be used"
         )
     settings, facts = PeftConfig.from_pretrained(path), read_facts(path)
     if settings.task_type != task_of(model):
         raise ValueError(
-            f"adapter {path} was trained for {settings.task_type}, the model given is {title(describe(model))}: give its base"
+            f"adapter {path} was trained for {settings.task_type}, the model given is "
+            f"{title(describe(model))}: give its base"
         )
     if facts.base:
         check_base(model, facts, path)
         _restore_rows(model, facts)
     else:
         facts = Facts(describe(model), _rows(model, _token_ids(settings), path))
-    settings.base_model_name_or_path, settings.inference_mode = (
-        model.name_or_path or None,
-        not trainable,
-    )
-    if kind in PROMPT_LEARNING:  # sizes are this base's, and no tokenizer is looked up
+    settings.base_model_name_or_path = model.name_or_path or None
+    settings.inference_mode = not trainable
+    if kind in PROMPT_LEARNING:
+        # peft takes the sizes of this base and looks up no tokenizer
         settings.token_dim = settings.num_layers = settings.num_attention_heads = None
         if kind == "PROMPT_TUNING":
             settings.prompt_tuning_init = "RANDOM"
     wrapped, weights = _wrap(model, settings, facts), read_tensors(folder / WEIGHTS)
     expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     for name in sorted(expected.keys() | weights.keys()):
-        ours, theirs = (
-            tuple(side[name].shape) if name in side else "absent" for side in (expected, weights)
-        )
-        if ours != theirs:
+        needed, stored = _shape(expected, name), _shape(weights, name)
+        if needed != stored:
             raise ValueError(
-                f"adapter {path} of base {read_config(path).get('base_model_name_or_path')!r} does not fit the model {model.name_or_path!r}: "
-                f"{name} is {theirs} in the adapter and {ours} by the model; give the base that the adapter was trained on"
+                f"adapter {path} of base {read_config(path).get('base_model_name_or_path')!r} does "
+                f"not fit the model {model.name_or_path!r}: "
+                f"{name} is {stored} in the adapter and {needed} by the model; give the base that "
+                "the adapter was trained on"
             )
     set_peft_model_state_dict(wrapped, weights)
     if trainable and kind == "P_TUNING":
@@ -502,9 +555,11 @@ def load_adapter(model: PreTrainedModel, path: str, trainable: bool = False) -> 
 def save_adapter(
     model: PeftModel, folder: str | Path, state: dict[str, Tensor] | None = None
 ) -> None:
-    """Write the adapter to `folder` in peft's layout (safetensors), with base.json and the base's rows of new tokens; no whole table is saved.
+    """Write the adapter to `folder` in peft's layout (safetensors) with the facts about its base.
 
-    `state` is the model's state dict where the caller has gathered it from shards; files are written in place, so save to a folder aside.
+    These are base.json and the base's rows of new tokens; no whole table is saved. `state` is the
+    model's state dict where the caller has gathered it from shards. Files are written in place, so
+    give a temporary folder.
     """
     import copy
 
@@ -515,27 +570,18 @@ def save_adapter(
     (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
     settings = copy.copy(model.peft_config["default"])
     settings.inference_mode = True
-    for name in ("target_modules", "modules_to_save"):  # a set's order changes from run to run
+    for name in ("target_modules", "modules_to_save"):
+        # the order of a set changes from run to run
         if isinstance(names := getattr(settings, name, None), (set, list)):
-            setattr(
-                settings,
-                name,
-                sorted(names) if isinstance(names, set) else list(dict.fromkeys(names)),
-            )
-    encoder = {
-        n.removeprefix(PROMPT): t
-        for n, t in (state or model.state_dict()).items()
-        if n.startswith(PROMPT)
-    }
-    if (
-        state and encoder
-    ):  # peft would run the module that makes virtual tokens, whose own weights lie in shards
+            ordered = sorted(names) if isinstance(names, set) else list(dict.fromkeys(names))
+            setattr(settings, name, ordered)
+    tensors = (state or model.state_dict()).items()
+    encoder = {n.removeprefix(PROMPT): t for n, t in tensors if n.startswith(PROMPT)}
+    if state and encoder:
+        # peft would run the module that makes virtual tokens, but its weights are sharded
         tokens = model.prompt_tokens["default"][None, : settings.num_virtual_tokens]
-        weights = {
-            "prompt_embeddings": functional_call(
-                model.prompt_encoder["default"], encoder, (tokens,)
-            )[0]
-        }
+        prompt = functional_call(model.prompt_encoder["default"], encoder, (tokens,))
+        weights = {"prompt_embeddings": prompt[0]}
     else:
         weights = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     save_file(
@@ -554,54 +600,58 @@ def save_adapter(
 
 
 def merge_adapter(model: PeftModel, tolerance: float | None = None) -> PreTrainedModel:
-    """The base with the adapter's update in its weights, in place; ValueError for prompt learning and where the logits do not agree.
+    """The base with the adapter's update added to its weights, in place.
 
-    They agree when they differ by at most `tolerance` of the greatest logit: by default 1e-3, in half precision (which rounds) 0.05.
+    ValueError for prompt learning, and where the merged logits differ from those before by more
+    than `tolerance` of the greatest logit. The default is 1e-3, and 0.05 in half precision, which
+    rounds.
     """
     import torch
 
     if is_prompt_learning(model):
         raise ValueError(
-            f"{model.active_peft_config.peft_type.value} cannot be merged: it adds virtual tokens and changes no weight of the base; "
+            f"{model.active_peft_config.peft_type.value} cannot be merged: it adds virtual tokens "
+            "and changes no weight of the base; "
             "serve the base with the adapter, or train LoRA"
         )
     before, base = probe_logits(model), model.get_base_model()
-    dtype, tied = (
-        base.get_input_embeddings().weight.dtype,
-        base.config.get_text_config().tie_word_embeddings,
-    )
+    dtype = base.get_input_embeddings().weight.dtype
+    tied = base.config.get_text_config().tie_word_embeddings
     fully = tuple(model.active_peft_config.modules_to_save or ())
     merged = model.merge_and_unload()
     for name, module in merged.named_modules():
         if fully and name.endswith(fully):
             module.to(dtype)
-    if (
-        tied and (output := merged.get_output_embeddings()) is not None
-    ):  # peft unties tables that it trained, also where they stayed equal
-        same = torch.equal(output.weight, merged.get_input_embeddings().weight)
-        merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = (
-            same
-        )
+    if tied and (output := merged.get_output_embeddings()) is not None:
+        # peft unties tables that it trained, also where they stayed equal
+        equal = torch.equal(output.weight, merged.get_input_embeddings().weight)
+        merged.config.get_text_config().tie_word_embeddings = equal
+        merged.config.tie_word_embeddings = equal
         merged.tie_weights()
     after = probe_logits(merged)
     tolerance = (0.05 if dtype.itemsize < 4 else 1e-3) if tolerance is None else tolerance
     if not logits_agree(before, after, tolerance):
         raise ValueError(
-            f"the merged model is not the base with its adapter: logits differ by {(before - after).abs().max():.3g} "
-            f"where they reach {before.abs().max():.3g}; check the adapter for non-finite weights, or merge in float32"
+            "the merged model is not the base with its adapter: logits differ by "
+            f"{(before - after).abs().max():.3g} "
+            f"where they reach {before.abs().max():.3g}; check the adapter for non-finite weights, "
+            "or merge in float32"
         )
     return merged
 
 
 def probe_logits(model: nn.Module) -> Tensor:
-    """Float32 logits (1, T, V) or (1, C), in eval mode, of ids spread over the whole vocabulary, its last ids among them."""
+    """Float32 logits (1, T, V), or (1, C) of a classifier, in eval mode, for a fixed row of ids.
+
+    The ids are spread over the whole vocabulary and include its last ones.
+    """
     import torch
 
     table = model.get_input_embeddings().weight
-    ids = torch.linspace(0, table.shape[0] - 1, 64).round().long().unique()
-    ids = torch.cat([ids, torch.arange(max(0, table.shape[0] - 32), table.shape[0])])[None].to(
-        table.device
-    )  # (1, T)
+    rows = table.shape[0]
+    spread = torch.linspace(0, rows - 1, 64).round().long().unique()
+    last = torch.arange(max(0, rows - 32), rows)
+    ids = torch.cat([spread, last])[None].to(table.device)  # (1, T)
     training = model.training
     with torch.no_grad():
         out = model.eval()(input_ids=ids)
@@ -610,22 +660,29 @@ def probe_logits(model: nn.Module) -> Tensor:
 
 
 def logits_agree(left: Tensor, right: Tensor, tolerance: float = 1e-3) -> bool:
-    """Whether two sets of finite float32 logits differ by at most `tolerance` of the greatest; False for any NaN and another shape."""
+    """Whether finite float32 logits of one shape differ by at most `tolerance` of the greatest.
+
+    The greatest is that of `left`. False for any NaN and for different shapes.
+    """
     limit = (1e-3 if tolerance is None else tolerance) * max(left.abs().max().item(), 1e-6)
     return left.shape == right.shape and (left - right).abs().max().item() <= limit < float("inf")
 
 
 def is_prompt_learning(model: nn.Module) -> bool:
-    """Whether the model has an adapter that puts virtual tokens in front (prefix tuning, prompt tuning, p-tuning)."""
+    """Whether the model has an adapter of virtual tokens: prefix, prompt or p-tuning."""
     settings = getattr(model, "active_peft_config", None)
     return settings is not None and settings.is_prompt_learning
 
 
 def virtual_embeddings(model: PeftModel) -> Tensor:
-    """The input embeddings (virtual tokens, D) that prompt tuning and p-tuning put before every sequence; ValueError for other adapters."""
+    """The input embeddings (virtual tokens, D) of prompt tuning and p-tuning.
+
+    ValueError for other adapters.
+    """
     if not is_prompt_learning(model) or model.active_peft_config.peft_type == "PREFIX_TUNING":
         raise ValueError(
-            f"{type(model).__name__} has no virtual tokens with embeddings: give a model with prompt tuning or p-tuning"
+            f"{type(model).__name__} has no virtual tokens with embeddings: give a model with "
+            "prompt tuning or p-tuning"
         )
     return model.get_prompt(batch_size=1)[0]
 
@@ -644,44 +701,45 @@ def _wrap(
     with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
         torch.manual_seed(seed)
         wrapped = get_peft_model(model, settings)
-    if settings.peft_type in PROMPT_LEARNING:  # peft guesses the table by its size
+    if settings.peft_type in PROMPT_LEARNING:
+        # peft guesses the table by its size
         wrapped.word_embeddings = model.get_input_embeddings()
     if start is not None:
         with torch.no_grad():
-            vectors = wrapped.word_embeddings(
-                torch.tensor(start, device=weight.device)
-            )  # (virtual tokens, D), scaled as the model does
+            # (virtual tokens, D), scaled as the model scales its embeddings
+            vectors = wrapped.word_embeddings(torch.tensor(start, device=weight.device))
             wrapped.prompt_encoder["default"].embedding.weight.copy_(vectors)
     for parameter in wrapped.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
-    _mend(wrapped, weight.dtype)
+    _complete(wrapped, weight.dtype)
     wrapped.adapter_facts = facts
     return wrapped
 
 
-def _mend(model: PeftModel, dtype: torch.dtype) -> None:
-    """Two things peft 0.21 leaves out: the bias of a head whose new rows train, and float32 modules inside a model of lower precision."""
+def _complete(model: PeftModel, dtype: torch.dtype) -> None:
+    """Add, by forward hooks, two things that peft 0.21 leaves out.
+
+    They are the bias of a head whose new rows train, and the cast to float32 for modules that train
+    fully inside a model of lower precision.
+    """
     from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 
     def add_bias(module, inputs, output):
         return output if module.disable_adapters else output + module.original_module.bias
 
-    def enter(module, inputs):
-        return (
-            inputs
-            if module.disable_adapters
-            else tuple(x.float() if x.is_floating_point() else x for x in inputs)
-        )
+    def widen(module, inputs):
+        if module.disable_adapters:
+            return inputs
+        return tuple(x.float() if x.is_floating_point() else x for x in inputs)
 
     for name, module in model.named_modules():
-        if (
-            isinstance(module, TrainableTokensWrapper)
-            and getattr(module.original_module, "bias", None) is not None
-        ):
+        original = getattr(module, "original_module", None)
+        has_bias = getattr(original, "bias", None) is not None
+        if isinstance(module, TrainableTokensWrapper) and has_bias:
             module.register_forward_hook(add_bias)
         if isinstance(module, ModulesToSaveWrapper) and dtype.itemsize < 4:
-            module.register_forward_pre_hook(enter)
+            module.register_forward_pre_hook(widen)
             if not name.endswith(("score", "classifier", "lm_head")):
                 module.register_forward_hook(lambda module, inputs, output: output.to(dtype))
 
@@ -692,17 +750,20 @@ def _token_ids(settings: PeftConfig) -> list[int]:
 
 
 def _rows(model: PreTrainedModel, ids: Sequence[int], path: str | None = None) -> dict[str, Tensor]:
-    """The rows of `ids` in each table of the base, float32 on the CPU: what the base's own folder does not have."""
+    """The rows of `ids` in each table of the base, float32 on the CPU.
+
+    The base's own folder does not have them.
+    """
     import torch
 
     size = model.get_input_embeddings().weight.shape[0]
     if ids and not 0 <= min(ids) <= max(ids) < size:
         raise ValueError(
-            f"{path or 'new tokens'}: trained token ids up to {max(ids)}, but the model has {size} rows; add the tokens first"
+            f"{path or 'new tokens'}: trained token ids up to {max(ids)}, but the model has {size} "
+            "rows; add the tokens first"
         )
-    if (
-        not ids or model.get_input_embeddings().weight.is_meta
-    ):  # shapes only: rank 0 has the rows and saves them
+    if not ids or model.get_input_embeddings().weight.is_meta:
+        # a model without weights is not on rank 0, which has the rows and saves them
         return {}
     index = torch.tensor(sorted(set(ids)))
     return {

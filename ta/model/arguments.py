@@ -1,4 +1,4 @@
-"""Keyword arguments of from_pretrained: those a user gives, and those that hold frozen weights in 8 or 4 bits."""
+"""Keyword arguments of from_pretrained: those of the user, and those that quantize weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 
 
 def parsed(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """key=value strings with Python literals as values; anything else stays text."""
+    """A dict of key=value strings; values that are no Python literals stay text.
+
+    ValueError for a string of another form.
+    """
     out = {}
     for pair in pairs:
         key, separator, value = pair.partition("=")
@@ -21,42 +24,47 @@ def parsed(pairs: tuple[str, ...]) -> dict[str, Any]:
 
 
 def check_quantize(quantize: str, adapted: bool, world: int) -> None:
-    """ValueError where a quantized base cannot work: without an adapter to train, on several processes, or without its package."""
+    """ValueError where a quantized base cannot work.
+
+    That is without an adapter to train, on several processes, or without its package.
+    """
     from importlib.util import find_spec
 
     if quantize == "none":
         return
     if not adapted:
         raise ValueError(
-            f"--quantize {quantize}: weights of so few bits cannot be trained; give --adapter lora, or leave it out"
+            f"--quantize {quantize}: weights of so few bits cannot be trained; give --adapter "
+            "lora, or leave it out"
         )
     if world > 1:
         raise ValueError(
-            f"--quantize {quantize}: such weights cannot be sharded over {world} processes; run on one, or leave it out"
+            f"--quantize {quantize}: such weights cannot be sharded over {world} processes; run on "
+            "one, or leave it out"
         )
     if find_spec("bitsandbytes") is None:
         raise ValueError(
-            f'--quantize {quantize} needs bitsandbytes, which is not installed: pip install "ta[quantize]"'
+            f"--quantize {quantize} needs bitsandbytes, which is not installed: pip install "
+            '"ta[quantize]"'
         )
 
 
 def quantization(quantize: str, half: bool, device: str) -> dict[str, Any]:
-    """What makes from_pretrained hold linear layers in 8 bits (LLM.int8, arXiv 2208.07339) or 4 (NF4, QLoRA, arXiv 2305.14314)."""
+    """The arguments of from_pretrained that hold linear layers in 8 or 4 bits; {} for "none".
+
+    8 bits is LLM.int8 (arXiv 2208.07339); 4 bits is NF4 as in QLoRA (arXiv 2305.14314).
+    """
     if quantize == "none":
         return {}
     import torch
     from transformers import BitsAndBytesConfig
 
     compute = torch.bfloat16 if half else torch.float32
-    four = {
+    four_bits = {
         "load_in_4bit": True,
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": True,
         "bnb_4bit_compute_dtype": compute,
     }
-    return {
-        "quantization_config": BitsAndBytesConfig(
-            **(four if quantize == "4bit" else {"load_in_8bit": True})
-        ),
-        "device_map": {"": device},
-    }
+    bits = four_bits if quantize == "4bit" else {"load_in_8bit": True}
+    return {"quantization_config": BitsAndBytesConfig(**bits), "device_map": {"": device}}

@@ -1,6 +1,7 @@
-"""Attention in which packed documents never see each other, exact on CPU and fast on CUDA; registered with transformers under the name "ta".
+"""Attention in which packed documents never see each other: exact on CPU, fast on CUDA.
 
-Letters: B rows, H heads, T columns, D head width, N documents.
+It is registered with transformers under the name "ta". Letters: B rows, H query heads, H_kv key
+heads, T columns, D head width, N documents.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ NAME = "ta"
 
 @dataclass(eq=False)
 class Documents:
-    """How a packed row is cut.
+    """How a packed row is cut into documents.
 
-    No tuple and not frozen: torch 2.11 looks into these where compiled code ends, and would compile
-    anew for every other number of documents.
+    It is neither a tuple nor frozen: where compiled code ends, torch 2.11 looks into those types
+    and would compile again for every other number of documents.
     """
 
     lengths: tuple[int, ...]
@@ -40,41 +41,43 @@ def document_attention(
     documents=None,
     **kwargs,
 ):
-    """Causal attention inside each document: query (B, H, T, D), key and value (B, H_kv, T, D) -> (B, T, H, D).
+    """Causal attention inside each document: query (B, H, T, D), key and value (B, H_kv, T, D).
 
-    `documents` cut a packed row; without them, or with one row a document, rows are plain causal: right padding is then harmless because no real
-    token comes after it. `documents.prefixes[n]` leading tokens of the last document without a prefix are seen by document n too. The signature is
-    the one transformers calls its attention functions with; sliding windows are honoured, soft caps and sinks are refused.
+    Returns ((B, T, H, D), None): transformers calls its attention functions with this signature and
+    takes the second value as attention weights.
+
+    `documents` cut a packed row. Without them, or with one row a document, rows are plain causal:
+    right padding is then harmless, because no real token comes after it. Document n also sees the
+    first `documents.prefixes[n]` tokens of the last document before it that has no prefix.
+
+    Sliding windows are honoured. ValueError for soft caps, for sinks and for attention that is not
+    causal.
     """
     if kwargs.get("softcap") or kwargs.get("s_aux") is not None:
         raise ValueError(
-            "this attention function knows no soft cap and no sinks: the model must run with its own attention"
+            "this attention function knows no soft cap and no sinks: the model must run with its "
+            "own attention"
         )
     if getattr(module, "is_causal", True) is False or kwargs.get("is_causal") is False:
         raise ValueError("this attention function is causal only")
     device = query.device.type
-    if (
-        torch.is_autocast_enabled(device) and query.dtype != torch.float64
-    ):  # rotary embeddings may have widened query and key
+    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+        # rotary embeddings may have widened query and key
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     window = kwargs.get("sliding_window") or 0
     dropout = dropout if module.training else 0.0
     cuts = documents.cuts if documents is not None else None
-    if (
-        cuts is not None
-        and not dropout
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and query.shape[-1] <= 256
-    ):
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if cuts is not None and not dropout and half and query.shape[-1] <= 256:
         return _varlen(query, key, value, cuts, scaling, window), None
     if documents is None or len(query) > 1:
-        return _causal(query, *_repeated(query, key, value), scaling, dropout, window).transpose(
-            1, 2
-        ).contiguous(), None
+        out = _causal(query, *_repeated(query, key, value), scaling, dropout, window)
+        return out.transpose(1, 2).contiguous(), None
     return _by_document(query, key, value, documents, scaling, dropout, window), None
 
 
-@torch.compiler.disable  # what depends on lengths would be compiled anew for every batch
+# code that depends on lengths would be compiled again for every batch
+@torch.compiler.disable
 def _by_document(
     query: Tensor,
     key: Tensor,
@@ -84,30 +87,29 @@ def _by_document(
     dropout: float,
     window: int,
 ) -> Tensor:
-    """One call a document, on any device and in any type."""
+    """One call a document, on any device and in any type: (1, T, H, D)."""
     lengths, prefixes = documents.lengths, documents.prefixes
     if len(lengths) < 2:
-        return (
-            _causal(query, *_repeated(query, key, value), scaling, dropout, window)
-            .transpose(1, 2)
-            .contiguous()
-        )
+        out = _causal(query, *_repeated(query, key, value), scaling, dropout, window)
+        return out.transpose(1, 2).contiguous()
     if sum(lengths) != query.shape[2] or key.shape[2] != query.shape[2]:
         raise ValueError(
-            f"documents of {sum(lengths)} tokens in all do not make a row of {query.shape[2]} columns"
+            f"documents of {sum(lengths)} tokens in all do not make a row of {query.shape[2]} "
+            "columns"
         )
     whole = query, *_repeated(query, key, value)
-    parts = [x.split(lengths, 2) for x in whole]  # a slice's gradient would be as large as the row
-    out, home = [], leads(prefixes) if prefixes else ()
+    # the gradient of a split part is as large as the part, that of a slice as large as the row
+    parts = [x.split(lengths, 2) for x in whole]
+    out, lead = [], leads(prefixes) if prefixes else ()
     for n, (q, k, v) in enumerate(zip(*parts, strict=True)):
         if prefixes and prefixes[n]:
-            k, v = (torch.cat([x[home[n]][:, :, : prefixes[n]], x[n]], 2) for x in parts[1:])
+            k, v = (torch.cat([x[lead[n]][:, :, : prefixes[n]], x[n]], 2) for x in parts[1:])
         out.append(_causal(q, k, v, scaling, dropout, window).transpose(1, 2))
     return torch.cat(out, 1)
 
 
 def _repeated(query: Tensor, *grouped: Tensor) -> tuple[Tensor, ...]:
-    """Keys and values with as many heads as the query."""
+    """Keys or values (B, H_kv, T, D), repeated to as many heads as the query has: (B, H, T, D)."""
     times = query.shape[1] // grouped[0].shape[1]
     return grouped if times == 1 else tuple(x.repeat_interleave(times, 1) for x in grouped)
 
@@ -115,12 +117,11 @@ def _repeated(query: Tensor, *grouped: Tensor) -> tuple[Tensor, ...]:
 def _causal(
     query: Tensor, key: Tensor, value: Tensor, scaling, dropout: float, window: int
 ) -> Tensor:
-    """Queries are those of the last of the keys' positions."""
+    """Causal attention (B, H, Q, D) of queries at the last Q of the K positions of the keys."""
     length, before = query.shape[2], key.shape[2] - query.shape[2]
     if before or (window and length > window):
-        distance = torch.arange(before, before + length, device=query.device)[
-            :, None
-        ] - torch.arange(key.shape[2], device=query.device)
+        rows = torch.arange(before, before + length, device=query.device)
+        distance = rows[:, None] - torch.arange(key.shape[2], device=query.device)
         mask = (distance >= 0) & (distance < (window or key.shape[2]))
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
@@ -131,15 +132,19 @@ def _causal(
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, cuts: Cuts, scaling, window: int) -> Tensor:
-    """torch's own variable-length FlashAttention (CUDA, half precision): one kernel for all
-    documents, (1, T, H, D)."""
+    """torch's variable-length FlashAttention (CUDA, half precision): one kernel for all documents.
+
+    -> (1, T, H, D)
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
-    if cuts.seen is not None:  # in float32, in which gradients of what several see are summed
+    if cuts.seen is not None:
+        # several documents may see one key: its gradients are summed in float32
         k, v = (x.float().index_select(0, cuts.seen).to(x.dtype) for x in (k, v))
     width = q.shape[-1]
-    if width % 8:  # the kernel takes multiples of 8
+    if width % 8:
+        # the kernel takes multiples of 8
         scaling = width**-0.5 if scaling is None else scaling
         q, k, v = (F.pad(x, (0, -width % 8)) for x in (q, k, v))
     bounds = cuts.queries, cuts.keys, cuts.longest, cuts.longest_keys
@@ -151,14 +156,17 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, cuts: Cuts, scaling, wind
 
 @torch.compiler.assume_constant_result
 def _names_groups() -> bool:
-    """Whether fewer heads of keys than of queries must be asked for: torch 2.11 just takes them."""
+    """Whether fewer key heads than query heads must be asked for; torch 2.11 accepts them."""
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in (varlen_attn.__kwdefaults__ or {})
 
 
 def register() -> str:
-    """Make the function known to transformers (idempotent) and return its name; a name without a mask function gets no mask at all."""
+    """Make the attention function known to transformers and return its name.
+
+    transformers makes no mask for a name without a mask function. A second call changes nothing.
+    """
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, document_attention)

@@ -1,4 +1,8 @@
-"""The finished model as a folder that plain transformers loads: weights, tokenizer with the trained template, generation config that stops."""
+"""Export a finished model as a folder that plain transformers loads.
+
+It holds the weights, the tokenizer with the template of training, and a generation config with the
+tokens that end an answer.
+"""
 
 from __future__ import annotations
 
@@ -21,26 +25,28 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MAX_FILE = "5GB"  # larger models are written as several files with an index
+# a larger model is written as several files with an index
+MAX_FILE = "5GB"
 
 
 @contextmanager
 def published(folder: Path) -> Iterator[Path]:
-    """`publishing` for all processes: rank 0 gets the folder to write into, which replaces `folder`.
+    """`publishing` for all processes: a temporary folder that then replaces `folder`.
 
-    Every process must come here; what fails on one is raised by all, and nothing is left behind.
+    Rank 0 gets the temporary folder to write into, the others None. Every process must come here. A
+    failure of one process is raised on all of them, and nothing is left behind.
     """
     with ExitStack() as stack:
-        aside = on_rank_zero(lambda: stack.enter_context(publishing(folder, replace=True)))
+        temporary = on_rank_zero(lambda: stack.enter_context(publishing(folder, replace=True)))
         failure = None
         try:
-            yield aside
+            yield temporary
         except Exception as error:
             failure = error
-        told = gather_objects(failure and f"{type(failure).__name__}: {failure}")
+        failures = gather_objects(failure and f"{type(failure).__name__}: {failure}")
         if failure is not None:
             raise failure
-        if failed := [text for text in told if text]:
+        if failed := [text for text in failures if text]:
             raise OSError(f"{folder} is not written, another process failed ({failed[0]})")
         on_rank_zero(stack.close)
 
@@ -53,10 +59,12 @@ def export(
 ) -> None:
     """Write model (or adapter) and tokenizer into `folder`, published by one rename.
 
-    The tokenizer takes the template that was trained, the generation config the tokens that end an
-    answer; `model.save_parts` adds what else belongs to the model. A line says where the exported
-    template would give other ids than training did for a chat of `records`. Every process must call
-    this: sharded tensors are gathered one at a time, and only rank 0 keeps them.
+    The exported tokenizer has the template of training, the generation config the tokens that end
+    an answer. `model.save_parts` adds what else belongs to the model. A line on the screen says
+    where the exported template gives other ids than training for a chat of `records`.
+
+    Every process must call this: sharded tensors are gathered one at a time, and only rank 0 keeps
+    them. OSError where another process failed.
     """
     folder, inner = Path(folder), model.inner
     base = base_model(inner)
@@ -95,12 +103,12 @@ def _say_disagreement(tokenizer: ChatTokenizer, records: Sequence[dict]) -> None
 
 
 def whole(model: PreTrainedModel, state: dict[str, Tensor] | None) -> PreTrainedModel:
-    """The model, or where it is sharded one like it that holds the gathered tensors."""
+    """The model, or where it is sharded a model like it that holds the gathered tensors."""
     return model if state is None else _plain(model, state)
 
 
 def copy_media(source: str, folder: Path) -> None:
-    """Take along what an adapter's folder says of pictures and sounds: projectors and media.json."""
+    """Copy an adapter's projectors and media.json, if it has them, into `folder`."""
     if (Path(source) / "media.json").exists():
         shutil.copy(Path(source) / "media.json", folder)
         shutil.copytree(Path(source) / "projectors", folder / "projectors")
@@ -120,7 +128,10 @@ def _plain(model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
 
 
 def gathered(model: nn.Module, only_trained: bool = False) -> dict[str, Tensor] | None:
-    """The state dict with whole tensors on rank 0 and {} elsewhere; None (take the model's own) on one process."""
+    """The state dict with whole tensors on rank 0 and {} elsewhere; None on one process.
+
+    On one process the model's own state dict serves. `only_trained` leaves frozen tensors out.
+    """
     if world() == 1:
         return None
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -128,21 +139,20 @@ def gathered(model: nn.Module, only_trained: bool = False) -> dict[str, Tensor] 
     for name, tensor in model.state_dict().items():
         if only_trained and name not in trained:
             continue
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         if rank() == 0:
-            out[name] = whole.detach().cpu()
+            out[name] = full.detach().cpu()
     return out
 
 
 def set_generation(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]
 ) -> None:
-    """Greedy by default, padded and stopped by ids; nothing for models that do not generate."""
+    """Make the generation config stop at `stop_ids` and pad; does nothing for other models."""
     if not model.can_generate():
         return
-    model.generation_config.eos_token_id = sorted(stop_ids) or tokenizer.eos_token_id
-    model.generation_config.pad_token_id = (
-        tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    )
+    config, pad = model.generation_config, tokenizer.pad_token_id
+    config.eos_token_id = sorted(stop_ids) or tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
     if tokenizer.bos_token_id is not None:
-        model.generation_config.bos_token_id = tokenizer.bos_token_id
+        config.bos_token_id = tokenizer.bos_token_id

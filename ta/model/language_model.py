@@ -1,6 +1,7 @@
-"""The root module around a language model: its methods give what a loss needs from a Batch, with sharded weights whole.
+"""The root module around a language model: its methods compute from a Batch what a loss needs.
 
-Letters: B rows, T columns, N sequences, M learned targets, V vocabulary, D model width, C classes.
+Inside these methods sharded weights are whole. Letters: B rows, T columns, N sequences, M learned
+targets, V vocabulary, D model width, C classes.
 """
 
 from __future__ import annotations
@@ -35,13 +36,16 @@ class LanguageModel(nn.Module):
         self.inner = inner
         self.mode = mode
         self.autocast = autocast
-        # what the user should know of how it is run
+        # for the user: why the model does not run packed
         self.note = ""
-        # how it was placed: what a pass computes in, and whether blocks run again in the backward pass
-        self.half_precision, self.recomputed = autocast is not None, False
-        self.compiled = False  # whether the head's elementwise part is, as the blocks may be
-        self.refusal = ""  # what the model said to a batch in a mode that it cannot run
-        # False: train() leaves dropout off, as where a reference must agree to the last bit
+        self.half_precision = autocast is not None
+        # whether the backward pass computes the blocks again
+        self.recomputed = False
+        # whether the elementwise operations of the head are compiled
+        self.compiled = False
+        # the model's error in a mode that it cannot run
+        self.refusal = ""
+        # where False, train() leaves dropout off: a reference must then agree to the last bit
         self.dropout = True
 
     def train(self, mode: bool = True) -> LanguageModel:
@@ -68,7 +72,7 @@ class LanguageModel(nn.Module):
             return token_logprobs(learned, self._head(), batch.targets)
 
     def scores(self, batch: Batch) -> Tensor:
-        """What the classification head gives at the last token of each sequence, (N, C)."""
+        """The scores of the classification head at the last token of each sequence, (N, C)."""
         with self._arithmetic():
             batch, embeds = self._inputs(batch)
             last = self._hidden(batch, embeds).flatten(0, 1)[batch.ends]  # (N, D)
@@ -82,12 +86,12 @@ class LanguageModel(nn.Module):
             return self._hidden(batch, embeds)[:, : batch.tokens.shape[1]]
 
     def outputs(self, **inputs: Any) -> Any:
-        """What the transformers model itself gives for its own keyword arguments: for generation."""
+        """The output of the transformers model for its own keyword arguments: for generation."""
         return self.inner(**inputs)
 
     @property
     def packed(self) -> bool:
-        """Whether sequences stand one after another in one row; else each has a padded row."""
+        """Whether sequences stand one after another in one row; otherwise each has a padded row."""
         return self.mode == "packed"
 
     @property
@@ -96,7 +100,7 @@ class LanguageModel(nn.Module):
         return base_model(self.inner).get_output_embeddings() is not None
 
     def set_mode(self, mode: Mode) -> LanguageModel:
-        """Choose how batches are run; "native" puts the model's own attention back."""
+        """Choose how batches are run; "native" sets the model's own attention again."""
         self.mode = mode
         if mode == "native":
             base = base_model(self.inner)
@@ -111,15 +115,15 @@ class LanguageModel(nn.Module):
 
     def _arithmetic(self) -> torch.autocast:
         device = base_model(self.inner).get_input_embeddings().weight.device.type
-        # each weight is cast once a pass: a cache would only keep all copies alive to its end
+        # each weight is cast once a pass, so a cache would only keep every copy alive
         return torch.autocast(device, self.autocast, self.autocast is not None, cache_enabled=False)
 
     def _inputs(self, batch: Batch) -> tuple[Batch, Tensor | None]:
-        """The batch of tokens, and embeddings (B, T, D) that stand in for theirs, or None."""
+        """The batch, and embeddings (B, T, D) that replace those of its tokens, or None."""
         return batch, None
 
     def _hidden(self, batch: Batch, embeds: Tensor | None) -> Tensor:
-        """(B, T, D), or of a row with cuts as many columns as they say."""
+        """The last hidden states (B, T, D); a row with cuts has as many columns as they say."""
         base = base_model(self.inner)
         tokens, positions = batch.tokens, batch.positions
         lengths, prefixes = batch.lengths, batch.prefixes
@@ -129,7 +133,7 @@ class LanguageModel(nn.Module):
             embeds = F.pad(embeds, (0, 0, 0, rest)) if embeds is not None else None
             lengths, prefixes = (*(lengths or (1,)), rest), (*prefixes, 0) if prefixes else ()
         if self.autocast is not None:
-            # the residual stream runs in it too, as on sharded models: half the traffic
+            # the residual stream runs in half precision too, as on sharded models: half the traffic
             embeds = base.get_input_embeddings()(tokens) if embeds is None else embeds
             embeds = embeds.to(self.autocast)
         inputs = {"input_ids": tokens} if embeds is None else {"inputs_embeds": embeds}
@@ -143,9 +147,8 @@ class LanguageModel(nn.Module):
         base = base_model(self.inner)
         layer = base.get_output_embeddings()
         config = base.config.get_text_config()
-        scale = getattr(config, "logit_scale", None) or 1 / (
-            getattr(config, "logits_scaling", None) or 1
-        )
+        divisor = getattr(config, "logits_scaling", None) or 1
+        scale = getattr(config, "logit_scale", None) or 1 / divisor
         bias = getattr(layer, "bias", None)
         if bias is None and hasattr(layer, "token_adapter"):
             bias = layer.token_adapter.base_layer.bias
@@ -153,9 +156,10 @@ class LanguageModel(nn.Module):
         return Head(layer.weight, bias, scale, cap, self.compiled)
 
     def _native_logprobs(self, batch: Batch, embeds: Tensor | None) -> Tensor:
-        """(M,) for models and adapters that cannot be taken apart, from all logits of padded rows.
+        """log p of each learned target, (M,), from all logits of padded rows.
 
-        Virtual tokens stand in front; their logits are cut away.
+        This is for models and adapters whose head cannot be separated. Virtual tokens stand in
+        front; their logits are dropped.
         """
         inputs = {"input_ids": batch.tokens} if embeds is None else {"inputs_embeds": embeds}
         logits = self.inner(**inputs, attention_mask=_real(batch), use_cache=False).logits
@@ -165,15 +169,17 @@ class LanguageModel(nn.Module):
 
 
 def _real(batch: Batch) -> Tensor:
-    """(B, T) ones at real tokens of right-padded rows."""
-    lengths = torch.tensor(batch.lengths or (batch.tokens.shape[1],), device=batch.tokens.device)
-    return (
-        torch.arange(batch.tokens.shape[1], device=batch.tokens.device) < lengths[:, None]
-    ).long()
+    """(B, T) int64 ones at the real tokens of right-padded rows."""
+    columns, device = batch.tokens.shape[1], batch.tokens.device
+    lengths = torch.tensor(batch.lengths or (columns,), device=device)
+    return (torch.arange(columns, device=device) < lengths[:, None]).long()
 
 
 def native_attention(base) -> str:
-    """The attention of transformers that computes what the model says: eager where sdpa would drop a soft cap or is not there."""
+    """The name of the attention of transformers that computes what the model defines.
+
+    That is eager where sdpa would drop a soft cap or does not exist.
+    """
     capped = getattr(base.config.get_text_config(), "attn_logit_softcapping", None)
     return "sdpa" if getattr(base, "_supports_sdpa", False) and not capped else "eager"
 
@@ -186,73 +192,79 @@ def base_model(model):
 def wrap(
     model, packing: bool = True, autocast: torch.dtype | None = None
 ) -> tuple[LanguageModel, str]:
-    """LanguageModel(model) in the fastest mode that gives the model's own log-probabilities or scores, found by trying; what to tell the user."""
+    """LanguageModel(model) in the fastest mode that keeps the model's own results, and a note.
+
+    Packed rows are tried first, then padded rows, then the model's own attention and logits. A mode
+    passes where log-probabilities or scores agree with those of the model's own forward pass. The
+    note is for the user and empty where packed rows work or were not asked for.
+    """
     wrapper = LanguageModel(model, "packed" if packing else "padded", autocast)
-    if autocast is not None and world() == 1:  # sharded blocks compute in bfloat16 without it
+    if autocast is not None and world() == 1:
+        # sharded blocks compute in bfloat16 without autocast
         spare_casts(model)
-    if (
-        getattr(model, "active_peft_config", None) is not None
-        and model.active_peft_config.is_prompt_learning
-    ):
+    settings = getattr(model, "active_peft_config", None)
+    if settings is not None and settings.is_prompt_learning:
         return (
             wrapper.set_mode("native"),
-            "prompt learning puts virtual tokens in front: padded batches and the model's own logits are used",
+            "prompt learning puts virtual tokens in front: padded batches and the model's own "
+            "logits are used",
         )
-    rounded = getattr(
-        base_model(model), "is_quantized", False
-    )  # products in 8 bits round by what else is in the batch
+    # products in 8 bits round by the other contents of the batch
+    rounded = getattr(base_model(model), "is_quantized", False)
+    # Full precision shows whether documents see each other: a result is then off by more than
+    # 2e-3. In half precision rounding alone may reach some tenths in a deep model.
+    trials = [(None, 0.5 if rounded else 2e-3)]
+    if autocast is not None:
+        trials.append((autocast, 0.5))
     for mode in ("packed", "padded") if packing else ("padded",):
         wrapper.mode = mode
-        # exact in full precision, which tells documents apart; rounding alone may reach some tenths in a deep model
-        for arithmetic, limit in [(None, 0.5 if rounded else 2e-3), (autocast, 0.5)][
-            : 1 + (autocast is not None)
-        ]:
+        for arithmetic, limit in trials:
             wrapper.autocast = arithmetic
             if (gap := self_check(wrapper)) >= limit:
                 break
         else:
-            why = (
-                f"packed documents are refused ({wrapper.refusal})"
-                if wrapper.refusal
-                else "documents would see each other when packed"
-            )
-            return wrapper, f"{why}: batches are padded" if packing and mode == "padded" else ""
+            reason = "documents would see each other when packed"
+            if wrapper.refusal:
+                reason = f"packed documents are refused ({wrapper.refusal})"
+            padded = packing and mode == "padded"
+            return wrapper, f"{reason}: batches are padded" if padded else ""
     wrapper.autocast = autocast
-    why = (
-        f"batches without its own attention are refused ({wrapper.refusal})"
-        if wrapper.refusal
-        else f"hidden states are off by {gap:.2g}"
-    )
-    note = f"{why}: padded batches, the model's own attention and logits are used"
+    reason = f"hidden states are off by {gap:.2g}"
+    if wrapper.refusal:
+        reason = f"batches without its own attention are refused ({wrapper.refusal})"
+    note = f"{reason}: padded batches, the model's own attention and logits are used"
     return wrapper.set_mode("native"), note
 
 
 class RootMeanSquareNorm(nn.Module):
-    """x / rms(x) * (weight + offset) in one kernel and in x's own type; another module's weight."""
+    """x / rms(x) * (weight + offset) in one kernel and in x's own type.
+
+    The weight is that of the module which this one replaces.
+    """
 
     def __init__(self, weight: nn.Parameter, eps: float, offset: float):
         super().__init__()
         self.weight, self.eps, self.offset = weight, eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., D), of which the kernel sums up squares in float32."""
+        """x (..., D) -> (..., D); the kernel sums the squares in float32."""
         with torch.autocast(x.device.type, enabled=False):
             weight = self.weight + self.offset if self.offset else self.weight
             return F.rms_norm(x, weight.shape, weight.to(x.dtype), self.eps)
 
 
 class OutsideAutocast:
-    """True where no autocast is on: then an adapter's layers must widen their input themselves."""
+    """True where autocast is off: layers of an adapter must then widen their input themselves."""
 
     def __bool__(self) -> bool:
         return not (torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"))
 
 
 def spare_casts(model: nn.Module) -> None:
-    """For training under autocast, in place: norms keep their input's type, adapters' inputs too.
+    """Under autocast, keep the input's type in norms and in the layers of adapters, in place.
 
-    Under autocast a norm's float32 weight would widen its output, and peft all inputs of its
-    layers. A norm is replaced where a probe in float32 shows that one kernel computes what it does.
+    Without this a norm's float32 weight would widen its output, and peft all inputs of its layers.
+    A norm is replaced where a probe in float32 shows that one kernel computes the same values.
     """
     for parent in list(model.modules()):
         if hasattr(parent, "cast_input_dtype_enabled"):
@@ -284,31 +296,25 @@ def _as_one_kernel(module: nn.Module) -> RootMeanSquareNorm | None:
 
 
 def self_check(wrapper) -> float:
-    """Greatest difference between two documents in one batch and each alone through the model's own
-    forward, of their log p (nats) or, for a classifier, their scores; inf where the model refuses
-    such a batch, and `wrapper.refusal` then says why.
+    """The greatest difference between two documents in one batch and each alone.
 
-    torch.OutOfMemoryError, torch.AcceleratorError and, from a torch without the kernel for many
-    documents, ImportError are raised: they say nothing about the model.
+    It compares log p (nats), or the scores of a classifier, with the model's own forward pass. It
+    is inf where the model refuses such a batch; `wrapper.refusal` is then the model's error.
+
+    torch.OutOfMemoryError, torch.AcceleratorError, and ImportError from a torch without the kernel
+    for many documents, are raised: they say nothing about the model.
     """
     base = base_model(wrapper.inner)
+    table = base.get_input_embeddings().weight
+    device = table.device
     generator = np.random.default_rng(0)
-    documents = [
-        generator.integers(0, base.get_input_embeddings().weight.shape[0], n) for n in (11, 7)
-    ]
-    device = base.get_input_embeddings().weight.device
-    batch = to_device(
-        lay_out(
-            documents,
-            [np.ones(len(d), np.float32) for d in documents],
-            packed=wrapper.mode == "packed",
-        ),
-        device,
-    )
+    documents = [generator.integers(0, table.shape[0], n) for n in (11, 7)]
+    ones = [np.ones(len(document), np.float32) for document in documents]
+    batch = to_device(lay_out(documents, ones, packed=wrapper.mode == "packed"), device)
     before = base.config._attn_implementation
     with torch.no_grad():
         try:
-            ours = (wrapper.logprobs if wrapper.generates else wrapper.scores)(batch).flatten()
+            together = (wrapper.logprobs if wrapper.generates else wrapper.scores)(batch).flatten()
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except (ValueError, TypeError, RuntimeError, AttributeError) as error:
@@ -316,26 +322,24 @@ def self_check(wrapper) -> float:
             return float("inf")
         base.set_attn_implementation(native_attention(base))
         try:
-            with torch.autocast(
-                device.type, dtype=wrapper.autocast, enabled=wrapper.autocast is not None
-            ):
-                theirs = torch.cat(
-                    [_alone(wrapper, torch.tensor(d, device=device)) for d in documents]
-                )
+            half = wrapper.autocast is not None
+            with torch.autocast(device.type, dtype=wrapper.autocast, enabled=half):
+                ids = [torch.tensor(document, device=device) for document in documents]
+                alone = torch.cat([_alone(wrapper, document) for document in ids])
         finally:
             base.set_attn_implementation(before)
-    gap = (ours - theirs).abs().max().item()
+    gap = (together - alone).abs().max().item()
     return gap if gap == gap else float("inf")
 
 
 def _alone(wrapper: LanguageModel, ids: Tensor) -> Tensor:
-    """Of one document through the model's own forward: log p of its tokens after the first (T - 1,), or its scores (C,)."""
+    """The results for one document (T,) from the model's own forward pass.
+
+    They are log p of its tokens after the first (T - 1,), or its scores (C,).
+    """
     if wrapper.generates:
-        logps = (
-            wrapper.inner(input_ids=ids[None], use_cache=False).logits[0].log_softmax(-1)
-        )  # (T, V)
-        return logps[:-1].gather(1, ids[1:, None])[:, 0]
+        logits = wrapper.inner(input_ids=ids[None], use_cache=False).logits[0]  # (T, V)
+        return logits.log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
     base = base_model(wrapper.inner)
-    return base.score(
-        base.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, -1]
-    ).float()
+    hidden = base.base_model(input_ids=ids[None], use_cache=False).last_hidden_state  # (1, T, D)
+    return base.score(hidden[0, -1]).float()

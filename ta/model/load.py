@@ -1,7 +1,7 @@
-"""Loading a model from the folders that a ModelConfig names: to train it, or to use it.
+"""Load a model from the folders that a ModelConfig names, for training or for inference.
 
-Recipes import this module for its settings, so torch and what needs it are imported late: --help
-must answer at once.
+Recipes import this module for its settings, and --help must answer at once: torch and the modules
+that need it are imported late.
 """
 
 from __future__ import annotations
@@ -48,13 +48,15 @@ class ComputeConfig:
     """How a model that trains is computed."""
 
     packing: bool = True
-    """Lay sequences one after another in one row. Models whose documents would see each other are found out at the start and padded instead."""
+    """Lay sequences one after another in one row. Models whose documents would see each other are
+    found out at the start and padded instead."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     compile: bool = False
     """torch.compile each block; pays on accelerators after a minute of compiling."""
     quantize: Literal["none", "8bit", "4bit"] = "none"
-    """Bits in which linear layers of a frozen base are held under a LoRA adapter (needs bitsandbytes)."""
+    """Bits in which linear layers of a frozen base are held under a LoRA adapter (needs
+    bitsandbytes)."""
 
 
 def load_model(
@@ -70,8 +72,8 @@ def load_model(
 ) -> LanguageModel:
     """The model with new tokens and adapter, ready to train; its `note` is for the user.
 
-    With `num_labels` it has a classification head of so many scores. `around` may put further
-    modules around it and freeze parts of it, before it is sharded. New weights are drawn from
+    With `num_labels` it has a classification head of that many scores. `around` may wrap the model
+    in further modules and freeze parts of it, before it is sharded. New weights are drawn from
     `seed`. ValueError for settings and folders that do not fit together.
     """
     sources = resolve(model)
@@ -87,7 +89,7 @@ def load_model(
         ids = [token.id for token in tokenizer.new_tokens]
         adapted = add_adapter(loaded, adapter, ids, tokenizer.fast, seed)
     else:
-        # its own new tokens come with it
+        # an adapter brings its own new tokens
         adapted = load_adapter(loaded, sources.adapter, trainable=True)
         check_vocabulary(tokenizer.fast, loaded)
     if adapted is loaded and compute.quantize == "none":
@@ -100,11 +102,11 @@ def load_model(
 def load_for_inference(
     model: ModelConfig, device: str = "cpu", num_labels: int | None = None
 ) -> PreTrainedModel:
-    """The transformers model, frozen, in eval mode and in the arithmetic asked.
+    """The transformers model, frozen, in eval mode and in the arithmetic of `model.dtype`.
 
-    An adapter is merged into it (LoRA) or around it (prompt learning). Weights are held in the
-    arithmetic: `auto` is bfloat16 on accelerators and float32 on CPU. With `num_labels` it is a
-    classifier. Each process loads the whole model. ValueError for what does not load.
+    A LoRA adapter is merged into it; a prompt-learning adapter stays around it. Weights are held in
+    that arithmetic: `auto` is bfloat16 on accelerators and float32 on CPU. With `num_labels` it is
+    a classifier. Each process loads the whole model. ValueError for a model that does not load.
     """
     import torch
 
@@ -131,8 +133,8 @@ def load_base(
     """The transformers model of a ModelConfig without its adapter, on `device`, in eval mode.
 
     Weights are float32 (float64 where asked). Where several processes train together, rank 0 has
-    them on the CPU and the others have their shapes, unless `whole`. ValueError for a folder that
-    does not load, or whose tensors are not those of the model.
+    the weights on the CPU and the others have shapes only, unless `whole`. ValueError for a folder
+    that does not load, or whose tensors are not those of the model.
     """
     import torch
     import transformers
@@ -150,12 +152,14 @@ def load_base(
     dtype = torch.float64 if model.dtype == "float64" else torch.float32
     options = {"trust_remote_code": model.trust_remote_code, "local_files_only": not model.hub}
     try:
-        if rank() and not whole:  # parallel.shard hands the weights out
+        if rank() and not whole:
+            # parallel.shard sends the weights of rank 0 to the other processes
             attention = arguments.pop("attn_implementation", None)
             settings = transformers.AutoConfig.from_pretrained(folder, **options, **arguments)
             with torch.device("meta"):
                 return auto.from_config(settings, dtype=dtype, attn_implementation=attention).eval()
-        with _without_warnings():  # its table of tensors that do not fit: _check_tensors says it
+        # transformers would print a table of tensors that do not fit; _check_tensors reports them
+        with _without_warnings():
             loaded, info = auto.from_pretrained(
                 folder,
                 dtype=dtype,
@@ -195,11 +199,12 @@ def _check_tensors(folder: str, task: Task, info: dict[str, Any]) -> None:
     if task == "encoder":
         missing -= {name for name in missing if "pooler." in name}
         unexpected = set()
-    for names, what in ((missing, "lacks"), (unexpected, "has, without a place for them,")):
+    for names, verb in ((missing, "lacks"), (unexpected, "has, without a place for them,")):
         if names:
             shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
             raise ValueError(
-                f"{folder} {what} {len(names)} tensors ({shown}): give the folder of a whole model, "
+                f"{folder} {verb} {len(names)} tensors ({shown}): give the folder of a whole "
+                "model, "
                 "as its own library saved it"
             )
 
@@ -212,7 +217,8 @@ def is_half(model: ModelConfig, device: str) -> bool:
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
     """Hold every parameter in `dtype`, in place.
 
-    Unlike `model.to(dtype)` it leaves buffers alone: rotary frequencies must not be rounded.
+    Unlike `model.to(dtype)` this leaves buffers alone, because rotary frequencies must not be
+    rounded.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -226,7 +232,7 @@ def _classifier(
     device: str,
     seed: int,
 ) -> tuple[PreTrainedModel, str]:
-    """The model with a head of `num_labels` scores, and a line where that head is new.
+    """The model with a head of `num_labels` scores, and a line for the user where that head is new.
 
     A new head is drawn from `seed`. ValueError for adapters of virtual tokens, for a model whose
     head does not read the last token, and for a head of another size.
@@ -239,7 +245,8 @@ def _classifier(
     kind = trained or ADAPTERS.get(adapter.adapter, "")
     if kind in PROMPT_LEARNING:
         raise ValueError(
-            f"{kind} with a classification head: its virtual tokens shift the place where scores are read; give --adapter lora"
+            f"{kind} with a classification head: its virtual tokens shift the place where scores "
+            "are read; give --adapter lora"
         )
     settings = transformers.AutoConfig.from_pretrained(
         sources.base, trust_remote_code=model.trust_remote_code, local_files_only=not model.hub
@@ -247,14 +254,16 @@ def _classifier(
     old = any("SequenceClassification" in name for name in settings.architectures or ())
     if old and settings.num_labels != num_labels:
         raise ValueError(
-            f"{sources.base} has a head of {settings.num_labels} labels where {num_labels} are asked: give its number, or a base model"
+            f"{sources.base} has a head of {settings.num_labels} labels where {num_labels} are "
+            "asked: give its number, or a base model"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         loaded = load_base(model, "seq_cls", num_labels, device, quantize=compute.quantize)
     if not hasattr(loaded, "score"):
         raise ValueError(
-            f"{type(loaded).__name__} reads no score at the last token: give a causal language model's folder"
+            f"{type(loaded).__name__} reads no score at the last token: give a causal language "
+            "model's folder"
         )
     plural = "s" * (num_labels > 1)
     return loaded, "" if old else f"the head of {num_labels} score{plural} is new"
@@ -267,7 +276,7 @@ def _place(
     half: bool,
     around: Callable[[LanguageModel], LanguageModel] | None,
 ) -> LanguageModel:
-    """Wrap a model, find its mode on rank 0, then compile, checkpoint and shard it as asked."""
+    """Wrap a model and find its mode on rank 0, then compile, checkpoint and shard it as asked."""
     import torch
 
     from ta.model.language_model import LanguageModel, wrap

@@ -1,6 +1,7 @@
-"""Log-probabilities and cross-entropy from hidden states at chosen positions, in chunks: no (B, T, V) tensor is ever made.
+"""Log-probabilities and cross-entropy from hidden states at chosen positions.
 
-Letters: M chosen positions, D model width, V vocabulary.
+Logits are made in chunks of positions, so no (B, T, V) tensor ever exists. Letters: M chosen
+positions, D model width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,21 +16,28 @@ from torch.autograd.function import once_differentiable
 
 
 class Head(NamedTuple):
-    """An output layer: logits = cap * tanh(scale * (hidden @ weight.T + bias) / cap), without tanh where `cap` is None."""
+    """An output layer with its scale and soft cap.
+
+    logits = cap * tanh(scale * (hidden @ weight.T + bias) / cap), and without tanh and cap scale *
+    (hidden @ weight.T + bias) where `cap` is None.
+    """
 
     weight: Tensor  # (V, D)
     bias: Tensor | None = None  # (V,)
     scale: float = 1.0
     cap: float | None = None
-    compiled: bool = False  # whether what is done to each logit is compiled into few kernels
+    # whether elementwise operations on logits are compiled into few kernels
+    compiled: bool = False
 
 
 def cross_entropy_sum(
     hidden: Tensor, head: Head, targets: Tensor, weights: Tensor, chunk: int | None = None
 ) -> Tensor:
-    """sum_m weights[m] * -log p(targets[m] | hidden[m]), a float32 (or float64) scalar: hidden (M, D), targets (M,), weights (M,).
+    """sum_m weights[m] * -log p(targets[m] | hidden[m]), a float32 (or float64) scalar.
 
-    Gradients are made in the forward pass while a chunk's logits exist: three matrix products in all, `chunk` rows of logits at a time.
+    Shapes: hidden (M, D), targets (M,), weights (M,). Gradients are made in the forward pass while
+    the logits of a chunk exist: three matrix products in all, with `chunk` rows of logits at a
+    time.
     """
     return _CrossEntropySum.apply(
         hidden,
@@ -45,7 +53,10 @@ def cross_entropy_sum(
 
 
 def token_logprobs(hidden: Tensor, head: Head, targets: Tensor, chunk: int | None = None) -> Tensor:
-    """log p(targets[m] | hidden[m]) -> (M,) float32 (or float64), any loss on top; logits are made again in the backward pass."""
+    """log p(targets[m] | hidden[m]) -> (M,) float32 (or float64), for any loss on top.
+
+    Shapes: hidden (M, D), targets (M,). The backward pass computes the logits of each chunk again.
+    """
     return _TokenLogprobs.apply(
         hidden,
         head.weight,
@@ -59,28 +70,27 @@ def token_logprobs(hidden: Tensor, head: Head, targets: Tensor, chunk: int | Non
 
 
 def sequence_sums(values: Tensor, owners: Tensor, n: int) -> Tensor:
-    """Sum the (M,) values of each of n sequences: (n,)."""
+    """Sum the (M,) values of each of n sequences -> (n,).
+
+    `owners` (M,) gives the sequence of each value.
+    """
     return values.new_zeros(n).index_add(0, owners, values)
 
 
 def chunk_rows(device: torch.device) -> int:
-    """Rows of logits that are held at a time on a device."""
+    """The number of rows of logits that a device holds at a time."""
     return 4096 if device.type == "cuda" else 256
 
 
 @lru_cache
 def _widens(device: str) -> bool:
-    """Whether products of half-precision matrices can be written and summed in float32 as they are made: on CUDA."""
-    total, x = (
-        torch.ones(16, 16, device=device),
-        torch.full((16, 16), 0.5, dtype=torch.bfloat16, device=device),
-    )
+    """Whether products of bfloat16 matrices can be written and summed in float32: on CUDA."""
+    total = torch.ones(16, 16, device=device)
+    x = torch.full((16, 16), 0.5, dtype=torch.bfloat16, device=device)
     try:
         torch.addmm(total, x, x, out_dtype=torch.float32, out=total)
-        return (
-            bool((total == 5).all())
-            and torch.mm(x, x, out_dtype=torch.float32).dtype == torch.float32
-        )
+        summed = bool((total == 5).all())
+        return summed and torch.mm(x, x, out_dtype=torch.float32).dtype == torch.float32
     except (RuntimeError, TypeError):
         return False
 
@@ -91,16 +101,19 @@ def _compiled(function: Callable) -> Callable:
 
 
 def _norms(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-norms and the targets' logits, (chunk, 1) each."""
+    """log sum exp of each row and the logit of its target, (chunk, 1) each."""
     return logits.logsumexp(1, keepdim=True), logits.gather(1, target)
 
 
 def _slopes(
     logits: Tensor, norm: Tensor, target: Tensor, share: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """share * (softmax - 1 at the target), (chunk, V) in `dtype`: the gradients of -share * log p(target)."""
-    here = torch.arange(logits.shape[1], device=logits.device) == target
-    return (((logits - norm).exp() - here.to(logits.dtype)) * share).to(dtype)
+    """share * (softmax - 1 at the target), (chunk, V) in `dtype`.
+
+    This is the gradient of -share * log p(target) by the logits.
+    """
+    at_target = torch.arange(logits.shape[1], device=logits.device) == target
+    return (((logits - norm).exp() - at_target.to(logits.dtype)) * share).to(dtype)
 
 
 def _logits(
@@ -123,14 +136,20 @@ def _logits(
 
 
 def _exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn logits (chunk, V) in place into exp(logits - best of the row); their log-norms and the rows' sums, (chunk, 1) each."""
-    best = logits.amax(1, keepdim=True)
-    mass = logits.sub_(best).exp_().sum(1, keepdim=True)
-    return best + mass.log(), mass
+    """Replace logits (chunk, V), in place, by exp(logits - greatest of the row).
+
+    Returns log sum exp of each row and the sum of the new row, (chunk, 1) each.
+    """
+    greatest = logits.amax(1, keepdim=True)
+    mass = logits.sub_(greatest).exp_().sum(1, keepdim=True)
+    return greatest + mass.log(), mass
 
 
 def _gradients(rows: Tensor, h: Tensor, weight: Tensor, d_hidden: Tensor, d_weight, d_bias) -> None:
-    """Add one chunk's gradients, given d loss / d raw logits (chunk, V) in `rows`; the weight's is summed in float32."""
+    """Add the gradients of one chunk, given d loss / d raw logits (chunk, V) in `rows`.
+
+    The gradient of the weight is summed in float32.
+    """
     low = rows.to(h.dtype)
     torch.mm(low, weight, out=d_hidden)
     if d_weight is not None:
@@ -149,19 +168,17 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    """Under autocast the products run in its dtype, as every other layer's do."""
+    """The type of the products: under autocast its type, as in every other layer."""
     device = hidden.device.type
-    return (
-        torch.get_autocast_dtype(device)
-        if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
-        else hidden.dtype
-    )
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype
 
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, weights, scale, cap, chunk, compiled):
-        """The sum, with the gradients of each chunk made while its logits exist."""
+        """The sum; the gradients of each chunk are made while its logits exist."""
         dtype = _compute_dtype(hidden)
         h_all, w = hidden.to(dtype), weight.to(dtype)
         wide = _wide(h_all)
@@ -184,17 +201,14 @@ class _CrossEntropySum(torch.autograd.Function):
                 continue
             share = share * scale
             if compiled and slope is None:
-                rows = _compiled(_slopes)(
-                    logits, norm, target, share, wide if needs_bias else dtype
-                )
-                _gradients(rows, h, w, d_hidden[here], d_weight, d_bias)
-                del logits, rows
-                continue
-            rows = logits.mul_(share / mass).scatter_add_(1, target, -share)
-            _gradients(
-                rows if slope is None else rows * slope, h, w, d_hidden[here], d_weight, d_bias
-            )
-            del logits, rows  # the next chunk takes their place in memory
+                out_dtype = wide if needs_bias else dtype
+                rows = _compiled(_slopes)(logits, norm, target, share, out_dtype)
+            else:
+                rows = logits.mul_(share / mass).scatter_add_(1, target, -share)
+                rows = rows if slope is None else rows * slope
+            _gradients(rows, h, w, d_hidden[here], d_weight, d_bias)
+            # the next chunk takes their place in memory
+            del logits, rows
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype if bias is not None else None
         return total
@@ -202,26 +216,20 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        """What the forward pass has made, times the gradient of the sum: in place, so autograd refuses to do it twice."""
-        parts = (
-            None if d is None else d.mul_(grad).to(dtype)
-            for d, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return (
-            *(d if need else None for d, need in zip(parts, ctx.needs_input_grad[:3], strict=True)),
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        """The gradients of the forward pass times the gradient of the sum, in place.
+
+        Autograd therefore refuses a second backward pass.
+        """
+        saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        parts = [None if d is None else d.mul_(grad).to(dtype) for d, dtype in saved]
+        needed = zip(parts, ctx.needs_input_grad[:3], strict=True)
+        return *(d if need else None for d, need in needed), None, None, None, None, None, None
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, scale, cap, chunk, compiled):
-        """Log-probabilities, and the log-norms from which the backward pass makes each chunk's softmax again."""
+        """Log-probabilities; the backward pass makes each softmax again from the kept log-norms."""
         dtype = _compute_dtype(hidden)
         h_all, w = hidden.to(dtype), weight.to(dtype)
         out = torch.empty(len(h_all), dtype=_wide(h_all), device=hidden.device)
@@ -255,35 +263,15 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, len(h_all), chunk):
             here = slice(start, start + chunk)
             logits, slope = _logits(h_all[here], w, bias, scale, cap)
-            share = grad[here, None] * scale
+            norm, target, share = norms[here, None], targets[here, None], grad[here, None] * scale
             if compiled and slope is None:
-                rows = _compiled(_slopes)(
-                    logits,
-                    norms[here, None],
-                    targets[here, None],
-                    -share,
-                    _wide(w) if needs_bias else dtype,
-                )
-                _gradients(rows, h_all[here], w, d_hidden[here], d_weight, d_bias)
-                del logits, rows
-                continue
-            rows = (
-                logits.sub_(norms[here, None])
-                .exp_()
-                .mul_(-share)
-                .scatter_add_(1, targets[here, None], share)
-            )
-            _gradients(
-                rows if slope is None else rows * slope,
-                h_all[here],
-                w,
-                d_hidden[here],
-                d_weight,
-                d_bias,
-            )
+                out_dtype = _wide(w) if needs_bias else dtype
+                rows = _compiled(_slopes)(logits, norm, target, -share, out_dtype)
+            else:
+                rows = logits.sub_(norm).exp_().mul_(-share).scatter_add_(1, target, share)
+                rows = rows if slope is None else rows * slope
+            _gradients(rows, h_all[here], w, d_hidden[here], d_weight, d_bias)
             del logits, rows
-        cast = [
-            d.to(x.dtype) if d is not None else None
-            for d, x in ((d_hidden, hidden), (d_weight, weight), (d_bias, bias))
-        ]
+        pairs = ((d_hidden, hidden), (d_weight, weight), (d_bias, bias))
+        cast = [d.to(x.dtype) if d is not None else None for d, x in pairs]
         return *cast, None, None, None, None, None

@@ -1,4 +1,7 @@
-"""Embedding rows of new tokens: each starts at the mean of the rows of a text that says what it means."""
+"""Embedding rows of new tokens: each starts at the mean of the rows of the text that explains it.
+
+Letters: V rows of a table, D model width.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,11 @@ if TYPE_CHECKING:
 
 
 def set_rows(model: PreTrainedModel, new: Sequence[NewToken]) -> None:
-    """Set the rows of the added tokens, and of those the tables have no row for, in the input and output tables (and the output bias).
+    """Set the rows of new tokens in the input and output tables and in the output bias.
 
-    A table with spare rows is used as it is; a smaller one is enlarged, never shrunk. All other rows keep their bits.
+    These are the tokens that were added, and those for which the tables have no row. A table with
+    spare rows is used as it is; a smaller one is enlarged and never shrunk. All other rows keep
+    their bits.
     """
     import torch
 
@@ -26,15 +31,17 @@ def set_rows(model: PreTrainedModel, new: Sequence[NewToken]) -> None:
         resize(model, needed)
     with torch.no_grad():
         for table in tables(model).values():  # (V, D), and (V,) for an output bias
-            means = [
-                table[list(token.pieces)].float().mean(dim=0).to(table.dtype) for token in unset
-            ]
-            for token, mean in zip(unset, means, strict=True):
-                table[token.id] = mean
+            # every mean is taken before any row is written
+            pieces = [table[list(token.pieces)].float() for token in unset]
+            for token, rows_of_text in zip(unset, pieces, strict=True):
+                table[token.id] = rows_of_text.mean(dim=0).to(table.dtype)
 
 
 def resize(model: PreTrainedModel, rows: int) -> None:
-    """Enlarge the token tables of `model` to `rows`; the rows that were there keep their bits and the global random state stays."""
+    """Enlarge the token tables of `model` to `rows` rows, in place.
+
+    Existing rows keep their bits, and the global random state does not change.
+    """
     import torch
 
     weight = model.get_input_embeddings().weight
@@ -44,25 +51,29 @@ def resize(model: PreTrainedModel, rows: int) -> None:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """ValueError when the tokenizer can give an id that the embedding table has no row for."""
+    """ValueError when the tokenizer can give an id that has no row in the embedding table."""
     rows = min(table.shape[0] for table in tables(model).values())
-    token, size = max(
-        ((token, id + 1) for token, id in tokenizer.get_vocab().items()),
-        key=lambda t: t[1],
-    )
+    vocabulary = tokenizer.get_vocab()
+    token = max(vocabulary, key=vocabulary.get)
+    size = vocabulary[token] + 1
     if size > rows:
         raise ValueError(
-            f"the tokenizer has ids up to {size - 1} ({token!r}), but the embedding table of the model has {rows} rows: it would need {size}; "
-            "give the tokenizer that belongs to the model, or declare the further tokens with --init-tokens 'token=text'"
+            f"the tokenizer has ids up to {size - 1} ({token!r}), but the embedding table of the "
+            f"model has {rows} rows: it would need {size}; "
+            "give the tokenizer that belongs to the model, or declare the further tokens with "
+            "--init-tokens 'token=text'"
         )
 
 
 def tables(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The tensors with one row a token: input (V, D), output (V, D) where it is another tensor, output_bias (V,) where there is one."""
-    found = {"input": model.get_input_embeddings().weight}
+    """The tensors with one row a token: "input" (V, D), "output" (V, D), "output_bias" (V,).
+
+    "output" is absent where it is the same tensor as the input, "output_bias" where there is none.
+    """
+    tensors = {"input": model.get_input_embeddings().weight}
     output = model.get_output_embeddings()
-    if output is not None and output.weight is not found["input"]:
-        found["output"] = output.weight
+    if output is not None and output.weight is not tensors["input"]:
+        tensors["output"] = output.weight
     if getattr(output, "bias", None) is not None:
-        found["output_bias"] = output.bias
-    return found
+        tensors["output_bias"] = output.bias
+    return tensors

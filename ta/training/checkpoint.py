@@ -133,7 +133,8 @@ def newest(folder: Path) -> Found | None:
             return Found(path, json.loads((path / "manifest.json").read_text()), damaged)
     if damaged:
         raise ValueError(
-            f"no whole checkpoint in {folder} ({'; '.join(damaged)}): restore one or start anew with --overwrite"
+            f"no whole checkpoint in {folder} ({'; '.join(damaged)}): restore one or start anew "
+            "with --overwrite"
         )
     return None
 

@@ -262,7 +262,8 @@ def _resume(run: Run, model, optimizer, key: dict[str, Any], more_state) -> int:
         if every and found.manifest["step"] % every == 0:
             raise ValueError(
                 f"{found.path} is of an older version and holds a synced reference that has just "
-                f"moved, which would move twice: delete it to go on from an earlier checkpoint whose "
+                "moved, which would move twice: delete it to go on from an earlier checkpoint "
+                "whose "
                 f"step is no multiple of --sync-every {every}, or start anew with --overwrite"
             )
     step = checkpoint.load(found, model, optimizer, more_state)
@@ -291,7 +292,8 @@ def _stop_non_finite(run: Run, number: int, total, model, batches, micro_batches
         record = {"step": number + 1, "rank": rank(), "micro_batch": i, "tokens": tokens}
         append_line(path, record)
     raise ValueError(
-        f"loss {total['loss'] / total['count']} or its gradient is not finite at step {number + 1}; "
+        f"loss {total['loss'] / total['count']} or its gradient is not finite at step "
+        f"{number + 1}; "
         f"first bad gradient: {bad}; records: {_where(batches, number)}. "
         f"Nothing was updated; token ids are in {path}. Lower --lr or look at these records"
     )

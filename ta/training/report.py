@@ -62,8 +62,10 @@ def page(
         f"<section><h2>{title}</h2>{text}</section>" for title, text in sections.items() if text
     )
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width, initial-scale=1">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src '
+        "'unsafe-inline'\">"
         f"<title>{escape(name)}</title><style>{STYLE}</style></head><body>"
         f"<header><h1>{escape(name)}</h1>{headline(settings, metrics)}</header><main>{body}</main></body></html>\n"
     )
@@ -181,7 +183,8 @@ def chart(title: str, curves: dict[str, Curve]) -> str:
 
     out = [f'<text class="title" x="{LEFT}" y="14">{escape(title)}{", logarithmic" * far}</text>']
     out += [
-        f'<path class="rule" d="M{LEFT} {up(y)}H{right}"/><text x="{LEFT - 6}" y="{up(y) + 4}" class="y">{number(y)}</text>'
+        f'<path class="rule" d="M{LEFT} {up(y)}H{right}"/><text x="{LEFT - 6}" y="{up(y) + 4}" '
+        f'class="y">{number(y)}</text>'
         for y in y_ticks
     ]
     out += [
@@ -208,8 +211,10 @@ def chart(title: str, curves: dict[str, Curve]) -> str:
             for name, y in here.items()
         )
         out.append(
-            f'<g class="at"><rect x="{start:.1f}" y="{TOP}" width="{end - start:.1f}" height="{floor - TOP}"/><g><title>{label}</title>'
-            f'<path d="M{across(x)} {TOP}V{floor}"/>{dots}<text x="{right}" y="14">{label}</text></g></g>'
+            f'<g class="at"><rect x="{start:.1f}" y="{TOP}" width="{end - start:.1f}" '
+            f'height="{floor - TOP}"/><g><title>{label}</title>'
+            f'<path d="M{across(x)} {TOP}V{floor}"/>{dots}<text x="{right}" '
+            f'y="14">{label}</text></g></g>'
         )
     keys = "".join(f'<span class="{name.replace(" ", "-")}">{name}</span>' for name in curves)
     frame = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}"'

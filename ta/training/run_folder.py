@@ -44,7 +44,8 @@ class LoopConfig:
     resume: bool = False
     """Go on from the newest whole checkpoint in --out."""
     allow_change: tuple[str, ...] = ()
-    """Settings that may differ from the checkpoint's on --resume, such as lr; any other difference is refused."""
+    """Settings that may differ from the checkpoint's on --resume, such as lr; any other difference
+    is refused."""
     overwrite: bool = False
     """Delete the run that --out holds and start anew."""
     dry_run: bool = False
