@@ -83,7 +83,8 @@ PER_TOKEN = ("orpo", "simpo", "asft")  # their rewards are means over tokens
 def loss_settings(config: Config) -> dict:
     """The settings of the loss: the flags given, the published values for the others."""
     settings = dict(FLAGS[config.loss])
-    for name in ("beta", "label_smoothing", "gamma", "alpha", "delta", "penalty", "average"):
+    every_flag = dict.fromkeys(name for flags in FLAGS.values() for name in flags)
+    for name in every_flag:
         if (value := getattr(config, name)) is not None:
             if name not in settings:
                 raise ValueError(

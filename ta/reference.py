@@ -18,7 +18,7 @@ from ta.command_line import Range
 from ta.data.loader import BatchConfig, micro_batches
 from ta.data.prepare import Prepared
 from ta.files import cache_folder, hash_json, write_atomic
-from ta.folders import ModelConfig, fingerprint, model_folder
+from ta.folders import ModelConfig, fingerprint, model_folder, resolve
 from ta.model.adapters import AdapterConfig
 from ta.model.load import ComputeConfig, load_model
 from ta.parallel import gather_objects, rank, say
@@ -142,10 +142,11 @@ def adapter_off_logps(model: LanguageModel) -> Logps:
 def choose_reference(config: ReferenceConfig, model: ModelConfig, adapter: AdapterConfig) -> str:
     """The reference that "auto" stands for, or the one given; ValueError for what cannot be."""
     new, default = adapter.adapter != "none", ReferenceConfig()
+    trained = resolve(model).adapter  # the run goes on with it
     choice = config.reference
     if choice == "auto":
         choice = "adapter_off" if new and config.ref_path is None else "frozen"
-    if choice == "adapter_off" and (config.ref_path or not (new or model.adapter_path)):
+    if choice == "adapter_off" and (config.ref_path or not (new or trained)):
         what = "there is no adapter"
         if config.ref_path:
             what = f"it is no second model as --ref-path {config.ref_path} is"
@@ -156,7 +157,7 @@ def choose_reference(config: ReferenceConfig, model: ModelConfig, adapter: Adapt
             f"--sync-every and --sync-alpha have no effect with --reference {choice}: "
             "give --reference synced"
         )
-    if choice == "synced" and config.ref_path and (new or model.adapter_path):
+    if choice == "synced" and config.ref_path and (new or trained):
         raise ValueError(
             f"--reference synced follows the adapter, which --ref-path {config.ref_path} does not "
             "have: leave --ref-path out"
@@ -184,6 +185,8 @@ def open_reference(
     The policy's dropout is turned off for good. ValueError for what has no effect or cannot be.
     """
     choice = choose_reference(config, model, adapter)
+    sources = resolve(model)
+    model = dataclasses.replace(model, model_path=sources.base, adapter_path=sources.adapter)
     device = str(next(policy.parameters()).device)
     policy.dropout = False
     policy.eval()

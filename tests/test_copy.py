@@ -26,7 +26,6 @@ EDITS = {  # what stands in recipes/dpo.py: what stands in the copy
     '    "cal_dpo": {"beta": 0.002},\n': (
         '    "cal_dpo": {"beta": 0.002},\n    "squared": {"target": 2.0},\n'
     ),
-    '"delta", "penalty", "average"': '"delta", "penalty", "average", "target"',
     '        case "cal_dpo":\n': (
         '        case "squared":\n'
         "            ratios = policy.chosen - ref.chosen - policy.rejected + ref.rejected\n"

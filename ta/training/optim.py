@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from ta.command_line import Range
+from ta.folders import ModelConfig, resolve
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ta.folders import ModelConfig
     from ta.model.adapters import AdapterConfig
 
 
@@ -52,7 +52,8 @@ def with_default_lr(
     """
     if config.lr is not None:
         return config
-    lr = full if adapter.adapter == "none" else adapted
+    has_adapter = adapter.adapter != "none" or resolve(model).adapter is not None
+    lr = adapted if has_adapter else full
     return replace(config, lr=builtin if model.model_path.startswith("builtin") else lr)
 
 
@@ -115,7 +116,7 @@ def update(
     clip: float,
     loss: float,
 ) -> float:
-    """Divide the summed gradients by 1 / `scale`, clip, step.
+    """Multiply the summed gradients by `scale`, clip, step.
 
     Returns the gradient norm, or nan (and updates nothing) where loss or norm is not finite.
     """

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from ta import parallel
 from ta.command_line import Range
 from ta.files import ASIDE, hold_lock, read_json_lines, remove, write_atomic
-from ta.folders import fingerprint
+from ta.folders import fingerprint, resolve
 from ta.model.arguments import check_quantize
 from ta.training.trackers import check_trackers
 
@@ -113,7 +113,7 @@ def start_run(config: Any) -> Run:
     where a service of --log is not installed, or where --quantize cannot work.
     """
     loop = config.loop
-    adapted = config.adapter.adapter != "none" or config.model.adapter_path is not None
+    adapted = config.adapter.adapter != "none" or resolve(config.model).adapter is not None
     check_quantize(config.compute.quantize, adapted, parallel.world())
     device = parallel.init()
     if config.model.model_path.startswith("builtin"):
@@ -148,41 +148,39 @@ def check_out(loop: LoopConfig) -> list[str]:
     return held
 
 
-NOT_COMPARED = {
-    "chat",
-    "data",
-    "tokenizer",
-    "loop",
-    "batches",
-    "samples",
-    "model",
-    "compute",
-    "optim",
-}
+# groups of settings that a resume does not compare one by one: what they decide is compared by its
+# content (data, model, media, index) or by name below, or it changes no result
+COMPARED_OTHERWISE = (
+    ["batches", "chat", "compute", "data", "loop", "media", "model", "optim", "retrieval", "samples", "tokenizer"]
+)
 
 
 def resume_key(run: Run, batches: Any, optimizer: Any, optim: Any, more: dict[str, Any]) -> dict:
     """What must not differ when a run goes on: data, model, adapter, steps, optimizer, method.
 
     The method's settings are all fields of the recipe's own config, and of the groups in it that are
-    not in NOT_COMPARED: those are without effect on results, or compared by content (data, model).
-    `more` adds to these, and its values win.
+    not in COMPARED_OTHERWISE. `more` adds to these, and its values win. As JSON values.
     """
     key: dict[str, Any] = {"data": batches.prepared.info["fingerprint"]}
     config = run.config
     if config is not None:
-        model = config.model
-        key["model"] = fingerprint(model.model_path, model.hub)
-        key["quantize"] = config.compute.quantize
+        model, sources = config.model, resolve(config.model)
+        key["model"] = fingerprint(sources.base, model.hub)
         key["adapter_path"] = model.adapter_path
+        key["adapter_content"] = sources.adapter and fingerprint(sources.adapter)
+        key["dtype"], key["model_args"] = model.dtype, list(model.model_args)
+        key["quantize"] = config.compute.quantize
         for own in dataclasses.fields(config):
             value = getattr(config, own.name)
             if not dataclasses.is_dataclass(value):
                 key[own.name] = value
-            elif own.name not in NOT_COMPARED:
+            elif own.name not in COMPARED_OTHERWISE:
                 key |= dataclasses.asdict(value)
     key |= {"steps": batches.steps, "batch_size": batches.batch_size, "seed": batches.seed}
-    key |= {"optimizer": type(optimizer).__name__, **dataclasses.asdict(optim), **more}
+    plain = (bool, int, float, str, tuple, list)
+    settings = {k: v for k, v in optimizer.defaults.items() if isinstance(v, plain) and k != "lr"}
+    key |= {"optimizer": type(optimizer).__name__, "optimizer_settings": settings}
+    key |= {**dataclasses.asdict(optim), **more}
     return {name: value for name, value in key.items() if value is not None}
 
 
