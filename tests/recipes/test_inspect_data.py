@@ -7,10 +7,13 @@ import pytest
 
 from recipes.inspect_data import Config, histogram, main
 from ta.builtin.models import tiny_tokenizer
+from ta.builtin.pictures import write_pictures
 from ta.builtin.tasks import chats
 from ta.chat.template import ChatConfig
+from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.data.prepare import DataConfig
 from ta.folders import ModelConfig
+from ta.media import MediaConfig, MediaFiles, open_media
 
 
 @pytest.fixture
@@ -87,6 +90,24 @@ def test_pairs_and_classes(capsys, tmp_path, model):
         kind="class",
     )
     assert line["label"] == 2 and set(line["labels"]) == {-100}
+
+
+def test_pictures_stand_as_placeholders_that_are_not_learned(capsys, tmp_path):
+    train, _ = write_pictures(tmp_path, 3, 1)
+    files = MediaFiles(image_root=str(tmp_path / "images"))
+    media = MediaConfig(files=files, image_encoder="builtin")
+    main(Config(media=media, data=DataConfig((str(train),)), kind="media", json=True))
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    records = [json.loads(line) for line in train.read_text().splitlines()]
+    known = open_media(media, (str(train),), "cpu").placeholders
+    tokenizer = load_chat_tokenizer(ModelConfig(), TokenizerConfig(), ChatConfig(), known)
+    placeholder = tokenizer.placeholders["image"]
+    assert len(lines) == len(records) > 0
+    for line, record in zip(lines, records, strict=True):
+        pictures = [m for m in record["messages"] if m.get("type") == "image"]
+        places = [i for i, token in enumerate(line["ids"]) if token == placeholder.id]
+        assert len(places) == placeholder.count * len(pictures) > 0
+        assert not any(line["weights"][i] for i in places) and any(line["weights"])
 
 
 def test_the_histogram_counts_every_length():

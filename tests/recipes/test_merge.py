@@ -76,3 +76,15 @@ def test_the_merge_recipe_writes_a_folder_that_plain_transformers_loads(head, tm
         assert message in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
     assert run_merge(*flags, tmp_path / "out", "--overwrite") == 0
+    capsys.readouterr()
+
+    # the adapter's folder alone: its base is where it was
+    alone = ("--model-path", tmp_path / "adapter", "--out", tmp_path / "alone")
+    assert run_merge(*alone, "--dtype", "float32") == 2
+    assert "--dtype and --model-args are of no use" in capsys.readouterr().err
+    assert run_merge("--model-path", tmp_path / "base", *alone[2:]) == 2
+    assert "give the adapter in --adapter-path" in capsys.readouterr().err
+    assert run_merge(*alone) == 0
+    again = head.from_pretrained(tmp_path / "alone").state_dict()
+    assert again.keys() == merged.state_dict().keys()
+    assert all(torch.equal(again[name], x) for name, x in merged.state_dict().items())
