@@ -70,7 +70,7 @@ def main(config: Config) -> None:
         config.retrieval.index or ta.rag.builtin_index(), config.retrieval.encoder_path
     )
     encoder, encoder_tokenizer = ta.rag.open_encoder(
-        index.encoder, index.embedding_settings, run.device, config.model.dtype
+        index.encoder, index.embedding_settings, run.device, config.model.dtype, to_shard=True
     )
     encoder_lr = config.encoder_lr
     if encoder_lr is None:

@@ -11,9 +11,9 @@ import pytest
 import ta
 
 
-def for_editors():
+def for_editors(face=ta):
     """{name: module} of the imports under TYPE_CHECKING, each written `from m import n as n`."""
-    tree = ast.parse(Path(ta.__file__).read_text())
+    tree = ast.parse(Path(face.__file__).read_text())
     (block,) = (
         node for node in tree.body if isinstance(node, ast.If) and node.test.id == "TYPE_CHECKING"
     )
@@ -30,6 +30,16 @@ def test_editors_and_programs_see_the_same_names():
     assert for_editors() == listed | dict.fromkeys(ta.MODULES, "ta")
     assert ta.__all__ == sorted(for_editors())
     assert set(ta.__all__) <= set(dir(ta))
+
+
+@pytest.mark.parametrize("wing", ["media", "rag"])
+def test_the_faces_of_the_wings_hold_what_they_say(wing):
+    face = getattr(ta, wing)
+    listed = {name: home for home, names in face.NAMES.items() for name in names.split()}
+    assert for_editors(face) == listed
+    for name, home in listed.items():
+        assert getattr(face, name) is getattr(import_module(home), name)
+    assert not hasattr(face, "trainer")
 
 
 @pytest.mark.parametrize("name", ta.__all__)

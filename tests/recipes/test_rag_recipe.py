@@ -157,7 +157,9 @@ def test_a_run_that_goes_on_has_the_bits_of_one_that_never_stopped(forked, given
     forked("rag", *flags(given, out, *more))
     shutil.rmtree(out / "checkpoints" / "step-00000006")
     shutil.rmtree(out / "final")
-    said = forked("rag", *flags(given, out, *more, "--resume"))
+    shutil.copytree(given / "index", tmp_path / "moved")  # an index is compared by content
+    encoder = ("--index", tmp_path / "moved", "--encoder-path", given / "encoder")
+    said = forked("rag", *flags(given, out, *more, *encoder, "--resume"))
     assert "at step 3" in said
     for name in ("model.safetensors", "encoder/model.safetensors", "index/vectors.safetensors"):
         assert (out / "final" / name).read_bytes() == (
