@@ -1,4 +1,4 @@
-"""What stands in a folder (a model, an adapter, a run, ...), read from JSON alone."""
+"""The contents of a folder (a model, an adapter, a run), read from JSON alone."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class ModelConfig:
 
 
 class Folder(NamedTuple):
-    """What stands in a folder."""
+    """The contents of a folder."""
 
-    # the folder itself; of a run its final/; or the name of a model on the hub
+    # the folder itself, the final/ of a run, or the name of a model on the hub
     path: str
     kind: Literal["model", "classifier", "adapter", "hub"]
     # the folder or name of the base that an adapter was trained on
@@ -55,14 +55,14 @@ class Sources(NamedTuple):
     adapter: str | None
     # holds media.json and projectors
     media: str | None
-    # gives the tokenizer
+    # holds the tokenizer
     tokenizer: str
 
 
 def read_folder(path: str, hub: bool = False) -> Folder:
-    """What stands in a folder, in the `final/` of a run folder, or under a name of the hub.
+    """The contents of a folder, of the `final/` of a run folder, or of a name on the hub.
 
-    ValueError for a folder that is not there or holds none of this.
+    ValueError for a folder that does not exist or holds none of these.
     """
     folder = Path(model_folder(path, hub))
     if not folder.is_dir():
@@ -77,20 +77,20 @@ def read_folder(path: str, hub: bool = False) -> Folder:
 
 
 def resolve(config: ModelConfig) -> Sources:
-    """What to load: an adapter's folder given as the model is that adapter on the base it names.
+    """The folders to load: an adapter given as the model is that adapter on the base it names.
 
     ValueError for a folder that holds no model, for an adapter whose base is not here, and for two
     adapters.
     """
-    found = read_folder(config.model_path, config.hub)
-    base, adapter = found.path, config.adapter_path
-    if found.kind == "adapter":
+    folder = read_folder(config.model_path, config.hub)
+    base, adapter = folder.path, config.adapter_path
+    if folder.kind == "adapter":
         if adapter is not None:
             raise ValueError(
                 f"--model-path {config.model_path} is an adapter, and --adapter-path {adapter} "
                 "is another: give one of them, or merge the first with recipes/merge.py"
             )
-        base, adapter = found.base, found.path
+        base, adapter = folder.base, folder.path
         if not base or not (config.hub or Path(base).is_dir()):
             raise ValueError(
                 f"{config.model_path} is an adapter of base {base!r}, which is not here: give the "
@@ -127,7 +127,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def model_folder(path: str, hub: bool = False) -> str:
-    """The folder (or, with `hub`, the name) to load; "builtin" is written to the cache once. ValueError where there is no such folder."""
+    """The folder (or, with `hub`, the name) to load; "builtin" is written to the cache once.
+
+    ValueError where there is no such folder.
+    """
     if path.startswith("builtin") and not Path(path).exists():
         path = str(builtin_model(path) or path)
     path = _final(path)
@@ -136,9 +139,8 @@ def model_folder(path: str, hub: bool = False) -> str:
             f"no model folder at {path}: give a folder with config.json and *.safetensors, or add "
             "--hub to look the name up on the hub"
         )
-    if Path(path).is_dir() and not any(
-        (Path(path) / name).exists() for name in ("config.json", "adapter_config.json")
-    ):
+    files = [Path(path) / name for name in ("config.json", "adapter_config.json")]
+    if Path(path).is_dir() and not any(file.exists() for file in files):
         raise ValueError(
             f"{path} holds no config.json: give the folder of a saved model (a run's export is "
             "RUN/final)"
@@ -152,14 +154,14 @@ def encoder_folder(path: str = "builtin") -> str:
 
 
 def fingerprint(path: str, hub: bool = False) -> str:
-    """Hash of a model folder's config and weights (each file is read once and remembered)."""
+    """Hash of a model folder's config and weights; the cache keeps the hash of each file.
+
+    A name of the hub is its own fingerprint.
+    """
     folder = Path(model_folder(path, hub))
     if not folder.is_dir():
         return path
-    notes = cache_folder("") / "hashes"
-    files = sorted(
-        p
-        for p in folder.iterdir()
-        if p.suffix == ".safetensors" or p.name in ("config.json", "adapter_config.json")
-    )
-    return hash_json([[p.name, content_hash(str(p), notes)] for p in files])[:16]
+    hashes = cache_folder("") / "hashes"
+    configs = ("config.json", "adapter_config.json")
+    files = [p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name in configs]
+    return hash_json([[p.name, content_hash(str(p), hashes)] for p in sorted(files)])[:16]

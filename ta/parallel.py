@@ -1,6 +1,6 @@
-"""One process or many: who am I, sums over all, and sharding applied from outside to a loaded model.
+"""Process groups: rank and world, sums over processes, and sharding of a loaded model.
 
-Nothing here is needed on one process: every function then answers at once without touching torch.distributed.
+On one process every function answers at once, without torch.distributed.
 """
 
 from __future__ import annotations
@@ -17,26 +17,34 @@ if TYPE_CHECKING:
 
 
 def one_thread() -> None:
-    """Compute on one thread: a tiny model is no slower so, is not slowed down by neighbours, and gives the same bits on any number of cores."""
+    """Compute on one thread.
+
+    A tiny model is no slower so, neighbours on the machine do not slow it down, and it gives the
+    same bits on any number of cores.
+    """
     import torch
 
     torch.set_num_threads(1)
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what tensors leave instead of returning it and taking it anew, page by page, in every step: about 3 % of a step on CPU."""
+    """Make glibc keep freed memory instead of returning it to the system in every step.
+
+    Otherwise each step gets its memory page by page again, which costs about 3 % of a step on CPU.
+    It does nothing on other systems.
+    """
     if sys.platform == "linux":
         import ctypes
 
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        for option, size in (
-            ((-1, 1 << 30), (-2, 1 << 28), (-3, 1 << 25)) if mallopt else ()
-        ):  # trim above, grow by, map from
+        # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD of malloc.h, in bytes
+        options = ((-1, 1 << 30), (-2, 1 << 28), (-3, 1 << 25))
+        for option, size in options if mallopt else ():
             mallopt(option, size)
 
 
 def world() -> int:
-    """Number of processes, as torchrun tells it."""
+    """The number of processes, as torchrun sets it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -46,7 +54,7 @@ def rank() -> int:
 
 
 def machine() -> dict[str, str | int]:
-    """What the run computes on, for its record."""
+    """The hardware and threads that a run computes on, for its record."""
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
@@ -59,14 +67,14 @@ def machine() -> dict[str, str | int]:
 
 
 def pick_device() -> str:
-    """This process's accelerator, or else the CPU."""
+    """This process's accelerator, or the CPU where there is none."""
     import torch
 
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def init() -> str:
-    """Join the process group where torchrun started us and return this process's device."""
+    """Join the process group where torchrun started this process; returns its device."""
     import torch
 
     device = pick_device()
@@ -90,7 +98,7 @@ def close() -> None:
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Element-wise sum over all processes, in place; `values` is the same shape everywhere."""
+    """Element-wise sum over all processes, in place; `values` has the same shape on each."""
     if world() > 1:
         import torch
 
@@ -110,15 +118,18 @@ def gather_objects(value) -> list:
 
 
 def on_rank_zero(action: Callable):
-    """Run `action` on rank 0 and give its result there (elsewhere an empty context); what it raises is raised everywhere."""
+    """Run `action` on rank 0 and return its result there, an empty context elsewhere.
+
+    A ValueError or OSError of `action` is raised on every process.
+    """
     result, error = nullcontext(), None
     if rank() == 0:
         try:
             result = action()
         except (ValueError, OSError) as raised:
             error = raised
-    if (told := gather_objects(error)[0]) is not None:
-        raise told
+    if (failure := gather_objects(error)[0]) is not None:
+        raise failure
     return result
 
 
@@ -129,7 +140,7 @@ def say(text: str) -> None:
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until every process has come here."""
     if world() > 1:
         import torch
 
@@ -137,34 +148,36 @@ def barrier() -> None:
 
 
 def seed_dropout(seed: int, number: int) -> None:
-    """Dropout has no generator argument, so the global one is set: a function of (seed, step, rank)."""
+    """Seed the global generators for step `number`, as a function of (seed, step, rank).
+
+    Dropout takes no generator argument, so the global one decides.
+    """
     import torch
 
     mixed = (seed * 1_000_003 + number) * 1_009 + rank()
-    torch.default_generator.manual_seed(
-        mixed
-    )  # torch.manual_seed costs a millisecond: it notes the call for devices that never come
+    # torch.manual_seed costs a millisecond: it records the call for devices that start later
+    torch.default_generator.manual_seed(mixed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(mixed)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks: the modules of the longest list of equal modules in each part of the model."""
+    """The transformer blocks: in each part of the model the longest list of modules of one type."""
     from torch import nn
 
-    parts = [
-        [
-            m
-            for m in part.modules()
-            if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1
-        ]
-        for part in model.children()
-    ]
-    return [block for lists in parts if lists for block in max(lists, key=len)]
+    out = []
+    for part in model.children():
+        lists = [m for m in part.modules() if isinstance(m, nn.ModuleList)]
+        uniform = [m for m in lists if len({type(block) for block in m}) == 1]
+        out += max(uniform, key=len, default=[])
+    return out
 
 
 def recompute(model: nn.Module) -> None:
-    """Activation checkpointing of every block, in place: its inputs are kept, the rest is computed again in the backward pass."""
+    """Activation checkpointing of every block, in place.
+
+    A block keeps its inputs; the backward pass computes the rest again.
+    """
     from functools import partial
 
     from torch.utils.checkpoint import checkpoint
@@ -174,7 +187,10 @@ def recompute(model: nn.Module) -> None:
 
 
 def round_frozen(model: nn.Module) -> None:
-    """Hold in bfloat16, in place, every float32 weight that is not trained: half the memory, and nothing to cast in each pass."""
+    """Hold every frozen float32 weight in bfloat16, in place.
+
+    This halves their memory, and no pass has to cast them.
+    """
     import torch
 
     for parameter in model.parameters():
@@ -185,10 +201,10 @@ def round_frozen(model: nn.Module) -> None:
 def compile_blocks(model: nn.Module) -> None:
     """torch.compile every block, and on CUDA the head, in place, for passes over documents.
 
-    To be applied before `recompute` and `shard`. All blocks share their code, which is compiled at
-    once for rows of any length: one variant for training (two where an adapter's first block needs
-    no gradient of its input) and one for passes without gradients. Generation, which gives its
-    blocks no documents, runs as it is and uses up none of the variants that torch allows.
+    Apply it before `recompute` and `shard`. All blocks share their code, which is compiled once for
+    rows of any length: one variant for training (two where an adapter's first block needs no
+    gradient of its input) and one for passes without gradients. Generation gives its blocks no
+    documents; it runs uncompiled and uses none of the variants that torch allows.
     """
     from functools import partial
 
@@ -205,17 +221,17 @@ def compile_blocks(model: nn.Module) -> None:
 
 
 def _on_documents(plain: Callable, compiled: Callable, *args, **kwargs):
-    """A block's forward: compiled in passes over documents only."""
+    """A block's forward, compiled in passes over documents only."""
     return (compiled if kwargs.get("documents") is not None else plain)(*args, **kwargs)
 
 
 def shard(root: nn.Module, device: str, half: bool) -> None:
-    """Shard a model that rank 0 holds (and the others on the meta device) over all processes, in place: per block and at the root (FSDP2).
+    """Shard a model over all processes, in place: each block, then the root (FSDP2).
 
-    Whole weights are seen inside the methods that `root.METHODS` names.
-
-    Master weights keep their type; with `half` blocks compute in bfloat16 and gradients are summed in float32. On one process nothing is
-    done: a plain module is faster there (33-44 % of a step on CPU).
+    Rank 0 holds the model and the others hold it on the meta device. Weights are whole inside the
+    methods that `root.METHODS` names. Master weights keep their type; with `half` blocks compute in
+    bfloat16 and gradients are summed in float32. On one process nothing changes: a plain module is
+    faster there (33-44 % of a step on CPU).
     """
     if world() == 1:
         return
@@ -231,11 +247,13 @@ def shard(root: nn.Module, device: str, half: bool) -> None:
         torch.bfloat16 if half else None, torch.float32 if half else None, cast_forward_inputs=False
     )
     mesh = torch.distributed.device_mesh.init_device_mesh(device.split(":")[0], (world(),))
-    made: dict[int, tuple] = {}  # id -> (itself, what replaces it)
-    for module in (*blocks(root), root):  # one block at a time is whole on the device
+    # id of a tensor -> (the tensor, its replacement)
+    made: dict[int, tuple] = {}
+    # only one block at a time is whole on the device
+    for module in (*blocks(root), root):
         _empty_like(module, device, made)
         fully_shard(module, mesh=mesh, mp_policy=policy)
-    for name in root.METHODS:  # weights are whole inside these
+    for name in root.METHODS:
         register_fsdp_forward_method(root, name)
     for name, tensor in _tensors(root):
         whole = (
@@ -254,7 +272,10 @@ def shard(root: nn.Module, device: str, half: bool) -> None:
 
 
 def _empty_like(root: nn.Module, device: str, made: dict[int, tuple]) -> None:
-    """Replace what is not sharded yet by empty tensors on `device`, in place; a tensor that two modules share stays shared."""
+    """Replace tensors that are not sharded yet by empty ones on `device`, in place.
+
+    A tensor that two modules share stays shared.
+    """
     import torch
 
     for module in root.modules():
@@ -264,23 +285,20 @@ def _empty_like(root: nn.Module, device: str, made: dict[int, tuple]) -> None:
                     continue
                 if id(old) not in made:
                     new = torch.empty(old.shape, dtype=old.dtype, device=device)
-                    new = (
-                        torch.nn.Parameter(new, old.requires_grad)
-                        if isinstance(old, torch.nn.Parameter)
-                        else new
-                    )
+                    if isinstance(old, torch.nn.Parameter):
+                        new = torch.nn.Parameter(new, old.requires_grad)
                     made |= {id(old): (old, new), id(new): (new, new)}
                 table[name] = made[id(old)][1]
 
 
 def _tensors(model: nn.Module):
-    """Every parameter and buffer once, by name, buffers that are not saved included."""
+    """(name, tensor) of every parameter and buffer once, also of buffers that are not saved."""
     yield from model.named_parameters()
     yield from model.named_buffers()
 
 
 def local_rows(tensor) -> tuple[int, int]:
-    """(first row, number of rows) that this process holds of a tensor sharded along its first dimension."""
+    """(first row, number of rows) that this process holds of a tensor sharded by rows."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offset = compute_local_shape_and_global_offset(

@@ -1,8 +1,7 @@
-"""Reference log-probabilities of answers: what a policy is compared with.
+"""Reference log-probabilities of answers, with which a policy is compared.
 
-The policy with its adapter off, a frozen copy, numbers computed once before training, or a copy that
-follows the policy.
-Letters: N sequences, P pairs of answers, n records.
+The reference is the policy with its adapter off, a frozen copy, a table computed once before
+training, or a copy that follows the policy. Letters: N sequences, P pairs of answers, n records.
 """
 
 from __future__ import annotations
@@ -32,7 +31,8 @@ if TYPE_CHECKING:
 
     Logps = Callable[[Batch], Tensor]  # -> (N,)
 
-PART = 2048  # records between two files of a table that is being computed
+# records in each file of a table that is being computed
+PART = 2048
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,21 @@ class ReferenceConfig:
 
 @dataclass
 class Reference:
-    """An open reference: gives log-probabilities, or has put them into the data beforehand."""
+    """An open reference; a cached one has already put its log-probabilities into the data."""
 
     kind: str
-    logps: Logps | None = None  # of a batch's sequences; without gradients
-    key: Any = None  # JSON: what decides the numbers of a cached reference
-    every: int = 0  # steps between two updates of a synced one
+    # log-probabilities of a batch's sequences, without gradients
+    logps: Logps | None = None
+    # JSON that decides the values of a cached reference
+    key: Any = None
+    # steps between two updates of a synced reference
+    every: int = 0
     alpha: float = 1.0
-    moving: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (its tensor, the policy's)
+    # (tensor of a synced reference, tensor of the policy)
+    moving: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     copy: Any = None
-    state: dict[str, Tensor] = field(default_factory=dict)  # what a checkpoint must hold of it
+    # tensors of a synced reference that a checkpoint must hold
+    state: dict[str, Tensor] = field(default_factory=dict)
     device: str = "cpu"
 
     def add_to(self, batches: Iterable) -> list:
@@ -75,24 +80,22 @@ class Reference:
         return [batch._replace(reference=batch.both(self.logps)) for batch in placed]
 
     def follow(self, done: int) -> None:
-        """Move a synced reference towards the policy, where `done` steps make it the time.
+        """Move a synced reference towards the policy, where `done` is a multiple of `every`.
 
-        TR-DPO, arXiv 2404.09656, eq. 5 and 6: its tensors become alpha * policy's + (1 - alpha) *
-        their own.
+        TR-DPO, arXiv 2404.09656, eq. 5 and 6: a tensor of the reference becomes alpha * policy + (1
+        - alpha) * reference.
         """
         import torch
 
         if self.kind != "synced" or not done or done % self.every:
             return
         if hasattr(self.copy, "reshard"):
-            # a sharded root stays gathered after a forward that no backward follows
+            # a sharded root stays gathered after a forward pass without a backward pass
             self.copy.reshard()
         with torch.no_grad():
-            for theirs, ours in self.moving:
-                theirs, ours = (
-                    x.to_local() if hasattr(x, "to_local") else x for x in (theirs, ours)
-                )
-                theirs.lerp_(ours, self.alpha)
+            for pair in self.moving:
+                moved, policy = (x.to_local() if hasattr(x, "to_local") else x for x in pair)
+                moved.lerp_(policy, self.alpha)
 
 
 def sequence_logps(model: LanguageModel, batch: Batch) -> Tensor:
@@ -103,14 +106,14 @@ def sequence_logps(model: LanguageModel, batch: Batch) -> Tensor:
 
 
 def learned_tokens(batch: Batch) -> Tensor:
-    """(N,) how many tokens each sequence learns."""
+    """(N,) the number of learned tokens of each sequence."""
     import torch
 
     return torch.bincount(batch.owners, minlength=len(batch.ends))
 
 
 def frozen_logps(model: LanguageModel) -> Logps:
-    """The log-probabilities of a model that is not trained here."""
+    """A function from a batch to the (N,) log-probabilities of a model that does not train."""
     import torch
 
     def logps(batch: Batch) -> Tensor:
@@ -121,14 +124,14 @@ def frozen_logps(model: LanguageModel) -> Logps:
 
 
 def adapter_off_logps(model: LanguageModel) -> Logps:
-    """Those of the base under the policy's adapter: no second model."""
+    """The same for the base under the policy's adapter, without a second model."""
     import torch
 
     from ta.data.batch import lay_out, to_device
 
     if hasattr(model, "unshard"):
-        # FSDP takes the type of gradients from what trains at the first pass, and without its
-        # adapter nothing does
+        # FSDP takes the type of gradients from the weights that train at the first pass; without
+        # the adapter no weight trains
         with torch.no_grad():
             model.hidden(to_device(lay_out([], []), next(model.parameters()).device))
 
@@ -140,17 +143,18 @@ def adapter_off_logps(model: LanguageModel) -> Logps:
 
 
 def choose_reference(config: ReferenceConfig, model: ModelConfig, adapter: AdapterConfig) -> str:
-    """The reference that "auto" stands for, or the one given; ValueError for what cannot be."""
+    """The reference that "auto" stands for, or the one given; ValueError where it cannot work."""
     new, default = adapter.adapter != "none", ReferenceConfig()
-    trained = resolve(model).adapter  # the run goes on with it
+    # the trained adapter with which the run goes on
+    trained = resolve(model).adapter
     choice = config.reference
     if choice == "auto":
         choice = "adapter_off" if new and config.ref_path is None else "frozen"
     if choice == "adapter_off" and (config.ref_path or not (new or trained)):
-        what = "there is no adapter"
+        reason = "there is no adapter"
         if config.ref_path:
-            what = f"it is no second model as --ref-path {config.ref_path} is"
-        raise ValueError(f"--reference adapter_off: {what}; give frozen")
+            reason = f"it is no second model as --ref-path {config.ref_path} is"
+        raise ValueError(f"--reference adapter_off: {reason}; give frozen")
     sync = (config.sync_every, config.sync_alpha)
     if choice != "synced" and sync != (default.sync_every, default.sync_alpha):
         raise ValueError(
@@ -165,8 +169,7 @@ def choose_reference(config: ReferenceConfig, model: ModelConfig, adapter: Adapt
     if adapter.lora_dropout:
         raise ValueError(
             f"--lora-dropout {adapter.lora_dropout} would part the policy from its reference, "
-            "which "
-            "agree at step 0: leave it out"
+            "which agree at step 0: leave it out"
         )
     return choice
 
@@ -182,7 +185,8 @@ def open_reference(
 ) -> Reference:
     """The reference of a policy that was loaded from `model`, `adapter` and `compute` with `seed`.
 
-    The policy's dropout is turned off for good. ValueError for what has no effect or cannot be.
+    The policy's dropout is turned off for good. ValueError for settings that have no effect or
+    cannot work.
     """
     choice = choose_reference(config, model, adapter)
     sources = resolve(model)
@@ -203,10 +207,8 @@ def open_reference(
         copy = _second_model(
             config.ref_path, policy, tokenizer, model, adapter, compute, bool(same_adapter), seed
         )
-        logps, key = (
-            frozen_logps(copy),
-            [fingerprint(config.ref_path or model.model_path, model.hub)],
-        )
+        logps = frozen_logps(copy)
+        key = [fingerprint(config.ref_path or model.model_path, model.hub)]
     if choice == "cached":
         tokens = [[token.text, *token.pieces] for token in tokenizer.new_tokens]
         key += [model.dtype, compute.quantize, device.partition(":")[0], tokens, model.model_args]
@@ -218,17 +220,20 @@ def open_reference(
 
 
 def _follow_policy(reference: Reference, policy: LanguageModel) -> None:
-    """Pair the tensors of a synced reference with those of the policy that train."""
-    own = dict(reference.copy.named_parameters())
+    """Pair the tensors of a synced reference with those of the policy that train.
+
+    ValueError where their shapes differ.
+    """
+    copy = dict(reference.copy.named_parameters())
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-    differ = [n for n, p in trained.items() if n not in own or own[n].shape != p.shape]
+    differ = [n for n, p in trained.items() if n not in copy or copy[n].shape != p.shape]
     if differ:
         raise ValueError(
             f"a synced reference has the policy's shape, and this one's {differ[0]} is another: "
             "give --reference frozen"
         )
-    reference.moving = [(own[name], parameter) for name, parameter in trained.items()]
-    reference.state = {f"reference/{name}": own[name] for name in trained}
+    reference.moving = [(copy[name], parameter) for name, parameter in trained.items()]
+    reference.state = {f"reference/{name}": copy[name] for name in trained}
 
 
 def _second_model(
@@ -247,7 +252,7 @@ def _second_model(
         _check_vocabulary(model_folder(path, model.hub), tokenizer)
     if not same_adapter:
         model, adapter = dataclasses.replace(model, adapter_path=None), AdapterConfig()
-    # the policy's base is held rounded where it is frozen
+    # where the policy's base is frozen it is held in half precision, and so must its copy be
     bare = not same_adapter and any(not p.requires_grad for p in policy.parameters())
     device = str(next(policy.parameters()).device)
     freeze = (lambda loaded: loaded.requires_grad_(False)) if bare else None
@@ -263,12 +268,13 @@ def _second_model(
 
 
 def _check_vocabulary(folder: str, tokenizer: ChatTokenizer) -> None:
-    mine = tokenizer.fast.get_vocab()
-    theirs = load_tokenizer(folder, TokenizerConfig()).get_vocab()
+    """ValueError where the tokenizer in `folder` gives other ids than the policy's."""
+    policy = tokenizer.fast.get_vocab()
+    reference = load_tokenizer(folder, TokenizerConfig()).get_vocab()
     declared = {token.text for token in tokenizer.new_tokens}
     declared |= set(tokenizer.fast.all_special_tokens)
-    differ = [t for t, i in theirs.items() if mine.get(t) != i]
-    differ += [t for t in mine if t not in theirs and t not in declared]
+    differ = [t for t, i in reference.items() if policy.get(t) != i]
+    differ += [t for t in policy if t not in reference and t not in declared]
     if differ:
         raise ValueError(
             f"--ref-path {folder} has another vocabulary than the policy ({len(differ)} tokens "
@@ -286,11 +292,11 @@ def with_cached_reference(
     cache_dir: str = "",
     depends: Any = None,
 ) -> Prepared | None:
-    """The data with `reference` (n, 2), where the reference is one that is computed beforehand.
+    """The data with `reference` (n, 2), where the reference is a cached one; otherwise as given.
 
-    The numbers are read from the cache, or computed once and kept there under the content of model
-    and data; `depends` (JSON) is what else the batches depend on. Every PART records a part is
-    written, so that a stopped run goes on. All processes take part.
+    The values are read from the cache, or computed once and kept there under the content of model
+    and data. `depends` (JSON) names what else the batches depend on. A file is written after every
+    PART records, so that a stopped run goes on from there. All processes take part.
     """
     if reference is None or reference.kind != "cached" or prepared is None:
         return prepared
@@ -318,7 +324,7 @@ def _compute_table(
     packed: bool,
     stem: Path,
 ) -> Tensor:
-    """(n, 2) log-probabilities of both answers of each record, part by part."""
+    """(n, 2) log-probabilities of both answers of each record, PART records at a time."""
     import numpy as np
     import torch
     from tqdm import tqdm
@@ -332,7 +338,7 @@ def _compute_table(
         path = stem.with_name(f"{stem.name}-{start}.safetensors")
         known = gather_objects(_read_table(path, len(records)) if rank() == 0 else None)[0]
         if known is None:
-            found, dtype = {}, torch.float32
+            by_record, dtype = {}, torch.float32
             made = micro_batches(
                 prepared,
                 records,
@@ -342,9 +348,10 @@ def _compute_table(
             )
             for batch, chosen in made:
                 values = to_device(batch, reference.device).both(reference.logps)  # (P, 2)
-                found |= dict(zip(chosen.tolist(), values.tolist(), strict=True))
+                by_record |= dict(zip(chosen.tolist(), values.tolist(), strict=True))
                 dtype = values.dtype
-            merged = {r: values for share in gather_objects(found) for r, values in share.items()}
+            shares = gather_objects(by_record)
+            merged = {r: values for share in shares for r, values in share.items()}
             known = torch.tensor([merged[record] for record in records.tolist()], dtype=dtype)
             if rank() == 0:
                 _write_table(path, known)
@@ -353,7 +360,10 @@ def _compute_table(
 
 
 def _read_table(path: Path, n: int) -> Tensor | None:
-    """The (n, 2) table in a file; None where there is none or (which is said) it is damaged."""
+    """The (n, 2) table in a file; None where there is none.
+
+    A damaged file is reported on the screen and gives None too.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -378,7 +388,7 @@ def _write_table(path: Path, table: Tensor) -> None:
 
 
 def check_sync(config: ReferenceConfig, steps: int) -> None:
-    """Say where a run of so many steps leaves a synced reference as it is."""
+    """Print a note where a run of `steps` steps never updates its synced reference."""
     if config.reference == "synced" and config.sync_every >= steps:
         say(
             f"note: --sync-every {config.sync_every} is not below the {steps} steps of this run, "
