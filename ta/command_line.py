@@ -10,6 +10,10 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, get_type_hints
 
 WRONG_INPUT, NO_ROOM = 2, 3
+NO_MEMORY = (
+    "out of memory: lower --max-tokens-per-micro or --slots, give --activation-checkpointing or "
+    "--adapter lora, or use more devices (--dry-run shows what each part takes)"
+)
 OLD_NAMES = {  # of flags that have been renamed
     "--cherry-records": "--sample-records",
     "--cherry-show": "--sample-show",
@@ -110,6 +114,11 @@ def guard(action: Callable[[], Any]) -> int:
         return _say(error, NO_ROOM)
     except OSError as error:
         return _say(error, NO_ROOM if error.errno in (28, 122, 30) else WRONG_INPUT)
+    except (MemoryError, RuntimeError) as error:
+        # torch has a type of its own, and is not loaded for an answer without it
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        return _say(NO_MEMORY, NO_ROOM)
     except KeyboardInterrupt:
         return _say("stopped", 130)
     return 0

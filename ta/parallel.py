@@ -27,6 +27,14 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+def same_bits() -> None:
+    """Have torch take only operations that give the same bits each time; those without are refused."""
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read with the first product
+    torch.use_deterministic_algorithms(True)
+
+
 def keep_freed_memory() -> None:
     """Make glibc keep freed memory instead of returning it to the system in every step.
 

@@ -163,6 +163,7 @@ def _at_rest(model, inner, base, attention: str) -> Iterator[None]:
             base.set_attn_implementation(attention)
         with (
             torch.no_grad(),
+            _kernels_of_generation(device),
             torch.autocast(device.type, dtype=autocast, enabled=autocast is not None),
         ):
             yield
@@ -173,6 +174,17 @@ def _at_rest(model, inner, base, attention: str) -> Iterator[None]:
             owner.generation_config = settings
         for module in training:
             module.training = True
+
+
+def _kernels_of_generation(device):
+    """On a GPU without cuDNN's attention: it plans anew for each length of the keys."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(
+        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    )
 
 
 def _with_virtual_tokens(inner, base, prompts, embeds) -> list[Tensor]:

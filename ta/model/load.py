@@ -25,7 +25,16 @@ from ta.model.adapters import (
 )
 from ta.model.arguments import parsed, quantization
 from ta.model.new_rows import check_vocabulary, set_rows
-from ta.parallel import compile_blocks, gather_objects, rank, recompute, round_frozen, shard, world
+from ta.parallel import (
+    compile_blocks,
+    gather_objects,
+    rank,
+    recompute,
+    round_frozen,
+    same_bits,
+    shard,
+    world,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +63,9 @@ class ComputeConfig:
     """Recompute each block in the backward pass: less memory, about a third more time."""
     compile: bool = False
     """torch.compile each block; pays on accelerators after a minute of compiling."""
+    deterministic: bool = False
+    """Only operations that give the same bits in every run, so that a resumed run equals a whole
+    one on a GPU as it does on CPU; slower there."""
     quantize: Literal["none", "8bit", "4bit"] = "none"
     """Bits in which linear layers of a frozen base are held under a LoRA adapter (needs
     bitsandbytes)."""
@@ -78,6 +90,8 @@ def load_model(
     """
     sources = resolve(model)
     check_adapter(adapter, sources.adapter, checkpointing=compute.activation_checkpointing)
+    if compute.deterministic:
+        same_bits()
     if num_labels is None:
         loaded, head = load_base(model, device=device, quantize=compute.quantize), ""
     else:

@@ -150,9 +150,19 @@ def check_out(loop: LoopConfig) -> list[str]:
 
 # groups of settings that a resume does not compare one by one: what they decide is compared by its
 # content (data, model, media, index) or by name below, or it changes no result
-COMPARED_OTHERWISE = (
-    ["batches", "chat", "compute", "data", "loop", "media", "model", "optim", "retrieval", "samples", "tokenizer"]
-)
+COMPARED_OTHERWISE = [
+    "batches",
+    "chat",
+    "compute",
+    "data",
+    "loop",
+    "media",
+    "model",
+    "optim",
+    "retrieval",
+    "samples",
+    "tokenizer",
+]
 
 
 def resume_key(run: Run, batches: Any, optimizer: Any, optim: Any, more: dict[str, Any]) -> dict:

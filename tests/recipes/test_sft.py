@@ -299,6 +299,18 @@ def test_all_dropped_says_why(door, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_on_a_gpu_deterministic_runs_end_with_the_same_bits(run, tmp_path):
+    """And a run without the flag is free not to; packed rows and bfloat16, as a user has them."""
+    for name in ("one", "two"):
+        run("sft", "--steps", 12, "--deterministic", "--out", tmp_path / name)
+    one, two = (
+        (tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("one", "two")
+    )
+    assert one == two
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("more", ["", "--compile", "--adapter lora", "--activation-checkpointing"])
 def test_on_a_gpu_the_built_in_model_learns_in_bfloat16(run, tmp_path, more):
     """As a user runs it: bfloat16 is the default there; held-out chats are answered, and plain transformers loads the export."""

@@ -1,0 +1,43 @@
+"""The user's door: what happened decides the exit code and the one line that is said."""
+
+import errno
+
+import pytest
+import torch
+
+from ta.command_line import guard
+
+
+def raises(error):
+    def action():
+        raise error
+
+    return action
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ValueError("--steps 0: give a number from 1 up"), 2, "--steps 0: give a number from 1 up"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "a.jsonl"), 2, "a.jsonl"),
+        (PermissionError(errno.EACCES, "Permission denied", "out"), 3, "out"),
+        (OSError(errno.ENOSPC, "No space left on device", "out"), 3, "No space left"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 3, "--max-tokens-per-micro"),
+        (MemoryError(), 3, "--max-tokens-per-micro"),
+        (KeyboardInterrupt(), 130, "stopped"),
+    ],
+)
+def test_one_line_and_an_exit_code(error, code, said, capsys):
+    assert guard(raises(error)) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and said in lines[0] and lines[0].startswith("error: ")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), KeyError("x"), AssertionError()])
+def test_what_a_user_cannot_cause_stays_a_traceback(error):
+    with pytest.raises(type(error)):
+        guard(raises(error))
+
+
+def test_nothing_raised_is_success(capsys):
+    assert guard(lambda: None) == 0 and capsys.readouterr().err == ""
