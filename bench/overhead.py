@@ -1,14 +1,17 @@
-"""What does the loop cost beside the arithmetic, and how fast does the door open? Milliseconds a step over a bare torch loop; --help and imports.
+"""What does the loop cost beside the arithmetic, and how fast does the door open?
 
     python bench/overhead.py
 
-A model so small that a step takes some milliseconds: each step of ta.loop.train and right after it the same step of a bare loop (forward, backward,
-clip, AdamW) on a twin, in one process. The overhead is the median over the steps of the difference, the first 20 left out; laying out the batch is
-shown apart. Then the CPU seconds of `--help` and of imports, each in a fresh interpreter, beside those of an empty one.
+A model so small that a step takes some milliseconds. Right after each step of ta.training.loop.train
+a bare loop (forward, backward, clip, AdamW) takes the same step on a twin, in one process. The
+overhead is the median over the steps of the difference, the first 20 left out; laying out a batch is
+shown apart. Then the CPU seconds of `--help` and of imports, each in a fresh interpreter, beside
+those of an empty one.
 """
 
 import argparse
 import sys
+import tempfile
 import time
 
 try:
@@ -16,30 +19,32 @@ try:
 except ImportError:
     from bench.harness import ROOT, compare, parser, read
 
+from bench.work import sft_step
+
 
 def paired(flags: argparse.Namespace) -> dict[str, float]:
-    """Every step of ta.loop.train, and right after it the same step of a bare loop on a twin of the model, laying out the same batches."""
-    import tempfile
-
+    """Milliseconds a step of the bare loop, of laying out a batch, and of what `train` adds."""
     import torch
 
     torch.set_num_threads(flags.threads)
     sys.path.insert(0, str(ROOT / "tests"))
-    from small import prepared, sft_step, tiny
+    from small import prepared, tiny
 
-    from ta.data.loader import training_feed
-    from ta.training.loop import LoopConfig, train
-    from ta.training.optim import OptimConfig
+    from ta.data.loader import BatchConfig, train_batches
+    from ta.training.loop import train
+    from ta.training.optim import OptimConfig, adamw
+    from ta.training.run_folder import LoopConfig, Run
 
-    feed = training_feed(
-        prepared(256), batch_size=8, max_tokens_per_micro=4096, seed=0, steps=flags.steps, epochs=1
-    )
+    sizes = BatchConfig(batch_size=8, max_tokens_per_micro=4096, steps=flags.steps + 1)
+    batches = train_batches(prepared(256), sizes)
     model, twin = tiny(), tiny()
     optimizer = torch.optim.AdamW(
         twin.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0, fused=True
     )
-    clock = lambda: (time.perf_counter(), time.process_time())
-    since, times = clock(), {"ours": [], "bare": [], "laying": []}
+    rows, last = [], None  # (ours, bare, laying): wall and CPU seconds of each step
+
+    def spent(since: tuple) -> list[float]:
+        return [now - then for now, then in zip(clock(), since, strict=True)]
 
     def bare_step(batch) -> None:
         loss, count, _ = sft_step(twin, batch)
@@ -48,34 +53,28 @@ def paired(flags: argparse.Namespace) -> dict[str, float]:
         optimizer.step()
         optimizer.zero_grad()
 
-    def after_step(done: int) -> None:
-        nonlocal since
-        times["ours"].append([b - a for a, b in zip(since, clock(), strict=True)])
-        start = clock()
-        (batch,) = feed.batches(done - 1)
-        middle = clock()
-        bare_step(batch)
-        times["laying"].append([b - a for a, b in zip(start, middle, strict=True)])
-        times["bare"].append([b - a for a, b in zip(middle, clock(), strict=True)])
-        since = clock()
+    def before_step(done: int, micro_batches: list) -> list:
+        """The step that `train` has just ended, once more by the bare loop; then the clock runs."""
+        nonlocal last
+        if last is not None:
+            since, batch = last
+            ours, start = spent(since), clock()
+            bare_step(batch)
+            bare, start = spent(start), clock()
+            batches.at(done)
+            rows.append((ours, bare, spent(start)))
+        if done == flags.steps:  # the twin has taken as many
+            same = zip(model.parameters(), twin.parameters(), strict=True)
+            assert all(torch.allclose(a, b, atol=1e-5) for a, b in same), "not the same work"
+        last = clock(), micro_batches[0]
+        return micro_batches
 
+    optim = OptimConfig(lr=1e-4, schedule="constant", warmup=0)
     with tempfile.TemporaryDirectory() as out:
-        train(
-            model,
-            feed,
-            sft_step,
-            LoopConfig(out=out),
-            OptimConfig(lr=1e-4, schedule="constant", warmup=0),
-            after_step=after_step,
-        )
-    assert all(
-        torch.allclose(a, b, atol=1e-5)
-        for a, b in zip(model.parameters(), twin.parameters(), strict=True)
-    ), "not the same work"
-    ours, bare, laying = (
-        torch.tensor(rows[20:] or rows, dtype=torch.float64) * 1000 for rows in times.values()
-    )  # (steps, 2): wall, CPU
-    middle = lambda rows, which=0: rows[:, which].median().item()
+        run = Run(LoopConfig(out=out))
+        train(run, model, batches, sft_step, adamw(model, optim), optim, before_step=before_step)
+    times = torch.tensor(rows[20:] or rows, dtype=torch.float64) * 1000  # (steps, 3, 2)
+    ours, bare, laying = times.unbind(1)
     return {
         "bare_ms": middle(bare),
         "laying_ms": middle(laying),
@@ -85,6 +84,16 @@ def paired(flags: argparse.Namespace) -> dict[str, float]:
     }
 
 
+def clock() -> tuple[float, float]:
+    """Wall and CPU seconds."""
+    return time.perf_counter(), time.process_time()
+
+
+def middle(rows, which: int = 0) -> float:
+    """The median of wall (0) or CPU (1) times; rows (steps, 2)."""
+    return rows[:, which].median().item()
+
+
 def door() -> dict[str, list[str]]:
     """Commands in fresh interpreters."""
     run = lambda code: [sys.executable, "-c", code]
@@ -92,7 +101,8 @@ def door() -> dict[str, list[str]]:
         "empty": run("pass"),
         "sft.py --help": [sys.executable, str(ROOT / "recipes" / "sft.py"), "--help"],
         "dpo.py --help": [sys.executable, str(ROOT / "recipes" / "dpo.py"), "--help"],
-        "import ta.training.run": run("import ta.training.run"),
+        "import ta": run("import ta"),
+        "import ta.training.loop": run("import ta.training.loop"),
         "import torch": run("import torch"),
         "from transformers import Trainer": run("from transformers import Trainer"),
     }

@@ -1,11 +1,13 @@
-"""How many real tokens a CPU-second does fine-tuning train? Our loop against transformers' Trainer and TRL's SFTTrainer, whole model and LoRA.
+"""How many real tokens a CPU-second does fine-tuning train, the whole model and LoRA?
 
     python bench/sft.py --peer-python PYTHON_WITH_TRL
 
-A Llama of 26.7 million weights, seeded chats of 32-2048 tokens (lognormal) whose answers (about 40 %) are learned, the same batches in the same order
-(TRL's packing makes its own), float32, no activation checkpointing. The first step is left out of the rate and told apart, from the start of the
-process; `loss` of the last step shows that all train the same. `gflops` counts what the documents ask for; `bare` is the rate of the model's matrix
-products alone.
+Our loop against transformers' Trainer and TRL's SFTTrainer. A Llama of 26.7 million weights, seeded
+chats of 32-2048 tokens (lognormal) whose answers (about 40 %) are learned, the same batches in the
+same order (TRL's packing makes its own), float32, no activation checkpointing. The first step is
+left out of the rate and told apart, from the start of the process; `loss` of the last step shows
+that all train the same. `gflops` counts what the documents ask for; `bare` is the rate of the
+model's matrix products alone.
 """
 
 import itertools
@@ -17,7 +19,20 @@ try:
 except ImportError:
     from bench.harness import compare, parser, read
 
-from bench.work import documents, flops, in_order, lora, marks_of, model_of, settings, shape
+from bench.work import (
+    documents,
+    flops,
+    in_order,
+    lora,
+    marks_of,
+    model_of,
+    packed_batches,
+    packed_model,
+    settings,
+    sft_step,
+    shape,
+    train_timed,
+)
 
 
 def figures(
@@ -49,48 +64,34 @@ def by_step(docs: list, flags) -> list[list]:
 
 def train_ours(flags, adapted: bool = False, compiled: bool = False) -> dict[str, float]:
     from ta import parallel
-    from ta.data.batch import lay_out, split_micro
-    from ta.data.loader import Feed
-    from ta.model.attention import register
-    from ta.model.language_model import wrap
-    from ta.training.loop import LoopConfig, train
     from ta.training.optim import OptimConfig
 
     parallel.init()
-    steps, marks, losses, sums = by_step(documents(flags), flags), [], [], []
-    model = model_of(register(), flags)
-    model, _ = wrap(lora(model) if adapted else model)
+    steps, sums = by_step(documents(flags), flags), []
+    model = packed_model(flags, adapted)
     if compiled:
         parallel.compile_blocks(model)
 
-    def batches(step: int) -> list:
-        places = split_micro([len(ids) for ids, _ in steps[step]], flags.micro)[0]
-        return [
-            lay_out([steps[step][i][0] for i in part], [steps[step][i][1] for i in part])
-            for part in places
-        ]
+    def step(model, batch) -> tuple:
+        loss, count, metrics = sft_step(model, batch)
+        sums[-1].append((loss.item(), count.item()))
+        return loss, count, metrics
 
-    def step(model, batch):
-        loss, count = model.loss(batch), batch.weights.sum()
-        sums.append((loss.item(), count.item()))
-        return loss, count, {}
+    def begin(done: int, micro_batches: list) -> list:
+        sums.append([])
+        return micro_batches
 
-    def after_step(done: int) -> None:
-        marks.append(time.process_time())
-        losses.append(sum(loss for loss, _ in sums) / sum(count for _, count in sums))
-        sums.clear()
-
-    optim = OptimConfig(lr=1e-4, schedule="constant", warmup=0, beta2=0.999)
-    with tempfile.TemporaryDirectory() as out:
-        train(
-            model,
-            Feed(flags.steps, batches),
-            step,
-            LoopConfig(out=out),
-            optim,
-            after_step=after_step,
-        )
-    return figures(steps, marks, losses, flags, adapted)
+    marks = train_timed(
+        model,
+        flags.steps,
+        lambda number: packed_batches(steps[number], flags.micro),
+        step,
+        begin,
+        optim=OptimConfig(lr=1e-4, schedule="constant", warmup=0, beta2=0.999),
+        clock=time.process_time,
+    )
+    losses = [sum(x for x, _ in rows) / sum(n for _, n in rows) for rows in sums]
+    return figures(steps, marks[1:], losses, flags, adapted)
 
 
 def train_hf(flags, group: bool) -> dict[str, float]:
@@ -222,17 +223,10 @@ def profile(flags) -> None:
     from torch.profiler import profile as record
 
     from ta import parallel
-    from ta.data.batch import lay_out, split_micro
-    from ta.model.attention import register
-    from ta.model.language_model import wrap
 
     parallel.init()
-    model, _ = wrap(model_of(register(), flags))
-    docs = by_step(documents(flags), flags)[0]
-    parts = [
-        lay_out(*map(list, zip(*(docs[i] for i in part), strict=True)))
-        for part in split_micro([len(d[0]) for d in docs], flags.micro)[0]
-    ]
+    model = packed_model(flags)
+    parts = packed_batches(by_step(documents(flags), flags)[0], flags.micro)
 
     def turn() -> None:
         for part in parts:

@@ -1,12 +1,14 @@
-"""How fast are records prepared, and how fast opened again? Chats with masks a CPU-second: ours, the tokenizer alone, transformers' masks, TRL.
+"""How fast are records prepared, and how fast opened again?
 
     python bench/tokenize.py --peer-python PYTHON_WITH_TRL
-    python bench/tokenize.py --again 1000000                      # only: opening so many records once more, to a first batch
+    python bench/tokenize.py --again 1000000     # opening so many records again, to a first batch
 
-Chats of about 1 kB in the built-in tokenizer's ChatML. `batch` is the tokenizer's own encode_batch over rendered texts, `contents` its
-encode_batch_fast over the messages' contents alone: the floor. `ours` is what a recipe does: read JSONL, check, encode, write the memory-mapped set;
-TRL's side reads the same file and prepares it with assistant_only_loss. With --again (short chats) the first start is made in one process and the
-second is timed in others: the file is known by its stamp, the set by its hash.
+Chats with masks a CPU-second, of about 1 kB in the built-in tokenizer's ChatML. `ours` is what a
+recipe does: read JSONL, check, encode, write the memory-mapped set; TRL's side reads the same file
+and prepares it with assistant_only_loss. `batch` is the tokenizer's own encode_batch over rendered
+texts, `contents` its encode_batch_fast over the messages' contents alone: the floor. With --again
+(short chats) the first start is made in one process and the second is timed in others: the file is
+known by its stamp, the set by its hash.
 """
 
 import argparse
@@ -90,16 +92,14 @@ def ours(flags) -> dict[str, float]:
 
 
 def again(flags) -> dict[str, float]:
-    from ta.data.loader import training_feed
+    from ta.data.loader import BatchConfig, train_batches
 
     prepare = opened(flags)
     start, wall = time.process_time(), time.perf_counter()
     prepared = prepare()
     opening, middle = time.perf_counter() - wall, time.process_time()
     assert prepared.info["cached"]
-    training_feed(
-        prepared, batch_size=64, max_tokens_per_micro=8192, seed=0, steps=None, epochs=1
-    ).batches(0)
+    train_batches(prepared, BatchConfig(batch_size=64)).at(0)
     figures = {"open_ms": 1000 * opening, "open_cpu_ms": 1000 * (middle - start)}
     return figures | {
         "first_batch_ms": 1000 * (time.perf_counter() - wall),

@@ -131,15 +131,44 @@ class GivenBatches:
         return []
 
 
-def train_timed(model, steps: int, at, step, before_step=None) -> list[float]:
+def packed_model(flags: argparse.Namespace, adapted: bool = False):
+    """That model as a root module over packed documents; `adapted` puts the LoRA adapter on it."""
+    from ta.model.attention import register
+    from ta.model.language_model import wrap
+
+    model = model_of(register(), flags)
+    return wrap(lora(model) if adapted else model)[0]
+
+
+def packed_batches(documents: list[tuple], max_tokens: int) -> list:
+    """This process's micro-batches of at most `max_tokens` tokens of documents (ids, weights)."""
+    from ta.data.batch import lay_out
+    from ta.data.loader import split_micro
+    from ta.parallel import rank, world
+
+    parts = split_micro([len(ids) for ids, _ in documents], max_tokens, world())[rank()]
+    chosen = [[documents[place] for place in part] for part in parts]
+    return [lay_out([ids for ids, _ in part], [w for _, w in part]) for part in chosen]
+
+
+def sft_step(model, batch) -> tuple:
+    """The summed loss and the weight it is divided by."""
+    return model.loss(batch), batch.weights.sum(), {}
+
+
+def train_timed(
+    model, steps: int, at, step, before_step=None, *, optim=None, clock=time.perf_counter
+) -> list[float]:
     """Seconds at the beginning of each of `steps` steps of `train`, and at the end of the last.
 
+    at(step) gives a step's micro-batches; before_step is as in `train`, with its time counted.
     The loop ends before it writes a checkpoint: large weights on the disk are not what is timed.
     """
     import tempfile
 
     import torch
 
+    from ta.parallel import gather_objects
     from ta.training.loop import train
     from ta.training.optim import OptimConfig, adamw
     from ta.training.run_folder import LoopConfig, Run
@@ -149,15 +178,15 @@ def train_timed(model, steps: int, at, step, before_step=None) -> list[float]:
     def mark(done, micro_batches):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        marks.append(time.perf_counter())
+        marks.append(clock())
         if done == steps:
             raise StopIteration
         return before_step(done, micro_batches) if before_step else micro_batches
 
     batches = GivenBatches(steps + 1, lambda number: at(min(number, steps - 1)))
-    optim = OptimConfig(lr=1e-5)
-    with tempfile.TemporaryDirectory() as out:
-        run = Run(LoopConfig(out=out))
+    optim = optim or OptimConfig(lr=1e-5)
+    with tempfile.TemporaryDirectory() as mine:
+        run = Run(LoopConfig(out=gather_objects(mine)[0]))
         try:
             train(run, model, batches, step, adamw(model, optim), optim, before_step=mark)
         except StopIteration:
