@@ -1,6 +1,8 @@
-"""How long until recipes/chat.py says its first token? Seconds from the start of the process, built-in model, beside a bare transformers script.
+"""How long until recipes/chat.py says its first token, beside a bare transformers script?
 
-python bench/first_token.py
+    python bench/first_token.py
+
+Seconds from the start of the process, on the built-in model.
 """
 
 import argparse
@@ -14,9 +16,11 @@ from harness import ROOT, compare, parser, read
 BARE = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model, tokenizer = (auto.from_pretrained(sys.argv[1]) for auto in (AutoModelForCausalLM, AutoTokenizer))
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 chat = [{"role": "user", "content": sys.stdin.readline()}]
-ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+given = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": False}
+ids = tokenizer.apply_chat_template(chat, **given)
 print("answer", model.generate(ids, max_new_tokens=1), flush=True)
 sys.stdin.read()
 """

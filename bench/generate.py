@@ -1,9 +1,10 @@
-"""How fast is the default engine? 64 prompts of mixed lengths, answers of mixed lengths: transformers one by one, in sorted batches, with its
-continuous batching, ours, and vLLM; all must give the same tokens.
+"""How fast is the default engine? 64 prompts of mixed lengths, answers of mixed lengths.
 
-    python bench/generate.py [--peer-python PYTHON]        (a Python of an environment that has vLLM)
+    python bench/generate.py [--peer-python PYTHON]      (of an environment that has vLLM)
 
-Generated tokens per CPU-second of one thread, start-up not counted; `identical` counts answers that equal those of one by one.
+transformers one by one, in sorted batches, with its continuous batching, ours, and vLLM; all must
+give the same tokens. Generated tokens per CPU-second of one thread, start-up not counted;
+`identical` counts answers that equal those of one by one.
 """
 
 import argparse

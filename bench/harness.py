@@ -1,4 +1,7 @@
-"""Contenders in turn (A B A B ...), each run in a process of its own; a table of medians and of ratios taken round by round; one JSON line a run."""
+"""Contenders in turn (A B A B ...), each run in a process of its own.
+
+A table of medians and of ratios taken round by round; one JSON line a run.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path[:] = [
-    str(ROOT),
-    *(p for p in sys.path if Path(p or ".").resolve() != ROOT / "bench"),
-]  # bench/tokenize.py must not hide Python's own
+# bench/tokenize.py must not hide Python's own
+elsewhere = [path for path in sys.path if Path(path or ".").resolve() != ROOT / "bench"]
+sys.path[:] = [str(ROOT), *elsewhere]
 
 import argparse
 import json
@@ -36,7 +38,8 @@ def parser(doc: str, rounds: int = 3) -> argparse.ArgumentParser:
     flags.add_argument("--only", nargs="*", help="contenders to run; all by default")
     flags.add_argument(
         "--peer-python",
-        help="a Python that has the peers' packages (TRL and datasets, the extra `bench`, or vLLM); without it they are left out",
+        help="a Python that has the peers' packages (TRL and datasets, the extra `bench`, or vLLM)"
+        "; without it they are left out",
     )
     flags.add_argument(
         "--tiny",
@@ -63,10 +66,11 @@ def read(flags: argparse.ArgumentParser, **tiny) -> argparse.Namespace:
 def compare(
     contenders: Contenders, flags: argparse.Namespace, against: str, peers: Collection[str] = ()
 ) -> dict[str, list[Figures]]:
-    """Run one contender and print its figures as JSON (--one), or all of them in turn and print the table; ratios are to `against`.
+    """Run all contenders in turn and print the table, or one of them (--one) and print its JSON.
 
-    A contender is a function, called in a process of its own, or a command. `peers` run under --peer-python. What the system counted for each
-    process is added: all its CPU seconds and its peak memory.
+    A contender is a function, called in a process of its own, or a command. Ratios are to
+    `against`. `peers` run under --peer-python. What the system counted for each process is added:
+    all its CPU seconds and its peak memory.
     """
     if flags.one:
         print(json.dumps(contenders[flags.one](flags)))
@@ -106,7 +110,10 @@ def compare(
 
 
 def command(arguments: list[str], threads: int, name: str, **more: str) -> Figures:
-    """Run a command to its end: the JSON object of its last line, if it is one, and the CPU seconds and peak MB of all its processes."""
+    """Run a command to its end: the JSON object of its last line, if it is one.
+
+    Added are the CPU seconds and peak MB of all its processes.
+    """
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
@@ -130,9 +137,8 @@ def command(arguments: list[str], threads: int, name: str, **more: str) -> Figur
 def show(runs: dict[str, list[Figures]], against: str) -> None:
     """Medians of every figure, and min/median/max of the ratio to `against` in the same round."""
     keys = list(dict.fromkeys(key for rows in runs.values() for key in rows[0]))
-    print(
-        f"load {os.getloadavg()[0]:.1f}; ratios to {against}: min / median / max over {len(runs[against])} rounds"
-    )
+    rounds = f"min / median / max over {len(runs[against])} rounds"
+    print(f"load {os.getloadavg()[0]:.1f}; ratios to {against}: {rounds}")
     print("".join(["contender".ljust(28), *(f"{key:>18} {'ratio':>20}" for key in keys)]))
     for name, rows in runs.items():
         cells = []

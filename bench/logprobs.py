@@ -1,8 +1,10 @@
-"""What does the head cost? Cross-entropy and its gradients: our chunked function, full logits, logits at learned positions, torch's own.
+"""What does the head cost? Cross-entropy and its gradients, in CPU time and memory.
 
     python bench/logprobs.py --vocabulary 131072 --tokens 2048 --learned 0.15
 
-CPU seconds and growth of peak memory of forward and backward, each contender in its own process; `loss` shows that all compute the same.
+Our chunked function, full logits, logits at learned positions, torch's own. CPU seconds and growth
+of peak memory of forward and backward, each contender in its own process; `loss` shows that all
+compute the same.
 """
 
 import argparse
@@ -27,9 +29,8 @@ def data(flags: argparse.Namespace):
 
 def timed(loss_of, flags: argparse.Namespace) -> dict[str, float]:
     hidden, weight, targets, learned = data(flags)
-    weight.grad = (
-        weight.detach() * 0
-    )  # the buffer that every contender adds into stands before the measurement
+    # the buffer that every contender adds into stands before the measurement
+    weight.grad = weight.detach() * 0
 
     def work():
         loss = loss_of(hidden, weight, targets, learned)

@@ -1,12 +1,16 @@
-"""What do cached features save, and how fast are they made? Training from a cache against encoding on the fly; a folder against a plain loop.
+"""What do cached features of pictures save, and how fast are they made?
 
-    python bench/multimodal.py --rounds 3                        # training: tokens a second
-    python bench/multimodal.py --what preprocess --rounds 3      # features of a folder: pictures a second, the encoder named in --encoder
-    python bench/multimodal.py --what memory --rounds 1          # peak memory of training from a cache, few pictures against many
+    python bench/multimodal.py --rounds 3                      # training: tokens a second
+    python bench/multimodal.py --what preprocess --rounds 3    # features: pictures a second
+    python bench/multimodal.py --what memory --rounds 1        # peak memory of training from a cache
 
-Pictures are drawn, 640 x 640 JPEG. The CLIP tower is seeded and of CLIP-base's size (86 million weights, 224 pixels, patches of 32); the language
-model is the built-in one for pictures (0.7 million weights), and a c_abstractor makes 16 embeddings of a picture, so that the encoder is what
-differs. Training is recipes/multimodal.py itself; its first step is left out of the rate. Rates are by wall time: readers are processes of their own.
+Training from a cache stands against encoding on the fly, a folder's features (of the encoder named
+in --encoder) against a plain loop, few pictures against many. Pictures are drawn, 640 x 640 JPEG.
+The CLIP tower is seeded and of CLIP-base's size (86 million weights, 224 pixels, patches of 32);
+the language model is the built-in one for pictures (0.7 million weights), and a c_abstractor makes
+16 embeddings of a picture, so that the encoder is what differs. Training is recipes/multimodal.py
+itself; its first step is left out of the rate. Rates are by wall time: readers are processes of
+their own.
 """
 
 import argparse

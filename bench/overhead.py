@@ -2,11 +2,11 @@
 
     python bench/overhead.py
 
-A model so small that a step takes some milliseconds. Right after each step of ta.training.loop.train
-a bare loop (forward, backward, clip, AdamW) takes the same step on a twin, in one process. The
-overhead is the median over the steps of the difference, the first 20 left out; laying out a batch is
-shown apart. Then the CPU seconds of `--help` and of imports, each in a fresh interpreter, beside
-those of an empty one.
+A model so small that a step takes some milliseconds. Right after each step of `train` a bare loop
+(forward, backward, clip, AdamW) takes the same step on a twin, in one process. The overhead is the
+median over the steps of the difference, the first 20 left out; laying out a batch is shown apart.
+Then the CPU seconds of `--help` and of imports, each in a fresh interpreter, beside those of an
+empty one.
 """
 
 import argparse

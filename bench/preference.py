@@ -1,11 +1,13 @@
-"""How many pairs a CPU-second does DPO train? Our step, the prompt laid down once or twice, against TRL's DPOTrainer.
+"""How many pairs a CPU-second does DPO train, the prompt laid down once or twice?
 
     python bench/preference.py --peer-python PYTHON_WITH_TRL
     python bench/preference.py --prompt 400 --answer 30 --only whole
 
-A Llama of 26.7 million weights, pairs of random tokens in the same order, the sigmoid loss, steps with AdamW, float32. The reference is a frozen
-second model, computed on the fly, or numbers computed before (not timed). The first step is left out; `loss` of the last shows that all train the
-same. `whole` lays the prompt down twice, once for each answer; prompts vary by a quarter, answers too.
+Our step against TRL's DPOTrainer. A Llama of 26.7 million weights, pairs of random tokens in the
+same order, the sigmoid loss, steps with AdamW, float32. The reference is a frozen second model,
+computed on the fly, or numbers computed before (not timed). The first step is left out; `loss` of
+the last shows that all train the same. `whole` lays the prompt down twice, once for each answer;
+prompts vary by a quarter, answers too.
 """
 
 import tempfile
@@ -16,7 +18,16 @@ try:
 except ImportError:
     from bench.harness import compare, parser, read
 
-from bench.work import in_order, lora, marks_of, model_of, settings, shape
+from bench.work import (
+    in_order,
+    lora,
+    marks_of,
+    model_of,
+    packed_model,
+    settings,
+    shape,
+    train_timed,
+)
 
 
 def pairs(flags) -> list[tuple]:
@@ -36,64 +47,56 @@ def figures(marks: list[float], losses: list[float], flags) -> dict[str, float]:
     return {"pairs_a_cpu_s": rate, "first_loss": losses[0], "loss": losses[flags.steps - 1]}
 
 
-def train_ours(flags, reference: str, shared: bool = True) -> dict[str, float]:
-    from functools import partial
-
+def train_ours(flags, kind: str, shared: bool = True) -> dict[str, float]:
+    """`kind` is that of the reference; `shared` lays the prompt of both answers down once."""
     import numpy as np
     import torch
-    from ta.data.answer_batches import PairBatch
 
-    from recipes.dpo import step
+    from recipes.dpo import FLAGS, step
     from ta import parallel
-    from ta.data.batch import lay_out
-    from ta.data.loader import Feed
-    from ta.losses import choose
-    from ta.model.attention import register
-    from ta.model.language_model import wrap
-    from ta.reference import Reference, adapter_off, still, with_reference
-    from ta.training.loop import LoopConfig, train
+    from ta.data.batch import PairBatch, lay_out
+    from ta.reference import Reference, adapter_off_logps, frozen_logps
     from ta.training.optim import OptimConfig
 
     parallel.init()
-    records, marks, losses = pairs(flags), [], []
-    model = model_of(register(), flags)
-    model, _ = wrap(lora(model) if reference == "adapter off" else model)
+    records, losses = pairs(flags), []
+    model = packed_model(flags, adapted=kind == "adapter_off")
     model.dropout = False
-    frozen = (
-        None
-        if reference == "adapter off"
-        else wrap(model_of(register(), flags).requires_grad_(False))[0].eval()
-    )
-    logps = adapter_off(model) if frozen is None else still(frozen)
+    if kind == "adapter_off":
+        logps = adapter_off_logps(model)
+    else:
+        frozen = packed_model(flags).requires_grad_(False).eval()
+        logps = frozen_logps(frozen)
 
-    def batches(number: int) -> list[PairBatch]:
+    def at(number: int) -> list[PairBatch]:
         ids, weights, same = [], [], []
         for prompt, *answers in records[number * flags.pairs : (number + 1) * flags.pairs]:
             ids += [np.concatenate([prompt, answer]) for answer in answers]
             weights += [(np.arange(len(x)) >= len(prompt)).astype(np.float32) for x in ids[-2:]]
             same += [0, len(prompt)]
-        return [
-            PairBatch(lay_out(ids, weights, True, same if shared else ()), torch.zeros(flags.pairs))
-        ]
+        sequences = lay_out(ids, weights, True, same if shared else ())
+        return [PairBatch(sequences, torch.zeros(flags.pairs))]
 
-    made = None
-    if reference == "cached":
-        made = [with_reference(Reference(logps), batches(number)) for number in range(flags.steps)]
-        logps = frozen = None
-    feed = Feed(flags.steps, batches if made is None else made.__getitem__)
-    loss = partial(step, choose("sigmoid", beta=0.1))
+    reference = Reference(kind, logps)
+    if kind == "cached":
+        known = [Reference("frozen", logps).add_to(at(number)) for number in range(flags.steps)]
+        at, logps, frozen = known.__getitem__, None, None
 
-    def noted(model, batch):
-        value, count, metrics = loss(model, batch)
-        losses.append(value.item() / count)
-        return value, count, metrics
+    def noted(model, batch) -> tuple:
+        loss, count, metrics = step("sigmoid", FLAGS["sigmoid"], model, batch)
+        losses.append(loss.item() / count)
+        return loss, count, metrics
 
-    optim = OptimConfig(lr=1e-4, schedule="constant", warmup=0, beta2=0.999)
-    with tempfile.TemporaryDirectory() as out:
-        before = lambda model, batches: with_reference(Reference(logps), batches)
-        after = lambda done: marks.append(time.process_time())
-        train(model, feed, noted, LoopConfig(out=out), optim, before_step=before, after_step=after)
-    return figures(marks, losses, flags)
+    marks = train_timed(
+        model,
+        flags.steps,
+        at,
+        noted,
+        lambda done, made: reference.add_to(made),
+        optim=OptimConfig(lr=1e-4, schedule="constant", warmup=0, beta2=0.999),
+        clock=time.process_time,
+    )
+    return figures(marks[1:], losses, flags)
 
 
 def train_trl(flags, reference: str) -> dict[str, float]:
@@ -103,14 +106,9 @@ def train_trl(flags, reference: str) -> dict[str, float]:
     from ta.builtin.models import tiny_tokenizer
 
     marks, losses, model = [], [], model_of("sdpa", flags)
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
     rows = [
-        dict(
-            zip(
-                ("prompt_ids", "chosen_ids", "rejected_ids"),
-                (x.tolist() for x in record),
-                strict=True,
-            )
-        )
+        {name: ids.tolist() for name, ids in zip(names, record, strict=True)}
         for record in pairs(flags)
     ]
 
@@ -121,7 +119,7 @@ def train_trl(flags, reference: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as out:
         given = settings(flags, out, flags.pairs) | {"max_length": None, "beta": 0.1}
         trainer = Prepared(
-            lora(model) if reference == "adapter off" else model,
+            lora(model) if reference == "adapter_off" else model,
             ref_model=model_of("sdpa", flags) if reference == "frozen" else None,
             args=DPOConfig(**given, precompute_ref_log_probs=reference == "cached"),
             train_dataset=Dataset.from_list(rows),
@@ -138,8 +136,8 @@ CONTENDERS = {
     "TRL": lambda flags: train_trl(flags, "frozen"),
     "ours, cached": lambda flags: train_ours(flags, "cached"),
     "TRL, precomputed": lambda flags: train_trl(flags, "cached"),
-    "ours, LoRA": lambda flags: train_ours(flags, "adapter off"),
-    "TRL, LoRA": lambda flags: train_trl(flags, "adapter off"),
+    "ours, LoRA": lambda flags: train_ours(flags, "adapter_off"),
+    "TRL, LoRA": lambda flags: train_trl(flags, "adapter_off"),
 }
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""What do exact search, building and opening an index cost beside the arithmetic they cannot do without?
+"""What do search, building and opening an index cost beside the arithmetic they need?
 
     python bench/retrieval.py [--peer-python PEERS]
 
-Search: the ten best of a million vectors of 384 numbers for 64 questions, beside the bare products of the same blocks, torch.topk over all
-products at once, and faiss's flat index. Building: an encoder of six layers of 384 over passages of 20 to 120 words, from JSONL to the
-published folder, beside its forward passes on the same batches, made beforehand. Opening: an index of ten million passages (15 GB on the disk).
+Search: the ten best of a million vectors of 384 numbers for 64 questions, beside the bare products
+of the same blocks, torch.topk over all products at once, and faiss's flat index. Building: an
+encoder of six layers of 384 over passages of 20 to 120 words, from JSONL to the published folder,
+beside its forward passes on the same batches, made beforehand. Opening: an index of ten million
+passages (15 GB on the disk).
 """
 
 import argparse

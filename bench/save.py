@@ -2,9 +2,11 @@
 
     python bench/save.py
 
-35 million weights with AdamW's moments (424 MB): seconds on the clock and of the CPU to save (hashed, synced, published by one rename) and to load
-(every hash checked), beside torch.save and torch.distributed.checkpoint, which hash nothing. Then one training step of a Llama of 26.7 million
-weights on one process: as it is, after `ta.parallel.shard` (which leaves a lone process alone), and after torch's fully_shard.
+35 million weights with AdamW's moments (424 MB): seconds on the clock and of the CPU to save
+(hashed, synced, published by one rename) and to load (every hash checked), beside torch.save and
+torch.distributed.checkpoint, which hash nothing. Then one training step of a Llama of 26.7 million
+weights on one process: as it is, after `ta.parallel.shard` (which leaves a lone process alone), and
+after torch's fully_shard.
 """
 
 import os
@@ -17,7 +19,7 @@ try:
 except ImportError:
     from bench.harness import Figures, compare, parser, read
 
-from bench.work import model_of, shape
+from bench.work import packed_batches, packed_model, shape
 
 
 def state(flags):
@@ -108,16 +110,13 @@ def step(flags, how: str) -> Figures:
     import torch
 
     from ta import parallel
-    from ta.data.batch import lay_out
-    from ta.model.attention import register
-    from ta.model.language_model import LanguageModel
 
-    model = LanguageModel(model_of(register(), flags), "packed")
+    model = packed_model(flags)
     if how == "shard":
         parallel.shard(model, "cpu", half=False)
         assert not any(hasattr(p, "to_local") for p in model.parameters())
     if how == "fully_shard":
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         with tempfile.TemporaryDirectory() as store:
             torch.distributed.init_process_group(
@@ -125,9 +124,11 @@ def step(flags, how: str) -> Figures:
             )
         for module in (*parallel.blocks(model), model):
             fully_shard(module)
+        for name in model.METHODS:
+            register_fsdp_forward_method(model, name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     ids = [np.random.default_rng(i).integers(5, shape(flags)["vocab_size"], 128) for i in range(4)]
-    batch = lay_out(ids, [np.ones(128, np.float32)] * 4)
+    (batch,) = packed_batches([(x, np.ones(128, np.float32)) for x in ids], 512)
 
     def once() -> float:
         start = time.process_time()

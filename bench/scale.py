@@ -1,9 +1,11 @@
-"""How does cost grow? CPU seconds against length, batch, vocabulary, number of records and number of processes, and the exponents.
+"""How does cost grow? CPU seconds against length, batch, vocabulary, records and processes.
 
     python bench/scale.py
 
-A Llama of 26.7 million weights (length, batch: forward and backward of one packed row), the head alone (vocabulary), the data preparation and its
-second start (records), and one step of the same global batch under torchrun (processes: CPU seconds of all of them). cost ~ value ** exponent.
+A Llama of 26.7 million weights (length, batch: forward and backward of one packed row), the head
+alone (vocabulary), the data preparation and its second start (records), and one step of the same
+global batch under torchrun (processes: CPU seconds of all of them). The exponents are those of
+cost ~ value ** exponent.
 """
 
 import itertools
@@ -19,7 +21,7 @@ try:
 except ImportError:
     from bench.harness import Figures, command, compare, parser, read
 
-from bench.work import model_of, shape
+from bench.work import packed_batches, packed_model, sft_step, shape, train_timed
 
 
 def axes(flags) -> dict[str, tuple]:
@@ -30,17 +32,19 @@ def axes(flags) -> dict[str, tuple]:
 
 
 def row(flags, lengths: list[int]) -> Figures:
-    """Best of three forward and backward passes over documents of these lengths, half of whose tokens are learned."""
+    """Best of three forward and backward passes over documents of these lengths in one row.
+
+    Half of the tokens are learned.
+    """
     import numpy as np
 
-    from ta.data.batch import lay_out
-    from ta.model.attention import register
-    from ta.model.language_model import wrap
-
     generator, vocabulary = np.random.default_rng(0), shape(flags)["vocab_size"]
-    model, _ = wrap(model_of(register(), flags))
-    ids = [generator.integers(5, vocabulary, n) for n in lengths]
-    batch = lay_out(ids, [(np.arange(n) % 2).astype(np.float32) for n in lengths])
+    model = packed_model(flags)
+    documents = [
+        (generator.integers(5, vocabulary, n), (np.arange(n) % 2).astype(np.float32))
+        for n in lengths
+    ]
+    (batch,) = packed_batches(documents, sum(lengths))
 
     def once() -> float:
         start = time.process_time()
@@ -114,49 +118,30 @@ def processes(flags, value: int) -> Figures:
 
 
 def steps_inside(flags) -> None:
-    """One of several processes: the median step of five of the sharded model, over all processes."""
+    """One of several processes: the median of four steps of the sharded model, summed over all."""
     import statistics
 
     import numpy as np
     import torch
 
     from ta import parallel
-    from ta.data.batch import lay_out, split_micro
-    from ta.data.loader import Feed
-    from ta.model.attention import register
-    from ta.model.language_model import LanguageModel
-    from ta.training.loop import LoopConfig, train
-    from ta.training.optim import OptimConfig
 
-    device, rank, world = parallel.init(), parallel.rank(), parallel.world()
-    model = LanguageModel(model_of(register(), flags), "packed")
+    device = parallel.init()
+    model = packed_model(flags)
     parallel.shard(model, device, half=False)
-    ids = [np.random.default_rng(i).integers(5, shape(flags)["vocab_size"], 128) for i in range(16)]
-
-    def batches(step: int) -> list:
-        places = split_micro([len(x) for x in ids], 2048, world)[rank]
-        return [
-            lay_out([ids[i] for i in part], [np.ones(128, np.float32) for _ in part])
-            for part in places
-        ]
-
-    marks = []
-    with tempfile.TemporaryDirectory() as mine:
-        out = parallel.gather_objects(mine)[0]
-        step = lambda model, batch: (model.loss(batch), batch.weights.sum(), {})
-        after = lambda done: marks.append(time.process_time())
-        train(
-            model,
-            Feed(5, batches),
-            step,
-            LoopConfig(out=out),
-            OptimConfig(lr=1e-4),
-            after_step=after,
+    documents = [
+        (
+            np.random.default_rng(i).integers(5, shape(flags)["vocab_size"], 128),
+            np.ones(128, np.float32),
         )
-        parallel.barrier()
-    mine = statistics.median(b - a for a, b in itertools.pairwise(marks))
+        for i in range(16)
+    ]
+    marks = train_timed(
+        model, 5, lambda number: packed_batches(documents, 2048), sft_step, clock=time.process_time
+    )
+    mine = statistics.median(b - a for a, b in itertools.pairwise(marks[1:]))
     total = parallel.sum_over_ranks(torch.tensor([mine])).item()
-    if rank == 0:
+    if parallel.rank() == 0:
         print(json.dumps({"cost_cpu_s": total}))
     parallel.close()
 
@@ -194,6 +179,6 @@ if __name__ == "__main__":
                     if key in runs[f"{name} {value}"][0]
                 ]
                 if costs:
-                    print(
-                        f"{name:12} {key:12} exponent {np.polyfit(np.log(values), np.log(costs), 1)[0]:.2f} over {values[0]} to {values[-1]}"
-                    )
+                    slope = np.polyfit(np.log(values), np.log(costs), 1)[0]
+                    told = f"{name:12} {key:12} exponent {slope:.2f}"
+                    print(f"{told} over {values[0]} to {values[-1]}")

@@ -99,7 +99,8 @@ def train_hf(flags, group: bool) -> dict[str, float]:
     from transformers import Trainer, TrainingArguments
 
     steps, marks, losses = by_step(documents(flags), flags), [], []
-    if group:  # what grouping by length does, kept inside each batch's records so that the work is the same
+    # what grouping by length does, inside each batch's records so that the work is the same
+    if group:
         steps = [sorted(step, key=lambda document: len(document[0])) for step in steps]
     rows = [row(document) for step in steps for document in step]
 
@@ -183,13 +184,16 @@ def row(document: tuple) -> dict[str, list[int]]:
 
 
 def trl_packing(flags) -> dict[str, float]:
-    """Packs of --longest tokens, as many a step as hold about the tokens of a step of the others."""
+    """Packs of --longest tokens, of which a step has about the tokens of a step of the others."""
     size = max(1, sum(len(ids) for ids, _ in documents(flags)) // flags.steps // flags.longest)
     return train_trl(flags, packing=True, per_device_train_batch_size=size)
 
 
 def bare(flags) -> dict[str, float]:
-    """Forward and backward products of every linear layer, for the tokens of one step, and of the head at its learned tokens."""
+    """Forward and backward products of every linear layer for the tokens of one step.
+
+    The head's are those of its learned tokens.
+    """
     import torch
 
     torch.set_num_threads(flags.threads)

@@ -1,10 +1,12 @@
-"""How long until the first step? From nothing to one optimizer step: our recipe, transformers' Trainer, TRL's Python interface and its command.
+"""How long until the first step, from nothing to one optimizer step?
 
     python bench/start.py --peer-python PYTHON_WITH_TRL
 
-A saved Llama of 26.7 million weights and a JSONL file of chats of lognormal lengths, 16 a step; caches are empty. `first_step_cpu_s` counts from
-the start of the process (imports, model, tokenizing, one step), for the commands to the moment they have told the step's loss; `whole_cpu_s` goes to
-their end, with the export (ours also writes a checkpoint). `peak_mb` is the largest process's.
+Our recipe, transformers' Trainer, TRL's Python interface and its command. A saved Llama of 26.7
+million weights and a JSONL file of chats of lognormal lengths, 16 a step; caches are empty.
+`first_step_cpu_s` counts from the start of the process (imports, model, tokenizing, one step), for
+the commands to the moment they have told the step's loss; `whole_cpu_s` goes to their end, with the
+export (ours also writes a checkpoint). `peak_mb` is the largest process's.
 """
 
 import argparse
@@ -46,9 +48,8 @@ def write_inputs(flags) -> None:
     tokenizer.save_pretrained(model)
     Path(flags.folder, "marked.jinja").write_text(MARKED)
     generator, one = np.random.default_rng(0), argparse.Namespace(records=1)
-    words = [
-        max(2, int(np.exp(generator.normal(4.9, 0.7)) / 4)) for _ in range(flags.records)
-    ]  # twice, of about two tokens each
+    # in either turn, of about two tokens each
+    words = [max(2, int(np.exp(generator.normal(4.9, 0.7)) / 4)) for _ in range(flags.records)]
     with open(data, "w") as file:
         file.writelines(json.dumps({"messages": chats(one, 1, (n, n))[0]}) + "\n" for n in words)
 
@@ -70,16 +71,21 @@ def recipe_flags(flags) -> list[str]:
 
 
 def ours(flags) -> dict[str, float]:
-    """recipes/sft.py, with a note of the time after its step."""
+    """recipes/sft.py, whose optimizer notes the time after its step."""
     import recipes.sft as recipe
-    from ta.command_line import cli
+    import ta
+    from ta.training.optim import adamw
 
-    marks, train = [], recipe.train
-    recipe.train = lambda *args, **more: train(
-        *args, **more, after_step=lambda done: marks.append(time.process_time())
-    )
+    marks = []
+
+    def noting(model, config):
+        optimizer = adamw(model, config)
+        optimizer.register_step_post_hook(lambda *_: marks.append(time.process_time()))
+        return optimizer
+
+    ta.adamw = noting
     try:
-        cli(recipe.main, recipe.Sft, recipe_flags(flags))
+        ta.cli(recipe.main, recipe.Config, recipe_flags(flags))
     except SystemExit as end:
         assert not end.code
     return {"first_step_cpu_s": marks[0]}
@@ -176,7 +182,10 @@ def run_trl(flags) -> dict[str, float]:
 
 
 def until(seen: Callable[[str], bool], arguments: list[str], flags) -> dict[str, float]:
-    """CPU seconds of a command and all its children when it has told the loss of its first step; it is then let run to its end."""
+    """CPU seconds of a command and its children when it has told the loss of its first step.
+
+    It is then let run to its end.
+    """
     with tempfile.TemporaryFile("w+") as out:
         process = subprocess.Popen(arguments, stdout=out, stderr=out, start_new_session=True)
         spent = 0.0
@@ -193,13 +202,12 @@ def _so_far(file) -> str:
 
 
 def _session_seconds(session: int) -> float:
-    """User and system seconds of a session's processes and of the children they have waited for (Linux)."""
+    """User and system seconds of a session's processes and the children they waited for (Linux)."""
     ticks = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            fields = (
-                stat.read_text().rpartition(")")[2].split()
-            )  # from the third on: state, parent, group, session, ...
+            # from the third on: state, parent, group, session, ...
+            fields = stat.read_text().rpartition(")")[2].split()
         except OSError:  # has ended meanwhile
             continue
         ticks += sum(map(int, fields[11:15])) if int(fields[3]) == session else 0

@@ -26,8 +26,10 @@ except ImportError:
     from bench.harness import compare, parser, read
 
 MARKED = (
-    "{% for message in messages %}{{ '<|im_start|>' ~ message['role'] ~ '\n' }}{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] ~ '<|im_end|>' }}{% endgeneration %}{% else %}{{ message['content'] ~ '<|im_end|>' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' ~ message['role'] ~ '\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] ~ '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] ~ '<|im_end|>' }}{% endif %}"
     "{{ '\n' }}{% endfor %}"
 )
 
@@ -215,13 +217,11 @@ def main(given: argparse.Namespace) -> None:
                 file.writelines(lines[: (given.again or len(lines)) - start])
         if given.again:
             os.utime(file.name, (0, 0))
-            time.sleep(
-                3
-            )  # a file written just now may change again within a tick of its clock, and is hashed anew
+            # a file written just now may change again within a tick of its clock: it is hashed anew
+            time.sleep(3)
             opened(given)()
-            print(
-                f"prepared {given.again:,} records of {Path(file.name).stat().st_size / 1e6:,.0f} MB"
-            )
+            size = Path(file.name).stat().st_size / 1e6
+            print(f"prepared {given.again:,} records of {size:,.0f} MB")
         compare(contenders, given, next(iter(contenders)), ["TRL"])
 
 
@@ -232,4 +232,4 @@ if __name__ == "__main__":
         "--again", type=int, default=0, help="records of the second start; 0 compares preparing"
     )
     flags.add_argument("--folder", help=argparse.SUPPRESS)
-    main(read(flags, records=50, again=0))
+    main(read(flags, records=50))

@@ -47,7 +47,10 @@ def lora(model):
 
 
 def documents(flags: argparse.Namespace) -> list[tuple]:
-    """(ids, weights) of every chat: lengths are lognormal, 32 to --longest tokens; of every 50 tokens the last 20 are learned."""
+    """(ids, weights) of every chat.
+
+    Lengths are lognormal, 32 to --longest tokens; of every 50 tokens the last 20 are learned.
+    """
     import numpy as np
 
     generator, vocabulary, out = np.random.default_rng(0), shape(flags)["vocab_size"], []
@@ -62,8 +65,11 @@ def documents(flags: argparse.Namespace) -> list[tuple]:
 def flops(
     lengths: list[int], learned: int, flags: argparse.Namespace, frozen: bool = False
 ) -> float:
-    """Multiplications and additions that training these documents asks for: attention inside each document, the head at learned tokens only,
-    6 a weight and token (4 where the base is frozen), nothing for what is computed twice."""
+    """Multiplications and additions that training these documents asks for.
+
+    6 a weight and token (4 where the base is frozen), attention inside each document, the head at
+    learned tokens only, nothing for what is computed twice.
+    """
     s, k = shape(flags), 4 if frozen else 6
     body = s["num_hidden_layers"] * (
         4 * s["hidden_size"] ** 2 + 3 * s["hidden_size"] * s["intermediate_size"]
@@ -75,7 +81,7 @@ def flops(
 
 
 def marks_of(losses: list[float], marks: list[float], clock=time.process_time):
-    """A callback of transformers' Trainer that notes the (CPU) time at the end of every step, and the logged losses."""
+    """A callback of transformers' Trainer: notes the time after every step, and the losses."""
     from transformers import TrainerCallback
 
     class Marks(TrainerCallback):
@@ -100,7 +106,7 @@ def in_order(trainer_class: type) -> type:
 
 
 def settings(flags: argparse.Namespace, out: str, batch: int) -> dict:
-    """Arguments of TrainingArguments and its children: the same arithmetic as ours, no reports, no checkpoints."""
+    """Arguments of TrainingArguments and its children: our arithmetic, nothing written."""
     return {
         "output_dir": out,
         "per_device_train_batch_size": batch,
@@ -119,7 +125,7 @@ def settings(flags: argparse.Namespace, out: str, batch: int) -> dict:
 
 
 class GivenBatches:
-    """Batches made beforehand, as `train` takes them: `at(step)` gives the micro-batches of a step."""
+    """What `train` takes for batches; at(step) gives the micro-batches of a step."""
 
     def __init__(self, steps: int, at):
         from types import SimpleNamespace
