@@ -18,7 +18,7 @@ The rates are ceilings that `bench/gpu.py` measured apart from training on one H
 import contextlib
 import json
 import weakref
-from collections import defaultdict
+from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -265,6 +265,27 @@ def pairs(count: int, prompt: int, answer: int, shared: bool):
     return lay_out(ids, weights, True, [0, prompt] * count if shared else ())
 
 
+def times(flags, operations: list[Operation], compiled: bool, trained: int = 0) -> Figures:
+    """Milliseconds of the device by kind of operation, of AdamW, and of the host to launch them."""
+    operations = fused(operations) if compiled else operations
+    spent = dict.fromkeys(("products_ms", "attention_ms", "rest_ms"), 0.0)
+    for op in operations:
+        rate = flags.attention if op.kind == "attention" else flags.products
+        moved = sum(op.reads.values()) + sum(op.writes.values())
+        seconds = max(op.flops / rate / 1e12, moved / flags.memory / 1e12, FLOOR)
+        spent[f"{op.kind}_ms"] += 1000 * seconds
+    spent["adamw_ms"] = 1000 * 40 * trained / flags.memory / 1e12
+    return spent | {"host_ms": 1e-3 * flags.launch * len(operations)}
+
+
+def figures(spent: Figures, wanted: float, tokens: int, held: int) -> Figures:
+    """The line of a step that wants so many FLOPs for so many tokens and holds so many bytes."""
+    device = sum(spent.values()) - spent["host_ms"]
+    ms = max(device, spent["host_ms"])
+    share, rate = 1000 * wanted / ms / mfu.PEAK, 1000 * tokens / ms
+    return {"ms": ms, "share": share, "tokens_a_s": rate, "gib": held / 2**30, **spent}
+
+
 def step(
     flags,
     size: str,
@@ -313,41 +334,50 @@ def step(
                 model.logprobs(batch).sum().backward()
             else:
                 model.loss(batch).backward()
-    operations = fused(trace.operations) if compiled else trace.operations
-    spent = defaultdict(float)
-    for op in operations:
-        rate = flags.attention if op.kind == "attention" else flags.products
-        moved = sum(op.reads.values()) + sum(op.writes.values())
-        spent[op.kind] += max(op.flops / rate / 1e12, moved / flags.memory / 1e12, FLOOR)
-    adamw = 40 * trained / flags.memory / 1e12
-    device, host = sum(spent.values()) + adamw, flags.launch * 1e-6 * len(operations)
-    seconds = max(device, host)
-    return {
-        "ms": 1000 * seconds,
-        "share": wanted / seconds / mfu.PEAK,
-        "tokens_a_s": sum(batch.lengths) / seconds,
-        "gib": (weights + trace.peak + 8 * trained) / 2**30,
-        **{f"{kind}_ms": 1000 * spent[kind] for kind in ("products", "attention", "rest")},
-        "adamw_ms": 1000 * adamw,
-        "host_ms": 1000 * host,
-    }
+    spent = times(flags, trace.operations, compiled, trained)
+    return figures(spent, wanted, sum(batch.lengths), weights + trace.peak + 8 * trained)
+
+
+def head(flags, compiled: bool = False) -> Figures:
+    """The head of `bench/mfu.py`: cross-entropy and both gradients at 8,192 x 4096 x 152k."""
+    from ta.model.logprobs import Head, cross_entropy_sum
+
+    tokens, width, vocabulary = (64, 32, 512) if flags.tiny else (8192, 4096, 152_064)
+    with as_on_a_gpu():
+        hidden, weight = (
+            torch.empty(n, width, dtype=torch.bfloat16, requires_grad=True)
+            for n in (tokens, vocabulary)
+        )
+        targets, weights = torch.empty(tokens, dtype=torch.int64), torch.empty(tokens)
+        with Trace(0.0) as trace:
+            cross_entropy_sum(hidden, Head(weight), targets, weights).backward()
+    spent = times(flags, trace.operations, compiled)
+    return figures(spent, 6 * tokens * width * vocabulary, tokens, trace.peak)
 
 
 LINES = {
-    "1B full": ("1B", 16_384, {}),
-    "1B full, casts left": ("1B", 16_384, {"casts": True}),
-    "1B full, compiled": ("1B", 16_384, {"compiled": True}),
-    "8B LoRA 4k": ("8B", 4096, {"adapted": True}),
-    "8B LoRA 4k, casts left": ("8B", 4096, {"adapted": True, "casts": True}),
-    "8B LoRA 4k, compiled": ("8B", 4096, {"adapted": True, "compiled": True}),
-    "8B LoRA 16k": ("8B", 16_384, {"adapted": True}),
-    "8B LoRA 16k, compiled": ("8B", 16_384, {"adapted": True, "compiled": True}),
-    "8B full, checkpointing": ("8B", 8192, {"checkpointing": True}),
-    "8B full, checkpointing, casts left": ("8B", 8192, {"checkpointing": True, "casts": True}),
-    "8B full, checkpointing, compiled": ("8B", 8192, {"checkpointing": True, "compiled": True}),
-    "DPO 1B LoRA": ("1B", 0, {"adapted": True, "dpo": "shared"}),
-    "DPO 1B LoRA, prompts twice": ("1B", 0, {"adapted": True, "dpo": "twice"}),
-    "DPO 1B LoRA, compiled": ("1B", 0, {"adapted": True, "dpo": "shared", "compiled": True}),
+    "1B full": partial(step, size="1B", tokens=16_384),
+    "1B full, casts left": partial(step, size="1B", tokens=16_384, casts=True),
+    "1B full, compiled": partial(step, size="1B", tokens=16_384, compiled=True),
+    "8B LoRA 4k": partial(step, size="8B", tokens=4096, adapted=True),
+    "8B LoRA 4k, casts left": partial(step, size="8B", tokens=4096, adapted=True, casts=True),
+    "8B LoRA 4k, compiled": partial(step, size="8B", tokens=4096, adapted=True, compiled=True),
+    "8B LoRA 16k": partial(step, size="8B", tokens=16_384, adapted=True),
+    "8B LoRA 16k, compiled": partial(step, size="8B", tokens=16_384, adapted=True, compiled=True),
+    "8B full, checkpointing": partial(step, size="8B", tokens=8192, checkpointing=True),
+    "8B full, checkpointing, casts left": partial(
+        step, size="8B", tokens=8192, checkpointing=True, casts=True
+    ),
+    "8B full, checkpointing, compiled": partial(
+        step, size="8B", tokens=8192, checkpointing=True, compiled=True
+    ),
+    "DPO 1B LoRA": partial(step, size="1B", tokens=0, adapted=True, dpo="shared"),
+    "DPO 1B LoRA, prompts twice": partial(step, size="1B", tokens=0, adapted=True, dpo="twice"),
+    "DPO 1B LoRA, compiled": partial(
+        step, size="1B", tokens=0, adapted=True, dpo="shared", compiled=True
+    ),
+    "head": head,
+    "head, compiled": partial(head, compiled=True),
 }
 
 
@@ -355,20 +385,15 @@ def main(flags) -> None:
     """Print one line of the table after the other, or the figures of one as JSON."""
     torch.set_num_threads(1)
     if flags.one:
-        size, tokens, how = LINES[flags.one]
-        print(json.dumps(step(flags, size, tokens, **how)))
+        print(json.dumps(LINES[flags.one](flags)))
         return
-    head = True
-    for name, (size, tokens, how) in LINES.items():
-        if flags.only and name not in flags.only:
-            continue
-        told = step(flags, size, tokens, **how)
-        if head:
+    names = [name for name in LINES if not flags.only or name in flags.only]
+    for name in names:
+        told = LINES[name](flags)
+        if name == names[0]:
             print("".join([" " * 36, *(key.rjust(13) for key in told)]))
-            head = False
-        print(
-            "".join([name.ljust(36), *(f"{value:13,.4g}" for value in told.values())]), flush=True
-        )
+        cells = [f"{value:13,.4g}" for value in told.values()]
+        print("".join([name.ljust(36), *cells]), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,45 @@
-"""Each bench script runs: one contender of each, at its smallest sizes, as its own process would run it."""
+"""Each bench script runs at its smallest sizes: contenders as their own processes would run them."""
 
 import json
 import math
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-BENCH = Path(__file__).parent.parent / "bench"
+ROOT = Path(__file__).parent.parent
 CONTENDERS = {
+    "first_token": ["ours"],
     "logprobs": ["ours", "full logits"],
     "mfu": ["1B full", "head"],
     "overhead": ["loop"],
-    "preference": ["ours", "whole", "ours, cached"],
+    "preference": ["ours", "whole", "ours, cached", "ours, LoRA"],
     "retrieval": ["ours", "product", "encoder", "building", "opening"],
-    "save": ["ours", "shard"],
+    "roof": ["1B full", "head", "1B full, compiled", "8B LoRA 4k", "DPO 1B LoRA"],
+    "save": ["ours", "shard", "fully_shard"],
     "scale": ["length 256", "vocabulary 8192", "records 500"],
-    "sft": ["ours", "bare", "HF padded"],
+    "sft": ["ours", "bare", "ours, LoRA", "HF padded"],
 }
+WHOLE = {  # those whose contenders share a folder
+    "generate": ["--only", "ours"],
+    "multimodal": ["--only", "cached"],
+    "start": ["--only", "our command"],
+    "tokenize": ["--only", "ours, encode only"],
+}
+
+
+def figures_of(script: str, name: str, monkeypatch, capsys) -> dict[str, float]:
+    """The JSON of one contender, in this process."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", [f"bench/{script}.py", "--tiny", "--one", name])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    runpy.run_path(str(ROOT / "bench" / f"{script}.py"), run_name="__main__")
+    torch.set_num_threads(threads)
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 @pytest.mark.slow
@@ -27,10 +47,65 @@ CONTENDERS = {
     ("script", "name"), [(script, name) for script, names in CONTENDERS.items() for name in names]
 )
 def test_a_contender_tells_finite_figures(script, name, monkeypatch, capsys):
-    threads = torch.get_num_threads()
-    monkeypatch.setattr(sys, "argv", [f"bench/{script}.py", "--tiny", "--one", name])
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    runpy.run_path(str(BENCH / f"{script}.py"), run_name="__main__")
-    torch.set_num_threads(threads)
-    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    figures = figures_of(script, name, monkeypatch, capsys)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     assert figures and all(math.isfinite(value) for value in figures.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", WHOLE)
+def test_a_script_runs_to_its_table(script):
+    path = str(ROOT / "bench" / f"{script}.py")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, path, "--tiny", *WHOLE[script]],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert WHOLE[script][1] in done.stdout
+
+
+def test_every_bench_script_is_run_here():
+    shared = {"harness", "work", "gpu"}
+    scripts = {path.stem for path in (ROOT / "bench").glob("*.py")} - shared
+    assert scripts == CONTENDERS.keys() | WHOLE.keys()
+
+
+def test_what_a_fused_kernel_reads_and_writes():
+    from bench.roof import Operation, fused
+
+    kernels = fused(
+        [
+            Operation(
+                "rest", 0, {1: 10}, {2: 20}
+            ),  # 2 is read by the next one alone: never written
+            Operation("rest", 0, {2: 20, 1: 10}, {3: 30}),
+            Operation("products", 5.0, {3: 30, 4: 40}, {5: 50}),
+            Operation("rest", 0, {5: 50}, {6: 60}),
+        ]
+    )
+    assert [kernel.kind for kernel in kernels] == ["rest", "products", "rest"]
+    assert kernels[0].reads == {1: 10} and kernels[0].writes == {3: 30}
+    assert kernels[1].flops == 5.0
+    assert kernels[2].writes == {6: 60}  # nothing reads it here: a gradient
+
+
+def test_a_trace_counts_flops_bytes_and_the_peak():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from bench.roof import Trace
+
+    with FakeTensorMode():
+        x, weight = torch.empty(8, 16), torch.empty(32, 16)
+        with Trace(attention=0.0) as trace:
+            y = x @ weight.t()  # (8, 32): 1,024 bytes
+            y = y.relu()
+    product, relu = trace.operations
+    assert product.kind == "products" and product.flops == 2 * 8 * 16 * 32
+    assert sorted(product.reads.values()) == [8 * 16 * 4, 32 * 16 * 4]
+    assert list(relu.writes.values()) == [8 * 32 * 4]
+    assert trace.peak == 2 * 8 * 32 * 4
+    assert trace.live == 8 * 32 * 4  # of the two only relu's is still held
