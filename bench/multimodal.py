@@ -2,7 +2,7 @@
 
     python bench/multimodal.py --rounds 3                      # training: tokens a second
     python bench/multimodal.py --what preprocess --rounds 3    # features: pictures a second
-    python bench/multimodal.py --what memory --rounds 1        # peak memory of training from a cache
+    python bench/multimodal.py --what memory --rounds 1        # peak memory, from a cache
 
 Training from a cache stands against encoding on the fly, a folder's features (of the encoder named
 in --encoder) against a plain loop, few pictures against many. Pictures are drawn, 640 x 640 JPEG.

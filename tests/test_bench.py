@@ -1,4 +1,4 @@
-"""Each bench script runs at its smallest sizes: contenders as their own processes would run them."""
+"""Each bench script runs at its smallest sizes: contenders as their own processes run them."""
 
 import json
 import math
