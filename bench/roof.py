@@ -223,7 +223,7 @@ def as_on_a_gpu():
 
 def on_device(batch):
     """The batch cut for one attention kernel, as it is on a GPU, of fake tensors."""
-    from ta.model.attention import cuts_of
+    from ta.data.batch import cuts_of
 
     cuts = cuts_of(batch.lengths, batch.prefixes)
     fake = lambda part: torch.empty_like(part) if torch.is_tensor(part) else part
