@@ -1,4 +1,4 @@
-"""JSONL read line by line: each line an object, each failure an error with file and line."""
+"""JSONL files, read line by line: a line is an object, and each error names file and line."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-MAX_LINE = 32 << 20  # bytes
+# bytes
+MAX_LINE = 32 << 20
 
 
 class BadRecord(ValueError):
-    """What is wrong with one record.
+    """An error of one record.
 
-    `reason` is short and can be counted. `unusable`: the record is well formed but teaches nothing.
+    `reason` is short, so that equal reasons can be counted. `unusable` marks a well-formed record
+    from which nothing can be learned.
     """
 
     def __init__(self, reason: str, message: str, unusable: bool = False):
@@ -28,33 +30,31 @@ class BadRecord(ValueError):
 def regular_file(path: str) -> os.stat_result:
     """The stat of a file that can be read as data.
 
-    ValueError that says what stands there instead.
+    ValueError for a missing file, a directory, a pipe or device, and text that is no path.
     """
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"{path}: no such file (seen from {os.getcwd()}); give a .jsonl or .jsonl.gz file"
         ) from None
     except ValueError:
         raise ValueError(f"{path!r}: not a path; give a .jsonl or .jsonl.gz file") from None
-    if not stat.S_ISREG(found.st_mode):
-        kind = (
-            "a directory"
-            if stat.S_ISDIR(found.st_mode)
-            else "not a regular file (a pipe, socket or device), which cannot be read twice"
-        )
+    if not stat.S_ISREG(status.st_mode):
+        kind = "not a regular file (a pipe, socket or device), which cannot be read twice"
+        if stat.S_ISDIR(status.st_mode):
+            kind = "a directory"
         raise ValueError(f"{path}: is {kind}; give a .jsonl or .jsonl.gz file")
-    return found
+    return status
 
 
 def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
     """Stream (1-based line, bytes) of the lines that are not blank.
 
-    Of a line over MAX_LINE only its first MAX_LINE + 1 bytes. ValueError for what makes the whole
-    file unreadable: missing, a directory or pipe, nothing in it, a damaged or cut gzip stream.
+    A line over MAX_LINE is cut to its first MAX_LINE + 1 bytes. ValueError for a file that cannot
+    be read at all: missing, a directory or pipe, empty, or a damaged or cut gzip stream.
     """
-    number = found = 0
+    number = filled = 0
     regular_file(path)
     with gzip.open(path, "rb") if str(path).endswith(".gz") else open(path, "rb") as file:
         while True:
@@ -76,9 +76,9 @@ def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
                 break
             number += 1
             if raw.strip():
-                found += 1
+                filled += 1
                 yield number, raw.rstrip(b"\r\n")
-    if not found:
+    if not filled:
         raise ValueError(f"{path}: empty, no record in it; give a file with one JSON object a line")
 
 
@@ -114,8 +114,8 @@ _decode = json.JSONDecoder(
 def parse_record(raw: bytes) -> dict:
     """The JSON object of one line.
 
-    BadRecord where it is none; a key given twice is refused, since JSON would keep the last in
-    silence.
+    BadRecord for a line that is no object. A key that is given twice is refused, because JSON would
+    silently keep the last value.
     """
     if len(raw) > MAX_LINE:
         raise BadRecord(
@@ -185,7 +185,7 @@ def read_jsonl(path: str) -> Iterator[tuple[int, dict]]:
 
 
 def named(value: object) -> str:
-    """What a JSON value is, in words for an error."""
+    """The type of a JSON value in words, for an error."""
     return {
         dict: "an object",
         list: "a list",

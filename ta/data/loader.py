@@ -1,4 +1,4 @@
-"""From prepared records to batches: which records a step takes, and how they are cut into micro-batches.
+"""From prepared records to batches: the records of a step, and how micro-batches divide them.
 
 Everything here is a pure function of (data, seed, step), the same on any number of processes.
 Letters: B rows, T columns, N sequences, P pairs, n records.
@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
     from ta.data.batch import Batch, ClassBatch, LabelledBatch, PairBatch
 
-    Collate = Callable[[Prepared, np.ndarray, bool], Any]  # (data, its records, packed) -> a batch
+    # (data, its records, packed) -> a batch
+    Collate = Callable[[Prepared, np.ndarray, bool], Any]
 
-TRIES = 1000  # records looked at for a mismatched answer
+# records that are tried for a mismatched answer
+TRIES = 1000
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class BatchConfig:
 def collate_chats(prepared: Prepared, records: Sequence[int], packed: bool) -> Batch:
     """One Batch of the given records, all k sequences of each.
 
-    Where k is 2 and batches are packed, what the two sequences share is laid out once.
+    Where k is 2 and batches are packed, the common prefix of the two sequences is laid out once.
     """
     from ta.data.batch import lay_out
 
@@ -64,12 +66,15 @@ class TrainBatches:
 
     prepared: Prepared
     steps: int
-    batch_size: int  # records of a step, over all processes
-    max_tokens: int  # of one micro-batch
+    # records of a step, over all processes
+    batch_size: int
+    # tokens of one micro-batch
+    max_tokens: int
     seed: int
     packed: bool
     collate: Collate = collate_chats
-    heaviest: int = 0  # the step with the most tokens changes places with the first one
+    # the step with the most tokens, which changes places with the first one
+    heaviest: int = 0
 
     def at(self, step: int) -> list:
         """This process's micro-batches of `step` (from 0); at least one, as on every process."""
@@ -117,7 +122,7 @@ def train_batches(
 
 
 class ReadAhead:
-    """The same batches, made one step ahead in a thread: for those that read files."""
+    """The same batches, made one step ahead in a thread: for batches that read files."""
 
     def __init__(self, batches: TrainBatches):
         self.batches = batches
@@ -137,7 +142,7 @@ class ReadAhead:
 
 
 def read_ahead(batches: TrainBatches) -> ReadAhead:
-    """The batches, of which a thread makes the next one while this one is trained on."""
+    """The batches; a thread makes those of the next step while this one trains."""
     return ReadAhead(batches)
 
 
@@ -180,19 +185,18 @@ def _order(n: int, seed: int, epoch: int) -> np.ndarray:
     """(n,) the seeded order of the records in a pass."""
     import numpy as np
 
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch]))).permutation(
-        n
-    )
+    bits = np.random.Philox(np.random.SeedSequence([seed, epoch]))
+    return np.random.Generator(bits).permutation(n)
 
 
 def records_of_step(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """The records of optimizer step `step` (from 0): a pure function, whatever the devices."""
+    """The records of optimizer step `step` (from 0), the same on any number of processes."""
     epoch, place = divmod(step, -(-n // batch_size))
     return _order(n, seed, epoch)[place * batch_size : (place + 1) * batch_size]
 
 
 def heaviest_step(sizes: np.ndarray, batch_size: int, seed: int, steps: int) -> int:
-    """The step of the first pass, and of the first `steps`, with the most tokens; sizes (n,)."""
+    """The step with the most tokens in the first pass, among the first `steps`; sizes (n,)."""
     import numpy as np
 
     starts = np.arange(0, len(sizes), batch_size)
@@ -205,8 +209,9 @@ def split_micro(
 ) -> list[list[list[int]]]:
     """Cut one step's sequences into micro-batches of at most `max_tokens` tokens.
 
-    result[rank][micro] lists places in `lengths`. Every rank gets the same number of micro-batches
-    (some may be empty) and about the same number of tokens; padding counts when not packed.
+    result[rank][micro] lists indices into `lengths`. Every rank gets the same number of
+    micro-batches (some may be empty) and about the same number of tokens; padding counts when not
+    packed. ValueError for a sequence that is longer than `max_tokens`.
     """
     longest = max(lengths, default=0)
     if longest > max_tokens:
@@ -220,7 +225,10 @@ def split_micro(
 
 
 def _pack(lengths: Sequence[int], max_tokens: int, world: int) -> list[list[int]]:
-    """Longest first into the emptiest bin; one more bin a rank until all fit. Fullest bin first."""
+    """Longest first into the emptiest bin, with one more bin a rank until all fit.
+
+    The fullest bin comes first.
+    """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     rounds = max(1, -(-sum(lengths) // (max_tokens * world)))
     while True:
@@ -238,7 +246,7 @@ def _pack(lengths: Sequence[int], max_tokens: int, world: int) -> list[list[int]
 
 
 def _group(lengths: Sequence[int], max_tokens: int, world: int) -> list[list[int]]:
-    """Neighbours in length share a padded micro-batch of rows x longest <= max_tokens."""
+    """Sequences of similar length share a padded micro-batch of rows x longest <= max_tokens."""
     bins: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if bins and (len(bins[-1]) + 1) * lengths[bins[-1][0]] <= max_tokens:
@@ -250,7 +258,10 @@ def _group(lengths: Sequence[int], max_tokens: int, world: int) -> list[list[int
 
 
 def common_prefix(a, a_weights, b, b_weights) -> int:
-    """Leading tokens that two sequences share and neither learns, leaving each one token or more."""
+    """The number of leading tokens that two sequences share and neither learns.
+
+    Each sequence keeps at least one token of its own.
+    """
     import numpy as np
 
     limit = min(len(a), len(b)) - 1
@@ -292,14 +303,17 @@ def collate_pairs(prepared: Prepared, records: np.ndarray, packed: bool) -> Pair
 
 
 def with_known_reference(batch: Any, prepared: Prepared, records: np.ndarray) -> Any:
-    """The batch with the reference log-probabilities that the data holds, if it does."""
+    """The batch with the reference log-probabilities that the data holds, if it holds them."""
     if prepared.reference is None:
         return batch
     return batch._replace(reference=prepared.reference[records])
 
 
 def check_margins(prepared: Prepared | None, use: Literal["needed", "used", "unused"]) -> None:
-    """Say what becomes of the margins in the data; ValueError where each record needs one."""
+    """Print a note on how the margins in the data are used.
+
+    ValueError where the loss needs a margin in each record and one has none.
+    """
     import numpy as np
 
     if prepared is None:
@@ -309,9 +323,8 @@ def check_margins(prepared: Prepared | None, use: Literal["needed", "used", "unu
     if use == "needed" and len(missing):
         raise ValueError(
             f"{name_of(prepared, missing[0])} has no precomputed_margin, nor have "
-            f"{len(missing) - 1} "
-            "other records, and this loss is made of margins: give each record one, or another "
-            "--loss"
+            f"{len(missing) - 1} other records, and this loss is made of margins: "
+            "give each record one, or another --loss"
         )
     if len(missing) < len(given) and use != "needed":
         used = "is in the loss, 0 in that of the others"
@@ -323,7 +336,7 @@ def check_margins(prepared: Prepared | None, use: Literal["needed", "used", "unu
 def labelled_collate(prepared: Prepared, seed: int) -> Collate:
     """A collate function for labelled answers, each beside an answer to another question.
 
-    `seed` decides which answer stands after which context.
+    `seed` decides which answer follows which context.
     """
     import torch
 
@@ -345,16 +358,17 @@ def labelled_collate(prepared: Prepared, seed: int) -> Collate:
 
 
 def partners(prepared: Prepared, seed: int) -> Callable[[int], int | None]:
-    """partner(i): the record whose answer stands after i's context to estimate KTO's reference point.
+    """A function partner(i): the record whose answer follows i's context in KTO's reference point.
 
-    It is the first after i in a seeded order of all records whose context and answer both differ
-    from i's and whose answer makes nothing longer than the longest record; None where none of the
-    next TRIES is such. A pure function of (data, seed, i).
+    It is the first record after i, in a seeded order of all records, whose context and answer both
+    differ from i's and whose answer makes nothing longer than the longest record; None where none
+    of the next TRIES records qualifies. A pure function of (data, seed, i).
     """
     import numpy as np
 
     n, longest = len(prepared.origin), int(lengths(prepared).max())
-    order = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, n]))).permutation(n)
+    bits = np.random.Philox(np.random.SeedSequence([seed, n]))
+    order = np.random.Generator(bits).permutation(n)
     place = np.empty(n, np.int64)
     place[order] = np.arange(n)
 
@@ -376,7 +390,10 @@ def partners(prepared: Prepared, seed: int) -> Callable[[int], int | None]:
 
 
 def mismatch(prepared: Prepared, i: int, j: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and weights of record i's context with record j's answer; without j nothing is learned."""
+    """Ids and weights of record i's context with record j's answer.
+
+    Where j is None they are those of record i, and nothing is learned.
+    """
     import numpy as np
 
     ids, weights = sequence(prepared, i)
@@ -389,7 +406,7 @@ def mismatch(prepared: Prepared, i: int, j: int | None) -> tuple[np.ndarray, np.
 
 
 def first_learned(weights: np.ndarray) -> int:
-    """Where the answer starts."""
+    """The index of the first learned token, where the answer starts."""
     import numpy as np
 
     return int(np.argmax(weights != 0))
@@ -407,7 +424,7 @@ def collate_classes(prepared: Prepared, records: np.ndarray, packed: bool) -> Cl
 
 
 def labels_of(prepared: Prepared, num_labels: int) -> np.ndarray:
-    """(n,) int64 labels; absent classes are named on the screen.
+    """(n,) int64 labels; a note on the screen names absent classes.
 
     ValueError names the first record whose label is none of `num_labels`.
     """
@@ -418,8 +435,7 @@ def labels_of(prepared: Prepared, num_labels: int) -> np.ndarray:
     if len(wrong):
         raise ValueError(
             f"{name_of(prepared, wrong[0])} has label {labels[wrong[0]]} of --num-labels "
-            f"{num_labels} "
-            f"(0 to {num_labels - 1}), as have {len(wrong) - 1} other records: "
+            f"{num_labels} (0 to {num_labels - 1}), as have {len(wrong) - 1} other records: "
             "raise --num-labels or mend the labels"
         )
     if absent := sorted(set(range(num_labels)) - set(labels.tolist())):

@@ -1,6 +1,6 @@
-"""Prepared data: records encoded once and kept as memory-mapped arrays.
+"""Prepared data: records that are encoded once and kept as memory-mapped arrays.
 
-They lie in the cache under a hash of all that they were made from.
+They stand in the cache under a hash of everything that they depend on.
 """
 
 from __future__ import annotations
@@ -62,8 +62,10 @@ if TYPE_CHECKING:
     from ta.chat.template import ChatConfig
     from ta.chat.tokenizer import ChatTokenizer
 
-FORMAT = 1  # of the files below; raise it when they change
-PREPARE_VERSION = 1  # of what records become; raise it when the ids or weights of any record change
+# version of the files in a folder of prepared data
+FORMAT = 1
+# version of the encoding: raise it when the ids or weights of any record change
+PREPARE_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,9 @@ class DataConfig:
 
 
 class Kind(NamedTuple):
-    """What records of a kind are and which sequences a method learns from one."""
+    """A kind of records, and the sequences that a method learns from one record."""
 
-    # in the name of what is prepared
+    # part of the key of prepared data
     name: str
     # the record in its canonical form; BadRecord says what is wrong with it
     check: Check
@@ -95,15 +97,15 @@ class Kind(NamedTuple):
     rule: Rule = AS_CONFIGURED
     # numbers of the record that the method needs, such as a label
     extras: Callable[[dict], dict[str, float]] | None = None
-    # whether a dialogue without an answer is of use where every message is learned; `check` then
-    # takes `need_answer`
+    # whether a dialogue without an answer can be used where every message is learned; `check`
+    # then takes `need_answer`
     answer_optional: bool = False
-    # False: no token is learned, an extra is
+    # False where an extra, such as a label, is learned and no token
     learned: bool = True
-    # whether two dialogues with the same tokens teach nothing
+    # whether a record whose two dialogues have the same tokens is dropped
     distinct: bool = False
-    # (modality, path) of those of the record's pictures and sounds that stand in the token ids;
-    # (record, ids, tokenizer, whether the latest messages stayed)
+    # (record, ids, tokenizer, whether the latest messages were kept) -> (modality, path) of the
+    # pictures and sounds of the record that stand in the token ids
     media: Callable[[dict, list[int], ChatTokenizer, bool], Sequence[tuple[str, str]]] | None = None
 
 
@@ -145,19 +147,19 @@ def label_of(record: dict) -> dict[str, float]:
 CHATS = Kind("chat", check_chat, chat_of, answer_optional=True)
 PAIRS = Kind("pair", check_pair, pair_of, ONE_ANSWER, margin_of, distinct=True)
 LABELLED = Kind("labelled", check_labelled, labelled_of, ONE_ANSWER, desirable_of)
-# whole dialogues: cutting keeps what fits, answer or not, and the label is what is learned
+# whole dialogues: the label is learned, so cutting keeps any message that fits
 CLASSES = Kind("class", check_class, unweighted_of, Rule("all"), label_of, learned=False)
-# without passages; the last question stays: it is what is searched for
+# without passages; the last question is kept, because it is the query of the search
 QUESTIONS = Kind("question", check_question, chat_of, Rule(keep_end=True))
 KINDS = {kind.name: kind for kind in (CHATS, PAIRS, LABELLED, CLASSES, QUESTIONS)}
 
 
 class Encoded(NamedTuple):
-    """One record as k sequences (1 chat, 2 chosen and rejected) with its extras and media."""
+    """One record as k sequences (1 of a chat, 2 of a pair) with its extras and media."""
 
     seqs: Sequence[Tokens]
     extras: dict[str, float]
-    # (modality, path) of its pictures and sounds in order; None where its kind has none
+    # (modality, path) of its pictures and sounds in order; None for kinds without media
     media: Sequence[tuple[str, str]] | None = None
 
 
@@ -168,7 +170,7 @@ class Prepared(NamedTuple):
     """
 
     ids: ndarray  # (total,) int32
-    weights: ndarray  # (total,) float32; not 0: a target, unshifted
+    weights: ndarray  # (total,) float32, unshifted; a token with weight 0 is no target
     offsets: ndarray  # (n * k + 1,) int64
     origin: ndarray  # (n, 2) int32: index in info["sources"], 1-based line
     extras: dict[str, ndarray]  # (n,) float64 each
@@ -178,9 +180,9 @@ class Prepared(NamedTuple):
     k: int
     # JSON bytes of all records' media, and (n,) where those of each record end
     media: tuple[ndarray, ndarray] | None = None
-    # what a record of the files is checked with
+    # the checker of records of the files
     check: Check | None = None
-    # (n, 2) reference log-probabilities, where they were computed beforehand
+    # (n, 2) reference log-probabilities, where they are precomputed
     reference: Any = None
 
 
@@ -206,12 +208,12 @@ def prepare(
     kind: Kind = CHATS,
     say: Callable[[str], None] = say_once,
 ) -> Prepared | None:
-    """Read, check and encode files of records, or open what an earlier run made of the same.
+    """Read, check and encode files of records, or open the data that an earlier run prepared.
 
-    `files` may name a choice of their records (`parse_source`); they are read in the order of
-    their text, whatever order they are given in. `seed` chooses records where a share or a count
-    is asked for. Returns None where `files` is empty. ValueError for bad data, for a system prompt
-    of a file beside one in `chat`, and when no record is left.
+    `files` may name a choice of their records (`parse_source`); they are read in the order of their
+    text, whatever their order here. `seed` chooses records where a share or a count is asked for.
+    Returns None where `files` is empty. ValueError for bad data, for a system prompt of a file
+    beside one in `chat`, and when no record is left.
     """
     if not files:
         return None
@@ -231,15 +233,15 @@ def prepare(
     folder, made = cache / "prepared" / key, False
     opened = partial(_open, folder, sources, texts, data)
     if isinstance(prepared := opened(), str):
-        with made_once(folder, opened, say) as aside:
-            if made := aside is not None:
-                info = _build(aside, sources, tokenizer, chat, data, seed, kind, check)
+        with made_once(folder, opened, say) as temporary:
+            if made := temporary is not None:
+                info = _build(temporary, sources, tokenizer, chat, data, seed, kind, check)
                 if stamps != [stamp(source.path) for source in sources]:
                     raise ValueError(
                         f"{', '.join(source.path for source in sources)}: changed while being "
                         "read; run again when it rests"
                     )
-                write_manifest(aside, info | {"fingerprint": fingerprint})
+                write_manifest(temporary, info | {"fingerprint": fingerprint})
         if isinstance(prepared := opened(), str):
             raise OSError(f"{folder}: what was just written cannot be read ({prepared})")
     prepared.info["cached"] = not made
@@ -255,10 +257,7 @@ prepare_questions = partial(prepare, kind=QUESTIONS)
 
 
 def first_records(prepared: Prepared | None, n: int) -> list[dict]:
-    """The first n of the records that were prepared, read again from their files and checked.
-
-    [] for no data.
-    """
+    """The first n prepared records, read again from their files and checked; [] for no data."""
     if prepared is None:
         return []
     records = []
@@ -274,7 +273,7 @@ def first_records(prepared: Prepared | None, n: int) -> list[dict]:
 
 
 def preview(prepared: Prepared, tokenizer: ChatTokenizer) -> None:
-    """Print what was prepared, and the first record with its learned tokens in colour (stderr)."""
+    """Print a report of prepared data and the first record, its learned tokens in colour (stderr)."""
     say_once("\n".join(report(prepared.info)))
     for i in range(prepared.k):
         ids, weights = sequence(prepared, i)
@@ -282,54 +281,42 @@ def preview(prepared: Prepared, tokenizer: ChatTokenizer) -> None:
 
 
 def read_drops(prepared: Prepared) -> Iterator[dict]:
-    """What was not used, in order.
+    """The records that were not used, in order.
 
     Each is {"source" (index), "file", "line", "reason"}, with "text" for a bad line that was
     skipped.
     """
-    with open(
-        Path(prepared.info["folder"]) / "drops.jsonl", encoding="utf-8", errors="surrogateescape"
-    ) as lines:
+    path = Path(prepared.info["folder"]) / "drops.jsonl"
+    with open(path, encoding="utf-8", errors="surrogateescape") as lines:
         for entry in map(json.loads, lines):
             yield entry | {"file": prepared.info["sources"][entry["source"]]["path"]}
 
 
 def write_drops(prepared: Prepared, path: str) -> None:
-    """Write what was not used to a file of JSON lines: {"file", "line", "reason", "text"?}."""
+    """Write the records that were not used as JSON lines: {"file", "line", "reason", "text"?}."""
     with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
         for entry in read_drops(prepared):
-            file.write(
-                json.dumps(
-                    {key: entry[key] for key in entry if key != "source"}, ensure_ascii=False
-                )
-                + "\n"
-            )
+            del entry["source"]
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
 def report(info: dict[str, Any]) -> list[str]:
-    """Lines for a person.
-
-    They say what was taken from where, how much of it is learned, what was dropped and why.
-    """
+    """Lines for a person: records of each source, share of learned tokens, drops with reasons."""
     share = 100 * info["learned_tokens"] / max(info["tokens"], 1)
     before = " (prepared before)" if info["cached"] else ""
     lines = [
         f"{info['records']:,} records, {info['tokens']:,} tokens, {share:.0f} % learned{before}"
     ]
-    lines += [
-        f"  {source['used']:,} of {source['records']:,} from {source['source']}"
-        for source in info["sources"]
-    ]
+    for source in info["sources"]:
+        lines.append(f"  {source['used']:,} of {source['records']:,} from {source['source']}")
     for title, table in (("dropped", info["drops"]), ("note:", info["notes"])):
-        lines += [
-            f"  {title} {entry['count']:,}: {reason} ({', '.join(entry['first'])})"
-            for reason, entry in table.items()
-        ]
-    return lines + [
-        f"  note: {source['source']}: {source['remark']}"
-        for source in info["sources"]
-        if source["remark"]
-    ]
+        for reason, entry in table.items():
+            places = ", ".join(entry["first"])
+            lines.append(f"  {title} {entry['count']:,}: {reason} ({places})")
+    for source in info["sources"]:
+        if source["remark"]:
+            lines.append(f"  note: {source['source']}: {source['remark']}")
+    return lines
 
 
 def _parse(texts: Sequence[str], config: DataConfig, chat: ChatConfig) -> list[Source]:
@@ -348,7 +335,7 @@ def _parse(texts: Sequence[str], config: DataConfig, chat: ChatConfig) -> list[S
 
 
 def _check_equal(info: dict[str, Any], config: DataConfig) -> None:
-    """ValueError where more pairs have two equal answers than the share that may be bad."""
+    """ValueError where the share of pairs with two equal answers exceeds `max_bad_share`."""
     equal = info["drops"].get(EQUAL, {"count": 0, "first": [""]})
     if equal["count"] > config.max_bad_share * info["expected"]:
         raise ValueError(
@@ -367,7 +354,7 @@ def _build(
     kind: Kind,
     check: Check,
 ) -> dict:
-    """Write the arrays and drops.jsonl of `folder` and give the info that goes with them."""
+    """Write the arrays and drops.jsonl of `folder` and return their info."""
     kept = [select(source, seed) for source in sources]
     expected = sum(sum(keep) for keep, _ in kept)
     counts = {"tokens": 0, "learned_tokens": 0, "max_id": -1, "records": 0, "k": 0}
@@ -393,11 +380,10 @@ def _build(
                 groups = [dialogues for *_, dialogues in jobs]
                 try:
                     results = encode_dialogues(groups, tokenizer, chat, kind.rule)
-                except ValueError:  # one of them is wrong: find which
-                    encode = partial(
-                        encode_dialogues, tokenizer=tokenizer, config=chat, rule=kind.rule
-                    )
-                    results = pin_errors(encode, groups)
+                except ValueError:
+                    # some record is wrong: encode smaller groups to find it
+                    settings = {"tokenizer": tokenizer, "config": chat, "rule": kind.rule}
+                    results = pin_errors(partial(encode_dialogues, **settings), groups)
                 done = []
                 for (record, raw, _), result in zip(jobs, results, strict=True):
                     if kind.distinct and isinstance(result, list):
@@ -419,7 +405,7 @@ def _build(
             f"{', '.join(source.path for source in sources)}: all {expected} records are dropped, "
             f"nothing is left to use. By reason: {drops.table()}"
         )
-    taken = [
+    by_source = [
         {"records": len(keep), "chosen": sum(keep), "used": used[i], "remark": remark}
         for i, (keep, remark) in enumerate(kept)
     ]
@@ -428,7 +414,7 @@ def _build(
         "bad": drops.bad,
         "drops": drops.reasons(),
         "notes": drops.remarks(),
-        "sources": taken,
+        "sources": by_source,
     }
 
 
@@ -440,7 +426,8 @@ def _progress_bar(expected: int) -> Any:
         desc="preparing",
         unit=" records",
         delay=1,
-        mininterval=0.2 if sys.stderr.isatty() else 30,  # seconds
+        # seconds between two lines
+        mininterval=0.2 if sys.stderr.isatty() else 30,
         leave=False,
         file=sys.stderr,
     )
@@ -472,41 +459,32 @@ def _append(
 
     first = done[0][1]
     counts["k"] = counts["k"] or len(first.seqs)
-    assert all(
-        len(encoded.seqs) == counts["k"] and encoded.extras.keys() == first.extras.keys()
-        for _, encoded in done
-    )
+    assert all(len(encoded.seqs) == counts["k"] for _, encoded in done)
+    assert all(encoded.extras.keys() == first.extras.keys() for _, encoded in done)
     seqs = [tokens for _, encoded in done for tokens in encoded.seqs]
     sizes = np.array([len(tokens.ids) for tokens in seqs])
     assert sizes.min() > 0 and all(len(tokens.weights) == len(tokens.ids) for tokens in seqs)
-    ids = np.fromiter(
-        chain.from_iterable(tokens.ids for tokens in seqs), np.int32, sizes.sum()
-    )  # (tokens of the chunk,)
-    weights = np.fromiter(
-        chain.from_iterable(tokens.weights for tokens in seqs), np.float32, sizes.sum()
-    )
-    columns = {
-        "ids": ids,
-        "weights": weights,
-        "offsets": counts["tokens"] + np.cumsum(sizes, dtype=np.int64),
-    }
+    # (tokens of the chunk,) each
+    all_ids = chain.from_iterable(tokens.ids for tokens in seqs)
+    ids = np.fromiter(all_ids, np.int32, sizes.sum())
+    all_weights = chain.from_iterable(tokens.weights for tokens in seqs)
+    weights = np.fromiter(all_weights, np.float32, sizes.sum())
+    columns = {"ids": ids, "weights": weights}
+    columns["offsets"] = counts["tokens"] + np.cumsum(sizes, dtype=np.int64)
     columns["origin"] = np.array([record[:2] for record, _ in done], np.int32)
-    columns |= {
-        f"extra-{name}": np.array([encoded.extras[name] for _, encoded in done], np.float64)
-        for name in first.extras
-    }
+    for name in first.extras:
+        values = [encoded.extras[name] for _, encoded in done]
+        columns[f"extra-{name}"] = np.array(values, np.float64)
     if first.media is not None:
         texts = [json.dumps(encoded.media).encode() for _, encoded in done]
         columns["media"] = np.frombuffer(b"".join(texts), np.uint8)
-        columns["media_ends"] = counts["media_bytes"] + np.cumsum(
-            [len(text) for text in texts], dtype=np.int64
-        )
+        ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
+        columns["media_ends"] = counts["media_bytes"] + ends
         counts["media_bytes"] += len(columns["media"])
     if not writers:
-        writers |= {
-            name: Column(folder / f"{name}.npy", column.dtype, column.shape[1:])
-            for name, column in columns.items()
-        }
+        for name, column in columns.items():
+            path = folder / f"{name}.npy"
+            writers[name] = Column(path, column.dtype, column.shape[1:])
         writers["offsets"].append(np.zeros(1))
     assert writers.keys() == columns.keys()
     for name, column in columns.items():
@@ -520,24 +498,20 @@ def _append(
 def _open(
     folder: Path, sources: list[Source], texts: list[str], config: DataConfig
 ) -> Prepared | str:
-    """The prepared set in `folder`, or why it is not one.
+    """The prepared set in `folder`, or the reason why there is none.
 
-    Places are named by the files of today. The reason is "" where nothing is there, or where it has
-    too many bad records for `config`.
+    Places of records are named by the present files. The reason is "" where the folder does not
+    exist, or where it has too many bad records for `config`.
     """
-    found = open_arrays(folder)
-    if isinstance(found, str):
-        return found
-    arrays, info = found
-    if info["bad"] and (
-        config.on_bad_record == "error" or info["bad"] > config.max_bad_share * info["expected"]
-    ):
+    opened = open_arrays(folder)
+    if isinstance(opened, str):
+        return opened
+    arrays, info = opened
+    too_many = info["bad"] > config.max_bad_share * info["expected"]
+    if info["bad"] and (config.on_bad_record == "error" or too_many):
         return ""
-    extras = {
-        name.removeprefix("extra-"): array
-        for name, array in arrays.items()
-        if name.startswith("extra-")
-    }
+    names = [name for name in arrays if name.startswith("extra-")]
+    extras = {name.removeprefix("extra-"): arrays[name] for name in names}
     for table in (info["drops"], info["notes"]):
         for entry in table.values():
             entry["first"] = [f"{sources[index].path}:{line}" for index, line in entry["first"]]
@@ -545,13 +519,8 @@ def _open(
         entry |= {"source": text, "path": source.path}
     info["folder"] = str(folder)
     media = (arrays["media"], arrays["media_ends"]) if "media" in arrays else None
-    return Prepared(
-        *(arrays[name] for name in ("ids", "weights", "offsets", "origin")),
-        extras,
-        info,
-        info["k"],
-        media,
-    )
+    columns = [arrays[name] for name in ("ids", "weights", "offsets", "origin")]
+    return Prepared(*columns, extras, info, info["k"], media)
 
 
 def _with_system(data: dict, prompt: str | None) -> dict:
@@ -560,14 +529,14 @@ def _with_system(data: dict, prompt: str | None) -> dict:
 
 
 def _kind_settings(kind: Kind) -> list:
-    """What a kind does to records, in JSON values; of functions that are not ours, their files."""
+    """What a kind does to records, as JSON values, with the files of functions of the user."""
     functions = [kind.check, kind.dialogues, kind.extras, kind.media]
     names = [getattr(function, "__name__", repr(function)) for function in functions]
     return [names, kind.rule, kind.learned, kind.distinct, _foreign_code(functions)]
 
 
 def _foreign_code(functions: Sequence[Callable | None]) -> list[str]:
-    """Hashes of the files that functions of the user's own stand in."""
+    """Hashes of the files of those functions that are not part of this package."""
     hashes = set()
     for function in functions:
         while isinstance(function, partial):

@@ -1,6 +1,7 @@
-"""One checker for each kind of record.
+"""A checker for each kind of record: it returns the record in its canonical form, or raises.
 
-It says what is wrong, or gives the record in its one canonical form.
+Every checker reads `bot` as `assistant` and `disable_loss: true` as `loss: false`. BadRecord says
+what is wrong with a record.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ import json
 from ta.chat.messages import SYSTEM, strip_trailing_answers
 from ta.data.jsonl import BadRecord, named
 
-MAX_NUMBER = 1e30  # what margins, rewards and weights may reach without leaving float32
+# limit of margins, rewards and weights, far below the greatest float32
+MAX_NUMBER = 1e30
 
 
 def check_chat(data: dict, need_answer: bool = True, types: tuple[str, ...] = ("text",)) -> dict:
     """{"messages": [{role, content, loss?}]}: the record with canonical messages.
 
-    Unknown keys stay, an optional key that is null is absent. Like every checker: `bot` becomes
-    `assistant`, `disable_loss: true` becomes `loss: false`, and BadRecord says what is wrong. With
-    `need_answer`, some message must be an answer (or carry a `loss` of its own).
+    Unknown keys stay; an optional key that is null counts as absent. With `need_answer` some
+    message must be an answer or have a `loss` of its own. `types` are the allowed types of
+    messages.
     """
     messages = _messages(data, "messages", types)
     if need_answer and not any(
@@ -33,7 +35,7 @@ def check_chat(data: dict, need_answer: bool = True, types: tuple[str, ...] = ("
 
 
 def check_prompt(data: dict) -> dict:
-    """A chat to be answered: {"messages": [...]}; an answer at its end is allowed, not needed."""
+    """A chat to be answered: {"messages": [...]}. An answer at its end is allowed."""
     return check_chat(data, need_answer=False)
 
 
@@ -50,17 +52,17 @@ def check_media(data: dict, need_answer: bool = True) -> dict:
     ]
     for place, message in enumerate(data["messages"]):
         parts = message["content"] if isinstance(message["content"], list) else [message]
-        found = next((part["type"] for part in parts if part.get("type", "text") != "text"), None)
-        if found and message["role"] in ("assistant", "system"):
+        media = next((part["type"] for part in parts if part.get("type", "text") != "text"), None)
+        if media and message["role"] in ("assistant", "system"):
             raise BadRecord(
-                f"{found} in a message of role {message['role']}",
-                f"messages[{place}] of role {message['role']} is {found}; answers and system "
+                f"{media} in a message of role {message['role']}",
+                f"messages[{place}] of role {message['role']} is {media}; answers and system "
                 "prompts are text, put it into a question",
             )
-        if found and need_answer and (not answers or place > answers[-1]):
+        if media and need_answer and (not answers or place > answers[-1]):
             raise BadRecord(
-                f"{found} without an answer",
-                f"no answer follows the {found} of messages[{place}]; give one or take it out",
+                f"{media} without an answer",
+                f"no answer follows the {media} of messages[{place}]; give one or take it out",
             )
     return data
 
@@ -68,8 +70,8 @@ def check_media(data: dict, need_answer: bool = True) -> dict:
 def check_pair(data: dict) -> dict:
     """{"context", "answer_w", "answer_l", precomputed_margin?}.
 
-    prompt/chosen/rejected, as text or messages, is read into it. Two equal answers are no error but
-    unusable: nothing tells them apart.
+    prompt/chosen/rejected, as text or messages, is read into this form. Two equal answers are no
+    error but unusable: nothing distinguishes them.
     """
     if "context" not in data and ("chosen" in data or "rejected" in data):
         data = _from_chosen(data)
@@ -98,9 +100,9 @@ def check_labelled(data: dict) -> dict:
 
 
 def check_question(data: dict) -> dict:
-    """{"messages", "gold"?}: a chat whose last question is to be answered from passages.
+    """{"messages", "gold"?}: a chat whose last question is answered from passages.
 
-    `gold` is an id, or a list of ids, of passages that hold the answer.
+    `gold` is the id, or a list of ids, of the passages that hold the answer.
     """
     gold = data.get("gold")
     gold = [] if gold is None else gold if isinstance(gold, list) else [gold]
@@ -134,7 +136,7 @@ def check_class(data: dict) -> dict:
 def check_candidates(data: dict) -> dict:
     """{"messages", "answers": [{id, content}], rewards?: {answer id: number}}.
 
-    Ids become text; an answer without one gets its place.
+    Ids become text; an answer without an id gets its index.
     """
     given = data.get("answers")
     if not isinstance(given, list) or not given:
@@ -177,7 +179,7 @@ def check_candidates(data: dict) -> dict:
 
 
 def check_passage(data: dict) -> dict:
-    """{id?, title?, text} of a collection to search in."""
+    """{id?, title?, text}: a passage of a collection to search in."""
     if not isinstance(data.get("text"), str) or not data["text"].strip():
         raise BadRecord(
             "passage without text", f"text is {_shown(data, 'text')}; give the passage's text"
@@ -235,11 +237,8 @@ def _message(given: object, where: str, types: tuple[str, ...] = ("text",)) -> d
             "disable_loss is not a bool",
             f"disable_loss of {where} is {_shown(given, 'disable_loss')}; give true or false",
         )
-    if (
-        loss is not None
-        and not isinstance(loss, bool)
-        and not (isinstance(loss, int | float) and 0 <= loss < MAX_NUMBER)
-    ):
+    weight = isinstance(loss, int | float) and 0 <= loss < MAX_NUMBER
+    if loss is not None and not isinstance(loss, bool) and not weight:
         raise BadRecord(
             "loss is not a weight",
             f"the loss of {where} is {_shown(given, 'loss')}; give true, false or a weight from 0",
@@ -248,23 +247,19 @@ def _message(given: object, where: str, types: tuple[str, ...] = ("text",)) -> d
         raise BadRecord(
             "loss and disable_loss", f"{where} has loss and disable_loss at once; keep loss"
         )
-    message = {
-        key: value for key, value in given.items() if key not in ("loss", "disable_loss", "type")
-    }
+    replaced = ("loss", "disable_loss", "type")
+    message = {key: value for key, value in given.items() if key not in replaced}
     message |= {"role": "assistant" if role == "bot" else role, "content": content}
-    return (
-        message
-        | ({"type": kind} if kind else {})
-        | ({"loss": False} if off else {} if loss is None else {"loss": loss})
-    )
+    if kind:
+        message["type"] = kind
+    if off or loss is not None:
+        message["loss"] = False if off else loss
+    return message
 
 
 def _part(given: object, where: str, types: tuple[str, ...]) -> dict:
-    if (
-        not isinstance(given, dict)
-        or not isinstance(given.get("content"), str)
-        or given.get("type") not in types
-    ):
+    valid = isinstance(given, dict) and isinstance(given.get("content"), str)
+    if not valid or given.get("type") not in types:
         raise BadRecord(
             "part of a message",
             f"{where} is {named(given)}; give {{type, content}} with text or path, type one of "

@@ -1,4 +1,4 @@
-"""Sources of records: which records of which files are taken, and why others are not used."""
+"""Sources of records: which records of which files are used, and why others are not."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ from typing import IO, Any, NamedTuple
 
 from ta.data.jsonl import MAX_LINE, parse_record, read_lines
 
-EXAMPLES = 3  # places named for each reason
-CHUNK_RECORDS, CHUNK_BYTES = 1000, 8 << 20  # what is encoded at once
+# places that are named for each reason
+EXAMPLES = 3
+# limits of a chunk that is encoded at once
+CHUNK_RECORDS = 1000
+CHUNK_BYTES = 8 << 20
 
 Check = Callable[[dict], dict]
 
 
 class Source(NamedTuple):
-    """A file and what is taken of it.
+    """A file and the choice of its records.
 
-    Of `rows` records from `offset` a seeded `share` in (0, 1] or `count` is chosen.
+    Of the records from `offset` on, `rows` of them or all, a seeded `share` in (0, 1] or a `count`
+    is chosen.
     """
 
     path: str
@@ -35,7 +39,7 @@ class Source(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One checked record with its origin: index of the source, 1-based line."""
+    """One checked record with its origin: index of the source and 1-based line."""
 
     source: int
     line: int
@@ -43,11 +47,12 @@ class Record(NamedTuple):
 
 
 def parse_source(text: str) -> Source:
-    """Read a file's name and the choice of its records.
+    """The Source that a text names: a file and, optionally, a choice of its records.
 
-    It is `file.jsonl`, `file.jsonl@0.1` (share, has a point), `file.jsonl@500` (count) or
+    The text is `file.jsonl`, `file.jsonl@0.1` (a share has a point), `file.jsonl@500` (count) or
     `file.jsonl@500,offset=10,rows=100,system=Be kind, ...`, where `system=` takes the rest of the
-    text. An `@` may belong to the path: the longest path that exists is taken.
+    text. An `@` may belong to the path: the longest path that exists is used. ValueError for
+    another form.
     """
     cuts = [i for i, letter in enumerate(text) if letter == "@"]
     if not text or text.startswith("@"):
@@ -68,22 +73,19 @@ def parse_source(text: str) -> Source:
 
 
 def _with_choice(path: str, choice: str) -> Source:
-    found: dict[str, Any] = {}
-    options, mark, system = (
-        choice.partition("system=")
-        if choice.startswith("system=")
-        else choice.partition(",system=")
-    )
-    if mark and not system:
+    fields: dict[str, Any] = {}
+    separator = "system=" if choice.startswith("system=") else ",system="
+    options, given_system, system = choice.partition(separator)
+    if given_system and not system:
         raise ValueError("system= without a text (--ignore-system-prompt removes system messages)")
-    if mark:
-        found["system_prompt"] = system
-    for option in options.split(",") if options or not mark else ():
+    if given_system:
+        fields["system_prompt"] = system
+    for option in options.split(",") if options or not given_system else ():
         key, given, value = option.partition("=")
         if not given:
             key, value = ("count" if option.strip().isdigit() else "share"), option
         key = key.strip()
-        if key not in ("share", "count", "offset", "rows") or key in found:
+        if key not in ("share", "count", "offset", "rows") or key in fields:
             raise ValueError(
                 f"{option!r} is not a share, a count, offset=, rows= or system=, or stands twice"
             )
@@ -91,23 +93,22 @@ def _with_choice(path: str, choice: str) -> Source:
             number = float(value) if key == "share" else int(value)
         except ValueError:
             raise ValueError(f"{option!r} is no number") from None
-        if not (0 < number <= 1 if key == "share" else number >= (key != "offset")):
-            raise ValueError(
-                f"{key} {value} cannot be; "
-                + ("a share lies in (0, 1]" if key == "share" else "give a positive whole number")
-            )
-        found[key] = number
-    if {"share", "count"} <= found.keys():
+        share = key == "share"
+        if not (0 < number <= 1 if share else number >= (key != "offset")):
+            range_of = "a share lies in (0, 1]" if share else "give a positive whole number"
+            raise ValueError(f"{key} {value} cannot be; {range_of}")
+        fields[key] = number
+    if {"share", "count"} <= fields.keys():
         raise ValueError("a share and a count at once")
-    return Source(path, **found)
+    return Source(path, **fields)
 
 
 def select(source: Source, seed: int) -> tuple[bytearray, str]:
-    """Which records of a source are taken: a flag for each line that is not blank; and a remark.
+    """A flag for each line of a source that is not blank: whether it is used; and a remark or "".
 
     The choice ranks records by a keyed hash of their line. It depends on the seed and the lines
-    alone, not on other sources, names or order; a larger share contains the smaller one. Identical
-    lines are as many records. The remark is "" where there is nothing to say.
+    alone, not on other sources, names or order; a larger share contains the smaller one. Equal
+    lines count as separate records. ValueError where an offset leaves no record.
     """
     chosen = source.share is not None or source.count is not None
     ranks, key = array("Q"), str(seed).encode()[:64]
@@ -119,24 +120,22 @@ def select(source: Source, seed: int) -> tuple[bytearray, str]:
             f"{source.path}: offset={source.offset} leaves nothing of its {len(ranks)} records; "
             "give a smaller offset"
         )
-    want = (
-        source.count
-        if source.count is not None
-        else max(round((source.share or 1.0) * len(window)), 1)
-    )
+    count = source.count
+    if count is None:
+        count = max(round((source.share or 1.0) * len(window)), 1)
     keep = bytearray(len(ranks))
-    for i in sorted(window, key=ranks.__getitem__)[:want] if chosen else window:
+    for i in sorted(window, key=ranks.__getitem__)[:count] if chosen else window:
         keep[i] = 1
     wanted = source.rows or 0 if source.count is None else source.count
-    return keep, f"{wanted} records asked for, {len(window)} there, all taken" if wanted > len(
-        window
-    ) else ""
+    remark = f"{wanted} records asked for, {len(window)} there, all taken"
+    return keep, remark if wanted > len(window) else ""
 
 
 class Drops:
-    """Counts what was not used, by reason, and names the first places.
+    """Counts of records that are not used, by reason, with the first places of each.
 
-    It writes each as a line of JSON to `aside` and decides when bad records are an error.
+    Each is written to `aside` as a line of JSON. Bad records are an error unless `on_bad_record` is
+    "skip", and are one again when they exceed `max_bad_share` of `expected`.
     """
 
     def __init__(
@@ -146,22 +145,20 @@ class Drops:
         expected: int = 0,
         aside: IO[str] | None = None,
     ):
-        self.skip, self.max_bad_share, self.expected, self.aside = (
-            on_bad_record == "skip",
-            max_bad_share,
-            expected,
-            aside,
-        )
+        self.skip = on_bad_record == "skip"
+        self.max_bad_share = max_bad_share
+        self.expected = expected
+        self.aside = aside
         self.bad = 0
         self.counts: dict[str, int] = {}
         self.notes: dict[str, int] = {}
         self.first: dict[str, list[tuple[int, int]]] = {}
 
     def bad_record(self, source: int, path: str, line: int, error: ValueError, raw: bytes) -> None:
-        """Count a record that is wrong, or raise ValueError.
+        """Count a bad record, or raise ValueError.
 
-        It raises always unless bad records are skipped, and when skipped ones are more than
-        `max_bad_share` allows.
+        It raises where bad records are not skipped, and where more are skipped than `max_bad_share`
+        allows. A record that is only unusable is dropped.
         """
         if getattr(error, "unusable", False):
             return self.drop(source, path, line, error.reason)
@@ -169,27 +166,26 @@ class Drops:
             raise ValueError(f"{path}:{line}: {error}") from None
         self.bad += 1
         text = (raw if len(raw) <= MAX_LINE else raw[:1000]).decode(errors="backslashreplace")
-        self.drop(
-            source, path, line, getattr(error, "reason", "") or str(error).partition(":")[0], text
-        )
+        reason = getattr(error, "reason", "") or str(error).partition(":")[0]
+        self.drop(source, path, line, reason, text)
         if self.bad > self.max_bad_share * self.expected:
             raise ValueError(
                 f"{path}:{line}: {error}\nbad records: {self.bad} so far of {self.expected}, over "
-                f"--max-bad-share {self.max_bad_share}; "
-                f"mend them or raise it. By reason: {self.table()}"
+                f"--max-bad-share {self.max_bad_share}; mend them or raise it. "
+                f"By reason: {self.table()}"
             ) from None
 
     def drop(self, source: int, path: str, line: int, reason: str, text: str | None = None) -> None:
-        """Count a record that is right but cannot be used (or, with `text`, a bad one)."""
+        """Count a well-formed record that cannot be used (or, with `text`, a bad one)."""
         self._count(self.counts, reason, source, line)
         if self.aside:
-            entry = {"file": path, "line": line, "reason": reason} | (
-                {} if text is None else {"text": text}
-            )
-            self.aside.write(json.dumps({"source": source} | entry, ensure_ascii=False) + "\n")
+            entry = {"source": source, "file": path, "line": line, "reason": reason}
+            if text is not None:
+                entry["text"] = text
+            self.aside.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
     def note(self, source: int, line: int, remark: str) -> None:
-        """Count something odd in a record that is used."""
+        """Count a remark on a record that is used."""
         self._count(self.notes, remark, source, line)
 
     def _count(self, counts: dict[str, int], key: str, source: int, line: int) -> None:
@@ -202,7 +198,7 @@ class Drops:
         return self._sorted(self.counts)
 
     def remarks(self) -> dict[str, dict]:
-        """The same for what was noted."""
+        """The same for the remarks."""
         return self._sorted(self.notes)
 
     def _sorted(self, counts: dict[str, int]) -> dict[str, dict]:
@@ -212,7 +208,7 @@ class Drops:
         }
 
     def table(self) -> str:
-        """The reasons in one line, with count and the first line."""
+        """The reasons in one line, each with its count and first line."""
         return ", ".join(
             f"{entry['count']} {reason} (line {entry['first'][0][1]})"
             for reason, entry in self.reasons().items()
@@ -224,27 +220,24 @@ def scan(
 ) -> Iterator[tuple[Record, bytes]]:
     """Stream the chosen records of one source, checked, each with its line as bytes.
 
-    The rest goes to `drops`.
+    The other records are counted in `drops`.
     """
-    chosen: Iterable = (
-        numbered for numbered, kept in zip(read_lines(source.path), keep, strict=False) if kept
-    )
-    for line, raw in chosen:
+    flagged = zip(read_lines(source.path), keep, strict=False)
+    for line, raw in (numbered for numbered, kept in flagged if kept):
         try:
             data = check(parse_record(raw))
         except ValueError as error:
             drops.bad_record(index, source.path, line, error, raw)
             continue
         roles = [message["role"] for message in data.get("messages") or data.get("context") or ()]
-        if any(
-            a == b == "assistant" for a, b in pairwise(roles + ["assistant"] * ("context" in data))
-        ):
+        roles += ["assistant"] * ("context" in data)
+        if any(a == b == "assistant" for a, b in pairwise(roles)):
             drops.note(index, line, "answers twice in a row")
         yield Record(index, line, data), raw
 
 
 def chunks(stream: Iterable[tuple[Record, bytes]]) -> Iterator[list[tuple[Record, bytes]]]:
-    """Lists of at most CHUNK_RECORDS records and about CHUNK_BYTES.
+    """Lists of at most CHUNK_RECORDS records and about CHUNK_BYTES bytes.
 
     Memory therefore does not grow with the data.
     """
@@ -262,9 +255,9 @@ def chunks(stream: Iterable[tuple[Record, bytes]]) -> Iterator[list[tuple[Record
 
 @contextmanager
 def no_long_collections() -> Iterator[None]:
-    """Turn off Python's search for dead cycles, which would walk all tokens again and again.
+    """Turn off Python's search for dead cycles, which would visit all tokens again and again.
 
-    The search among what is new, which `chunks` asks for, is enough.
+    The search among new objects, which `chunks` asks for, is enough.
     """
     was = gc.isenabled()
     gc.disable()
@@ -294,7 +287,7 @@ def read_records(
 ) -> Iterator[Record]:
     """Stream the checked records of several sources without preparing them.
 
-    Sources go in the order of their text, as in `prepare`.
+    Sources are read in the order of their text, as in `prepare`.
     """
     drops = drops or Drops()
     parsed = [parse_source(text) for text in sorted(sources)]
