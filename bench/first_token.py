@@ -11,7 +11,10 @@ import subprocess
 import sys
 import time
 
-from harness import ROOT, compare, parser, read
+try:
+    from harness import ROOT, compare, parser, read
+except ImportError:
+    from bench.harness import ROOT, compare, parser, read
 
 BARE = """
 import sys

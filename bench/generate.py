@@ -17,7 +17,10 @@ import time
 from functools import partial
 from pathlib import Path
 
-from harness import compare, parser, read
+try:
+    from harness import compare, parser, read
+except ImportError:
+    from bench.harness import compare, parser, read
 
 VOCABULARY, LONGEST_ANSWER, BATCH = 16_384, 96, 16
 
