@@ -172,7 +172,7 @@ def cuts_of(lengths: tuple[int, ...], prefixes: tuple[int, ...] = ()) -> Cuts:
 
 
 def _bounds(lengths: np.ndarray) -> np.ndarray:
-    """(C + 1,) int32 cumulative lengths; C is a multiple of DOCUMENTS, with empty ones at the end."""
+    """(C + 1,) int32 cumulative lengths; empty documents fill C up to a multiple of DOCUMENTS."""
     out = np.full(-(-len(lengths) // DOCUMENTS) * DOCUMENTS + 1, lengths.sum(), np.int32)
     out[0], out[1 : len(lengths) + 1] = 0, np.cumsum(lengths)
     return out

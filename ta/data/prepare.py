@@ -273,7 +273,7 @@ def first_records(prepared: Prepared | None, n: int) -> list[dict]:
 
 
 def preview(prepared: Prepared, tokenizer: ChatTokenizer) -> None:
-    """Print a report of prepared data and the first record, its learned tokens in colour (stderr)."""
+    """Print a report of prepared data and the first record with its learned tokens (stderr)."""
     say_once("\n".join(report(prepared.info)))
     for i in range(prepared.k):
         ids, weights = sequence(prepared, i)

@@ -1,13 +1,14 @@
-"""Checkpoints that are whole or absent: trained tensors and optimizer state in safetensors shards.
+"""Checkpoints that are complete or absent: trained tensors and optimizer state in shards.
 
-A folder step-N holds shard-R.safetensors of every rank R and manifest.json with sizes and hashes; one
-rename publishes it. Sharded tensors are cut along their first dimension; a checkpoint of any number
-of processes loads on any other. The state of an optimizer is whatever it keeps for a parameter:
-tensors are stored as KEY/NAME, numbers in the manifest.
+A folder step-N holds shard-R.safetensors of every rank R and manifest.json with sizes and hashes;
+one rename publishes it. Sharded tensors are cut along their first dimension; a checkpoint of any
+number of processes loads on any other number. Any optimizer's state is stored: tensors as KEY/NAME,
+numbers in the manifest.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 FORMAT = 2
-READABLE = (1, 2)  # 1: AdamW's two moments alone, cut like their parameters
+# format 1 held AdamW's two moments only, cut like their parameters
+READABLE = (1, 2)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Found(NamedTuple):
-    """A whole checkpoint and what was passed over on the way to it."""
+    """A complete checkpoint, and the damaged ones that are newer."""
 
     path: Path
     manifest: dict[str, Any]
@@ -81,7 +83,7 @@ def save(
         sync(temporary / name)
         entry = {"file": name, "rows": rows, **_digest(temporary / name)}
     except Exception as error:
-        # all ranks are told first: one without room must not leave the others waiting
+        # every rank must learn of this first: a rank without room must not leave the others waiting
         failure, entry = error, {"failed": f"rank {rank()}: {error}"}
     entries = gather_objects(entry)
     if failed := [e["failed"] for e in entries if "failed" in e]:
@@ -89,9 +91,8 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(failure, OSError):
             raise failure
-        raise OSError(
-            28, f"checkpoint of step {step} not written, earlier ones are kept ({failed[0]})"
-        )
+        reason = f"checkpoint of step {step} not written, earlier ones are kept ({failed[0]})"
+        raise OSError(errno.ENOSPC, reason)
     if rank() == 0:
         manifest = {"format": FORMAT, "step": step, "world": world(), "identity": identity}
         manifest |= {"optimizer": numbers, "shards": entries}
@@ -107,7 +108,7 @@ def save(
 def _optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
-    """({KEY/NAME: tensor}, {NAME: {KEY: number}}) of what the optimizer keeps for each parameter."""
+    """({KEY/NAME: tensor}, {NAME: {KEY: number}}) of an optimizer's state for each parameter."""
     import torch
 
     tensors, numbers = {}, {}
@@ -121,9 +122,10 @@ def _optimizer_state(
 
 
 def newest(folder: Path) -> Found | None:
-    """The newest checkpoint whose every file has the size and hash of its manifest; None where there is none at all.
+    """The newest checkpoint whose files have the sizes and hashes of its manifest.
 
-    ValueError where checkpoints exist and none of them is whole: starting over unasked would throw work away.
+    None where there is no checkpoint. ValueError where checkpoints exist and none is complete,
+    because a new start would throw work away.
     """
     damaged = []
     for path in _published(folder):
@@ -145,9 +147,9 @@ def load(
     optimizer: torch.optim.Optimizer,
     more_state: dict[str, torch.Tensor] | None = None,
 ) -> int:
-    """Copy tensors and optimizer state into place; the number of steps done.
+    """Copy tensors and optimizer state into place; returns the number of steps done.
 
-    ValueError names what does not fit.
+    ValueError names the first tensor that does not fit.
     """
     import torch
 
@@ -166,10 +168,11 @@ def load(
     for full in shards.names - stored:
         key, _, name = full.partition("/")
         parameter = parameters[name]
-        same = shards.shape(full) == list(parameter.shape)
-        new = torch.zeros_like(parameter) if same else parameter.new_zeros(shards.shape(full))
-        optimizer.state[parameter][key] = new.detach()
-        shards.copy_to(new, full)
+        shape = shards.shape(full)
+        like_parameter = shape == list(parameter.shape)
+        state = torch.zeros_like(parameter) if like_parameter else parameter.new_zeros(shape)
+        optimizer.state[parameter][key] = state.detach()
+        shards.copy_to(state, full)
     step = found.manifest["step"]
     for name, parameter in parameters.items():
         numbers = found.manifest.get("optimizer", {}).get(name, {})
@@ -192,7 +195,8 @@ class Shards:
         self.path = found.path
         self.rows = [dict(shard["rows"]) for shard in found.manifest["shards"]]
         self.files = [safe_open(found.path / s["file"], "pt") for s in found.manifest["shards"]]
-        if found.manifest["format"] == 1:  # moments are cut like their parameters
+        if found.manifest["format"] == 1:
+            # moments are cut like their parameters
             for rows, file in zip(self.rows, self.files, strict=True):
                 for full in file.keys():  # noqa: SIM118 safe_open is no mapping
                     key, _, name = full.partition("/")
@@ -201,11 +205,11 @@ class Shards:
         self.names = {name for rows in self.rows for name in rows}
 
     def is_state(self, name: str, wanted: dict[str, Any]) -> bool:
-        """Whether this is what an optimizer keeps for a parameter, not a tensor of its own."""
+        """Whether a name is that of optimizer state, not of a tensor that trains."""
         return name not in wanted and "/" in name and name.partition("/")[2] in wanted
 
     def shape(self, name: str) -> list[int]:
-        """Of the whole tensor."""
+        """The shape of the whole tensor."""
         return next(rows[name]["shape"] for rows in self.rows if name in rows)
 
     def copy_to(self, tensor: torch.Tensor, name: str) -> None:
@@ -219,21 +223,25 @@ class Shards:
             )
         pieces = []
         for rows, file in zip(self.rows, self.files, strict=True):
-            if (have := rows.get(name)) is None:
+            if (held := rows.get(name)) is None:
                 continue
-            end = start + (len(local) if local.dim() else 1)
-            low, high = max(start, have["start"]), min(end, have["start"] + have["rows"])
-            if low < high:
-                part = slice(low - have["start"], high - have["start"])
-                whole_file = file.get_tensor(name) if not local.dim() else None
-                pieces.append(whole_file if whole_file is not None else file.get_slice(name)[part])
+            first, end = held["start"], start + (len(local) if local.dim() else 1)
+            low, high = max(start, first), min(end, first + held["rows"])
+            if low < high and local.dim():
+                pieces.append(file.get_slice(name)[low - first : high - first])
+            elif low < high:
+                pieces.append(file.get_tensor(name))
         if pieces:
             with torch.no_grad():
                 local.copy_(torch.cat(pieces) if local.dim() else pieces[0])
 
 
 def _local(tensor, owner_only: bool = True):
-    """(this rank's rows, their first row, whole shape); replicated tensors belong to rank 0, others get None when `owner_only`."""
+    """(this rank's rows, index of the first, whole shape) of a tensor.
+
+    A tensor that is not sharded belongs to rank 0; with `owner_only` the other ranks get None for
+    its rows.
+    """
     whole = list(tensor.shape)
     if not hasattr(tensor, "to_local"):
         return (None if owner_only and rank() else tensor.detach()), 0, whole
@@ -241,19 +249,15 @@ def _local(tensor, owner_only: bool = True):
 
 
 def _published(folder: Path) -> list[Path]:
-    """step-N folders, newest first."""
-    return (
-        sorted(
-            (p for p in folder.glob("step-*") if p.name[5:].isdigit()),
-            key=lambda p: -int(p.name[5:]),
-        )
-        if folder.exists()
-        else []
-    )
+    """The step-N folders, newest first."""
+    if not folder.exists():
+        return []
+    folders = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    return sorted(folders, key=lambda path: -int(path.name[5:]))
 
 
 def _damage(path: Path) -> str:
-    """Why a checkpoint is not whole, or nothing."""
+    """The reason why a checkpoint is not complete, or ""."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         if manifest["format"] not in READABLE:

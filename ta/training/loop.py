@@ -1,6 +1,6 @@
-"""The training loop: sums from each micro-batch, one division by the global count, one optimizer step.
+"""The training loop: sums over micro-batches, one division by the global count, one optimizer step.
 
-`step(model, batch) -> (loss_sum, count, metric_sums)` is all that a method brings. The state is the
+A method is one function, `step(model, batch) -> (loss_sum, count, metric_sums)`. The state is the
 model, the optimizer and the step number; the learning rate, the order of records and dropout are
 functions of (seed, step).
 """
@@ -47,17 +47,18 @@ def train(
     more_state: dict[str, Tensor] | None = None,
     resume_key: dict[str, Any] | None = None,
 ) -> dict[str, float]:
-    """Train `model` in place for batches.steps steps; the last evaluation's figures.
+    """Train `model` in place for batches.steps steps; returns the figures of the last evaluation.
 
-    step(model, batch): the sum of the loss over a micro-batch, the weight it is divided by over the
-    whole global batch, and sums of metrics. evaluate(done): figures for metrics.jsonl, before,
-    during and after training. before_step(done, micro_batches): the micro-batches that the next step
-    takes in place of these; it sees all of a step's at once, on all processes.
+    step(model, batch) gives the sum of the loss over a micro-batch, its part of the weight by which
+    the sum over the global batch is divided, and sums of metrics. evaluate(done) gives figures for
+    metrics.jsonl, before, during and after training. before_step(done, micro_batches) returns the
+    micro-batches that the next step uses instead of these; it gets those of a step all at once, on
+    all processes.
 
     A checkpoint holds the model, the state of any optimizer, and the tensors of `more_state`, which
-    are what else changes in training. `resume_key` adds to what must not differ on --resume.
-    `optim` gives the schedule of the learning rate and the clipping. A signal ends the program after
-    the step and a checkpoint: SystemExit(143 or 130).
+    names everything else that changes in training. `resume_key` adds settings that must not differ
+    on --resume. `optim` gives the schedule of the learning rate and the clipping. A signal ends the
+    program after the running step and a checkpoint: SystemExit(143 or 130).
     """
     loop, folder = run.loop, run.folder
     if loop.dry_run:
@@ -89,7 +90,7 @@ def train(
                     loss.backward()
                     _add(sums, loss, count, batch, metrics)
                 totals = sum_over_ranks(_row(sums, device))
-                # the next batch is made while an accelerator is still at work on this step
+                # the next batch is made while an accelerator still computes this step
                 ready = _on_device(batches, number + 1, device)
                 total = dict(zip(sums, totals.tolist(), strict=True))
                 if not total["count"]:
@@ -135,22 +136,18 @@ def train(
 
 
 def _on_device(batches: TrainBatches, number: int, device) -> list:
-    """This process's micro-batches of a step, on the device; [] behind the last step."""
-    return (
-        [to_device(batch, device) for batch in batches.at(number)] if number < batches.steps else []
-    )
+    """This process's micro-batches of a step, on the device; [] after the last step."""
+    if number >= batches.steps:
+        return []
+    return [to_device(batch, device) for batch in batches.at(number)]
 
 
 def _add(sums: dict[str, Any], loss, count, batch, metrics: dict[str, Any]) -> None:
-    """Add one micro-batch to the sums; values on a device are not waited for."""
+    """Add one micro-batch to the sums, without waiting for values on a device."""
     inner = batch_of(batch)
     sizes = {"tokens": sum(inner.lengths), "learned": len(inner.learned)}
-    values = {
-        "loss": loss,
-        "count": count,
-        **sizes,
-        **{f"metric {k}": metrics[k] for k in sorted(metrics)},
-    }
+    values = {"loss": loss, "count": count, **sizes}
+    values |= {f"metric {name}": metrics[name] for name in sorted(metrics)}
     for name, value in values.items():
         value = value.detach().double() if torch.is_tensor(value) else value
         sums[name] = sums.get(name, 0.0) + value
@@ -179,14 +176,17 @@ def mean_over(model: nn.Module, batches: Iterable, step: Step) -> dict[str, floa
     model.train(was_training)
     totals = dict(zip(sums, sum_over_ranks(_row(sums, device)).tolist(), strict=True))
     count = totals["count"] or math.nan
-    metrics = {k.removeprefix("metric "): v for k, v in totals.items() if k.startswith("metric ")}
-    return {name: value / count for name, value in ({"loss": totals["loss"]} | metrics).items()}
+    figures = {"loss": totals["loss"] / count}
+    for name, value in totals.items():
+        if name.startswith("metric "):
+            figures[name.removeprefix("metric ")] = value / count
+    return figures
 
 
 def scores_of(model: nn.Module, prepared: Prepared, n: int, max_tokens: int) -> Tensor:
     """(n, k, C) scores of each sequence of the first n records, on the CPU of every process.
 
-    All processes take part; `max_tokens` is the size of a forward pass.
+    All processes take part; a forward pass has at most `max_tokens` tokens.
     """
 
     device, was_training = next(model.parameters()).device, model.training
@@ -199,19 +199,19 @@ def scores_of(model: nn.Module, prepared: Prepared, n: int, max_tokens: int) -> 
         lambda data, chosen, packed: (collate_chats(data, chosen, packed), chosen),
     )
     model.eval()
-    mine = []
+    scored = []
     with torch.no_grad():
         for batch, chosen in batches:
             scores = model.scores(to_device(batch, device))  # (N, C)
-            mine.append((chosen, scores.unflatten(0, (-1, prepared.k)).cpu()))
+            scored.append((chosen, scores.unflatten(0, (-1, prepared.k)).cpu()))
     model.train(was_training)
-    shares = [part for share in gather_objects(mine) for part in share]
+    shares = [part for share in gather_objects(scored) for part in share]
     order = np.argsort(np.concatenate([chosen for chosen, _ in shares]))
     return torch.cat([scores for _, scores in shares])[order]
 
 
 def _evaluate(evaluate, model, folder: Path, step: int, trackers: list) -> dict[str, float]:
-    """Run `evaluate`, log its figures and say them."""
+    """Run `evaluate`, log its figures and print them."""
     figures = evaluate(step)
     model.train()
     if rank() == 0:
@@ -229,7 +229,7 @@ def _log(folder: Path, record: dict[str, float], trackers: list) -> None:
 
 
 def _resume(run: Run, model, optimizer, key: dict[str, Any], more_state) -> int:
-    """Load the newest whole checkpoint; the number of steps done, 0 where there is none.
+    """Load the newest complete checkpoint; returns the number of steps done, 0 where there is none.
 
     ValueError where it was made with other settings.
     """
@@ -242,7 +242,8 @@ def _resume(run: Run, model, optimizer, key: dict[str, Any], more_state) -> int:
         raise ValueError(f"--allow-change {min(unknown)}: give one of {', '.join(now)}")
     before = found.manifest["identity"]
     names = [*now, *(name for name in before if name not in now and before[name] is not None)]
-    if found.manifest["format"] == 1:  # an older version noted fewer settings
+    if found.manifest["format"] == 1:
+        # an older version recorded fewer settings
         before = before | {"optimizer": "AdamW"}
         names = [name for name in now if name in before]
     changed = {
@@ -263,8 +264,7 @@ def _resume(run: Run, model, optimizer, key: dict[str, Any], more_state) -> int:
             raise ValueError(
                 f"{found.path} is of an older version and holds a synced reference that has just "
                 "moved, which would move twice: delete it to go on from an earlier checkpoint "
-                "whose "
-                f"step is no multiple of --sync-every {every}, or start anew with --overwrite"
+                f"whose step is no multiple of --sync-every {every}, or start anew with --overwrite"
             )
     step = checkpoint.load(found, model, optimizer, more_state)
     for text in found.damaged:
@@ -277,15 +277,13 @@ def _resume(run: Run, model, optimizer, key: dict[str, Any], more_state) -> int:
 
 
 def _stop_non_finite(run: Run, number: int, total, model, batches, micro_batches) -> None:
-    """Write the token ids of a step whose loss or gradient is not finite, and end the run."""
-    bad = next(
-        (
-            name
-            for name, p in model.named_parameters()
-            if p.requires_grad and p.grad is not None and not p.grad.isfinite().all()
-        ),
-        "none (the loss itself)",
-    )
+    """Write the token ids of a step whose loss or gradient is not finite, and raise ValueError."""
+    bad = "none (the loss itself)"
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad if parameter.requires_grad else None
+        if gradient is not None and not gradient.isfinite().all():
+            bad = name
+            break
     path = run.folder / "non_finite.jsonl"
     for i, batch in enumerate(micro_batches):
         tokens = batch_of(batch).tokens.tolist()
@@ -293,8 +291,7 @@ def _stop_non_finite(run: Run, number: int, total, model, batches, micro_batches
         append_line(path, record)
     raise ValueError(
         f"loss {total['loss'] / total['count']} or its gradient is not finite at step "
-        f"{number + 1}; "
-        f"first bad gradient: {bad}; records: {_where(batches, number)}. "
+        f"{number + 1}; first bad gradient: {bad}; records: {_where(batches, number)}. "
         f"Nothing was updated; token ids are in {path}. Lower --lr or look at these records"
     )
 

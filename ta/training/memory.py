@@ -1,4 +1,4 @@
-"""What a run will hold in the memory of one device, by part: the report of --dry-run."""
+"""The memory that a run will need on one device, by part: the report of --dry-run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
     from ta.data.loader import TrainBatches
 
-STEPS_LOOKED_AT = 32
+# steps whose micro-batches are searched for the largest
+FIRST_STEPS = 32
 # (T, D) tensors that a block keeps for its backward pass: norms, projections, residuals
 KEPT_WIDTHS = 13
 # (T, I) tensors that its feed-forward part keeps
@@ -20,12 +21,12 @@ KEPT_HIDDEN = 4
 def estimate(
     model: nn.Module, batches: TrainBatches, optimizer: torch.optim.Optimizer
 ) -> dict[str, float]:
-    """GB at the peak of a step on this device, by arithmetic, of this process's share.
+    """GB at the peak of a step, this process's share on its device, by arithmetic.
 
-    Weights, gradients and the optimizer's moments are counted from the tensors. Activations are
-    what the blocks keep for the backward pass of the largest micro-batch of the first steps: for
-    T tokens KEPT_WIDTHS tensors of the model's width and KEPT_HIDDEN of its feed-forward width, or
-    one of its width where blocks are recomputed; and the logits of a chunk of tokens.
+    Weights, gradients and the optimizer's moments are counted from the tensors. Activations are the
+    tensors that the blocks keep for the backward pass of the largest micro-batch of the first
+    steps: for T tokens KEPT_WIDTHS tensors of the model's width and KEPT_HIDDEN of its feed-forward
+    width, or one of its width where blocks are recomputed; and the logits of a chunk of tokens.
     """
     from ta.data.batch import batch_of
     from ta.model.language_model import base_model
@@ -34,8 +35,9 @@ def estimate(
     weights = sum({id(t): _size(t) for t in (*model.parameters(), *model.buffers())}.values())
     trained = [p for p in model.parameters() if p.requires_grad]
     moments = 2 if "betas" in optimizer.defaults else 1 if optimizer.defaults.get("momentum") else 0
-    looked_at = range(min(STEPS_LOOKED_AT, batches.steps))
-    tokens = max(batch_of(batch).tokens.numel() for step in looked_at for batch in batches.at(step))
+    first_steps = range(min(FIRST_STEPS, batches.steps))
+    micro_batches = (batch for step in first_steps for batch in batches.at(step))
+    tokens = max(batch_of(batch).tokens.numel() for batch in micro_batches)
     config = base_model(model.inner).config.get_text_config()
     width, layers = config.hidden_size, config.num_hidden_layers
     hidden = getattr(config, "intermediate_size", 4 * width)
@@ -55,7 +57,7 @@ def estimate(
 
 
 def memory_report(model: nn.Module, batches: TrainBatches, optimizer: torch.optim.Optimizer) -> str:
-    """Parameters, trained ones, steps and the estimate, for a person."""
+    """Numbers of parameters, of trained ones and of steps, and the estimate, for a person."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     lines = [

@@ -1,4 +1,4 @@
-"""The optimizer, its learning rate as a pure function of the step, and one update from summed gradients."""
+"""The optimizer, the learning rate as a pure function of the step, and one update."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def with_default_lr(
 def lr_at(step: int, steps: int, config: OptimConfig) -> float:
     """Learning rate of optimizer step `step` (from 0) of `steps`.
 
-    A linear warm-up, then cosine or linear to min_lr_ratio * lr, or constant.
+    A linear warm-up comes first, then cosine or linear decay to min_lr_ratio * lr, or a constant.
     """
     warmup = config.warmup if config.warmup >= 1 else math.ceil(config.warmup * steps)
     if step < warmup:
@@ -73,7 +73,7 @@ def lr_at(step: int, steps: int, config: OptimConfig) -> float:
 def parameter_groups(
     model: nn.Module, weight_decay: float = 0.0, lr_scales: dict[str, float] | None = None
 ) -> list[dict]:
-    """What trains, in groups for an optimizer: matrices decay, other tensors do not.
+    """The weights that train, in groups for an optimizer: matrices decay, other tensors do not.
 
     `lr_scales` maps a prefix of parameter names to a factor on the learning rate ("lr_scale" in a
     group, which `train` reads). ValueError where every weight is frozen.
@@ -101,7 +101,7 @@ def parameter_groups(
 def adamw(
     model: nn.Module, config: OptimConfig, lr_scales: dict[str, float] | None = None
 ) -> torch.optim.Optimizer:
-    """AdamW over what trains (see `parameter_groups`)."""
+    """AdamW over the weights that train (see `parameter_groups`)."""
     import torch
 
     groups = parameter_groups(model, config.weight_decay, lr_scales)
@@ -116,9 +116,10 @@ def update(
     clip: float,
     loss: float,
 ) -> float:
-    """Multiply the summed gradients by `scale`, clip, step.
+    """Divide the summed gradients by 1 / `scale`, clip them and take one optimizer step.
 
-    Returns the gradient norm, or nan (and updates nothing) where loss or norm is not finite.
+    Returns the gradient norm. Where the loss or the norm is not finite it returns nan and updates
+    nothing.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""What a long run shows and heeds: figures since the last log line, the progress bar, signals that ask it to stop."""
+"""The progress of a long run: sums for the next log line, the progress bar, and stop signals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class StepSums:
         self.metrics: dict[str, float] = {}
 
     def add(self, total: dict[str, float]) -> None:
-        """Take in one step's sums; those of metrics are named "metric NAME"."""
+        """Add the sums of one step; those of metrics are named "metric NAME"."""
         self.loss += total["loss"]
         self.count += total["count"]
         self.tokens += total["tokens"]
@@ -26,7 +26,7 @@ class StepSums:
                 self.metrics[name] = self.metrics.get(name, 0.0) + value
 
     def mean(self) -> dict[str, float]:
-        """Means over the steps taken in, and their tokens and seconds."""
+        """Means over the steps since the last log line, with their tokens and seconds."""
         seconds = time.perf_counter() - self.start
         means = {key: value / self.count for key, value in self.metrics.items()}
         sizes = {
@@ -38,14 +38,15 @@ class StepSums:
 
 
 class Signals:
-    """SIGTERM and SIGINT ask the loop to stop after the step it is in; a second SIGINT stops at once."""
+    """SIGTERM and SIGINT ask the loop to stop after its step; a second SIGINT stops at once."""
 
     def __enter__(self):
         self.received = 0
         self.before = {}
         try:
             self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not in the main thread: signals are the caller's
+        except ValueError:
+            # outside the main thread signals belong to the caller
             pass
         return self
 
@@ -60,7 +61,7 @@ class Signals:
 
 
 def progress_bar(steps: int, first: int, show: bool):
-    """A tqdm bar with time left; nothing where `show` is false."""
+    """A tqdm bar with the time left; nothing is shown where `show` is False."""
     from tqdm import tqdm
 
     return tqdm(
@@ -75,13 +76,14 @@ def progress_bar(steps: int, first: int, show: bool):
 
 
 def line(record: dict[str, float]) -> str:
-    """A logged step in a few words."""
+    """A logged step as one short line."""
     speed = record["learned_tokens"] / max(record["seconds"], 1e-9)
-    return f"loss {record['loss']:.4f}, lr {record['lr']:.2e}, {speed:,.0f} learned tok/s, {record['memory_gb']:.2f} GB"
+    figures = f"loss {record['loss']:.4f}, lr {record['lr']:.2e}, {speed:,.0f} learned tok/s"
+    return f"{figures}, {record['memory_gb']:.2f} GB"
 
 
 def memory() -> dict[str, float]:
-    """Peak memory so far, in GB: of the accelerator where there is one, else of this process."""
+    """{"memory_gb": peak memory so far in GB}, of the accelerator, else of this process."""
     import resource
 
     import torch

@@ -1,6 +1,7 @@
-"""report.html of a run folder: one file that opens anywhere, with curves, answers before and after, settings; made anew from the folder's logs.
+"""report.html of a run folder: curves, answers before and after training, and settings.
 
-The page holds no script and loads nothing. Colours follow the reader's light or dark setting; figures appear where the pointer stands.
+It is made from the logs of the folder. The page is one file without scripts that loads nothing.
+Colours follow the reader's light or dark setting; figures appear at the pointer.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ from ta.files import read_json_lines, write_atomic
 
 Curve = list[tuple[float, float]]  # (step, value)
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = (
-    460,
-    230,
-    56,
-    14,
-    26,
-    30,
-)  # of a chart and its margins, in SVG units
-POINTS, ROWS = 300, 64  # most points of a curve, most records of the table
-SHOWN = 12  # records of the table that are open at once
+# a chart and its margins, in SVG units
+WIDTH, HEIGHT = 460, 230
+LEFT, RIGHT, TOP, BOTTOM = 56, 14, 26, 30
+# greatest number of points of a curve, and of records of the table
+POINTS, ROWS = 300, 64
+# records of the table that are open at once
+SHOWN = 12
 
 
 def write_report(folder: Path) -> None:
-    """Write folder/report.html from config.json, metrics.jsonl, samples.jsonl and drops.jsonl, those of them that are there."""
+    """Write folder/report.html from config.json and the logs metrics, samples and drops (.jsonl).
+
+    Files that do not exist are left out.
+    """
     path = folder / "config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     logs = [read_json_lines(folder / f"{name}.jsonl") for name in ("metrics", "samples", "drops")]
@@ -46,16 +47,16 @@ def page(
     samples: Sequence[dict],
     drops: Sequence[dict],
 ) -> str:
-    """The whole page. `settings` is config.json's object, the others are the lines of the logs."""
+    """The whole page.
+
+    `settings` is the object of config.json; the others are the lines of the logs.
+    """
     charts = "".join(chart(title, curves) for title, curves in charts_of(metrics).items())
+    reasons = Counter(drop.get("reason", "?") for drop in drops).most_common()
     sections = {
         "Curves": charts and f'<div class="grid">{charts}</div>',
         "Held-out records, before and after": sample_table(samples),
-        "Records left out": html_table(
-            ("reason", "records"), Counter(d.get("reason", "?") for d in drops).most_common()
-        )
-        if drops
-        else "",
+        "Records left out": html_table(("reason", "records"), reasons) if drops else "",
         "Settings": settings_tables(settings),
     }
     body = "".join(
@@ -67,16 +68,15 @@ def page(
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src '
         "'unsafe-inline'\">"
         f"<title>{escape(name)}</title><style>{STYLE}</style></head><body>"
-        f"<header><h1>{escape(name)}</h1>{headline(settings, metrics)}</header><main>{body}</main></body></html>\n"
+        f"<header><h1>{escape(name)}</h1>{headline(settings, metrics)}</header>"
+        f"<main>{body}</main></body></html>\n"
     )
 
 
 def headline(settings: dict, metrics: Sequence[dict]) -> str:
-    """How far the run is, and the main figures at its beginning and now."""
-    done, steps = (
-        max((m.get("step", 0) for m in metrics), default=0),
-        settings.get("identity", {}).get("steps"),
-    )
+    """The step that the run has reached, and the main figures at its beginning and now."""
+    done = max((m.get("step", 0) for m in metrics), default=0)
+    steps = settings.get("identity", {}).get("steps")
     seconds = sum(m.get("seconds", 0) for m in metrics)
     parts = [
         f"step {done:,} of {steps:,}" if steps else f"step {done:,}",
@@ -92,36 +92,35 @@ def headline(settings: dict, metrics: Sequence[dict]) -> str:
 
 
 def charts_of(metrics: Sequence[dict]) -> dict[str, dict[str, Curve]]:
-    """{title: {name of a curve: its points}}: a metric's training and held-out values share one chart, loss first."""
+    """{title: {name of a curve: its points}}, loss first.
+
+    The training and held-out values of a metric share one chart.
+    """
     charts: dict[str, dict[str, Curve]] = {}
     for record in metrics:
-        values = {
-            key: value
-            for key, value in record.items()
-            if key not in ("step", "tokens", "learned_tokens", "seconds")
-        }
+        sizes = ("step", "tokens", "learned_tokens", "seconds")
+        values = {key: value for key, value in record.items() if key not in sizes}
         if record.get("seconds"):
             values["tokens a second"] = record.get("tokens", 0) / record["seconds"]
         for key, value in values.items():
             if isinstance(value, (int, float)) and math.isfinite(value):
                 curves = charts.setdefault(key.removeprefix("val_"), {})
-                curves.setdefault("held out" if key.startswith("val_") else "training", []).append(
-                    (record.get("step", 0), value)
-                )
+                name = "held out" if key.startswith("val_") else "training"
+                curves.setdefault(name, []).append((record.get("step", 0), value))
     last = ("lr", "grad_norm", "tokens a second", "memory_gb")
-    order = sorted(
-        charts, key=lambda title: (title != "loss", last.index(title) + 1 if title in last else 0)
-    )
-    return {
-        title: {
-            name: charts[title][name] for name in ("training", "held out") if name in charts[title]
-        }
-        for title in order
-    }
+
+    def place(title: str) -> tuple[bool, int]:
+        return title != "loss", last.index(title) + 1 if title in last else 0
+
+    out = {}
+    for title in sorted(charts, key=place):
+        curves = charts[title]
+        out[title] = {name: curves[name] for name in ("training", "held out") if name in curves}
+    return out
 
 
 def thin(points: Curve, most: int = POINTS) -> Curve:
-    """At most about `most` points: means over equal runs of neighbours, the first and the last point kept."""
+    """At most about `most` points: means over equal runs of neighbours, with both ends kept."""
     if len(points) <= most:
         return points
     size = math.ceil((len(points) - 2) / (most - 2))
@@ -134,43 +133,44 @@ def thin(points: Curve, most: int = POINTS) -> Curve:
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About `count` round numbers that enclose [low, high]: multiples of 1, 2 or 5 times a power of ten."""
+    """About `count` round numbers that enclose [low, high].
+
+    They are multiples of 1, 2 or 5 times a power of ten.
+    """
     largest = max(abs(low), abs(high))
-    if high - low <= max(1e-12 * largest, 1e-290):  # all one value, to rounding
+    if high - low <= max(1e-12 * largest, 1e-290):
+        # all values are equal up to rounding
         low, high = low - max(largest, 1e-6) / 2, high + max(largest, 1e-6) / 2
     raw = (high - low) / count
     power = 10 ** math.floor(math.log10(raw))
     step = next(n * power for n in (1, 2, 5, 10) if n * power >= raw * 0.999)
-    return [
-        n * step for n in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)
-    ]
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [n * step for n in range(first, last + 1)]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten that enclose [low, high], low > 0; powers alone where these are many."""
+    """1, 2 and 5 times powers of ten that enclose [low, high], low > 0.
+
+    Over more than three powers of ten they are the powers alone.
+    """
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     every = [n * 10.0**k for k in powers for n in ((1, 2, 5) if len(powers) <= 4 else (1,))]
-    return [
-        y
-        for y in every
-        if max(e for e in every if e <= low) <= y <= min(e for e in every if e >= high)
-    ]
+    first = max(y for y in every if y <= low)
+    last = min(y for y in every if y >= high)
+    return [y for y in every if first <= y <= last]
 
 
 def chart(title: str, curves: dict[str, Curve]) -> str:
-    """One SVG: axes with ticks, a line for each curve, and at each step a strip that shows its figures where the pointer stands.
+    """One SVG: axes with ticks, a line for each curve, and the figures of a step at the pointer.
 
-    A loss that falls far is drawn on a logarithmic axis, or nothing of its end would be seen.
+    A loss that falls to less than a twentieth has a logarithmic axis, which keeps its end visible.
     """
     curves = {name: thin(points) for name, points in curves.items()}
     places = sorted({x for points in curves.values() for x, _ in points})
     values = [y for points in curves.values() for _, y in points]
     far = title == "loss" and 1e-9 < 20 * min(values) < max(values)
-    scale, y_ticks = (
-        (math.log10, log_ticks(min(values), max(values)))
-        if far
-        else (float, ticks(min(values), max(values)))
-    )
+    scale = math.log10 if far else float
+    y_ticks = (log_ticks if far else ticks)(min(values), max(values))
     bottom, height = scale(y_ticks[0]), scale(y_ticks[-1]) - scale(y_ticks[0])
     x_low, x_high = places[0], max(places[-1], places[0] + 1)
     right, floor = WIDTH - RIGHT, HEIGHT - BOTTOM
@@ -195,16 +195,16 @@ def chart(title: str, curves: dict[str, Curve]) -> str:
     out.append(f'<text x="{right}" y="{HEIGHT - 2}" class="y">step</text>')
     for name, points in curves.items():
         kind = name.replace(" ", "-")
-        way = " ".join(f"{across(x)},{up(y)}" for x, y in points)
-        out.append(f'<polyline class="line {kind}" points="{way}"/>')
+        path = " ".join(f"{across(x)},{up(y)}" for x, y in points)
+        out.append(f'<polyline class="line {kind}" points="{path}"/>')
         if len(points) < 30:
             out += [
                 f'<circle class="{kind}" cx="{across(x)}" cy="{up(y)}" r="2.5"/>' for x, y in points
             ]
-    found = {name: dict(points) for name, points in curves.items()}
+    by_step = {name: dict(points) for name, points in curves.items()}
     edges = [LEFT, *((across(a) + across(b)) / 2 for a, b in pairwise(places)), right]
     for x, start, end in zip(places, edges, edges[1:], strict=False):
-        here = {name: found[name][x] for name in curves if x in found[name]}
+        here = {name: by_step[name][x] for name in curves if x in by_step[name]}
         label = f"step {x:,}: " + ", ".join(f"{name} {number(y)}" for name, y in here.items())
         dots = "".join(
             f'<circle class="{name.replace(" ", "-")}" cx="{across(x)}" cy="{up(y)}" r="4"/>'
@@ -222,7 +222,10 @@ def chart(title: str, curves: dict[str, Curve]) -> str:
 
 
 def sample_table(samples: Sequence[dict]) -> str:
-    """Records with what did not change between the first and the last evaluation once, and what did from both."""
+    """The records of the first and the last evaluation side by side.
+
+    A field that did not change has one column, a field that changed has two.
+    """
     steps = [s.get("step", 0) for s in samples]
     if not steps:
         return ""
@@ -231,18 +234,12 @@ def sample_table(samples: Sequence[dict]) -> str:
         {s.get("id", s.get("line")): s for s in samples if s.get("step", 0) == step}
         for step in (first, last)
     )
-    keys = list(
-        dict.fromkeys(key for s in after.values() for key in s if key not in ("step", "id", "line"))
-    )
-    changed = {
-        k for k in keys if any(before.get(i, s).get(k) != s.get(k) for i, s in after.items())
-    }
-    moving = [
-        (key, step, side)
-        for key in keys
-        if key in changed
-        for step, side in ((first, before), (last, after))
-    ]
+    names = dict.fromkeys(key for sample in after.values() for key in sample)
+    keys = [key for key in names if key not in ("step", "id", "line")]
+    pairs = [(before.get(name, sample), sample) for name, sample in after.items()]
+    changed = [key for key in keys if any(old.get(key) != new.get(key) for old, new in pairs)]
+    sides = ((first, before), (last, after))
+    moving = [(key, step, side) for key in changed for step, side in sides]
     still = [key for key in keys if key not in changed]
     head = ("record", *still, *(f"{key}, step {step:,}" for key, step, _ in moving))
     rows = []
@@ -255,38 +252,40 @@ def sample_table(samples: Sequence[dict]) -> str:
         ]
         rows.append("<tr>" + "".join(cells) + "</tr>")
     top = "<tr>" + "".join(f"<th>{escape(str(text))}</th>" for text in head) + "</tr>"
-    more = rows[SHOWN:]
-    shown, rest = (
+    shown, folded = (
         f"<div class='wide'><table>{top}{''.join(part)}</table></div>"
-        for part in (rows[:SHOWN], more)
+        for part in (rows[:SHOWN], rows[SHOWN:])
     )
-    return shown + (f"<details><summary>{len(more)} more</summary>{rest}</details>" if more else "")
+    if len(rows) <= SHOWN:
+        return shown
+    return f"{shown}<details><summary>{len(rows) - SHOWN} more</summary>{folded}</details>"
 
 
 def cell(value: Any, right: Any = None) -> str:
-    """A table cell; one that equals the right answer is marked."""
-    shown = (
-        "–"
-        if value is None
-        else number(value)
-        if isinstance(value, float)
-        else value
-        if isinstance(value, str)
-        else json.dumps(value)
-    )
-    return f"<td{' class=ok' if right is not None and str(value).strip() == str(right).strip() else ''}>{escape(shown)}</td>"
+    """A table cell; a value that equals the right answer is marked."""
+    if value is None:
+        shown = "–"
+    elif isinstance(value, float):
+        shown = number(value)
+    else:
+        shown = value if isinstance(value, str) else json.dumps(value)
+    correct = right is not None and str(value).strip() == str(right).strip()
+    return f"<td{' class=ok' if correct else ''}>{escape(shown)}</td>"
 
 
 def settings_tables(settings: dict) -> str:
-    """The command, what the run must not change on resume, machine and versions; then every setting by group, folded."""
+    """The command, the settings that a resume must not change, machine and versions.
+
+    Every setting follows by group, folded.
+    """
 
     def grid(groups: dict[str, dict | None]) -> str:
-        found = [
+        tables = [
             f"<div><h3>{escape(name)}</h3>{html_table((), group.items())}</div>"
             for name, group in groups.items()
             if group
         ]
-        return f"<div class='grid'>{''.join(found)}</div>" if found else ""
+        return f"<div class='grid'>{''.join(tables)}</div>" if tables else ""
 
     config = settings.get("config", {})
     groups = {name: group for name, group in config.items() if isinstance(group, dict)}
@@ -296,12 +295,9 @@ def settings_tables(settings: dict) -> str:
     command = f"<pre>{escape(shlex.join(settings['argv']))}</pre>" if settings.get("argv") else ""
     main = grid(
         {
-            title: settings.get(key)
-            for title, key in (
-                ("fixed for this run", "identity"),
-                ("machine", "machine"),
-                ("versions", "versions"),
-            )
+            "fixed for this run": settings.get("identity"),
+            "machine": settings.get("machine"),
+            "versions": settings.get("versions"),
         }
     )
     every = grid(groups)
@@ -309,48 +305,87 @@ def settings_tables(settings: dict) -> str:
 
 
 def html_table(head: Iterable[str], rows: Iterable[tuple]) -> str:
+    """An HTML table with an optional header."""
     top = "".join(f"<th>{escape(text)}</th>" for text in head)
-    return f"<table>{top and f'<tr>{top}</tr>'}{''.join('<tr>' + ''.join(map(cell, row)) + '</tr>' for row in rows)}</table>"
+    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    return f"<table>{top and f'<tr>{top}</tr>'}{body}</table>"
 
 
 def number(value: float) -> str:
-    """Four significant digits, no more than needed."""
+    """A number with four significant digits, or as a whole number from 10,000 on."""
     return f"{value:,.0f}" if abs(value) >= 1e4 and value < 1e15 else f"{value:.4g}"
 
 
 def duration(seconds: float) -> str:
     """Seconds as hours, minutes and seconds, the two greatest."""
     minutes, rest = divmod(round(seconds), 60)
-    return (
-        f"{minutes // 60} h {minutes % 60} min"
-        if minutes >= 60
-        else f"{minutes} min {rest} s"
-        if minutes
-        else f"{rest} s"
-    )
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 STYLE = """
-:root { color-scheme: light dark; --back: #fcfcfb; --card: #fff; --ink: #1d2126; --soft: #626973; --edge: #e2e4e8;
-  --a: #2563c9; --b: #c2570c; --ok: #e3f3e6 }
-@media (prefers-color-scheme: dark) { :root { --back: #14161a; --card: #1b1e24; --ink: #e6e8eb; --soft: #9aa1ab; --edge: #30343c;
-  --a: #7ab0ff; --b: #ffa05c; --ok: #1c3a26 } }
-body { margin: 0 auto; max-width: 1180px; padding: 24px 20px 60px; background: var(--back); color: var(--ink); font: 15px/1.45 system-ui, sans-serif }
-h1 { font-size: 26px; margin: 0 } h2 { font-size: 18px; margin: 36px 0 12px } h3 { font-size: 14px; margin: 0 0 6px; color: var(--soft) }
-header p { margin: 4px 0 16px; color: var(--soft) } summary { cursor: pointer; color: var(--soft); padding: 8px 0 }
-figure, pre, .tiles div { background: var(--card); border: 1px solid var(--edge); border-radius: 8px; margin: 0; padding: 10px 14px 6px }
-.tiles { display: flex; flex-wrap: wrap; gap: 12px } .tiles b { font-size: 22px; font-weight: 600 } .tiles span { color: var(--soft) }
+:root {
+  color-scheme: light dark;
+  --back: #fcfcfb; --card: #fff; --ink: #1d2126; --soft: #626973; --edge: #e2e4e8;
+  --a: #2563c9; --b: #c2570c; --ok: #e3f3e6;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --back: #14161a; --card: #1b1e24; --ink: #e6e8eb; --soft: #9aa1ab; --edge: #30343c;
+    --a: #7ab0ff; --b: #ffa05c; --ok: #1c3a26;
+  }
+}
+body {
+  margin: 0 auto; max-width: 1180px; padding: 24px 20px 60px;
+  background: var(--back); color: var(--ink); font: 15px/1.45 system-ui, sans-serif;
+}
+h1 { font-size: 26px; margin: 0 }
+h2 { font-size: 18px; margin: 36px 0 12px }
+h3 { font-size: 14px; margin: 0 0 6px; color: var(--soft) }
+header p { margin: 4px 0 16px; color: var(--soft) }
+summary { cursor: pointer; color: var(--soft); padding: 8px 0 }
+figure, pre, .tiles div {
+  background: var(--card); border: 1px solid var(--edge); border-radius: 8px;
+  margin: 0; padding: 10px 14px 6px;
+}
+.tiles { display: flex; flex-wrap: wrap; gap: 12px }
+.tiles b { font-size: 22px; font-weight: 600 }
+.tiles span { color: var(--soft) }
 .tiles div, figcaption, td, th, pre { font-size: 13px }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); gap: 14px; align-items: start; margin-top: 14px }
-svg { display: block; width: 100% } svg text { font-size: 11px; fill: var(--soft) } svg .y { text-anchor: end } svg .x { text-anchor: middle }
-svg .title { font-size: 13px; font-weight: 600; fill: var(--ink) } .rule { stroke: var(--edge) } circle { fill: var(--a) }
-.line { fill: none; stroke: var(--a); stroke-width: 1.7; stroke-linejoin: round } .line.held-out { stroke: var(--b) }
-circle.held-out { fill: var(--b) } figcaption { color: var(--soft); padding-left: 44px } figcaption span { margin-right: 16px }
-figcaption span::before { content: ""; display: inline-block; width: 14px; height: 3px; margin-right: 6px; background: var(--a); vertical-align: 3px }
+.grid {
+  display: grid; grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr));
+  gap: 14px; align-items: start; margin-top: 14px;
+}
+svg { display: block; width: 100% }
+svg text { font-size: 11px; fill: var(--soft) }
+svg .y { text-anchor: end }
+svg .x { text-anchor: middle }
+svg .title { font-size: 13px; font-weight: 600; fill: var(--ink) }
+.rule { stroke: var(--edge) }
+circle { fill: var(--a) }
+circle.held-out { fill: var(--b) }
+.line { fill: none; stroke: var(--a); stroke-width: 1.7; stroke-linejoin: round }
+.line.held-out { stroke: var(--b) }
+figcaption { color: var(--soft); padding-left: 44px }
+figcaption span { margin-right: 16px }
+figcaption span::before {
+  content: ""; display: inline-block; width: 14px; height: 3px; margin-right: 6px;
+  background: var(--a); vertical-align: 3px;
+}
 figcaption .held-out::before { background: var(--b) }
-.at rect { fill: transparent } .at > g { visibility: hidden } .at:hover > g { visibility: visible }
-.at path { stroke: var(--soft); stroke-dasharray: 3 3 } .at text { text-anchor: end; fill: var(--ink) }
-table { border-collapse: collapse; width: 100% } th { color: var(--soft); font-weight: 600 } .ok { background: var(--ok) } .wide { overflow-x: auto }
-td, th { border-bottom: 1px solid var(--edge); padding: 5px 6px; text-align: left; vertical-align: top; min-width: 84px }
+.at rect { fill: transparent }
+.at > g { visibility: hidden }
+.at:hover > g { visibility: visible }
+.at path { stroke: var(--soft); stroke-dasharray: 3 3 }
+.at text { text-anchor: end; fill: var(--ink) }
+table { border-collapse: collapse; width: 100% }
+th { color: var(--soft); font-weight: 600 }
+.ok { background: var(--ok) }
+.wide { overflow-x: auto }
+td, th {
+  border-bottom: 1px solid var(--edge); padding: 5px 6px;
+  text-align: left; vertical-align: top; min-width: 84px;
+}
 td, pre { white-space: pre-wrap; overflow-wrap: anywhere }
 """

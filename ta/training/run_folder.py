@@ -1,4 +1,4 @@
-"""The run folder: who may write it, its settings, one JSON object a logged step."""
+"""The run folder: its lock, its settings, and one JSON object for each logged step."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ta.folders import fingerprint, resolve
 from ta.model.arguments import check_quantize
 from ta.training.trackers import check_trackers
 
-# any of these tells a run folder
+# a folder with any of these is a run folder
 RUN_FILES = ("config.json", "checkpoints", "final", "metrics.jsonl")
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drop logged objects later than `step`, so that a resumed run tells one story."""
+    """Drop logged objects of steps after `step`, so that a resumed run logs no step twice."""
     if path.exists():
         kept = [record for record in read_json_lines(path) if record.get("step", 0) <= step]
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in kept]
@@ -56,11 +56,12 @@ class LoopConfig:
 
 @dataclass
 class Run:
-    """A training run: where it writes, what it computes on, and the settings it was started with."""
+    """A training run: its folder, its device, and the settings that it was started with."""
 
     loop: LoopConfig
     device: str = "cpu"
-    config: Any = None  # the recipe's own, for config.json and what a resume compares
+    # the recipe's config, for config.json and for the comparison on a resume
+    config: Any = None
     seed: int = 0
     lock: Any = field(default=None, repr=False)
 
@@ -69,10 +70,10 @@ class Run:
         return Path(self.loop.out)
 
     def open(self, key: dict[str, Any]) -> None:
-        """Make the folder, take its lock and write config.json (rank 0); call it when all is checked.
+        """Make the folder, take its lock and write config.json (rank 0), after all checks.
 
-        `key` is what must not differ on a resume. ValueError where another process writes the folder
-        or where it holds something that must not be overwritten.
+        `key` holds the settings that must not differ on a resume. ValueError where another process
+        writes the folder or where it holds files that must not be overwritten.
         """
         if self.lock is None:
             self.lock = parallel.on_rank_zero(lambda: self._open(key))
@@ -91,26 +92,26 @@ class Run:
         return lock
 
     def forget(self) -> None:
-        """Take away the folder of a run that came to nothing more than its settings and drops."""
+        """Remove the folder of a run that wrote nothing but its settings and drops."""
         opening = {".lock", "config.json", "drops.jsonl"}
-        mine = parallel.rank() == 0 and self.lock is not None and self.folder.is_dir()
-        if mine and {path.name for path in self.folder.iterdir()} <= opening:
+        holder = parallel.rank() == 0 and self.lock is not None and self.folder.is_dir()
+        if holder and {path.name for path in self.folder.iterdir()} <= opening:
             shutil.rmtree(self.folder)
         self.release()
 
     def release(self) -> None:
-        """Let others write the folder: for a run that ends before its export."""
+        """Release the lock of a run that ends before its export."""
         if parallel.rank() == 0 and self.lock is not None:
             self.lock.close()
         self.lock = None
 
 
 def start_run(config: Any) -> Run:
-    """The run of a recipe's config: checked, nothing written yet.
+    """The run of a recipe's config, checked; nothing is written yet.
 
-    It reads the groups loop, model, adapter, compute and batches, joins the process group
-    under torchrun and picks this process's device. ValueError where --out holds something else,
-    where a service of --log is not installed, or where --quantize cannot work.
+    It reads the groups loop, model, adapter, compute and batches, joins the process group under
+    torchrun and picks this process's device. ValueError where --out holds something else, where a
+    service of --log is not installed, or where --quantize cannot work.
     """
     loop = config.loop
     adapted = config.adapter.adapter != "none" or resolve(config.model).adapter is not None
@@ -124,7 +125,7 @@ def start_run(config: Any) -> Run:
 
 
 def check_out(loop: LoopConfig) -> list[str]:
-    """The names of what the run folder holds; ValueError where it must not be written."""
+    """The names of the entries of the run folder; ValueError where it must not be written."""
     out, folder = loop.out, Path(loop.out)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {out} is a file: give a folder")
@@ -133,7 +134,7 @@ def check_out(loop: LoopConfig) -> list[str]:
             "--resume goes on with a run and --overwrite deletes it: give one of the two"
         )
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    # a process that was killed may have left its lock, and a part of what it was writing
+    # a killed process may have left its lock and files that it had not finished
     held = [name for name in names if name != ".lock" and not ASIDE.fullmatch(name)]
     if held and not any(name in held for name in RUN_FILES):
         raise ValueError(
@@ -166,10 +167,11 @@ COMPARED_OTHERWISE = [
 
 
 def resume_key(run: Run, batches: Any, optimizer: Any, optim: Any, more: dict[str, Any]) -> dict:
-    """What must not differ when a run goes on: data, model, adapter, steps, optimizer, method.
+    """Settings that must not differ when a run resumes: data, model, steps, optimizer, method.
 
-    The method's settings are all fields of the recipe's own config, and of the groups in it that are
-    not in COMPARED_OTHERWISE. `more` adds to these, and its values win. As JSON values.
+    The method's settings are all fields of the recipe's own config and of its groups that are not
+    in NOT_COMPARED: those groups have no effect on results, or are compared by content (data,
+    model). `more` adds to these, and its values win.
     """
     key: dict[str, Any] = {"data": batches.prepared.info["fingerprint"]}
     config = run.config

@@ -1,4 +1,4 @@
-"""Where logged figures go besides metrics.jsonl: one function a service, each giving `write(step, figures)`."""
+"""Services that get the logged figures; the function of each returns `write(step, figures)`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def tensorboard(folder: Path) -> Write:
 
 
 def wandb(folder: Path) -> Write:
-    """A Weights & Biases run named after the folder; WANDB_MODE=offline keeps it here."""
+    """A Weights & Biases run named after the folder; WANDB_MODE=offline keeps it local."""
     import wandb as service
 
     run = service.init(project="ta", name=folder.name, dir=str(folder))
@@ -68,5 +68,5 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def open_trackers(names: Sequence[str], folder: Path) -> list[Write]:
-    """The write functions of the services asked for."""
+    """The write functions of the services in `names`."""
     return [TRACKERS[name](folder) for name in names]
