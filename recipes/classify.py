@@ -1,11 +1,17 @@
-"""Classification of dialogues: one of --num-labels classes, scored at the last token; cross-entropy with class weights, or focal loss.
+"""Classification of dialogues into --num-labels classes, scored at the last token.
 
-    python recipes/classify.py                                     # built-in tiny model and data, three classes
-    python recipes/classify.py --model-path MODEL --data texts.jsonl --val-data held_out.jsonl --num-labels 2 --out runs/classify
-    python recipes/classify.py --class-weights auto --gamma 2 ...  # rare classes count alike; easy records count less
-    torchrun --nproc-per-node 8 recipes/classify.py ...            # the same losses on 8 devices
+The loss is cross-entropy with class weights, or focal loss.
 
-A line of data: {"messages": [{"role": "user", "content": "It rains."}], "label": 2}
+    python recipes/classify.py                         # built-in tiny model and data, three classes
+    python recipes/classify.py --model-path MODEL --data texts.jsonl --num-labels 2
+    python recipes/classify.py --class-weights auto    # rare classes count as much as frequent ones
+    python recipes/classify.py --gamma 2 ...           # easy records count less (focal loss)
+    torchrun --nproc-per-node 8 recipes/classify.py ...    # the same losses on 8 devices
+
+A record, one line of the file:
+
+    {"messages": [{"role": "user", "content": "It rains."}], "label": 2}
+
 The export loads with transformers' AutoModelForSequenceClassification.
 """
 
@@ -41,7 +47,10 @@ class Config:
 
 
 def weights_of(config: Config, labels):
-    """(C,) class weights or None; ValueError for what is no list of num_labels weights from 0."""
+    """(C,) class weights, or None without --class-weights.
+
+    ValueError unless they are auto or num_labels numbers from 0 on.
+    """
     import torch
 
     given = config.class_weights
@@ -53,11 +62,8 @@ def weights_of(config: Config, labels):
         weights = [float(text) for text in given]
     except ValueError:
         weights = []
-    if (
-        len(weights) != config.num_labels
-        or not all(0 <= weight < float("inf") for weight in weights)
-        or not any(weights)
-    ):
+    in_range = all(0 <= weight < float("inf") for weight in weights)
+    if len(weights) != config.num_labels or not in_range or not any(weights):
         raise ValueError(
             f"--class-weights {' '.join(given)}: give auto, or {config.num_labels} numbers from 0 "
             "on, not all of them 0"
@@ -66,7 +72,7 @@ def weights_of(config: Config, labels):
 
 
 def step(weights, gamma, model, batch):
-    """Sum of the loss over records, their number, and how many are right."""
+    """The sum of the loss over records, the number of records, and the number of right classes."""
 
     scores = model.scores(batch.sequences)  # (N, C)
     values = ta.losses.class_loss(scores, batch.labels, class_weights=weights, gamma=gamma)  # (N,)
@@ -76,14 +82,11 @@ def step(weights, gamma, model, batch):
 def figures_of(config: Config, scores, weights, labels) -> dict[str, float]:
     """Loss and metrics of (n, C) scores against (n,) labels."""
 
-    loss = (
-        ta.losses.class_loss(scores, labels, class_weights=weights, gamma=config.gamma)
-        .mean()
-        .item()
-    )
+    losses = ta.losses.class_loss(scores, labels, class_weights=weights, gamma=config.gamma)
     names = ("accuracy", "balanced_accuracy", "precision", "recall", "f1")
     predicted = scores.argmax(1).tolist()
-    figures = {"loss": loss} | ta.measure(names, predictions=predicted, labels=labels.tolist())
+    figures = {"loss": losses.mean().item()}
+    figures |= ta.measure(names, predictions=predicted, labels=labels.tolist())
     if config.num_labels == 2:
         gap = (scores[:, 1] - scores[:, 0]).tolist()
         figures["roc_auc"] = ta.roc_auc(gap, labels.tolist())
@@ -91,7 +94,7 @@ def figures_of(config: Config, scores, weights, labels) -> dict[str, float]:
 
 
 def show_classes(config: Config, run, tokenizer, data, probabilities, labels, done: int) -> None:
-    """Append the first held-out records to samples.jsonl and print some."""
+    """Append the first held-out records to samples.jsonl and print some of them."""
 
     rows = []
     chosen = probabilities[: config.samples.sample_records].tolist()

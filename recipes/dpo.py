@@ -1,15 +1,19 @@
-"""Preference optimization on pairs of answers, after Rafailov et al. 2023 (DPO) and fourteen other losses of ta/losses.py.
+"""Preference optimization on pairs of answers: DPO (Rafailov et al. 2023) and 14 other losses.
 
-    python recipes/dpo.py                                          # built-in model (fine-tuned first) and data
-    python recipes/dpo.py --model-path runs/sft/final --data pairs.jsonl --val-data held_out.jsonl --out runs/dpo
-    python recipes/dpo.py --adapter lora --loss ipo --beta 0.2 ... # the reference is then the base under the adapter
-    torchrun --nproc-per-node 8 recipes/dpo.py ...                 # the same losses on 8 devices
+    python recipes/dpo.py                              # built-in model (fine-tuned first) and data
+    python recipes/dpo.py --model-path runs/sft/final --data pairs.jsonl --val-data held_out.jsonl
+    python recipes/dpo.py --adapter lora --loss ipo    # the base under the adapter is the reference
+    torchrun --nproc-per-node 8 recipes/dpo.py ...     # the same losses on 8 devices
 
-Without flags the model mostly says "5, of course!" at first, and the built-in pairs prefer few words.
-The samples' accuracy counts right answers in few words, contains those in any number of words.
+Without flags the model mostly says "5, of course!" at first, and the built-in pairs prefer few
+words. Of the samples' metrics, accuracy counts right answers in few words, and contains counts
+right answers in any number of words. The losses stand in ta/losses.py.
 
-A line of data: {"context": [{"role": "user", "content": "2 + 2?"}], "answer_w": {"role": "assistant", "content": "4"},
-"answer_l": {"role": "assistant", "content": "5"}, "precomputed_margin": 0.5}, the margin being optional; or prompt, chosen, rejected.
+A record, one line of the file (the margin is optional; prompt, chosen, rejected works too):
+
+    {"context": [{"role": "user", "content": "2 + 2?"}],
+     "answer_w": {"role": "assistant", "content": "4"},
+     "answer_l": {"role": "assistant", "content": "5"}, "precomputed_margin": 0.5}
 """
 
 from __future__ import annotations
@@ -59,7 +63,8 @@ class Config:
     """Of ipo: means over tokens instead of sums (off)."""
 
 
-FLAGS = {  # which flags each loss takes, and the value that was published with it
+# the flags of each loss, with the values that were published with it
+FLAGS = {
     "sigmoid": {"beta": 0.1, "label_smoothing": 0.0},
     "sigmoid_with_margin": {"beta": 0.1},
     "hinge": {"beta": 0.05},
@@ -77,11 +82,15 @@ FLAGS = {  # which flags each loss takes, and the value that was published with 
     "cal_dpo": {"beta": 0.002},
 }
 WITHOUT_REFERENCE = ("slic_hf", "cpo", "orpo", "simpo", "asft")
-PER_TOKEN = ("orpo", "simpo", "asft")  # their rewards are means over tokens
+# losses whose rewards are means over tokens
+PER_TOKEN = ("orpo", "simpo", "asft")
 
 
 def loss_settings(config: Config) -> dict:
-    """The settings of the loss: the flags given, the published values for the others."""
+    """The settings of the loss: the flags given, and the published values for the others.
+
+    ValueError for a flag that the loss does not take.
+    """
     settings = dict(FLAGS[config.loss])
     every_flag = dict.fromkeys(name for flags in FLAGS.values() for name in flags)
     for name in every_flag:
@@ -96,7 +105,7 @@ def loss_settings(config: Config) -> dict:
 
 
 def preference_loss(loss: str, settings: dict, policy, ref, batch):
-    """(P,) values of the loss: which flag feeds which loss."""
+    """(P,) values of the loss, computed from the log-probabilities and the flags that it takes."""
     losses = ta.losses
     beta = settings.get("beta")
     match loss:
@@ -138,11 +147,9 @@ def preference_loss(loss: str, settings: dict, policy, ref, batch):
 
 
 def step(loss: str, settings: dict, model, batch):
-    """Sum of the loss over pairs, their number, and what is logged."""
-    logps, tokens = (
-        batch.both(partial(ta.sequence_logps, model)),
-        batch.both(ta.learned_tokens),
-    )  # (P, 2)
+    """The sum of the loss over pairs, the number of pairs, and sums for the log."""
+    logps = batch.both(partial(ta.sequence_logps, model))  # (P, 2)
+    tokens = batch.both(ta.learned_tokens)  # (P, 2)
     policy = ta.losses.Pair(*logps.unbind(1), *tokens.unbind(1))
     ref = None if loss in WITHOUT_REFERENCE else ta.losses.Pair(*batch.reference.unbind(1))
     values = preference_loss(loss, settings, policy, ref, batch)  # (P,)
@@ -151,7 +158,7 @@ def step(loss: str, settings: dict, model, batch):
 
 
 def with_kl(model, batches):
-    """The batches with kto_pair's reference points, over all pairs of all processes."""
+    """The batches with kto_pair's reference points, estimated on all pairs of all processes."""
     import torch
 
     with torch.no_grad():

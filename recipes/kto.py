@@ -1,14 +1,18 @@
-"""KTO (Ethayarajh et al. 2024): preference optimization on single answers that are called desirable or not.
+"""KTO (Ethayarajh et al. 2024): preference optimization on answers labelled desirable or not.
 
-    python recipes/kto.py                                          # built-in model (fine-tuned first) and data
-    python recipes/kto.py --model-path runs/sft/final --data labelled.jsonl --val-data held_out.jsonl --out runs/kto
-    python recipes/kto.py --adapter lora ...                       # the reference is then the base under the adapter
-    torchrun --nproc-per-node 8 recipes/kto.py ...                 # the same losses on 8 devices
+    python recipes/kto.py                              # built-in model (fine-tuned first) and data
+    python recipes/kto.py --model-path runs/sft/final --data labelled.jsonl --val-data test.jsonl
+    python recipes/kto.py --adapter lora ...           # the base under the adapter is the reference
+    torchrun --nproc-per-node 8 recipes/kto.py ...     # the same losses on 8 devices
 
-Without flags the model mostly says "5, of course!" at first, and the built-in labels prefer few words.
-The samples' accuracy counts right answers in few words, contains those in any number of words.
+Without flags the model mostly says "5, of course!" at first, and the built-in labels prefer few
+words. Of the samples' metrics, accuracy counts right answers in few words, and contains counts
+right answers in any number of words.
 
-A line of data: {"context": [{"role": "user", "content": "2 + 2?"}], "answer": {"role": "assistant", "content": "4"}, "is_desirable": true}
+A record, one line of the file:
+
+    {"context": [{"role": "user", "content": "2 + 2?"}],
+     "answer": {"role": "assistant", "content": "4"}, "is_desirable": true}
 """
 
 from __future__ import annotations
@@ -44,7 +48,7 @@ class Config:
 
 
 def step(config: Config, model, batch):
-    """Sum of the loss over answers, their number, and what is logged."""
+    """The sum of the loss over answers, the number of answers, and sums for the log."""
 
     logps, ref = ta.sequence_logps(model, batch.sequences), batch.reference[:, 0]  # (N,)
     values = ta.losses.kto(
@@ -58,7 +62,7 @@ def step(config: Config, model, batch):
     )
     logps = logps.detach()
     reward = config.beta * (logps - ref)
-    # summed over all answers and divided by their number, these are the means of either side
+    # the loop divides these sums by the number of all answers, which gives the mean of each side
     share = batch.desirable_share
     better = reward * batch.desirable.to(reward) / share.clamp(min=1e-9)
     worse = reward * (~batch.desirable).to(reward) / (1 - share).clamp(min=1e-9)
@@ -75,7 +79,10 @@ def step(config: Config, model, batch):
 
 
 def with_kl(model, batches):
-    """The batches with the reference point and the share of desirable answers, over all processes."""
+    """The batches with the reference point and the share of desirable answers.
+
+    Both are estimated on all answers of all processes.
+    """
     import torch
 
     with torch.no_grad():
@@ -91,9 +98,9 @@ def with_kl(model, batches):
 
 
 def preference(model, batches) -> dict[str, float]:
-    """How often a held-out desirable answer is rewarded above an undesirable one, ties half.
+    """The share of held-out pairs whose desirable answer has the higher reward; ties count half.
 
-    0.5 is chance, and where training starts.
+    A pair is any desirable and any undesirable answer. Chance, and the start of training, is 0.5.
     """
     import torch
 
@@ -104,12 +111,9 @@ def preference(model, batches) -> dict[str, float]:
             rewards += ratio.tolist()
             labels += batch.desirable.tolist()
     shares = ta.parallel.gather_objects((rewards, labels))
-    return {
-        "preference": ta.roc_auc(
-            [reward for rewards, _ in shares for reward in rewards],
-            [label for _, labels in shares for label in labels],
-        )
-    }
+    all_rewards = [reward for rewards, _ in shares for reward in rewards]
+    all_labels = [label for _, labels in shares for label in labels]
+    return {"preference": ta.roc_auc(all_rewards, all_labels)}
 
 
 def main(config: Config) -> None:
@@ -172,7 +176,7 @@ def main(config: Config) -> None:
 
 
 def with_collate(config: Config, reference, data, model):
-    """The data, with a cached reference, and the function that makes its batches."""
+    """The data, with the values of a cached reference, and the function that makes its batches."""
     seed = config.batches.seed
     collate = ta.labelled_collate(data, seed)
     data = ta.with_cached_reference(

@@ -1,12 +1,18 @@
-"""Reward model: one score a dialogue, read at its last token, so that chosen answers score above rejected ones (Bradley-Terry).
+"""Reward model: one score a dialogue, such that chosen answers score above rejected ones.
 
-    python recipes/rm.py                                           # built-in model (fine-tuned first) and data
-    python recipes/rm.py --model-path MODEL --data pairs.jsonl --val-data held_out.jsonl --out runs/rm
-    python recipes/rm.py --adapter lora ...                        # the head is trained and saved with the adapter
-    torchrun --nproc-per-node 8 recipes/rm.py ...                  # the same losses on 8 devices
+The score is read at the last token; the loss is Bradley-Terry's.
 
-A line of data: {"context": [{"role": "user", "content": "2 + 2?"}], "answer_w": {"role": "assistant", "content": "4"},
-"answer_l": {"role": "assistant", "content": "5"}, "precomputed_margin": 0.5}; a margin is optional and widens the gap that is wanted.
+    python recipes/rm.py                               # built-in model (fine-tuned first) and data
+    python recipes/rm.py --model-path MODEL --data pairs.jsonl --val-data held_out.jsonl
+    python recipes/rm.py --adapter lora ...            # the adapter is saved with the trained head
+    torchrun --nproc-per-node 8 recipes/rm.py ...      # the same losses on 8 devices
+
+A record, one line of the file (a margin is optional and asks for a wider gap of the scores):
+
+    {"context": [{"role": "user", "content": "2 + 2?"}],
+     "answer_w": {"role": "assistant", "content": "4"},
+     "answer_l": {"role": "assistant", "content": "5"}, "precomputed_margin": 0.5}
+
 The export loads with transformers' AutoModelForSequenceClassification.
 """
 
@@ -32,7 +38,10 @@ class Config:
 
 
 def step(model, batch):
-    """Sum of -log s(score of chosen - score of rejected - margin) over pairs, and what is logged."""
+    """The sum of -log s(score of chosen - score of rejected - margin) over pairs, and their number.
+
+    The third value holds sums for the log.
+    """
 
     chosen, rejected = model.scores(batch.sequences).view(-1, 2).unbind(1)  # (P,) each
     values = ta.losses.reward_loss(chosen, rejected, batch.margin)  # (P,)
@@ -47,7 +56,7 @@ def step(model, batch):
 
 
 def show_pairs(config: Config, run, tokenizer, model, pairs, done: int) -> None:
-    """Score the first held-out pairs, append them to samples.jsonl and print some."""
+    """Score the first held-out pairs, append them to samples.jsonl and print some of them."""
 
     n, rows = config.samples.sample_records, []
     scores = ta.scores_of(model, pairs, n, config.batches.max_tokens_per_micro)  # (n, 2, 1)

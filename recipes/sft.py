@@ -1,10 +1,12 @@
-"""Supervised fine-tuning on chats: the mean of -log p over the learned tokens of the whole global batch.
+"""Supervised fine-tuning on chats: the mean of -log p over the learned tokens of a global batch.
 
-    python recipes/sft.py                                          # built-in tiny model and data
-    python recipes/sft.py --model-path MODEL --data chats.jsonl --val-data held_out.jsonl --out runs/mine
-    torchrun --nproc-per-node 8 recipes/sft.py ...                 # the same losses on 8 devices
+    python recipes/sft.py                              # built-in tiny model and data
+    python recipes/sft.py --model-path MODEL --data chats.jsonl --val-data held_out.jsonl
+    torchrun --nproc-per-node 8 recipes/sft.py ...     # the same losses on 8 devices
 
-A line of data: {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
+A record, one line of the file:
+
+    {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
 """
 
 from __future__ import annotations
@@ -29,12 +31,13 @@ class Config:
 
 
 def step(model, batch):
-    """The summed loss and the weight it is divided by, once, over the whole global batch."""
+    """The sum of the loss, and the weight by which the sum over the global batch is divided."""
     return model.loss(batch), batch.weights.sum(), {}
 
 
 def main(config: Config) -> None:
-    run = ta.start_run(config)  # device, seed, run folder: nothing is written yet
+    # device, seed and run folder; nothing is written yet
+    run = ta.start_run(config)
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat)
     files, val_files = ta.data_or_builtin(config.data.data, config.data.val_data, "chats")
     train_data = ta.prepare_chats(files, tokenizer, config.chat, config.data, run.seed)

@@ -1,4 +1,7 @@
-"""The built-in data written into the cache as ordinary files, so that a run without flags is an ordinary run."""
+"""The built-in data, written into the cache as ordinary files.
+
+A run without flags is therefore an ordinary run on files.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,10 @@ SIZES = {
 def data_or_builtin(
     data: Sequence[str], val_data: Sequence[str], kind: str
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The sources given, or where no --data is given the built-in records of `kind` (training, held out), written once."""
+    """The (training, held-out) sources given, or the built-in records of `kind` without --data.
+
+    Built-in files are written once.
+    """
     if data:
         return tuple(data), tuple(val_data)
     if kind == "pictures":
@@ -42,22 +48,22 @@ def data_or_builtin(
         return (str(folder / "train.jsonl"),), tuple(val_data) or (str(folder / "held_out.jsonl"),)
     paths = []
     for split, n in zip(("train", "held_out"), SIZES[kind], strict=True):
-        paths.append(
-            str(records_file(f"{kind}-{split}-{n}.jsonl", partial(getattr(models, kind), split, n)))
-        )
+        make = partial(getattr(models, kind), split, n)
+        paths.append(str(records_file(f"{kind}-{split}-{n}.jsonl", make)))
     return (paths[0],), tuple(val_data) or (paths[1],)
 
 
 def records_file(name: str, make: Callable[[], list[dict]]) -> Path:
-    """The file of built-in records of that name, which `make` gives where it is not there yet."""
+    """The file of built-in records of that name, or else `make` gives the records for it."""
     path = builtin_cache() / name
     if not path.exists():
         with locked(path, waiting=lambda: None):
-            if not path.exists():  # else another process was first: its file stays as it is
+            # another process may have written the file while this one waited
+            if not path.exists():
                 models.write_jsonl(path, make())
     return path
 
 
 def passages_file() -> Path:
-    """The built-in passages, which built-in questions ask about."""
+    """The built-in passages, about which the built-in questions ask."""
     return records_file("passages.jsonl", models.passages)

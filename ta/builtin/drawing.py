@@ -1,4 +1,4 @@
-"""Drawn pictures: the shapes of the generated records."""
+"""Drawing of the shapes in generated pictures."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ class Shape(NamedTuple):
 
 
 def draw(size: int, background: tuple[int, int, int], shapes: Sequence[Shape]) -> np.ndarray:
-    """A (size, size, 3) uint8 picture with `shapes` drawn in order, edges smoothed by drawing four times as large."""
-    grown = Image.new("RGB", (size * 4, size * 4), background)
-    pen = ImageDraw.Draw(grown)
+    """A (size, size, 3) uint8 picture with `shapes` drawn in order.
+
+    The shapes are drawn four times as large and reduced, which smooths their edges. ValueError for
+    an unknown kind of shape.
+    """
+    large = Image.new("RGB", (size * 4, size * 4), background)
+    pen = ImageDraw.Draw(large)
     for kind, colour, x, y, radius in shapes:
-        left, top, right, bottom, third = (
-            *((value * 4) for value in (x - radius, y - radius, x + radius, y + radius)),
-            radius * 4 / 3,
-        )
+        corners = (x - radius, y - radius, x + radius, y + radius)
+        left, top, right, bottom = (value * 4 for value in corners)
+        third = radius * 4 / 3
         if kind == "circle":
             pen.ellipse((left, top, right, bottom), fill=colour)
         elif kind == "square":
@@ -42,9 +45,9 @@ def draw(size: int, background: tuple[int, int, int], shapes: Sequence[Shape]) -
             raise ValueError(
                 f"shape {kind!r} cannot be drawn; give circle, square, triangle or cross"
             )
-    return np.asarray(grown.resize((size, size), resample=Image.Resampling.BOX))
+    return np.asarray(large.resize((size, size), resample=Image.Resampling.BOX))
 
 
 def write_image(path: str | Path, image: np.ndarray) -> None:
-    """Write (H, W, 3) uint8 in the format of the path's ending."""
+    """Write a picture (H, W, 3) uint8 in the format of the path's suffix."""
     Image.fromarray(image).save(path)

@@ -1,6 +1,6 @@
-"""Built-in models after fine-tuning on built-in records: where methods start when no model is given.
+"""Fine-tuned built-in models, from which methods start without --model-path.
 
-They are made once, in the cache, by running recipes/sft.py as a user would.
+They are made once, in the cache, by recipes/sft.py in a process of its own.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ RECIPES = Path(__file__).parent.parent.parent / "recipes"
 
 
 class FineTuning(NamedTuple):
-    """How a built-in model is fine-tuned first."""
+    """How a built-in model is fine-tuned before a method starts from it."""
 
-    base: str  # --model-path
-    records: str  # the built-in ones it learns
+    # --model-path
+    base: str
+    # the kind of built-in records
+    records: str
     steps: int
     batch_size: int
     lr: float
-    what: str
+    # for the user
+    description: str
 
 
 FINE_TUNINGS = {
@@ -58,8 +61,8 @@ FINE_TUNINGS = {
 def with_fine_tuned_model(config: Any, name: str = TUNED) -> Any:
     """The config, with a fine-tuned built-in model in place of the random one.
 
-    Preferences among answers need a model that answers, passages one that reads. A config whose
-    --model-path is given is returned as it is.
+    Preferences among answers need a model that answers; passages need a model that reads them. A
+    config whose --model-path is given is returned unchanged.
     """
     if config.model.model_path != "builtin":
         return config
@@ -73,30 +76,32 @@ def with_fine_tuned_model(config: Any, name: str = TUNED) -> Any:
 
 
 def fine_tune(name: str = TUNED) -> None:
-    """Train a built-in model into the cache, after the one that it starts from.
+    """Train a built-in model into the cache, and first the one that it starts from.
 
-    This is `python recipes/sft.py` in a process of its own.
+    This runs `python recipes/sft.py` in a process of its own. ValueError where that fails.
     """
-    folder, how = tuned_folder(name), FINE_TUNINGS[name]
-    if how.base in FINE_TUNINGS and not tuned_folder(how.base).exists():
-        fine_tune(how.base)
-    parallel.say(f"no --model-path: fine-tuning {how.what} first, once ({how.steps} steps)")
+    folder, tuning = tuned_folder(name), FINE_TUNINGS[name]
+    if tuning.base in FINE_TUNINGS and not tuned_folder(tuning.base).exists():
+        fine_tune(tuning.base)
+    steps = tuning.steps
+    parallel.say(f"no --model-path: fine-tuning {tuning.description} first, once ({steps} steps)")
     run = folder.with_name(f"{folder.name}-run-{os.getpid()}")
-    files, _ = data_or_builtin((), (), how.records)
+    files, _ = data_or_builtin((), (), tuning.records)
     try:
         _run(
             "sft",
-            *("--model-path", how.base, "--data", *files, "--out", run, "--steps", how.steps),
-            *("--batch-size", how.batch_size, "--lr", how.lr, "--log-every", how.steps),
+            *("--model-path", tuning.base, "--data", *files, "--out", run, "--steps", steps),
+            *("--batch-size", tuning.batch_size, "--lr", tuning.lr, "--log-every", steps),
         )
-        if not folder.exists():  # another process may have been quicker
+        # another process may have been faster
+        if not folder.exists():
             os.rename(run / "final", folder)
     finally:
         shutil.rmtree(run, ignore_errors=True)
 
 
 def builtin_index() -> Path:
-    """The index of the built-in passages by the built-in encoder; built once."""
+    """The index of the built-in passages by the built-in encoder; it is built once."""
     folder = builtin_cache() / "index"
     if not folder.exists():
         _run("build_index", "--passages", passages_file(), "--out", folder)
@@ -104,7 +109,7 @@ def builtin_index() -> Path:
 
 
 def _run(recipe: str, *flags: object) -> None:
-    """Run a recipe on one process; its own error becomes ours."""
+    """Run a recipe on one process; ValueError where it fails."""
     alone = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {key: value for key, value in os.environ.items() if key not in alone}
     environment["PYTHONPATH"] = os.pathsep.join([str(RECIPES.parent), *sys.path])

@@ -9,24 +9,25 @@ from pathlib import Path
 from ta.builtin import models, pictures
 from ta.files import cache_folder, publishing
 
-# what --model-path calls them
+# names for --model-path
 TUNED = "builtin-sft"
 WORDY = "builtin-wordy"
 SMALL = "builtin-small"
 READER = "builtin-reader"
 PICTURES_MODEL = "builtin-pictures"
-PICTURES = (5000, 100)  # training, held out
+# numbers of training and held-out pictures
+PICTURES = (5000, 100)
 
 
 def builtin_cache() -> Path:
-    """A cache folder of this version of the built-in parts."""
+    """The cache folder of this version of the built-in parts."""
     return cache_folder("") / "builtin" / models.models_version()
 
 
 def builtin_model(path: str) -> Path | None:
-    """The folder of the built-in model that --model-path calls `path`; None where there is none.
+    """The folder of the built-in model that --model-path names `path`; None for another name.
 
-    A fine-tuned one is there once ta/builtin/fine_tuned.py has made it.
+    A fine-tuned model exists once ta/builtin/fine_tuned.py has made it.
     """
     match path:
         case "builtin":
@@ -48,29 +49,30 @@ def tiny_folder() -> Path:
 
 
 def builtin_encoder() -> Path:
-    """A seeded tiny text encoder."""
+    """The folder of a seeded tiny text encoder."""
     return written("encoder", models.write_encoder)
 
 
 def tuned_folder(name: str = TUNED) -> Path:
-    """Where a built-in model lies after fine-tuning (ta/builtin/fine_tuned.py).
+    """The folder of a built-in model after fine-tuning (ta/builtin/fine_tuned.py).
 
-    TUNED is the tiny one after chats, WORDY that one after wordy chats, READER the small one after
-    questions with passages.
+    TUNED is the tiny model after chats, WORDY is TUNED after wordy chats, READER is the small model
+    after questions with passages.
     """
     return builtin_cache() / ("tuned" if name == TUNED else name)
 
 
 def pictures_folder() -> Path:
-    """Generated pictures with their records; the pictures lie in its folder images."""
+    """The folder of the generated pictures (in its folder images) and their records."""
     name = f"pictures-{PICTURES[0]}-{PICTURES[1]}-{pictures.pictures_version()}"
     return written(name, lambda folder: pictures.write_pictures(folder, *PICTURES))
 
 
 def written(name: str, write: Callable[[Path], None]) -> Path:
-    """The folder of built-in parts of that name, which `write` makes where it is not there yet."""
+    """The folder of built-in parts of that name; `write` makes it where it does not exist."""
     folder = builtin_cache() / name
     if not folder.exists():
-        with suppress(FileExistsError), publishing(folder) as aside:  # or another was first
-            write(aside)
+        # FileExistsError: another process published it first
+        with suppress(FileExistsError), publishing(folder) as temporary:
+            write(temporary)
     return folder

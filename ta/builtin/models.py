@@ -1,4 +1,4 @@
-"""Seeded tiny models and a tokenizer for them, made in code, beside the generated records they learn from."""
+"""Seeded tiny models and their tokenizer, made in code, and the records that they learn from."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ __all__ = [
     "write_jsonl",
 ]
 
-# Chats, steps and learning rate with which the tiny model learns the tasks: TINY_STEPS * TINY_BATCH chats are seen once.
+# The tiny model learns the tasks in TINY_STEPS steps that see TINY_STEPS * TINY_BATCH chats once.
 TINY_STEPS = 1400
 TINY_BATCH = 8
 TINY_LR = 1.5e-3
@@ -66,7 +66,10 @@ TEMPLATE = (
 
 @functools.lru_cache(maxsize=3)
 def _trained_backend(catalogue: bool | tuple[str, ...] = False) -> str:
-    """The byte-level BPE as JSON, trained on the generated records until each of their words is a token (about 0.2 s)."""
+    """A byte-level BPE as JSON, trained on the generated records (about 0.2 s).
+
+    Each of their words becomes a token. `catalogue` is that of `tiny_tokenizer`.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     backend = Tokenizer(models.BPE())
@@ -99,10 +102,11 @@ def _trained_backend(catalogue: bool | tuple[str, ...] = False) -> str:
 
 
 def tiny_tokenizer(catalogue: bool | tuple[str, ...] = False) -> PreTrainedTokenizerFast:
-    """A new byte-level tokenizer with a ChatML template: <|im_end|> ends an answer (eos), <|endoftext|> pads, every byte encodes.
+    """A new byte-level tokenizer with a ChatML template.
 
-    Its tokens are the words of the dialogues, or with `catalogue` those of the passages and their questions, or of the texts that it
-    holds.
+    <|im_end|> ends an answer (eos), <|endoftext|> pads, and every byte encodes. Its tokens are the
+    words of the dialogues; with `catalogue` those of the passages and their questions, or those of
+    the texts in it.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -119,7 +123,10 @@ def tiny_tokenizer(catalogue: bool | tuple[str, ...] = False) -> PreTrainedToken
 
 
 def tiny_config(catalogue: bool | tuple[str, ...] = False, **more: Any) -> LlamaConfig:
-    """The shape of the tiny models: a Llama of about a million weights for tiny_tokenizer(catalogue); `more` overrides."""
+    """The shape of the tiny models: a Llama of about a million weights.
+
+    Its vocabulary is that of tiny_tokenizer(catalogue). `more` overrides settings of LlamaConfig.
+    """
     from transformers import LlamaConfig
 
     tokenizer = tiny_tokenizer(catalogue)
@@ -136,16 +143,19 @@ def tiny_config(catalogue: bool | tuple[str, ...] = False, **more: Any) -> Llama
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": None,
     }
-    return LlamaConfig(
-        **shape
-        | ids
-        | {"max_position_embeddings": 1024, "tie_word_embeddings": True, "initializer_range": 0.07}
-        | more
-    )
+    other = {
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.07,
+    }
+    return LlamaConfig(**shape | ids | other | more)
 
 
 def tiny_model(seed: int = 0, **more: Any) -> LlamaForCausalLM:
-    """The seeded random language model in float32; its generation stops at <|im_end|>. The global generator is left as it was."""
+    """The seeded random language model in float32; its generation stops at <|im_end|>.
+
+    The global random state does not change.
+    """
     from transformers import GenerationConfig, LlamaForCausalLM
 
     model = _seeded(LlamaForCausalLM, tiny_config(**more), seed)
@@ -157,14 +167,20 @@ def tiny_model(seed: int = 0, **more: Any) -> LlamaForCausalLM:
 
 
 def tiny_classifier(num_labels: int, seed: int = 0, **more: Any) -> LlamaForSequenceClassification:
-    """The same body with a classification head of `num_labels`, read at the last token that is not padding."""
+    """The same body with a classification head of `num_labels` scores.
+
+    They are read at the last token that is not padding.
+    """
     from transformers import LlamaForSequenceClassification
 
     return _seeded(LlamaForSequenceClassification, tiny_config(num_labels=num_labels, **more), seed)
 
 
 def tiny_encoder(seed: int = 0, **more: Any) -> BertModel:
-    """A seeded random text encoder of a layer for tiny_tokenizer(True): what it gives for a text is little more than a mixture of its words."""
+    """A seeded random text encoder of one layer for tiny_tokenizer(True).
+
+    Its vector of a text is little more than a mixture of the text's words.
+    """
     from transformers import BertConfig, BertModel
 
     tokenizer = tiny_tokenizer(True)
@@ -175,18 +191,14 @@ def tiny_encoder(seed: int = 0, **more: Any) -> BertModel:
         "num_attention_heads": 4,
         "max_position_embeddings": 128,
     }
-    quiet = {
+    other = {
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "initializer_range": 0.05,
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
     }
-    return _seeded(
-        BertModel,
-        BertConfig(
-            vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **shape | quiet | more
-        ),
-        seed,
-    )
+    return _seeded(BertModel, BertConfig(**shape | other | more), seed)
 
 
 def _seeded(model_class: type, config: Any, seed: int) -> Any:
@@ -200,13 +212,14 @@ def _seeded(model_class: type, config: Any, seed: int) -> Any:
 def write_tiny(
     folder: str | os.PathLike, seed: int = 0, num_labels: int | None = None, **more: Any
 ) -> None:
-    """Save the tiny model (with `num_labels` the classifier) and its tokenizer as a folder that from_pretrained loads."""
-    _write(
-        folder,
-        tiny_model(seed, **more)
-        if num_labels is None
-        else tiny_classifier(num_labels, seed, **more),
-    )
+    """Save the tiny model and its tokenizer as a folder that from_pretrained loads.
+
+    With `num_labels` it is the classifier.
+    """
+    if num_labels is None:
+        _write(folder, tiny_model(seed, **more))
+    else:
+        _write(folder, tiny_classifier(num_labels, seed, **more))
 
 
 def write_encoder(folder: str | os.PathLike, seed: int = 0, **more: Any) -> None:
@@ -215,7 +228,10 @@ def write_encoder(folder: str | os.PathLike, seed: int = 0, **more: Any) -> None
 
 
 def write_small(folder: str | os.PathLike, seed: int = 0) -> None:
-    """Save a smaller language model, which reads one short passage and learns to answer from it in a minute, likewise."""
+    """Save a smaller language model and its tokenizer in the same way.
+
+    It reads one short passage and learns within a minute to answer from it.
+    """
     shape = {
         "hidden_size": 96,
         "intermediate_size": 240,
@@ -227,7 +243,10 @@ def write_small(folder: str | os.PathLike, seed: int = 0) -> None:
 
 
 def write_pictures_model(folder: str | os.PathLike, texts: tuple[str, ...], seed: int = 0) -> None:
-    """Save a language model whose tokens are the words of `texts`, those of the generated pictures, likewise."""
+    """Save a language model whose tokens are the words of `texts`.
+
+    `texts` are those of the generated pictures.
+    """
     shape = {
         "hidden_size": 128,
         "intermediate_size": 352,
@@ -247,22 +266,20 @@ def _write(
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    first = {
-        tensor.data_ptr(): name for name, tensor in reversed(model.state_dict().items())
-    }  # of tied tables the input's
-    weights = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if first[tensor.data_ptr()] == name
-    }
-    save_file(
-        weights, Path(folder) / "model.safetensors", {"format": "pt"}
-    )  # save_pretrained writes on rank 0 only
+    state = model.state_dict()
+    # of tied tables only the input's is saved
+    first = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}
+    weights = {name: tensor for name, tensor in state.items() if first[tensor.data_ptr()] == name}
+    # save_pretrained would write on rank 0 only
+    save_file(weights, Path(folder) / "model.safetensors", {"format": "pt"})
     tiny_tokenizer(catalogue).save_pretrained(folder)
 
 
 def models_version() -> str:
-    """Changes whenever the code that makes the built-in models or records does: a key for folders that keep them."""
+    """A hash of the code that makes the built-in models and records.
+
+    It is the key of their cache folder.
+    """
     return hashlib.sha256(
         b"".join(Path(path).read_bytes() for path in (__file__, tasks.__file__))
     ).hexdigest()[:16]

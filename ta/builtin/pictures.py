@@ -1,4 +1,4 @@
-"""Generated pictures with questions and right answers: shapes, colours, places and counts, for the vision demo and its tests."""
+"""Generated pictures with questions and right answers: shapes, colours, places and counts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     import numpy as np
 
-SIZE = 48  # pixels
+# pixels
+SIZE = 48
 COLOURS = {
     "red": (225, 40, 40),
     "green": (40, 180, 60),
@@ -25,25 +26,31 @@ NUMBERS = ("one", "two", "three", "four")
 
 
 class Scene(NamedTuple):
-    """One picture: equal shapes, each in a place of its own."""
+    """One picture of one or more equal shapes in different quarters."""
 
     shape: str
     colour: str
     places: tuple[str, ...]
-    centres: tuple[tuple[float, float], ...]  # (x, y) in pixels
+    # (x, y) in pixels
+    centres: tuple[tuple[float, float], ...]
     radius: float
     background: tuple[int, int, int]
 
 
 def make_scene(seed: int, index: int, held_out: bool) -> Scene:
-    """Picture `index` of a seeded endless series. The background's red is even in training and odd when held out: no picture is in both."""
+    """Picture `index` of a seeded endless series.
+
+    The red value of the background is even in training and odd in held-out pictures, so no picture
+    is in both.
+    """
     import numpy as np
 
     random = np.random.default_rng([seed, index, held_out])
     count = 1 if random.random() < 0.7 else int(random.integers(2, 5))
     cells = sorted(random.choice(4, count, replace=False).tolist())
     radius = float(random.uniform(7, 10))
-    reach = SIZE / 4 - 1 - radius  # how far a centre may leave the middle of its quarter
+    # the greatest distance of a centre from the middle of its quarter
+    reach = SIZE / 4 - 1 - radius
     shift = random.uniform(-reach, reach, (count, 2))
     return Scene(
         shape=SHAPES[random.integers(len(SHAPES))],
@@ -62,18 +69,16 @@ def make_scene(seed: int, index: int, held_out: bool) -> Scene:
 
 
 def draw_scene(scene: Scene) -> np.ndarray:
-    """(SIZE, SIZE, 3) uint8."""
+    """The picture, (SIZE, SIZE, 3) uint8."""
     from ta.builtin.drawing import Shape, draw
 
-    return draw(
-        SIZE,
-        scene.background,
-        [Shape(scene.shape, COLOURS[scene.colour], x, y, scene.radius) for x, y in scene.centres],
-    )
+    colour, radius = COLOURS[scene.colour], scene.radius
+    shapes = [Shape(scene.shape, colour, x, y, radius) for x, y in scene.centres]
+    return draw(SIZE, scene.background, shapes)
 
 
 def picture_questions(scene: Scene) -> dict[str, tuple[str, str]]:
-    """{kind: (question, answer)}: colour, shape and count of every picture, place where there is one shape."""
+    """{kind: (question, answer)}: colour, shape and count, and the place of a single shape."""
     one = len(scene.places) == 1
     asked = {
         "colour": (
@@ -87,7 +92,7 @@ def picture_questions(scene: Scene) -> dict[str, tuple[str, str]]:
 
 
 def training_record(scene: Scene, name: str, seed: int, index: int) -> dict:
-    """One dialogue about a picture: the picture, then all its questions in seeded order, each with its answer."""
+    """One dialogue: the picture, then all its questions in seeded order, each with its answer."""
     import numpy as np
 
     asked = list(picture_questions(scene).values())
@@ -98,7 +103,7 @@ def training_record(scene: Scene, name: str, seed: int, index: int) -> dict:
 
 
 def question_records(scene: Scene, name: str) -> list[dict]:
-    """One record a question, with its `kind`, so that accuracy can be told by kind."""
+    """One record a question; its `kind` allows accuracy by kind."""
     picture = {"role": "user", "type": "image", "content": name}
     return [
         {"id": f"{name}#{kind}", "kind": kind, "messages": [picture, *_turn(*asked)]}
@@ -107,7 +112,7 @@ def question_records(scene: Scene, name: str) -> list[dict]:
 
 
 def texts() -> tuple[str, ...]:
-    """All questions and answers there are, each once."""
+    """All questions, answers and words of them, each once, sorted."""
     scenes = (make_scene(0, index, False) for index in range(100))
     asked = {
         text for scene in scenes for pair in picture_questions(scene).values() for text in pair
@@ -116,7 +121,7 @@ def texts() -> tuple[str, ...]:
 
 
 def pictures_version() -> str:
-    """Changes whenever this code does: a key for folders that keep its pictures."""
+    """A hash of this code: the key of folders that hold its pictures."""
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
 
 
@@ -130,10 +135,11 @@ def _turn(question: str, answer: str) -> list[dict]:
 def write_pictures(
     folder: str | Path, train: int, held_out: int, seed: int = 0
 ) -> tuple[Path, Path]:
-    """Draw pictures below `folder`/images and write their records: (`folder`/train.jsonl, `folder`/held_out.jsonl).
+    """Draw pictures into `folder`/images; their records go to train.jsonl and held_out.jsonl.
 
-    `train` pictures become one dialogue each, `held_out` pictures one record a question; paths in the records are relative to `folder`/images.
-    The same arguments write the same bytes. ValueError if a count is below 1.
+    `train` pictures become one dialogue each, `held_out` pictures one record a question. Paths in
+    the records are relative to `folder`/images. Returns the two files. The same arguments write the
+    same bytes. ValueError for a count below 1.
     """
     from ta.builtin.drawing import write_image
 
@@ -148,11 +154,8 @@ def write_pictures(
         for index in range(count):
             scene, name = make_scene(seed, index, split == "held_out"), f"{split}/{index:05d}.png"
             write_image(Path(folder) / "images" / name, draw_scene(scene))
-            records = (
-                [training_record(scene, name, seed, index)]
-                if split == "train"
-                else question_records(scene, name)
-            )
+            training = [training_record(scene, name, seed, index)]
+            records = training if split == "train" else question_records(scene, name)
             lines += [json.dumps(record) + "\n" for record in records]
         path = Path(folder) / f"{split}.jsonl"
         path.write_text("".join(lines))

@@ -1,7 +1,8 @@
-"""Generated records of every kind with right answers, seeded: each recipe's no-flag run and what the tests use learn from them.
+"""Generated, seeded records of every kind with right answers, for runs without flags and tests.
 
-The tasks are small but honest. A record belongs to the training or to the held-out split by a hash of the facts it states, in any order, so no
-held-out question can be answered from memory: the words and the addition table are known from training, their combination is new.
+A record belongs to the training or the held-out split by a hash of the facts that it states, in any
+order. No held-out question can therefore be answered from memory: words and the addition table are
+known from training, but their combination is new.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any, Literal, NamedTuple
 from ta.files import writing
 
 Split = Literal["train", "held_out"]
-HELD_OUT_SHARE = 0.2  # of all possible facts
+# share of all possible facts
+HELD_OUT_SHARE = 0.2
 
 NAMES = [
     "Anna",
@@ -46,8 +48,10 @@ TOPICS = (
 )
 WORDS = TOPICS[0] + TOPICS[1]
 PLACES = [*TOPICS[2], *COLOURS, "dawn", "dusk"]
-CHATTY = "{}, of course!"  # a right answer in more words, which preferences like less
-CHATTY_SHARE = 0.75  # of the answers in `wordy`
+# a right answer in more words, which the preferences reject
+CHATTY = "{}, of course!"
+# share of such answers in `wordy`
+CHATTY_SHARE = 0.75
 SYSTEM_PROMPTS = ("Answer in few words.", "You are a careful helper.")
 
 
@@ -60,7 +64,10 @@ class Turn(NamedTuple):
 
 
 class Dialogue(NamedTuple):
-    """A text, the facts it states (they decide the split, in any order), and the turns that ask about them."""
+    """A text, the facts that it states, and the turns that ask about them.
+
+    The facts decide the split, in any order.
+    """
 
     task: str
     text: str
@@ -69,7 +76,7 @@ class Dialogue(NamedTuple):
 
 
 def _lookup(rng: random.Random) -> Dialogue:
-    """Which colour a thing has, of three."""
+    """The colour of a thing, among three things."""
     things, colours = rng.sample(THINGS, 3), rng.sample(COLOURS, 3)
     facts = tuple(f"{thing} {colour}" for thing, colour in zip(things, colours, strict=True))
     turns = [
@@ -80,15 +87,11 @@ def _lookup(rng: random.Random) -> Dialogue:
 
 
 def _repeat(rng: random.Random) -> Dialogue:
-    """A short list of words, said again."""
+    """A short list of words, to be repeated."""
     words = rng.sample(WORDS, rng.choice((2, 3)))
     whole = " ".join(words)
-    return Dialogue(
-        "repeat",
-        whole,
-        tuple(words),
-        (Turn("repeat?", whole, (" ".join(reversed(words)), " ".join(words[1:]))),),
-    )
+    wrong = (" ".join(reversed(words)), " ".join(words[1:]))
+    return Dialogue("repeat", whole, tuple(words), (Turn("repeat?", whole, wrong),))
 
 
 def _add(rng: random.Random) -> Dialogue:
@@ -96,16 +99,12 @@ def _add(rng: random.Random) -> Dialogue:
     names, numbers = rng.sample(NAMES, 2), [rng.randint(1, 9), rng.randint(1, 9)]
     total = sum(numbers)
     facts = tuple(f"{name} {number}" for name, number in zip(names, numbers, strict=True))
-    return Dialogue(
-        "add",
-        "\n".join(facts),
-        facts,
-        (Turn("sum?", str(total), (str(total + 1), str(total - 1), str(total + 2))),),
-    )
+    wrong = (str(total + 1), str(total - 1), str(total + 2))
+    return Dialogue("add", "\n".join(facts), facts, (Turn("sum?", str(total), wrong),))
 
 
 def _split_of(facts: Iterable[str]) -> Split:
-    """The split in which these facts may be stated, in whatever order."""
+    """The split in which these facts may be stated, in any order."""
     digest = hashlib.sha256("\n".join(sorted(facts)).encode()).digest()
     return "held_out" if int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32 else "train"
 
@@ -117,14 +116,14 @@ SHARES = (5, 3, 2)
 def _dialogues(
     kind: str, split: Split, n: int, seed: int
 ) -> Iterator[tuple[str, random.Random, Dialogue]]:
-    """n seeded (id, generator, dialogue) of a split; each kind of record has dialogues of its own."""
+    """n seeded (id, generator, dialogue) of a split; each kind of record has its own dialogues."""
     rng = _generator(kind, split, seed)
-    found = 0
-    while found < n:
+    made = 0
+    while made < n:
         dialogue = rng.choices(TASKS, SHARES)[0](rng)
         if _split_of(dialogue.facts) == split:
-            yield f"{kind}-{split}-{seed}-{found}", rng, dialogue
-            found += 1
+            yield f"{kind}-{split}-{seed}-{made}", rng, dialogue
+            made += 1
 
 
 def _generator(kind: str, split: Split, seed: int) -> random.Random:
@@ -134,10 +133,13 @@ def _generator(kind: str, split: Split, seed: int) -> random.Random:
 
 
 def _messages(dialogue: Dialogue, rng: random.Random) -> list[dict[str, str]]:
-    """The dialogue as messages, the facts before the first question; one in five has a system prompt."""
-    messages = (
-        [{"role": "system", "content": rng.choice(SYSTEM_PROMPTS)}] if rng.random() < 0.2 else []
-    )
+    """The dialogue as messages, with the facts before the first question.
+
+    One dialogue in five has a system prompt.
+    """
+    messages = []
+    if rng.random() < 0.2:
+        messages.append({"role": "system", "content": rng.choice(SYSTEM_PROMPTS)})
     for place, turn in enumerate(dialogue.turns):
         question = turn.question if place else f"{dialogue.text}\n{turn.question}"
         messages += [
@@ -148,23 +150,20 @@ def _messages(dialogue: Dialogue, rng: random.Random) -> list[dict[str, str]]:
 
 
 def chats(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
-    """n chats {"id", "task", "messages", "answer"}; "answer" is the right last answer, which also ends the messages."""
+    """n chats {"id", "task", "messages", "answer"}; the messages end with the right "answer"."""
     records = []
     for name, rng, dialogue in _dialogues("chat", split, n, seed):
         messages = _messages(dialogue, rng)
-        records.append(
-            {
-                "id": name,
-                "task": dialogue.task,
-                "messages": messages,
-                "answer": messages[-1]["content"],
-            }
-        )
+        record = {"id": name, "task": dialogue.task, "messages": messages}
+        records.append(record | {"answer": messages[-1]["content"]})
     return records
 
 
 def wordy(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
-    """The same chats with three out of four answers in more words; "answer" is the bare last one."""
+    """The same chats with three of four answers in more words.
+
+    "answer" is the last answer in few words.
+    """
     records, rng = chats(split, n, seed), _generator("wordy", split, seed)
     for message in itertools.chain(*(record["messages"] for record in records)):
         if message["role"] == "assistant" and rng.random() < CHATTY_SHARE:
@@ -173,14 +172,14 @@ def wordy(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def exact_match(text: str, record: dict[str, Any]) -> bool:
-    """Whether a generated answer is the record's right one, up to white space around it."""
+    """Whether a generated answer equals the record's right one, up to white space around it."""
     return text.strip() == record["answer"]
 
 
 def _questions(
     kind: str, split: Split, n: int, seed: int
 ) -> Iterator[tuple[dict[str, Any], list[dict[str, str]], random.Random, Turn]]:
-    """n of ({"id", "task"}, messages up to a question, generator, the turn it asks)."""
+    """n of ({"id", "task"}, messages up to a question, generator, the turn of that question)."""
     for name, rng, dialogue in _dialogues(kind, split, n, seed):
         messages = _messages(dialogue, rng)
         turn = dialogue.turns[sum(message["role"] == "assistant" for message in messages) - 1]
@@ -188,22 +187,22 @@ def _questions(
 
 
 def preferences(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
-    """n pairs {"id", "task", "context", "answer_w", "answer_l"}: the right answer against a wrong one of the same form."""
+    """n pairs {"id", "task", "context", "answer_w", "answer_l"}.
+
+    The right answer stands against a wrong one of the same form.
+    """
     records = []
     for head, context, rng, turn in _questions("preference", split, n, seed):
-        records.append(
-            head
-            | {
-                "context": context,
-                "answer_w": _answer(turn.answer),
-                "answer_l": _answer(rng.choice(turn.wrong)),
-            }
-        )
+        better, worse = _answer(turn.answer), _answer(rng.choice(turn.wrong))
+        records.append(head | {"context": context, "answer_w": better, "answer_l": worse})
     return records
 
 
 def concise(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
-    """n pairs likewise: the right answer against the same one in more words, or half the time against a wrong one."""
+    """n pairs of the same form: a right answer in few words against a worse one.
+
+    The worse one is the same answer in more words, or half the time a wrong answer.
+    """
     records = []
     for head, context, rng, turn in _questions("concise", split, n, seed):
         better, worse = _answer(turn.answer), _answer(_worse(rng, turn))
@@ -231,7 +230,10 @@ def _worse(rng: random.Random, turn: Turn) -> str:
 
 
 def candidates(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
-    """n questions {"id", "task", "messages", "answers": [{"id", "content"}], "answer"}; one of the 2 to 4 candidates is the right "answer"."""
+    """n questions {"id", "task", "messages", "answers": [{"id", "content"}], "answer"}.
+
+    One of the 2 to 4 candidates is the right "answer".
+    """
     records = []
     for head, messages, rng, turn in _questions("candidates", split, n, seed):
         texts = rng.sample((turn.answer, *turn.wrong), 1 + len(turn.wrong))
@@ -241,9 +243,10 @@ def candidates(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def classes(split: Split, n: int, seed: int = 0, rare: bool = False) -> list[dict[str, Any]]:
-    """n one-message dialogues {"id", "messages", "label"}: three words, two of the topic (animals 0, food 1, weather 2) and one of another.
+    """n dialogues of one message {"id", "messages", "label"}.
 
-    The topics are equally frequent, or with `rare` the last one has about 5 %.
+    The message has three words, two of the label's topic (animals 0, food 1, weather 2) and one of
+    another. The topics are equally frequent; with `rare` the last one has about 5 %.
     """
     rng = _generator(f"class {rare}", split, seed)
     records = []
@@ -254,40 +257,19 @@ def classes(split: Split, n: int, seed: int = 0, rare: bool = False) -> list[dic
         rng.shuffle(words)
         if _split_of(words) == split:
             message = {"role": "user", "content": f"Words: {' '.join(words)}."}
-            records.append(
-                {
-                    "id": f"class-{split}-{seed}-{len(records)}",
-                    "messages": [message],
-                    "label": label,
-                }
-            )
+            name = f"class-{split}-{seed}-{len(records)}"
+            records.append({"id": name, "messages": [message], "label": label})
     return records
 
 
-PEOPLE = dict(
-    zip((*NAMES, "Rosa", "Sam", "Tina", "Uwe", "Vera", "Will", "Yara", "Zoe"), WORDS, strict=True)
-)  # and what the catalogue calls them
-OBJECTS = dict(
-    zip(
-        (
-            *THINGS,
-            "bike",
-            "door",
-            "drum",
-            "flag",
-            "fork",
-            "harp",
-            "kite",
-            "map",
-            "pipe",
-            "rope",
-            "ship",
-            "tent",
-        ),
-        PLACES,
-        strict=True,
-    )
+MORE_NAMES = ("Rosa", "Sam", "Tina", "Uwe", "Vera", "Will", "Yara", "Zoe")
+MORE_THINGS = (
+    *("bike", "door", "drum", "flag", "fork", "harp"),
+    *("kite", "map", "pipe", "rope", "ship", "tent"),
 )
+# people and things, with their names in the catalogue of passages
+PEOPLE = dict(zip((*NAMES, *MORE_NAMES), WORDS, strict=True))
+OBJECTS = dict(zip((*THINGS, *MORE_THINGS), PLACES, strict=True))
 ASKED = (
     "{person}'s {thing}?",
     "{thing} of {person}?",
@@ -297,23 +279,27 @@ ASKED = (
 
 
 def passages() -> list[dict[str, str]]:
-    """A catalogue of 576 things as {"id", "title", "text"}: it calls their owners by an animal or a food and the things by a weather or a colour, and
-    gives each a number that no other has."""
+    """A catalogue of 576 things as {"id", "title", "text"}.
+
+    It names their owners by an animal or a food and the things by a weather or a colour, and gives
+    each thing a number that no other has.
+    """
     codes = list(itertools.product(PEOPLE.values(), OBJECTS.values()))
     numbers = random.Random("passages").sample(range(10_000), len(codes))
-    return [
-        {
-            "id": "-".join(code),
-            "title": " ".join(code),
-            "text": f"{number // 100:02}-{number % 100:02}",
-        }
-        for code, number in zip(codes, numbers, strict=True)
-    ]
+    records = []
+    for code, number in zip(codes, numbers, strict=True):
+        text = f"{number // 100:02}-{number % 100:02}"
+        records.append({"id": "-".join(code), "title": " ".join(code), "text": text})
+    return records
 
 
 def questions(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
-    """n questions {"id", "messages", "answer", "gold"} about `passages()`, with which they share no word: that Anna is the cat and a key the rain can
-    only be learned. What held-out questions ask for is asked for in none of training, while each of its words is known from there."""
+    """n questions {"id", "messages", "answer", "gold"} about `passages()`.
+
+    A question shares no word with its passage: that Anna is the cat and a key the rain can only be
+    learned. No training question asks for what a held-out one asks for, but each of its words
+    occurs in training.
+    """
     rng = _generator("question", split, seed)
     numbers = {passage["id"]: passage["text"] for passage in passages()}
     facts = [fact for fact in itertools.product(PEOPLE, OBJECTS) if _split_of(fact) == split]
@@ -321,31 +307,22 @@ def questions(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
     while len(records) < n:
         person, thing = rng.choice(facts)
         gold = f"{PEOPLE[person]}-{OBJECTS[thing]}"
-        messages = [
-            {"role": "user", "content": rng.choice(ASKED).format(person=person, thing=thing)},
-            _answer(numbers[gold]),
-        ]
-        records.append(
-            {
-                "id": f"question-{split}-{seed}-{len(records)}",
-                "messages": messages,
-                "answer": numbers[gold],
-                "gold": [gold],
-            }
-        )
+        question = rng.choice(ASKED).format(person=person, thing=thing)
+        messages = [{"role": "user", "content": question}, _answer(numbers[gold])]
+        name = f"question-{split}-{seed}-{len(records)}"
+        record = {"id": name, "messages": messages, "answer": numbers[gold], "gold": [gold]}
+        records.append(record)
     return records
 
 
 def readings(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
-    """The same questions with the passage that answers each in front of it: what a generator learns to read from."""
+    """The same questions, each after the passage that answers it, for training a generator."""
     texts = {passage["id"]: f"{passage['title']}\n{passage['text']}\n\n" for passage in passages()}
     records = questions(split, n, seed)
     for record in records:
         asked, answer = record["messages"]
-        record["messages"] = [
-            {**asked, "content": texts[record["gold"][0]] + asked["content"]},
-            answer,
-        ]
+        passage = texts[record["gold"][0]]
+        record["messages"] = [{**asked, "content": passage + asked["content"]}, answer]
     return records
 
 
@@ -354,6 +331,6 @@ def _answer(text: str) -> dict[str, str]:
 
 
 def write_jsonl(path: str | os.PathLike, records: Iterable[dict[str, Any]]) -> None:
-    """Write records one a line; the file appears whole or not at all."""
-    with writing(path) as aside, open(aside, "w", encoding="utf-8") as file:
+    """Write one record a line; the file appears complete or not at all."""
+    with writing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
