@@ -227,7 +227,8 @@ def log1mexp(x: Tensor) -> Tensor:
     x is held one rounding step below 0, so the result is finite.
     """
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
-    return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
+    near_zero, far = torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x))
+    return torch.where(x > -math.log(2), near_zero, far)
 
 
 def _float(x: Tensor) -> Tensor:
@@ -324,7 +325,8 @@ def class_loss(
     loss = -logp
     if gamma > 0:
         # p is held one rounding step below 1, where the power has no finite slope for gamma < 1
-        loss = loss * (-torch.expm1(logp.clamp(max=-torch.finfo(logp.dtype).eps))).pow(gamma)
+        held = logp.clamp(max=-torch.finfo(logp.dtype).eps)
+        loss = loss * (-torch.expm1(held)).pow(gamma)
     return loss if class_weights is None else loss * class_weights.to(loss)[labels]
 
 

@@ -28,10 +28,11 @@ def one_thread() -> None:
 
 
 def same_bits() -> None:
-    """Have torch take only operations that give the same bits each time; those without are refused."""
+    """Allow only torch operations that give the same bits each time; torch refuses the others."""
     import torch
 
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read with the first product
+    # cuBLAS reads it at the first matrix product
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
 
 

@@ -52,14 +52,15 @@ def make_scene(seed: int, index: int, held_out: bool) -> Scene:
     # the greatest distance of a centre from the middle of its quarter
     reach = SIZE / 4 - 1 - radius
     shift = random.uniform(-reach, reach, (count, 2))
+    centres = []
+    for cell, (dx, dy) in zip(cells, shift.tolist(), strict=True):
+        row, column = divmod(cell, 2)
+        centres.append((SIZE / 4 * (1 + 2 * column) + dx, SIZE / 4 * (1 + 2 * row) + dy))
     return Scene(
         shape=SHAPES[random.integers(len(SHAPES))],
         colour=list(COLOURS)[random.integers(len(COLOURS))],
         places=tuple(PLACES[cell] for cell in cells),
-        centres=tuple(
-            (SIZE / 4 * (1 + 2 * (cell % 2)) + dx, SIZE / 4 * (1 + 2 * (cell // 2)) + dy)
-            for cell, (dx, dy) in zip(cells, shift.tolist(), strict=True)
-        ),
+        centres=tuple(centres),
         radius=radius,
         background=(
             int(random.integers(0, 30)) * 2 + held_out,

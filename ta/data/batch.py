@@ -112,8 +112,8 @@ def lay_out(
         stored = column >= skip[owner]
         at_prefix = starts[leads(skip)[owner]] + column
         place = np.where(stored, starts[owner] + column - skip[owner], at_prefix)
-        tokens = np.zeros((1, sizes.sum()) if packed else (len(ids), sizes.max()), np.int64)
-        positions = np.zeros_like(tokens)
+        shape = (1, sizes.sum()) if packed else (len(ids), sizes.max())
+        tokens, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         tokens.flat[place[stored]], positions.flat[place[stored]] = flat[stored], column[stored]
     # a target is predicted at the token before it
     hit = np.flatnonzero((flat_weights != 0) & (column > 0))
@@ -155,7 +155,7 @@ def cuts_of(lengths: tuple[int, ...], prefixes: tuple[int, ...] = ()) -> Cuts:
         rest_keys += COLUMNS * -(-max(0, rest - rest_keys) // COLUMNS)
     queries, keys = np.append(queries, rest), np.append(queries + prefix, rest_keys)
     bounds = [torch.from_numpy(_bounds(x)) for x in (queries, keys)]
-    longest, longest_keys = (1 << max(8, int(x.max() - 1).bit_length()) for x in (queries, keys))
+    longest, longest_keys = _power_of_two(queries), _power_of_two(keys)
     columns = int(queries.sum())
     if not prefixes:
         return Cuts(columns, *bounds, longest, longest_keys)
@@ -169,6 +169,11 @@ def cuts_of(lengths: tuple[int, ...], prefixes: tuple[int, ...] = ()) -> Cuts:
     seen = np.where(place < prefix[owner], prefix_starts[owner] + place, after_prefix)
     seen = torch.from_numpy(np.minimum(seen, columns - 1))
     return Cuts(columns, *bounds, longest, longest_keys, seen)
+
+
+def _power_of_two(lengths: np.ndarray) -> int:
+    """The least power of two, from 256 on, that is at least the greatest length."""
+    return 1 << max(8, int(lengths.max() - 1).bit_length())
 
 
 def _bounds(lengths: np.ndarray) -> np.ndarray:

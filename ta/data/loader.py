@@ -55,8 +55,8 @@ def collate_chats(prepared: Prepared, records: Sequence[int], packed: bool) -> B
     pairs = [sequence(prepared, int(record) * k + j) for record in records for j in range(k)]
     shared = []
     if packed and k == 2:
-        for (a, a_weights), (b, b_weights) in zip(pairs[0::2], pairs[1::2], strict=True):
-            shared += [0, common_prefix(a, a_weights, b, b_weights)]
+        for first, second in zip(pairs[0::2], pairs[1::2], strict=True):
+            shared += [0, common_prefix(*first, *second)]
     return lay_out([ids for ids, _ in pairs], [weights for _, weights in pairs], packed, shared)
 
 
@@ -171,8 +171,8 @@ def micro_batches(
     Every process gets the same number of batches.
     """
     sizes = prepared.offsets[(records + 1) * prepared.k] - prepared.offsets[records * prepared.k]
-    mine = split_micro(sizes.tolist(), max_tokens, world(), packed)[rank()]
-    return [collate(prepared, records[places], packed) for places in mine]
+    by_rank = split_micro(sizes.tolist(), max_tokens, world(), packed)
+    return [collate(prepared, records[places], packed) for places in by_rank[rank()]]
 
 
 def steps_in(n: int, batch_size: int, epochs: float) -> int:
@@ -241,7 +241,8 @@ def _pack(lengths: Sequence[int], max_tokens: int, world: int) -> list[list[int]
             heapq.heapreplace(heap, (load + lengths[i], b))
             bins[b].append(i)
         else:
-            return [sorted(bins[b]) for _, b in sorted(heap, key=lambda pair: (-pair[0], pair[1]))]
+            fullest_first = sorted(heap, key=lambda pair: (-pair[0], pair[1]))
+            return [sorted(bins[b]) for _, b in fullest_first]
         rounds += 1
 
 

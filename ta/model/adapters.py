@@ -320,12 +320,14 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
         if p.is_floating_point() and p.ndim == 2 and not p.is_meta and id(p) not in skip
     ]
     step = max(1, len(sampled) // SAMPLED)
+    starts = {name: p.detach()[0, :4] for name, p in sampled[::step]}
+    sample = {name: start.float().tolist() for name, start in starts.items()}
     facts = {
         "name": model.name_or_path,
         "architecture": type(model).__name__,
         "task": task_of(model),
         "vocabulary": model.get_input_embeddings().weight.shape[0],
-        "sample": {name: p.detach()[0, :4].float().tolist() for name, p in sampled[::step]},
+        "sample": sample,
     }
     if facts["task"] == "SEQ_CLS":
         facts |= {"num_labels": model.config.num_labels, "id2label": model.config.id2label}
@@ -449,9 +451,9 @@ def _shape(tensors: dict[str, Tensor], name: str) -> tuple[int, ...] | str:
 
 
 def _near(left: list[float], right: list[float]) -> bool:
-    return len(left) == len(right) and all(
-        abs(a - b) <= CLOSE * max(abs(a), abs(b)) + 1e-6 for a, b in zip(left, right, strict=True)
-    )
+    pairs = zip(left, right, strict=False)
+    close = (abs(a - b) <= CLOSE * max(abs(a), abs(b)) + 1e-6 for a, b in pairs)
+    return len(left) == len(right) and all(close)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -766,10 +768,8 @@ def _rows(model: PreTrainedModel, ids: Sequence[int], path: str | None = None) -
         # a model without weights is not on rank 0, which has the rows and saves them
         return {}
     index = torch.tensor(sorted(set(ids)))
-    return {
-        "ids": index,
-        **{name: table.detach()[index].float().cpu() for name, table in tables(model).items()},
-    }
+    rows = {name: table.detach()[index] for name, table in tables(model).items()}
+    return {"ids": index, **{name: row.float().cpu() for name, row in rows.items()}}
 
 
 def _restore_rows(model: PreTrainedModel, facts: Facts) -> None:

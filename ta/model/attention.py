@@ -103,7 +103,9 @@ def _by_document(
     out, lead = [], leads(prefixes) if prefixes else ()
     for n, (q, k, v) in enumerate(zip(*parts, strict=True)):
         if prefixes and prefixes[n]:
-            k, v = (torch.cat([x[lead[n]][:, :, : prefixes[n]], x[n]], 2) for x in parts[1:])
+            length, keys, values = prefixes[n], parts[1][lead[n]], parts[2][lead[n]]
+            k = torch.cat([keys[:, :, :length], k], 2)
+            v = torch.cat([values[:, :, :length], v], 2)
         out.append(_causal(q, k, v, scaling, dropout, window).transpose(1, 2))
     return torch.cat(out, 1)
 
@@ -141,16 +143,18 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, cuts: Cuts, scaling, wind
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
     if cuts.seen is not None:
         # several documents may see one key: its gradients are summed in float32
-        k, v = (x.float().index_select(0, cuts.seen).to(x.dtype) for x in (k, v))
+        k = k.float().index_select(0, cuts.seen).to(k.dtype)
+        v = v.float().index_select(0, cuts.seen).to(v.dtype)
     width = q.shape[-1]
     if width % 8:
         # the kernel takes multiples of 8
         scaling = width**-0.5 if scaling is None else scaling
         q, k, v = (F.pad(x, (0, -width % 8)) for x in (q, k, v))
     bounds = cuts.queries, cuts.keys, cuts.longest, cuts.longest_keys
-    seen = window - 1 if window else -1, 0  # tokens before and after
+    # the numbers of tokens before and after a query that it sees
+    window_size = window - 1 if window else -1, 0
     grouped = {"enable_gqa": True} if _names_groups() else {}
-    out = varlen_attn(q, k, v, *bounds, scale=scaling, window_size=seen, **grouped)
+    out = varlen_attn(q, k, v, *bounds, scale=scaling, window_size=window_size, **grouped)
     return out[None, ..., :width]
 
 

@@ -163,7 +163,8 @@ class LanguageModel(nn.Module):
         """
         inputs = {"input_ids": batch.tokens} if embeds is None else {"inputs_embeds": embeds}
         logits = self.inner(**inputs, attention_mask=_real(batch), use_cache=False).logits
-        logits = logits[:, logits.shape[1] - batch.tokens.shape[1] :].flatten(0, 1)[batch.learned]
+        virtual = logits.shape[1] - batch.tokens.shape[1]
+        logits = logits[:, virtual:].flatten(0, 1)[batch.learned]
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
 
@@ -287,7 +288,8 @@ def _as_one_kernel(module: nn.Module) -> RootMeanSquareNorm | None:
     if weight.dim() != 1 or weight.dtype != torch.float32 or weight.is_meta:
         return None
     x = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device)
-    x[1] *= 1e-3  # small numbers show the epsilon
+    # small numbers show the epsilon
+    x[1] *= 1e-3
     for offset in (0.0, 1.0):
         norm = RootMeanSquareNorm(weight, eps, offset).train(module.training)
         if torch.allclose(norm(x), module(x), rtol=1e-4, atol=1e-6):

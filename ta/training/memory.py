@@ -32,7 +32,9 @@ def estimate(
     from ta.model.language_model import base_model
     from ta.model.logprobs import chunk_rows
 
-    weights = sum({id(t): _size(t) for t in (*model.parameters(), *model.buffers())}.values())
+    # shared tensors count once
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    weights = sum(_size(tensor) for tensor in tensors.values())
     trained = [p for p in model.parameters() if p.requires_grad]
     moments = 2 if "betas" in optimizer.defaults else 1 if optimizer.defaults.get("momentum") else 0
     first_steps = range(min(FIRST_STEPS, batches.steps))

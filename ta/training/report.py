@@ -125,11 +125,12 @@ def thin(points: Curve, most: int = POINTS) -> Curve:
         return points
     size = math.ceil((len(points) - 2) / (most - 2))
     inner = [points[i : i + size] for i in range(1, len(points) - 1, size)]
-    means = [
-        (math.fsum(x for x, _ in part) / len(part), math.fsum(y for _, y in part) / len(part))
-        for part in inner
-    ]
-    return [points[0], *((round(x), y) for x, y in means), points[-1]]
+    middle = []
+    for part in inner:
+        x = math.fsum(x for x, _ in part) / len(part)
+        y = math.fsum(y for _, y in part) / len(part)
+        middle.append((round(x), y))
+    return [points[0], *middle, points[-1]]
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -154,7 +155,8 @@ def log_ticks(low: float, high: float) -> list[float]:
     Over more than three powers of ten they are the powers alone.
     """
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    every = [n * 10.0**k for k in powers for n in ((1, 2, 5) if len(powers) <= 4 else (1,))]
+    multiples = (1, 2, 5) if len(powers) <= 4 else (1,)
+    every = [n * 10.0**power for power in powers for n in multiples]
     first = max(y for y in every if y <= low)
     last = min(y for y in every if y >= high)
     return [y for y in every if first <= y <= last]

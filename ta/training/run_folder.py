@@ -149,8 +149,8 @@ def check_out(loop: LoopConfig) -> list[str]:
     return held
 
 
-# groups of settings that a resume does not compare one by one: what they decide is compared by its
-# content (data, model, media, index) or by name below, or it changes no result
+# groups of settings that a resume does not compare one by one: they are compared by content (data,
+# model, media, index) or by name below, or they change no result
 COMPARED_OTHERWISE = [
     "batches",
     "chat",
@@ -170,8 +170,7 @@ def resume_key(run: Run, batches: Any, optimizer: Any, optim: Any, more: dict[st
     """Settings that must not differ when a run resumes: data, model, steps, optimizer, method.
 
     The method's settings are all fields of the recipe's own config and of its groups that are not
-    in NOT_COMPARED: those groups have no effect on results, or are compared by content (data,
-    model). `more` adds to these, and its values win.
+    in COMPARED_OTHERWISE. `more` adds to these, and its values win.
     """
     key: dict[str, Any] = {"data": batches.prepared.info["fingerprint"]}
     config = run.config
@@ -182,11 +181,11 @@ def resume_key(run: Run, batches: Any, optimizer: Any, optim: Any, more: dict[st
         key["adapter_content"] = sources.adapter and fingerprint(sources.adapter)
         key["dtype"], key["model_args"] = model.dtype, list(model.model_args)
         key["quantize"] = config.compute.quantize
-        for own in dataclasses.fields(config):
-            value = getattr(config, own.name)
+        for name in (setting.name for setting in dataclasses.fields(config)):
+            value = getattr(config, name)
             if not dataclasses.is_dataclass(value):
-                key[own.name] = value
-            elif own.name not in COMPARED_OTHERWISE:
+                key[name] = value
+            elif name not in COMPARED_OTHERWISE:
                 key |= dataclasses.asdict(value)
     key |= {"steps": batches.steps, "batch_size": batches.batch_size, "seed": batches.seed}
     plain = (bool, int, float, str, tuple, list)
