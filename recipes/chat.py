@@ -1,9 +1,10 @@
 """Talk to a model in the terminal; /reset forgets the dialogue, /quit (or end of input) ends it.
 
     python recipes/chat.py --run runs/sft
-    python recipes/chat.py --model-path MODEL --temperature 0.7 --system-prompt "Answer in few words."
+    python recipes/chat.py --model-path MODEL --temperature 0.7 --system-prompt "Be brief."
 
-With --run, the model, the system prompt and the limits are those of the run that trained it (RUN/config.json), unless a flag says otherwise.
+With --run, the model, the system prompt and the limits are those of the run that trained it
+(RUN/config.json), unless a flag says otherwise.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class Config:
     chat: ta.ChatConfig = ta.ChatConfig()
     generation: ta.GenerateConfig = ta.GenerateConfig()
     run: str | None = None
-    """Folder of a training run: its final model, with the system prompt and chat settings that it was trained with."""
+    """Folder of a training run: its final model, with the system prompt and chat settings that it
+    was trained with."""
 
 
 def of_run(config: Config) -> Config:

@@ -2,14 +2,15 @@
 
     python recipes/generate.py --model-path runs/sft/final --data chats.jsonl --out answers.jsonl
     python recipes/generate.py --model-path runs/sft/final --data chats.jsonl --out answers.jsonl \\
-        --settings greedy "warm:temperature=0.8,num_answers=4"        (answers.greedy.jsonl, answers.warm.jsonl)
-    torchrun --nproc-per-node 8 recipes/generate.py ...                (each process takes every 8th record)
+        --settings greedy "warm:temperature=0.8,num_answers=4"    # a file for each
+    torchrun --nproc-per-node 8 recipes/generate.py ...     # each takes every 8th record
     python recipes/generate.py --engine vllm --tensor-parallel-size 2 ...
 
 Lines stand in input order; a run that was stopped goes on with --resume.
 
-A line of data: {"id": 1, "messages": [{"role": "user", "content": "2 + 2?"}]}; an answer at its end is taken off and kept as "reference".
-A line of the output has the record's fields and {"answers": [{"id": "0", "content": "4", "finish": "stop"}], "key": "..."}.
+A line of data: {"id": 1, "messages": [{"role": "user", "content": "2 + 2?"}]}
+An answer at its end is taken off and kept as "reference". A line of the output has the record's
+fields and {"answers": [{"id": "0", "content": "4", "finish": "stop"}], "key": "..."}.
 """
 
 from __future__ import annotations
@@ -37,11 +38,13 @@ class Config:
     media: ta.media.MediaFiles = ta.media.MediaFiles()
     retrieval: ta.rag.RetrievalConfig = ta.rag.RetrievalConfig()
     data: tuple[str, ...] = ()
-    """Sources of chats: file.jsonl, file.jsonl@0.1 (share), file.jsonl@500 (count); none: built-in held-out chats."""
+    """Sources of chats: file.jsonl, file.jsonl@0.1 (share), file.jsonl@500 (count); none:
+    built-in held-out chats."""
     out: str = "answers.jsonl"
     """File to write."""
     settings: tuple[str, ...] = ()
-    """Several settings in one run, each name:key=value,... over the flags here; each writes its own file, OUT with the name in it."""
+    """Several settings in one run, each name:key=value,... over the flags here; each writes its own
+    file, OUT with the name in it."""
     engine: Literal["hf", "vllm"] = "hf"
     """Our engine over transformers' models, or vLLM."""
     random_cut: bool = False

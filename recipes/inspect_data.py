@@ -1,10 +1,11 @@
-"""See what training will see: which tokens are learned, how long records are, what is dropped and why.
+"""See what training will see: which tokens are learned, how long records are, what is dropped.
 
     python recipes/inspect_data.py --model-path MODEL --data chats.jsonl
     python recipes/inspect_data.py --model-path MODEL --data chats.jsonl --json > ids.jsonl
 
-With --json, one line a record: {"line", "ids", "labels", "weights"}, labels unshifted and -100 where nothing is learned, or {"line", "dropped"}.
-A line of data: {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
+With --json, one line a record: {"line", "ids", "labels", "weights"}, labels unshifted and -100
+where nothing is learned, or {"line", "dropped"}. A line of data:
+{"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ class Config:
     data: ta.DataConfig = ta.DataConfig()
     media: ta.media.MediaConfig = ta.media.MediaConfig()
     kind: Literal["chat", "pair", "labelled", "class", "media", "question"] = "chat"
-    """What the records are: chats (sft), pairs (rm, dpo), labelled answers (kto), classified dialogues (classify), pictures and sounds
-    (multimodal) or questions (rag, without their passages)."""
+    """What the records are: chats (sft), pairs (rm, dpo), labelled answers (kto), classified
+    dialogues (classify), pictures and sounds (multimodal) or questions (rag, without their
+    passages)."""
     examples: Annotated[int, Range(0)] = 3
     """Records shown with colours."""
     seed: int = 0
@@ -119,7 +121,8 @@ def histogram(sizes: list[int], bins: int = 12) -> Iterator[str]:
         counts[(size - ranked[0]) // width] += 1
     for i, count in enumerate(counts):
         start = ranked[0] + i * width
-        yield f"{start:>8,}-{start + width - 1:<8,}|{'#' * -(-count * BAR // max(counts))} {count:,}"
+        bar = "#" * -(-count * BAR // max(counts))
+        yield f"{start:>8,}-{start + width - 1:<8,}|{bar} {count:,}"
 
 
 def main(config: Config) -> None:

@@ -1,9 +1,10 @@
 """Merge a trained adapter into its base: one folder that plain transformers and vLLM load.
 
     python recipes/merge.py --model-path BASE --adapter-path runs/sft/final --out merged
-    python recipes/merge.py --model-path runs/sft/final --out merged          # its base is where it was
+    python recipes/merge.py --model-path runs/sft/final --out merged     # its base is where it was
 
-The sum is made in float32, checked against base + adapter on logits, written in the base's own dtype, and read back and checked once more.
+The sum is made in float32, checked against base + adapter on logits, written in the base's own
+dtype, and read back and checked once more.
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
-"""Choose among the candidate answers of every record: some at random, the best by reward, or those that rejection sampling accepts.
+"""Choose among the answers of every record: at random, by reward, or by rejection sampling.
 
     python recipes/sample.py --data scored.jsonl --method best --n 1 --out chosen.jsonl
-    python recipes/sample.py --data scored.jsonl --method rejection --n 4 --beta 0.5 --out chosen.jsonl
+    python recipes/sample.py --data scored.jsonl --method rejection --n 4 --beta 0.5 \
+        --out chosen.jsonl
 
-A line of data: {"messages": [...], "answers": [{"id": "a", "content": "4"}, {"id": "b", "content": "5"}], "rewards": {"a": 1.2, "b": -0.7}}
-A line of the output is the record with the chosen answers only, best first where there are rewards; with --as-chats, one chat for each.
+A line of data: {"messages": [...],
+"answers": [{"id": "a", "content": "4"}, {"id": "b", "content": "5"}], "rewards": {"a": 1, "b": 0}}
+A line of the output is the record with the chosen answers only, best first where there are
+rewards; with --as-chats, one chat for each.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ class Config:
     out: str = "chosen.jsonl"
     """File to write."""
     method: Literal["random", "best", "rejection"] = "best"
-    """random; best by reward; rejection: RSO (Liu et al. 2023), accepted with probability exp((r - r_max) / beta)."""
+    """random; best by reward; rejection: RSO (Liu et al. 2023), accepted with probability
+    exp((r - r_max) / beta)."""
     n: Annotated[int, Range(0)] = 1
     """Answers to keep of each record; all of them where there are fewer."""
     beta: Annotated[float, Range(0, above=True)] = 0.5

@@ -1,12 +1,15 @@
-"""Score with a trained head: the reward of every candidate answer, or the class of every dialogue with its probabilities.
+"""Score with a trained head: rewards of candidate answers, or classes of dialogues.
 
     python recipes/score.py --model-path runs/rm/final --data candidates.jsonl --out scored.jsonl
-    python recipes/score.py --model-path runs/classify/final --kind class --data chats.jsonl --out classes.jsonl
-    torchrun --nproc-per-node 8 recipes/score.py ...                   (each process takes every 8th record)
+    python recipes/score.py --model-path runs/classify/final --kind class --data chats.jsonl \
+        --out classes.jsonl
+    torchrun --nproc-per-node 8 recipes/score.py ...        # each takes every 8th record
     python recipes/score.py --engine vllm ...                          (the same numbers)
 
-A line of data: {"messages": [{"role": "user", "content": "2 + 2?"}], "answers": [{"id": "a", "content": "4"}, {"id": "b", "content": "5"}]}
-A line of the output has the record's fields and {"rewards": {"a": 1.2, "b": -0.7}}, or {"prediction": 1, "probabilities": [0.1, 0.9]}.
+A line of data: {"messages": [{"role": "user", "content": "2 + 2?"}],
+"answers": [{"id": "a", "content": "4"}, {"id": "b", "content": "5"}]}
+A line of the output has the record's fields and {"rewards": {"a": 1.2, "b": -0.7}}, or
+{"prediction": 1, "probabilities": [0.1, 0.9]}.
 """
 
 from __future__ import annotations

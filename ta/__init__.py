@@ -123,8 +123,8 @@ NAMES = {  # module: what `import ta` gives of it, loaded on first use
     "ta.chat.encode": "encode_answers encode_chat encode_dialogues encode_prompt "
     "encode_prompts loss_weights",
     "ta.chat.tokenizer": "ChatTokenizer TokenizerConfig load_chat_tokenizer",
-    "ta.data.prepare": "DataConfig first_records prepare_chats prepare_classes prepare_labelled prepare_pairs "
-    "prepare_questions preview sequence",
+    "ta.data.prepare": "DataConfig first_records prepare_chats prepare_classes prepare_labelled "
+    "prepare_pairs prepare_questions preview sequence",
     "ta.files": "append_line",
     "ta.data.batch": "Batch lay_out",
     "ta.data.loader": "BatchConfig check_margins collate_chats collate_classes collate_pairs "

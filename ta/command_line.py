@@ -1,4 +1,4 @@
-"""The user's door: flags in, a recipe run, and wrong input answered in two lines instead of a traceback."""
+"""The user's door: flags in, a recipe run, and wrong input answered without a traceback."""
 
 from __future__ import annotations
 
@@ -64,9 +64,10 @@ def check_config(config: Any) -> None:
 
 
 def cli(main: Callable[[Any], None], config_class: type, argv: list[str] | None = None) -> None:
-    """Parse flags into `config_class` (nested configs flattened), call `main(config)`, and exit with the code of what happened.
+    """Parse flags into `config_class` (nested configs flattened), call `main(config)`, and exit.
 
-    Exit codes: 0 done, 2 wrong input, 3 no room or no permission, 130/143 stopped by a signal. `TA_TRACEBACK=1` shows tracebacks.
+    Exit codes: 0 done, 2 wrong input, 3 no room, no memory or no permission, 130/143 stopped by a
+    signal. `TA_TRACEBACK=1` shows tracebacks.
     """
     import tyro
 
@@ -102,7 +103,10 @@ def table(rows: Iterable[tuple], header: tuple[str, ...], width: int = 48) -> st
 
 
 def guard(action: Callable[[], Any]) -> int:
-    """Run `action` and turn what a user can cause into a message and an exit code; what we caused stays a traceback."""
+    """Run `action` and turn what a user can cause into a message and an exit code.
+
+    What we caused stays a traceback.
+    """
     if os.environ.get("TA_TRACEBACK"):
         action()
         return 0

@@ -364,6 +364,7 @@ def export_template(template: Template) -> str:
         "{%- for message in messages -%}{%- if message['role'] not in prefixes -%}"
         "{{- raise_exception('unknown role ' + message['role'] + '; known: ' + prefixes | join(', "
         "')) -}}{%- endif -%}"
-        f"{{{{- prefixes[message['role']] + message['content'] + {quote(template.suffix)} -}}}}{{%- endfor -%}}"
+        f"{{{{- prefixes[message['role']] + message['content'] + {quote(template.suffix)} -}}}}"
+        "{%- endfor -%}"
         f"{{%- if add_generation_prompt -%}}{{{{- prefixes[{quote(ANSWER)}] -}}}}{{%- endif -%}}"
     )

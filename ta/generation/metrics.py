@@ -42,7 +42,7 @@ def accuracy(predictions: Sequence[Any], labels: Sequence[Any]) -> float:
 
 
 def contains(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Share of answers in which the reference stands as whole words: right, in any number of words."""
+    """Share of answers in which the reference stands as whole words, whatever stands around it."""
     patterns = (rf"(?<!\w){re.escape(reference.strip())}(?!\w)" for reference in references)
     pairs = zip(answers, patterns, strict=True)
     return mean(re.search(pattern, answer) is not None for answer, pattern in pairs)
@@ -200,7 +200,7 @@ def measure(names: Iterable[str], **data: Any) -> dict[str, float]:
 
 
 def check_metrics(names: Iterable[str], given: Collection[str]) -> None:
-    """ValueError for an unknown name, and for a metric that needs other inputs than those `given`."""
+    """ValueError for an unknown name, and for a metric that needs inputs that are not `given`."""
     for name in names:
         if name not in METRICS:
             raise ValueError(f"unknown metric {name!r}; give some of: {', '.join(METRICS)}")

@@ -41,7 +41,8 @@ class SamplesConfig:
     sample_max_new_tokens: Annotated[int, Range(1)] = 64
     """Tokens of an answer at most."""
     sample_metrics: tuple[str, ...] = ("accuracy",)
-    """Metrics of ta/generation/metrics.py that take predictions and references, such as accuracy (exact match), rouge_l, meteor, perplexity."""
+    """Metrics of ta/generation/metrics.py that take predictions and references, such as accuracy
+    (exact match), rouge_l, meteor, perplexity."""
     sample_random_cut: bool = False
     """End each prompt before a random answer (seeded) instead of the last one."""
 

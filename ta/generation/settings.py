@@ -28,7 +28,8 @@ class GenerateConfig:
     beams: Annotated[int, Range(1)] = 1
     """Beam search of this width, through transformers' generate or vLLM's."""
     repetition_penalty: Annotated[float, Range(0, above=True)] = 1.0
-    """Above 1 makes tokens of the prompt and of the answer so far less probable (CTRL, arXiv 1909.05858)."""
+    """Above 1 makes tokens of the prompt and of the answer so far less probable (CTRL, arXiv
+    1909.05858)."""
     stop_strings: tuple[str, ...] = ()
     """An answer ends where one of these is complete."""
     keep_stop: bool = False
@@ -154,7 +155,8 @@ def check_prompts(
     if outside:
         raise ValueError(
             f"{len(outside)} of {len(prompts)} prompts hold token ids outside the model's "
-            f"{vocabulary} embeddings (the first is number {outside[0]}): give the tokenizer that belongs to the model"
+            f"{vocabulary} embeddings (the first is number {outside[0]}): "
+            "give the tokenizer that belongs to the model"
         )
     long = [i for i, p in enumerate(prompts) if context is not None and len(p) + room > context]
     if long:
@@ -208,7 +210,7 @@ class Ending(NamedTuple):
             return self._decode(ids, skip) if skip else whole
         at, stop = min(places)
         cut = at + len(stop) if keep else at
-        # whole tokens before the cut lose their special ones; the token cut through gives characters
+        # whole tokens before the cut lose their special ones; a token cut through gives characters
         for n in range(len(ids), -1, -1):
             before = self._decode(ids[:n])
             if len(before) <= cut and whole.startswith(before):

@@ -166,7 +166,7 @@ def grouped_attention(
 
 
 def attention_for(model, slots: bool) -> str:
-    """Name of an attention function that knows masks and caches and computes what the model means."""
+    """Name of an attention function that knows masks and caches and computes what a model does."""
     capped = getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None)
     if capped or not getattr(model, "_supports_sdpa", False):
         return "eager"  # sdpa would leave the cap out

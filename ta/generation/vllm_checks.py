@@ -39,7 +39,8 @@ def check_parallel(config, size: int) -> None:
         ]
         raise ValueError(
             f"--tensor-parallel-size {size} does not divide the model's {heads} attention heads "
-            f"({groups} for keys and values, {units} hidden units): give one of {', '.join(map(str, fits))}"
+            f"({groups} for keys and values, {units} hidden units): "
+            f"give one of {', '.join(map(str, fits))}"
         )
 
 
@@ -132,5 +133,6 @@ def refuse_settings(
     ]
     if dropped:
         raise ValueError(
-            f"vLLM's beam search knows no {' and no '.join(dropped)}: give --engine hf, or --beams 1"
+            f"vLLM's beam search knows no {' and no '.join(dropped)}: "
+            "give --engine hf, or --beams 1"
         )

@@ -72,8 +72,8 @@ def _samples(data: bytes, width: int) -> np.ndarray:
 def resample(samples: np.ndarray, rate: int, to: int, zeros: int = 16) -> np.ndarray:
     """(N,) samples at `rate` Hz to (ceil(N * to / rate),) float64 at `to` Hz.
 
-    The polyphase filter is a sinc of `zeros` crossings under a Hann window, cut at 0.95 of the lower
-    Nyquist frequency (Smith, Digital Audio Resampling). A constant stays the same constant.
+    The polyphase filter is a sinc of `zeros` crossings under a Hann window, cut at 0.95 of the
+    lower Nyquist frequency (Smith, Digital Audio Resampling). A constant stays the same constant.
     """
     if rate == to:
         return samples.astype(np.float64)
