@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable
+from types import MappingProxyType
 from typing import Any, NamedTuple, get_type_hints
 
 WRONG_INPUT, NO_ROOM = 2, 3
@@ -73,6 +74,8 @@ def cli(main: Callable[[Any], None], config_class: type, argv: list[str] | None 
 
     doc = (sys.modules[main.__module__].__doc__ or "").strip()
     given = [_new_name(word) for word in (sys.argv[1:] if argv is None else argv)]
+    if {"-h", "--help"} & set(given):
+        _join_help(config_class)
     config = tyro.cli(
         config_class, args=given, description=doc, config=(tyro.conf.OmitArgPrefixes,)
     )
@@ -82,6 +85,23 @@ def cli(main: Callable[[Any], None], config_class: type, argv: list[str] | None 
         main(config)
 
     raise SystemExit(guard(run))
+
+
+def _join_help(config_class: type) -> None:
+    """Give each field, here and in configs inside, its docstring as help in one paragraph.
+
+    tyro itself would keep the line breaks of the source, because continued lines are indented.
+    """
+    # tyro requires this package and reads docstrings with it
+    from docstring_parser import parse_from_object
+
+    docs = {param.arg_name: param.description for param in parse_from_object(config_class).params}
+    for field in dataclasses.fields(config_class):
+        if dataclasses.is_dataclass(field.default):
+            _join_help(type(field.default))
+        elif text := docs.get(field.name):
+            help_text = " ".join(text.split())
+            field.metadata = MappingProxyType({**field.metadata, "help": help_text})
 
 
 def _new_name(word: str) -> str:

@@ -1,11 +1,28 @@
 """The user's door: what happened decides the exit code and the one line that is said."""
 
 import errno
+from dataclasses import dataclass
 
 import pytest
 import torch
 
-from ta.command_line import guard
+from ta.command_line import cli, guard
+
+
+@dataclass(frozen=True)
+class Inner:
+    depth: int = 1
+    """How deep
+    it goes."""
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Inner = Inner()
+    width: int = 2
+    """A sentence that the source breaks
+    into two lines, (one of them begins with a sign)
+    or three."""
 
 
 def raises(error):
@@ -41,3 +58,13 @@ def test_what_a_user_cannot_cause_stays_a_traceback(error):
 
 def test_nothing_raised_is_success(capsys):
     assert guard(lambda: None) == 0 and capsys.readouterr().err == ""
+
+
+def test_help_of_a_field_is_one_paragraph(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    with pytest.raises(SystemExit) as end:
+        cli(raises(AssertionError), Outer, ["--help"])
+    shown = capsys.readouterr().out
+    assert end.value.code == 0
+    assert "How deep it goes. (default: 1)" in shown
+    assert "breaks into two lines, (one of them begins with a sign) or three. (default: 2)" in shown
