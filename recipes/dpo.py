@@ -96,9 +96,10 @@ def loss_settings(config: Config) -> dict:
     for name in every_flag:
         if (value := getattr(config, name)) is not None:
             if name not in settings:
+                flags = ["--" + taken.replace("_", "-") for taken in (name, *settings)]
                 raise ValueError(
-                    f"{name}={value} would have no effect: loss {config.loss} takes "
-                    f"{', '.join(settings)}; leave {name} out"
+                    f"{flags[0]} {value} would have no effect: --loss {config.loss} takes "
+                    f"{', '.join(flags[1:])}; leave {flags[0]} out"
                 )
             settings[name] = value
     return settings

@@ -282,7 +282,8 @@ def test_settings_are_those_given_or_the_published_ones(door):
             if flag in DPO.FLAGS[name]:
                 assert DPO.loss_settings(config) == DPO.FLAGS[name] | {flag: 0.25}
                 continue
-            with pytest.raises(ValueError, match=f"{flag}=0.25 would have no effect: loss {name}"):
+            words = f"{flag.replace('_', '-')} 0.25 would have no effect: --loss {name} takes --"
+            with pytest.raises(ValueError, match=words):
                 DPO.loss_settings(config)
     for flags, words in (
         (("--loss", "dpo"), "sigmoid"),

@@ -239,7 +239,7 @@ def test_wrong_input_is_answered_before_anything_is_written(door, model, data, t
     models.write_tiny(tmp_path / "three", num_labels=3)
     cases = (
         ("dpo", ("--loss", "simpo", "--reference", "frozen"), "--loss simpo has no reference"),
-        ("dpo", ("--loss", "hinge", "--gamma", "1"), "gamma=1.0 would have no effect"),
+        ("dpo", ("--loss", "hinge", "--gamma", "1"), "--gamma 1.0 would have no effect"),
         (
             "dpo",
             ("--loss", "sigmoid_with_margin"),
