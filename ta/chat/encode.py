@@ -192,20 +192,6 @@ def encode_answers(
     return encode_dialogues(dialogues, tokenizer, config, ONE_ANSWER)
 
 
-def encode_pairs(
-    contexts: Sequence[Chat],
-    pairs: Sequence[tuple[Message, Message]],
-    tokenizer: ChatTokenizer,
-    config: ChatConfig,
-) -> list[tuple[Tokens, Tokens] | Drop]:
-    """(chosen, rejected) of each record, which share one cut context; only answers are learned."""
-    groups = [
-        group if isinstance(group, Drop) else drop_equal(group)
-        for group in encode_answers(contexts, pairs, tokenizer, config)
-    ]
-    return [group if isinstance(group, Drop) else (group[0], group[1]) for group in groups]
-
-
 def drop_equal(sequences: list[Tokens]) -> list[Tokens] | Drop:
     """The sequences of a pair, or a Drop where both have the same tokens."""
     if sequences[0].ids == sequences[1].ids:

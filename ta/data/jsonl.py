@@ -171,19 +171,6 @@ def parse_record(raw: bytes) -> dict:
     return data
 
 
-def read_jsonl(path: str) -> Iterator[tuple[int, dict]]:
-    """Stream (1-based line, object) of a .jsonl or .jsonl.gz file.
-
-    Every failure is a ValueError "file:line: what, why, what to give".
-    """
-    for line, raw in read_lines(path):
-        try:
-            data = parse_record(raw)
-        except BadRecord as error:
-            raise ValueError(f"{path}:{line}: {error}") from None
-        yield line, data
-
-
 def named(value: object) -> str:
     """The type of a JSON value in words, for an error."""
     return {

@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerFast
 from ta.chat.cut import cut_dialogue
 from ta.chat.encode import (
     Drop,
+    drop_equal,
     encode_answers,
     encode_chat,
     encode_chats,
-    encode_pairs,
     encode_prompt,
     encode_prompts,
 )
@@ -496,9 +496,8 @@ def test_pairs_share_one_cut_and_learn_only_the_answer(shape):
             chat[:-1],
             [{"role": "bot", "content": answer} for answer in (chosen, rejected)],
         )
-        result = encode_pairs([context], [tuple(answers)], tokenizer, ChatConfig(max_tokens=limit))[
-            0
-        ]
+        group = encode_answers([context], [answers], tokenizer, ChatConfig(max_tokens=limit))[0]
+        result = group if isinstance(group, Drop) else drop_equal(group)
         if isinstance(result, Drop):
             short = [
                 context[i]
@@ -541,10 +540,8 @@ def test_answers_of_candidates_and_equal_pairs():
     assert loud == group and all(
         weights.index(1.0) == len(encode_prompt(context, tokenizer, PLAIN)) for _, weights in loud
     )
-    assert (
-        encode_pairs([context], [(one, one)], tokenizer, PLAIN)[0].reason
-        == "chosen equals rejected"
-    )
+    pair = encode_answers([context], [[one, one]], tokenizer, PLAIN)[0]
+    assert drop_equal(pair).reason == "chosen equals rejected" and drop_equal(group) == group
     assert encode_answers([context], [[]], tokenizer, PLAIN)[0].reason == "no answer"
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ta.data import jsonl
-from ta.data.jsonl import parse_record, read_jsonl
+from ta.data.jsonl import BadRecord, parse_record, read_lines
 
 GOOD = b'{"a": 1}\n'
 values = st.recursive(
@@ -26,6 +26,15 @@ values = st.recursive(
     ),
     max_leaves=10,
 )
+
+
+def read_jsonl(path):
+    """(line, object) of a file; what is wrong with a line is said with its place."""
+    for line, raw in read_lines(path):
+        try:
+            yield line, parse_record(raw)
+        except BadRecord as error:
+            raise ValueError(f"{path}:{line}: {error}") from None
 
 
 @settings(max_examples=60, deadline=None)
