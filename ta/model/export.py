@@ -148,11 +148,16 @@ def gathered(model: nn.Module, only_trained: bool = False) -> dict[str, Tensor] 
 def set_generation(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]
 ) -> None:
-    """Make the generation config stop at `stop_ids` and pad; does nothing for other models."""
+    """Make the generation config stop at `stop_ids` too, and pad; nothing for other models.
+
+    What the base stopped at stays, as far as the vocabulary still holds it.
+    """
     if not model.can_generate():
         return
     config, pad = model.generation_config, tokenizer.pad_token_id
-    config.eos_token_id = sorted(stop_ids) or tokenizer.eos_token_id
+    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    before = {token for token in known if token is not None and token < len(tokenizer)}
+    config.eos_token_id = sorted(before.union(stop_ids)) or tokenizer.eos_token_id
     config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
     if tokenizer.bos_token_id is not None:
         config.bos_token_id = tokenizer.bos_token_id

@@ -32,6 +32,7 @@ from ta.parallel import (
     recompute,
     round_frozen,
     same_bits,
+    say,
     shard,
     world,
 )
@@ -39,7 +40,7 @@ from ta.parallel import (
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedModel
 
     from ta.chat.tokenizer import ChatTokenizer
     from ta.model.language_model import LanguageModel
@@ -187,6 +188,8 @@ def load_base(
             f"{folder} does not load as a {task} model: {str(error).splitlines()[0]}"
         ) from error
     _check_tensors(folder, task, info)
+    if loaded.can_generate():
+        _check_generation(folder, loaded.generation_config)
     if quantize != "none":
         return loaded.eval()
     return loaded.to(device if whole or world() == 1 else "cpu").eval()
@@ -202,6 +205,44 @@ def _without_warnings() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+# settings that say nothing where nothing is sampled, and those where no beams are searched
+SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "top_h",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+)
+BEAMS = ("early_stopping", "length_penalty", "diversity_penalty", "num_beam_groups")
+
+
+def _check_generation(folder: str, config: GenerationConfig) -> None:
+    """Leave out settings without effect, which transformers would not save, and say which.
+
+    ValueError for a generation config that no export could hold.
+    """
+    idle = () if config.do_sample else SAMPLING
+    idle += () if (config.num_beams or 1) > 1 else BEAMS
+    without = type(config)()
+    given = [name for name in idle if getattr(config, name, None) != getattr(without, name, None)]
+    for name in given:
+        setattr(config, name, getattr(without, name))
+    if given:
+        say(
+            f"note: {', '.join(given)} of {folder}/generation_config.json have no effect there "
+            "(nothing is sampled, or no beams are searched) and are left out of what is exported"
+        )
+    try:
+        with _without_warnings():
+            config.validate(strict=True)
+    except ValueError as error:
+        what = " ".join(str(error).split())[:200]
+        raise ValueError(f"{folder}/generation_config.json cannot be: {what}; mend it") from None
 
 
 def _check_tensors(folder: str, task: Task, info: dict[str, Any]) -> None:

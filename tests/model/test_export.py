@@ -120,3 +120,18 @@ def test_what_fails_on_one_process_ends_the_export_of_all(tmp_path):
     lines = (tmp_path / "said").read_text().splitlines()
     assert sum("No space left" in line for line in lines) == 6, lines
     assert sorted(os.listdir(tmp_path)) == ["final", "said"] and os.listdir(final) == ["mark"]
+
+
+def test_end_tokens_are_those_of_the_base_and_those_learned(parts):
+    model, fast = parts[0].inner, parts[1].fast
+    before = model.generation_config.eos_token_id
+    for known, learned, want in (
+        ([5, 3], [2], [2, 3, 5]),
+        (7, [2], [2, 7]),
+        (None, [2], [2]),
+        (len(fast) + 4, [], fast.eos_token_id),  # of a larger vocabulary
+    ):
+        model.generation_config.eos_token_id = known
+        export.set_generation(model, fast, learned)
+        assert model.generation_config.eos_token_id == want
+    model.generation_config.eos_token_id = before

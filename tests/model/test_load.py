@@ -1,5 +1,8 @@
 """Models from folders: what a run left is where the next one starts, and every tensor is accounted for."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -65,6 +68,23 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, fault):
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="without a place for them"):
         load_for_inference(ModelConfig(str(tmp_path)))
+
+
+def test_a_generation_config_that_could_not_be_exported_is_mended_or_refused(tmp_path, capsys):
+    shutil.copytree(tiny_folder(), tmp_path / "base")
+    settings = {"do_sample": False, "temperature": 0.6, "top_k": 20, "length_penalty": 2.0}
+    path = tmp_path / "base" / "generation_config.json"
+    path.write_text(json.dumps(settings | {"eos_token_id": 2, "pad_token_id": 0}))
+    config = ModelConfig(str(tmp_path / "base"))
+    model = load_base(config)
+    assert "temperature, top_k, length_penalty of" in capsys.readouterr().err
+    model.generation_config.save_pretrained(tmp_path)
+    path.write_text(json.dumps({"do_sample": True, "temperature": 0.6, "pad_token_id": 0}))
+    assert load_base(config).generation_config.temperature == 0.6  # sampling keeps its settings
+    assert "note" not in capsys.readouterr().err
+    path.write_text(json.dumps({"pad_token_id": -1}))
+    with pytest.raises(ValueError, match=r"generation_config\.json cannot be.*pad_token_id"):
+        load_base(config)
 
 
 def test_a_new_head_is_told_and_drawn_from_the_seed():
