@@ -129,6 +129,7 @@ def main(config: Config) -> None:
         num_labels=config.num_labels,
         seed=run.seed,
     )
+    ta.check_context(model, train_data, val_data)
 
     batches = ta.train_batches(
         train_data, config.batches, packed=model.packed, collate=ta.collate_classes

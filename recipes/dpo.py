@@ -189,6 +189,7 @@ def main(config: Config) -> None:
     model = ta.load_model(
         config.model, config.adapter, config.compute, tokenizer, run.device, seed=run.seed
     )
+    ta.check_context(model, train_data, val_data)
 
     reference = None
     if config.loss not in WITHOUT_REFERENCE:

@@ -126,6 +126,7 @@ def main(config: Config) -> None:
     model = ta.load_model(
         config.model, config.adapter, config.compute, tokenizer, run.device, seed=run.seed
     )
+    ta.check_context(model, train_data, val_data)
 
     reference = ta.open_reference(
         config.reference, model, tokenizer, config.model, config.adapter, config.compute, run.seed

@@ -77,6 +77,7 @@ def main(config: Config) -> None:
             seed=run.seed,
         ),
     )
+    ta.check_context(model, train_data, val_data)
 
     builtin = config.model.model_path == "builtin-pictures"
     batches = ta.train_batches(

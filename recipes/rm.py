@@ -93,6 +93,7 @@ def main(config: Config) -> None:
         num_labels=1,
         seed=run.seed,
     )
+    ta.check_context(model, train_data, val_data)
 
     batches = ta.train_batches(
         train_data,

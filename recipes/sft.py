@@ -45,6 +45,7 @@ def main(config: Config) -> None:
     model = ta.load_model(
         config.model, config.adapter, config.compute, tokenizer, run.device, seed=run.seed
     )
+    ta.check_context(model, train_data, val_data)
 
     batches = ta.train_batches(
         train_data,

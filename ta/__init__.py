@@ -90,6 +90,7 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
     from ta.model.language_model import wrap as wrap
     from ta.model.load import ComputeConfig as ComputeConfig
     from ta.model.load import cast_parameters as cast_parameters
+    from ta.model.load import check_context as check_context
     from ta.model.load import load_base as load_base
     from ta.model.load import load_for_inference as load_for_inference
     from ta.model.load import load_model as load_model
@@ -130,7 +131,8 @@ NAMES = {  # module: what `import ta` gives of it, loaded on first use
     "ta.data.loader": "BatchConfig check_margins collate_chats collate_classes collate_pairs "
     "labelled_collate labels_of read_ahead train_batches val_batches",
     "ta.model.adapters": "AdapterConfig load_adapter logits_agree merge_adapter probe_logits",
-    "ta.model.load": "ComputeConfig cast_parameters load_base load_for_inference load_model",
+    "ta.model.load": "ComputeConfig cast_parameters check_context load_base load_for_inference "
+    "load_model",
     "ta.model.language_model": "LanguageModel native_attention wrap",
     "ta.model.logprobs": "cross_entropy_sum token_logprobs",
     "ta.model.export": "copy_media export",

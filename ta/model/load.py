@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from ta.data.loader import name_of
 from ta.folders import ModelConfig, resolve
 from ta.model.adapters import KINDS as ADAPTERS
 from ta.model.adapters import (
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
     from ta.chat.tokenizer import ChatTokenizer
+    from ta.data.prepare import Prepared
     from ta.model.language_model import LanguageModel
 
 Task = Literal["causal", "seq_cls", "encoder"]
@@ -112,6 +114,26 @@ def load_model(
     ready = _place(adapted, compute, device, is_half(model, device), around)
     ready.note = "\n".join(text for text in (head, ready.note) if text)
     return ready
+
+
+def check_context(model: LanguageModel, *data: Prepared | None) -> None:
+    """ValueError where a sequence has more tokens than the model takes; None is no data."""
+    import numpy as np
+
+    from ta.model.language_model import base_model
+
+    limit = getattr(
+        base_model(model.inner).config.get_text_config(), "max_position_embeddings", None
+    )
+    for prepared in data if limit else ():
+        sizes = np.zeros(0, int) if prepared is None else np.diff(prepared.offsets)
+        if prepared is not None and sizes.max(initial=0) > limit:
+            longest = name_of(prepared, int(sizes.argmax()) // prepared.k)
+            raise ValueError(
+                f"{(sizes > limit).sum()} of {len(sizes)} sequences are longer than the {limit} "
+                f"tokens that the model takes (max_position_embeddings); the longest, {longest}, "
+                f"has {sizes.max()}: give --max-tokens {limit} to cut dialogues"
+            )
 
 
 def load_for_inference(

@@ -3,9 +3,11 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small import prepared, tiny
 
 from ta.builtin.model_folders import tiny_folder
 from ta.chat.template import ChatConfig
@@ -14,7 +16,14 @@ from ta.data.batch import lay_out
 from ta.folders import ModelConfig
 from ta.model.adapters import AdapterConfig
 from ta.model.export import export
-from ta.model.load import ComputeConfig, cast_parameters, load_base, load_for_inference, load_model
+from ta.model.load import (
+    ComputeConfig,
+    cast_parameters,
+    check_context,
+    load_base,
+    load_for_inference,
+    load_model,
+)
 
 
 def opened(config, adapter=None, tokens=(), **more):
@@ -85,6 +94,21 @@ def test_a_generation_config_that_could_not_be_exported_is_mended_or_refused(tmp
     path.write_text(json.dumps({"pad_token_id": -1}))
     with pytest.raises(ValueError, match=r"generation_config\.json cannot be.*pad_token_id"):
         load_base(config)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_sequence_longer_than_the_model_takes_is_named_before_the_first_step(k):
+    model, data = tiny(), prepared(n=12, k=k)
+    sizes = np.diff(data.offsets)
+    check_context(model, data, None)
+    model.inner.config.max_position_embeddings = int(sizes.max())
+    check_context(model, data)
+    model.inner.config.max_position_embeddings -= 1
+    record = int(sizes.argmax()) // k + 1
+    words = f"made.jsonl:{record}, has {sizes.max()}: give --max-tokens {sizes.max() - 1} "
+    for both in ((data, None), (prepared(n=4, longest=8), data)):
+        with pytest.raises(ValueError, match=words):
+            check_context(model, *both)
 
 
 def test_a_new_head_is_told_and_drawn_from_the_seed():
