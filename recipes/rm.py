@@ -106,7 +106,7 @@ def main(config: Config) -> None:
         val_data, config.batches, packed=model.packed, collate=ta.collate_pairs
     )
     optim = ta.with_default_lr(
-        config.optim, config.model, config.adapter, full=2e-5, adapted=2e-4, builtin=7e-4
+        config.optim, config.model, config.adapter, full=2e-5, adapted=2e-4, builtin=1e-3
     )
 
     def evaluate(done):

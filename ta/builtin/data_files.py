@@ -24,7 +24,7 @@ NAMES = {
 SIZES = {
     "chats": (models.TINY_STEPS * models.TINY_BATCH, 256),
     "wordy": (2_400, 256),
-    "preferences": (6_400, 256),
+    "preferences": (9_600, 256),
     "concise": (2_400, 256),
     "labelled": (3_200, 256),
     "classes": (4_800, 256),

@@ -48,10 +48,10 @@ def test_sft_learns_to_answer(taught):
 
 
 def test_rewards_rank_answers(taught, forked, tmp_path):
-    """Held-out right answers are ranked above wrong ones (97.3 to 100 %)."""
+    """Held-out right answers are ranked above wrong ones (98 to 99.6 %, seeds 0 to 2)."""
     said = forked("rm", "--out", tmp_path / "run", *SEED)
     last = logged(tmp_path / "run")[-1]
-    assert last["val_ranking_accuracy"] >= 0.93 and "ranking_accuracy" in said
+    assert last["val_ranking_accuracy"] >= 0.9 and "ranking_accuracy" in said
 
 
 def wordy(folder, step):
