@@ -115,6 +115,7 @@ def load_chat_tokenizer(
     meanings = _meanings(placeholders)
     media_tokens = [f"{token}={text}" for token, text in meanings.items()]
     new = add_tokens(fast, (*tokenizer.init_tokens, *media_tokens))
+    name_special_tokens(fast, tokenizer)
     in_template = export_template(template_of(fast, chat))
     declared = [
         *fast.init_kwargs.get(CONTENT_TOKENS, ()),
@@ -273,8 +274,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """The tokenizer in config.tokenizer_path, else in `path` (the model's folder).
 
-    Nothing is looked up on a hub. ValueError: no such folder, no fast tokenizer in it, a token that
-    the vocabulary lacks or that the tokenizer has already named otherwise.
+    Nothing is looked up on a hub. ValueError: no such folder, no fast tokenizer in it.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -299,9 +299,16 @@ def load_tokenizer(
             f"the tokenizer in {str(folder)!r} is not backed by a tokenizer.json, which chats are "
             "encoded with; convert it to a fast one"
         )
+    return tokenizer
+
+
+def name_special_tokens(tokenizer: PreTrainedTokenizerFast, config: TokenizerConfig) -> None:
+    """Make the tokens that `config` names bos, eos and pad, in place.
+
+    ValueError for a token that the vocabulary lacks or that is named otherwise already.
+    """
     for kind in ("bos_token", "eos_token", "pad_token"):
         _set_token(tokenizer, kind, getattr(config, kind))
-    return tokenizer
 
 
 def _set_token(tokenizer: PreTrainedTokenizerFast, kind: str, token: str | None) -> None:

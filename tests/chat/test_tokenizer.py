@@ -15,6 +15,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
+from ta.builtin.model_folders import tiny_folder
 from ta.chat.encode import encode_chat, encode_chats
 from ta.chat.template import ChatConfig, ExplicitTemplate, explicit_template, export_template
 from ta.chat.tokenizer import (
@@ -22,13 +23,16 @@ from ta.chat.tokenizer import (
     TokenizerConfig,
     chat_tokenizer,
     disagreement,
+    load_chat_tokenizer,
     load_tokenizer,
+    name_special_tokens,
     parse_role_tags,
     stop_ids,
     stop_strings,
     template_of,
     vocabulary,
 )
+from ta.folders import ModelConfig
 
 
 def test_a_tokenizer_saved_and_loaded_encodes_the_same(tmp_path):
@@ -54,19 +58,28 @@ def test_loading_says_what_is_wrong(tmp_path):
     PreTrainedTokenizerFast(
         tokenizer_object=fast_tokenizer("human").backend_tokenizer, bos_token="<s>"
     ).save_pretrained(tmp_path / "t")
-    assert (
-        load_tokenizer(
-            str(tmp_path / "t"),
-            TokenizerConfig(eos_token="</s>", pad_token="</s>", bos_token="<s>"),
-        ).pad_token
-        == "</s>"
-    )
+    made = load_tokenizer(str(tmp_path / "t"))
     with pytest.raises(ValueError, match=r"--eos-token '<nope>' is not in the vocabulary"):
-        load_tokenizer(str(tmp_path / "t"), TokenizerConfig(eos_token="<nope>"))
+        name_special_tokens(made, TokenizerConfig(eos_token="<nope>"))
     with pytest.raises(
         ValueError, match=r"--bos-token '</s>' is given, but the tokenizer's own is '<s>'"
     ):
-        load_tokenizer(str(tmp_path / "t"), TokenizerConfig(bos_token="</s>"))
+        name_special_tokens(made, TokenizerConfig(bos_token="</s>"))
+    names = TokenizerConfig(eos_token="</s>", pad_token="</s>", bos_token="<s>")
+    name_special_tokens(made, names)
+    assert (made.bos_token, made.eos_token, made.pad_token) == ("<s>", "</s>", "</s>")
+
+
+def test_a_new_token_can_be_the_one_that_pads(tmp_path):
+    made = load_tokenizer(tiny_folder())
+    made.pad_token = None
+    made.save_pretrained(tmp_path)
+    settings = {"tokenizer_path": str(tmp_path), "pad_token": "<blank>"}
+    config = TokenizerConfig(**settings, init_tokens=("<blank>=blank",))
+    tokenizer = load_chat_tokenizer(ModelConfig(), config, ChatConfig())
+    assert tokenizer.fast.pad_token_id == tokenizer.new_tokens[0].id == len(made)
+    with pytest.raises(ValueError, match=r"is not in the vocabulary.*--init-tokens"):
+        load_chat_tokenizer(ModelConfig(), TokenizerConfig(**settings), ChatConfig())
 
 
 def test_the_template_is_the_one_asked_for():
