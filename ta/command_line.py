@@ -76,6 +76,8 @@ def cli(main: Callable[[Any], None], config_class: type, argv: list[str] | None 
     given = [_new_name(word) for word in (sys.argv[1:] if argv is None else argv)]
     if {"-h", "--help"} & set(given):
         _join_help(config_class)
+    if code := guard(lambda: _check_names(config_class)):
+        raise SystemExit(code)
     config = tyro.cli(
         config_class, args=given, description=doc, config=(tyro.conf.OmitArgPrefixes,)
     )
@@ -85,6 +87,25 @@ def cli(main: Callable[[Any], None], config_class: type, argv: list[str] | None 
         main(config)
 
     raise SystemExit(guard(run))
+
+
+def _check_names(config_class: type) -> None:
+    """ValueError where two groups of a config have a field of one name, so one flag for both."""
+    owners: dict[str, str] = {}
+
+    def visit(group: type) -> None:
+        for field in dataclasses.fields(group):
+            if dataclasses.is_dataclass(field.default):
+                visit(type(field.default))
+            elif field.name in owners:
+                raise ValueError(
+                    f"{config_class.__name__} has two fields {field.name}, of "
+                    f"{owners[field.name]} and of {group.__name__}: rename one of them"
+                )
+            else:
+                owners[field.name] = group.__name__
+
+    visit(config_class)
 
 
 def _join_help(config_class: type) -> None:

@@ -68,3 +68,28 @@ def test_help_of_a_field_is_one_paragraph(capsys, monkeypatch):
     assert end.value.code == 0
     assert "How deep it goes. (default: 1)" in shown
     assert "breaks into two lines, (one of them begins with a sign) or three. (default: 2)" in shown
+
+
+@dataclass(frozen=True)
+class Group:
+    seed: int = 1
+
+
+@dataclass(frozen=True)
+class Other:
+    seed: int = 2
+
+
+@dataclass(frozen=True)
+class Clashing:
+    first: Group = Group()
+    second: Other = Other()
+
+
+def test_two_groups_with_one_flag_are_refused_in_a_line(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli(lambda config: None, Clashing, ["--seed", "3"])
+    said = capsys.readouterr().err
+    assert said == (
+        "error: Clashing has two fields seed, of Group and of Other: rename one of them\n"
+    )
