@@ -113,7 +113,8 @@ def page(prepared: Prepared, examples: int, decode) -> Iterator[str]:
 def histogram(sizes: list[int], bins: int = 12) -> Iterator[str]:
     """Lines of `from-to |#### count` over equal widths; first the middle, 95 % and the longest."""
     ranked = sorted(sizes)
-    middle, high = ranked[len(ranked) // 2], ranked[min(len(ranked) * 95 // 100, len(ranked) - 1)]
+    middle = ranked[len(ranked) // 2]
+    high = ranked[min(len(ranked) * 95 // 100, len(ranked) - 1)]
     yield f"\ntokens a record: median {middle:,}, 95 % up to {high:,}, longest {ranked[-1]:,}"
     width = -(-(ranked[-1] - ranked[0] + 1) // bins)
     counts = [0] * ((ranked[-1] - ranked[0]) // width + 1)

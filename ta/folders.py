@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,7 +29,8 @@ class ModelConfig:
     """Further key=value arguments of from_pretrained, such as
     attn_implementation=flash_attention_2."""
     hub: bool = False
-    """Allow model names to be looked up on the Hugging Face hub."""
+    """Take a name that is no folder from the Hugging Face hub, or from its cache where there is no
+    network."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for folders you trust."""
 
@@ -36,9 +38,9 @@ class ModelConfig:
 class Folder(NamedTuple):
     """The contents of a folder."""
 
-    # the folder itself, the final/ of a run, or the name of a model on the hub
+    # the folder itself, or the final/ of a run
     path: str
-    kind: Literal["model", "classifier", "adapter", "hub"]
+    kind: Literal["model", "classifier", "adapter"]
     # the folder or name of the base that an adapter was trained on
     base: str | None
     # config.json, or an adapter's adapter_config.json
@@ -65,8 +67,6 @@ def read_folder(path: str, hub: bool = False) -> Folder:
     ValueError for a folder that does not exist or holds none of these.
     """
     folder = Path(model_folder(path, hub))
-    if not folder.is_dir():
-        return Folder(path, "hub", None, {}, False)
     media = (folder / "media.json").exists()
     if not (folder / "config.json").exists():
         config = _read_json(folder / "adapter_config.json")
@@ -96,10 +96,9 @@ def resolve(config: ModelConfig) -> Sources:
                 f"{config.model_path} is an adapter of base {base!r}, which is not here: give the "
                 "base in --model-path, this in --adapter-path"
             )
-        if Path(base).is_dir():
-            base = read_folder(base).path
+        base = read_folder(base, config.hub).path
     elif adapter is not None:
-        adapter = _final(adapter)
+        adapter = _final(_downloaded(adapter) if config.hub else adapter)
     tokenizer = adapter if adapter and (Path(adapter) / "tokenizer.json").exists() else base
     holders = [path for path in (adapter, base) if path and (Path(path) / "media.json").exists()]
     return Sources(base, adapter, holders[0] if holders else None, tokenizer)
@@ -127,25 +126,47 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def model_folder(path: str, hub: bool = False) -> str:
-    """The folder (or, with `hub`, the name) to load; "builtin" is written to the cache once.
+    """The folder to load; "builtin" is written to the cache once, and with `hub` a name is fetched.
 
     ValueError where there is no such folder.
     """
     if path.startswith("builtin") and not Path(path).exists():
         path = str(builtin_model(path) or path)
-    path = _final(path)
-    if not Path(path).is_dir() and not hub:
+    path = _final(_downloaded(path) if hub else path)
+    if not Path(path).is_dir():
         raise ValueError(
             f"no model folder at {path}: give a folder with config.json and *.safetensors, or add "
             "--hub to look the name up on the hub"
         )
     files = [Path(path) / name for name in ("config.json", "adapter_config.json")]
-    if Path(path).is_dir() and not any(file.exists() for file in files):
+    if not any(file.exists() for file in files):
         raise ValueError(
             f"{path} holds no config.json: give the folder of a saved model (a run's export is "
             "RUN/final)"
         )
     return path
+
+
+@cache
+def _downloaded(name: str) -> str:
+    """The folder of the hub's cache that holds `name`, fetched where it is absent or old.
+
+    A folder stands for itself. Weights come as safetensors only. ValueError for a name that neither
+    the hub nor its cache has.
+    """
+    if Path(name).exists():
+        return name
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+    try:
+        return snapshot_download(name, allow_patterns=wanted)
+    except (OSError, ValueError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{name} is no folder, and the hub does not give it ({why}): give a folder or the name "
+            "of a model on the hub"
+        ) from error
 
 
 def encoder_folder(path: str = "builtin") -> str:
@@ -154,13 +175,8 @@ def encoder_folder(path: str = "builtin") -> str:
 
 
 def fingerprint(path: str, hub: bool = False) -> str:
-    """Hash of a model folder's config and weights; the cache keeps the hash of each file.
-
-    A name of the hub is its own fingerprint.
-    """
+    """Hash of a model folder's config and weights; the cache keeps the hash of each file."""
     folder = Path(model_folder(path, hub))
-    if not folder.is_dir():
-        return path
     hashes = cache_folder("") / "hashes"
     configs = ("config.json", "adapter_config.json")
     files = [p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name in configs]

@@ -1,9 +1,11 @@
 """What stands in a folder, and what a command loads for it; no weights are read."""
 
 import json
+import shutil
 
 import pytest
 
+from ta.builtin.model_folders import tiny_folder
 from ta.folders import ModelConfig, read_folder, resolve
 
 
@@ -26,7 +28,6 @@ def test_the_kinds_of_folders(tmp_path, base):
     assert read_folder(folder(tmp_path / "head", config=head)).kind == "classifier"
     adapter = folder(tmp_path / "adapter", adapter_config={"base_model_name_or_path": base})
     assert read_folder(adapter)[:3] == (adapter, "adapter", base)
-    assert read_folder("someone/model", hub=True)[:2] == ("someone/model", "hub")
     seeing = folder(tmp_path / "seeing", config={"model_type": "llama"}, media={})
     assert read_folder(seeing).media and not read_folder(base).media
 
@@ -74,3 +75,27 @@ def test_what_is_no_model_is_refused(tmp_path):
     (tmp_path / "torn" / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not valid JSON"):
         resolve(ModelConfig(str(tmp_path / "torn")))
+
+
+@pytest.mark.slow
+def test_a_name_of_the_hub_is_a_folder_from_then_on(tmp_path, run):
+    """From a filled cache without network: to train on, to go on with an adapter, and to answer."""
+    kept = tmp_path / "hub" / "models--me--tiny"
+    shutil.copytree(tiny_folder(), kept / "snapshots" / "0123abcd")
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("0123abcd")
+    where = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    named = ("--model-path", "me/tiny", "--hub")
+    steps = ("--steps", 1, "--sample-records", 0)
+    run("sft", *named, *steps, "--adapter", "lora", "--out", tmp_path / "lora", **where)
+    on = ("--adapter-path", tmp_path / "lora" / "final")
+    run("sft", *named, *on, *steps, "--out", tmp_path / "on", **where)
+    # what is exported says where its base is
+    ask = ("--data", tmp_path / "ask.jsonl", "--max-new-tokens", 2)
+    (tmp_path / "ask.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
+    for i, model in enumerate((("--model-path", tmp_path / "on"), (*named, *on))):
+        run("generate", *model, *ask, "--out", tmp_path / f"answers{i}.jsonl", **where)
+    said = run("sft", "--model-path", "me/other", "--hub", code=2, **where).stderr.splitlines()
+    assert len(said) == 1 and said[0].startswith("error: me/other is no folder, and the hub")
+    said = run("sft", "--model-path", "me/tiny", code=2, **where).stderr
+    assert "no model folder at me/tiny" in said and "--hub" in said

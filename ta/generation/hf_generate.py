@@ -123,9 +123,8 @@ def run_beams(inner, prompts, jobs, config, ending, finished, embeds, virtual) -
         )
         for n, row in enumerate(out[:, width:].tolist()):
             prompt = batch[n // config.num_answers]
-            ids = row[
-                : next((k for k in range(1, len(row) + 1) if ending.reached(row[:k])), len(row))
-            ]
+            ends = (k for k in range(1, len(row) + 1) if ending.reached(row[:k]))
+            ids = row[: next(ends, len(row))]
             before = {"input_ids": torch.tensor([[*prompts[prompt], *ids]], device=device)}
             if embeds is not None:
                 table = inner.get_input_embeddings()

@@ -96,7 +96,8 @@ def rouge_n(answers: Sequence[str], references: Sequence[str], n: int = 1) -> fl
         [Counter(_ngrams(_plain(text), n)) for text in pair]
         for pair in zip(answers, references, strict=True)
     ]
-    return mean(2 * (a & r).total() / max(a.total() + r.total(), 1) for a, r in grams)
+    overlaps = ((2 * (a & r).total(), a.total() + r.total()) for a, r in grams)
+    return mean(shared / max(every, 1) for shared, every in overlaps)
 
 
 def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
@@ -193,10 +194,8 @@ def _align(a: Sequence[str], b: Sequence[str]) -> tuple[int, int]:
     for i, word in enumerate(a):
         for j in where.get(word, []):
             if not (i and j and a[i - 1] == b[j - 1]):
-                size = next(
-                    (k for k in range(min(len(a) - i, len(b) - j)) if a[i + k] != b[j + k]),
-                    min(len(a) - i, len(b) - j),
-                )
+                most = min(len(a) - i, len(b) - j)
+                size = next((k for k in range(most) if a[i + k] != b[j + k]), most)
                 runs.append((-size, i, j))
     heapq.heapify(runs)
     while runs:

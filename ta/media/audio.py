@@ -89,8 +89,10 @@ def resample(samples: np.ndarray, rate: int, to: int, zeros: int = 16) -> np.nda
         start, fraction = divmod(phase * down, up)
         # input samples before and after this output
         offset = np.arange(-reach, reach + 1) - fraction / up
-        taps = np.sinc(offset * cutoff) * np.cos(np.pi / 2 * np.clip(offset / reach, -1, 1)) ** 2
-        out[phase::up] = windows[start::down][: len(out[phase::up])] @ (taps / taps.sum())
+        hann = np.cos(np.pi / 2 * np.clip(offset / reach, -1, 1)) ** 2
+        taps = np.sinc(offset * cutoff) * hann
+        rows = windows[start::down][: len(out[phase::up])]
+        out[phase::up] = rows @ (taps / taps.sum())
     return out
 
 
@@ -121,7 +123,8 @@ def fbank_clips(
     """
     samples = read_audio(path)
     length = round(seconds * RATE)
-    starts = [round(i * max(len(samples) - length, 0) / max(clips - 1, 1)) for i in range(clips)]
+    last = max(len(samples) - length, 0)
+    starts = [round(i * last / max(clips - 1, 1)) for i in range(clips)]
     banks = [kaldi_fbank(samples[start : start + length], mels)[:, :frames] for start in starts]
     padded = np.stack([np.pad(bank, ((0, 0), (0, frames - bank.shape[1]))) for bank in banks])
     return ((padded[:, None] + 4.268) / 9.138).astype(np.float32)

@@ -188,7 +188,6 @@ def scores_of(model: nn.Module, prepared: Prepared, n: int, max_tokens: int) -> 
 
     All processes take part; a forward pass has at most `max_tokens` tokens.
     """
-
     device, was_training = next(model.parameters()).device, model.training
     records = np.arange(min(n, len(prepared.origin)))
     batches = micro_batches(

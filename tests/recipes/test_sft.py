@@ -300,7 +300,7 @@ def test_all_dropped_says_why(door, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_on_a_gpu_deterministic_runs_end_with_the_same_bits(run, tmp_path):
-    """And a run without the flag is free not to; packed rows and bfloat16, as a user has them."""
+    """Packed rows and bfloat16, as a user has them."""
     for name in ("one", "two"):
         run("sft", "--steps", 12, "--deterministic", "--out", tmp_path / name)
     one, two = (
