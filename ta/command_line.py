@@ -10,19 +10,13 @@ from collections.abc import Callable, Iterable
 from types import MappingProxyType
 from typing import Any, NamedTuple, get_type_hints
 
+from ta.flags import our_words, settings_of, short_help
+
 WRONG_INPUT, NO_ROOM = 2, 3
 NO_MEMORY = (
     "out of memory: lower --max-tokens-per-micro or --slots, give --activation-checkpointing or "
     "--adapter lora, or use more devices (--dry-run shows what each part takes)"
 )
-OLD_NAMES = {  # of flags that have been renamed
-    "--cherry-records": "--sample-records",
-    "--cherry-show": "--sample-show",
-    "--cherry-max-new-tokens": "--sample-max-new-tokens",
-    "--cherry-metrics": "--sample-metrics",
-    "--cherry-random-cut": "--sample-random-cut",
-    "--no-cherry-random-cut": "--no-sample-random-cut",
-}
 
 
 class Range(NamedTuple):
@@ -70,19 +64,23 @@ def cli(main: Callable[[Any], None], config_class: type, argv: list[str] | None 
     Exit codes: 0 done, 2 wrong input, 3 no room, no memory or no permission, 130/143 stopped by a
     signal. `TA_TRACEBACK=1` shows tracebacks.
     """
-    import tyro
-
     doc = (sys.modules[main.__module__].__doc__ or "").strip()
-    given = [_new_name(word) for word in (sys.argv[1:] if argv is None else argv)]
+    given = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(given):
-        _join_help(config_class)
-    if code := guard(lambda: _check_names(config_class)):
-        raise SystemExit(code)
-    config = tyro.cli(
-        config_class, args=given, description=doc, config=(tyro.conf.OmitArgPrefixes,)
-    )
+        print(short_help(config_class, doc, _docs))
+        raise SystemExit(0)
 
     def run() -> None:
+        _check_names(config_class)
+        words = our_words(given, config_class)
+        if "--help-all" in words:
+            words = ["--help"]
+            _join_help(config_class)
+        # only where it parses: it takes a fifth of a second to load
+        import tyro
+
+        flat = (tyro.conf.OmitArgPrefixes,)
+        config = tyro.cli(config_class, args=words, description=doc, config=flat)
         check_config(config)
         main(config)
 
@@ -92,20 +90,13 @@ def cli(main: Callable[[Any], None], config_class: type, argv: list[str] | None 
 def _check_names(config_class: type) -> None:
     """ValueError where two groups of a config have a field of one name, so one flag for both."""
     owners: dict[str, str] = {}
-
-    def visit(group: type) -> None:
-        for field in dataclasses.fields(group):
-            if dataclasses.is_dataclass(field.default):
-                visit(type(field.default))
-            elif field.name in owners:
-                raise ValueError(
-                    f"{config_class.__name__} has two fields {field.name}, of "
-                    f"{owners[field.name]} and of {group.__name__}: rename one of them"
-                )
-            else:
-                owners[field.name] = group.__name__
-
-    visit(config_class)
+    for setting in settings_of(config_class):
+        if setting.name in owners:
+            raise ValueError(
+                f"{config_class.__name__} has two fields {setting.name}, of "
+                f"{owners[setting.name]} and of {setting.owner.__name__}: rename one of them"
+            )
+        owners[setting.name] = setting.owner.__name__
 
 
 def _join_help(config_class: type) -> None:
@@ -113,22 +104,21 @@ def _join_help(config_class: type) -> None:
 
     tyro itself would keep the line breaks of the source, because continued lines are indented.
     """
-    # tyro requires this package and reads docstrings with it
-    from docstring_parser import parse_from_object
-
-    docs = {param.arg_name: param.description for param in parse_from_object(config_class).params}
+    docs = _docs(config_class)
     for field in dataclasses.fields(config_class):
         if dataclasses.is_dataclass(field.default):
             _join_help(type(field.default))
         elif text := docs.get(field.name):
-            help_text = " ".join(text.split())
-            field.metadata = MappingProxyType({**field.metadata, "help": help_text})
+            field.metadata = MappingProxyType({**field.metadata, "help": text})
 
 
-def _new_name(word: str) -> str:
-    """The word of a command line, a renamed flag by its new name."""
-    flag, equals, value = word.partition("=")
-    return OLD_NAMES.get(flag.replace("_", "-"), flag) + equals + value
+def _docs(config_class: type) -> dict[str, str]:
+    """What each field of a config class means: its docstring in one paragraph."""
+    # tyro requires this package and reads docstrings with it
+    from docstring_parser import parse_from_object
+
+    params = parse_from_object(config_class).params
+    return {p.arg_name: " ".join((p.description or "").split()) for p in params}
 
 
 def table(rows: Iterable[tuple], header: tuple[str, ...], width: int = 48) -> str:

@@ -63,7 +63,7 @@ def test_nothing_raised_is_success(capsys):
 def test_help_of_a_field_is_one_paragraph(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     with pytest.raises(SystemExit) as end:
-        cli(raises(AssertionError), Outer, ["--help"])
+        cli(raises(AssertionError), Outer, ["--help-all"])
     shown = capsys.readouterr().out
     assert end.value.code == 0
     assert "How deep it goes. (default: 1)" in shown

@@ -17,8 +17,7 @@ from ta import parallel
 from ta.builtin.data_files import data_or_builtin, passages_file
 from ta.builtin.model_folders import READER, SMALL, TUNED, WORDY, builtin_cache, tuned_folder
 from ta.builtin.models import TINY_BATCH, TINY_LR, TINY_STEPS
-
-RECIPES = Path(__file__).parent.parent.parent / "recipes"
+from ta.recipe_files import PACKAGE, RECIPES
 
 
 class FineTuning(NamedTuple):
@@ -112,7 +111,7 @@ def _run(recipe: str, *flags: object) -> None:
     """Run a recipe on one process; ValueError where it fails."""
     alone = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {key: value for key, value in os.environ.items() if key not in alone}
-    environment["PYTHONPATH"] = os.pathsep.join([str(RECIPES.parent), *sys.path])
+    environment["PYTHONPATH"] = os.pathsep.join([str(PACKAGE.parent), *sys.path])
     command = [sys.executable, str(RECIPES / f"{recipe}.py"), *map(str, flags)]
     done = subprocess.run(command, env=environment, stdout=sys.stderr)
     if done.returncode:

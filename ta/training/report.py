@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -294,7 +293,7 @@ def settings_tables(settings: dict) -> str:
     groups["this recipe"] = {
         name: value for name, value in config.items() if not isinstance(value, dict)
     }
-    command = f"<pre>{escape(shlex.join(settings['argv']))}</pre>" if settings.get("argv") else ""
+    command = f"<pre>{escape(settings['command'])}</pre>" if settings.get("command") else ""
     main = grid(
         {
             "fixed for this run": settings.get("identity"),

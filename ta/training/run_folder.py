@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from ta import parallel
 from ta.command_line import Range
 from ta.files import ASIDE, hold_lock, read_json_lines, remove, write_atomic
+from ta.flags import command_of
 from ta.folders import fingerprint, resolve
 from ta.model.arguments import check_quantize
 from ta.training.trackers import check_trackers
@@ -86,8 +87,8 @@ class Run:
             for name in held:
                 remove(self.folder / name)
         config = dataclasses.asdict(self.config) if self.config else {}
-        about = {"argv": sys.argv, "config": config, "versions": versions()}
-        about |= {"identity": key, "machine": parallel.machine()}
+        about = {"command": self.config and command_of(self.config), "config": config}
+        about |= {"versions": versions(), "identity": key, "machine": parallel.machine()}
         write_atomic(self.folder / "config.json", json.dumps(about, indent=1, ensure_ascii=False))
         return lock
 

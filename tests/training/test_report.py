@@ -148,7 +148,7 @@ def test_what_changed_is_shown_from_both_ends_and_right_answers_are_marked():
 
 def test_the_page_is_whole_and_runs_nothing():
     settings = {
-        "argv": ["sft.py", "--out", "a b"],
+        "command": "python sft.py --out 'a b'",
         "config": {"loop": {"out": "<x>"}, "beta": 0.1},
         "identity": {"steps": 40},
     }

@@ -1,0 +1,253 @@
+"""The words of a command line before they are parsed: other tools' flags, a file of settings, and
+the short help."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import shutil
+import sys
+import textwrap
+import tomllib
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+EQUAL = {  # flags of other tools, and older names of ours, that mean the same as one of ours
+    "--cherry-records": "--sample-records",
+    "--cherry-show": "--sample-show",
+    "--cherry-max-new-tokens": "--sample-max-new-tokens",
+    "--cherry-metrics": "--sample-metrics",
+    "--cherry-random-cut": "--sample-random-cut",
+    "--no-cherry-random-cut": "--no-sample-random-cut",
+    "--model-name-or-path": "--model-path",
+    "--output-dir": "--out",
+    "--dataset": "--data",
+    "--dataset-name": "--data",
+    "--train-file": "--data",
+    "--eval-dataset": "--val-data",
+    "--validation-file": "--val-data",
+    "--learning-rate": "--lr",
+    "--num-train-epochs": "--epochs",
+    "--max-steps": "--steps",
+    "--warmup-ratio": "--warmup",
+    "--warmup-steps": "--warmup",
+    "--max-grad-norm": "--clip",
+    "--adam-beta1": "--beta1",
+    "--adam-beta2": "--beta2",
+    "--logging-steps": "--log-every",
+    "--save-steps": "--save-every",
+    "--eval-steps": "--eval-every",
+    "--save-total-limit": "--keep",
+    "--report-to": "--log",
+    "--overwrite-output-dir": "--overwrite",
+    "--gradient-checkpointing": "--activation-checkpointing",
+    "--torch-compile": "--compile",
+    "--torch-dtype": "--dtype",
+    "--lora-r": "--lora-rank",
+    "--lora-target-modules": "--lora-targets",
+    "--loss-type": "--loss",
+    "--num-beams": "--beams",
+    "--num-return-sequences": "--num-answers",
+    "--num-generations": "--num-answers",
+}
+SETTING = {  # switches of other tools that are one value of a flag of ours
+    "--bf16": ("--dtype", "bfloat16"),
+    "--use-peft": ("--adapter", "lora"),
+    "--load-in-4bit": ("--quantize", "4bit"),
+    "--load-in-8bit": ("--quantize", "8bit"),
+    "--use-vllm": ("--engine", "vllm"),
+}
+VALUES = {"--loss": {"dpo": "sigmoid"}}  # other names of values
+OURS = {  # flags of other tools whose meaning differs: what to give here
+    "--per-device-train-batch-size": "--batch-size, the records of one step over all devices "
+    "together (--max-tokens-per-micro sets the memory of a device)",
+    "--gradient-accumulation-steps": "--batch-size, the records of one step over all devices "
+    "together, however many passes that takes",
+    "--per-device-eval-batch-size": "--max-tokens-per-micro, which sets the memory of a device",
+    "--max-length": "--max-tokens (whole messages go until a record fits)",
+    "--max-seq-length": "--max-tokens (whole messages go until a record fits)",
+    "--lr-scheduler-type": "--schedule cosine, linear or constant, after --warmup",
+    "--fp16": "--dtype bfloat16 or float32",
+    "--attn-implementation": "--model-args attn_implementation=NAME",
+    "--resume-from-checkpoint": "--resume, from the newest whole checkpoint in --out",
+    "--eval-strategy": "--eval-every N, in steps",
+    "--save-strategy": "--save-every N, in steps",
+    "--do-sample": "--temperature above 0",
+    "--assistant-only-loss": "--loss-on answers (the default)",
+    "--completion-only-loss": "--loss-on last",
+    "--train-on-inputs": "--loss-on all",
+    "--deepspeed": "torchrun, over whose processes weights are sharded",
+    "--fsdp": "torchrun, over whose processes weights are sharded",
+    "--optim": "a line of the page: copy the recipe and put another optimizer there",
+}
+COMMON = (  # what --help shows of a recipe beside the flags of its own
+    "model_path adapter_path adapter lora_rank dtype hub data val_data loss_on max_tokens steps "
+    "epochs batch_size max_tokens_per_micro lr out save_every eval_every resume overwrite dry_run "
+    "max_new_tokens temperature num_answers image_encoder image_root index"
+)
+
+
+class Setting(NamedTuple):
+    """A field of a config, or of a config inside it."""
+
+    name: str
+    default: Any
+    owner: type
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+
+def settings_of(config_class: type) -> Iterator[Setting]:
+    """The fields of a config class, those of the configs inside it in their place."""
+    for field in dataclasses.fields(config_class):
+        if dataclasses.is_dataclass(field.default):
+            yield from settings_of(type(field.default))
+        else:
+            yield Setting(field.name, field.default, config_class)
+
+
+def our_words(words: list[str], config_class: type) -> list[str]:
+    """The words of a command line in our flags.
+
+    A flag that the config has stays as it is. `--config FILE` becomes the settings of the file,
+    which later words override. ValueError for a flag of another tool whose meaning differs, which
+    says what to give here, and for a file that cannot be read.
+    """
+    switches = {s.flag: isinstance(s.default, bool) for s in settings_of(config_class)}
+    out: list[str] = []
+    at = 0
+    while at < len(words):
+        flag, equals, value = words[at].partition("=")
+        flag, at = (flag.replace("_", "-") if flag.startswith("--") else flag), at + 1
+        if flag in switches or not flag.startswith("--"):
+            known = flag
+        elif flag == "--config":
+            path = value if equals else next(iter(words[at:]), "")
+            out, at = out + file_words(path, config_class), at + (not equals)
+            continue
+        elif flag in OURS:
+            raise ValueError(f"{flag} is another tool's flag; here it is {OURS[flag]}")
+        elif flag in SETTING and SETTING[flag][0] in switches:
+            said, at = _truth(words, at)
+            out += SETTING[flag] if said else ()
+            continue
+        else:
+            known = EQUAL.get(flag, flag)
+            known = known if known.replace("--no-", "--") in switches else flag
+        if switches.get(known) and not equals and words[at : at + 1] != []:
+            said, at = _truth(words, at)
+            known = known if said else "--no" + known[1:]
+        names = VALUES.get(known, {})
+        if names and not equals and at < len(words):
+            out, at = [*out, known, names.get(words[at], words[at])], at + 1
+            continue
+        out.append(known + equals + names.get(value, value))
+    return out
+
+
+def _truth(words: list[str], at: int) -> tuple[bool, int]:
+    """What the word after a switch says, if it is True or False, and where to read on."""
+    said = words[at].lower() if at < len(words) else ""
+    return said != "false", at + (said in ("true", "false"))
+
+
+def file_words(path: str, config_class: type) -> list[str]:
+    """The flags that a file of settings stands for: a run's config.json, JSON or TOML.
+
+    Names may lie in groups or not. ValueError where the file cannot be read or names a setting
+    that the recipe has not.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        loaded = tomllib.loads(text) if path.endswith(".toml") else json.loads(text)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--config {path}: give a file of JSON or TOML ({error})") from None
+    if not isinstance(loaded, dict):
+        raise ValueError(f"--config {path}: give an object of settings and their values")
+    whole = loaded["config"] if "identity" in loaded else loaded
+    values: dict[str, Any] = {}
+
+    def visit(group: dict[str, Any]) -> None:
+        for name, value in group.items():
+            if isinstance(value, dict):
+                visit(value)
+            else:
+                values[name.replace("-", "_")] = value
+
+    visit(whole)
+    known = list(settings_of(config_class))
+    if unknown := sorted(values.keys() - {setting.name for setting in known}):
+        raise ValueError(f"--config {path}: this recipe has no setting {', '.join(unknown[:3])}")
+    return [w for s in known if s.name in values for w in words_of(s, values[s.name])]
+
+
+def words_of(setting: Setting, value: Any) -> list[str]:
+    """The words that give a setting a value; none where it is the default."""
+    value = tuple(value) if isinstance(value, list) else value
+    if value == setting.default:
+        return []
+    if isinstance(value, bool):
+        return [setting.flag if value else "--no" + setting.flag[1:]]
+    if isinstance(value, tuple):
+        return [setting.flag, *map(str, value)]
+    return [f"{setting.flag}={value}"]
+
+
+def command_of(config: Any) -> str:
+    """The command that gives a run with this config again."""
+    values: dict[str, Any] = {}
+
+    def visit(group: Any) -> None:
+        for field in dataclasses.fields(group):
+            value = getattr(group, field.name)
+            if dataclasses.is_dataclass(value):
+                visit(value)
+            else:
+                values[field.name] = value
+
+    visit(config)
+    page = getattr(sys.modules[type(config).__module__], "__file__", None) or "RECIPE.py"
+    defaults = {setting.name: setting for setting in settings_of(type(config))}
+    words = (word for name, value in values.items() for word in words_of(defaults[name], value))
+    return shlex.join(["python", page, *words])
+
+
+def short_help(config_class: type, doc: str, docs: Callable[[type], dict[str, str]]) -> str:
+    """What `--help` shows: the recipe's own flags and the common ones.
+
+    `docs` gives of a config class what each field means.
+    """
+    width = shutil.get_terminal_size().columns
+    lines = [doc, "", "flags (all of them: --help-all):"]
+    for setting in settings_of(config_class):
+        if setting.name not in COMMON.split() and setting.owner is not config_class:
+            continue
+        hint = get_type_hints(setting.owner)[setting.name]
+        default = setting.default
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        tail = f" (default: {shown})" if shown not in ("", "None", "False", "True") else ""
+        text = docs(setting.owner).get(setting.name, "") + tail
+        lines.append(f"  {setting.flag} {_kind(hint)}".rstrip())
+        indent = " " * 6
+        lines += textwrap.wrap(
+            text, max(40, min(width, 100)), initial_indent=indent, subsequent_indent=indent
+        )
+    config = "Settings from a file: config.json of a run, JSON or TOML. Flags after it win."
+    return "\n".join([*lines, "  --config FILE", "      " + config])
+
+
+def _kind(hint: Any) -> str:
+    """What a flag takes, as help shows it."""
+    kinds = {bool: "", int: "INT", float: "FLOAT", str: "STR"}
+    if get_origin(hint) in (Union, types.UnionType):
+        return " ".join(_kind(part) for part in get_args(hint) if part is not type(None))
+    if get_origin(hint) is Literal:
+        return "{" + ",".join(map(str, get_args(hint))) + "}"
+    if get_origin(hint) is tuple:
+        return f"{_kind(get_args(hint)[0])} ..."
+    return kinds.get(hint, "")
