@@ -18,7 +18,7 @@ A record, one line of the file (the margin is optional; prompt, chosen, rejected
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Annotated, Literal
 
@@ -93,6 +93,8 @@ def loss_settings(config: Config) -> dict:
     """
     settings = dict(FLAGS[config.loss])
     every_flag = dict.fromkeys(name for flags in FLAGS.values() for name in flags)
+    own = {setting.name for setting in fields(Config) if setting.default is None}
+    assert own == set(every_flag), f"FLAGS must name the losses that take {own ^ set(every_flag)}"
     for name in every_flag:
         if (value := getattr(config, name)) is not None:
             if name not in settings:
@@ -154,7 +156,8 @@ def step(loss: str, settings: dict, model, batch):
     policy = ta.losses.Pair(*logps.unbind(1), *tokens.unbind(1))
     ref = None if loss in WITHOUT_REFERENCE else ta.losses.Pair(*batch.reference.unbind(1))
     values = preference_loss(loss, settings, policy, ref, batch)  # (P,)
-    reward = ta.losses.rewards(policy, ref, settings.get("beta", 1.0), loss in PER_TOKEN)
+    per_token = loss in PER_TOKEN or settings.get("average", False)
+    reward = ta.losses.rewards(policy, ref, settings.get("beta", 1.0), per_token)
     return values.sum(), len(values), ta.losses.preference_metrics(policy, reward)
 
 
@@ -230,9 +233,10 @@ def main(config: Config) -> None:
 
     def evaluate(done):
         figures = ta.mean_over(model, before_step(0, val_batches), learn)
-        return figures | ta.generate_samples(
+        samples = ta.generate_samples(
             model, tokenizer, val_data, config.chat, config.samples, run.folder, done, seed=run.seed
         )
+        return ta.join_figures(figures, samples)
 
     ta.preview(train_data, tokenizer)
     ta.train(

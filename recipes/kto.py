@@ -62,15 +62,15 @@ def step(config: Config, model, batch):
     )
     logps = logps.detach()
     reward = config.beta * (logps - ref)
-    # the loop divides these sums by the number of all answers, which gives the mean of each side
-    share = batch.desirable_share
-    better = reward * batch.desirable.to(reward) / share.clamp(min=1e-9)
-    worse = reward * (~batch.desirable).to(reward) / (1 - share).clamp(min=1e-9)
-    right = (reward > config.beta * batch.kl) == batch.desirable
+    good = batch.desirable
+    right = (reward > config.beta * batch.kl) == good
+    # the mean of a side is its sum over its own number; without that side there is no figure
+    better = reward[good].sum(), good.sum()
+    worse = reward[~good].sum(), (~good).sum()
     metrics = {
-        "reward_desirable": better.sum(),
-        "reward_undesirable": worse.sum(),
-        "reward_margin": (better - worse).sum(),
+        "reward_desirable": [better],
+        "reward_undesirable": [worse],
+        "reward_margin": [better, (-worse[0], worse[1])],
         "reward_accuracy": right.sum(),
         "logp": logps.sum(),
         "kl": batch.kl * len(values),
@@ -79,28 +79,23 @@ def step(config: Config, model, batch):
 
 
 def with_kl(model, batches):
-    """The batches with the reference point and the share of desirable answers.
-
-    Both are estimated on all answers of all processes.
-    """
+    """The batches with the reference point, estimated on all answers of all processes."""
     import torch
 
     with torch.no_grad():
         ratios = [ta.sequence_logps(model, b.mismatched) - b.reference[:, 1] for b in batches]
     ratios = torch.cat(ratios).double()  # (N,)
     matched = torch.cat([batch.matched for batch in batches]).to(ratios)
-    desirable = torch.cat([batch.desirable for batch in batches]).to(ratios)
-    n = ratios.new_tensor(len(ratios))
-    sums = torch.stack([(ratios * matched).sum(), matched.sum(), desirable.sum(), n])
-    total, count, good, n = ta.parallel.sum_over_ranks(sums)
-    kl, share = ta.losses.kl_estimate(total, count), good / n.clamp(min=1)
-    return [batch._replace(kl=kl, desirable_share=share) for batch in batches]
+    sums = torch.stack([(ratios * matched).sum(), matched.sum()])
+    kl = ta.losses.kl_estimate(*ta.parallel.sum_over_ranks(sums))
+    return [batch._replace(kl=kl) for batch in batches]
 
 
 def preference(model, batches) -> dict[str, float]:
     """The share of held-out pairs whose desirable answer has the higher reward; ties count half.
 
     A pair is any desirable and any undesirable answer. Chance, and the start of training, is 0.5.
+    {} where one of the two sides is missing.
     """
     import torch
 
@@ -113,7 +108,8 @@ def preference(model, batches) -> dict[str, float]:
     shares = ta.parallel.gather_objects((rewards, labels))
     all_rewards = [reward for rewards, _ in shares for reward in rewards]
     all_labels = [label for _, labels in shares for label in labels]
-    return {"preference": ta.roc_auc(all_rewards, all_labels)}
+    both = len(set(all_labels)) == 2
+    return {"preference": ta.roc_auc(all_rewards, all_labels)} if both else {}
 
 
 def main(config: Config) -> None:
@@ -156,12 +152,15 @@ def main(config: Config) -> None:
     def evaluate(done):
         held_out = with_kl(model, reference.add_to(val_batches))
         figures = ta.mean_over(model, held_out, learn)
-        figures |= ta.generate_samples(
+        samples = ta.generate_samples(
             model, tokenizer, val_data, config.chat, config.samples, run.folder, done, seed=run.seed
         )
-        return figures | preference(model, held_out)
+        return ta.join_figures(figures, samples, preference(model, held_out))
 
     ta.preview(train_data, tokenizer)
+    if len(sides := set(train_data.extras["desirable"].tolist())) == 1:
+        side = "desirable" if 1.0 in sides else "undesirable"
+        ta.parallel.say(f"note: every answer is {side}, so nothing says what is better than what")
     ta.train(
         run,
         model,

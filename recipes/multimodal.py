@@ -102,7 +102,7 @@ def main(config: Config) -> None:
 
     def evaluate(done):
         figures = ta.mean_over(model, val_batches, learn)
-        return figures | ta.generate_samples(
+        samples = ta.generate_samples(
             model,
             tokenizer,
             val_data,
@@ -114,6 +114,7 @@ def main(config: Config) -> None:
             encode=ta.media.encode_media_prompts,
             embed=partial(ta.media.embed_media_prompts, media, tokenizer, config.chat),
         )
+        return ta.join_figures(figures, samples)
 
     key = ta.media.media_resume_key(media, config.media, train_data, val_data)
     ta.preview(train_data, tokenizer)

@@ -145,7 +145,7 @@ def main(config: Config) -> None:
         records = ta.first_records(val_data, config.samples.sample_records)
         encode = partial(ta.encode_prompts, tokenizer=tokenizer, config=config.chat)
         prompts = ta.rag.prompts_with_passages(one_passage, model.embed, records, encode)
-        figures |= ta.generate_samples(
+        samples = ta.generate_samples(
             model,
             tokenizer,
             [record for record, _ in prompts],
@@ -155,7 +155,7 @@ def main(config: Config) -> None:
             done,
             seed=run.seed,
         )
-        return figures | ta.rag.retrieval_figures(model, held_out, k)
+        return ta.join_figures(figures, samples, ta.rag.retrieval_figures(model, held_out, k))
 
     key = {
         "index": [index.manifest["encoder"], index.manifest["passages_sha256"]],

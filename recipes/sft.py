@@ -59,10 +59,10 @@ def main(config: Config) -> None:
     )
 
     def evaluate(done):
-        figures = ta.mean_over(model, val_batches, step)
-        return figures | ta.generate_samples(
+        samples = ta.generate_samples(
             model, tokenizer, val_data, config.chat, config.samples, run.folder, done, seed=run.seed
         )
+        return ta.join_figures(ta.mean_over(model, val_batches, step), samples)
 
     ta.preview(train_data, tokenizer)
     ta.train(

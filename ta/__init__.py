@@ -109,6 +109,7 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
     from ta.training.optim import OptimConfig as OptimConfig
     from ta.training.optim import adamw as adamw
     from ta.training.optim import with_default_lr as with_default_lr
+    from ta.training.progress import join_figures as join_figures
     from ta.training.run_folder import LoopConfig as LoopConfig
     from ta.training.run_folder import Run as Run
     from ta.training.run_folder import start_run as start_run
@@ -151,6 +152,7 @@ NAMES = {  # module: what `import ta` gives of it, loaded on first use
     "sequence_logps with_cached_reference",
     "ta.training.run_folder": "LoopConfig Run start_run",
     "ta.training.loop": "mean_over scores_of train",
+    "ta.training.progress": "join_figures",
     "ta.training.optim": "OptimConfig adamw with_default_lr",
 }
 MODULES = ("losses", "media", "parallel", "rag")  # given whole

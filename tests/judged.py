@@ -11,6 +11,8 @@ from conftest import ROOT
 from small import prepared
 
 from ta.data.loader import micro_batches
+from ta.training.loop import add_sums
+from ta.training.progress import means
 
 
 @cache
@@ -45,16 +47,17 @@ def gradients(model, data, collate, step, before=None, budget=64, packed=True, r
     batches = micro_batches(data, records, budget, packed, collate)
     batches = before(model, batches) if before else batches
     model.zero_grad()
-    total, count, figures = 0.0, 0, {}
+    sums = {}
     for batch in batches:
         loss, n, metrics = step(model, batch)
         loss.backward()
-        total, count = total + loss.item(), count + int(n)
-        figures = {key: figures.get(key, 0.0) + float(value) for key, value in metrics.items()}
+        add_sums(sums, loss, n, batch, metrics)
+    sums = {name: float(value) for name, value in sums.items()}
+    count = int(sums["count"])
     found = {name: p.grad / count for name, p in model.named_parameters() if p.grad is not None}
     return SimpleNamespace(
-        loss=total / count,
-        metrics={k: v / count for k, v in figures.items()},
+        loss=sums["loss"] / count,
+        metrics={name: value for name, value in means(sums).items() if name != "loss"},
         grads=found,
         count=count,
         batches=len(batches),

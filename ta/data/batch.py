@@ -221,8 +221,6 @@ class LabelledBatch(NamedTuple):
     reference: Tensor = torch.zeros(0, 2)
     # () reference point over the global batch
     kl: Tensor = torch.zeros(())
-    # () share of desirable answers in the global batch
-    desirable_share: Tensor = torch.zeros(())
 
     def both(self, logps: Callable[[Batch], Tensor]) -> Tensor:
         """(N, 2) values of the answer and of the mismatched one.

@@ -9,20 +9,23 @@ without an answer (ROC-AUC of one class), is nan.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ta.generation.text_metrics import (
+    UNSPACED,
     adjusted_distinct,
     bleu,
+    characters,
     distinct,
     diversity,
+    extends,
     length,
     mean,
     meteor,
+    plain,
     rouge_l,
     rouge_n,
     self_bleu,
@@ -32,20 +35,41 @@ from ta.generation.text_metrics import (
 def accuracy(predictions: Sequence[Any], labels: Sequence[Any]) -> float:
     """Exact match: the share of predictions that equal their label.
 
-    Texts are compared without the white space around them.
+    Texts are compared in composed form (NFC), without the white space around them.
     """
     bare = [
-        [x.strip() if isinstance(x, str) else x for x in pair]
+        [plain(x) if isinstance(x, str) else x for x in pair]
         for pair in zip(predictions, labels, strict=True)
     ]
     return mean(p == y for p, y in bare)
 
 
 def contains(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Share of answers in which the reference stands as whole words, whatever stands around it."""
-    patterns = (rf"(?<!\w){re.escape(reference.strip())}(?!\w)" for reference in references)
-    pairs = zip(answers, patterns, strict=True)
-    return mean(re.search(pattern, answer) is not None for answer, pattern in pairs)
+    """Share of answers in which the reference stands as whole words, whatever stands around it.
+
+    Scripts without spaces between words have no words to cut: there any place counts.
+    """
+    return mean(
+        _stands_in(plain(answer), plain(reference))
+        for answer, reference in zip(answers, references, strict=True)
+    )
+
+
+def _stands_in(text: str, part: str) -> bool:
+    def joined(i: int) -> bool:
+        """Whether the character at i goes on with the word of the one beside it."""
+        return 0 <= i < len(text) and (
+            extends(text[i])
+            or text[i] == "_"
+            or (text[i].isalnum() and not UNSPACED.match(text[i]))
+        )
+
+    start = text.find(part)
+    while start >= 0:
+        if not joined(start - 1) and not joined(start + len(part)):
+            return True
+        start = text.find(part, start + 1)
+    return False
 
 
 def balanced_accuracy(predictions: Sequence[Hashable], labels: Sequence[Hashable]) -> float:
@@ -183,6 +207,9 @@ class Metric(NamedTuple):
 
     function: Callable[..., float]
     inputs: tuple[str, ...]
+    # "each": the mean of a value of each answer; "all": one value of all answers together;
+    # "variety": how the answers differ from each other, which a sample with repeats does not show
+    of: Literal["each", "all", "variety"] = "each"
 
 
 def measure(names: Iterable[str], **data: Any) -> dict[str, float]:
@@ -194,8 +221,8 @@ def measure(names: Iterable[str], **data: Any) -> dict[str, float]:
     check_metrics(names, [key for key, value in data.items() if value is not None])
     values = {}
     for name in names:
-        function, inputs = METRICS[name]
-        values[name] = function(*(data[key] for key in inputs))
+        metric = METRICS[name]
+        values[name] = metric.function(*(data[key] for key in metric.inputs))
     return values
 
 
@@ -220,33 +247,70 @@ def _counts(
     return [(hits[c], predicted[c], there[c]) for c in predicted | there]
 
 
+def spacing_note(names: Iterable[str], texts: Iterable[str]) -> str:
+    """A line for a person where metrics of words meet texts without spaces between words, or ""."""
+    texts, other = list(texts), [f"{name}_characters" for name in names]
+    count = sum(any(map(UNSPACED.match, text)) for text in texts)
+    if not count or not (other := [name for name in other if name in METRICS]):
+        return ""
+    return (
+        f"note: {count} of {len(texts)} texts are in a script without spaces between words, whose "
+        f"runs count as one word: give {' '.join(other)}"
+    )
+
+
+def _of_characters(function: Callable[..., float], *texts: Sequence[str]) -> float:
+    return function(*([characters(text) for text in side] for side in texts))
+
+
+def _within(function: Callable[[Sequence[str]], float], groups: Sequence[Sequence[str]]) -> float:
+    return mean(function(answers) for answers in groups)
+
+
 CLASSES = ("predictions", "labels")
 TEXTS = ("answers", "references")
 METRICS: dict[str, Metric] = {
     "accuracy": Metric(accuracy, CLASSES),
     "contains": Metric(contains, TEXTS),
-    "balanced_accuracy": Metric(balanced_accuracy, CLASSES),
-    "precision": Metric(precision, CLASSES),
-    "recall": Metric(recall, CLASSES),
-    "f1": Metric(f1, CLASSES),
-    "roc_auc": Metric(roc_auc, ("scores", "labels")),
+    "balanced_accuracy": Metric(balanced_accuracy, CLASSES, "all"),
+    "precision": Metric(precision, CLASSES, "all"),
+    "recall": Metric(recall, CLASSES, "all"),
+    "f1": Metric(f1, CLASSES, "all"),
+    "roc_auc": Metric(roc_auc, ("scores", "labels"), "all"),
     "length": Metric(length, ("answers",)),
-    "distinct_1": Metric(distinct, ("answers",)),
-    "distinct_2": Metric(partial(distinct, n=2), ("answers",)),
-    "adjusted_distinct_1": Metric(adjusted_distinct, ("answers", "vocab_size")),
-    "adjusted_distinct_2": Metric(partial(adjusted_distinct, n=2), ("answers", "vocab_size")),
+    "distinct_1": Metric(distinct, ("answers",), "variety"),
+    "distinct_2": Metric(partial(distinct, n=2), ("answers",), "variety"),
+    "adjusted_distinct_1": Metric(adjusted_distinct, ("answers", "vocab_size"), "variety"),
+    "adjusted_distinct_2": Metric(
+        partial(adjusted_distinct, n=2), ("answers", "vocab_size"), "variety"
+    ),
     "diversity": Metric(diversity, ("answers",)),
-    "bleu": Metric(bleu, TEXTS),
-    "self_bleu": Metric(self_bleu, ("answers",)),
+    "bleu": Metric(bleu, TEXTS, "all"),
+    "self_bleu": Metric(self_bleu, ("answers",), "variety"),
     "rouge_1": Metric(rouge_n, TEXTS),
     "rouge_2": Metric(partial(rouge_n, n=2), TEXTS),
     "rouge_l": Metric(rouge_l, TEXTS),
     "meteor": Metric(meteor, TEXTS),
-    "perplexity": Metric(perplexity, ("logprobs",)),
-    "kl": Metric(kl, ("logprobs", "ref_logprobs")),
+    "perplexity": Metric(perplexity, ("logprobs",), "all"),
+    "kl": Metric(kl, ("logprobs", "ref_logprobs"), "all"),
     "reward": Metric(reward, ("rewards",)),
     "recall_at_1": Metric(partial(recall_at_k, k=1), ("retrieved", "gold")),
     "recall_at_5": Metric(recall_at_k, ("retrieved", "gold")),
     "mrr": Metric(mrr, ("retrieved", "gold")),
     "retrieval_utility": Metric(retrieval_utility, ("logprobs", "passage_logprobs")),
+}
+# the same of characters, for scripts without spaces between words
+METRICS |= {
+    f"{name}_characters": METRICS[name]._replace(
+        function=partial(_of_characters, METRICS[name].function)
+    )
+    for name in (
+        *("length", "distinct_1", "distinct_2", "bleu", "self_bleu"),
+        *("rouge_1", "rouge_2", "rouge_l", "meteor"),
+    )
+}
+# the same of the answers to one prompt, as a mean over prompts
+METRICS |= {
+    f"{name}_of_prompt": Metric(partial(_within, METRICS[name].function), ("groups",))
+    for name in ("distinct_1", "distinct_2", "self_bleu")
 }

@@ -1,13 +1,16 @@
 """Metrics of texts by their words: length, variety, overlap with references and with each other.
 
-`answers` are texts, split into words at white space, or (but for ROUGE and METEOR) ready-made units
-such as token ids; `references` is one text an answer. An empty answer or one of a single word has a
-value; no answers at all are nan. Nothing is downloaded.
+`answers` are texts or ready-made units, such as token ids or characters; `references` is one of
+them an answer. Texts are split into words at white space, by ROUGE and METEOR at Unicode's word
+boundaries. An empty answer or one of a single word has a value; no answers at all are nan. Nothing
+is downloaded.
 """
 
 import heapq
 import math
 import re
+import unicodedata
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 
@@ -63,11 +66,17 @@ def bleu(answers: Units, references: Units, max_n: int = 4) -> float:
 
     Equals sacrebleu with tokenize="none" (exponential smoothing).
     """
-    return _bleu(
-        [(a, [r]) for a, r in zip(_split(answers), _split(references), strict=True)],
-        max_n,
-        effective_order=False,
-    )
+    pairs = list(zip(_split(answers), _split(references), strict=True))
+    if not pairs:
+        return math.nan
+    orders = []
+    for n in range(1, max_n + 1):
+        grams = [(Counter(_ngrams(a, n)), Counter(_ngrams(r, n))) for a, r in pairs]
+        matches = sum((mine & theirs).total() for mine, theirs in grams)
+        orders.append((matches, sum(mine.total() for mine, _ in grams)))
+    # an answer too short for the longest n-grams has no BLEU, as in sacrebleu
+    lengths = [sum(len(pair[side]) for pair in pairs) for side in (0, 1)]
+    return _bleu(orders, *lengths) if orders[-1][1] else 0.0
 
 
 def self_bleu(answers: Units, max_n: int = 4) -> float:
@@ -76,37 +85,66 @@ def self_bleu(answers: Units, max_n: int = 4) -> float:
     0 for a single answer, which is like no other.
 
     Of words, not letters. Sentence BLEU as in sacrebleu: orders that the answer is too short for do
-    not count.
+    not count. One pass keeps the two answers that have an n-gram most often: the greatest count
+    among the others is that of the first one, or of the second where the first is the answer.
     """
     units = _split(answers)
     if len(units) == 1:
         return 0.0
+    orders: list[list[tuple[int, int]]] = [[] for _ in units]
+    for n in range(1, max_n + 1):
+        every = [Counter(_ngrams(answer, n)) for answer in units]
+        # gram -> (greatest count, its answer, greatest count of the other answers)
+        most: dict[tuple, tuple[int, int, int]] = {}
+        for i, grams in enumerate(every):
+            for gram, count in grams.items():
+                first, owner, second = most.get(gram, (0, -1, 0))
+                if count > first:
+                    most[gram] = count, i, first
+                elif count > second:
+                    most[gram] = first, owner, count
+        for i, grams in enumerate(every):
+            matches = 0
+            for gram, count in grams.items():
+                first, owner, second = most[gram]
+                matches += min(count, second if owner == i else first)
+            orders[i].append((matches, grams.total()))
+    lengths = sorted(len(answer) for answer in units)
     return mean(
-        _bleu([(a, units[:i] + units[i + 1 :])], max_n, effective_order=True)
-        for i, a in enumerate(units)
+        _bleu(counts, len(answer), _closest(lengths, len(answer)))
+        for counts, answer in zip(orders, units, strict=True)
     )
 
 
-def rouge_n(answers: Sequence[str], references: Sequence[str], n: int = 1) -> float:
+def _closest(lengths: Sequence[int], own: int) -> int:
+    """The length closest to `own` among sorted lengths without one of its own; of two the less."""
+    place = bisect_left(lengths, own)
+    return min(
+        lengths[max(place - 1, 0) : place] + lengths[place + 1 : place + 2],
+        key=lambda other: (abs(other - own), other),
+    )
+
+
+def rouge_n(answers: Units, references: Units, n: int = 1) -> float:
     """ROUGE-N (Lin 2004): mean F1 of the n-grams in common, each counted as often as both have it.
 
-    Words are lower-cased runs of letters and digits.
+    Words are lower-cased runs of letters and digits, marks with the letter before them.
     """
     grams = [
-        [Counter(_ngrams(_plain(text), n)) for text in pair]
-        for pair in zip(answers, references, strict=True)
+        [Counter(_ngrams(units, n)) for units in pair]
+        for pair in zip(_words(answers), _words(references), strict=True)
     ]
     overlaps = ((2 * (a & r).total(), a.total() + r.total()) for a, r in grams)
     return mean(shared / max(every, 1) for shared, every in overlaps)
 
 
-def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
+def rouge_l(answers: Units, references: Units) -> float:
     """ROUGE-L (Lin 2004): mean F1 of the longest common subsequence of words as in `rouge_n`."""
-    pairs = [(_plain(a), _plain(r)) for a, r in zip(answers, references, strict=True)]
+    pairs = zip(_words(answers), _words(references), strict=True)
     return mean(2 * _common_subsequence(a, r) / max(len(a) + len(r), 1) for a, r in pairs)
 
 
-def meteor(answers: Sequence[str], references: Sequence[str]) -> float:
+def meteor(answers: Units, references: Units) -> float:
     """METEOR (Banerjee and Lavie 2005) with its exact module only: no stems, no synonyms, so no
     downloads; words as in `rouge_n`.
 
@@ -114,14 +152,14 @@ def meteor(answers: Sequence[str], references: Sequence[str]) -> float:
     of the longest finds.
     """
 
-    def one(answer: list[str], reference: list[str]) -> float:
+    def one(answer: Sequence[Hashable], reference: Sequence[Hashable]) -> float:
         matched, chunks = _align(answer, reference)
         if not matched:
             return 0.0
         p, r = matched / len(answer), matched / len(reference)
         return 10 * p * r / (r + 9 * p) * (1 - 0.5 * (chunks / matched) ** 3)
 
-    return mean(one(_plain(a), _plain(r)) for a, r in zip(answers, references, strict=True))
+    return mean(one(a, r) for a, r in zip(_words(answers), _words(references), strict=True))
 
 
 def mean(values: Iterable[float]) -> float:
@@ -130,50 +168,82 @@ def mean(values: Iterable[float]) -> float:
     return math.fsum(values) / len(values) if values else math.nan
 
 
+def plain(text: str) -> str:
+    """The text in Unicode's composed form (NFC), without the white space around it."""
+    return unicodedata.normalize("NFC", text.strip())
+
+
+def extends(character: str) -> bool:
+    """Whether a character belongs to the one before it (Unicode annex 29, rule WB4).
+
+    That is a mark, such as an accent or a vowel sign, or a joiner.
+    """
+    return unicodedata.category(character)[0] == "M" or character in "\u200c\u200d"
+
+
+def words(text: str) -> list[str]:
+    """Lower-cased runs of letters and digits with their marks, in composed form."""
+    text = plain(text.lower())
+    if text.isascii():
+        return re.findall(r"[a-z0-9]+", text)
+    found, inside = [], False
+    for character in text:
+        begins = character.isalnum()
+        if begins and not inside:
+            found.append(character)
+        elif begins or (inside and extends(character)):
+            found[-1] += character
+        inside = begins or (inside and extends(character))
+    return found
+
+
+def characters(text: str) -> list[str]:
+    """The characters of a text in composed form, each with its marks, without white space."""
+    found: list[str] = []
+    for character in plain(text):
+        if found and extends(character):
+            found[-1] += character
+        elif not character.isspace():
+            found.append(character)
+    return found
+
+
+# Thai, Lao, Tibetan, Burmese, Khmer, Japanese and Chinese: no spaces between words
+UNSPACED = re.compile(
+    r"[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]"
+)
+
+
 def _split(answers: Units) -> list[list[Hashable]]:
     return [answer.split() if isinstance(answer, str) else list(answer) for answer in answers]
 
 
-def _plain(text: str) -> list[str]:
-    return re.findall(r"[^\W_]+", text.lower())
+def _words(texts: Units) -> list[list[Hashable]]:
+    return [words(text) if isinstance(text, str) else list(text) for text in texts]
 
 
 def _ngrams(units: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:
     return [tuple(units[i : i + n]) for i in range(len(units) - n + 1)]
 
 
-def _bleu(
-    pairs: list[tuple[list[Hashable], list[list[Hashable]]]], max_n: int, effective_order: bool
-) -> float:
-    """BLEU of (answer, its references): clipped n-gram precisions, of which a k-th zero counts as 1
-    / (2^k total), and the brevity penalty.
+def _bleu(orders: Sequence[tuple[int, int]], answered: int, wanted: int) -> float:
+    """BLEU of (matches, n-grams) of each order, with the lengths of answers and references.
+
+    A k-th order without a match counts as 1 / (2^k n-grams); orders without n-grams do not count.
     """
-    orders, answered, wanted, zeros = [], 0, 0, 0
-    for n in range(1, max_n + 1):
-        correct = total = 0
-        for answer, references in pairs:
-            grams, best = Counter(_ngrams(answer, n)), Counter()
-            for reference in references:
-                best |= Counter(_ngrams(reference, n))
-            correct, total = correct + (grams & best).total(), total + grams.total()
-        orders.append((correct, total))
-    for answer, references in pairs:
-        answered += len(answer)
-        # the closest length, the shorter of two
-        wanted += min((abs(len(r) - len(answer)), len(r)) for r in references)[1]
-    if not any(correct for correct, _ in orders) or (not effective_order and not orders[-1][1]):
-        return 0.0 if pairs else math.nan
-    logs = []
-    for correct, total in orders:
+    if not any(matches for matches, _ in orders):
+        return 0.0
+    logs, zeros = [], 0
+    for matches, total in orders:
         if total:
-            zeros += not correct
-            logs.append(math.log(correct / total if correct else 1 / (2**zeros * total)))
+            zeros += not matches
+            logs.append(math.log(matches / total if matches else 1 / (2**zeros * total)))
     return math.exp(min(0, 1 - wanted / answered) + sum(logs) / len(logs))
 
 
-def _common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
+def _common_subsequence(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
     """Length of the longest common subsequence, by the bits of one integer (Hyyro 2004)."""
-    where: dict[str, int] = {}
+    where: dict[Hashable, int] = {}
     for i, word in enumerate(a):
         where[word] = where.get(word, 0) | 1 << i
     full = row = (1 << len(a)) - 1
@@ -183,11 +253,11 @@ def _common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
     return len(a) - row.bit_count()
 
 
-def _align(a: Sequence[str], b: Sequence[str]) -> tuple[int, int]:
+def _align(a: Sequence[Hashable], b: Sequence[Hashable]) -> tuple[int, int]:
     """Matched words and chunks (runs in the same order) of a one-to-one alignment that takes the
     longest free common run each time.
     """
-    where: dict[str, list[int]] = {}
+    where: dict[Hashable, list[int]] = {}
     for j, word in enumerate(b):
         where.setdefault(word, []).append(j)
     runs, partner, taken = [], {}, set()

@@ -1,8 +1,9 @@
 """The training loop: sums over micro-batches, one division by the global count, one optimizer step.
 
-A method is one function, `step(model, batch) -> (loss_sum, count, metric_sums)`. The state is the
-model, the optimizer and the step number; the learning rate, the order of records and dropout are
-functions of (seed, step).
+A method is one function, `step(model, batch) -> (loss_sum, count, metrics)`. A metric is a sum over
+the records, which is divided like the loss, or a list of (sum, own count), whose quotients are
+added and which gives no figure where a count is 0. The state is the model, the optimizer and the
+step number; the learning rate, the order of records and dropout are functions of (seed, step).
 """
 
 from __future__ import annotations
@@ -25,13 +26,21 @@ from ta.parallel import gather_objects, rank, say, seed_dropout, sum_over_ranks,
 from ta.training import checkpoint, run_folder
 from ta.training.memory import memory_report
 from ta.training.optim import OptimConfig, lr_at, update
-from ta.training.progress import Signals, StepSums, line, memory, progress_bar
+from ta.training.progress import (
+    Signals,
+    StepSums,
+    join_figures,
+    line,
+    means,
+    memory,
+    progress_bar,
+)
 from ta.training.report import write_report
 from ta.training.run_folder import Run
 from ta.training.trackers import open_trackers
 
 if TYPE_CHECKING:
-    Step = Callable[[nn.Module, Any], tuple[Tensor, Tensor | float, dict[str, Tensor]]]
+    Step = Callable[[nn.Module, Any], tuple[Tensor, Tensor | float, dict[str, Any]]]
 
 
 def train(
@@ -50,7 +59,7 @@ def train(
     """Train `model` in place for batches.steps steps; returns the figures of the last evaluation.
 
     step(model, batch) gives the sum of the loss over a micro-batch, its part of the weight by which
-    the sum over the global batch is divided, and sums of metrics. evaluate(done) gives figures for
+    the sum over the global batch is divided, and metrics. evaluate(done) gives figures for
     metrics.jsonl, before, during and after training. before_step(done, micro_batches) returns the
     micro-batches that the next step uses instead of these; it gets those of a step all at once, on
     all processes.
@@ -88,7 +97,7 @@ def train(
                 for batch in micro_batches:
                     loss, count, metrics = step(model, batch)
                     loss.backward()
-                    _add(sums, loss, count, batch, metrics)
+                    add_sums(sums, loss, count, batch, metrics)
                 totals = sum_over_ranks(_row(sums, device))
                 # the next batch is made while an accelerator still computes this step
                 ready = _on_device(batches, number + 1, device)
@@ -106,8 +115,8 @@ def train(
                 done = number + 1
                 last = done == batches.steps
                 if done % loop.log_every == 0 or last:
-                    record = {"step": done, **window.mean(), "lr": lr, "grad_norm": norm}
-                    record |= memory()
+                    own = {"step": done, "lr": lr, "grad_norm": norm, **memory()}
+                    record = join_figures(window.mean(), own)
                     if rank() == 0:
                         _log(folder, record, trackers)
                         bar.set_postfix_str(line(record), refresh=False)
@@ -142,12 +151,17 @@ def _on_device(batches: TrainBatches, number: int, device) -> list:
     return [to_device(batch, device) for batch in batches.at(number)]
 
 
-def _add(sums: dict[str, Any], loss, count, batch, metrics: dict[str, Any]) -> None:
+def add_sums(sums: dict[str, Any], loss, count, batch, metrics: dict[str, Any]) -> None:
     """Add one micro-batch to the sums, without waiting for values on a device."""
     inner = batch_of(batch)
     sizes = {"tokens": sum(inner.lengths), "learned": len(inner.learned)}
     values = {"loss": loss, "count": count, **sizes}
-    values |= {f"metric {name}": metrics[name] for name in sorted(metrics)}
+    for name in sorted(metrics):
+        if not isinstance(metrics[name], list):
+            values[f"metric {name}"] = metrics[name]
+            continue
+        for i, (part, own) in enumerate(metrics[name]):
+            values |= {f"part {i} {name}": part, f"own {i} {name}": own}
     for name, value in values.items():
         value = value.detach().double() if torch.is_tensor(value) else value
         sums[name] = sums.get(name, 0.0) + value
@@ -172,15 +186,9 @@ def mean_over(model: nn.Module, batches: Iterable, step: Step) -> dict[str, floa
         for batch in batches:
             batch = to_device(batch, device)
             loss, count, metrics = step(model, batch)
-            _add(sums, loss, count, batch, metrics)
+            add_sums(sums, loss, count, batch, metrics)
     model.train(was_training)
-    totals = dict(zip(sums, sum_over_ranks(_row(sums, device)).tolist(), strict=True))
-    count = totals["count"] or math.nan
-    figures = {"loss": totals["loss"] / count}
-    for name, value in totals.items():
-        if name.startswith("metric "):
-            figures[name.removeprefix("metric ")] = value / count
-    return figures
+    return means(dict(zip(sums, sum_over_ranks(_row(sums, device)).tolist(), strict=True)))
 
 
 def scores_of(model: nn.Module, prepared: Prepared, n: int, max_tokens: int) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
+from collections import Counter
 
 
 class StepSums:
@@ -11,30 +13,47 @@ class StepSums:
 
     def __init__(self):
         self.start = time.perf_counter()
-        self.loss = self.count = self.tokens = self.learned = 0.0
-        self.metrics: dict[str, float] = {}
+        self.sums: Counter[str] = Counter()
 
     def add(self, total: dict[str, float]) -> None:
-        """Add the sums of one step; those of metrics are named "metric NAME"."""
-        self.loss += total["loss"]
-        self.count += total["count"]
-        self.tokens += total["tokens"]
-        self.learned += total["learned"]
-        for key, value in total.items():
-            if key.startswith("metric "):
-                name = key.removeprefix("metric ")
-                self.metrics[name] = self.metrics.get(name, 0.0) + value
+        """Add the sums of one step."""
+        self.sums.update(total)
 
     def mean(self) -> dict[str, float]:
         """Means over the steps since the last log line, with their tokens and seconds."""
-        seconds = time.perf_counter() - self.start
-        means = {key: value / self.count for key, value in self.metrics.items()}
         sizes = {
-            "tokens": int(self.tokens),
-            "learned_tokens": int(self.learned),
-            "seconds": round(seconds, 4),
+            "tokens": int(self.sums["tokens"]),
+            "learned_tokens": int(self.sums["learned"]),
+            "seconds": round(time.perf_counter() - self.start, 4),
         }
-        return {"loss": self.loss / self.count, **means, **sizes}
+        return join_figures(means(self.sums), sizes)
+
+
+def means(sums: dict[str, float]) -> dict[str, float]:
+    """{"loss": ..., metric: ...} of summed steps; a metric that is no number gives no figure."""
+    count = sums["count"] or math.nan
+    figures: dict[str, float] = {}
+    for key, value in sums.items():
+        kind, _, name = key.partition(" ")
+        if kind == "metric":
+            figures[name] = value / count
+        elif kind == "part":
+            name = name.partition(" ")[2]
+            figures[name] = figures.get(name, 0.0) + value / (sums[f"own{key[4:]}"] or math.nan)
+    figures = {name: value for name, value in figures.items() if not math.isnan(value)}
+    return join_figures({"loss": sums["loss"] / count}, figures)
+
+
+def join_figures(*parts: dict[str, float]) -> dict[str, float]:
+    """All figures in one dict; ValueError where two parts have one of the same name."""
+    joined: dict[str, float] = {}
+    for part in parts:
+        if twice := sorted(joined.keys() & part):
+            raise ValueError(
+                f"two figures are called {twice[0]}, so one would replace the other: rename one"
+            )
+        joined |= part
+    return joined
 
 
 class Signals:

@@ -32,8 +32,10 @@ from ta.data.loader import (
     steps_in,
     train_batches,
 )
-from ta.data.prepare import lengths
+from ta.data.prepare import lengths, sequence
 from ta.reference import Reference, frozen_logps, sequence_logps
+from ta.training.loop import add_sums
+from ta.training.progress import StepSums, means
 
 
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 5), st.integers(1, 4))
@@ -259,7 +261,54 @@ def test_the_reference_point_is_over_all_micro_batches(policy, reference):
     filled = kto.with_kl(models[0], theirs.add_to(batches))
     for batch in filled:
         assert batch.kl.item() == pytest.approx(sign * np.mean(ratios), rel=1e-9) and batch.kl > 0
-        assert batch.desirable_share.item() == pytest.approx(data.extras["desirable"].mean())
+
+
+def test_kto_logs_the_mean_of_each_side(policy, reference):
+    """Over steps that mostly lack the rare side: its mean over its own answers, by plain forwards in float64."""
+    data, beta = labelled_set(n=12, longest=20), 0.1
+    data.extras["desirable"][:] = 0
+    data.extras["desirable"][[4, 5]] = 1
+    raised, rewards = tiny(seed=1, dtype=torch.float64), []
+    for i in range(12):
+        ids, weights = (torch.tensor(x.copy()) for x in sequence(data, i))
+        target, learned = ids[1:, None].long(), weights[1:, None] != 0
+        ours, theirs = (
+            m.inner(ids[None].long())
+            .logits[0]
+            .log_softmax(-1)[:-1]
+            .gather(1, target)[learned]
+            .sum()
+            for m in (policy, raised)
+        )
+        rewards.append(beta * (ours - theirs).item())
+    window, good = StepSums(), data.extras["desirable"] == 1
+    for records in np.arange(12).reshape(3, 4):
+        sums = {}
+        parts = kto_parts(reference, data)
+        for batch in parts["before"](
+            policy, micro_batches(data, records, 40, True, parts["collate"])
+        ):
+            loss, count, metrics = parts["step"](policy, batch)
+            add_sums(sums, loss, count, batch, metrics)
+        window.add({name: float(value) for name, value in sums.items()})
+        found = means({name: float(value) for name, value in sums.items()})
+        assert ("reward_desirable" in found) == ("reward_margin" in found) == (4 in records)
+    logged = window.mean()
+    better, worse = np.mean(np.array(rewards)[good]), np.mean(np.array(rewards)[~good])
+    assert logged["reward_desirable"] == pytest.approx(better, abs=1e-9)
+    assert logged["reward_undesirable"] == pytest.approx(worse, abs=1e-9)
+    assert logged["reward_margin"] == pytest.approx(better - worse, abs=1e-9)
+
+
+def test_two_figures_of_one_name_are_refused():
+    sums = {"loss": 2.0, "count": 4.0, "metric right": 2.0}
+    assert means(sums) == {"loss": 0.5, "right": 0.5}
+    with pytest.raises(ValueError, match="two figures are called loss"):
+        means(sums | {"metric loss": 1.0})
+    window = StepSums()
+    window.add(sums | {"tokens": 3, "learned": 2, "metric tokens": 1.0})
+    with pytest.raises(ValueError, match="two figures are called tokens"):
+        window.mean()
 
 
 @pytest.mark.parametrize("desirable", [True, False])

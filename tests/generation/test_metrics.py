@@ -46,6 +46,11 @@ def test_classification_by_hand():
         ["5", "5", "5\n", "5", "abc"],
     )
     assert contains(answers, references) == 2 / 5
+    # a vowel sign goes on with its word; Chinese has no spaces to cut at
+    marked = ["\u0915\u093e", "\u0915 hai", "caf\u00e9!", "\u6211\u5728\u5317\u4eac"]
+    wanted = ["\u0915", "\u0915", "cafe\u0301", "\u5317\u4eac"]
+    assert [contains([a], [r]) for a, r in zip(marked, wanted, strict=True)] == [0, 1, 1, 1]
+    assert accuracy(["caf\u00e9"], ["cafe\u0301 "]) == 1
     assert (
         accuracy([0] * 99 + [1], [0] * 98 + [1, 1]) == 0.99
         and balanced_accuracy([0] * 99 + [1], [0] * 98 + [1, 1]) == 0.75
@@ -188,6 +193,7 @@ def test_every_metric_can_be_measured_from_the_common_names():
         "labels": [0, 1],
         "scores": [0.1, 0.7],
         "vocab_size": 9,
+        "groups": [["a b", "a"]],
     }
     data |= {
         "logprobs": [[-1.0], [-2.0]],

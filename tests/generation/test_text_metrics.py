@@ -1,6 +1,9 @@
 """Text metrics: hand-worked values, properties over random texts, BLEU against sacrebleu where it is installed, and empty or lone answers."""
 
 import math
+import re
+import sys
+import unicodedata
 from collections import Counter
 from itertools import combinations
 from random import Random
@@ -9,12 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ta.generation.metrics import METRICS, spacing_note
 from ta.generation.text_metrics import (
     _align,
-    _bleu,
     _common_subsequence,
     adjusted_distinct,
     bleu,
+    characters,
     distinct,
     diversity,
     length,
@@ -22,6 +26,7 @@ from ta.generation.text_metrics import (
     rouge_l,
     rouge_n,
     self_bleu,
+    words,
 )
 
 word_lists = st.lists(st.sampled_from("abcde"), max_size=9)
@@ -92,13 +97,46 @@ def test_bleu_by_hand():
     assert bleu([[1, 2, 3, 4]], [[1, 2, 3, 4]]) == 1.0
 
 
-def test_bleu_measures_length_by_the_closest_reference():
-    assert _bleu([([*"abcde"], [["a"], [*"abcdef"]])], 4, effective_order=True) == pytest.approx(
-        math.exp(1 - 6 / 5)
-    )
-    assert (
-        _bleu([([*"abcde"], [[*"abcd"], [*"abcdef"]])], 4, effective_order=True) == 1.0
-    )  # of two the shorter
+def brute_self_bleu(answers):
+    """Sentence BLEU of each answer against all the others, by the definition: quadratic."""
+    values = []
+    for i, answer in enumerate(answers):
+        others, logs, zeros, any_match = answers[:i] + answers[i + 1 :], [], 0, False
+        for n in range(1, 5):
+            mine = Counter(tuple(answer[k : k + n]) for k in range(len(answer) - n + 1))
+            best = Counter()
+            for other in others:
+                best |= Counter(tuple(other[k : k + n]) for k in range(len(other) - n + 1))
+            hits, total = (mine & best).total(), mine.total()
+            any_match = any_match or hits > 0
+            if total:
+                zeros += not hits
+                logs.append(math.log(hits / total if hits else 1 / (2**zeros * total)))
+        closest = min((abs(len(o) - len(answer)), len(o)) for o in others)[1]
+        short = min(0, 1 - closest / max(len(answer), 1))
+        values.append(math.exp(short + sum(logs) / len(logs)) if any_match else 0.0)
+    return sum(values) / len(values)
+
+
+@given(st.lists(st.lists(st.sampled_from("abc"), max_size=9), min_size=2, max_size=7))
+def test_self_bleu_equals_its_definition(answers):
+    """The length is that of the closest other answer, of two the shorter; counts are clipped by the others' greatest."""
+    assert self_bleu(answers) == pytest.approx(brute_self_bleu(answers), abs=1e-12)
+
+
+def test_self_bleu_of_many_answers_takes_one_pass():
+    """The work is that of counting n-grams: four times the answers, about four times the calls."""
+    counts = []
+    for n in (50, 200):
+        random, calls = Random(0), [0]
+        answers = [random.choices(range(300), k=60) for _ in range(n)]
+        sys.setprofile(lambda *_, calls=calls: calls.__setitem__(0, calls[0] + 1))
+        try:
+            self_bleu(answers)
+        finally:
+            sys.setprofile(None)
+        counts.append(calls[0])
+    assert counts[1] < 5 * counts[0]
 
 
 def test_self_bleu_counts_words_and_has_a_value_for_one_answer():
@@ -141,6 +179,71 @@ def test_rouge_by_hand():
         assert math.isnan(metric([], []))
         with pytest.raises(ValueError):
             metric(["a"], ["a", "b"])
+
+
+MARKED = [  # (answer, reference, rouge_1, rouge_l)
+    ("\u0915\u093e", "\u0915\u0940", 0, 0),  # Hindi ka and ki differ by a vowel sign alone
+    (
+        "\u0643\u064e\u062a\u064e\u0628\u064e",
+        "\u0643\u064f\u062a\u0650\u0628\u064e",
+        0,
+        0,
+    ),  # Arabic kataba, kutiba
+    ("caf\u00e9s", "cafe\u0301s", 1, 1),  # one word, composed and decomposed
+    ("\u0130zmir", "I\u0307zmir", 1, 1),
+    ("e\u0301a b", "\u00e9a", 2 / 3, 2 / 3),
+    (
+        "\u05e9\u05b8\u05c1\u05dc\u05d5\u05b9\u05dd!",
+        "\u05e9\u05b8\u05c1\u05dc\u05d5\u05b9\u05dd",
+        1,
+        1,
+    ),  # Hebrew with points
+    (
+        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+        1,
+        1,
+    ),
+]
+
+
+@pytest.mark.parametrize(("answer", "reference", "unigrams", "subsequence"), MARKED)
+def test_marks_belong_to_the_letter_before_them(answer, reference, unigrams, subsequence):
+    assert rouge_n([answer], [reference]) == pytest.approx(unigrams)
+    assert rouge_l([answer], [reference]) == pytest.approx(subsequence)
+    assert (meteor([answer], [reference]) > 0) == (unigrams > 0)
+    assert len(words(answer)) == len(answer.split())
+
+
+@given(st.text(max_size=20), st.text(max_size=20))
+def test_spelling_in_unicode_changes_no_score(answer, reference):
+    """NFC and NFD are one text; words hold letters and digits with their marks, and no more."""
+    other = unicodedata.normalize("NFD", answer)
+    for metric in (rouge_n, rouge_l, meteor):
+        assert metric([answer], [reference]) == metric([other], [reference])
+    assert characters(answer) == characters(other)
+    for word in words(answer):
+        assert word[0].isalnum() and not any(c.isspace() for c in word)
+    plain = "".join(c for c in answer.lower() if c.isascii())
+    assert words(plain) == re.findall("[a-z0-9]+", plain)
+
+
+def test_scripts_without_spaces_are_measured_by_characters():
+    chinese, thai = "\u6211\u5728\u5317\u4eac", "\u0e44\u0e1b\u0e01\u0e34\u0e19"
+    assert rouge_n([chinese], [chinese[:3]]) == 0.0  # one word each
+    assert METRICS["rouge_1_characters"].function([chinese], [chinese[:3]]) == pytest.approx(6 / 7)
+    assert characters(thai) == [
+        "\u0e44",
+        "\u0e1b",
+        "\u0e01\u0e34",
+        "\u0e19",
+    ]  # the vowel sign stays
+    assert METRICS["length_characters"].function(["a b\n c"]) == 3
+    note = spacing_note(["rouge_l", "accuracy"], [chinese, "a b", thai])
+    assert "2 of 3 texts" in note and note.endswith("give rouge_l_characters")
+    assert (
+        spacing_note(["rouge_l"], ["\u00e9t\u00e9"]) == "" == spacing_note(["accuracy"], [chinese])
+    )
 
 
 def test_meteor_by_hand():
