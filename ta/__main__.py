@@ -4,12 +4,14 @@
     ta sft --data chats.jsonl the same as python recipes/sft.py --data chats.jsonl
     ta copy dpo my_method.py  a recipe to edit
     ta doctor                 versions, devices, extras, memory and disk
+    ta from-turbo s.json      the command for a settings file of turbo-alignment
 
 `python -m ta` is the same command, also for torchrun: `torchrun -m ta sft ...`.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import shutil
@@ -20,6 +22,7 @@ from pathlib import Path
 
 from ta.command_line import guard
 from ta.files import write_atomic
+from ta.from_turbo import from_turbo, script
 from ta.recipe_files import RECIPES, recipe_names
 
 EXTRAS = {  # package: what it adds
@@ -37,7 +40,8 @@ EXTRAS = {  # package: what it adds
 def main() -> None:
     """Run the command that sys.argv names; exit code 2 where there is none of that name."""
     name, *rest = sys.argv[1:] or ["help"]
-    commands = {"copy": copy, "doctor": doctor, "help": usage, "-h": usage, "--help": usage}
+    commands = {"copy": copy, "doctor": doctor, "from-turbo": turbo}
+    commands |= dict.fromkeys(("help", "-h", "--help"), usage)
     if name in recipe_names():
         page = str(RECIPES / f"{name}.py")
         sys.argv = [page, *rest]
@@ -75,6 +79,28 @@ def copy(*words: str) -> None:
     text = (RECIPES / f"{name}.py").read_text(encoding="utf-8")
     write_atomic(file, text.replace(f"recipes/{name}.py", str(file)))
     print(f"{file}: edit it, then run python {file} (its settings: python {file} --help)")
+
+
+def turbo(*words: str) -> None:
+    """Print the commands for a settings file of turbo-alignment; write records that stand in it.
+
+    ValueError where the file cannot be read or is none of theirs, and where records would replace
+    a file that exists.
+    """
+    if len(words) != 1:
+        raise ValueError("give: ta from-turbo SETTINGS.json")
+    try:
+        settings = json.loads(Path(words[0]).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{words[0]} is not JSON ({error})") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{words[0]} holds no settings: give an object")
+    made = from_turbo(settings)
+    for name, records in made.files.items():
+        if Path(name).exists():
+            raise ValueError(f"{name} exists, and the records of {words[0]} would replace it")
+        write_atomic(Path(name), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    print(script(made))
 
 
 def doctor() -> None:
