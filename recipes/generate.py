@@ -102,7 +102,9 @@ def read_data(config: Config, tokenizer, media, device: str) -> list[tuple[dict,
             "--index with a model of pictures or sounds: passages are found for text alone; "
             "leave it out"
         )
-    return ta.rag.retrieve_for_prompts(config.retrieval, prompts, tokenizer, config.chat, device)
+    return ta.rag.retrieve_for_prompts(
+        config.retrieval, prompts, tokenizer, config.chat, device, config.model.hub
+    )
 
 
 def has_media(prompt: tuple[dict, list[int]]) -> bool:
@@ -181,7 +183,9 @@ def main(config: Config) -> None:
         for name, settings in named_settings(config).items()
     ]
     sources = ta.resolve(config.model)
-    media = ta.media.reopen_media(sources.media or sources.base, config.media, config.data, device)
+    media = ta.media.reopen_media(
+        sources.media or sources.base, config.media, config.data, device, hub=config.model.hub
+    )
     tokenizer = ta.load_chat_tokenizer(
         config.model, config.tokenizer, config.chat, media.placeholders if media else {}
     )

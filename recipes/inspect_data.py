@@ -129,7 +129,14 @@ def histogram(sizes: list[int], bins: int = 12) -> Iterator[str]:
 def main(config: Config) -> None:
     placeholders = {}
     if config.kind == "media":
-        placeholders = ta.media.open_media(config.media, config.data.data, "cpu").placeholders
+        media = ta.media.open_media(
+            config.media,
+            config.data.data,
+            "cpu",
+            folder=ta.resolve(config.model).media,
+            hub=config.model.hub,
+        )
+        placeholders = media.placeholders
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat, placeholders)
     files, _ = ta.data_or_builtin(config.data.data, (), NAMES[config.kind])
     for sources in (files, config.data.val_data):

@@ -97,7 +97,7 @@ def load_tokenizer(adapter: str, base: str, hub: bool):
 def save(model, tokenizer, adapter: str, folder: Path) -> None:
     """Weights, config, tokenizer, and the generation config that the adapter's run wrote.
 
-    That config says where answers stop. Projectors of pictures and sounds go along.
+    That config says where answers stop.
     """
     from transformers import GenerationConfig
 
@@ -106,7 +106,6 @@ def save(model, tokenizer, adapter: str, folder: Path) -> None:
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    ta.copy_media(adapter, folder)
 
 
 def check_saved(model, folder: Path) -> None:
@@ -121,7 +120,7 @@ def check_saved(model, folder: Path) -> None:
 
 
 def main(config: Config) -> None:
-    base, adapter, *_ = ta.resolve(config.model)
+    base, adapter, media, _ = ta.resolve(config.model)
     if adapter is None:
         raise ValueError(
             f"{config.model.model_path} is no adapter: give the adapter in --adapter-path"
@@ -135,6 +134,8 @@ def main(config: Config) -> None:
     ta.cast_parameters(merged, dtype)
     with publishing(Path(config.out).resolve(), replace=True) as folder:
         save(merged, tokenizer, adapter, folder)
+        if media:
+            ta.copy_media(media, folder)
         check_saved(merged, folder)
     print(f"{base} + {adapter} -> {config.out} ({str(dtype).removeprefix('torch.')}; logits agree)")
 

@@ -7,6 +7,7 @@ The language model is trained whole, by an adapter, or not at all.
         --image-encoder clip --image-encoder-path CLIP
     python recipes/multimodal.py ... --freeze-language-model  # the projector alone
     python recipes/multimodal.py ... --adapter lora           # an adapter beside it
+    python recipes/multimodal.py --model-path runs/see/final ...  # goes on with its projector
     python recipes/multimodal.py ... --image-features CACHE   # made by recipes/preprocess_images.py
     torchrun --nproc-per-node 8 recipes/multimodal.py ...     # the same losses on 8 devices
 
@@ -54,7 +55,14 @@ def main(config: Config) -> None:
             "it: give one of the two"
         )
     run = ta.start_run(config)
-    media = ta.media.open_media(config.media, config.data.data, run.device)
+    # a model that sees or hears already goes on with its encoders and projectors
+    media = ta.media.open_media(
+        config.media,
+        config.data.data,
+        run.device,
+        folder=ta.resolve(config.model).media,
+        hub=config.model.hub,
+    )
     tokenizer = ta.load_chat_tokenizer(
         config.model, config.tokenizer, config.chat, media.placeholders
     )
@@ -96,7 +104,7 @@ def main(config: Config) -> None:
     optim = ta.with_default_lr(
         config.optim, config.model, config.adapter, full=2e-5, adapted=2e-4, builtin=8e-4
     )
-    projector_lr = ta.media.projector_lr(config.media, config.model.model_path, optim.lr)
+    projector_lr = ta.media.projector_lr(config.media, media, config.model.model_path, optim.lr)
     optimizer = ta.adamw(model, optim, {"projectors.": projector_lr / optim.lr})
     learn = partial(step, media)
 

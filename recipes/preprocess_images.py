@@ -31,6 +31,9 @@ class Config:
     """builtin, clip, siglip, imagebind or whisper."""
     encoder_path: str | None = None
     """Folder of the encoder's weights; builtin needs none."""
+    hub: bool = False
+    """Take an --encoder-path that is no folder from the Hugging Face hub, or from its cache where
+    there is no network."""
     batch_size: Annotated[int, ta.Range(1)] = 32
     """Files encoded at once; the features do not depend on it."""
     workers: Annotated[int, ta.Range(0)] = 2
@@ -52,7 +55,7 @@ def main(config: Config) -> None:
     device = ta.parallel.pick_device()
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and device != "cpu")
     encoder, fingerprint = ta.media.load_with_fingerprint(
-        config.encoder, config.encoder_path, device, half
+        config.encoder, config.encoder_path, device, half, config.hub
     )
     paths, skipped = ta.media.find_media(config.root, encoder.modality, skip)
     if not paths:

@@ -67,7 +67,9 @@ def main(config: Config) -> None:
     config = ta.with_fine_tuned_model(config, "builtin-reader")
     run = ta.start_run(config)
     index = ta.rag.open_index(
-        config.retrieval.index or ta.rag.builtin_index(), config.retrieval.encoder_path
+        config.retrieval.index or ta.rag.builtin_index(),
+        config.retrieval.encoder_path,
+        config.model.hub,
     )
     encoder, encoder_tokenizer = ta.rag.open_encoder(
         index.encoder, index.embedding_settings, run.device, config.model.dtype, to_shard=True

@@ -25,16 +25,19 @@ class Config:
     """Folder to write."""
     image_encoder_path: str | None = None
     """Folder of the encoder, where it is no longer where it was."""
+    hub: bool = False
+    """Take a name that is no folder from the Hugging Face hub, or from its cache where there is no
+    network."""
 
 
 def main(config: Config) -> None:
     out = Path(config.out)
     if out.exists():
         raise ValueError(f"--out {out} exists: give a new folder")
-    source = ta.ModelConfig(model_path=config.model_path, dtype="float32")
+    source = ta.ModelConfig(model_path=config.model_path, dtype="float32", hub=config.hub)
     files = ta.media.MediaFiles(image_root=".", image_encoder_path=config.image_encoder_path)
     folders = ta.resolve(source)
-    media = ta.media.reopen_media(folders.media or folders.base, files, (), "cpu")
+    media = ta.media.reopen_media(folders.media or folders.base, files, (), "cpu", hub=config.hub)
     if media is None:
         raise ValueError(
             f"{config.model_path} has no media.json, so it reads no pictures: "

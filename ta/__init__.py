@@ -55,6 +55,7 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
     from ta.data.sources import read_records as read_records
     from ta.files import append_line as append_line
     from ta.folders import ModelConfig as ModelConfig
+    from ta.folders import copy_media as copy_media
     from ta.folders import fingerprint as fingerprint
     from ta.folders import resolve as resolve
     from ta.generation.answers_file import AnswersFile as AnswersFile
@@ -83,7 +84,6 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
     from ta.model.adapters import logits_agree as logits_agree
     from ta.model.adapters import merge_adapter as merge_adapter
     from ta.model.adapters import probe_logits as probe_logits
-    from ta.model.export import copy_media as copy_media
     from ta.model.export import export as export
     from ta.model.language_model import LanguageModel as LanguageModel
     from ta.model.language_model import native_attention as native_attention
@@ -116,7 +116,7 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
 
 NAMES = {  # module: what `import ta` gives of it, loaded on first use
     "ta.command_line": "Range cli table",
-    "ta.folders": "ModelConfig fingerprint resolve",
+    "ta.folders": "ModelConfig copy_media fingerprint resolve",
     "ta.builtin.data_files": "data_or_builtin",
     "ta.builtin.fine_tuned": "with_fine_tuned_model",
     "ta.chat.template": "ChatConfig",
@@ -136,7 +136,7 @@ NAMES = {  # module: what `import ta` gives of it, loaded on first use
     "load_model",
     "ta.model.language_model": "LanguageModel native_attention wrap",
     "ta.model.logprobs": "cross_entropy_sum token_logprobs",
-    "ta.model.export": "copy_media export",
+    "ta.model.export": "export",
     "ta.generation.generate": "generate limits_of",
     "ta.generation.metrics": "measure roc_auc",
     "ta.generation.samples": "SamplesConfig generate_samples",

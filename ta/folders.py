@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ta.builtin.model_folders import builtin_encoder, builtin_model
 from ta.files import cache_folder, content_hash, hash_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,11 @@ class Folder(NamedTuple):
     # whether encoders and projectors for pictures or sounds belong to it
     media: bool
 
+    @property
+    def num_labels(self) -> int:
+        """The number of scores of a classifier's head; transformers leaves 2 unsaid."""
+        return len(self.config.get("id2label") or (0,) * self.config.get("num_labels", 2))
+
 
 class Sources(NamedTuple):
     """The folders that a ModelConfig names."""
@@ -69,9 +80,9 @@ def read_folder(path: str, hub: bool = False) -> Folder:
     folder = Path(model_folder(path, hub))
     media = (folder / "media.json").exists()
     if not (folder / "config.json").exists():
-        config = _read_json(folder / "adapter_config.json")
+        config = read_json(folder / "adapter_config.json")
         return Folder(str(folder), "adapter", config.get("base_model_name_or_path"), config, media)
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     head = any("SequenceClassification" in name for name in config.get("architectures") or ())
     return Folder(str(folder), "classifier" if head else "model", None, config, media)
 
@@ -98,9 +109,12 @@ def resolve(config: ModelConfig) -> Sources:
             )
         base = read_folder(base, config.hub).path
     elif adapter is not None:
-        adapter = _final(_downloaded(adapter) if config.hub else adapter)
+        adapter = local_folder(adapter, config.hub)
     tokenizer = adapter if adapter and (Path(adapter) / "tokenizer.json").exists() else base
     holders = [path for path in (adapter, base) if path and (Path(path) / "media.json").exists()]
+    for path in holders[:1]:
+        if not (Path(path) / "projectors").is_dir():
+            raise ValueError(f"{path} has media.json and no projectors: give the whole folder")
     return Sources(base, adapter, holders[0] if holders else None, tokenizer)
 
 
@@ -109,20 +123,55 @@ def _final(path: str) -> str:
     folder = Path(path)
     run = (folder / "final").is_dir() and not (folder / "adapter_config.json").exists()
     if run and (folder / "config.json").exists():
-        run = "model_type" not in _read_json(folder / "config.json")
+        run = "model_type" not in read_json(folder / "config.json")
     return str(folder / "final") if run else path
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def copy_media(source: str, folder: Path) -> None:
+    """Copy projectors and media.json of the folder `source` into `folder`."""
+    shutil.copy(Path(source) / "media.json", folder)
+    shutil.copytree(Path(source) / "projectors", folder / "projectors")
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The object (or list) in a JSON file; ValueError, in one line, for a file that holds none."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): give a complete folder") from error
-    if not isinstance(data, dict):
+    if not isinstance(data, kind):
         raise ValueError(
             f"{path} holds a {type(data).__name__}, not settings: give a complete folder"
         )
     return data
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; ValueError, in one line, for a file that is not whole."""
+    from safetensors.torch import load_file
+
+    with loading(path, "a complete safetensors file"):
+        return load_file(path)
+
+
+@contextmanager
+def loading(path: str | Path, kind: str) -> Iterator[None]:
+    """ValueError, in one line, for whatever a library raises because `path` is no whole `kind`.
+
+    transformers, peft and safetensors raise errors of many types for the same faults. Errors of
+    permission, memory and devices say nothing about the path and stay as they are.
+    """
+    try:
+        yield
+    except (PermissionError, MemoryError):
+        raise
+    except Exception as error:
+        if type(error).__name__ in ("OutOfMemoryError", "AcceleratorError"):
+            raise
+        why = " ".join(str(error).split())[:200]
+        if not isinstance(error, (ImportError, OSError, RuntimeError, ValueError)):
+            why = f"{type(error).__name__}: {why}"
+        raise ValueError(f"{path} does not load as {kind}: {why}") from error
 
 
 def model_folder(path: str, hub: bool = False) -> str:
@@ -132,7 +181,7 @@ def model_folder(path: str, hub: bool = False) -> str:
     """
     if path.startswith("builtin") and not Path(path).exists():
         path = str(builtin_model(path) or path)
-    path = _final(_downloaded(path) if hub else path)
+    path = local_folder(path, hub)
     if not Path(path).is_dir():
         raise ValueError(
             f"no model folder at {path}: give a folder with config.json and *.safetensors, or add "
@@ -169,9 +218,32 @@ def _downloaded(name: str) -> str:
         ) from error
 
 
-def encoder_folder(path: str = "builtin") -> str:
-    """The folder of a text encoder; "builtin" is a seeded tiny one in the cache."""
-    return str(builtin_encoder()) if path == "builtin" else model_folder(path)
+def local_folder(path: str, hub: bool = False) -> str:
+    """The folder at `path`, the `final/` of a run folder, or that of a name on the hub."""
+    return _final(_downloaded(path) if hub else path)
+
+
+def encoder_folder(path: str = "builtin", hub: bool = False) -> str:
+    """The folder of a text encoder; "builtin" is a seeded tiny one in the cache.
+
+    What rag.py exports stands for the encoder in it. ValueError for an adapter.
+    """
+    if path == "builtin":
+        return str(builtin_encoder())
+    folder = read_folder(path, hub)
+    if folder.kind == "adapter":
+        raise ValueError(
+            f"{folder.path} is an adapter, not a text encoder: merge it with recipes/merge.py and "
+            "give the merged folder"
+        )
+    trained = Path(folder.path) / "encoder"
+    return str(trained) if (trained / "config.json").exists() else folder.path
+
+
+def index_folder(path: str) -> str:
+    """The folder of an index; a run folder of rag.py, or its export, stands for the index in it."""
+    inside = Path(local_folder(path)) / "index"
+    return str(inside) if inside.is_dir() else path
 
 
 def fingerprint(path: str, hub: bool = False) -> str:

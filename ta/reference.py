@@ -17,7 +17,7 @@ from ta.command_line import Range
 from ta.data.loader import BatchConfig, micro_batches
 from ta.data.prepare import Prepared
 from ta.files import cache_folder, hash_json, write_atomic
-from ta.folders import ModelConfig, fingerprint, model_folder, resolve
+from ta.folders import ModelConfig, fingerprint, resolve
 from ta.model.adapters import AdapterConfig
 from ta.model.load import ComputeConfig, load_model
 from ta.parallel import gather_objects, rank, say
@@ -249,7 +249,8 @@ def _second_model(
     """A frozen model loaded like the policy, or from `path`; both then run in the same mode."""
     if path is not None:
         model = dataclasses.replace(model, model_path=path)
-        _check_vocabulary(model_folder(path, model.hub), tokenizer)
+        model = dataclasses.replace(model, adapter_path=None)
+        _check_vocabulary(resolve(model).tokenizer, tokenizer)
     if not same_adapter:
         model, adapter = dataclasses.replace(model, adapter_path=None), AdapterConfig()
     # where the policy's base is frozen it is held in half precision, and so must its copy be

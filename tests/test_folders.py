@@ -59,9 +59,13 @@ def test_a_run_folder_stands_for_its_final(tmp_path, base):
 
 def test_encoders_and_projectors_come_along_from_the_adapter_or_its_base(tmp_path):
     base = folder(tmp_path / "base", config={"model_type": "llama"}, media={})
+    with pytest.raises(ValueError, match=r"has media\.json and no projectors"):
+        resolve(ModelConfig(base))
+    (tmp_path / "base" / "projectors").mkdir()
     settings = {"base_model_name_or_path": base}
     plain = folder(tmp_path / "plain", adapter_config=settings)
     seeing = folder(tmp_path / "seeing", adapter_config=settings, media={})
+    (tmp_path / "seeing" / "projectors").mkdir()
     assert resolve(ModelConfig(plain)).media == base
     assert resolve(ModelConfig(seeing)).media == seeing
 

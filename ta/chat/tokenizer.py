@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,7 +23,7 @@ from ta.chat.template import (
     split_chat,
 )
 from ta.files import hash_json
-from ta.folders import ModelConfig, resolve
+from ta.folders import ModelConfig, local_folder, resolve
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -111,6 +111,9 @@ def load_chat_tokenizer(
     fast tokenizer, a token that cannot be added.
     """
     check_chat_config(chat)
+    if tokenizer.tokenizer_path:
+        path = local_folder(tokenizer.tokenizer_path, model.hub)
+        tokenizer = replace(tokenizer, tokenizer_path=path)
     fast = load_tokenizer(resolve(model).tokenizer, tokenizer)
     meanings = _meanings(placeholders)
     media_tokens = [f"{token}={text}" for token, text in meanings.items()]
@@ -288,7 +291,8 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:
+        # transformers and tokenizers raise errors of many types for a file that is not whole
         why = str(error).strip().splitlines()[:1] or [repr(error)]
         raise ValueError(
             f"folder {str(folder)!r} holds no tokenizer that can be loaded ({why[0]}); give one "

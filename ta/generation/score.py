@@ -29,7 +29,7 @@ def num_labels_of(config: ModelConfig) -> int:
             f"{folder.path} is no reward model or classifier "
             f"({folder.config.get('architectures')}): give what rm.py or classify.py exported"
         )
-    return len(folder.config.get("id2label") or (0, 1))
+    return folder.num_labels
 
 
 def score(

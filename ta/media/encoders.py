@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -15,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ta.folders import loading, local_folder, read_json
 from ta.media.audio import fbank_clips, whisper_mels
 from ta.media.imagebind import load_trunk
 from ta.media.images import CLIP, SIGLIP, Preprocessing, read_pixels, read_preprocessing
+from ta.model.load import check_tensors, from_pretrained
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import numpy as np
 
 
@@ -63,8 +62,8 @@ def load_encoder(
         raise ValueError(f"encoder {name!r} is not known; give one of {', '.join(ENCODERS)}")
     if name != "builtin" and not (folder and Path(folder).is_dir()):
         raise ValueError(
-            f"encoder {name}: {folder!r} is not a folder; give the folder with the model's weights "
-            "and preprocessor_config.json"
+            f"encoder {name}: {str(folder)!r} is not a folder; give the folder with the model's "
+            "weights and preprocessor_config.json, or add --hub to look the name up on the hub"
         )
     encoder = ENCODERS[name](Path(folder) if folder else Path())
     encoder.module.to(device, dtype).eval().requires_grad_(False)
@@ -72,9 +71,14 @@ def load_encoder(
 
 
 def load_with_fingerprint(
-    name: str, folder: str | Path | None, device: str, half: bool = False
+    name: str, folder: str | None, device: str, half: bool = False, hub: bool = False
 ) -> tuple[Encoder, str]:
-    """The encoder on `device`, in bfloat16 with `half`, and its fingerprint in float32."""
+    """The encoder on `device`, in bfloat16 with `half`, and its fingerprint in float32.
+
+    With `hub` the folder may be a name on the hub.
+    """
+    if folder is not None:
+        folder = local_folder(folder, hub)
     encoder = load_encoder(name, folder, "cpu")
     fingerprint = encoder_fingerprint(encoder)
     encoder.module.to(device, torch.bfloat16 if half else torch.float32)
@@ -171,7 +175,8 @@ def whisper(folder: Path) -> Encoder:
             f"{folder}: no preprocessor_config.json; "
             "save Whisper's feature extractor into its folder"
         )
-    extractor = WhisperFeatureExtractor.from_pretrained(str(folder), local_files_only=True)
+    with loading(folder, "a feature extractor"):
+        extractor = WhisperFeatureExtractor.from_pretrained(str(folder), local_files_only=True)
     frames = extractor.nb_max_frames
     count = config.max_source_positions
     if (extractor.feature_size, frames) != (config.num_mel_bins, 2 * count):
@@ -250,13 +255,14 @@ def _patches(
 
 def _config(kind: Any, folder: Path, *types: str) -> Any:
     path = folder / "config.json"
-    model_type = json.loads(path.read_text()).get("model_type") if path.is_file() else None
+    model_type = read_json(path).get("model_type") if path.is_file() else None
     if model_type not in types:
         raise ValueError(
             f"{folder}: its config.json is of model type {model_type!r}; this encoder reads "
             f"{' or '.join(types)}"
         )
-    return kind.from_pretrained(str(folder), local_files_only=True)
+    with loading(folder, f"an encoder of type {model_type}"):
+        return kind.from_pretrained(str(folder), local_files_only=True)
 
 
 def load_tower(kind: Any, folder: Path, config: Any) -> nn.Module:
@@ -264,41 +270,17 @@ def load_tower(kind: Any, folder: Path, config: Any) -> nn.Module:
 
     ValueError where a weight is missing or a file cannot be read.
     """
-    from safetensors import SafetensorError
-
-    with _quiet():
-        try:
-            model, info = kind.from_pretrained(
-                str(folder),
-                config=config,
-                dtype=torch.float32,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise ValueError(
-                f"{folder}: the encoder's weights cannot be loaded: {error}"
-            ) from error
-    if info["missing_keys"]:
-        raise ValueError(
-            f"{folder}: {len(info['missing_keys'])} weights are missing, the first is "
-            f"{min(info['missing_keys'])}; give a whole model"
+    with loading(folder, f"an encoder ({kind.__name__})"):
+        model, info = from_pretrained(
+            kind,
+            str(folder),
+            config=config,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
         )
+    check_tensors(str(folder), info, unread="")
     return model
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' table of the weights it does not read: all of the text model."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 class ClipPatches(nn.Module):

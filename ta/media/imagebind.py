@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ta.folders import read_json, read_tensors
+
 
 @dataclass(frozen=True)
 class TrunkConfig:
@@ -252,10 +254,8 @@ def convert_checkpoint(checkpoint: str | Path, folder: str | Path, config: Trunk
 
 def load_trunk(folder: str | Path) -> Trunk:
     """The trunk in a converted folder; ValueError unless its weights are exactly the trunk's."""
-    from safetensors.torch import load_file
-
     paths = Path(folder) / "config.json", Path(folder) / "model.safetensors"
-    given = json.loads(paths[0].read_text()) if paths[0].is_file() else {}
+    given = read_json(paths[0]) if paths[0].is_file() else {}
     if given.pop("model_type", None) != "imagebind" or not paths[1].is_file():
         raise ValueError(
             f"{folder}: no converted ImageBind trunk; "
@@ -269,7 +269,7 @@ def load_trunk(folder: str | Path) -> Trunk:
         ) from error
     with torch.device("meta"):
         trunk = Trunk(config)
-    weights = load_file(str(paths[1]))
+    weights = read_tensors(paths[1])
     _check(trunk, weights, folder)
     trunk.load_state_dict(weights, assign=True)
     return trunk

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 import warnings
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from ta.folders import read_json
 
 if TYPE_CHECKING:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -257,9 +258,9 @@ def read_preprocessing(folder: str | Path, default: Preprocessing) -> Preprocess
     """
     path = Path(folder) / "preprocessor_config.json"
     if path.is_file():
-        given = json.loads(path.read_text())
+        given = read_json(path)
     elif (path := Path(folder) / "processor_config.json").is_file():
-        given = json.loads(path.read_text()).get("image_processor", {})
+        given = read_json(path).get("image_processor", {})
     else:
         raise ValueError(
             f"{folder}: no preprocessor_config.json; "

@@ -17,6 +17,7 @@ from ta.chat.tokenizer import Placeholder
 from ta.command_line import Range
 from ta.data.sources import parse_source
 from ta.files import hash_json
+from ta.folders import local_folder, read_json
 from ta.media.features import Features, check_features, read_features, take
 
 if TYPE_CHECKING:
@@ -27,6 +28,24 @@ if TYPE_CHECKING:
 MANIFEST = "media.json"
 # a folder of its own: vLLM takes every safetensors file beside config.json for the language model's
 PROJECTORS = "projectors"
+# projectors with two names
+SAME = {"llava": "mlp", "c_abs": "c_abstractor", "c_abstractor": "c_abstractor"}
+# what MANIFEST says of a modality
+KEYS = {
+    "encoder",
+    "path",
+    "fingerprint",
+    "emb_dim",
+    "features",
+    "grid",
+    "projector",
+    "projector_width",
+    "projector_depth",
+    "embeddings",
+    "start",
+    "token",
+    "end",
+}
 
 
 @dataclass(frozen=True)
@@ -50,38 +69,39 @@ class MediaFiles:
 class MediaConfig:
     files: MediaFiles = MediaFiles()
     image_encoder: str | None = None
-    """builtin, clip, siglip or imagebind. Default: builtin on built-in data; with --data none
-    unless given."""
+    """builtin, clip, siglip or imagebind. Default: that of a model that sees already, else builtin
+    on built-in data, and with --data none."""
     audio_encoder: str | None = None
-    """whisper or imagebind. Default: none."""
-    image_projector: Literal["mlp", "llava", "c_abstractor", "c_abs"] = "mlp"
-    """What turns features into embeddings: mlp keeps their number, c_abstractor can reduce it."""
-    audio_projector: Literal["mlp", "llava", "c_abstractor", "c_abs"] = "mlp"
+    """whisper or imagebind. Default: that of a model that hears already, else none."""
+    image_projector: Literal["mlp", "llava", "c_abstractor", "c_abs"] | None = None
+    """What turns features into embeddings: mlp keeps their number, c_abstractor can reduce it.
+    Default, here and below: that of a model that sees already, else mlp."""
+    audio_projector: Literal["mlp", "llava", "c_abstractor", "c_abs"] | None = None
     """The same for sounds."""
     image_embeddings: Annotated[int | None, Range(1)] = None
     """Embeddings that stand for one picture. Default: as many as the encoder gives features."""
     audio_embeddings: Annotated[int | None, Range(1)] = None
     """Embeddings that stand for one sound."""
     image_projector_path: str | None = None
-    """Safetensors file of weights that the picture projector starts from; a run's is
-    RUN/final/projectors/image.safetensors."""
+    """Safetensors file of weights that a new picture projector starts from, or the folder of a run
+    that trained one."""
     audio_projector_path: str | None = None
     """The same for sounds."""
-    projector_width: Annotated[int, Range(1)] = 1024
-    """Channels of a c_abstractor."""
-    projector_depth: Annotated[int, Range(1)] = 3
-    """Blocks in each of its two stages."""
+    projector_width: Annotated[int | None, Range(1)] = None
+    """Channels of a c_abstractor (1024)."""
+    projector_depth: Annotated[int | None, Range(1)] = None
+    """Blocks in each of its two stages (3)."""
     projector_lr: Annotated[float | None, Range(0, above=True)] = None
-    """Peak learning rate of the projectors. Default: 1e-3, or --lr where the projector or the
-    built-in model is given."""
+    """Peak learning rate of the projectors. Default: 1e-3, or --lr where a projector goes on or the
+    model is built in."""
     freeze_language_model: bool = False
     """Train the projectors alone."""
-    media_tokens: tuple[str, str] = ("<MS>", "</MS>")
-    """Tokens before and after the placeholders of one picture or sound."""
-    image_token: str = "<img>"
-    """Placeholder of a picture's embeddings."""
-    audio_token: str = "<audio>"
-    """Placeholder of a sound's embeddings."""
+    media_tokens: tuple[str, str] | None = None
+    """Tokens before and after the placeholders of one picture or sound (<MS> </MS>)."""
+    image_token: str | None = None
+    """Placeholder of a picture's embeddings (<img>)."""
+    audio_token: str | None = None
+    """Placeholder of a sound's embeddings (<audio>)."""
 
 
 class Modality(NamedTuple):
@@ -142,59 +162,130 @@ def media_root(image_root: str, sources: Sequence[str]) -> str:
 
 
 def open_media(
-    config: MediaConfig, sources: Sequence[str], device: str, half: bool = False
+    config: MediaConfig,
+    sources: Sequence[str],
+    device: str,
+    half: bool = False,
+    folder: str | None = None,
+    hub: bool = False,
 ) -> Modalities:
     """Load the encoders that `config` names, in bfloat16 with `half`, or open their caches.
 
-    ValueError where none is named, where a cache is another encoder's, and where there is no folder
-    of media.
+    `folder` is that of a model which sees or hears already: its encoders and projectors go on, and
+    `config` may add a modality. With `hub` an encoder may be a name on the hub. ValueError where no
+    encoder is named, where a flag contradicts `folder`, where a cache is another encoder's, and
+    where there is no folder of media.
     """
-    from ta.media.encoders import load_with_fingerprint
-
+    media = Modalities()
+    if folder is not None:
+        _check_kept(config, folder)
+        media = reopen_media(folder, config.files, sources, device, half, hub)
     root = media_root(config.files.image_root, sources)
-    encoders = {
-        "image": config.image_encoder or (None if sources or config.audio_encoder else "builtin"),
-        "audio": config.audio_encoder,
-    }
-    chosen = {name: encoder for name, encoder in encoders.items() if encoder not in (None, "none")}
-    if not chosen:
+    builtin = None if sources or config.audio_encoder or folder else "builtin"
+    encoders = {"image": config.image_encoder or builtin, "audio": config.audio_encoder}
+    for name, encoder_name in encoders.items():
+        if encoder_name not in (None, "none") and name not in media:
+            settings, encoder = _new_settings(config, name, encoder_name, device, half, hub, media)
+            weights = getattr(config, f"{name}_projector_path")
+            weights = weights and _projector_file(weights, name)
+            cache_path = getattr(config.files, f"{name}_features")
+            media[name] = _modality(settings, root, encoder, cache_path, weights)
+    if not media:
         raise ValueError(
             "no encoder: give --image-encoder clip --image-encoder-path FOLDER (or siglip, "
             "imagebind), or --audio-encoder"
         )
-    media = Modalities()
-    for name, encoder_name in chosen.items():
-        path = getattr(config.files, f"{name}_encoder_path")
-        encoder, fingerprint = load_with_fingerprint(encoder_name, path, device, half)
-        if encoder.modality != name:
-            raise ValueError(
-                f"--{name}-encoder {encoder_name} reads {encoder.modality}: "
-                f"give an encoder of {name}"
-            )
-        embeddings = getattr(config, f"{name}_embeddings")
-        settings = {
-            "encoder": encoder_name,
-            "path": str(Path(path).resolve()) if path else None,
-            "fingerprint": fingerprint,
-            "emb_dim": encoder.emb_dim,
-            "features": encoder.n_modality_embs,
-            "grid": list(encoder.grid) if encoder.grid else None,
-            "projector": getattr(config, f"{name}_projector"),
-            "projector_width": config.projector_width,
-            "projector_depth": config.projector_depth,
-            "embeddings": encoder.n_modality_embs if embeddings is None else embeddings,
-            "start": config.media_tokens[0],
-            "token": getattr(config, f"{name}_token"),
-            "end": config.media_tokens[1],
-        }
-        cache_path = getattr(config.files, f"{name}_features")
-        weights = getattr(config, f"{name}_projector_path")
-        media[name] = _modality(settings, root, encoder, cache_path, weights)
     return media
 
 
+def _new_settings(
+    config: MediaConfig,
+    name: str,
+    encoder_name: str,
+    device: str,
+    half: bool,
+    hub: bool,
+    known: Modalities,
+) -> tuple[dict[str, Any], Encoder]:
+    """The settings of a modality that the model does not have yet, and its encoder."""
+    from ta.media.encoders import load_with_fingerprint
+
+    path = getattr(config.files, f"{name}_encoder_path")
+    path = path and str(Path(local_folder(path, hub)).resolve())
+    encoder, fingerprint = load_with_fingerprint(encoder_name, path, device, half)
+    if encoder.modality != name:
+        raise ValueError(
+            f"--{name}-encoder {encoder_name} reads {encoder.modality}: give an encoder of {name}"
+        )
+    borders = [(m.settings["start"], m.settings["end"]) for m in known.values()]
+    start, end = config.media_tokens or (borders or [("<MS>", "</MS>")])[0]
+    settings = {
+        "encoder": encoder_name,
+        "path": path,
+        "fingerprint": fingerprint,
+        "emb_dim": encoder.emb_dim,
+        "features": encoder.n_modality_embs,
+        "grid": list(encoder.grid) if encoder.grid else None,
+        "projector": getattr(config, f"{name}_projector") or "mlp",
+        "projector_width": config.projector_width or 1024,
+        "projector_depth": config.projector_depth or 3,
+        "embeddings": getattr(config, f"{name}_embeddings") or encoder.n_modality_embs,
+        "start": start,
+        "token": getattr(config, f"{name}_token") or {"image": "<img>"}.get(name, f"<{name}>"),
+        "end": end,
+    }
+    return settings, encoder
+
+
+def _projector_file(path: str, name: str) -> str:
+    """The file of a projector's weights: itself, or that in a run folder or its export."""
+    inside = Path(local_folder(path)) / PROJECTORS / f"{name}.safetensors"
+    return str(inside) if inside.is_file() else path
+
+
+def media_settings(folder: str | Path) -> dict[str, dict[str, Any]]:
+    """What media.json of `folder` says of each modality; ValueError where it is not complete."""
+    path = Path(folder) / MANIFEST
+    modalities = read_json(path).get("modalities")
+    whole = isinstance(modalities, dict) and modalities.keys() <= {"image", "audio"}
+    for settings in modalities.values() if whole else ():
+        whole = whole and isinstance(settings, dict) and settings.keys() >= KEYS
+    if not whole or not modalities:
+        raise ValueError(f"{path} does not say which encoders it belongs to: give a whole folder")
+    return modalities
+
+
+def _check_kept(config: MediaConfig, folder: str) -> None:
+    """ValueError for a flag that contradicts what `folder` says of a modality that goes on."""
+    for name, kept in media_settings(folder).items():
+        flags = {
+            f"{name}_encoder": kept["encoder"],
+            f"{name}_projector": kept["projector"],
+            f"{name}_embeddings": kept["embeddings"],
+            f"{name}_projector_path": None,
+            f"{name}_token": kept["token"],
+            "media_tokens": (kept["start"], kept["end"]),
+        }
+        if SAME.get(kept["projector"]) == "c_abstractor":
+            flags |= {key: kept[key] for key in ("projector_width", "projector_depth")}
+        for flag, value in flags.items():
+            given = getattr(config, flag)
+            if given is not None and SAME.get(given, given) != SAME.get(value, value):
+                shown = " ".join(given) if isinstance(given, tuple) else given
+                raise ValueError(
+                    f"--{flag.replace('_', '-')} {shown}: {folder} goes on with its own "
+                    f"{value or 'projector'}; leave the flag out, or start from a model without "
+                    f"{name}"
+                )
+
+
 def reopen_media(
-    folder: str | Path, files: MediaFiles, sources: Sequence[str], device: str, half: bool = False
+    folder: str | Path,
+    files: MediaFiles,
+    sources: Sequence[str],
+    device: str,
+    half: bool = False,
+    hub: bool = False,
 ) -> Modalities | None:
     """The modalities of an exported model; None where it has none.
 
@@ -202,12 +293,17 @@ def reopen_media(
     """
     from ta.media.encoders import load_with_fingerprint
 
-    manifest = Path(folder) / MANIFEST
-    if not manifest.exists():
+    if not (Path(folder) / MANIFEST).exists():
         return None
     root, media = media_root(files.image_root, sources), Modalities()
-    for name, settings in json.loads(manifest.read_text())["modalities"].items():
-        path = getattr(files, f"{name}_encoder_path") or settings["path"]
+    for name, settings in media_settings(folder).items():
+        given = getattr(files, f"{name}_encoder_path")
+        path = local_folder(given, hub) if given else settings["path"]
+        if path and not Path(path).is_dir():
+            raise ValueError(
+                f"the {settings['encoder']} encoder of {folder} is not at {path}: give its folder "
+                f"in --{name}-encoder-path"
+            )
         encoder, fingerprint = load_with_fingerprint(settings["encoder"], path, device, half)
         if fingerprint != settings["fingerprint"]:
             raise ValueError(
@@ -217,6 +313,8 @@ def reopen_media(
             )
         weights = str(Path(folder) / PROJECTORS / f"{name}.safetensors")
         cache_path = getattr(files, f"{name}_features")
+        # an export of this run says where the encoder is now
+        settings = settings | {"path": path and str(Path(path).resolve())}
         media[name] = _modality(settings, root, encoder, cache_path, weights)
     return media
 

@@ -165,14 +165,14 @@ class EmbeddingTable(nn.Module):
         return self.table
 
 
-def projector_lr(config: MediaConfig, model_path: str, lr: float) -> float:
+def projector_lr(config: MediaConfig, media: Modalities, model_path: str, lr: float) -> float:
     """The peak learning rate of the projectors.
 
     Default: 1e-3, LLaVA's, for new projectors of a trained language model, else its own `lr`.
     """
     if config.projector_lr is not None:
         return config.projector_lr
-    given = config.image_projector_path or config.audio_projector_path
+    given = any(modality.projector_path for modality in media.values())
     return lr if given or model_path.startswith("builtin") else 1e-3
 
 

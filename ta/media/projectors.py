@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ta.folders import read_tensors
+
 
 class Mlp(nn.Module):
     """Two linear layers with a GELU at each position, N = F (LLaVA 1.5, arXiv 2310.03744, 3.2)."""
@@ -194,18 +196,9 @@ def load_projector(projector: nn.Module, path: str | Path) -> None:
 
     ValueError, and nothing is changed, where a name or a shape is another one.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file; give the projector's safetensors file")
-    try:
-        given = load_file(str(path))
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path}: not a safetensors file ({error}); give the projector's weights"
-        ) from error
-    wanted = projector.state_dict()
+    given, wanted = read_tensors(Path(path)), projector.state_dict()
     for name in sorted(wanted.keys() | given.keys()):
         have, want = (
             str(tuple(tensors[name].shape)) if name in tensors else "absent"

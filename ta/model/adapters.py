@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from ta.folders import loading, read_json, read_tensors
 from ta.model.new_rows import resize, tables
 
 if TYPE_CHECKING:
@@ -381,7 +382,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} holds no {' and no '.join(missing)}: give the folder of a saved adapter"
         )
-    config = _read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     if config.get("peft_type") not in READABLE:
         raise ValueError(
             f"{folder / CONFIG}: an adapter of type {config.get('peft_type')!r}; known are "
@@ -396,26 +397,13 @@ def read_facts(path: str | Path) -> Facts:
     It is empty for an adapter that another library saved. ValueError for an incomplete file.
     """
     folder = Path(path)
-    base = _read_json(folder / BASE) if (folder / BASE).is_file() else {}
+    base = read_json(folder / BASE) if (folder / BASE).is_file() else {}
     if base and not {"name", "architecture", "task", "vocabulary", "sample"} <= base.keys():
         raise ValueError(
             f"{folder / BASE} is not complete: save the adapter again, or remove that file to load "
             "without knowing its base"
         )
     return Facts(base, read_tensors(folder / ROWS) if base and (folder / ROWS).is_file() else {})
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; ValueError where the file is incomplete."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a complete safetensors file ({error}): give a complete adapter folder"
-        ) from error
 
 
 def adapter_labels(path: str | Path) -> dict[str, Any]:
@@ -432,18 +420,19 @@ def adapter_labels(path: str | Path) -> dict[str, Any]:
             "num_labels": facts["num_labels"],
             "id2label": {int(key): label for key, label in facts["id2label"].items()},
         }
-    with safe_open(Path(path) / WEIGHTS, "pt") as file:
-        heads = [
-            name
+    weights = Path(path) / WEIGHTS
+    with loading(weights, "a complete safetensors file"), safe_open(weights, "pt") as file:
+        sizes = [
+            file.get_slice(name).get_shape()[0]
             for name in file.keys()  # noqa: SIM118 - no mapping
             if name.endswith(("score.weight", "classifier.weight"))
         ]
-        if not heads:
-            raise ValueError(
-                f"{path} holds no classification head (score.weight): give an adapter that was "
-                "saved with its head"
-            )
-        return {"num_labels": file.get_slice(heads[0]).get_shape()[0]}
+    if not sizes:
+        raise ValueError(
+            f"{path} holds no classification head (score.weight): give an adapter that was "
+            "saved with its head"
+        )
+    return {"num_labels": sizes[0]}
 
 
 def _shape(tensors: dict[str, Tensor], name: str) -> tuple[int, ...] | str:
@@ -454,20 +443,6 @@ def _near(left: list[float], right: list[float]) -> bool:
     pairs = zip(left, right, strict=False)
     close = (abs(a - b) <= CLOSE * max(abs(a), abs(b)) + 1e-6 for a, b in pairs)
     return len(left) == len(right) and all(close)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}): give a complete adapter folder"
-        ) from error
-    if not isinstance(data, dict):
-        raise ValueError(
-            f"{path} holds a {type(data).__name__}, not settings: give a complete adapter folder"
-        )
-    return data
 
 
 ENCODER = "prompt_encoder.safetensors"
@@ -519,7 +494,9 @@ def load_adapter(model: PreTrainedModel, path: str, trainable: bool = False) -> 
             f"{path} holds no {ENCODER}, without which p-tuning cannot go on training; it can only "
             "be used"
         )
-    settings, facts = PeftConfig.from_pretrained(path), read_facts(path)
+    with loading(path, "an adapter"):
+        settings = PeftConfig.from_pretrained(path)
+    facts = read_facts(path)
     if settings.task_type != task_of(model):
         raise ValueError(
             f"adapter {path} was trained for {settings.task_type}, the model given is "
@@ -537,7 +514,9 @@ def load_adapter(model: PreTrainedModel, path: str, trainable: bool = False) -> 
         settings.token_dim = settings.num_layers = settings.num_attention_heads = None
         if kind == "PROMPT_TUNING":
             settings.prompt_tuning_init = "RANDOM"
-    wrapped, weights = _wrap(model, settings, facts), read_tensors(folder / WEIGHTS)
+    weights = read_tensors(folder / WEIGHTS)
+    with loading(path, f"an adapter of {model.name_or_path!r}"):
+        wrapped = _wrap(model, settings, facts)
     expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     for name in sorted(expected.keys() | weights.keys()):
         needed, stored = _shape(expected, name), _shape(weights, name)

@@ -5,17 +5,31 @@ from __future__ import annotations
 import ast
 from typing import Any
 
+# keyword arguments that have a flag of their own
+FLAGS = {
+    "dtype": "--dtype",
+    "torch_dtype": "--dtype",
+    "quantization_config": "--quantize",
+    "load_in_4bit": "--quantize",
+    "load_in_8bit": "--quantize",
+    "num_labels": "--num-labels",
+    "trust_remote_code": "--trust-remote-code",
+    "local_files_only": "--hub",
+}
+
 
 def parsed(pairs: tuple[str, ...]) -> dict[str, Any]:
     """A dict of key=value strings; values that are no Python literals stay text.
 
-    ValueError for a string of another form.
+    ValueError for a string of another form, and for what a flag says already.
     """
     out = {}
     for pair in pairs:
         key, separator, value = pair.partition("=")
         if not separator or not key.isidentifier():
             raise ValueError(f"--model-args {pair!r} is not of the form key=value")
+        if key in FLAGS:
+            raise ValueError(f"--model-args {pair}: give {FLAGS[key]} instead")
         try:
             out[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

@@ -6,7 +6,6 @@ tokens that end an answer.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -105,13 +104,6 @@ def _say_disagreement(tokenizer: ChatTokenizer, records: Sequence[dict]) -> None
 def whole(model: PreTrainedModel, state: dict[str, Tensor] | None) -> PreTrainedModel:
     """The model, or where it is sharded a model like it that holds the gathered tensors."""
     return model if state is None else _plain(model, state)
-
-
-def copy_media(source: str, folder: Path) -> None:
-    """Copy an adapter's projectors and media.json, if it has them, into `folder`."""
-    if (Path(source) / "media.json").exists():
-        shutil.copy(Path(source) / "media.json", folder)
-        shutil.copytree(Path(source) / "projectors", folder / "projectors")
 
 
 def _plain(model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:

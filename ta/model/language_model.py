@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ta.data.batch import Batch, lay_out, to_device
+from ta.folders import copy_media
 from ta.model.attention import Documents
 from ta.model.logprobs import Head, cross_entropy_sum, token_logprobs
-from ta.parallel import world
+from ta.parallel import rank, world
 
 Mode = Literal["packed", "padded", "native"]
 
@@ -45,6 +46,8 @@ class LanguageModel(nn.Module):
         self.compiled = False
         # the model's error in a mode that it cannot run
         self.refusal = ""
+        # holds the encoders and projectors that the model was made with, and that it keeps
+        self.media_folder: str | None = None
         # where False, train() leaves dropout off: a reference must then agree to the last bit
         self.dropout = True
 
@@ -112,6 +115,8 @@ class LanguageModel(nn.Module):
 
         Every process calls this; rank 0 is given the folder.
         """
+        if rank() == 0 and self.media_folder:
+            copy_media(self.media_folder, folder)
 
     def _arithmetic(self) -> torch.autocast:
         device = base_model(self.inner).get_input_embeddings().weight.device.type

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ta.data.loader import name_of
-from ta.folders import ModelConfig, resolve
+from ta.folders import ModelConfig, loading, read_folder, resolve
 from ta.model.adapters import KINDS as ADAPTERS
 from ta.model.adapters import (
     PROMPT_LEARNING,
@@ -53,6 +53,8 @@ CLASSES = {
     "seq_cls": "AutoModelForSequenceClassification",
     "encoder": "AutoModel",
 }
+# for messages
+NAMES = {"causal": "a language model", "seq_cls": "a classifier", "encoder": "a text encoder"}
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def load_model(
         check_vocabulary(tokenizer.fast, loaded)
     if adapted is loaded and compute.quantize == "none":
         loaded.requires_grad_(True)
-    ready = _place(adapted, compute, device, is_half(model, device), around)
+    ready = _place(adapted, compute, device, is_half(model, device), around, sources.media)
     ready.note = "\n".join(text for text in (head, ready.note) if text)
     return ready
 
@@ -188,33 +190,73 @@ def load_base(
     auto = getattr(transformers, CLASSES[task])
     dtype = torch.float64 if model.dtype == "float64" else torch.float32
     options = {"trust_remote_code": model.trust_remote_code, "local_files_only": not model.hub}
-    try:
+    with loading(folder, NAMES[task]):
         if rank() and not whole:
             # parallel.shard sends the weights of rank 0 to the other processes
             attention = arguments.pop("attn_implementation", None)
             settings = transformers.AutoConfig.from_pretrained(folder, **options, **arguments)
             with torch.device("meta"):
                 return auto.from_config(settings, dtype=dtype, attn_implementation=attention).eval()
-        # transformers would print a table of tensors that do not fit; _check_tensors reports them
-        with _without_warnings():
-            loaded, info = auto.from_pretrained(
-                folder,
-                dtype=dtype,
-                use_safetensors=True,
-                output_loading_info=True,
-                **options,
-                **arguments,
-            )
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{folder} does not load as a {task} model: {str(error).splitlines()[0]}"
-        ) from error
-    _check_tensors(folder, task, info)
+        loaded, info = from_pretrained(auto, folder, dtype=dtype, **options, **arguments)
+    if task == "encoder":
+        check_tensors(folder, info, new="pooler.", unread="")
+    elif task == "seq_cls":
+        check_tensors(
+            folder, info, new=("score.", "classifier."), unread=("lm_head.", "embed_out.")
+        )
+    else:
+        check_tensors(folder, info)
     if loaded.can_generate():
         _check_generation(folder, loaded.generation_config)
     if quantize != "none":
         return loaded.eval()
     return loaded.to(device if whole or world() == 1 else "cpu").eval()
+
+
+def from_pretrained(kind: Any, folder: str, **arguments: Any) -> tuple[PreTrainedModel, dict]:
+    """transformers' model of a class `kind`, and which of its tensors the folder had.
+
+    Weights are read from safetensors alone; transformers' own table of tensors that do not fit is
+    not printed, because `check_tensors` says more in one line.
+    """
+    with _without_warnings():
+        return kind.from_pretrained(
+            folder,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **arguments,
+        )
+
+
+def check_tensors(
+    folder: str,
+    info: dict[str, Any],
+    new: str | tuple[str, ...] = (),
+    unread: str | tuple[str, ...] = (),
+) -> None:
+    """ValueError, with names, where tensors of the folder are not those of the model.
+
+    `info` is what `from_pretrained` says. Tensors whose name has a part that begins like `new` may
+    be missing, those that begin like `unread` may be there without a place for them.
+    """
+    mismatched = {
+        f"{name} is {tuple(given)} there and {tuple(wanted)} by config.json"
+        for name, given, wanted in info["mismatched_keys"]
+    }
+    missing = {name for name in info["missing_keys"] if not name.startswith(new)}
+    unexpected = {name for name in info["unexpected_keys"] if not name.startswith(unread)}
+    for names, verb in (
+        (missing - {name for name, *_ in info["mismatched_keys"]}, "lacks"),
+        (unexpected, "has, without a place for them,"),
+        (mismatched, "has, of another shape,"),
+    ):
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            raise ValueError(
+                f"{folder} {verb} {len(names)} tensors ({shown}): give the folder of a whole "
+                "model, as its own library saved it"
+            )
 
 
 @contextmanager
@@ -267,25 +309,6 @@ def _check_generation(folder: str, config: GenerationConfig) -> None:
         raise ValueError(f"{folder}/generation_config.json cannot be: {what}; mend it") from None
 
 
-def _check_tensors(folder: str, task: Task, info: dict[str, Any]) -> None:
-    """ValueError where tensors of the folder are not those of the model; a new head is allowed."""
-    missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
-    if task == "seq_cls":
-        missing -= {name for name in missing if name.startswith(("score.", "classifier."))}
-        unexpected -= {name for name in unexpected if name.startswith(("lm_head.", "embed_out."))}
-    if task == "encoder":
-        missing -= {name for name in missing if "pooler." in name}
-        unexpected = set()
-    for names, verb in ((missing, "lacks"), (unexpected, "has, without a place for them,")):
-        if names:
-            shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-            raise ValueError(
-                f"{folder} {verb} {len(names)} tensors ({shown}): give the folder of a whole "
-                "model, "
-                "as its own library saved it"
-            )
-
-
 def is_half(model: ModelConfig, device: str) -> bool:
     """Whether the forward pass runs in bfloat16."""
     return model.dtype == "bfloat16" or (model.dtype == "auto" and str(device).startswith("cuda"))
@@ -315,9 +338,13 @@ def _classifier(
     head does not read the last token, and for a head of another size.
     """
     import torch
-    import transformers
 
     sources = resolve(model)
+    if sources.media:
+        raise ValueError(
+            f"{sources.media} sees or hears, and a model with a head of scores would not: give the "
+            "language model that it was made from"
+        )
     trained = sources.adapter and read_config(sources.adapter)["peft_type"]
     kind = trained or ADAPTERS.get(adapter.adapter, "")
     if kind in PROMPT_LEARNING:
@@ -325,14 +352,12 @@ def _classifier(
             f"{kind} with a classification head: its virtual tokens shift the place where scores "
             "are read; give --adapter lora"
         )
-    settings = transformers.AutoConfig.from_pretrained(
-        sources.base, trust_remote_code=model.trust_remote_code, local_files_only=not model.hub
-    )
-    old = any("SequenceClassification" in name for name in settings.architectures or ())
-    if old and settings.num_labels != num_labels:
+    folder = read_folder(sources.base)
+    old = folder.kind == "classifier"
+    if old and folder.num_labels != num_labels:
         raise ValueError(
-            f"{sources.base} has a head of {settings.num_labels} labels where {num_labels} are "
-            "asked: give its number, or a base model"
+            f"{sources.base} has a head of {folder.num_labels} labels where {num_labels} are "
+            "asked: give a model without a head, or its own number (--num-labels; rm.py trains 1)"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -352,6 +377,7 @@ def _place(
     device: str,
     half: bool,
     around: Callable[[LanguageModel], LanguageModel] | None,
+    media: str | None,
 ) -> LanguageModel:
     """Wrap a model and find its mode on rank 0, then compile, checkpoint and shard it as asked."""
     import torch
@@ -365,6 +391,7 @@ def _place(
     else:
         wrapper, note = wrap(model, compute.packing, torch.bfloat16 if half else None)
         gather_objects((wrapper.mode, note))
+    wrapper.media_folder = media
     if around is not None:
         wrapper = around(wrapper)
     wrapper.note = note

@@ -11,8 +11,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ta.parallel import rank, world
-from ta.rag.embedding_settings import LOCAL, EmbeddingSettings, model_config
+from ta.folders import ModelConfig, loading
+from ta.model.load import load_base
+from ta.rag.embedding_settings import LOCAL, EmbeddingSettings
 
 
 class Texts(NamedTuple):
@@ -68,25 +69,20 @@ def open_encoder(
     Weights are float32, or float64 where `dtype` asks for it. With `to_shard`, on several
     processes, rank 0 has the weights and the others have their shapes.
     """
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    wide = torch.float64 if dtype == "float64" else torch.float32
-    try:
+    exact = ModelConfig(folder, dtype="float64" if dtype == "float64" else "float32")
+    model = load_base(exact, "encoder", device=device, whole=not to_shard)
+    encoder = TextEncoder(model, settings).eval()
+    with loading(folder, "a text encoder"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
-        if to_shard and rank():  # shapes only: rank 0 hands the weights out (parallel.shard)
-            with torch.device("meta"):
-                model = AutoModel.from_config(model_config(folder), dtype=wide)
-        else:
-            model = AutoModel.from_pretrained(folder, dtype=wide, use_safetensors=True, **LOCAL)
-            model.to("cpu" if to_shard and world() > 1 else device)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{folder} does not load as a text encoder: {str(error).splitlines()[0]}"
-        ) from error
+        if not next(model.parameters()).is_meta:
+            # a model of pictures or sounds, or of two texts, loads too, and then refuses a text
+            embed(encoder, [[0]], 0, next(model.parameters()).device)
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return TextEncoder(model, settings).eval(), tokenizer
+    return encoder, tokenizer
 
 
 def tokenize(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from ta.folders import loading, read_json
+
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
 POOLINGS = {  # what sentence-transformers calls them in 1_Pooling/config.json
     "pooling_mode_mean_tokens": "mean",
@@ -32,6 +34,9 @@ class EncoderConfig:
     """Text in front of every passage, such as "passage: "."""
     encoder_max_tokens: int | None = None
     """Tokens of a text that the encoder reads at most; what is longer is cut at its end."""
+    hub: bool = False
+    """Take an --encoder-path that is no folder from the Hugging Face hub, or from its cache where
+    there is no network."""
 
 
 class EmbeddingSettings(NamedTuple):
@@ -78,7 +83,7 @@ def embedding_settings(folder: str, config: EncoderConfig) -> EmbeddingSettings:
 
 def _pooling_of(folder: str) -> tuple[Any, bool]:
     """The pooling that a folder names, and whether its vectors are scaled to length 1."""
-    modules = _json(folder, "modules.json") or []
+    modules = _json(folder, "modules.json", list) or []
     names = [module["type"].rpartition(".")[2] for module in modules]
     if unknown := set(names) - {"Transformer", "Pooling", "Normalize"}:
         raise ValueError(
@@ -140,9 +145,10 @@ def model_config(folder: str) -> Any:
     """transformers' config of the encoder in a local folder."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(folder, **LOCAL)
+    with loading(folder, "a text encoder"):
+        return AutoConfig.from_pretrained(folder, **LOCAL)
 
 
-def _json(folder: str, name: str) -> Any:
+def _json(folder: str, name: str, kind: type = dict) -> Any:
     path = Path(folder) / name
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json(path, kind) if path.exists() else None

@@ -24,14 +24,20 @@ from ta.files import (
     stamp,
     writing,
 )
-from ta.folders import encoder_folder, fingerprint
+from ta.folders import encoder_folder, fingerprint, index_folder, loading, read_json
 from ta.rag.embedding_settings import (
     EmbeddingSettings,
     EncoderConfig,
     embedding_settings,
     width_of,
 )
-from ta.rag.passages import Passages, read_passages, text_of, write_passages
+from ta.rag.passages import (
+    Passages,
+    PassageSettings,
+    read_passages,
+    text_of,
+    write_passages,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,53 +60,55 @@ class Index(NamedTuple):
     encoder: str  # folder of that encoder, which embeds the questions too
 
 
-def open_index(path: str | Path, encoder_path: str | None = None) -> Index:
+def open_index(path: str | Path, encoder_path: str | None = None, hub: bool = False) -> Index:
     """The index in a folder, with the encoder it was built with, or a copy of it in `encoder_path`.
+
+    A run of rag.py stands for its index; with `hub` the encoder may be a name on the hub.
 
     ValueError where there is no index, where its encoder is gone or another one, where its passages
     have changed, and where its file of vectors is damaged.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    folder = Path(path)
+    folder = Path(index_folder(str(path)))
     if not (folder / MANIFEST).exists():
         raise ValueError(
             f"no index at {path}: give a folder that recipes/build_index.py or recipes/rag.py wrote"
         )
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = read_json(folder / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise ValueError(
             f"{path} has format {manifest.get('format')}, this version reads {FORMAT}: "
             "build the index anew"
         )
-    encoder = str((folder / manifest["encoder_path"]).resolve())
+    with loading(folder / MANIFEST, "the manifest of an index"):
+        settings = EmbeddingSettings(**manifest["reading"])
+        PassageSettings(**manifest.get("joining", {}))
+        encoder = str((folder / manifest["encoder_path"]).resolve())
+        changed = _passages_changed(folder / PASSAGES, manifest)
+        built_with = manifest["encoder"]
     if encoder_path:
-        encoder = encoder_folder(encoder_path)
+        encoder = encoder_folder(encoder_path, hub)
     if not (Path(encoder) / "config.json").exists():
         raise ValueError(f"{path}: its encoder is not at {encoder} any more; give --encoder-path")
-    if _passages_changed(folder / PASSAGES, manifest):
+    if changed:
         raise ValueError(
             f"{folder / PASSAGES} has changed since the index was built, or is gone: "
             "build the index anew"
         )
-    try:
-        with safe_open(folder / VECTORS, "pt") as file:
-            vectors, offsets = file.get_tensor("vectors"), file.get_tensor(OFFSETS).numpy()
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{folder / VECTORS} is damaged ({error}): build the index anew"
-        ) from error
+    vectors_file = folder / VECTORS
+    with loading(vectors_file, "vectors of an index"), safe_open(vectors_file, "pt") as file:
+        vectors, offsets = file.get_tensor("vectors"), file.get_tensor(OFFSETS).numpy()
     if (width := width_of(encoder)) != vectors.shape[1]:
         raise ValueError(
             f"{path} has vectors of width {vectors.shape[1]}, the encoder in {encoder} gives "
             f"{width}: give the one it was built with"
         )
-    if fingerprint(encoder) != manifest["encoder"]:
+    if fingerprint(encoder) != built_with:
         raise ValueError(
             f"{path} was built with another encoder than {encoder}: their scores would mean "
             "nothing; build it with this one"
         )
-    settings = EmbeddingSettings(**manifest["reading"])
     passages = Passages(folder / PASSAGES, offsets)
     return Index(folder, vectors, passages, manifest, settings, encoder)
 
@@ -149,7 +157,8 @@ def begin_index(
             f"--out {out} was begun and not finished: give --resume to go on, "
             "or --overwrite to start anew"
         )
-    folder, notes = encoder_folder(config.encoder_path), cache_folder("") / "hashes"
+    folder = encoder_folder(config.encoder_path, config.hub)
+    notes = cache_folder("") / "hashes"
     settings = embedding_settings(folder, config)
     parsed = [parse_source(text) for text in sorted(sources)]
     for source in parsed:

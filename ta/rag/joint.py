@@ -72,6 +72,7 @@ class RagModel(LanguageModel):
     def __init__(self, generator: LanguageModel, encoder: nn.Module):
         super().__init__(generator.inner, generator.mode, generator.autocast)
         self.encoder = encoder
+        self.media_folder = generator.media_folder
         self.retriever: Retriever | None = None  # what an export takes along
         self.index: Index | None = None
 
@@ -82,6 +83,7 @@ class RagModel(LanguageModel):
 
     def save_parts(self, folder: Path | None) -> None:
         """Write the encoder, its tokenizer and the index with `retriever`'s vectors."""
+        super().save_parts(folder)
         state = gathered(self.encoder.model)
         if rank() or self.retriever is None:
             return

@@ -138,6 +138,7 @@ def retrieve_for_prompts(
     tokenizer: ChatTokenizer,
     chat: ChatConfig,
     device: str,
+    hub: bool = False,
 ) -> list:
     """Put the passages found before the question of each (record, prompt ids).
 
@@ -152,7 +153,7 @@ def retrieve_for_prompts(
                 "settings of retrieval without --index: give the index too, or leave them out"
             )
         return records
-    index = open_index(config.index, config.encoder_path)
+    index = open_index(config.index, config.encoder_path, hub)
     encoder, encoder_tokenizer = open_encoder(index.encoder, index.embedding_settings, device)
     settings = passage_settings(config, index.manifest)
     retriever = retriever_of(index, encoder_tokenizer, tokenizer, chat, settings, device)

@@ -252,12 +252,10 @@ def test_wrong_folders_are_refused(tmp_path):
         tmp_path / "m" / "model.safetensors",
         {"format": "pt"},
     )
-    with pytest.raises(
-        ValueError, match=r"1 weights are missing, the first is .*layers\.1\.mlp\.fc1\.bias"
-    ):
+    with pytest.raises(ValueError, match=r"lacks 1 tensors \(.*layers\.1\.mlp\.fc1\.bias\)"):
         load_encoder("clip", tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").write_bytes(b"torn")
-    with pytest.raises(ValueError, match="cannot be loaded"):
+    with pytest.raises(ValueError, match=r"does not load as an encoder .*header"):
         load_encoder("clip", tmp_path / "m")
 
 

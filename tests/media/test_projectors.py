@@ -142,7 +142,7 @@ def test_weights_go_through_a_file(kind, tmp_path):
         load_projector(foreign, tmp_path / "p.safetensors")
     (tmp_path / "no.safetensors").write_bytes(b"{}")
     for name, reason in (
-        ("no.safetensors", "not a safetensors file"),
+        ("no.safetensors", "as a complete safetensors file"),
         ("none.safetensors", "no such file"),
     ):
         with pytest.raises(ValueError, match=reason):

@@ -118,6 +118,7 @@ def test_torn_weights_are_named(saved, tmp_path):
     for size in (0, 5, 100, path.stat().st_size - 1):
         path.write_bytes((saved / path.name).read_bytes()[:size])
         with pytest.raises(
-            ValueError, match=r"adapter_model.safetensors is not a complete safetensors file"
+            ValueError,
+            match=r"adapter_model.safetensors does not load as a complete safetensors file",
         ):
             load_adapter(base("llama", NEW), tmp_path / "a")

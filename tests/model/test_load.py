@@ -79,6 +79,85 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, fault):
         load_for_inference(ModelConfig(str(tmp_path)))
 
 
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def lie(file):
+    """The header claims more numbers than the file has."""
+    size = int.from_bytes(file.read_bytes()[:8], "little")
+    header = json.loads(file.read_bytes()[8 : 8 + size])
+    tensor = header["model.norm.weight"]
+    tensor["shape"] = [2 * tensor["shape"][0]]
+    text = json.dumps(header).encode()
+    rest = file.read_bytes()[8 + size :]
+    file.write_bytes(len(text).to_bytes(8, "little") + text + rest)
+
+
+def claim_much(file):
+    file.write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
+
+
+def pickle(file):
+    torch.save({"a": torch.zeros(2)}, file)
+
+
+def pickle_alone(file):
+    torch.save({"a": torch.zeros(2)}, file.with_name("pytorch_model.bin"))
+    file.unlink()
+
+
+def widen(file):
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = torch.zeros(tensors[name].shape[0] + 1, tensors[name].shape[1])
+    save_file(tensors, file, {"format": "pt"})
+
+
+def mistype(file):
+    config = json.loads(file.with_name("config.json").read_text())
+    file.with_name("config.json").write_text(json.dumps(config | {"hidden_size": "abc"}))
+
+
+def tear_index(file):
+    file.unlink()
+    file.with_name(f"{file.name}.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}')
+
+
+DAMAGES = {
+    truncate: "not fully covered",
+    lie: "invalid shape",
+    claim_much: "header too large",
+    pickle: "header too large",
+    pickle_alone: "no file named model",
+    widen: r"of another shape, 1 tensors .*up_proj.weight is \(449, 160\) there and \(448, 160\)",
+    mistype: "'hidden_size' expected int",
+    tear_index: "KeyError",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_model_is_one_line(tmp_path, damage):
+    shutil.copytree(tiny_folder(), tmp_path / "m")
+    damage(tmp_path / "m" / "model.safetensors")
+    for task in ("causal", "seq_cls", "encoder"):
+        with pytest.raises(ValueError, match=DAMAGES[damage]) as error:
+            load_base(ModelConfig(str(tmp_path / "m")), task)
+        assert str(tmp_path / "m") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_arguments_that_transformers_refuses_are_one_line():
+    for argument, words in (
+        ("attn_implementation=flash_attention_2", "FlashAttention2"),
+        ("attn_implementation=nonesuch", "nonesuch"),
+        ("nonsense=3", "nonsense"),
+        ("dtype=float64", "give --dtype instead"),
+    ):
+        with pytest.raises(ValueError, match=words) as error:
+            load_base(ModelConfig(str(tiny_folder()), model_args=(argument,)))
+        assert "\n" not in str(error.value)
+
+
 def test_a_generation_config_that_could_not_be_exported_is_mended_or_refused(tmp_path, capsys):
     shutil.copytree(tiny_folder(), tmp_path / "base")
     settings = {"do_sample": False, "temperature": 0.6, "top_k": 20, "length_penalty": 2.0}

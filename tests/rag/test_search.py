@@ -113,7 +113,7 @@ def test_an_index_that_does_not_fit_is_refused(made, index, tmp_path):
     refused("passages.jsonl has changed")
     passages.write_text(lines)
     (index / "vectors.safetensors").write_bytes((index / "vectors.safetensors").read_bytes()[:-4])
-    refused("vectors.safetensors is damaged")
+    refused("vectors.safetensors does not load as vectors of an index")
     manifest.unlink()
     refused("no index at")
 
