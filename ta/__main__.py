@@ -5,6 +5,7 @@
     ta copy dpo my_method.py  a recipe to edit
     ta doctor                 versions, devices, extras, memory and disk
     ta from-turbo s.json      the command for a settings file of turbo-alignment
+    ta convert FROM OUT       pickled weights and SentencePiece tokenizers to what is read here
 
 `python -m ta` is the same command, also for torchrun: `torchrun -m ta sft ...`.
 """
@@ -21,6 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ta.command_line import guard
+from ta.convert import convert
 from ta.files import write_atomic
 from ta.from_turbo import from_turbo, script
 from ta.recipe_files import RECIPES, recipe_names
@@ -40,7 +42,7 @@ EXTRAS = {  # package: what it adds
 def main() -> None:
     """Run the command that sys.argv names; exit code 2 where there is none of that name."""
     name, *rest = sys.argv[1:] or ["help"]
-    commands = {"copy": copy, "doctor": doctor, "from-turbo": turbo}
+    commands = {"copy": copy, "doctor": doctor, "from-turbo": turbo, "convert": converted}
     commands |= dict.fromkeys(("help", "-h", "--help"), usage)
     if name in recipe_names():
         page = str(RECIPES / f"{name}.py")
@@ -101,6 +103,13 @@ def turbo(*words: str) -> None:
             raise ValueError(f"{name} exists, and the records of {words[0]} would replace it")
         write_atomic(Path(name), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
     print(script(made))
+
+
+def converted(*words: str) -> None:
+    """Convert a file or folder of another program. ValueError where it cannot be."""
+    if len(words) != 2:
+        raise ValueError("give: ta convert FROM OUT")
+    print(convert(*words))
 
 
 def doctor() -> None:

@@ -35,6 +35,7 @@ TOWER = (  # a module imports its own folder and what stands above it here, type
     ("ta.generation",),
     ("ta.training",),
     ("ta.reference", "ta.media", "ta.rag", "ta.rl"),
+    ("ta.convert",),
     ("ta.__main__",),
 )
 

@@ -1,0 +1,136 @@
+"""Pickled weights of other programs -> safetensors, tokenizer.model -> tokenizer.json.
+
+Only tensors are unpickled (torch.load with weights_only); nothing in a file is run.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ta.files import publishing, write_atomic
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PICKLED = (".bin", ".pt", ".pth")
+MODALITIES = ("image", "audio")
+
+
+def convert(given: str, out: str) -> str:
+    """Write what lies at `given` as this library reads it to `out`; says what was made.
+
+    A folder with adapter_model.bin or pytorch_model*.bin becomes a folder with safetensors and the
+    other files as they were; one with tokenizer.model and no tokenizer.json gets one. A file of
+    projectors (modality_adapters.pt of turbo-alignment, or one projector's state dict) becomes
+    OUT/image.safetensors and OUT/audio.safetensors; the published imagebind_huge.pth becomes the
+    folders OUT/image and OUT/audio. ValueError where there is nothing to convert, where a file is
+    no checkpoint of weights alone, and where `out` exists.
+    """
+    source, target = Path(given), Path(out)
+    if not source.exists():
+        raise ValueError(f"{given}: no such file or folder")
+    if target.exists():
+        raise ValueError(f"{out} exists: give a new folder")
+    if source.is_dir():
+        return _folder(source, target)
+    if source.suffix not in PICKLED:
+        raise ValueError(f"{given}: give a folder or a file of {', '.join(PICKLED)}")
+    weights = load_pickled(source)
+    if any(name.startswith("modality_trunks.") for name in weights):
+        return _imagebind(source, target)
+    return _projectors(weights, target)
+
+
+def load_pickled(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickled state dict by name; ValueError for any other content."""
+    import torch
+
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    # torch raises UnpicklingError, RuntimeError, EOFError and more for what is no checkpoint
+    except Exception as error:
+        line = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path} is no checkpoint of weights alone ({line})") from None
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    whole = isinstance(loaded, dict) and all(isinstance(t, torch.Tensor) for t in loaded.values())
+    if not whole or not loaded:
+        raise ValueError(f"{path} holds something else than tensors by name")
+    return loaded
+
+
+def save_weights(weights: dict[str, Tensor], path: Path) -> None:
+    """Write tensors as one safetensors file; those that share memory are written apart."""
+    from safetensors.torch import save_file
+
+    save_file(
+        {name: tensor.clone().contiguous() for name, tensor in weights.items()},
+        str(path),
+        metadata={"format": "pt"},
+    )
+
+
+def _folder(source: Path, target: Path) -> str:
+    """A folder of a model, an adapter or a tokenizer."""
+    pickled = sorted(source.glob("pytorch_model*.bin")) + sorted(source.glob("adapter_model.bin"))
+    spm = (source / "tokenizer.model").exists() and not (source / "tokenizer.json").exists()
+    if not pickled and not spm:
+        raise ValueError(
+            f"{source} holds no pytorch_model*.bin, no adapter_model.bin and no tokenizer.model "
+            "without tokenizer.json: nothing is to be converted"
+        )
+    made = []
+    with publishing(target) as folder:
+        for path in pickled:
+            name = path.name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
+            save_weights(load_pickled(path), folder / name)
+            made.append(name)
+        for path in sorted(source.iterdir()):
+            if path.name == "pytorch_model.bin.index.json":
+                text = path.read_text(encoding="utf-8")
+                text = text.replace("pytorch_model", "model").replace(".bin", ".safetensors")
+                write_atomic(folder / "model.safetensors.index.json", text)
+            elif path.is_file() and path.suffix not in PICKLED:
+                shutil.copyfile(path, folder / path.name)
+        if spm:
+            _fast_tokenizer(source, folder)
+            made.append("tokenizer.json")
+    return f"{target}: {', '.join(made)}"
+
+
+def _fast_tokenizer(source: Path, folder: Path) -> None:
+    """tokenizer.json from tokenizer.model, as transformers converts it."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer.save_pretrained(folder)
+    except (ImportError, OSError, ValueError, KeyError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{source}/tokenizer.model cannot be read ({line}): pip install 'ta[convert]'"
+        ) from None
+
+
+def _projectors(weights: dict[str, Tensor], target: Path) -> str:
+    """The projectors of a file, one file a modality; the loader knows other tools' names."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in weights.items():
+        kind, _, rest = name.partition(".")
+        kind, rest = (kind, rest) if kind in MODALITIES else ("image", name)
+        parts.setdefault(kind, {})[rest] = tensor
+    with publishing(target) as folder:
+        for kind, part in parts.items():
+            save_weights(part, folder / f"{kind}.safetensors")
+    return f"{target}: {', '.join(f'{kind}.safetensors' for kind in parts)}"
+
+
+def _imagebind(source: Path, target: Path) -> str:
+    """The trunks of pictures and sounds of the published ImageBind."""
+    from ta.media.imagebind import AUDIO_HUGE, IMAGE_HUGE, convert_checkpoint
+
+    for config in (IMAGE_HUGE, AUDIO_HUGE):
+        convert_checkpoint(source, target / config.modality, config)
+    return f"{target}: image and audio, for --image-encoder-path and --audio-encoder-path"
