@@ -41,8 +41,6 @@ class Config:
 
 
 def main(config: Config) -> None:
-    from tqdm import tqdm
-
     if config.approximate:
         ta.rag.need_faiss()
     out, sources = Path(config.out), config.passages or (str(ta.rag.passages_file()),)
@@ -54,14 +52,8 @@ def main(config: Config) -> None:
 
     # from here on each process embeds its own share and waits for no other
     rank, world = ta.parallel.rank(), ta.parallel.world()
-    with tqdm(
-        total=None if rank else -(-count // world),
-        desc="embedding",
-        unit=" passages",
-        disable=rank > 0,
-        mininterval=0.5,
-        dynamic_ncols=True,
-    ) as bar:
+    share = None if rank else -(-count // world)
+    with ta.progress(share, "embedding", "passage", show=rank == 0) as bar:
         published = ta.rag.build_index(
             out, ta.parallel.pick_device(), rank, world, config.max_tokens_per_pass, bar.update
         )

@@ -47,8 +47,6 @@ class Config:
 
 
 def main(config: Config) -> None:
-    from tqdm import tqdm
-
     out, skip = Path(config.out), config.on_bad_file == "skip"
     if out.exists() and not config.overwrite:
         raise ValueError(f"--out {out} exists: give another file, or --overwrite to replace it")
@@ -66,9 +64,7 @@ def main(config: Config) -> None:
 
     out.parent.mkdir(parents=True, exist_ok=True)
     shape = (encoder.n_modality_embs, encoder.emb_dim)
-    with tqdm(
-        total=len(paths), desc="encode", unit=f" {encoder.modality}s", dynamic_ncols=True
-    ) as bar:
+    with ta.progress(len(paths), "encode", encoder.modality) as bar:
         result = ta.media.extract(
             out,
             paths,

@@ -103,6 +103,7 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
     from ta.reference import open_reference as open_reference
     from ta.reference import sequence_logps as sequence_logps
     from ta.reference import with_cached_reference as with_cached_reference
+    from ta.screen import progress as progress
     from ta.training.loop import mean_over as mean_over
     from ta.training.loop import scores_of as scores_of
     from ta.training.loop import train as train
@@ -150,6 +151,7 @@ NAMES = {  # module: what `import ta` gives of it, loaded on first use
     "ta.model.new_rows": "check_vocabulary",
     "ta.reference": "ReferenceConfig check_sync learned_tokens open_reference "
     "sequence_logps with_cached_reference",
+    "ta.screen": "progress",
     "ta.training.run_folder": "LoopConfig Run start_run",
     "ta.training.loop": "mean_over scores_of train",
     "ta.training.progress": "join_figures",

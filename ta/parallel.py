@@ -11,6 +11,8 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+from ta.screen import shown
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -145,7 +147,7 @@ def on_rank_zero(action: Callable):
 def say(text: str) -> None:
     """Print on the screen (stderr), once for all processes."""
     if rank() == 0 and text:
-        print(text, file=sys.stderr, flush=True)
+        print(shown(text, sys.stderr), file=sys.stderr, flush=True)
 
 
 def barrier() -> None:

@@ -21,6 +21,7 @@ from ta.folders import ModelConfig, fingerprint, resolve
 from ta.model.adapters import AdapterConfig
 from ta.model.load import ComputeConfig, load_model
 from ta.parallel import gather_objects, rank, say
+from ta.screen import progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -328,13 +329,12 @@ def _compute_table(
     """(n, 2) log-probabilities of both answers of each record, PART records at a time."""
     import numpy as np
     import torch
-    from tqdm import tqdm
 
     from ta.data.batch import to_device
 
     n, parts = len(prepared.origin), []
-    bar = {"desc": "reference", "unit_scale": PART, "unit": "record", "delay": 2, "leave": False}
-    for start in tqdm(range(0, n, PART), disable=rank() > 0, **bar):
+    bar = progress(n, "reference", "record", show=rank() == 0, delay=2, leave=False)
+    for start in range(0, n, PART):
         records = np.arange(start, min(n, start + PART))
         path = stem.with_name(f"{stem.name}-{start}.safetensors")
         known = gather_objects(_read_table(path, len(records)) if rank() == 0 else None)[0]
@@ -357,6 +357,8 @@ def _compute_table(
             if rank() == 0:
                 _write_table(path, known)
         parts.append(known)
+        bar.update(len(records))
+    bar.close()
     return torch.cat(parts)
 
 

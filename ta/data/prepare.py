@@ -55,6 +55,7 @@ from ta.files import (
     write_manifest,
 )
 from ta.parallel import say as say_once
+from ta.screen import progress
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -365,7 +366,7 @@ def _build(
     with (
         no_long_collections(),
         open(drops_file, "w", encoding="utf-8", errors="surrogateescape") as dropped,
-        _progress_bar(expected) as bar,
+        progress(expected, "preparing", "record", delay=1, leave=False) as bar,
     ):
         drops = Drops(config.on_bad_record, config.max_bad_share, expected, dropped)
         for index, (source, (keep, _)) in enumerate(zip(sources, kept, strict=True)):
@@ -416,21 +417,6 @@ def _build(
         "notes": drops.remarks(),
         "sources": by_source,
     }
-
-
-def _progress_bar(expected: int) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(
-        total=expected,
-        desc="preparing",
-        unit=" records",
-        delay=1,
-        # seconds between two lines
-        mininterval=0.2 if sys.stderr.isatty() else 30,
-        leave=False,
-        file=sys.stderr,
-    )
 
 
 def _encoded(

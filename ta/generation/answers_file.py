@@ -17,6 +17,7 @@ from typing import Any
 
 from ta.files import append_line, locked, read_json_lines, write_atomic
 from ta.parallel import rank, world
+from ta.screen import progress
 
 
 class AnswersFile:
@@ -71,24 +72,14 @@ class AnswersFile:
         What is to be replaced is deleted now. ValueError, and nothing is deleted, where another
         process is writing it.
         """
-        from tqdm import tqdm
-
         with ExitStack() as stack:
             for number in {self.rank, *map(_number, self._own_parts())}:
                 stack.enter_context(locked(self.path, share=f"part-{number}"))
             if self.overwrite:
                 for path in self._own_parts() + [self.path] * (self.rank == 0):
                     path.unlink(missing_ok=True)
-            self.bar = stack.enter_context(
-                tqdm(
-                    total=total,
-                    desc=name,
-                    unit="record",
-                    disable=self.rank > 0 or not total,
-                    dynamic_ncols=True,
-                    mininterval=0.5,  # seconds
-                )
-            )
+            show = self.rank == 0 and total > 0
+            self.bar = stack.enter_context(progress(total, name, "record", show=show))
             self.seconds, self.tokens = time.perf_counter(), 0
             yield self
 

@@ -7,6 +7,8 @@ import signal
 import time
 from collections import Counter
 
+from ta.screen import progress
+
 
 class StepSums:
     """Sums since the last logged step."""
@@ -80,18 +82,8 @@ class Signals:
 
 
 def progress_bar(steps: int, first: int, show: bool):
-    """A tqdm bar with the time left; nothing is shown where `show` is False."""
-    from tqdm import tqdm
-
-    return tqdm(
-        total=steps,
-        initial=first,
-        desc="train",
-        unit="step",
-        disable=not show,
-        mininterval=0.5,
-        dynamic_ncols=True,
-    )
+    """A bar with the time left; nothing is shown where `show` is False."""
+    return progress(steps, "train", "step", done=first, show=show)
 
 
 def line(record: dict[str, float]) -> str:

@@ -378,9 +378,10 @@ def test_first_records_are_those_that_were_prepared(tmp_path):
     assert first_records(chosen, 9)[0]["messages"][0]["content"] == "y"
 
 
-def test_preview_shows_the_counts_and_the_first_record(tmp_path, capsys):
+def test_preview_shows_the_counts_and_the_first_record(tmp_path, capsys, monkeypatch):
     letters = Letters()
     letters.tokenizer.fast.decode = lambda ids: "".join(map(chr, ids))
+    monkeypatch.setattr("ta.screen.has_colours", lambda stream: True)
     preview(made([write(tmp_path / "a.jsonl", "xy")], letters=letters), letters.tokenizer)
     shown = capsys.readouterr().err
     assert "2 records, 6 tokens, 33 % learned" in shown

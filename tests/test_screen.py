@@ -1,0 +1,62 @@
+"""What a person sees: a bar and colours in a terminal, plain lines in a file, none where they are unwanted."""
+
+import io
+import sys
+
+import pytest
+
+from ta import screen
+from ta.parallel import say
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "no_color", "kept"),
+    [
+        (Terminal, None, True),
+        (Terminal, "", True),
+        (Terminal, "1", False),
+        (io.StringIO, None, False),
+    ],
+)
+def test_colours_go_to_terminals_that_want_them(stream, no_color, kept, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color is not None:
+        monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setattr(sys, "stderr", stream())
+    say("\x1b[32mlearned\x1b[0m, read")
+    assert sys.stderr.getvalue() == ("\x1b[32mlearned\x1b[0m" if kept else "learned") + ", read\n"
+
+
+def test_a_file_gets_lines_and_a_terminal_a_bar(monkeypatch):
+    monkeypatch.setattr(screen, "LINE_EVERY", 0)
+    for stream, ends in ((Terminal(), "\r"), (io.StringIO(), "\n")):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with screen.progress(3, "train", "step", done=1) as bar:
+            bar.set_postfix_str("loss 2", refresh=False)
+            bar.update()
+            bar.update()
+        text = stream.getvalue()
+        assert ends in text and "3/3" in text
+        if ends == "\n":
+            assert "\r" not in text and "train: 2/3 steps" in text and "loss 2" in text
+            assert "━" not in text and "█" not in text
+
+
+def test_nothing_is_shown_for_other_processes(monkeypatch):
+    monkeypatch.setattr(screen, "LINE_EVERY", 0)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with screen.progress(2, "train", "step", show=False) as bar:
+        bar.update(2)
+    assert sys.stderr.getvalue() == ""
+
+
+def test_a_short_task_writes_no_line_of_progress_into_a_file(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with screen.progress(None, "reading", "record") as bar:
+        bar.update(5)
+    assert sys.stderr.getvalue() == ""
