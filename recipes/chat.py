@@ -1,4 +1,4 @@
-"""Talk to a model in the terminal; /reset forgets the dialogue, /quit (or end of input) ends it.
+"""Talk to a model in the terminal; /help lists the commands, /quit (or end of input) ends it.
 
     python recipes/chat.py --run runs/sft
     python recipes/chat.py --model-path MODEL --temperature 0.7 --system-prompt "Be brief."
@@ -9,6 +9,7 @@ With --run, the model, the system prompt and the limits are those of the run tha
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -61,6 +62,13 @@ def with_trained(config: Any, trained: dict[str, Any]) -> Any:
     return dataclasses.replace(config, **changes)
 
 
+HELP = """/system TEXT  another system prompt, in a new dialogue
+/retry        answer the last question again, with another seed
+/reset        forget the dialogue
+/save FILE    write the dialogue as one line of JSON, a chat that sft.py reads
+/quit         end"""
+
+
 def ask() -> str | None:
     """The next line of the user; None at the end."""
     try:
@@ -68,6 +76,31 @@ def ask() -> str | None:
     except (EOFError, KeyboardInterrupt):
         return None
     return None if line == "/quit" else line
+
+
+def obey(command: str, messages: list[dict]) -> list[dict]:
+    """The dialogue after a command that starts with a slash.
+
+    ValueError for one that does not exist or cannot be done.
+    """
+    word, _, text = command.partition(" ")
+    if word == "/reset":
+        return []
+    if word == "/system" and text:
+        return [{"role": "system", "content": text}]
+    if word == "/retry":
+        asked = [place for place, m in enumerate(messages) if m["role"] == "user"]
+        if not asked:
+            raise ValueError("/retry: nothing has been asked yet")
+        return messages[: asked[-1] + 1]
+    if word == "/save" and text:
+        ta.append_line(Path(text), {"messages": messages})
+        print(f"written to {text}", file=sys.stderr)
+        return messages
+    if word != "/help":
+        raise ValueError(f"{word}: no such command\n{HELP}")
+    print(HELP, file=sys.stderr)
+    return messages
 
 
 class Printer:
@@ -96,23 +129,31 @@ class Printer:
 
 
 def main(config: Config) -> None:
-    config = of_run(config)
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (line editing and history; some systems lack it)
+
+    config = ta.with_trained_builtin(of_run(config))
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat)
     model = ta.load_for_inference(config.model, ta.parallel.pick_device())
     stops = (*config.generation.stop_strings, *tokenizer.stop_strings)
     settings = dataclasses.replace(config.generation, stop_strings=stops)
     ending = ta.Ending(tokenizer.fast, frozenset(tokenizer.stop_ids), settings)
-    messages: list[dict] = []
-    print("/reset forgets the dialogue, /quit ends it", file=sys.stderr)
+    chat, messages = config.chat, []
+    tries = 0
+    print("/help lists the commands, /quit ends the dialogue", file=sys.stderr)
     while (question := ask()) is not None:
-        if question == "/reset":
-            messages = []
-        if question in ("", "/reset"):
+        if not question:
             continue
-        asked = [*messages, {"role": "user", "content": question}]
-        printer = Printer(ending)
+        printer, asked = Printer(ending), [*messages, {"role": "user", "content": question}]
         try:
-            prompt = ta.encode_prompt(asked, tokenizer, config.chat)
+            if question.startswith("/"):
+                messages = asked = obey(question, messages)
+                if question.startswith("/system"):  # in place of the one of the flags
+                    chat = dataclasses.replace(chat, system_prompt=None)
+                if question != "/retry":
+                    continue
+                tries += 1
+            prompt = ta.encode_prompt(asked, tokenizer, chat)
             answers = ta.generate(
                 model,
                 tokenizer.fast,
@@ -120,9 +161,9 @@ def main(config: Config) -> None:
                 settings,
                 tokenizer.stop_ids,
                 on_token=printer,
-                keys=[len(asked)],  # another seed for each question
+                keys=[len(asked) + (tries << 20)],  # another seed for each question and retry
             )
-        except ValueError as error:  # the dialogue goes on without this question
+        except (ValueError, OSError) as error:  # the dialogue goes on without this line
             print(f"error: {error}", file=sys.stderr)
             continue
         except KeyboardInterrupt:

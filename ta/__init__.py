@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
     from ta import rag as rag
     from ta.builtin.data_files import data_or_builtin as data_or_builtin
     from ta.builtin.fine_tuned import with_fine_tuned_model as with_fine_tuned_model
+    from ta.builtin.fine_tuned import with_trained_builtin as with_trained_builtin
     from ta.chat.cut import cut_dialogue as cut_dialogue
     from ta.chat.encode import encode_answers as encode_answers
     from ta.chat.encode import encode_chat as encode_chat
@@ -119,7 +120,7 @@ NAMES = {  # module: what `import ta` gives of it, loaded on first use
     "ta.command_line": "Range cli table",
     "ta.folders": "ModelConfig copy_media fingerprint resolve",
     "ta.builtin.data_files": "data_or_builtin",
-    "ta.builtin.fine_tuned": "with_fine_tuned_model",
+    "ta.builtin.fine_tuned": "with_fine_tuned_model with_trained_builtin",
     "ta.chat.template": "ChatConfig",
     "ta.chat.render": "render_chat tokenize_with_loss_mask",
     "ta.chat.cut": "cut_dialogue",

@@ -74,6 +74,23 @@ def with_fine_tuned_model(config: Any, name: str = TUNED) -> Any:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, model_path=name))
 
 
+def with_trained_builtin(config: Any) -> Any:
+    """The config, with the fine-tuned built-in model in place of the random one, if there is one.
+
+    Otherwise a line says that the answers of the random one mean nothing.
+    """
+    if config.model.model_path != "builtin":
+        return config
+    if not tuned_folder(TUNED).exists():
+        parallel.say(
+            "no --model-path: the built-in model has learned nothing, so its answers mean nothing; "
+            "train one with recipes/sft.py and give --model-path runs/sft"
+        )
+        return config
+    parallel.say(f"no --model-path: the fine-tuned built-in model in {tuned_folder(TUNED)} answers")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, model_path=TUNED))
+
+
 def fine_tune(name: str = TUNED) -> None:
     """Train a built-in model into the cache, and first the one that it starts from.
 
