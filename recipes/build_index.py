@@ -45,17 +45,24 @@ def main(config: Config) -> None:
         ta.rag.need_faiss()
     out, sources = Path(config.out), config.passages or (str(ta.rag.passages_file()),)
     ta.parallel.init()
-    count = ta.parallel.on_rank_zero(
+    begun = ta.parallel.on_rank_zero(
         lambda: ta.rag.begin_index(out, sources, config.encoder, config.resume, config.overwrite)
     )
+    begun = ta.parallel.gather_objects(begun)[0]
     ta.parallel.close()
 
     # from here on each process embeds its own share and waits for no other
     rank, world = ta.parallel.rank(), ta.parallel.world()
-    share = None if rank else -(-count // world)
+    share = None if rank else -(-begun.count // world)
     with ta.progress(share, "embedding", "passage", show=rank == 0) as bar:
         published = ta.rag.build_index(
-            out, ta.parallel.pick_device(), rank, world, config.max_tokens_per_pass, bar.update
+            out,
+            ta.parallel.pick_device(),
+            rank,
+            world,
+            config.max_tokens_per_pass,
+            bar.update,
+            begun,
         )
     if published:
         if config.approximate:

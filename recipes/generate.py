@@ -134,19 +134,24 @@ def load_projectors(config: Config, tokenizer, media, model):
     return ta.media.media_model_for_inference(media, tokenizer, model)
 
 
-def keys_of(config: Config, settings: ta.GenerateConfig, prompts) -> list[str]:
+def keys_of(config: Config, settings: ta.GenerateConfig, prompts, tokenizer, media) -> list[str]:
     """For each prompt a hash of all that its answers depend on."""
-    model, sources = config.model, ta.resolve(config.model)
     made_by = [
-        ta.fingerprint(sources.base, model.hub),
-        ta.fingerprint(sources.adapter) if sources.adapter else "",
-        model.dtype,
+        ta.model_key(config.model, tokenizer, config.chat),
         config.engine,
         config.logprobs,
         config.with_prompt,
         dataclasses.asdict(settings) | {"slots": 0},  # their number changes no answer
     ]
-    return [hash_json([made_by, i, *prompt])[:16] for i, prompt in enumerate(prompts)]
+    files = [[]] * len(prompts)
+    if media:
+        made_by.append(ta.media.media_content(media))
+        chats = [record["messages"] for record, _ in prompts]
+        files = ta.media.prompts_media(media, tokenizer, config.chat, chats)
+    return [
+        hash_json([made_by, i, *prompt, content])[:16]
+        for i, (prompt, content) in enumerate(zip(prompts, files, strict=True))
+    ]
 
 
 def answer(config: Config, model, tokenizer, prompts, settings, places, keys, out, embeds=None):
@@ -199,7 +204,7 @@ def main(config: Config) -> None:
     for name, settings, out in outs:
         stops = (*settings.stop_strings, *tokenizer.stop_strings)
         settings = dataclasses.replace(settings, stop_strings=stops)
-        keys = keys_of(config, settings, prompts)
+        keys = keys_of(config, settings, prompts, tokenizer, media)
         done = out.done(keys)
         todo = out.share(keys, done)
         with out.writing(len(todo), name or "generate"):

@@ -9,11 +9,12 @@ dtype, and read back and checked once more.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ta
-from ta.files import publishing
+from ta.files import check_replaceable, keep_inputs, locked, publishing
 from ta.model.adapters import adapter_labels, read_config
 
 
@@ -34,24 +35,35 @@ class Config:
             )
 
 
+# in a merged model: what it was made of, by which a later --overwrite knows it
+MARK = "merged_from.json"
+NAMES = (
+    *(
+        "config.json",
+        "generation_config.json",
+        "model*.safetensors",
+        "model.safetensors.index.json",
+    ),
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
+    *("chat_template.jinja", "additional_chat_templates", "media.json", "projectors", MARK),
+)
+
 # peft's names of what an adapter is for
 TASKS = {"CAUSAL_LM": "causal", "SEQ_CLS": "seq_cls", "FEATURE_EXTRACTION": "encoder"}
 
 
-def check_out(config: Config, inputs: list[Path]) -> None:
+def check_out(config: Config, inputs: list) -> None:
     """ValueError when writing OUT would lose something: what it holds already, or an input."""
     out = Path(config.out).resolve()
-    for path in inputs:
-        if path.exists() and (out == path or out in path.parents):
-            raise ValueError(
-                f"--out {out} is or holds {path}, which is read from: give another folder"
-            )
+    keep_inputs(out, inputs)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: give a folder")
-    if out.is_dir() and any(out.iterdir()) and not config.overwrite:
-        raise ValueError(
-            f"--out {out} is not empty: give a new folder, or add --overwrite to replace it"
-        )
+    if out.is_dir() and any(out.iterdir()):
+        if not config.overwrite:
+            raise ValueError(
+                f"--out {out} is not empty: give a new folder, or add --overwrite to replace it"
+            )
+        check_replaceable(out, "merged model", MARK, ("base", "adapter"), NAMES)
 
 
 def load_base(config: ta.ModelConfig, adapter: str):
@@ -125,18 +137,23 @@ def main(config: Config) -> None:
         raise ValueError(
             f"{config.model.model_path} is no adapter: give the adapter in --adapter-path"
         )
-    check_out(config, [Path(base).resolve(), Path(adapter).resolve()])
-    model, dtype = load_base(config.model, adapter)
-    tokenizer = load_tokenizer(adapter, base, config.model.hub)
-    merged = ta.merge_adapter(ta.load_adapter(model, adapter))
-    if tokenizer is not None:
-        ta.check_vocabulary(tokenizer, merged)
-    ta.cast_parameters(merged, dtype)
-    with publishing(Path(config.out).resolve(), replace=True) as folder:
-        save(merged, tokenizer, adapter, folder)
-        if media:
-            ta.copy_media(media, folder)
-        check_saved(merged, folder)
+    out, inputs = Path(config.out).resolve(), [Path(base).resolve(), Path(adapter).resolve()]
+    check_out(config, [*inputs, media])
+    with locked(out):
+        check_out(config, [*inputs, media])
+        model, dtype = load_base(config.model, adapter)
+        tokenizer = load_tokenizer(adapter, base, config.model.hub)
+        merged = ta.merge_adapter(ta.load_adapter(model, adapter))
+        if tokenizer is not None:
+            ta.check_vocabulary(tokenizer, merged)
+        ta.cast_parameters(merged, dtype)
+        with publishing(out, replace=True) as folder:
+            save(merged, tokenizer, adapter, folder)
+            if media:
+                ta.copy_media(media, folder)
+            made_of = {"base": str(inputs[0]), "adapter": str(inputs[1])}
+            (folder / MARK).write_text(json.dumps(made_of))
+            check_saved(merged, folder)
     print(f"{base} + {adapter} -> {config.out} ({str(dtype).removeprefix('torch.')}; logits agree)")
 
 

@@ -48,8 +48,7 @@ class Config:
 
 def main(config: Config) -> None:
     out, skip = Path(config.out), config.on_bad_file == "skip"
-    if out.exists() and not config.overwrite:
-        raise ValueError(f"--out {out} exists: give another file, or --overwrite to replace it")
+    ta.media.check_absent(out, config.overwrite)
     device = ta.parallel.pick_device()
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and device != "cpu")
     encoder, fingerprint = ta.media.load_with_fingerprint(

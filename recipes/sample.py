@@ -85,6 +85,7 @@ def main(config: Config) -> None:
     for place, record in enumerate(ta.read_records(config.data, check_candidates)):
         lines += lines_of(config, record.data, choose(config, place, record.data))
     with locked(out.path):
+        ta.AnswersFile(config.out, overwrite=config.overwrite)  # none has been written meanwhile
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_atomic(out.path, text)
     print(f"{out.path}: {len(lines):,} lines", file=sys.stderr)

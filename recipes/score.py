@@ -14,7 +14,6 @@ A line of the output has the record's fields and {"rewards": {"a": 1.2, "b": -0.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
 from dataclasses import dataclass
@@ -102,7 +101,6 @@ def main(config: Config) -> None:
         raise ValueError("no data to score: give --data FILE.jsonl")
     ta.check_engine(config.engine, config.vllm)
     out = ta.AnswersFile(config.out, config.resume, config.overwrite)
-    sources = ta.resolve(config.model)
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat)
     num_labels = ta.num_labels_of(config.model)
     if (config.kind == "candidates") != (num_labels == 1):
@@ -112,9 +110,8 @@ def main(config: Config) -> None:
         )
     records = read_data(config)
     # all that a score depends on
-    scored_by = [ta.fingerprint(sources.base, config.model.hub)]
-    scored_by += [sources.adapter and ta.fingerprint(sources.adapter), config.model.dtype]
-    scored_by += [dataclasses.asdict(config.chat), config.kind, config.engine]
+    model_key = ta.model_key(config.model, tokenizer, config.chat)
+    scored_by = [model_key, config.kind, config.engine]
     keys = [hash_json([scored_by, i, record])[:16] for i, record in enumerate(records)]
     done = out.done(keys)
     todo = out.share(keys, done)

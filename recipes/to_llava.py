@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ta
+from ta.files import locked
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ def main(config: Config) -> None:
         source, ta.TokenizerConfig(), ta.ChatConfig(), media.placeholders
     )
     model = ta.media.media_model_for_inference(media, tokenizer, ta.load_for_inference(source))
-    gap = ta.media.export_llava(media, model, tokenizer, out)
+    with locked(out):
+        gap = ta.media.export_llava(media, model, tokenizer, out)
     print(f"{config.model_path} -> {out} (logits agree to {gap:.1g})")
 
 

@@ -60,6 +60,7 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
     from ta.folders import fingerprint as fingerprint
     from ta.folders import resolve as resolve
     from ta.generation.answers_file import AnswersFile as AnswersFile
+    from ta.generation.answers_file import model_key as model_key
     from ta.generation.generate import generate as generate
     from ta.generation.generate import limits_of as limits_of
     from ta.generation.metrics import measure as measure
@@ -144,7 +145,7 @@ NAMES = {  # module: what `import ta` gives of it, loaded on first use
     "ta.generation.samples": "SamplesConfig generate_samples",
     "ta.data.sources": "Drops read_records",
     "ta.generation.settings": "Ending GenerateConfig answers_to_json check_prompts parse_settings",
-    "ta.generation.answers_file": "AnswersFile",
+    "ta.generation.answers_file": "AnswersFile model_key",
     "ta.generation.prompts": "read_prompts",
     "ta.generation.sampling": "sample_best sample_random sample_rejection",
     "ta.generation.score": "num_labels_of score",

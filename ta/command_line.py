@@ -6,10 +6,11 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import MappingProxyType
 from typing import Any, NamedTuple, get_type_hints
 
+from ta.files import keep_inputs
 from ta.flags import our_words, settings_of, short_help
 
 WRONG_INPUT, NO_ROOM = 2, 3
@@ -82,9 +83,30 @@ def cli(main: Callable[[Any], None], config_class: type, argv: list[str] | None 
         flat = (tyro.conf.OmitArgPrefixes,)
         config = tyro.cli(config_class, args=words, description=doc, config=flat)
         check_config(config)
+        check_inputs(config)
         main(config)
 
     raise SystemExit(guard(run))
+
+
+def check_inputs(config: Any) -> None:
+    """ValueError where --out is, or holds, a file or folder that another flag names."""
+    texts = dict(_texts(config))
+    if out := texts.pop("out", ())[-1:]:
+        # FILE@500 is a part of FILE
+        given = [text for some in texts.values() for text in some]
+        keep_inputs(out[0], [*given, *(text.rpartition("@")[0] for text in given)])
+
+
+def _texts(config: Any) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(name, texts) of each field that holds text, of configs inside too."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _texts(value)
+        elif isinstance(value, str | tuple):
+            texts = (value,) if isinstance(value, str) else value
+            yield field.name, tuple(text for text in texts if isinstance(text, str))
 
 
 def _check_names(config_class: type) -> None:

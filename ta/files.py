@@ -17,7 +17,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -229,6 +229,14 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_whole(path: Path) -> None:
+    """`remove`; other processes, and the next after a kill, find all of it or nothing."""
+    gone = _aside(path)
+    with suppress(FileNotFoundError):
+        os.rename(path, gone)
+    remove(gone)
+
+
 def ours(folder: Path, names: Collection[str]) -> tuple[list[Path], list[Path]]:
     """What stands in `folder`: (what we wrote, what we did not), by name.
 
@@ -244,6 +252,43 @@ def ours(folder: Path, names: Collection[str]) -> tuple[list[Path], list[Path]]:
         known = path.name == ".lock" or any(fnmatch.fnmatchcase(name, own) for own in names)
         (mine if known else others).append(path)
     return mine, others
+
+
+def is_ours(folder: Path, mark: str, keys: Collection[str]) -> bool:
+    """Whether we made a folder: its file `mark` is a JSON object with these keys."""
+    try:
+        about = json.loads((folder / mark).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(about, dict) and set(keys) <= about.keys()
+
+
+def check_replaceable(folder: Path, what: str, mark: str, keys: Collection[str], names) -> None:
+    """ValueError where the folder --out is to be replaced and is no `what` of ours (`is_ours`), or
+    holds more than the `names` that we write there.
+    """
+    if not is_ours(folder, mark, keys):
+        raise ValueError(
+            f"--out {folder} is no {what} of ours, so it is not overwritten: give another folder"
+        )
+    if others := ours(folder, names)[1]:
+        raise ValueError(
+            f"--out {folder} holds {others[0].name}, which is no part of its {what}: "
+            "move it away, or give another folder"
+        )
+
+
+def keep_inputs(out: str | Path, inputs: Iterable[str | Path | None]) -> None:
+    """ValueError where `out` is, or holds, one of the files and folders that are read."""
+    target = os.path.realpath(out)
+    for path in inputs:
+        if path and os.path.exists(path):
+            real = os.path.realpath(path)
+            same = os.path.exists(target) and os.path.samefile(real, target)
+            if same or Path(target) in Path(real).parents:
+                raise ValueError(
+                    f"--out {out} is or holds {path}, which is read from: give another name"
+                )
 
 
 # Locks
@@ -305,6 +350,13 @@ def _take(path: Path, out: Path, waiting: Callable[[], None] | None) -> tuple[IO
         file.close()  # the last holder has taken the file away: lock the one that stands there now
 
 
+def shares(out: Path) -> set[str]:
+    """The shares part-N of an output whose lock is there: a process holds it, or a kill left it."""
+    names = os.listdir(out.parent) if out.parent.is_dir() else []
+    found = (re.fullmatch(rf"\.{re.escape(out.name)}\.(part-\d+)\.lock", name) for name in names)
+    return {match[1] for match in found if match}
+
+
 # Parts
 
 
@@ -363,10 +415,7 @@ class Parts:
     def clear(self) -> None:
         """Delete all parts; other processes see all of them or none."""
         clean_up(self.folder)
-        gone = _aside(self.folder)
-        with suppress(FileNotFoundError):
-            os.rename(self.folder, gone)
-        remove(gone)
+        remove_whole(self.folder)
 
 
 # Arrays

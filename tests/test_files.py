@@ -24,8 +24,10 @@ from ta.files import (
     Parts,
     append_line,
     cache_folder,
+    check_replaceable,
     content_hash,
     hold_lock,
+    keep_inputs,
     locked,
     made_once,
     open_arrays,
@@ -33,6 +35,7 @@ from ta.files import (
     publishing,
     read_json_lines,
     remove,
+    shares,
     write_atomic,
     write_manifest,
     writing,
@@ -611,3 +614,41 @@ def test_the_cache_folder(monkeypatch, tmp_path):
     assert str(cache_folder("")) == "/x/ta"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert str(cache_folder("")) == "/h/.cache/ta"
+
+
+def test_an_input_is_known_under_any_name(tmp_path):
+    (tmp_path / "out" / "deep").mkdir(parents=True)
+    (tmp_path / "f").write_text("x")
+    os.link(tmp_path / "f", tmp_path / "hard")
+    (tmp_path / "link").symlink_to("out")
+    read = [tmp_path / "f", tmp_path / "out" / "deep"]
+    for out in (tmp_path / "f", tmp_path / "hard", tmp_path / "out", tmp_path / "link", tmp_path):
+        with pytest.raises(ValueError, match="which is read from"):
+            keep_inputs(out, read)
+    for out in (tmp_path / "new", tmp_path / "out" / "deep" / "new", tmp_path / "f2"):
+        keep_inputs(out, [*read, None, "", "x" * 5000, "a\0b", "no such file"])
+
+
+def test_a_folder_of_ours_is_known_by_content(tmp_path):
+    def check():
+        check_replaceable(tmp_path, "index", "manifest.json", ("a", "b"), ("manifest.json", "x*"))
+
+    for text in (None, "", "[1]", '{"a": 1}', '{"a": 1, "b"', "\xff"):
+        if text is not None:
+            (tmp_path / "manifest.json").write_text(text, encoding="latin-1")
+        with pytest.raises(ValueError, match="is no index of ours"):
+            check()
+    (tmp_path / "manifest.json").write_text('{"a": 1, "b": 2, "c": 3}')
+    (tmp_path / "x1").mkdir()
+    check()
+    (tmp_path / "notes").touch()
+    with pytest.raises(ValueError, match="holds notes, which is no part of its index"):
+        check()
+
+
+def test_shares_are_told_by_their_locks(tmp_path):
+    out = tmp_path / "a.b"
+    for name in (".a.b.part-0.lock", ".a.b.part-12.lock", ".a.b.lock", ".a.b.c.part-1.lock"):
+        (tmp_path / name).touch()
+    (tmp_path / ".axb.part-3.lock").touch()
+    assert shares(out) == {"part-0", "part-12"} and shares(tmp_path / "none" / "x") == set()

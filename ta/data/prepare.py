@@ -53,6 +53,7 @@ from ta.files import (
     open_arrays,
     stamp,
     write_manifest,
+    writing,
 )
 from ta.parallel import say as say_once
 from ta.screen import progress
@@ -295,7 +296,10 @@ def read_drops(prepared: Prepared) -> Iterator[dict]:
 
 def write_drops(prepared: Prepared, path: str) -> None:
     """Write the records that were not used as JSON lines: {"file", "line", "reason", "text"?}."""
-    with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
+    with (
+        writing(path) as aside,
+        open(aside, "w", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         for entry in read_drops(prepared):
             del entry["source"]
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")

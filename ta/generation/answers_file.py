@@ -13,11 +13,18 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ta.files import append_line, locked, read_json_lines, write_atomic
+from ta.chat.tokenizer import tokenizer_settings
+from ta.files import append_line, locked, read_json_lines, shares, write_atomic
+from ta.folders import ModelConfig, fingerprint, resolve
 from ta.parallel import rank, world
+from ta.printable import masked
 from ta.screen import progress
+
+if TYPE_CHECKING:
+    from ta.chat.template import ChatConfig
+    from ta.chat.tokenizer import ChatTokenizer
 
 
 class AnswersFile:
@@ -27,7 +34,7 @@ class AnswersFile:
     """
 
     def __init__(self, path: str | Path, resume: bool = False, overwrite: bool = False):
-        self.path, self.overwrite = Path(path), overwrite
+        self.path, self.resume, self.overwrite = Path(path), resume, overwrite
         self.rank, self.world = rank(), world()
         self.part = self.path.with_name(f".{self.path.name}.part-{self.rank}")
         self.seconds, self.tokens = 0.0, 0
@@ -41,12 +48,12 @@ class AnswersFile:
                 f"--out {path} is a folder: give a file, such as {self.path / 'answers.jsonl'}"
             )
         if resume or overwrite:
+            if not _json_lines(self.path):
+                raise ValueError(
+                    f"--out {path} holds no JSON lines, so we did not write it: give another file"
+                )
             return
-        if self.path.exists():
-            raise ValueError(
-                f"--out {path} exists: give another file, --resume to add what is missing, "
-                "or --overwrite to start anew"
-            )
+        self._check_absent()
         if self._own_parts():
             raise ValueError(
                 f"--out {path} was begun and not finished: give --resume to go on, "
@@ -56,9 +63,19 @@ class AnswersFile:
     def done(self, keys: Iterable[str]) -> dict[str, dict]:
         """{key: object} of those of `keys` that the file and its parts hold.
 
-        Torn lines are left out; where the file is to be replaced nothing counts as done.
+        Torn lines are left out; where the file is to be replaced nothing counts as done. ValueError
+        where they hold something else: answers to other records, or by other settings.
         """
-        return {} if self.overwrite else self._read(keys)
+        if self.overwrite:
+            return {}
+        wanted = set(keys)
+        for path in (self.path, *self._parts()):
+            if any(record.get("key") not in wanted for record in read_json_lines(path)):
+                raise ValueError(
+                    f"--resume: {path} holds what was made of other data, another model or other "
+                    "settings: give the same ones, another --out, or --overwrite to start anew"
+                )
+        return self._read(wanted)
 
     def share(self, keys: Sequence[str], done: Iterable[str] = ()) -> list[int]:
         """The numbers of the objects that this process makes: every world-th that is not `done`."""
@@ -70,11 +87,15 @@ class AnswersFile:
         """Take the file for this process, which will `append` `total` objects; a bar shows them.
 
         What is to be replaced is deleted now. ValueError, and nothing is deleted, where another
-        process is writing it.
+        process is writing it, or has written it meanwhile.
         """
         with ExitStack() as stack:
-            for number in {self.rank, *map(_number, self._own_parts())}:
-                stack.enter_context(locked(self.path, share=f"part-{number}"))
+            begun = {f"part-{_number(part)}" for part in self._parts()} | shares(self.path)
+            mine = {name for name in begun if _number(name) % self.world == self.rank}
+            for share in sorted(mine | {f"part-{self.rank}"}):
+                stack.enter_context(locked(self.path, share=share))
+            if self.rank == 0 and not (self.resume or self.overwrite):
+                self._check_absent()
             if self.overwrite:
                 for path in self._own_parts() + [self.path] * (self.rank == 0):
                     path.unlink(missing_ok=True)
@@ -98,16 +119,29 @@ class AnswersFile:
     def publish(self, keys: Sequence[str]) -> bool:
         """Write the file in the order of `keys` and delete the parts, if all are there; else False.
 
-        Then other processes are still at work.
+        Then other processes are still at work. ValueError where what this one made is gone.
         """
-        made = self._read(keys)
-        if len(made) < len(set(keys)):
-            return False
-        lines = [json.dumps(made[key], ensure_ascii=False) + "\n" for key in keys]
-        write_atomic(self.path, "".join(lines))
-        for part in self._parts():
-            part.unlink(missing_ok=True)
+        with locked(self.path, waiting=lambda: None):
+            made = self._read(keys)
+            if lost := [i for i in self.share(keys) if keys[i] not in made]:
+                raise ValueError(
+                    f"--out {self.path}: {len(lost)} of the records written here are gone, "
+                    "another process has removed them: run again with --resume"
+                )
+            if len(made) < len(set(keys)):
+                return False
+            lines = [json.dumps(made[key], ensure_ascii=False) + "\n" for key in keys]
+            write_atomic(self.path, "".join(lines))
+            for part in self._parts():
+                part.unlink(missing_ok=True)
         return True
+
+    def _check_absent(self) -> None:
+        if self.path.exists():
+            raise ValueError(
+                f"--out {self.path} exists: give another file, --resume to add what is missing, "
+                "or --overwrite to start anew"
+            )
 
     def _read(self, keys: Iterable[str]) -> dict[str, dict]:
         wanted, records = set(keys), {}
@@ -135,5 +169,32 @@ class AnswersFile:
         )
 
 
-def _number(part: Path) -> int:
-    return int(part.name.rpartition("-")[2])
+def model_key(model: ModelConfig, tokenizer: ChatTokenizer, chat: ChatConfig) -> list:
+    """What of a model decides its answers: weights, adapter, arguments, tokenizer, end tokens."""
+    sources = resolve(model)
+    settings = tokenizer_settings(tokenizer, chat)
+    settings.pop("media", None)  # it names folders
+    return [
+        fingerprint(sources.base, model.hub),
+        sources.adapter and fingerprint(sources.adapter),
+        model.dtype,
+        masked(model.model_args),
+        settings,
+        sorted(tokenizer.stop_ids),
+    ]
+
+
+def _number(part: Path | str) -> int:
+    return int(str(part).rpartition("-")[2])
+
+
+def _json_lines(path: Path) -> bool:
+    """Whether a file is absent, empty, or begins with a JSON object on a line."""
+    if not path.exists() or not path.stat().st_size:
+        return True
+    with open(path, "rb") as file:
+        line = file.readline()
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False

@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # for editors; NAMES says the same
     from ta.media.dialogue import prepare_media_chats as prepare_media_chats
     from ta.media.encoders import load_with_fingerprint as load_with_fingerprint
     from ta.media.features import Layout as Layout
+    from ta.media.features import check_absent as check_absent
     from ta.media.features import extract as extract
     from ta.media.images import find_media as find_media
     from ta.media.llava import check_llava as check_llava
@@ -25,9 +26,11 @@ if TYPE_CHECKING:  # for editors; NAMES says the same
     from ta.media.multimodal import embed_media_prompts as embed_media_prompts
     from ta.media.multimodal import embed_modalities as embed_modalities
     from ta.media.multimodal import encode_media_prompts as encode_media_prompts
+    from ta.media.multimodal import media_content as media_content
     from ta.media.multimodal import media_model_for_inference as media_model_for_inference
     from ta.media.multimodal import media_resume_key as media_resume_key
     from ta.media.multimodal import projector_lr as projector_lr
+    from ta.media.multimodal import prompts_media as prompts_media
     from ta.media.multimodal import with_features as with_features
     from ta.media.multimodal import with_projectors as with_projectors
 
@@ -35,11 +38,11 @@ NAMES = {  # module: what `ta.media` gives of it
     "ta.media.modalities": "MediaConfig MediaFiles open_media reopen_media",
     "ta.media.images": "find_media",
     "ta.media.encoders": "load_with_fingerprint",
-    "ta.media.features": "Layout extract",
+    "ta.media.features": "Layout check_absent extract",
     "ta.media.dialogue": "prepare_media_chats",
     "ta.media.multimodal": "EmbeddingTable collate_media embed_media_prompts "
     "embed_modalities encode_media_prompts "
-    "media_model_for_inference media_resume_key projector_lr "
+    "media_model_for_inference media_content media_resume_key projector_lr prompts_media "
     "with_features with_projectors",
     "ta.media.llava": "check_llava export_llava",
 }

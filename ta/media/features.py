@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 
-FORMAT = "ta-features-2"
+FORMAT, FORMAT_1 = "ta-features-2", "ta-features-1"
 MAX_HEADER = 100_000_000  # bytes; safetensors reads no longer header
 ENTRY = 200  # bytes of a header for one tensor and its hash, at most, without its two keys
 MAX_PARTS = 50_000  # that are mapped into memory at once; Linux allows a process 65,530 maps
@@ -60,13 +60,17 @@ class FeatureFile:
     Letters: I files of a batch, (F, E) the features of one.
     """
 
-    def __init__(self, out: Path, layout: Layout, keys: Iterable[str]):
-        """Begin, or go on with the parts of an earlier call.
+    def __init__(
+        self, out: Path, layout: Layout, paths: Mapping[str, Path], overwrite: bool = False
+    ):
+        """Begin, or go on with the parts of an earlier call: with what they hold of the files of
+        `paths` {key: file} as these are now.
 
-        ValueError where these belong to another encoder, and for too many files for one cache.
+        ValueError where they belong to another encoder, unless `overwrite`, and for too many files
+        for one cache.
         """
         self.out, self.layout, self.parts = out, layout, Parts(out)
-        keys = list(keys)
+        keys = list(paths)
         if "__metadata__" in keys:
             raise ValueError(
                 "a media file named '__metadata__' cannot be cached: safetensors keeps that name; "
@@ -78,16 +82,22 @@ class FeatureFile:
                 f"header over {MAX_HEADER:,} bytes); split the folder"
             )
         about = [FORMAT, *json.loads(json.dumps(layout))]
-        if self.parts.about() not in (None, about):
+        begun = self.parts.about()
+        if begun not in (None, about) and not overwrite:
             raise ValueError(
-                f"{out} was begun with another encoder or other settings; remove "
-                f"{self.parts.folder}, or give another path"
+                f"{out} was begun with another encoder or other settings: give these, another "
+                "path, or --overwrite to begin anew"
             )
-        if self.parts.about() is None:
+        if begun != about:
             self.parts.begin(about)
-        self.hashes: dict[str, str] = {}
-        for part in self.parts.keys():  # noqa: SIM118 no mapping
-            self.hashes |= json.loads(self.parts.load(part)[1]["hashes"])
+        made: dict[str, str] = {}
+        for part in sorted(self.parts.keys()):
+            made |= json.loads(self.parts.load(part)[1]["hashes"])
+        self.hashes = {
+            key: value
+            for key, value in made.items()
+            if key in paths and content_hash(paths[key]) == value
+        }
 
     def append(self, keys: Sequence[str], hashes: Sequence[str], features: torch.Tensor) -> None:
         """Add (I, F, E) features; when this returns, they are on the disk."""
@@ -101,7 +111,7 @@ class FeatureFile:
                 f"the encoder gave features {have}, this cache holds {want}; "
                 "tell the encoder's own shape and dtype"
             )
-        number = len(self.parts.keys())
+        number = 1 + max(map(int, self.parts.keys()), default=-1)
         if number == MAX_PARTS:
             raise ValueError(
                 f"{self.out}: over {MAX_PARTS:,} batches; give a larger batch size and begin anew"
@@ -115,15 +125,18 @@ class FeatureFile:
         """Write the cache and delete the parts; they are memory-mapped, so memory does not grow."""
         from safetensors.torch import save_file
 
-        tensors, hashes = {}, {}
+        tensors = {}
         for part in sorted(self.parts.keys()):
             part_tensors, about = self.parts.load(part)
-            hashes |= json.loads(about["hashes"])
-            tensors |= zip(json.loads(about["hashes"]), part_tensors["features"], strict=True)
+            for key, features in zip(
+                json.loads(about["hashes"]), part_tensors["features"], strict=True
+            ):
+                if key in self.hashes:  # of what was encoded twice the last one counts
+                    tensors[key] = features
         info = {
             "fingerprint": self.layout.fingerprint,
             "shape": self.layout.shape,
-            "hashes": hashes,
+            "hashes": self.hashes,
         }
         with writing(self.out) as aside:
             save_file(tensors, aside, {FORMAT: json.dumps(info, sort_keys=True)})
@@ -152,23 +165,28 @@ def content_hashes(files: Sequence[Path], notes: Path) -> list[str]:
     return [hashes.get(i) or known[str(file)][1] for i, file in enumerate(files)]
 
 
-def read_features(path: str | Path, fingerprint: str | None = None) -> Features:
-    """Open a cache; ValueError if it is no cache or another encoder (or other settings) made it.
-    `fingerprint` None takes any encoder's.
-    """
+def _opened(path: Path) -> tuple[Any, dict[str, str]]:
+    """safetensors' reader of a file, and its metadata; ValueError where it is no such file."""
     from safetensors import SafetensorError, safe_open
 
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file; make the cache with recipes/preprocess_images.py")
     try:
         handle = safe_open(str(path), framework="pt")
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(
             f"{path}: not a safetensors file ({error}); make the cache with "
             "recipes/preprocess_images.py"
         ) from error
-    known = handle.metadata() or {}
-    if known.get("format") == "ta-features-1":
+    return handle, handle.metadata() or {}
+
+
+def read_features(path: str | Path, fingerprint: str | None = None) -> Features:
+    """Open a cache; ValueError if it is no cache, its header is damaged, or another encoder (or
+    other settings) made it. `fingerprint` None takes any encoder's.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file; make the cache with recipes/preprocess_images.py")
+    handle, known = _opened(Path(path))
+    if known.get("format") == FORMAT_1:
         raise ValueError(
             f"{path} was made by an earlier version, which hashed files otherwise; "
             "make it again with recipes/preprocess_images.py --overwrite"
@@ -178,14 +196,24 @@ def read_features(path: str | Path, fingerprint: str | None = None) -> Features:
             f"{path} is a safetensors file, but not a cache of features; "
             "make one with recipes/preprocess_images.py"
         )
-    info = json.loads(known[FORMAT])
-    if fingerprint not in (None, info["fingerprint"]):
+    try:
+        info = json.loads(known[FORMAT])
+        made_by, shape, hashes = str(info["fingerprint"]), tuple(info["shape"]), info["hashes"]
+        fits = set(hashes) == set(handle.keys()) and len(shape) == 2
+    except (ValueError, KeyError, TypeError, RecursionError):
+        fits = False
+    if not fits:
         raise ValueError(
-            f"{path} was made by another encoder or other settings ({info['fingerprint'][:12]}, "
+            f"{path}: its header is damaged; make it again with "
+            "recipes/preprocess_images.py --overwrite"
+        )
+    if fingerprint not in (None, made_by):
+        raise ValueError(
+            f"{path} was made by another encoder or other settings ({made_by[:12]}, "
             f"this encoder is {fingerprint[:12]}); "
             "make it again with this encoder, or give the encoder that made it"
         )
-    return Features(Path(path), info["fingerprint"], tuple(info["shape"]), info["hashes"], handle)
+    return Features(Path(path), made_by, shape, hashes, handle)
 
 
 def take(features: Features, keys: Sequence[str]) -> torch.Tensor:
@@ -194,17 +222,20 @@ def take(features: Features, keys: Sequence[str]) -> torch.Tensor:
     """
     import torch
 
+    found = [torch.empty(0, *features.shape)] if not keys else []
     for key in keys:
         if key not in features.hashes:
             raise ValueError(
                 f"{key!r} is not among the {len(features.hashes)} files of the cache "
                 f"{features.path}; preprocess it too"
             )
-    return (
-        torch.stack([features.handle.get_tensor(key) for key in keys])
-        if keys
-        else torch.empty(0, *features.shape)
-    )
+        found.append(features.handle.get_tensor(key))
+        if found[-1].shape != features.shape:
+            raise ValueError(
+                f"{features.path}: {key!r} has features {tuple(found[-1].shape)}, its header tells "
+                f"{features.shape}; make it again with recipes/preprocess_images.py --overwrite"
+            )
+    return torch.stack(found) if keys else found[0]
 
 
 def check_features(
@@ -250,8 +281,6 @@ def extract(
     """
     import torch
 
-    if Path(out).exists() and not overwrite:
-        raise ValueError(f"{out} exists; remove it, or give another path")
     if workers < 0 or batch_size < 1:
         raise ValueError(
             f"workers {workers}, batch size {batch_size}: give 0 or more workers and a batch of 1 "
@@ -259,7 +288,8 @@ def extract(
         )
     skipped: list[tuple[str, str]] = []
     with locked(out):
-        partial = FeatureFile(Path(out), layout, paths)
+        check_absent(Path(out), overwrite)
+        partial = FeatureFile(Path(out), layout, paths, overwrite)
         before = len(partial.hashes)
         batch: list[tuple[str, str, np.ndarray]] = []
         left = [(key, path) for key, path in paths.items() if key not in partial.hashes]
@@ -292,6 +322,20 @@ def extract(
             )
         partial.publish()
         return Extracted(len(partial.hashes), len(partial.hashes) - before, skipped)
+
+
+def check_absent(out: Path, overwrite: bool = False) -> None:
+    """ValueError where something stands at `out`; with `overwrite`, where it is no cache."""
+    if out.exists() and not overwrite:
+        raise ValueError(f"--out {out} exists: give another file, or --overwrite to replace it")
+    if out.exists() and not _is_cache(_opened(out)[1]):
+        raise ValueError(
+            f"--out {out} is no cache of features, so it is not overwritten: give another file"
+        )
+
+
+def _is_cache(metadata: Mapping[str, str]) -> bool:
+    return FORMAT in metadata or metadata.get("format") == FORMAT_1
 
 
 Read = tuple[str, str, Any, str | None]  # key, content hash, input, why it could not be read

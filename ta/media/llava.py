@@ -49,7 +49,7 @@ def export_llava(
     """
     from ta.model.export import published
 
-    with published(Path(out)) as folder:
+    with published(Path(out), replace=False) as folder:
         gap = _write(folder, media, model, tokenizer)
         if gap > MAX_DIFFERENCE:
             raise ValueError(

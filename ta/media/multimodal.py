@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +20,7 @@ from ta.chat.encode import Drop
 from ta.data.batch import Batch, lay_out, to_device
 from ta.data.loader import collate_chats, name_of
 from ta.data.prepare import Prepared
-from ta.files import cache_folder, hash_json
+from ta.files import cache_folder, content_hash, hash_json
 from ta.media.dialogue import encode_media
 from ta.media.features import check_features, content_hashes
 from ta.media.images import media_key, media_path
@@ -195,7 +196,7 @@ def media_resume_key(
 
 
 def media_hash(media: Modalities, prepared: Prepared) -> str:
-    """Hash of the content of all pictures and sounds of the records; all processes take part.
+    """Hash of all pictures and sounds of the records, by name and content; all processes take part.
 
     ValueError names the record whose file is gone or has not the content that its cache was made
     from.
@@ -204,7 +205,7 @@ def media_hash(media: Modalities, prepared: Prepared) -> str:
     for record in range(len(prepared.origin)):
         for item in media_of(prepared, record):
             first.setdefault(item, record)
-    content = []
+    content: list[tuple[str, str, str]] = []  # modality, path, hash
     for name, modality in media.items():
         records = {path: record for (kind, path), record in first.items() if kind == name}
         files = {}
@@ -214,7 +215,7 @@ def media_hash(media: Modalities, prepared: Prepared) -> str:
         root = hash_json(str(Path(modality.root).resolve()))[:32]
         notes = cache_folder("") / "hashes" / f"media-sha256-{root}.json"
         hashes = dict(zip(files, content_hashes(list(files.values()), notes), strict=True))
-        content += hashes.values()
+        content += ((name, media_key(path), hashes[path]) for path in files)
         if modality.cache is None:
             continue
         for path, record in records.items():
@@ -222,6 +223,28 @@ def media_hash(media: Modalities, prepared: Prepared) -> str:
             with _naming(prepared, record):
                 check_features(modality.cache, {key: files[path]}, {key: hashes[path]})
     return hash_json(sorted(content))
+
+
+def prompts_media(
+    media: Modalities, tokenizer: ChatTokenizer, chat: ChatConfig, chats: Sequence[list[dict]]
+) -> list[list[str]]:
+    """For each chat's prompt the hashes of the content of its pictures and sounds, in order."""
+    notes = cache_folder("") / "hashes"
+
+    @cache
+    def hash_of(name: str, path: str) -> str:
+        return content_hash(media_path(media[name].root, path), notes)
+
+    encoded = encode_media(chats, tokenizer, chat, prompts=True)
+    return [[hash_of(*item) for item in items] for _, items in encoded]
+
+
+def media_content(media: Modalities) -> list:
+    """What of encoders and projectors decides an answer: settings, and the projectors' content."""
+    return [
+        [{k: v for k, v in m.settings.items() if k != "path"}, content_hash(m.projector_path)]
+        for m in media.values()
+    ]
 
 
 @contextmanager

@@ -29,14 +29,14 @@ MAX_FILE = "5GB"
 
 
 @contextmanager
-def published(folder: Path) -> Iterator[Path]:
+def published(folder: Path, replace: bool = True) -> Iterator[Path]:
     """`publishing` for all processes: a temporary folder that then replaces `folder`.
 
     Rank 0 gets the temporary folder to write into, the others None. Every process must come here. A
     failure of one process is raised on all of them, and nothing is left behind.
     """
     with ExitStack() as stack:
-        temporary = on_rank_zero(lambda: stack.enter_context(publishing(folder, replace=True)))
+        temporary = on_rank_zero(lambda: stack.enter_context(publishing(folder, replace)))
         failure = None
         try:
             yield temporary

@@ -7,8 +7,10 @@ is published whole when all parts are there. Letters: N passages, E width of a v
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,9 +20,11 @@ from ta.files import (
     Column,
     Parts,
     cache_folder,
+    check_replaceable,
     content_hash,
     locked,
     publishing,
+    shares,
     stamp,
     writing,
 )
@@ -46,7 +50,16 @@ if TYPE_CHECKING:
 FORMAT = 1
 PASSAGES, VECTORS, MANIFEST = "passages.jsonl", "vectors.safetensors", "manifest.json"
 BLOCK = 2048  # passages that are embedded together and make one part
+MARKS = ("format", "encoder", "passages_sha256")  # in the manifest of each index of ours
+NAMES = (PASSAGES, VECTORS, MANIFEST, "approximate*")
 OFFSETS, ALL_VECTORS = "offsets", "vectors.npy"  # among the parts
+
+
+class Begun(NamedTuple):
+    """An index that is being built."""
+
+    count: int  # of its passages
+    about: dict[str, Any]  # what it is made of
 
 
 class Index(NamedTuple):
@@ -129,8 +142,8 @@ def begin_index(
     config: EncoderConfig,
     resume: bool = False,
     overwrite: bool = False,
-) -> int:
-    """Write the passages and the settings of an index into parts beside `out`; N, their number.
+) -> Begun:
+    """Write the passages and the settings of an index into parts beside `out`.
 
     An index that is to be replaced stands until the new one is finished. ValueError where `out` or
     its parts exist and neither `resume` nor `overwrite` is given, where the parts belong to other
@@ -145,13 +158,12 @@ def begin_index(
             "--resume goes on with an index and --overwrite deletes it: give one of the two"
         )
     begun = parts.about()
-    stands = out.exists() and not (out.is_dir() and not any(out.iterdir()))
-    if stands and not (overwrite or (resume and begun)):
-        raise ValueError(
-            f"--out {out} exists: give another folder, or --overwrite to build it anew"
-        )
-    if stands and not (out / MANIFEST).exists():
-        raise ValueError(f"--out {out} is no index, so it is not overwritten: give another folder")
+    if _stands(out):
+        if not (overwrite or (resume and begun)):
+            raise ValueError(
+                f"--out {out} exists: give another folder, or --overwrite to build it anew"
+            )
+        check_replaceable(out, "index", MANIFEST, MARKS, NAMES)
     if begun and not (resume or overwrite):
         raise ValueError(
             f"--out {out} was begun and not finished: give --resume to go on, "
@@ -171,14 +183,18 @@ def begin_index(
         "width": width_of(folder),
         "sources": [[content_hash(source.path, notes), *source[1:]] for source in parsed],
     }
-    with locked(out, share="part-0"):
+    with ExitStack() as stack:
+        for share in sorted({"part-0"} | shares(out)):
+            stack.enter_context(locked(out, share=share))
         if resume and begun and OFFSETS in parts.keys():  # noqa: SIM118 no mapping
             if changed := [key for key in made_of if begun[key] != made_of[key]]:
                 raise ValueError(
                     f"--resume: {out} was begun with another {' and another '.join(changed)}; "
                     "give the same, or --overwrite"
                 )
-            return len(_offsets(parts)) - 1
+            return Begun(len(_offsets(parts)) - 1, made_of)
+        if _stands(out) and not (overwrite or begun):
+            raise ValueError(f"--out {out} was written by another process meanwhile")
         parts.begin(made_of)
         try:
             with writing(parts.folder / PASSAGES) as aside:
@@ -187,7 +203,12 @@ def begin_index(
         except BaseException:
             parts.clear()
             raise
-    return len(offsets) - 1
+    return Begun(len(offsets) - 1, made_of)
+
+
+def _stands(out: Path) -> bool:
+    """Whether something stands at `out`; an empty folder is as good as none."""
+    return os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir()))
 
 
 def build_index(
@@ -197,31 +218,34 @@ def build_index(
     world: int = 1,
     max_tokens: int = 8192,
     advance: Callable[[int], None] = lambda n: None,
+    begun: Begun | None = None,
 ) -> bool:
     """Embed this process's blocks of what `begin_index` wrote, except those already on the disk.
 
     True where this call published the index. `advance(n)` is called when the vectors of n more
     passages are on the disk, first with those of an earlier run. ValueError where another process
-    builds these blocks.
+    builds these blocks, or has begun anew since this one has `begun`.
     """
     from ta.rag.embedding import embed, open_encoder, tokenize
 
     parts = Parts(out)
     with locked(out, share=f"part-{rank}"):
         try:
-            begun, offsets = parts.about(), _offsets(parts)
+            about, offsets = parts.about(), _offsets(parts)
             n = len(offsets) - 1
             done = _done(parts, -(-n // BLOCK))
         except FileNotFoundError:  # the other processes had all the blocks and have published them
             return False
+        if begun and begun.about != about:
+            raise ValueError(f"--out {out} was begun anew by another process")
         blocks = {
             block: range(block * BLOCK, min((block + 1) * BLOCK, n))
             for block in range(rank, -(-n // BLOCK), world)
         }
         advance(sum(len(rows) for block, rows in blocks.items() if block in done))
         if left := [block for block in blocks if block not in done]:
-            settings = EmbeddingSettings(**begun["reading"])
-            encoder, tokenizer = open_encoder(begun["encoder_path"], settings, device)
+            settings = EmbeddingSettings(**about["reading"])
+            encoder, tokenizer = open_encoder(about["encoder_path"], settings, device)
             passages = Passages(parts.folder / PASSAGES, offsets)
         for block in left:
             texts = [text_of(passage) for passage in read_passages(passages, blocks[block])]

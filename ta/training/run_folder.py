@@ -12,14 +12,29 @@ from typing import Annotated, Any, Literal
 
 from ta import parallel
 from ta.command_line import Range
-from ta.files import ASIDE, hold_lock, read_json_lines, remove, write_atomic
+from ta.files import (
+    ASIDE,
+    clean_up,
+    hold_lock,
+    is_ours,
+    keep_inputs,
+    ours,
+    read_json_lines,
+    remove_whole,
+    write_atomic,
+)
 from ta.flags import command_of
 from ta.folders import fingerprint, resolve
 from ta.model.arguments import check_quantize
 from ta.training.trackers import check_trackers
 
-# a folder with any of these is a run folder
-RUN_FILES = ("config.json", "checkpoints", "final", "metrics.jsonl")
+# what a run writes into its folder; config.json has MARKS, by which the folder is known as ours, so
+# it is the first that is written and none goes without being written anew
+RUN_NAMES = (
+    *("checkpoints", "final", "metrics.jsonl", "samples.jsonl", "drops.jsonl", "report.html"),
+    *("non_finite.jsonl", "tensorboard", "wandb", "config.json"),
+)
+MARKS = ("config", "versions", "identity")
 
 
 def cut_back(path: Path, step: int) -> None:
@@ -80,12 +95,18 @@ class Run:
             self.lock = parallel.on_rank_zero(lambda: self._open(key))
 
     def _open(self, key: dict[str, Any]) -> Any:
-        held = check_out(self.loop)
+        check_out(self.loop)
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = hold_lock(self.folder)
+        check_out(self.loop)  # no other process has written it meanwhile
+        for name in RUN_NAMES:
+            clean_up(self.folder / name)
         if self.loop.overwrite:
-            for name in held:
-                remove(self.folder / name)
+            for name in RUN_NAMES[:-1]:
+                remove_whole(self.folder / name)
+            if others := ours(self.folder, RUN_NAMES)[1]:
+                names = ", ".join(path.name for path in others)
+                parallel.say(f"kept in {self.folder}, as a run does not write it: {names}")
         config = dataclasses.asdict(self.config) if self.config else {}
         about = {"command": self.config and command_of(self.config), "config": config}
         about |= {"versions": versions(), "identity": key, "machine": parallel.machine()}
@@ -115,7 +136,9 @@ def start_run(config: Any) -> Run:
     service of --log is not installed, or where --quantize cannot work.
     """
     loop = config.loop
-    adapted = config.adapter.adapter != "none" or resolve(config.model).adapter is not None
+    sources = resolve(config.model)
+    keep_inputs(loop.out, sources)
+    adapted = config.adapter.adapter != "none" or sources.adapter is not None
     check_quantize(config.compute.quantize, adapted, parallel.world())
     device = parallel.init()
     if config.model.model_path.startswith("builtin"):
@@ -125,8 +148,8 @@ def start_run(config: Any) -> Run:
     return Run(loop, device, config, config.batches.seed)
 
 
-def check_out(loop: LoopConfig) -> list[str]:
-    """The names of the entries of the run folder; ValueError where it must not be written."""
+def check_out(loop: LoopConfig) -> None:
+    """ValueError where the run folder must not be written."""
     out, folder = loop.out, Path(loop.out)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {out} is a file: give a folder")
@@ -137,7 +160,7 @@ def check_out(loop: LoopConfig) -> list[str]:
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     # a killed process may have left its lock and files that it had not finished
     held = [name for name in names if name != ".lock" and not ASIDE.fullmatch(name)]
-    if held and not any(name in held for name in RUN_FILES):
+    if held and not is_ours(folder, "config.json", MARKS):
         raise ValueError(
             f"--out {out} holds files that are no run ({', '.join(held[:3])}): give a new folder"
         )
@@ -147,7 +170,6 @@ def check_out(loop: LoopConfig) -> list[str]:
             f"--out {out} holds {state}: give another folder, --resume to go on, "
             "or --overwrite to start anew"
         )
-    return held
 
 
 # groups of settings that a resume does not compare one by one: they are compared by content (data,

@@ -70,14 +70,61 @@ def test_a_torn_line_is_as_if_never_written(opened, tmp_path, cut):
     assert lines(out) == [record(i) for i in range(20)]
 
 
-def test_answers_to_other_questions_are_not_taken_over(opened, tmp_path):
+@pytest.mark.parametrize("place", ["answers.jsonl", ".answers.jsonl.part-0"])
+@pytest.mark.parametrize("text", ['{"key": "other", "id": 0}\n', '{"id": 3}\n'])
+def test_what_answers_other_questions_is_neither_taken_over_nor_replaced(
+    opened, tmp_path, place, text
+):
+    (tmp_path / place).write_text(json.dumps(record(0)) + "\n" + text)
+    file = opened(tmp_path / "answers.jsonl", resume=True)
+    with pytest.raises(ValueError, match="other data, another model or other settings"):
+        file.done(KEYS)
+    assert file.done([*KEYS, "other"])[KEYS[0]] == record(0) if "key" in text else True
+    again = opened(tmp_path / "answers.jsonl", overwrite=True)
+    write(again, [0])
+    assert again.done(KEYS) == {} and again.publish(KEYS[:1])
+    assert lines(tmp_path / "answers.jsonl") == [record(0)]
+
+
+@pytest.mark.parametrize("flags", [{"resume": True}, {"overwrite": True}])
+def test_a_file_that_is_none_of_ours_stays(opened, tmp_path, flags):
+    out = tmp_path / "notes"
+    for text in ("my notes\n", '{\n "a": 1\n}\n', "[1]\n", "\n"):
+        out.write_text(text)
+        with pytest.raises(ValueError, match="holds no JSON lines"):
+            opened(out, **flags)
+    out.write_text("")
+    assert opened(out, **flags).done(KEYS) == {}
+
+
+def test_records_that_another_process_has_removed_are_missed(opened, tmp_path):
+    file = opened(tmp_path / "answers.jsonl", 0, 2)
+    write(file, [0, 2])
+    assert not file.publish(KEYS[:4])  # the other process is still at work
+    file.part.unlink()
+    with pytest.raises(ValueError, match="2 of the records written here are gone"):
+        file.publish(KEYS[:4])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_share_that_has_written_nothing_yet_is_held_too(opened, tmp_path):
     out = tmp_path / "answers.jsonl"
-    out.write_text('{"key": "other", "id": 0}\n[1]\nnot json\n{"id": 3}\n')
-    file = opened(out, resume=True)
-    assert file.done(KEYS) == {}
-    write(file, [0])
-    assert file.publish(KEYS[:1])
-    assert out.read_text() == json.dumps(record(0), ensure_ascii=False) + "\n"
+    with (
+        opened(out, 1, 2).writing(1),
+        pytest.raises(ValueError, match="being written by another process"),
+        opened(out, 0, 1, overwrite=True).writing(1),
+    ):
+        pass
+
+
+def test_a_file_that_another_process_has_finished_meanwhile_stays(opened, tmp_path):
+    late = opened(tmp_path / "answers.jsonl")
+    first = opened(tmp_path / "answers.jsonl")
+    write(first, [0])
+    assert first.publish(KEYS[:1])
+    with pytest.raises(ValueError, match=r"answers.jsonl exists"), late.writing(1):
+        pass
+    assert lines(tmp_path / "answers.jsonl") == [record(0)]
 
 
 def test_what_exists_is_neither_lost_nor_mixed_up(opened, tmp_path):
@@ -110,7 +157,7 @@ def test_a_second_process_is_refused_before_anything_is_deleted(opened, tmp_path
     first = opened(out, 1, 2)
     with first.writing(1):
         first.append(record(1))
-        out.write_text("earlier")
+        out.write_text(earlier := json.dumps(record(7)) + "\n")
         for rank, world in ((0, 1), (1, 2)):
             second = opened(out, rank, world, overwrite=True)
             with (
@@ -120,6 +167,7 @@ def test_a_second_process_is_refused_before_anything_is_deleted(opened, tmp_path
                 pass
         beside = opened(out, 0, 2, resume=True)  # a process of the same command
         write(beside, [])
-        assert beside.done(KEYS) == {"k1": record(1)} and out.read_text() == "earlier"
+        assert beside.done(KEYS) == {"k1": record(1), "k7": record(7)}
+        assert out.read_text() == earlier
     write(opened(out, overwrite=True), [])
     assert not list(tmp_path.iterdir())

@@ -152,7 +152,7 @@ def test_what_was_begun_is_not_gone_on_with_otherwise(given, tmp_path):
     (tmp_path / "precious").mkdir()
     begin_index(tmp_path / "precious", sources, config(given))  # an empty folder is as good as none
     (tmp_path / "precious" / "notes.txt").touch()
-    with pytest.raises(ValueError, match="is no index, so it is not overwritten"):
+    with pytest.raises(ValueError, match="is no index of ours, so it is not overwritten"):
         begin_index(tmp_path / "precious", sources, config(given), overwrite=True)
 
 

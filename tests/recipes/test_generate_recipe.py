@@ -153,12 +153,34 @@ def test_a_resumed_run_does_only_what_is_new(recipe, data, tmp_path, capfd):
         and lines(out)[-1]["id"] == "new"
         and f"{N} of them from before" in capfd.readouterr().err
     )
-    recipe.main(
-        replace(
-            config_of(recipe, data, out, resume=True), generation=GenerateConfig(max_new_tokens=3)
-        )
-    )  # other settings: all anew
-    assert "0 of them from before" in capfd.readouterr().err and len(lines(out)) == N + 1
+    whole = out.read_bytes()
+    other = config_of(recipe, data, out, resume=True)
+    with pytest.raises(ValueError, match="made of other data, another model or other settings"):
+        recipe.main(replace(other, generation=GenerateConfig(max_new_tokens=3)))
+    assert out.read_bytes() == whole
+
+
+def test_what_decides_an_answer_is_in_its_key(recipe, data, tmp_path):
+    def key(**changes):
+        config = replace(config_of(recipe, data, tmp_path / "a.jsonl"), **changes)
+        tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat)
+        prompts = recipe.read_data(config, tokenizer, None, "cpu")
+        return recipe.keys_of(config, config.generation, prompts, tokenizer, None)[0]
+
+    first, secret = key(), ta.ModelConfig(model_args=("token=a",))
+    assert key() == first and key(generation=GenerateConfig(max_new_tokens=6, slots=9)) == first
+    assert key(model=secret) == key(model=replace(secret, model_args=("token=b",)))
+    other = {
+        "dtype": {"model": ta.ModelConfig(dtype="float64")},
+        "arguments": {"model": ta.ModelConfig(model_args=("attn_implementation=eager",))},
+        "tokens": {"tokenizer": ta.TokenizerConfig(init_tokens=("<new>",))},
+        "seed": {"generation": GenerateConfig(max_new_tokens=6, seed=1)},
+        "system prompt": {"chat": ta.ChatConfig(system_prompt="Be brief.")},
+        "engine": {"engine": "vllm"},
+        "prompt": {"with_prompt": True},
+    }
+    keys = {first, *(key(**changes) for changes in other.values())}
+    assert len(keys) == 1 + len(other)
 
 
 def test_random_cut_asks_before_some_answer(recipe, data, tmp_path):

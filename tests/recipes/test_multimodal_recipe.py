@@ -221,6 +221,47 @@ def test_resume_is_bitwise(forked, flags, place, tmp_path):
         code=2,
     )
     assert "projector_lr was 0.001 and is 0.005" in text
+    swapped = tmp_path / "images"
+    shutil.copytree(place / "images", swapped)
+    swap(swapped / "train" / "00000.png", swapped / "train" / "00001.png")
+    moved = (*flags, *more, "--image-root", swapped, "--out", tmp_path / "run", "--resume")
+    assert "media was" in forked("multimodal", *moved, code=2)
+
+
+def swap(one, other):
+    """Each picture under the other's name."""
+    first, second = one.read_bytes(), other.read_bytes()
+    assert first != second
+    one.write_bytes(second), other.write_bytes(first)
+
+
+def test_answers_are_gone_on_with_only_where_pictures_and_projectors_are_the_same(
+    forked, door, flags, place, tmp_path
+):
+    forked("multimodal", *flags, "--steps", 1, "--out", tmp_path / "run")
+    root, final = tmp_path / "images", tmp_path / "run" / "final"
+    shutil.copytree(place / "images", root)
+    ask = ("--model-path", final, "--data", place / "held_out.jsonl", "--image-root", root)
+    ask = (*ask, "--max-new-tokens", 4, "--out", tmp_path / "a.jsonl")
+    assert door("generate", *ask)[0] == 0
+    answers = (tmp_path / "a.jsonl").read_bytes()
+
+    def resumed():
+        code, said = door("generate", *ask, "--resume")
+        assert (tmp_path / "a.jsonl").read_bytes() == answers
+        return code, said
+
+    code, said = resumed()
+    assert code == 0 and "11 records, 11 of them from before" in said
+    pictures = root / "held_out" / "00000.png", root / "held_out" / "00001.png"
+    swap(*pictures)
+    assert resumed()[0] == 2
+    swap(*pictures)
+    assert resumed()[0] == 0
+    projector = final / "projectors" / "image.safetensors"
+    save_file({name: 2 * x for name, x in load_file(projector).items()}, projector)
+    code, said = resumed()
+    assert code == 2 and "made of other data, another model or other settings" in said
 
 
 @pytest.mark.parametrize(

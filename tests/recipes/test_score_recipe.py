@@ -103,6 +103,9 @@ def test_classes_and_probabilities(door, files):
     assert door(*flags)[0] == 2
     before = out.read_bytes()
     assert door(*flags, "--resume")[0] == 0 and out.read_bytes() == before
+    code, said = door(*flags, "--resume", "--dtype", "float64")
+    assert code == 2 and "made of other data, another model or other settings" in said
+    assert out.read_bytes() == before
 
 
 def test_wrong_input_is_answered(door, files):
