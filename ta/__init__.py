@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
     from ta import media as media
     from ta import parallel as parallel
     from ta import rag as rag
+    from ta import rl as rl
     from ta.builtin.data_files import data_or_builtin as data_or_builtin
     from ta.builtin.fine_tuned import with_fine_tuned_model as with_fine_tuned_model
     from ta.builtin.fine_tuned import with_trained_builtin as with_trained_builtin
@@ -159,7 +160,7 @@ NAMES = {  # module: what `import ta` gives of it, loaded on first use
     "ta.training.progress": "join_figures",
     "ta.training.optim": "OptimConfig adamw with_default_lr",
 }
-MODULES = ("losses", "media", "parallel", "rag")  # given whole
+MODULES = ("losses", "media", "parallel", "rag", "rl")  # given whole
 _HOME = {name: module for module, names in NAMES.items() for name in names.split()}
 __all__ = sorted([*_HOME, *MODULES])
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from ta.screen import shown
@@ -280,6 +280,27 @@ def shard(root: nn.Module, device: str, half: bool) -> None:
             else:
                 tensor.copy_(whole)
         full[name] = None
+
+
+@contextmanager
+def unsharded(model: nn.Module) -> Iterator[None]:
+    """Inside, every process holds the whole weights and runs passes of its own, for generation."""
+    if world() == 1:
+        yield
+        return
+    parts = [module for module in model.modules() if hasattr(module, "unshard")]
+    inner = [module for module in parts if module is not model]
+    for module in parts:
+        module.unshard()
+    for module in inner:
+        module.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for module in inner:
+            module.set_reshard_after_forward(True, recurse=False)
+        for module in parts:
+            module.reshard()
 
 
 def _empty_like(root: nn.Module, device: str, made: dict[int, tuple]) -> None:

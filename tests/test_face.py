@@ -32,7 +32,7 @@ def test_editors_and_programs_see_the_same_names():
     assert set(ta.__all__) <= set(dir(ta))
 
 
-@pytest.mark.parametrize("wing", ["media", "rag"])
+@pytest.mark.parametrize("wing", ["media", "rag", "rl"])
 def test_the_faces_of_the_wings_hold_what_they_say(wing):
     face = getattr(ta, wing)
     listed = {name: home for home, names in face.NAMES.items() for name in names.split()}

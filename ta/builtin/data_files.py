@@ -23,6 +23,7 @@ NAMES = {
 }
 SIZES = {
     "chats": (models.TINY_STEPS * models.TINY_BATCH, 256),
+    "practice": (8_000, 256),
     "wordy": (2_400, 256),
     "preferences": (9_600, 256),
     "concise": (2_400, 256),

@@ -15,7 +15,15 @@ from typing import Any, NamedTuple
 
 from ta import parallel
 from ta.builtin.data_files import data_or_builtin, passages_file
-from ta.builtin.model_folders import READER, SMALL, TUNED, WORDY, builtin_cache, tuned_folder
+from ta.builtin.model_folders import (
+    BEGUN,
+    READER,
+    SMALL,
+    TUNED,
+    WORDY,
+    builtin_cache,
+    tuned_folder,
+)
 from ta.builtin.models import TINY_BATCH, TINY_LR, TINY_STEPS
 from ta.recipe_files import PACKAGE, RECIPES
 
@@ -50,6 +58,14 @@ FINE_TUNINGS = {
         16,
         3e-4,
         'that model on chats whose answers are mostly wordy ("5, of course!")',
+    ),
+    BEGUN: FineTuning(
+        "builtin",
+        "chats",
+        350,
+        TINY_BATCH,
+        TINY_LR,
+        "the built-in model on a quarter of the built-in chats",
     ),
     READER: FineTuning(
         SMALL, "readings", 150, 32, 3e-3, "a small built-in model on questions with their passages"

@@ -12,6 +12,7 @@ from ta.files import cache_folder, publishing
 # names for --model-path
 TUNED = "builtin-sft"
 WORDY = "builtin-wordy"
+BEGUN = "builtin-begun"
 SMALL = "builtin-small"
 READER = "builtin-reader"
 PICTURES_MODEL = "builtin-pictures"
@@ -39,7 +40,7 @@ def builtin_model(path: str) -> Path | None:
                 f"model-pictures-{pictures.pictures_version()}",
                 lambda folder: models.write_pictures_model(folder, pictures.texts()),
             )
-    tuned = path in (TUNED, WORDY, READER) and tuned_folder(path).exists()
+    tuned = path in (TUNED, WORDY, BEGUN, READER) and tuned_folder(path).exists()
     return tuned_folder(path) if tuned else None
 
 
@@ -56,8 +57,8 @@ def builtin_encoder() -> Path:
 def tuned_folder(name: str = TUNED) -> Path:
     """The folder of a built-in model after fine-tuning (ta/builtin/fine_tuned.py).
 
-    TUNED is the tiny model after chats, WORDY is TUNED after wordy chats, READER is the small model
-    after questions with passages.
+    TUNED is the tiny model after chats, BEGUN after fewer of them, WORDY is TUNED after wordy
+    chats, READER is the small model after questions with passages.
     """
     return builtin_cache() / ("tuned" if name == TUNED else name)
 

@@ -159,6 +159,11 @@ def chats(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
     return records
 
 
+def practice(split: Split, n: int) -> list[dict[str, Any]]:
+    """n chats of the same tasks, other than the n that are learned first."""
+    return chats(split, n, seed=1)
+
+
 def wordy(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
     """The same chats with three of four answers in more words.
 

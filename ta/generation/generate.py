@@ -212,6 +212,7 @@ def _forward(model, base) -> tuple[Callable[[dict], Tensor], int, int]:
 
     # a sharded root gathers its weights around its own methods only
     run = model.outputs if hasattr(model, "unshard") else getattr(model, "inner", model)
+    temperature = getattr(model, "temperature", 1.0)
     # transformers' models differ in what they take
     taken = inspect.signature(base.forward).parameters
     extra = {"use_cache": True} | ({"logits_to_keep": 1} if "logits_to_keep" in taken else {})
@@ -219,7 +220,8 @@ def _forward(model, base) -> tuple[Callable[[dict], Tensor], int, int]:
     def forward(inputs: dict) -> Tensor:
         if "position_ids" not in taken:
             inputs.pop("position_ids")  # such models (ALiBi) count real tokens in the mask
-        return run(**inputs, **extra).logits[:, -1]  # (B, V)
+        logits = run(**inputs, **extra).logits[:, -1]  # (B, V)
+        return logits if temperature == 1.0 else logits / temperature
 
     layers = len(DynamicCache(config=base.config).layers)
     return forward, layers, base.get_output_embeddings().weight.shape[0]

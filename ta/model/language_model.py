@@ -50,6 +50,8 @@ class LanguageModel(nn.Module):
         self.media_folder: str | None = None
         # where False, train() leaves dropout off: a reference must then agree to the last bit
         self.dropout = True
+        # the model is softmax(logits / temperature), in training and in generation
+        self.temperature = 1.0
 
     def train(self, mode: bool = True) -> LanguageModel:
         """As in torch, but dropout stays off where `dropout` is False."""
@@ -158,6 +160,7 @@ class LanguageModel(nn.Module):
         if bias is None and hasattr(layer, "token_adapter"):
             bias = layer.token_adapter.base_layer.bias
         cap = getattr(config, "final_logit_softcapping", None)
+        scale, cap = scale / self.temperature, cap and cap / self.temperature
         return Head(layer.weight, bias, scale, cap, self.compiled)
 
     def _native_logprobs(self, batch: Batch, embeds: Tensor | None) -> Tensor:
@@ -171,6 +174,7 @@ class LanguageModel(nn.Module):
         virtual = logits.shape[1] - batch.tokens.shape[1]
         logits = logits[:, virtual:].flatten(0, 1)[batch.learned]
         logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = logits / self.temperature
         return logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
 
 

@@ -1,0 +1,248 @@
+"""Rewards of answers: Python functions, built-in ones or the user's own, in processes that can be
+killed.
+
+A function takes (messages, answer, record) and returns a number, or None where it says nothing. A
+text names it: NAME, NAME:ARGUMENT or FILE.py:NAME, with *WEIGHT behind it where that is not 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from ta.command_line import Range
+from ta.rl.reward_functions import BUILTIN, READY
+
+# seconds in which a process must have loaded its functions
+START = 120
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    rewards: tuple[str, ...] = ("exact",)
+    """What is rewarded, added up: exact, FILE.py:NAME and others, each with *WEIGHT where that is
+    not 1. A function takes (messages, answer, record) and returns a number or None."""
+    reward_seconds: Annotated[float, Range(0, above=True)] = 10.0
+    """Wall-clock limit of one call of a reward function, whose process is then killed."""
+    reward_processes: Annotated[int, Range(1)] = 2
+    """Processes in which reward functions run."""
+    on_bad_reward: Literal["error", "none"] = "error"
+    """Stop where a function raises, takes too long or returns no finite number, or count the answer
+    as one without a reward."""
+
+    def check(self) -> None:
+        """ValueError for a reward that does not exist."""
+        if not self.rewards:
+            raise ValueError("--rewards names nothing: give exact or FILE.py:NAME")
+        parsed = [parse_reward(text) for text in self.rewards]
+        names = [reward.text for reward in parsed]
+        if len(set(names)) < len(names):
+            raise ValueError(f"--rewards {' '.join(self.rewards)}: one is given twice")
+
+
+class Reward(NamedTuple):
+    """One of --rewards."""
+
+    # without its weight
+    text: str
+    weight: float
+
+
+class Call(NamedTuple):
+    """One answer to be judged by one function."""
+
+    function: int
+    messages: list[dict]
+    answer: str
+    record: dict
+
+
+def parse_reward(text: str) -> Reward:
+    """The reward that a text names; ValueError for one that does not exist."""
+    name, star, weight = text.rpartition("*")
+    try:
+        parsed = Reward(name, float(weight)) if star else Reward(text, 1.0)
+    except ValueError:
+        # a * of the argument, such as that of a regular expression
+        parsed = Reward(text, 1.0)
+    head, _, argument = parsed.text.partition(":")
+    if head.endswith(".py"):
+        if not Path(head).is_file() or not argument.isidentifier():
+            raise ValueError(
+                f"--rewards {text}: "
+                + (f"there is no file {head}" if not Path(head).is_file() else "give FILE.py:NAME")
+            )
+    elif head not in BUILTIN:
+        raise ValueError(
+            f"--rewards {text}: there is no reward {head}; give FILE.py:NAME or one of "
+            f"{', '.join(BUILTIN)}"
+        )
+    else:
+        try:
+            BUILTIN[head](argument)
+        except ValueError as error:
+            raise ValueError(f"--rewards {text}: {error}") from None
+    return parsed
+
+
+class RewardPool:
+    """Processes that run reward functions; each has one call at a time and a limit on its time.
+
+    A process that overruns is killed with all that it started, and another takes its place.
+    """
+
+    def __init__(self, config: RewardConfig):
+        self.config = config
+        self.rewards = [parse_reward(text) for text in config.rewards]
+        # of each function, how often it gave no usable number and that was counted
+        self.bad = dict.fromkeys((reward.text for reward in self.rewards), 0)
+        self.idle: list[_Process] = []
+
+    def score(
+        self, chats: Sequence[list[dict]], answers: Sequence[Sequence[str]], records: Sequence[dict]
+    ) -> list[list[list[float | None]]]:
+        """For each chat and answer a list of each function's value, unweighted.
+
+        ValueError names record, answer and function where a call fails and --on-bad-reward is
+        error; otherwise the value is None and `bad` counts it.
+        """
+        values: list[list[list[float | None]]] = [
+            [[None] * len(self.rewards) for _ in group] for group in answers
+        ]
+        waiting = deque(
+            (i, k, f)
+            for i, group in enumerate(answers)
+            for k in range(len(group))
+            for f in range(len(self.rewards))
+        )
+        busy: dict[_Process, tuple[int, int, int]] = {}
+        with selectors.DefaultSelector() as selector:
+            try:
+                while waiting or busy:
+                    while waiting and len(busy) < self.config.reward_processes:
+                        i, k, f = waiting.popleft()
+                        process = self.idle.pop() if self.idle else _Process(self.rewards)
+                        selector.register(process.replies, selectors.EVENT_READ, process)
+                        busy[process] = i, k, f
+                        call = Call(f, chats[i], answers[i][k], records[i])
+                        process.ask(call, self.config.reward_seconds)
+                    due = min(process.deadline for process in busy)
+                    ready = selector.select(max(0.0, due - time.monotonic()))
+                    done = {key.data for key, _ in ready}
+                    late = {p for p in busy if p.deadline <= time.monotonic()} - done
+                    for process in done | late:
+                        i, k, f = busy.pop(process)
+                        selector.unregister(process.replies)
+                        value, fault = process.reply() if process in done else (None, "")
+                        if process in late:
+                            process.kill()
+                            seconds = self.config.reward_seconds
+                            fault = f"took longer than --reward-seconds {seconds:g}"
+                        if process.alive:
+                            self.idle.append(process)
+                        if fault:
+                            self._fault(f, records[i], i, answers[i][k], fault)
+                        values[i][k][f] = value
+            finally:
+                for process in busy:
+                    process.kill()
+        return values
+
+    def _fault(self, f: int, record: dict, i: int, answer: str, fault: str) -> None:
+        name = self.rewards[f].text
+        if self.config.on_bad_reward == "error":
+            where = f"record {record.get('id', i)!r}, answer {answer[:80]!r}"
+            raise ValueError(f"reward {name} of {where}: {fault}")
+        self.bad[name] += 1
+
+    def total(self, values: Sequence[float | None]) -> float | None:
+        """The weighted sum of the values of one answer, without those that are None.
+
+        None where all are.
+        """
+        known = [
+            reward.weight * value
+            for reward, value in zip(self.rewards, values, strict=True)
+            if value is not None
+        ]
+        return sum(known) if known else None
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self.idle:
+            process.kill()
+        self.idle.clear()
+
+
+class _Process:
+    """One process of the pool, at the head of a process group of its own."""
+
+    def __init__(self, rewards: Sequence[Reward]):
+        given, asked = os.pipe()
+        told, replies = os.pipe()
+        # this very file, so that nothing heavy is imported
+        command = [sys.executable, "-c", WORKER, str(given), str(replies)]
+        self.process = subprocess.Popen(
+            [*command, *(reward.text for reward in rewards)],
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr.fileno() if _has_descriptor(sys.stderr) else subprocess.DEVNULL,
+            pass_fds=(given, replies),
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        os.close(given), os.close(replies)
+        self.calls, self.replies = os.fdopen(asked, "wb"), os.fdopen(told, "rb")
+        self.deadline, self.alive = 0.0, True
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.replies, selectors.EVENT_READ)
+            if not selector.select(START) or self.replies.readline() != READY:
+                self.kill()
+                raise ValueError(
+                    f"the functions of --rewards {' '.join(reward.text for reward in rewards)} "
+                    f"did not load within {START} seconds, or ended their process"
+                )
+
+    def ask(self, call: Call, seconds: float) -> None:
+        """Send a call, which must be answered within so many seconds."""
+        self.deadline = time.monotonic() + seconds
+        with suppress(BrokenPipeError):  # a process that has ended answers nothing, which is said
+            self.calls.write(json.dumps(call).encode() + b"\n")
+            self.calls.flush()
+
+    def reply(self) -> tuple[float | None, str]:
+        """(value, fault) of the call; the fault is empty where the value counts."""
+        line = self.replies.readline()
+        if not line.endswith(b"\n"):
+            self.kill()
+            return None, "its process ended without an answer"
+        value, fault = json.loads(line)
+        return value, fault
+
+    def kill(self) -> None:
+        """End the process and all that it started."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.calls.raw.close(), self.replies.close()
+        self.alive = False
+
+
+def _has_descriptor(stream: Any) -> bool:
+    try:
+        return stream.fileno() >= 0
+    except (AttributeError, OSError, ValueError):
+        return False
+
+
+WORKER = "import sys; from ta.rl.reward_functions import work; work(sys.argv[1:])"

@@ -1,0 +1,268 @@
+"""Rollouts: drawn by (seed, step, record, answer) alone, written whole before the update, read on a resume; the loss does not depend on how a step is cut."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from small import tiny
+
+from ta.builtin.model_folders import tiny_folder
+from ta.data.records import check_candidates
+from ta.data.sources import read_records
+from ta.rl.rollouts import (
+    AnswerGroup,
+    groups_of,
+    lay_out_groups,
+    rewards_of,
+    rollout_batches,
+    token_values,
+    weights_hash,
+)
+
+
+def rows(prompts=(5, 3, 8), answers=((4, 2, 3), (1, 6, 2), (5, 5, 1)), seed=0):
+    """Made records: token ids and log-probabilities of answers of the given lengths, and rewards."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for prompt, sizes in zip(prompts, answers, strict=True):
+        group = [
+            {
+                "id": str(k),
+                "content": "x",
+                "finish": "stop",
+                "tokens": rng.integers(1, 64, n).tolist(),
+                "logprobs": (-rng.random(n)).tolist(),
+                "parts": {"exact": 0.0},
+            }
+            for k, n in enumerate(sizes)
+        ]
+        rewards = {answer["id"]: float(rng.integers(0, 5)) for answer in group}
+        ids = rng.integers(1, 64, prompt).tolist()
+        out.append({"prompt_tokens": ids, "answers": group, "rewards": rewards})
+    return out
+
+
+def test_units_by_hand():
+    everyone = [range(3)] * 3
+    assert groups_of(rows(), everyone, 100, True) == [AnswerGroup(i, (0, 1, 2)) for i in range(3)]
+    # prompts of 5, 3, 8: at most 11 tokens with their answers
+    cut = [
+        AnswerGroup(0, (0, 1)),
+        AnswerGroup(0, (2,)),
+        AnswerGroup(1, (0, 1)),
+        AnswerGroup(1, (2,)),
+    ]
+    cut += [AnswerGroup(2, (k,)) for k in range(3)]
+    assert groups_of(rows(), everyone, 11, True) == cut
+    assert groups_of(rows(), [(0, 2), (), (1,)], 100, False) == [
+        AnswerGroup(0, (0,)),
+        AnswerGroup(0, (2,)),
+        AnswerGroup(2, (1,)),
+    ]
+
+
+def test_a_prompt_stands_once_and_its_answers_have_the_values_of_their_own_rows():
+    """Token log-probabilities and gradients equal those of answers laid out alone, in float64."""
+    model, made = tiny(dtype=torch.float64), rows()
+    units = groups_of(made, [range(3)] * 3, 100, True)
+    together = lay_out_groups(made, units, True)
+    assert together.tokens.numel() == 16 + 29 and together.prefixes == (0, 5, 5, 0, 3, 3, 0, 8, 8)
+    alone = [lay_out_groups(made, [AnswerGroup(i, (k,))], True) for i in range(3) for k in range(3)]
+    got = model.logprobs(together)
+    wanted = torch.cat([model.logprobs(batch) for batch in alone])
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+    slopes = torch.linspace(-1, 1, len(got), dtype=torch.float64)
+    gradients = [
+        torch.autograd.grad((x * slopes).sum(), list(model.parameters()), allow_unused=True)
+        for x in (got, wanted)
+    ]
+    for a, b in zip(*gradients, strict=True):
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    padded = lay_out_groups(made, [AnswerGroup(0, (0,)), AnswerGroup(0, (1,))], False)
+    assert padded.tokens.shape == (2, 9) and not padded.prefixes
+
+
+def test_tokens_of_the_file_are_those_that_train():
+    """In the order of the file, with the prompt in front of each answer; nothing is decoded or encoded."""
+    made = rows()
+    batch = lay_out_groups(made, groups_of(made, [range(3)] * 3, 100, True), True)
+    answers = [answer for row in made for answer in row["answers"]]
+    assert batch.targets.tolist() == [token for answer in answers for token in answer["tokens"]]
+    values = token_values(made, groups_of(made, [range(3)] * 3, 100, True), "logprobs")
+    flat = [x for answer in answers for x in answer["logprobs"]]
+    torch.testing.assert_close(values, torch.tensor(flat))
+
+
+@pytest.mark.parametrize("divide", ["tokens", "answers", "constant"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_loss_does_not_depend_on_the_cut(divide, packed):
+    """Summed over micro-batches of 100, 14 and 13 tokens, and equal to the formula written out."""
+    model, made = tiny(dtype=torch.float64), rows()
+    model.set_mode("packed" if packed else "padded")
+    advantages = torch.tensor([[1.0, -2.0, 0.5], [0, 0, 0], [2.0, 0.0, -1.0]])
+    found = []
+    for budget in (100, 14, 13):
+        batches = rollout_batches(made, advantages, divide, 10, budget, packed, {})
+        count = sum(len(batch.sequences.learned) for batch in batches)
+        sums = [
+            (model.logprobs(b.sequences) * b.advantage * b.sequences.weights).sum() for b in batches
+        ]
+        found.append((sum(sums) / count).item())
+        assert count == 20, "a group that teaches nothing is not computed"
+    total = 0.0
+    for i, row in enumerate(made):
+        for k, answer in enumerate(row["answers"]):
+            logps = model.logprobs(lay_out_groups(made, [AnswerGroup(i, (k,))], packed))
+            share = {
+                "tokens": 1 / 29,
+                "answers": 1 / (9 * len(answer["tokens"])),
+                "constant": 1 / 90,
+            }
+            total += (logps.sum() * advantages[i, k]).item() * share[divide]
+    assert found == pytest.approx([total] * 3, rel=1e-6)
+
+
+def test_a_step_without_a_lesson_has_a_loss_of_zero():
+    batches = rollout_batches(rows(), torch.zeros(3, 3), "tokens", 10, 100, True, {})
+    assert sum(len(batch.advantage) for batch in batches) == 9 and not batches[0].advantage.any()
+
+
+def test_rewards_of_uneven_groups():
+    made = rows()
+    made[1]["answers"].pop(0)
+    table = rewards_of(made)
+    assert table[1, 2].isnan() and table.isnan().sum() == 1
+    assert table[1, 0] == made[1]["rewards"]["1"]
+
+
+def test_the_hash_of_weights_sees_one_changed_bit():
+    model = tiny()
+    before = weights_hash(model)
+    assert weights_hash(tiny()) == before != weights_hash(tiny(seed=1))
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[3] *= 1 + 1e-7
+    assert weights_hash(model) != before
+
+
+REWARD = """
+def spread(messages, answer, record):
+    return len(answer) % 5 + 0.1 * answer.count("a")
+"""
+
+
+@pytest.fixture
+def grpo(forked, tmp_path):
+    """A run of grpo.py on the random tiny model with a reward that differs between answers."""
+    (tmp_path / "mine.py").write_text(REWARD)
+
+    def start(name, *more, steps=3, told=False, **how):
+        flags = ("--model-path", tiny_folder(), "--rewards", f"{tmp_path}/mine.py:spread")
+        flags += ("--steps", steps, "--batch-size", 4, "--num-answers", 4, "--max-new-tokens", 6)
+        flags += ("--sample-records", 4, "--save-every", 1, "--lr", 1e-3, "--keep", 0)
+        said = forked("grpo", *flags, "--out", tmp_path / name, *more, **how)
+        return said if told else tmp_path / name
+
+    return start
+
+
+def story(folder):
+    """The weights of the last checkpoint, and of each step its rewards, loss and gradient norm."""
+    steps = [json.loads(line) for line in open(folder / "metrics.jsonl")]
+    names = ("step", "loss", "reward", "grad_norm", "entropy", "clipped", "mismatch")
+    steps = [tuple(row[name] for name in names) for row in steps if "loss" in row]
+    last = max((folder / "checkpoints").glob("step-*"))
+    return (last / "shard-0.safetensors").read_bytes(), steps
+
+
+def rollouts(folder):
+    paths = sorted((folder / "rollouts").glob("*.jsonl"))
+    assert [path.name for path in paths] == [f"{i:06}.jsonl" for i in range(len(paths))]
+    return [[json.loads(line) for line in open(path)] for path in paths]
+
+
+def die_at(place, count):
+    """Kill this process at the `count`-th call of a function."""
+
+    def before(rank):
+        module, name = place
+        real, calls = getattr(module, name), [0]
+
+        def counted(*args, **more):
+            calls[0] += 1
+            if calls[0] == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **more)
+
+        setattr(module, name, counted)
+
+    return before
+
+
+@pytest.mark.slow
+def test_killed_anywhere_and_resumed_it_is_the_same_run(grpo):
+    """In the rollout, in the reward, between file and update, and in a checkpoint; also twice."""
+    import ta.rl.rollouts as module
+    import ta.training.loop as loop
+    from ta.rl.rewards import RewardPool
+    from ta.training import checkpoint
+
+    whole = grpo("whole")
+    expected = story(whole)
+    assert len(expected[1]) == 3
+    places = {
+        "rollout": (module, "generate"),
+        "reward": (RewardPool, "score"),
+        "update": (loop, "update"),
+        "checkpoint": (checkpoint, "_digest"),
+    }
+    for name, place in places.items():
+        folder = grpo(name, code=-signal.SIGKILL, before=die_at(place, 2))
+        made = len(rollouts(folder))
+        assert made == (2 if name in ("update", "checkpoint") else 1)
+        grpo(name, "--resume", code=-signal.SIGKILL, before=die_at(place, 2))
+        grpo(name, "--resume")
+        assert story(folder) == expected, name
+        assert rollouts(folder) == rollouts(whole), name
+
+
+@pytest.mark.slow
+def test_rollouts_of_other_weights_are_refused(grpo, tmp_path):
+    one, other = grpo("one", steps=2), grpo("other", "--seed", 1, steps=2)
+    path = one / "rollouts/000001.jsonl"
+    path.write_bytes((other / "rollouts/000001.jsonl").read_bytes())
+    (one / "checkpoints/step-00000002").rename(tmp_path / "gone")
+    said = grpo("one", "--resume", steps=2, code=2, told=True)
+    assert f"{path} was made by other weights" in said
+    path.unlink()
+    grpo("one", "--resume", steps=2)
+    assert story(one) == story(grpo("again", steps=2))
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_rollouts_and_losses(grpo):
+    one, two = grpo("one"), grpo("two", processes=2)
+    for a, b in zip(rollouts(one), rollouts(two), strict=True):
+        for row, other in zip(a, b, strict=True):
+            assert row["prompt_tokens"] == other["prompt_tokens"]
+            for answer, same in zip(row["answers"], other["answers"], strict=True):
+                assert answer["tokens"] == same["tokens"] and answer["parts"] == same["parts"]
+                assert answer["logprobs"] == pytest.approx(same["logprobs"], abs=1e-5)
+    np.testing.assert_allclose(story(one)[1], story(two)[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_micro_batches_change_no_figure_and_a_file_is_a_list_of_candidates(grpo):
+    one = grpo("one", steps=2)
+    small = grpo("small", "--max-tokens-per-micro", 64, "--slots", 3, steps=2)
+    np.testing.assert_allclose(story(one)[1], story(small)[1], rtol=1e-4, atol=1e-5)
+    records = list(read_records([str(one / "rollouts/000000.jsonl")], check_candidates))
+    assert len(records) == 4
+    for record in records:
+        assert len(record.data["answers"]) == len(record.data["rewards"]) == 4
+        assert record.data["messages"][-1]["role"] == "user" and record.data["reference"]
+    seen = [answer["tokens"] for record in records for answer in record.data["answers"]]
+    assert len({tuple(tokens) for tokens in seen}) > 4, "answers are drawn, not repeated"
