@@ -110,7 +110,9 @@ def kept_media(
     counts = {name: ids.count(p.id) // p.count for name, p in placeholders.items()}
     total = sum(counts.values())
     kept = media[len(media) - total :] if latest else media[:total]
-    assert all(sum(name == modality for modality, _ in kept) == n for name, n in counts.items())
+    for name, placeholder in placeholders.items():
+        own = sum(name == modality for modality, _ in kept)
+        assert ids.count(placeholder.id) == own * placeholder.count
     return kept
 
 

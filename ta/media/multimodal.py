@@ -58,15 +58,26 @@ def embed_modalities(
     """token_embeds (B, T, D) with features (I, N, D) in place of the placeholders in tokens (B, T).
 
     They are put in order, row by row. Gives (B, T, D). ValueError where there are not I * N
-    placeholders.
+    placeholders, or where the N of a picture or sound do not follow each other in one row.
     """
     places = (tokens.flatten() == placeholder_id).nonzero()[:, 0]
-    count = features.shape[0] * features.shape[1]
+    each = features.shape[1]
+    count = features.shape[0] * each
     if len(places) != count:
         raise ValueError(
             f"{len(places)} placeholders of id {placeholder_id} for {count} embeddings "
             f"({features.shape[0]} x {features.shape[1]}): "
             "every picture or sound needs one placeholder for each of its embeddings"
+        )
+    first = places[::each].repeat_interleave(each)
+    run = torch.arange(each, device=places.device).repeat(len(features))
+    apart = (places != first + run) | (places // tokens.shape[1] != first // tokens.shape[1])
+    if apart.any():
+        item = int(apart.nonzero()[0]) // each
+        raise ValueError(
+            f"the {each} placeholders of picture or sound {item + 1}, from row "
+            f"{int(first[item * each]) // tokens.shape[1] + 1} on, do not follow each other: "
+            f"a record before it has more or fewer than {each} for each"
         )
     flat = token_embeds.flatten(0, 1)
     return flat.index_copy(0, places, features.flatten(0, 1).to(flat.dtype)).view_as(token_embeds)

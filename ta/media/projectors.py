@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class Mlp(nn.Module):
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """Layer norm over the channels of (I, C, H, W)."""
+    """Layer norm over the channels of (I, C, H, W), with HoneyBee's eps of 1e-5."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
@@ -58,18 +59,18 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(channels_in, channels, 1, bias=False),
-            LayerNorm2d(channels, eps=1e-6),
+            LayerNorm2d(channels),
             nn.SiLU(),
             nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
-            LayerNorm2d(channels, eps=1e-6),
+            LayerNorm2d(channels),
             nn.SiLU(),
             SqueezeExcite(channels, max(1, round(channels_in / 4))),
             nn.Conv2d(channels, channels, 1, bias=False),
-            LayerNorm2d(channels, eps=1e-6),
+            LayerNorm2d(channels),
         )
         same = channels_in == channels
         shortcut = nn.Sequential(
-            nn.Conv2d(channels_in, channels, 1, bias=False), LayerNorm2d(channels, eps=1e-6)
+            nn.Conv2d(channels_in, channels, 1, bias=False), LayerNorm2d(channels)
         )
         self.shortcut = nn.Identity() if same else shortcut
 
@@ -192,13 +193,14 @@ def save_projector(
 
 
 def load_projector(projector: nn.Module, path: str | Path) -> None:
-    """Fill `projector` from a safetensors file.
+    """Fill `projector` from a safetensors file, also one with the names of LLaVA or HoneyBee.
 
     ValueError, and nothing is changed, where a name or a shape is another one.
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file; give the projector's safetensors file")
-    given, wanted = read_tensors(Path(path)), projector.state_dict()
+    wanted = projector.state_dict()
+    given = renamed(read_tensors(Path(path)), wanted)
     for name in sorted(wanted.keys() | given.keys()):
         have, want = (
             str(tuple(tensors[name].shape)) if name in tensors else "absent"
@@ -210,6 +212,44 @@ def load_projector(projector: nn.Module, path: str | Path) -> None:
                 "give the same kind and sizes as saved"
             )
     projector.load_state_dict(given)
+
+
+# Published names and ours. LLaVA's checkpoints number the layers, transformers' Llava names them;
+# HoneyBee's C-Abstractor is two stages of timm's RegNet around a pooling, with blocks from 1 on.
+PUBLISHED = {
+    r"^(.*\.)?(mm_projector\.0|linear_1)\.": "layers.0.",
+    r"^(.*\.)?(mm_projector\.2|linear_2)\.": "layers.2.",
+    r"^(.*\.)?pos_emb$": "positions",
+    r"^(.*\.)?readout\.": "mlp.",
+    r"^(.*\.)?net\.0\.b(?=\d)": "before.",
+    r"^(.*\.)?net\.2\.b(?=\d)": "after.",
+    r"\.conv1\.conv\.": ".body.0.",
+    r"\.conv1\.bn\.": ".body.1.",
+    r"\.conv2\.conv\.": ".body.3.",
+    r"\.conv2\.bn\.": ".body.4.",
+    r"\.se\.fc1\.": ".body.6.gate.0.",
+    r"\.se\.fc2\.": ".body.6.gate.2.",
+    r"\.conv3\.conv\.": ".body.7.",
+    r"\.conv3\.bn\.": ".body.8.",
+    r"\.downsample\.conv\.": ".shortcut.0.",
+    r"\.downsample\.bn\.": ".shortcut.1.",
+}
+
+
+def renamed(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file, published names replaced by those of `wanted`; others stay."""
+    tensors = {}
+    for name, tensor in given.items():
+        ours = name
+        for pattern, part in PUBLISHED.items():
+            ours = re.sub(pattern, part, ours)
+        ours = re.sub(r"^(before|after)\.(\d+)", lambda at: f"{at[1]}.{int(at[2]) - 1}", ours)
+        if name in wanted or ours not in wanted:
+            tensors[name] = tensor
+        else:
+            # gates of squeeze-excite are convolutions of one pixel there
+            tensors[ours] = tensor.flatten(1) if wanted[ours].dim() == 2 else tensor
+    return tensors
 
 
 PROJECTORS: dict[str, type[nn.Module]] = {

@@ -44,6 +44,11 @@ def test_embed_modalities_by_hand():
     assert torch.equal(embed_modalities(embeds, tokens, torch.empty(0, 2, 1), 3), embeds)
     with pytest.raises(ValueError, match=r"4 placeholders of id 9 for 6 embeddings \(3 x 2\)"):
         embed_modalities(embeds, tokens, torch.zeros(3, 2, 1), 9)
+    # as many in all, but one record has three and the next has one: no row takes another's
+    for wrong in ([[9, 9, 9, 5], [9, 5, 5, 5]], [[9, 9, 5, 9], [9, 5, 5, 5]], [[9, 9, 9, 5, 9]]):
+        tokens = torch.tensor(wrong)
+        with pytest.raises(ValueError, match="placeholders of picture or sound 2, from row 1 on"):
+            embed_modalities(torch.zeros(*tokens.shape, 1), tokens, features, 9)
 
 
 @pytest.fixture(scope="module")
