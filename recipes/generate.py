@@ -25,6 +25,7 @@ import ta
 from ta import Range
 from ta.files import hash_json
 
+OF_OLD_ANSWERS = ("rewards",)  # fields of a record that are untrue of new answers
 AT_ONCE = 256  # prompts of pictures or sounds whose embeddings are held at one time
 
 
@@ -160,6 +161,7 @@ def answer(config: Config, model, tokenizer, prompts, settings, places, keys, ou
     def finished(n: int, answers: list) -> None:
         i = places[n]
         record, ids = prompts[i]
+        record = {key: value for key, value in record.items() if key not in OF_OLD_ANSWERS}
         if config.with_prompt:
             special = settings.skip_special_tokens
             prompt = tokenizer.fast.decode(ids, skip_special_tokens=special)
@@ -183,10 +185,11 @@ def main(config: Config) -> None:
     config = ta.with_trained_builtin(config)
     # each process works on its own share and waits for no other
     device = ta.parallel.pick_device()
-    ta.check_engine(config.engine, config.vllm)
+    named = named_settings(config)
+    ta.check_engine(config.engine, config.vllm, named.values())
     outs = [
         (name, settings, ta.AnswersFile(output_path(config, name), config.resume, config.overwrite))
-        for name, settings in named_settings(config).items()
+        for name, settings in named.items()
     ]
     sources = ta.resolve(config.model)
     media = ta.media.reopen_media(

@@ -47,6 +47,11 @@ class GenerateConfig:
             raise ValueError(
                 f"--stop-strings {self.stop_strings} cannot be: give strings that are not empty"
             )
+        if 0 < self.temperature < 1e-6:
+            raise ValueError(
+                f"--temperature {self.temperature} is too low to divide by: give 0, which takes "
+                "the most probable token"
+            )
         if self.beams > 1 and self.temperature:
             raise ValueError(
                 f"--beams {self.beams} searches and --temperature {self.temperature} samples: "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Collection
 from pathlib import Path
 
 from ta.generation.settings import GenerateConfig
@@ -109,12 +108,19 @@ def lora_rank(adapter_path: str, runtime: bool) -> int:
     return max([settings["r"], *(settings.get("rank_pattern") or {}).values()])
 
 
-def refuse_settings(
-    config: GenerateConfig, stop_ids: Collection[int], eos: int | None, embeds: bool = False
-) -> None:
-    """ValueError for settings that vLLM's beam search, or a prompt given as embeddings, would
-    silently drop.
+# below it vLLM samples at this temperature
+LOWEST_TEMPERATURE = 0.01
+
+
+def refuse_settings(config: GenerateConfig, embeds: bool = False) -> None:
+    """ValueError for settings that vLLM would replace by others, or that our search of its beams
+    or a prompt given as embeddings does not take.
     """
+    if 0 < config.temperature < LOWEST_TEMPERATURE:
+        raise ValueError(
+            f"--temperature {config.temperature}: vLLM samples at {LOWEST_TEMPERATURE} at least: "
+            f"give {LOWEST_TEMPERATURE}, 0 for the most probable token, or --engine hf"
+        )
     if embeds and (config.beams > 1 or config.repetition_penalty != 1):
         raise ValueError(
             "vLLM takes pictures and sounds as embeddings, with no beams and no repetition "
@@ -127,12 +133,11 @@ def refuse_settings(
         for name, given in (
             (f"--repetition-penalty {config.repetition_penalty}", config.repetition_penalty != 1),
             (f"--stop-strings {' '.join(map(repr, config.stop_strings))}", config.stop_strings),
-            (f"stop tokens {sorted(stop_ids)} beside its end token {eos}", set(stop_ids) - {eos}),
         )
         if given
     ]
     if dropped:
         raise ValueError(
-            f"vLLM's beam search knows no {' and no '.join(dropped)}: "
+            f"beam search over vLLM knows no {' and no '.join(dropped)}: "
             "give --engine hf, or --beams 1"
         )

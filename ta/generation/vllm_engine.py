@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -54,15 +54,20 @@ class VllmConfig:
     """Merge the adapter into its base first, or let vLLM apply it at run time (plain LoRA only)."""
 
 
-def check_engine(engine: Literal["hf", "vllm"], config: VllmConfig) -> None:
+def check_engine(
+    engine: Literal["hf", "vllm"], config: VllmConfig, settings: Iterable[GenerateConfig] = ()
+) -> None:
     """ValueError where vLLM's settings are given to the other engine.
 
-    Also where torchrun started several processes of vLLM.
+    Also where torchrun started several processes of vLLM, and for `settings` of generation that
+    vLLM would change.
     """
     if engine == "vllm" and world() > 1:
         raise ValueError(
             "vLLM starts its own processes: run it without torchrun, with --tensor-parallel-size"
         )
+    for generation in settings if engine == "vllm" else ():
+        refuse_settings(generation)
     for own in dataclasses.fields(config):
         if engine == "hf" and getattr(config, own.name) != own.default:
             raise ValueError(
@@ -187,6 +192,7 @@ def _start(
             max_model_len=config.max_model_len,
             enforce_eager=config.enforce_eager or not cuda,
             generation_config="vllm",  # a model's own sampling settings must not leak in
+            max_logprobs=-1,  # beam search asks for as many as it needs
             trust_remote_code=model.trust_remote_code,
             **more,
         )
@@ -229,7 +235,7 @@ def generate_vllm(
     Sampling has other random numbers, seeded alike. embeds: for each prompt (L, D) in place of its
     tokens' embeddings, on an engine started for them.
     """
-    refuse_settings(config, stop_ids, engine.tokenizer.eos_token_id, embeds is not None)
+    refuse_settings(config, embeds is not None)
     # an exception inside an engine's step would hang the next call
     check_prompts(prompts, engine.vocabulary, engine.context)
     limits = [min(config.max_new_tokens, engine.context - len(prompt)) for prompt in prompts]
@@ -290,22 +296,43 @@ def _sample(engine, prompts, limits, config, stop_ids, numbers) -> Generated:
 
 
 def _search(engine, prompts, limits, config, stop_ids, numbers) -> Generated:
-    """Beam search, of prompts of one limit at a time."""
-    from vllm.sampling_params import BeamSearchParams
+    """Beam search as transformers does it: vLLM gives the next tokens, the beams are kept here.
 
-    answers: Generated = [[] for _ in prompts]
-    for limit in sorted(set(limits)):
-        chosen = [i for i, of_prompt in enumerate(limits) if of_prompt == limit]
-        parameters = BeamSearchParams(
-            beam_width=config.beams, max_tokens=limit, ignore_eos=not stop_ids
-        )
-        requests = [prompts[i] for i in chosen]
-        results = engine.llm.beam_search(requests, parameters, lora_request=engine.lora)
-        for i, result in zip(chosen, results, strict=True):
-            for beam in result.sequences[: config.num_answers]:
-                ids = list(beam.tokens[len(prompts[i]["prompt_token_ids"]) :])
-                answers[i].append((ids, _logprobs_of(ids, beam.logprobs)))
-    return answers
+    Ended beams are ranked by their log-probability a token of the answer. vLLM's own search divides
+    by the tokens of prompt and answer, which favours early ends.
+    """
+    from vllm import SamplingParams
+
+    width = config.beams
+    kept = max(2, 1 + len(stop_ids)) * width
+    next_token = SamplingParams(max_tokens=1, temperature=0, logprobs=kept, detokenize=False)
+
+    def rank(beam: tuple[list[int], list[float]]) -> float:
+        return sum(beam[1]) / len(beam[1])
+
+    running: Generated = [[([], [])] for _ in prompts]
+    ended: Generated = [[] for _ in prompts]
+    while live := [(i, beam) for i, beams in enumerate(running) for beam in beams]:
+        requests = [
+            {"prompt_token_ids": prompts[i]["prompt_token_ids"] + ids} for i, (ids, _) in live
+        ]
+        done = engine.llm.generate(requests, next_token, lora_request=engine.lora, use_tqdm=False)
+        running = [[] for _ in prompts]
+        for (i, (ids, logprobs)), result in zip(live, done, strict=True):
+            running[i] += [
+                ([*ids, token], [*logprobs, entry.logprob])
+                for token, entry in result.outputs[0].logprobs[0].items()
+            ]
+        for i in {i for i, _ in live}:
+            beams = sorted(running[i], key=rank, reverse=True)[:kept]
+            last = len(beams[0][0]) == limits[i]
+            complete = [beam for beam in beams[:width] if last or beam[0][-1] in stop_ids]
+            ended[i] = sorted(ended[i] + complete, key=rank, reverse=True)[:width]
+            running[i] = [beam for beam in beams if beam[0][-1] not in stop_ids][:width]
+            full = len(ended[i]) == width
+            if last or not running[i] or (full and rank(running[i][0]) <= rank(ended[i][-1])):
+                running[i] = []
+    return [beams[: config.num_answers] for beams in ended]
 
 
 def _answer_of(output: Any) -> tuple[list[int], list[float]]:

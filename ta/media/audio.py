@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import os
 import stat
-import wave
+import struct
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -22,26 +22,17 @@ def read_audio(path: str | Path, rate: int = RATE, max_seconds: float = MAX_SECO
     """Decode a PCM wav file (8, 16, 24 or 32 bits) to (N,) float32 in [-1, 1], N at `rate` Hz.
 
     Channels are averaged. The length is read from the header and checked against `max_seconds`
-    before anything is decoded. ValueError names the path of what is missing, empty, too long, cut
-    short or no such file.
+    before anything is decoded; where the header does not know it, as of a file that was written to
+    a pipe, the sound goes on to the end of the file. ValueError names the path of what is missing,
+    empty, too long, cut short or no such file.
     """
     if not os.path.exists(path):
         raise ValueError(f"{path}: no such file; check the media root and the path in the record")
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError(f"{path} is not a regular file; give a wav file")
     with open(path, "rb") as file:
-        try:
-            sound = wave.open(file)  # noqa: SIM115 (it closes with the file)
-        except (wave.Error, EOFError) as error:
-            raise ValueError(
-                f"{path}: not a PCM wav file ({error or 'cut short'}); convert it to 16-bit PCM wav"
-            ) from error
-        channels, width, given_rate, count = sound.getparams()[:4]
-        if given_rate < 1 or channels < 1 or width not in (1, 2, 3, 4):
-            raise ValueError(
-                f"{path}: {channels} channels of {width} bytes at {given_rate} Hz; "
-                "convert it to 16-bit PCM wav"
-            )
+        channels, width, given_rate, size = _wav_header(file, path)
+        count = size // (channels * width)
         if count < 1:
             raise ValueError(f"{path}: no samples in it; remove it or record it again")
         if count / given_rate > max_seconds:
@@ -49,7 +40,7 @@ def read_audio(path: str | Path, rate: int = RATE, max_seconds: float = MAX_SECO
                 f"{path}: {count / given_rate:.1f} s of sound, the limit is {max_seconds:g} s; "
                 "cut it into pieces"
             )
-        data = sound.readframes(count)
+        data = file.read(count * channels * width)
     if len(data) != count * channels * width:
         raise ValueError(
             f"{path}: cut short: {len(data)} bytes of sound, its header promises "
@@ -57,6 +48,46 @@ def read_audio(path: str | Path, rate: int = RATE, max_seconds: float = MAX_SECO
         )
     mono = _samples(data, width).reshape(count, channels).mean(axis=1)
     return resample(mono, given_rate, rate).astype(np.float32)
+
+
+PCM, EXTENSIBLE = 1, 0xFFFE
+UNKNOWN_SIZE = 0x7FFFF000  # from here on a size is what a program writes that cannot know it
+
+
+def _wav_header(file: BinaryIO, path: str | Path) -> tuple[int, int, int, int]:
+    """Channels, bytes of a sample, samples a second, bytes of sound; `file` is then at the sound.
+
+    An extensible header names its format in a field of its own.
+    """
+
+    def wrong(why: str) -> ValueError:
+        return ValueError(f"{path}: not a PCM wav file ({why}); convert it to 16-bit PCM wav")
+
+    start = file.read(12)
+    if start[:4] != b"RIFF" or start[8:] != b"WAVE":
+        raise wrong("it does not begin with RIFF and WAVE" if start else "it is empty")
+    form = b""
+    while len(head := file.read(8)) == 8:
+        name, size = head[:4], int.from_bytes(head[4:], "little")
+        if name == b"data":
+            break
+        # a chunk of odd size has one byte more
+        chunk = file.read(size + size % 2)
+        if name == b"fmt ":
+            form = chunk
+    else:
+        raise wrong("cut short before its sound")
+    if len(form) < 16:
+        raise wrong("its format stands behind its sound, or nowhere")
+    tag, channels, given_rate, _, _, bits = struct.unpack("<HHIIHH", form[:16])
+    if tag == EXTENSIBLE and len(form) >= 26:
+        tag = int.from_bytes(form[24:26], "little")
+    width = (bits + 7) // 8
+    if tag != PCM or channels < 1 or given_rate < 1 or width not in (1, 2, 3, 4):
+        raise wrong(f"format {tag}, {channels} channels of {bits} bits at {given_rate} Hz")
+    left = os.fstat(file.fileno()).st_size - file.tell()
+    unknown = size > left and size >= UNKNOWN_SIZE
+    return channels, width, given_rate, left if unknown else size
 
 
 def _samples(data: bytes, width: int) -> np.ndarray:

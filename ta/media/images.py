@@ -158,24 +158,30 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             )
         try:
             image.load()
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+            upright = ImageOps.exif_transpose(image)
         except Exception as error:
             raise ValueError(
                 f"{path}: the picture is broken or cut short ({error}); write it again or remove it"
             ) from error
+        try:
+            return np.asarray(_to_rgb(upright, image.format))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
+def _to_rgb(image: Image.Image, kind: str | None) -> Image.Image:
+    # Pillow reads 16-bit grey of these kinds into 32 bits
+    if image.mode == "F" or (image.mode == "I" and kind not in ("PNG", "PPM")):
+        numbers = "floating-point numbers" if image.mode == "F" else "32-bit integers"
         raise ValueError(
-            "its pixels are floating-point numbers without a known range; save it with 8 or 16 bits"
+            f"its pixels are {numbers} without a known range; save it with 8 or 16 bits"
         )
     # 16-bit grey: plain convert("RGB") would make everything above 255 white
     if image.mode.startswith("I"):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("its pixels have more than 16 bits; save it with 8 or 16 bits")
+        values, clear = np.asarray(image), image.info.get("transparency")
         image = Image.fromarray((values.astype(np.uint32) >> 8).astype(np.uint8))
+        if clear is not None:
+            image.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -217,8 +217,8 @@ def load_projector(projector: nn.Module, path: str | Path) -> None:
 # Published names and ours. LLaVA's checkpoints number the layers, transformers' Llava names them;
 # HoneyBee's C-Abstractor is two stages of timm's RegNet around a pooling, with blocks from 1 on.
 PUBLISHED = {
-    r"^(.*\.)?(mm_projector\.0|linear_1)\.": "layers.0.",
-    r"^(.*\.)?(mm_projector\.2|linear_2)\.": "layers.2.",
+    r"^((.*\.)?(mm_projector\.0|linear_1)|0)\.": "layers.0.",
+    r"^((.*\.)?(mm_projector\.2|linear_2)|2)\.": "layers.2.",
     r"^(.*\.)?pos_emb$": "positions",
     r"^(.*\.)?readout\.": "mlp.",
     r"^(.*\.)?net\.0\.b(?=\d)": "before.",

@@ -96,6 +96,8 @@ def tokenize(
         return []
     prefix = settings.query_prefix if kind == "query" else settings.passage_prefix
     prefixed = [prefix + text for text in texts]
+    if settings.lower_case:
+        prefixed = [text.lower() for text in prefixed]
     return tokenizer(prefixed, truncation=True, max_length=settings.max_tokens).input_ids
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -47,19 +48,25 @@ class EmbeddingSettings(NamedTuple):
     query_prefix: str
     passage_prefix: str
     max_tokens: int  # longer texts are cut at their end
+    lower_case: bool = False  # texts and prefixes, before they are tokenized
 
 
 def embedding_settings(folder: str, config: EncoderConfig) -> EmbeddingSettings:
     """The settings in an encoder's folder, each replaced by the user's where he gives one.
 
     They are read from sentence-transformers' files; without these, pooling is the mean and vectors
-    have length 1. ValueError for a layer or a pooling of sentence-transformers that is unknown here
-    (the vectors would be others), and for a length that the encoder cannot read.
+    have length 1. ValueError for a layer, a pooling or a setting of sentence-transformers that is
+    not applied here (the vectors would be others), and for a length that the encoder cannot read.
     """
-    pooling, normalize = _pooling_of(folder)
-    prompts = (_json(folder, "config_sentence_transformers.json") or {}).get("prompts") or {}
-    limit = (_json(folder, "sentence_bert_config.json") or {}).get("max_seq_length")
-    limit = limit or getattr(model_config(folder), "max_position_embeddings", 512)
+    pooling, normalize, with_prompt = _pooling_of(folder)
+    texts = _json(folder, "config_sentence_transformers.json") or {}
+    prompts = texts.get("prompts") or {}
+    default_prompt = prompts.get(texts.get("default_prompt_name"), "")
+    reading = _json(folder, "sentence_bert_config.json") or {}
+    limit = reading.get("max_seq_length") or math.inf
+    if not reading.get("max_seq_length"):
+        limit = (_json(folder, "tokenizer_config.json") or {}).get("model_max_length") or limit
+    limit = int(min(limit, max_positions(folder)))
 
     def chosen(by_user: Any, by_folder: Any) -> Any:
         return by_folder if by_user is None else by_user
@@ -67,12 +74,19 @@ def embedding_settings(folder: str, config: EncoderConfig) -> EmbeddingSettings:
     settings = EmbeddingSettings(
         pooling=chosen(config.pooling, pooling),
         normalize=chosen(config.normalize, normalize),
-        query_prefix=chosen(config.query_prefix, prompts.get("query", "")),
+        query_prefix=chosen(config.query_prefix, prompts.get("query", default_prompt)),
         passage_prefix=chosen(
-            config.passage_prefix, prompts.get("passage", prompts.get("document", ""))
+            config.passage_prefix, prompts.get("passage", prompts.get("document", default_prompt))
         ),
         max_tokens=chosen(config.encoder_max_tokens, limit),
+        lower_case=bool(reading.get("do_lower_case")),
     )
+    if not with_prompt and (settings.query_prefix or settings.passage_prefix):
+        raise ValueError(
+            f"{folder}: include_prompt is false in its pooling, which leaves the prefix out of the "
+            'mean and is not applied here: give another encoder, or --query-prefix "" and '
+            '--passage-prefix ""'
+        )
     if not 1 <= settings.max_tokens <= limit:
         raise ValueError(
             f"--encoder-max-tokens {settings.max_tokens}: the encoder in {folder} reads "
@@ -81,8 +95,29 @@ def embedding_settings(folder: str, config: EncoderConfig) -> EmbeddingSettings:
     return settings
 
 
-def _pooling_of(folder: str) -> tuple[Any, bool]:
-    """The pooling that a folder names, and whether its vectors are scaled to length 1."""
+def max_positions(folder: str) -> int:
+    """How many tokens the encoder in a folder has positions for.
+
+    RoBERTa and its relatives count positions from behind the padding's number, so that fewer fit
+    than the table has rows.
+    """
+    import torch
+    from transformers import AutoModel
+
+    config = model_config(folder)
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    for name, module in model.named_modules():
+        first = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and first is not None:
+            return module.num_embeddings - first - 1
+    return getattr(config, "max_position_embeddings", None) or 512
+
+
+def _pooling_of(folder: str) -> tuple[Any, bool, bool]:
+    """The pooling that a folder names, whether its vectors are scaled to length 1, and whether the
+    tokens of a prefix take part.
+    """
     modules = _json(folder, "modules.json", list) or []
     names = [module["type"].rpartition(".")[2] for module in modules]
     if unknown := set(names) - {"Transformer", "Pooling", "Normalize"}:
@@ -92,7 +127,7 @@ def _pooling_of(folder: str) -> tuple[Any, bool]:
         )
     normalize = "Normalize" in names or not modules
     if "Pooling" not in names:
-        return "mean", normalize
+        return "mean", normalize, True
     config = _json(folder, f"{modules[names.index('Pooling')]['path']}/config.json") or {}
     modes = [key for key, on in config.items() if key.startswith("pooling_mode") and on]
     if "pooling_mode" in config:
@@ -102,7 +137,7 @@ def _pooling_of(folder: str) -> tuple[Any, bool]:
             f"{folder}: pooling by {' and '.join(modes) or 'nothing'} is not known: "
             f"give --pooling {'|'.join(POOLINGS.values())}"
         )
-    return POOLINGS.get(modes[0], modes[0]), normalize
+    return POOLINGS.get(modes[0], modes[0]), normalize, config.get("include_prompt", True)
 
 
 def save_embedding_settings(folder: Path, settings: EmbeddingSettings) -> None:
@@ -124,7 +159,7 @@ def save_embedding_settings(folder: Path, settings: EmbeddingSettings) -> None:
         "1_Pooling/config.json": {"word_embedding_dimension": width, **pooling},
         "sentence_bert_config.json": {
             "max_seq_length": settings.max_tokens,
-            "do_lower_case": False,
+            "do_lower_case": settings.lower_case,
         },
         "config_sentence_transformers.json": {
             "prompts": {"query": settings.query_prefix, "passage": settings.passage_prefix}

@@ -494,6 +494,7 @@ def test_answers_and_tokens_are_told_as_they_come():
         ({"max_new_tokens": 0}, "max-new-tokens 0"),
         ({"temperature": -1.0}, "temperature -1.0"),
         ({"temperature": float("nan")}, "temperature nan"),
+        ({"temperature": 1e-44}, "temperature 1e-44 is too low to divide by: give 0"),
         ({"top_p": 0.5}, "give a temperature"),
         ({"temperature": 1.0, "top_p": 0.0}, "top-p 0.0"),
         ({"num_answers": 2}, "same answer"),

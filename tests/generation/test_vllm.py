@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+from collections import Counter
 from itertools import chain
 
 import pytest
@@ -160,16 +161,26 @@ def test_adapters_that_vllm_cannot_apply_are_refused(tmp_path):
             lora_rank(adapter, True)
 
 
-def test_settings_that_beam_search_would_drop_are_refused():
-    refuse_settings(GenerateConfig(beams=3), [END], END)
-    refuse_settings(GenerateConfig(repetition_penalty=1.2, stop_strings=("x",)), [1, 2], END)
-    for config, stops, message in (
-        (GenerateConfig(beams=3, repetition_penalty=1.2), [], "repetition-penalty 1.2"),
-        (GenerateConfig(beams=3, stop_strings=("x",)), [], "stop-strings 'x'"),
-        (GenerateConfig(beams=3), [END, END + 1], "stop tokens"),
+def test_settings_that_vllm_would_drop_or_change_are_refused(door, tmp_path):
+    for config in (
+        GenerateConfig(beams=3),
+        GenerateConfig(repetition_penalty=1.2, stop_strings=("x",)),
+        GenerateConfig(temperature=0.01),
+    ):
+        refuse_settings(config)
+    for config, message in (
+        (GenerateConfig(beams=3, repetition_penalty=1.2), "repetition-penalty 1.2"),
+        (GenerateConfig(beams=3, stop_strings=("x",)), "stop-strings 'x'"),
     ):
         with pytest.raises(ValueError, match=f"{message}.*--engine hf, or --beams 1"):
-            refuse_settings(config, stops, END)
+            refuse_settings(config)
+    with pytest.raises(
+        ValueError, match=r"0\.002: vLLM samples at 0\.01 at least: give 0\.01, 0 for"
+    ):
+        refuse_settings(GenerateConfig(temperature=0.002))
+    flags = ("--engine", "vllm", "--out", tmp_path / "a", "--settings", "cold:temperature=0.002")
+    code, said = door("generate", *flags)
+    assert code == 2 and "--temperature 0.002" in said
 
 
 def test_heads_that_vllm_reads_otherwise_are_refused():
@@ -277,6 +288,22 @@ class TestEngine:
             assert torch.allclose(
                 torch.tensor(left.logprobs), torch.tensor(right.logprobs), atol=1e-3
             )
+
+    @pytest.mark.parametrize("long", [False, True])
+    def test_beams_that_end_are_ranked_by_their_own_length(self, pair, long):
+        """With end tokens that are written often, behind short and long prompts."""
+        engine, model = pair
+        prompts = [prompt * (6 if long else 1) for prompt in random_prompts(8, 4)]
+        free = generate(model, TOKENIZER, prompts, GenerateConfig(max_new_tokens=12), [])
+        counts = Counter(token for row in free for token in row[0].ids)
+        config = GenerateConfig(max_new_tokens=12, beams=4, num_answers=2)
+        for stops in ([counts.most_common()[0][0]], [t for t, _ in counts.most_common()[2:5]]):
+            ours = generate(model, TOKENIZER, prompts, config, stops)
+            theirs = generate_vllm(engine, prompts, config, stops)
+            assert len({len(a.ids) for row in ours for a in row}) > 2
+            assert [[a.ids for a in row] for row in ours] == [
+                [a.ids for a in row] for row in theirs
+            ]
 
     def test_bad_prompts_are_refused_before_the_engine_sees_them(self, pair):
         engine, _ = pair

@@ -1,5 +1,6 @@
 """Sound: wav files of every width, resampling, bad files, and spectrograms against formulas written out again."""
 
+import struct
 import wave
 
 import numpy as np
@@ -51,6 +52,47 @@ def test_resampling_keeps_a_tone_and_drops_what_cannot_be_heard(rate):
             np.abs(resample(tone(10_000, 0.5, rate), rate, RATE)[middle]).max() < 5e-3
         )  # would alias to 6 kHz
     assert resample(np.ones(1), rate, RATE).shape == (max(1, -(-RATE // rate)),)
+
+
+def headed(samples, form, size, before=b""):
+    """A wav file of 16-bit samples with this format and this size of its data."""
+    data = np.round(np.asarray(samples) * 32767).astype("<i2").tobytes()
+    chunks = b"fmt " + len(form).to_bytes(4, "little") + form + before
+    whole = b"WAVE" + chunks + b"data" + size.to_bytes(4, "little") + data
+    return b"RIFF" + size.to_bytes(4, "little") + whole
+
+
+PLAIN = struct.pack("<HHIIHH", 1, 1, RATE, 2 * RATE, 2, 16)
+GUID = bytes.fromhex("0100000000001000800000aa00389b71")
+EXTENSIBLE = struct.pack("<HHIIHHHHI", 0xFFFE, 1, RATE, 2 * RATE, 2, 16, 22, 16, 4) + GUID
+
+
+@pytest.mark.parametrize("size", [3200, 0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000])
+@pytest.mark.parametrize(
+    "form", [PLAIN, PLAIN + b"\0\0", EXTENSIBLE], ids=["plain", "longer", "extensible"]
+)
+@pytest.mark.parametrize("before", [b"", b"LIST\x03\0\0\0abc\0"], ids=["", "list"])
+def test_headers_of_pipes_and_extensible_ones_are_read(tmp_path, size, form, before):
+    """What ffmpeg leaves in a pipe, a header that names its format in a field, a chunk of odd size."""
+    path = tmp_path / "a.wav"
+    path.write_bytes(headed(tone(440, 0.1), form, size, before))
+    got = read_audio(path)
+    assert got.shape == (1600,)
+    np.testing.assert_allclose(got, tone(440, 0.1), atol=1e-4)
+    if size == 3200:
+        with_more = path.read_bytes() + b"LIST\x04\0\0\0more"
+        path.write_bytes(with_more)
+        assert read_audio(path).shape == (1600,)  # what follows the sound is none
+    path.write_bytes(headed(tone(440, 0.1), form, 3202, before))
+    with pytest.raises(
+        ValueError, match="cut short: 3200 bytes of sound, its header promises 3202"
+    ):
+        read_audio(path)
+    floating = bytearray(form)
+    floating[24 if form == EXTENSIBLE else 0] = 3
+    path.write_bytes(headed(tone(440, 0.1), bytes(floating), size, before))
+    with pytest.raises(ValueError, match="format 3, 1 channels of 16 bits at 16000 Hz"):
+        read_audio(path)
 
 
 def test_bad_sounds_are_named(tmp_path):

@@ -103,8 +103,18 @@ def test_read_image_modes(tmp_path):
     assert (through(palette) == np.asarray(palette.convert("RGB"))).all()
     assert (through(palette, "b.png", transparency=palette.getpixel((0, 0)))[0, 0] == 255).all()
     assert through(Image.fromarray(rgb).convert("CMYK"), "a.jpg").shape == (5, 7, 3)
-    with pytest.raises(ValueError, match="floating-point"):
-        through(Image.fromarray(np.zeros((4, 4), np.float32)), "f.tiff")
+    wide = grey.astype(np.uint16) * 257
+    assert (through(Image.fromarray(wide), "a.tiff") == grey[..., None]).all()
+    seen = through(Image.fromarray(wide), "c.png", transparency=int(wide[0, 3]))
+    assert (seen[0, 3] == 255).all()  # the transparent grey, over white
+    assert (np.delete(seen.reshape(35, 3), 3, 0) == np.delete(grey.ravel(), 3)[:, None]).all()
+    for values, said in (
+        (np.zeros((4, 4), np.float32), "floating-point numbers without a known range"),
+        (np.full((4, 4), 255, np.int32), "32-bit integers without a known range"),
+    ):
+        with pytest.raises(ValueError, match=said) as error:
+            through(Image.fromarray(values), "f.tiff")
+        assert "broken" not in str(error.value) and "f.tiff" in str(error.value)
 
 
 def test_exif_orientation_is_applied(tmp_path):

@@ -198,7 +198,7 @@ def test_a_published_mlp_is_read(names, tmp_path):
 
     config = LlavaConfig(
         CLIPVisionConfig(hidden_size=6, num_attention_heads=2),
-        LlamaConfig(hidden_size=10, num_attention_heads=2),
+        LlamaConfig(hidden_size=10, num_attention_heads=1),
     )
     theirs, ours = LlavaMultiModalProjector(config), small("mlp", 5, 5)
     tensors = {

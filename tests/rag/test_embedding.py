@@ -115,6 +115,62 @@ def test_what_the_folder_says_is_read_and_what_is_written_is_read_again(folder, 
         open_encoder(str(tmp_path / "1_Pooling"), encoder.settings)
 
 
+@pytest.mark.parametrize("kind", ["XLMRoberta", "Roberta", "Camembert", "MPNet", "Bert"])
+def test_a_text_of_any_length_is_cut_to_the_positions_there_are(kind, folder, tmp_path):
+    """RoBERTa's relatives use as many positions fewer as the padding's number says; the judge is transformers on cut ids."""
+    import transformers
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    rows = len(AutoTokenizer.from_pretrained(folder))
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=rows, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, max_position_embeddings=66, pad_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    model.save_pretrained(tmp_path)
+    settings = embedding_settings(str(tmp_path), EncoderConfig(normalize=False))
+    assert settings.max_tokens == (66 if kind == "Bert" else 64)
+    encoder, tokenizer = open_encoder(str(tmp_path), settings)
+    ids = tokenize(["key lamp box " * 200], tokenizer, settings, "passage")
+    assert len(ids[0]) == settings.max_tokens
+    with torch.no_grad():
+        theirs = model(
+            torch.tensor(ids), attention_mask=torch.ones(1, len(ids[0]))
+        ).last_hidden_state
+    torch.testing.assert_close(embed(encoder, ids, 1, "cpu"), theirs.mean(1))
+    with pytest.raises(ValueError, match="--encoder-max-tokens 67"):
+        embedding_settings(str(tmp_path), EncoderConfig(encoder_max_tokens=67))
+    known = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(known | {"model_max_length": 20}))
+    assert embedding_settings(str(tmp_path), EncoderConfig()).max_tokens == 20
+
+
+def test_what_sentence_transformers_would_do_to_a_text_is_done_or_refused(folder, tmp_path):
+    """Lower case is applied, its prompt too; a mean without the prompt's tokens is refused by name."""
+    encoder, tokenizer = open_encoder(str(folder), EmbeddingSettings("mean", True, "", "", 64))
+    encoder.model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    lower = EmbeddingSettings("mean", True, "Query: ", "", 64, lower_case=True)
+    save_embedding_settings(tmp_path, lower)
+    assert embedding_settings(str(tmp_path), EncoderConfig()) == lower
+    assert (
+        tokenize(["Anna's Key"], tokenizer, lower, "query")
+        == tokenizer(["query: anna's key"]).input_ids
+    )
+    path = tmp_path / "config_sentence_transformers.json"
+    path.write_text(json.dumps({"prompts": {"find": "Find: "}, "default_prompt_name": "find"}))
+    found = embedding_settings(str(tmp_path), EncoderConfig())
+    assert found.query_prefix == found.passage_prefix == "Find: "
+    pooling = tmp_path / "1_Pooling" / "config.json"
+    pooling.write_text(json.dumps(json.loads(pooling.read_text()) | {"include_prompt": False}))
+    with pytest.raises(ValueError, match="include_prompt is false"):
+        embedding_settings(str(tmp_path), EncoderConfig())
+    without = EncoderConfig(query_prefix="", passage_prefix="")
+    assert embedding_settings(str(tmp_path), without).query_prefix == ""
+
+
 def test_gradients_reach_every_part_of_the_encoder(folder):
     encoder, _ = open_encoder(str(folder), EmbeddingSettings("mean", True, "", "", 128))
     encoder(Texts(torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.int64)))[0, 0].backward()
