@@ -3,11 +3,12 @@
     python recipes/sample.py --data scored.jsonl --method best --n 1 --out chosen.jsonl
     python recipes/sample.py --data scored.jsonl --method rejection --n 4 --beta 0.5 \
         --out chosen.jsonl
+    python recipes/sample.py --data scored.jsonl --as-pairs --out pairs.jsonl     # for dpo.py
 
 A line of data: {"messages": [...],
 "answers": [{"id": "a", "content": "4"}, {"id": "b", "content": "5"}], "rewards": {"a": 1, "b": 0}}
 A line of the output is the record with the chosen answers only, best first where there are
-rewards; with --as-chats, one chat for each.
+rewards; with --as-chats, one chat for each; with --as-pairs, a pair of the best and the worst.
 """
 
 from __future__ import annotations
@@ -40,55 +41,117 @@ class Config:
     """Seed of the choice; each record's depends on its place and this alone."""
     as_chats: bool = False
     """Write chats for sft.py, one a chosen answer, instead of candidate records."""
+    as_pairs: bool = False
+    """Write pairs for dpo.py: of each record the best against the worst answer by reward, then with
+    --n 2 and more the second best against the second worst, and so on."""
+    keep_duplicates: bool = False
+    """Keep answers that repeat another one of their record, which would be trained twice."""
     overwrite: bool = False
     """Replace an output that exists."""
 
 
-def choose(config: Config, place: int, record: dict) -> list[dict]:
+def distinct(answers: list[dict], rewards: dict) -> list[dict]:
+    """The answers without those that repeat the text of another one; the best rewarded stays."""
+    kept: dict[str, dict] = {}
+    for answer in answers:
+        other = kept.setdefault(answer["content"], answer)
+        if rewards.get(answer["id"], 0) > rewards.get(other["id"], 0):
+            kept[answer["content"]] = answer
+    return list(kept.values())
+
+
+def choose(config: Config, place: int, answers: list[dict], rewards: dict) -> list[dict]:
     """The answers to keep of a record, best first where there are rewards.
 
     ValueError where a reward is needed and missing.
     """
-    answers, seed = record["answers"], f"{config.seed}-{place}"
+    seed = f"{config.seed}-{place}"
     if config.method == "random":
         return [answers[i] for i in ta.sample_random(len(answers), config.n, seed=seed)]
-    by_id = record.get("rewards") or {}
-    missing = [answer["id"] for answer in answers if answer["id"] not in by_id]
-    if missing:
-        raise ValueError(
-            f"record {place + 1}: answer {missing[0]!r} has no reward, which --method "
-            f"{config.method} needs; score the file first"
-        )
-    rewards = [by_id[answer["id"]] for answer in answers]
+    values = rewards_of(config, place, answers, rewards)
     chosen = (
-        ta.sample_best(rewards, config.n)
+        ta.sample_best(values, config.n)
         if config.method == "best"
-        else ta.sample_rejection(rewards, config.n, seed=seed, beta=config.beta)
+        else ta.sample_rejection(values, config.n, seed=seed, beta=config.beta)
     )
-    return [answers[i] for i in sorted(chosen, key=lambda i: -rewards[i])]
+    return [answers[i] for i in sorted(chosen, key=lambda i: -values[i])]
 
 
-def lines_of(config: Config, record: dict, answers: list[dict]) -> list[dict]:
-    """The record with its chosen answers, or a chat for each of them."""
-    if not config.as_chats:
-        return [record | {"answers": answers}]
+def rewards_of(config: Config, place: int, answers: list[dict], rewards: dict) -> list[float]:
+    """The reward of each answer; ValueError where one is missing."""
+    if missing := [answer["id"] for answer in answers if answer["id"] not in rewards]:
+        needs = "--as-pairs" if config.as_pairs else f"--method {config.method}"
+        raise ValueError(
+            f"record {place + 1}: answer {missing[0]!r} has no reward, which {needs} needs; "
+            "score the file first"
+        )
+    return [rewards[answer["id"]] for answer in answers]
+
+
+def pairs_of(config: Config, place: int, answers: list[dict], rewards: dict) -> list[dict]:
+    """The best against the worst answer, then the second best against the second worst, and so on.
+
+    There are at most --n of them, and none of equal rewards.
+    """
+    values = rewards_of(config, place, answers, rewards)
+    order = ta.sample_best(values, len(values))
+    turns = [{"role": "assistant", "content": answers[i]["content"]} for i in order]
+    pairs = []
+    for k in range(min(config.n, len(order) // 2)):
+        best, worst = values[order[k]], values[order[-k - 1]]
+        if best > worst:
+            own = {"answer_w": turns[k], "answer_l": turns[-k - 1]}
+            pairs.append(own | {"reward_w": best, "reward_l": worst})
+    return pairs
+
+
+def lines_of(config: Config, place: int, record: dict, answers: list[dict]) -> list[dict]:
+    """What is written of a record: itself with its chosen answers, or a chat or pair a line."""
+    rewards = record.get("rewards") or {}
     rest = {k: v for k, v in record.items() if k not in ("answers", "rewards", "key")}
-    turns = [{"role": "assistant", "content": answer["content"]} for answer in answers]
-    return [rest | {"messages": [*record["messages"], turn]} for turn in turns]
+    if config.as_pairs:
+        del rest["messages"]
+        pairs = pairs_of(config, place, answers, rewards)
+        return [rest | {"context": record["messages"]} | pair for pair in pairs]
+    chosen = choose(config, place, answers, rewards)
+    if config.as_chats:
+        turns = [{"role": "assistant", "content": answer["content"]} for answer in chosen]
+        return [rest | {"messages": [*record["messages"], turn]} for turn in turns]
+    kept = {answer["id"]: rewards[answer["id"]] for answer in chosen if answer["id"] in rewards}
+    return [rest | {"answers": chosen} | ({"rewards": kept} if rewards else {})]
 
 
 def main(config: Config) -> None:
     if not config.data:
         raise ValueError("no data to choose from: give --data FILE.jsonl with candidate answers")
+    if config.as_pairs and (config.as_chats or config.method != "best"):
+        other = "--as-chats" if config.as_chats else f"--method {config.method}"
+        raise ValueError(
+            f"--as-pairs takes the best and the worst answer by reward: leave {other} out"
+        )
     out = ta.AnswersFile(config.out, overwrite=config.overwrite)
-    lines = []
+    lines, repeated, without = [], 0, 0
     for place, record in enumerate(ta.read_records(config.data, check_candidates)):
-        lines += lines_of(config, record.data, choose(config, place, record.data))
+        answers = record.data["answers"]
+        if not config.keep_duplicates:
+            answers = distinct(answers, record.data.get("rewards") or {})
+            repeated += len(record.data["answers"]) - len(answers)
+        made = lines_of(config, place, record.data, answers)
+        without += not made
+        lines += made
     with locked(out.path):
         ta.AnswersFile(config.out, overwrite=config.overwrite)  # none has been written meanwhile
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_atomic(out.path, text)
     print(f"{out.path}: {len(lines):,} lines", file=sys.stderr)
+    if repeated:
+        print(
+            f"note: {repeated:,} answers that repeat another one of their record were left out "
+            "(--keep-duplicates keeps them)",
+            file=sys.stderr,
+        )
+    if config.as_pairs and without:
+        print(f"note: {without:,} records have no two answers of different reward", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -120,12 +120,14 @@ def embed(
     device: Any,
     max_tokens: int = 8192,
     agree: Callable[[int], int] = lambda n: n,
+    first: int = 0,
 ) -> Tensor:
     """(N, E) vectors of tokenized texts in their order, without gradients.
 
     Texts of like length share a pass of at most `max_tokens` tokens, padding included. `forward` is
     a TextEncoder, or calls one. `agree(passes)` says how many passes to run: with a sharded encoder
-    as many as every other process.
+    as many as every other process. ValueError for a vector that is not finite, which no search
+    would find; `first` is the number of the first text in the message.
     """
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     groups: list[list[int]] = []
@@ -144,4 +146,11 @@ def embed(
     by_length = torch.cat(parts)  # (N, E)
     out = torch.empty_like(by_length)
     out[torch.tensor(order, dtype=torch.int64, device=device)] = by_length
+    broken = (~out.isfinite().all(1)).nonzero()[:, 0]
+    if len(broken):
+        raise ValueError(
+            f"{len(broken)} of {len(ids)} vectors are not finite, the first of text "
+            f"{first + int(broken[0]) + 1}: no search would find it; look at the text and at the "
+            "encoder's weights"
+        )
     return out

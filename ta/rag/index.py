@@ -250,7 +250,9 @@ def build_index(
         for block in left:
             texts = [text_of(passage) for passage in read_passages(passages, blocks[block])]
             ids = tokenize(texts, tokenizer, settings, "passage")
-            vectors = embed(encoder, ids, tokenizer.pad_token_id, device, max_tokens)
+            vectors = embed(
+                encoder, ids, tokenizer.pad_token_id, device, max_tokens, first=block * BLOCK
+            )
             parts.save(f"{block:08}", {"vectors": vectors.float().cpu().contiguous()})
             advance(len(blocks[block]))
     return _publish(out, parts, -(-n // BLOCK))

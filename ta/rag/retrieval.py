@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ta.chat.encode import encode_prompts
-from ta.parallel import gather_objects
+from ta.parallel import gather_objects, say
 from ta.rag.embedding_settings import EmbeddingSettings
 from ta.rag.index import Index, open_index
 from ta.rag.passages import (
@@ -101,7 +101,13 @@ def find_passages(
     pad_id = retriever.encoder_tokenizer.pad_token_id
     vectors = embed(forward, ids, pad_id, retriever.device, agree=agree)  # (Q, E)
     if retriever.approximate:
-        return *approximate_top_k(retriever.approximate, vectors, k), ids
+        scores, rows = approximate_top_k(retriever.approximate, vectors, k)
+        if short := int((rows < 0).any(1).sum()):
+            say(
+                f"note: approximate search found fewer than {k} passages for {short} of "
+                f"{len(rows)} questions; without --approximate all are found"
+            )
+        return scores, rows, ids
     return *top_k(vectors.float(), retriever.table, k), ids
 
 

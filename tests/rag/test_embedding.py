@@ -171,6 +171,16 @@ def test_what_sentence_transformers_would_do_to_a_text_is_done_or_refused(folder
     assert embedding_settings(str(tmp_path), without).query_prefix == ""
 
 
+def test_a_vector_that_no_search_would_find_is_refused(folder):
+    encoder, tokenizer = open_encoder(str(folder), EmbeddingSettings("mean", True, "", "", 64))
+    ids = tokenize(["key", "lamp", "box red"], tokenizer, encoder.settings, "passage")
+    with torch.no_grad():
+        encoder.model.get_input_embeddings().weight[ids[1][-1]] = float("nan")
+    shared = [i for i in range(3) if ids[1][-1] in ids[i]]
+    with pytest.raises(ValueError, match=rf"the first of text {101 + shared[0]}: no search"):
+        embed(encoder, ids, tokenizer.pad_token_id, "cpu", first=100)
+
+
 def test_gradients_reach_every_part_of_the_encoder(folder):
     encoder, _ = open_encoder(str(folder), EmbeddingSettings("mean", True, "", "", 128))
     encoder(Texts(torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.int64)))[0, 0].backward()

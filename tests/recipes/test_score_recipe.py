@@ -149,6 +149,61 @@ def test_wrong_input_is_answered(door, files):
         assert code == 2 and message in text and not (files / "new.jsonl").exists(), (recipe, text)
 
 
+def candidate(texts, rewards, name="a"):
+    """A scored record with these answers."""
+    answers = [{"id": str(i), "content": text} for i, text in enumerate(texts)]
+    asked = [{"role": "user", "content": "?"}]
+    given = {str(i): reward for i, reward in enumerate(rewards)}
+    return {"id": name, "messages": asked, "answers": answers, "rewards": given}
+
+
+def test_what_is_chosen_is_no_repeat_and_can_be_chosen_from_again(door, tmp_path):
+    """Of equal answers the best rewarded stays; rewards are those of the chosen; the output is an input."""
+    models.write_jsonl(
+        tmp_path / "scored.jsonl", [candidate("aabbc", [1, 3, 2, 2, 0]), candidate("zz", [1, 1])]
+    )
+    for method in ("best", "rejection", "random"):
+        flags = ("--method", method, "--n", "4", "--overwrite")
+        code, said = door(
+            "sample", "--data", tmp_path / "scored.jsonl", "--out", tmp_path / "one.jsonl", *flags
+        )
+        assert code == 0 and "4 answers that repeat another one" not in said
+        assert "3 answers that repeat another one of their record were left out" in said
+        first, second = lines(tmp_path / "one.jsonl")
+        assert {a["id"] for a in first["answers"]} == {"1", "2", "4"}
+        assert first["rewards"] == {
+            a["id"]: [1, 3, 2, 2, 0][int(a["id"])] for a in first["answers"]
+        }
+        assert len(second["answers"]) == 1 == len(second["rewards"])
+        again = ("--data", tmp_path / "one.jsonl", "--n", "1", "--overwrite")
+        assert door("sample", *again, "--out", tmp_path / "two.jsonl")[0] == 0
+        assert lines(tmp_path / "two.jsonl")[0]["rewards"] == {"1": 3}
+    kept = ("--keep-duplicates", "--n", "9", "--out", tmp_path / "all.jsonl")
+    assert door("sample", "--data", tmp_path / "scored.jsonl", *kept)[0] == 0
+    assert [len(r["answers"]) for r in lines(tmp_path / "all.jsonl")] == [5, 2]
+
+
+def test_pairs_set_the_best_against_the_worst(door, tmp_path):
+    """And the next best against the next worst; equal rewards are no pair. dpo.py's checker reads them."""
+    from ta.data.records import check_pair
+
+    models.write_jsonl(
+        tmp_path / "scored.jsonl",
+        [candidate("abcde", [1, 5, 2, 4, 2], "x"), candidate("ab", [1, 1]), candidate("a", [3])],
+    )
+    for n, wanted in ((1, ["ba"]), (2, ["ba", "de"]), (5, ["ba", "de"])):
+        flags = ("--as-pairs", "--n", n, "--out", tmp_path / "pairs.jsonl", "--overwrite")
+        code, said = door("sample", "--data", tmp_path / "scored.jsonl", *flags)
+        assert code == 0 and "2 records have no two answers of different reward" in said
+        pairs = [check_pair(pair) for pair in lines(tmp_path / "pairs.jsonl")]
+        assert [p["answer_w"]["content"] + p["answer_l"]["content"] for p in pairs] == wanted
+        assert pairs[0]["id"] == "x" and (pairs[0]["reward_w"], pairs[0]["reward_l"]) == (5, 1)
+    code, said = door(
+        "sample", "--data", tmp_path / "scored.jsonl", "--as-pairs", "--method", "random"
+    )
+    assert code == 2 and "leave --method random out" in said
+
+
 def test_rejection_sampling_as_the_readme_shows_it(door, files):
     """Its four commands, one after another, on small files: what one writes the next reads, and chats of chosen answers train."""
     import shlex
@@ -184,8 +239,14 @@ def test_rejection_sampling_as_the_readme_shows_it(door, files):
     assert (
         len(scored) == 20
         and all(len(record["rewards"]) == 8 for record in scored)
-        and len(chosen) == 40
+        and 20 < len(chosen) <= 40  # two of a record, unless all its answers are the same
     )
+    assert len({json.dumps(chat) for chat in chosen}) == len(chosen)
+    path, *flags = commands[0]
+    for flag, value in (("--data", "scored.jsonl"), ("--out", "new.jsonl")):
+        flags[len(flags) - 1 - flags[::-1].index(flag) + 1] = str(files / value)
+    assert door("generate", *flags)[0] == 0
+    assert not any("rewards" in record for record in lines(files / "new.jsonl"))
     assert chosen[0]["messages"][-1]["content"] in [
         answer["content"] for answer in scored[0]["answers"]
     ]
