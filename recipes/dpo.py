@@ -50,17 +50,17 @@ class Config:
     below: the one published with the loss, which is 0.1 but for hinge 0.05, simpo 2, dpop 0.3,
     nca_pair 0.01 and cal_dpo 0.002."""
     label_smoothing: Annotated[float | None, Range(0, below=0.5)] = None
-    """Of sigmoid: the share of pairs believed to be labelled the wrong way round (0)."""
+    """Of sigmoid: the share of pairs believed to be labelled the wrong way round. Default: 0."""
     gamma: Annotated[float | None, Range(0)] = None
-    """Of simpo: the margin that is wanted between the rewards (1)."""
+    """Of simpo: the margin that is wanted between the rewards. Default: 1."""
     alpha: Annotated[float | None, Range(0)] = None
-    """Of slic_hf and cpo: the weight of the likelihood of the chosen answer (1)."""
+    """Of slic_hf and cpo: the weight of the likelihood of the chosen answer. Default: 1."""
     delta: Annotated[float | None, Range(0, above=True)] = None
-    """Of slic_hf: the margin that is wanted between the log-probabilities (1)."""
+    """Of slic_hf: the margin that is wanted between the log-probabilities. Default: 1."""
     penalty: Annotated[float | None, Range(0)] = None
-    """Of dpop: the weight of the chosen answer's loss of likelihood (50)."""
+    """Of dpop: the weight of the chosen answer's loss of likelihood. Default: 50."""
     average: bool | None = None
-    """Of ipo: means over tokens instead of sums (off)."""
+    """Of ipo: means over tokens instead of sums. Default: sums."""
 
 
 # the flags of each loss, with the values that were published with it

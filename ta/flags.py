@@ -102,13 +102,17 @@ class Setting(NamedTuple):
         return "--" + self.name.replace("_", "-")
 
 
-def settings_of(config_class: type) -> Iterator[Setting]:
-    """The fields of a config class, those of the configs inside it in their place."""
+def settings_of(config_class: type, given: Any = None) -> Iterator[Setting]:
+    """The fields of a config class, those of the configs inside it in their place.
+
+    The default of a field inside is what the outer config gives it, such as a recipe's own --out.
+    """
     for field in dataclasses.fields(config_class):
-        if dataclasses.is_dataclass(field.default):
-            yield from settings_of(type(field.default))
+        default = field.default if given is None else getattr(given, field.name)
+        if dataclasses.is_dataclass(default):
+            yield from settings_of(type(default), default)
         else:
-            yield Setting(field.name, field.default, config_class)
+            yield Setting(field.name, default, config_class)
 
 
 def our_words(words: list[str], config_class: type) -> list[str]:

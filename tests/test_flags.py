@@ -176,3 +176,12 @@ def test_the_package_lists_its_folders():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "ta").rglob("*.py")}
     assert {*listed} == folders | {"ta.recipes"}
+
+
+def test_a_default_is_that_of_the_recipe():
+    """A recipe may give a group other defaults than the group's own; help and a settings file mean the recipe's."""
+    config = config_of("kto")
+    known = {setting.name: setting.default for setting in settings_of(config)}
+    assert known["out"] == "runs/kto" and known["sample_metrics"] == ("accuracy", "contains")
+    for setting in settings_of(config_of("sft")):
+        assert setting.default != "runs/run", setting

@@ -197,8 +197,8 @@ def test_a_published_mlp_is_read(names, tmp_path):
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
     config = LlavaConfig(
-        CLIPVisionConfig(hidden_size=6, num_attention_heads=2),
-        LlamaConfig(hidden_size=10, num_attention_heads=1),
+        vision_config=CLIPVisionConfig(hidden_size=6, num_attention_heads=2),
+        text_config=LlamaConfig(hidden_size=10, num_attention_heads=1),
     )
     theirs, ours = LlavaMultiModalProjector(config), small("mlp", 5, 5)
     tensors = {
