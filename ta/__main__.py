@@ -3,6 +3,7 @@
     ta                        the recipes, a line each
     ta sft --data chats.jsonl the same as python recipes/sft.py --data chats.jsonl
     ta copy dpo my_method.py  a recipe to edit
+    ta help                   this page; ta help TOPIC reads a chapter of the guide
     ta doctor                 versions, devices, extras, memory and disk
     ta from-turbo s.json      the command for a settings file of turbo-alignment
     ta convert FROM OUT       pickled weights and SentencePiece tokenizers to what is read here
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import shutil
 import sys
@@ -25,8 +27,9 @@ from ta.command_line import guard
 from ta.convert import convert
 from ta.files import write_atomic
 from ta.from_turbo import from_turbo, script
-from ta.recipe_files import RECIPES, recipe_names
+from ta.recipe_files import PACKAGE, RECIPES, recipe_names
 
+GUIDE = PACKAGE / "guide"
 EXTRAS = {  # package: what it adds
     "vllm": "--engine vllm",
     "bitsandbytes": "--quantize 4bit and 8bit",
@@ -54,9 +57,18 @@ def main() -> None:
         raise SystemExit(guard(lambda: unknown(name)))
 
 
-def usage() -> None:
-    """Print the commands and the recipes, a line each."""
-    print(__doc__)
+def usage(*words: str) -> None:
+    """Print a chapter of the guide, or the commands and the recipes, a line each.
+
+    ValueError for a chapter that does not exist.
+    """
+    topics = {path.stem: path for path in sorted(GUIDE.glob("*.md"))}
+    if words:
+        if words[0] not in topics:
+            raise ValueError(f"ta help {words[0]}: give one of {', '.join(topics)}")
+        text = re.sub(r"<!-- .* -->\n", "", topics[words[0]].read_text(encoding="utf-8"))
+        return print(text)
+    print(f"{__doc__}\nThe guide: {', '.join(topics)}\n\nThe recipes:\n")
     width = max(map(len, recipe_names()))
     columns = shutil.get_terminal_size().columns
     for name in recipe_names():
