@@ -20,14 +20,17 @@ def cut_dialogue(
 
     `lengths` are the tokens of each message and `fixed` those that come on top; what stays has at
     most `max_tokens` in all (None: no limit). Leading system messages stay and are counted. Of the
-    others the first stay, or with `keep_end` the last. With `end_in_answer` they end in an answer.
-    Where earlier messages went, the first one left is no answer. The list is empty where nothing
-    but system messages would stay.
+    others the first stay, or with `keep_end` the last. With `end_in_answer` they end in an answer
+    and hold a question before it. Where earlier messages went, the first one left is no answer.
+    The list is empty where nothing of use would stay.
     """
     first = next((i for i, role in enumerate(roles) if role != SYSTEM), len(roles))
     stop = len(roles)
     while end_in_answer and stop > first and roles[stop - 1] != ANSWER:
         stop -= 1
+    asked = [i for i in range(first, stop) if roles[i] not in (ANSWER, SYSTEM)]
+    if end_in_answer and not asked:
+        return []
     room = math.inf if max_tokens is None else max_tokens - fixed - sum(lengths[:first])
     begin = first
     if keep_end:
@@ -36,7 +39,8 @@ def cut_dialogue(
             total += lengths[i]
             if total > room:
                 break
-            if i == first or roles[i] != ANSWER:
+            whole = i == first or roles[i] != ANSWER
+            if whole and (not end_in_answer or i <= asked[-1]):
                 begin = i
     else:
         total, fits = 0, first
@@ -44,7 +48,7 @@ def cut_dialogue(
             total += lengths[i]
             if total > room:
                 break
-            if not end_in_answer or roles[i] == ANSWER:
+            if not end_in_answer or (roles[i] == ANSWER and i > asked[0]):
                 fits = i + 1
         stop = fits
     return [*range(first), *range(begin, stop)] if begin < stop else []

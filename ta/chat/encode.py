@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ta.chat.cut import cut_dialogue
+from ta.chat.jinja import NO_ARGUMENTS, Arguments
 from ta.chat.messages import (
     ANSWER,
+    SYSTEM,
     Chat,
     Message,
+    is_question,
     message_weight,
     strip_trailing_answers,
     with_system,
@@ -66,55 +69,81 @@ def encode_dialogues(
     tokenizer: ChatTokenizer,
     config: ChatConfig,
     rule: Rule = AS_CONFIGURED,
+    arguments: Sequence[Arguments] | None = None,
+    notes: Sequence[list[str]] | None = None,
 ) -> list[list[Tokens] | Drop]:
     """The sequences of each group of dialogues, in order, or why it cannot be used.
 
-    The dialogues of a group differ in their last message only and share one cut. ValueError for a
-    dialogue that is wrong (encode its group alone to know which) and for settings that are wrong.
+    The dialogues of a group differ in their last message only and share one cut. `arguments` has
+    for each group what the template is given beside the messages (`template_arguments`); `notes`
+    has a list for each group, which gets a line for each thing that the template leaves out.
+    ValueError for a dialogue that is wrong (encode its group alone to know which) and for settings
+    that are wrong.
     """
     check_chat_config(config)
     loss_on = rule.loss_on or config.loss_on
     keep_end = config.keep_end if rule.keep_end is None else rule.keep_end
     end_in_answer = not rule.opened and loss_on != "all"
     groups = [[_prepared(dialogue, config) for dialogue in group] for group in dialogues]
-    no_answer = Drop("no answer", "the chat has no message that could be learned")
-    results: list[list[Tokens] | Drop] = [no_answer] * len(groups)
+    arguments = arguments or [NO_ARGUMENTS] * len(groups)
+    notes = notes or [[] for _ in groups]
+    results: list[list[Tokens] | Drop] = [_useless(group, rule) for group in groups]
     # the places of the messages that stay in each group
     kept: dict[int, list[int]] = {}
+    # the groups whose last answer is to be cut
+    cut_answers: set[int] = set()
     for g, group in enumerate(groups):
         stay = _before_cutting(group, keep_end, end_in_answer)
-        if stay or (group and rule.opened):
+        if stay and not (rule.opened and not any(map(is_question, group[0]))):
             kept[g] = stay
     while kept:
-        rendered = []
+        rendered, found = [], {g: [] for g in kept}
         for g, stay in kept.items():
             for dialogue in groups[g]:
                 messages = [dialogue[i] for i in stay]
                 weights = loss_weights(messages, loss_on, rule.opened)
-                rendered.append(render_chat(messages, tokenizer.template, weights, rule.opened))
+                given = weights, rule.opened, arguments[g], found[g]
+                rendered.append(render_chat(messages, tokenizer.template, *given))
         tokenized = iter(tokenize_chats(rendered, tokenizer.vocabulary))
         too_long: dict[int, list[int]] = {}
         for g, stay in kept.items():
             variants = [next(tokenized) for _ in groups[g]]
             longest = max(variants, key=lambda variant: len(variant.tokens.ids))
-            size = len(longest.tokens.ids)
-            if config.max_tokens is None or size <= config.max_tokens:
-                results[g] = _learnable([variant.tokens for variant in variants], rule)
+            size, limit = len(longest.tokens.ids), config.max_tokens
+            if limit is None or size <= limit or g in cut_answers:
+                sequences = [Tokens(*(x[:limit] for x in variant.tokens)) for variant in variants]
+                results[g] = _learnable(sequences, rule)
+                found[g] += ["the last answer is cut and teaches no end"] * (g in cut_answers)
+                notes[g] += dict.fromkeys(found[g])
                 continue
             # what a template writes once (BOS) counts with the first message; should that message
             # go, the next round counts again
             messages = [groups[g][0][i] for i in stay]
-            places = _cut(messages, longest, config.max_tokens, keep_end, end_in_answer, rule)
+            places = _cut(messages, longest, limit, keep_end, end_in_answer, rule)
+            if config.cut_answer and end_in_answer:
+                ending = _cut_in_answer(messages, longest, limit, keep_end)
+                if ending and len(ending) > len(places):
+                    places = ending
+                    cut_answers.add(g)
             if places:
                 too_long[g] = [stay[place] for place in places]
                 continue
             what = "prompt" if rule.opened else "answer" if end_in_answer else "message"
             results[g] = Drop(
                 f"no {what} fits in max_tokens",
-                f"{size} tokens, and no whole {what} within {config.max_tokens}",
+                f"{size} tokens, and no whole {what} within {limit}",
             )
         kept = too_long
     return results
+
+
+def _useless(group: Sequence[Chat], rule: Rule) -> Drop:
+    """Why a group cannot be used that has no messages of use."""
+    roles = [message["role"] for message in group[0]] if group else []
+    if rule.opened or ANSWER in roles:
+        what = "be answered" if rule.opened else "follow from one"
+        return Drop("no question", f"no message of a user is there, so nothing can {what}")
+    return Drop("no answer", "the chat has no message that could be learned")
 
 
 def _before_cutting(group: Sequence[Chat], keep_end: bool, end_in_answer: bool) -> list[int]:
@@ -137,13 +166,37 @@ def _cut(
     roles = [message["role"] for message in messages]
     if keep_end:
         # a question right behind its picture begins what is kept as little as an answer does
+        # nor does what a tool gave begin it, when its call is gone
         behind = [False, *("parts" in message for message in messages)]
         for i, role in enumerate(roles):
-            if behind[i] and role == messages[i - 1]["role"]:
+            if role == "tool" or (behind[i] and role == messages[i - 1]["role"]):
                 roles[i] = ANSWER
     lengths = list(tokenized.lengths)
     fixed = lengths.pop() if rule.opened else 0
     return cut_dialogue(roles, lengths, max_tokens, keep_end, end_in_answer, fixed)
+
+
+def _cut_in_answer(
+    messages: Chat, tokenized: Tokenized, max_tokens: int, keep_end: bool
+) -> list[int]:
+    """The places of the messages up to an answer that reaches over the limit; [] for none.
+
+    Where the latest messages are kept, it is the last answer with what it answers.
+    """
+    first = next((i for i, m in enumerate(messages) if m["role"] != SYSTEM), len(messages))
+    if keep_end:
+        asked = max(i for i, message in enumerate(messages) if is_question(message))
+        while asked > first and messages[asked]["role"] == "tool":
+            asked -= 1
+        return [*range(first), *range(asked, len(messages))]
+    total = 0
+    for i, (message, length) in enumerate(zip(messages, tokenized.lengths, strict=True)):
+        if total + length > max_tokens:
+            answers = message["role"] == ANSWER and any(map(is_question, messages[:i]))
+            learned = any(tokenized.tokens.weights[total:max_tokens])
+            return list(range(i + 1)) if answers and learned else []
+        total += length
+    return []
 
 
 def _learnable(sequences: list[Tokens], rule: Rule) -> list[Tokens] | Drop:
@@ -156,19 +209,29 @@ def _learnable(sequences: list[Tokens], rule: Rule) -> list[Tokens] | Drop:
 
 
 def encode_chats(
-    chats: Sequence[Chat], tokenizer: ChatTokenizer, config: ChatConfig, rule: Rule = AS_CONFIGURED
+    chats: Sequence[Chat],
+    tokenizer: ChatTokenizer,
+    config: ChatConfig,
+    rule: Rule = AS_CONFIGURED,
+    arguments: Sequence[Arguments] | None = None,
 ) -> list[Tokens | Drop]:
     """Training sequences, one a chat, in order.
 
-    ValueError for a chat that is wrong (encode it alone to know which).
+    `arguments` has what the template is given beside each chat's messages. ValueError for a chat
+    that is wrong (encode it alone to know which).
     """
-    results = encode_dialogues([[chat] for chat in chats], tokenizer, config, rule)
+    results = encode_dialogues([[chat] for chat in chats], tokenizer, config, rule, arguments)
     return [result if isinstance(result, Drop) else result[0] for result in results]
 
 
-def encode_chat(messages: Chat, tokenizer: ChatTokenizer, config: ChatConfig) -> Tokens | Drop:
+def encode_chat(
+    messages: Chat,
+    tokenizer: ChatTokenizer,
+    config: ChatConfig,
+    arguments: Arguments = NO_ARGUMENTS,
+) -> Tokens | Drop:
     """`encode_chats` for one chat."""
-    return encode_chats([messages], tokenizer, config)[0]
+    return encode_chats([messages], tokenizer, config, arguments=[arguments])[0]
 
 
 def with_answers(context: Chat, answers: Sequence[Message]) -> list[list[Message]]:
@@ -182,6 +245,7 @@ def encode_answers(
     answers: Sequence[Sequence[Message]],
     tokenizer: ChatTokenizer,
     config: ChatConfig,
+    arguments: Sequence[Arguments] | None = None,
 ) -> list[list[Tokens] | Drop]:
     """For each context the sequences of its answers, all with the same cut context.
 
@@ -189,7 +253,7 @@ def encode_answers(
     messages stay, whatever `keep_end` says: the answer is what the record is about.
     """
     dialogues = [with_answers(*group) for group in zip(contexts, answers, strict=True)]
-    return encode_dialogues(dialogues, tokenizer, config, ONE_ANSWER)
+    return encode_dialogues(dialogues, tokenizer, config, ONE_ANSWER, arguments)
 
 
 def drop_equal(sequences: list[Tokens]) -> list[Tokens] | Drop:
@@ -200,23 +264,33 @@ def drop_equal(sequences: list[Tokens]) -> list[Tokens] | Drop:
 
 
 def encode_prompts(
-    chats: Sequence[Chat], tokenizer: ChatTokenizer, config: ChatConfig
+    chats: Sequence[Chat],
+    tokenizer: ChatTokenizer,
+    config: ChatConfig,
+    arguments: Sequence[Arguments] | None = None,
 ) -> list[list[int] | Drop]:
     """Prompts for generation: trailing answers off, the answer's prefix opened.
 
     A prompt's ids are the first ids of `encode_chat(chat + [answer])`. Over `max_tokens` the
-    earliest messages go, whatever `keep_end` says: the last question is what is asked.
+    earliest messages go, whatever `keep_end` says: the last question is what is asked. A chat
+    without a question is a Drop.
     """
     dialogues = [[strip_trailing_answers(chat)] for chat in chats]
-    results = encode_dialogues(dialogues, tokenizer, config, PROMPT)
+    results = encode_dialogues(dialogues, tokenizer, config, PROMPT, arguments)
     return [result if isinstance(result, Drop) else result[0].ids for result in results]
 
 
-def encode_prompt(messages: Chat, tokenizer: ChatTokenizer, config: ChatConfig) -> list[int]:
-    """`encode_prompts` for one; ValueError where the question does not fit in `max_tokens`."""
-    result = encode_prompts([messages], tokenizer, config)[0]
+def encode_prompt(
+    messages: Chat,
+    tokenizer: ChatTokenizer,
+    config: ChatConfig,
+    arguments: Arguments = NO_ARGUMENTS,
+) -> list[int]:
+    """`encode_prompts` for one; ValueError where nothing is asked or it does not fit."""
+    result = encode_prompts([messages], tokenizer, config, [arguments])[0]
     if isinstance(result, Drop):
-        raise ValueError(f"{result.reason}: {result.detail}; raise --max-tokens")
+        remedy = "give a question" if result.reason == "no question" else "raise --max-tokens"
+        raise ValueError(f"{result.reason}: {result.detail}; {remedy}")
     return result
 
 
@@ -228,7 +302,8 @@ def _prepared(dialogue: Chat, config: ChatConfig) -> list[Message]:
 
 def _canonical(message: Message, index: int) -> Message:
     role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or not isinstance(content, str):
+    beside_calls = content is None and message.get("tool_calls")
+    if not isinstance(role, str) or not (isinstance(content, str | list) or beside_calls):
         wrong, given = ("role", role) if not isinstance(role, str) else ("content", content)
         raise ValueError(
             f"message {index + 1} has {wrong} {given!r}, which is no text; give a string"

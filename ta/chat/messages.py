@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-# {"role": str, "content": str, "loss"?: bool | float}; "bot" and "assistant" are one role
+# {"role": str, "content": str | None, "loss"?: bool | float, and what the template may read:
+# "reasoning_content", "tool_calls", "tool_call_id", "name"}; "bot" and "assistant" are one role
 Message = dict[str, Any]
 Chat = Sequence[Message]
 
 ANSWER = "assistant"
 SYSTEM = "system"
+# the names under which a message holds what the model thought before it answered
+REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 def canonical_role(role: str | None) -> str | None:
@@ -58,11 +61,26 @@ def with_system(messages: Chat, prompt: str | None, ignore: bool = False) -> lis
     return [*new, *messages[first:]]
 
 
+def is_question(message: Message) -> bool:
+    """Whether an answer can follow from it: neither an answer nor a system prompt."""
+    return canonical_role(message.get("role")) not in (ANSWER, SYSTEM)
+
+
 def random_cut(messages: Chat, generator: random.Random) -> list[Message]:
-    """The messages before a random answer; ValueError where there is no answer."""
-    places = [i for i, message in enumerate(messages) if canonical_role(message["role"]) == ANSWER]
+    """The messages before a random answer to a question; ValueError where there is none."""
+    first = next((i for i, message in enumerate(messages) if is_question(message)), len(messages))
+    places = [
+        i for i in range(first, len(messages)) if canonical_role(messages[i]["role"]) == ANSWER
+    ]
     if not places:
         raise ValueError(
-            "the chat has no answer before which it could be cut; give a chat with one"
+            "the chat has no answer to a question before which it could be cut; give a chat with "
+            "one"
         )
     return list(messages[: generator.choice(places)])
+
+
+def template_arguments(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record gives the chat template beside messages: tools, documents, its own names."""
+    given = {key: record[key] for key in ("tools", "documents") if record.get(key)}
+    return given | (record.get("chat_template_kwargs") or {})

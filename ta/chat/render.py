@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+from ta.chat.jinja import NO_ARGUMENTS, Arguments, JinjaTemplate, Span, Writer
 from ta.chat.messages import ANSWER, Chat, message_weight
-from ta.chat.template import JinjaTemplate, Span, Template, split_chat
+from ta.chat.template import Template, split_chat
 
 Encode = Callable[[Sequence[str]], list[list[int]]]
-Parts = Sequence[tuple[str, bool]]  # a content cut into (text, whether it is placeholders of media)
 Rendered = list[list["Piece"]]  # the pieces of each message, in order
 
 # chats that are encoded by one call of the tokenizer
@@ -30,8 +30,9 @@ class Piece(NamedTuple):
     text: str
     # of each of its tokens in the loss; 0: not learned
     weight: float
-    # template text, whose special tokens are real; False: content, which is literal
-    control: bool
+    # who wrote it, which decides the added tokens that are real in it: all in the template's text,
+    # all but those of turns in an answer's, declared ones in anyone else's
+    by: Writer
     # tokenized together with the text before it; False: by itself
     joins: bool = False
 
@@ -48,10 +49,12 @@ class Vocabulary(NamedTuple):
 
     # literal: no special token comes out, and no space comes in front
     encode: Encode
-    # added tokens, real in control text
+    # added tokens, real in the template's text
     special: Mapping[str, int] = {}
-    # those of `special` that are real in content too, and therefore stand in no template
+    # those of `special` that are real in what others write: declared ones
     content: frozenset[str] = frozenset()
+    # those that are real in answers: all but those that would forge turns or pictures
+    answer: frozenset[str] = frozenset()
     bos_id: int | None = None
     # for the start of a text, where the tokenizer puts a space there; None: as `encode`
     encode_start: Encode | None = None
@@ -85,23 +88,26 @@ def render_chat(
     template: Template,
     weights: Sequence[float] | None = None,
     opened: bool = False,
+    arguments: Arguments = NO_ARGUMENTS,
+    notes: list[str] | None = None,
 ) -> Rendered:
     """The pieces of each message, in order; with `opened` one more list, the answer's prefix.
 
     `weights` has the loss weight of each message (`encode.loss_weights`). None: answers weigh 1
-    and others 0, unless a message has a `loss` of its own. ValueError: unknown role, a template
-    that cannot write the chat or, where a message is learned, does not tell where it begins and
-    ends.
+    and others 0, unless a message has a `loss` of its own. `arguments` are what the template is
+    given beside the messages, such as {"tools": [...]}. `notes` gets a line for each thing that
+    the template leaves out. ValueError: unknown role, a template that cannot write the chat or,
+    where a message is learned, does not tell where it begins and ends.
     """
     if weights is None:
         weights = [message_weight(m, i, m["role"] == ANSWER) for i, m in enumerate(messages)]
     glued = isinstance(template, JinjaTemplate)
-    spans = split_chat(messages, template, opened)
+    spans = split_chat(messages, template, opened, arguments, notes)
     rendered, border = [], False
     for i, span in enumerate(spans):
-        role, weight, parts = ANSWER, 0.0, ()
+        role, weight = ANSWER, 0.0
         if i < len(messages):
-            role, weight, parts = messages[i]["role"], weights[i], messages[i].get("parts", ())
+            role, weight = messages[i]["role"], weights[i]
         if weight and span.fault:
             raise ValueError(
                 f"message {i + 1} ({role}) is to be learned, but the chat template does not tell "
@@ -109,43 +115,23 @@ def render_chat(
             )
         # an answer stands apart, learned or not: training ids begin with the ids of its prompt
         apart = role == ANSWER or weight != 0
-        rendered.append(
-            _pieces(span, weight, glued, glued and not border, glued and not apart, parts)
-        )
+        rendered.append(_pieces(span, weight, glued, glued and not border, glued and not apart))
         border = apart
     return rendered
 
 
 def _pieces(
-    span: Span, weight: float, glued: bool, prefix_joins: bool, joins: bool, parts: Parts
+    span: Span, weight: float, glued: bool, prefix_joins: bool, joins: bool
 ) -> list[Piece]:
-    pieces = [Piece(span.prefix, 0.0, True, prefix_joins)] if span.prefix else []
-    for text, own, control in (
-        (span.opening, weight, True),
-        *_content(span.content, weight, parts),
-        (span.suffix, weight, True),
-    ):
+    pieces = []
+    for text, by in span.prefix:
+        pieces.append(Piece(text, 0.0, by, prefix_joins))
+        prefix_joins = glued
+    for text, by in (*span.body, (span.suffix, "template")):
         if text:
-            pieces.append(Piece(text, own, control, joins))
+            pieces.append(Piece(text, 0.0 if by == "media" else weight, by, joins))
             joins = glued
     return pieces
-
-
-def _content(content: str, weight: float, parts: Parts) -> list[tuple[str, float, bool]]:
-    """(text, weight, control) of a message's content.
-
-    Placeholders of media are real tokens and never learned; the rest is literal.
-    """
-    if not parts:
-        return [(content, weight, False)]
-    # a template may have stripped the content
-    at = "".join(text for text, _ in parts).index(content)
-    cut = []
-    for text, media in parts:
-        stays = text[max(at, 0) : max(at + len(content), 0)]
-        cut.append((stays, 0.0 if media else weight, media))
-        at -= len(text)
-    return cut
 
 
 def tokenize_with_loss_mask(rendered: Rendered, vocabulary: Vocabulary) -> Tokens:
@@ -221,19 +207,16 @@ def _split_special(
     piece: Piece, vocabulary: Vocabulary, known: dict[str, list[int | str]]
 ) -> list[int | str]:
     """The piece's text cut at the special tokens that are real in it, which become ids."""
-    if not piece.control and not vocabulary.content:
-        return [piece.text]
-    if piece.control and piece.text in known:
+    control = piece.by in ("template", "media")
+    if control and piece.text in known:
         return known[piece.text]
-    names = frozenset(vocabulary.special) if piece.control else vocabulary.content
+    names = vocabulary.answer if piece.by == "answer" else vocabulary.content
+    names = frozenset(vocabulary.special) if control else names
+    if not names:
+        return [piece.text]
     parts = special_border(names).split(piece.text)
-    if piece.control and (forged := vocabulary.content.intersection(parts[1::2])):
-        raise ValueError(
-            f"the chat template writes {', '.join(sorted(forged))}: declared for content, it would "
-            "let a user forge turns; take it off those tokens"
-        )
     cut = [vocabulary.special[part] if i % 2 else part for i, part in enumerate(parts) if part]
-    if piece.control:
+    if control:
         known[piece.text] = cut
     return cut
 

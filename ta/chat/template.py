@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal, NamedTuple
 
-from ta.chat.messages import ANSWER, SYSTEM, Message, canonical_role
-
-Tags = Mapping[str, str]  # role -> the template's name for it
-Render = Callable[
-    [list[Message], bool], str
-]  # (messages, add_generation_prompt) -> text; ValueError where the template refuses
-
-DEFAULT_TAGS = {role: role for role in (SYSTEM, "developer", "user", ANSWER, "tool")}
-REMEDY = (
-    "give --prefix-template, --suffix-template and --role-tags instead of the tokenizer's own "
-    "template"
+from ta.chat.jinja import (
+    DEFAULT_TAGS,
+    NO_ARGUMENTS,
+    Arguments,
+    JinjaTemplate,
+    Part,
+    Span,
+    Tags,
+    content_parts,
+    split_jinja,
 )
+from ta.chat.messages import ANSWER, REASONING, Message, canonical_role
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,11 @@ class ChatConfig:
     keep_end: bool = False
     """Cut dialogues keep their latest messages, not their earliest. Prompts and answers that are
     compared always keep the latest."""
+    cut_answer: bool = False
+    """Cut the last answer at --max-tokens where it does not fit whole; it then teaches no end."""
+    split_turns: bool = False
+    """Learn each answer of a chat in a sequence of its own, written as it is generated: for
+    templates that write an answer otherwise when more follows."""
     system_prompt: str | None = None
     """System prompt put in place of the record's own; never learned."""
     ignore_system_prompt: bool = False
@@ -56,23 +59,15 @@ def check_chat_config(config: ChatConfig) -> None:
             "--system-prompt gives a system prompt and --ignore-system-prompt removes it; give one "
             "of the two"
         )
+    if config.cut_answer and config.max_tokens is None:
+        raise ValueError(
+            "--cut-answer cuts at --max-tokens, which is not given; give it, or leave the flag out"
+        )
     if config.max_tokens is not None and config.max_tokens < 1:
         raise ValueError(
             f"--max-tokens is {config.max_tokens}, so no message would fit; give at least 1, or "
             "none for no limit"
         )
-
-
-class Span(NamedTuple):
-    """One message as the template writes it: prefix + opening + content + suffix."""
-
-    prefix: str  # never learned; for an answer it ends where generation starts
-    # what the template writes between the generation prompt and an answer's content, such as an
-    # empty think block: learned
-    opening: str
-    content: str
-    suffix: str
-    fault: str = ""  # why this message cannot be learned: its borders are not known
 
 
 class ExplicitTemplate(NamedTuple):
@@ -85,27 +80,6 @@ class ExplicitTemplate(NamedTuple):
     suffix: str
     role_tags: Tags
     bos: str
-
-
-class JinjaTemplate(NamedTuple):
-    """A tokenizer's own chat template.
-
-    Skeleton(roles) tells its text around the contents, and is remembered by roles.
-    """
-
-    render: Render
-    skeleton: Callable[[tuple[str, ...]], Skeleton]
-    role_tags: Tags
-    source: str
-
-
-class Skeleton(NamedTuple):
-    """The text of a template around n contents."""
-
-    texts: tuple[str, ...]  # n + 1: before each content, and after the last
-    opens: tuple[int, ...]  # n: where in texts[i] an answer's generation starts; else len(texts[i])
-    ends: tuple[int, ...]  # n: where in texts[i + 1] the suffix of message i ends
-    faults: tuple[str, ...]  # n: why a message's borders are not known, or ""
 
 
 Template = ExplicitTemplate | JinjaTemplate
@@ -142,108 +116,18 @@ def explicit_template(
     return ExplicitTemplate(prefix, suffix, tags, "" if bos and first.startswith(bos) else bos)
 
 
-def jinja_template(
-    render: Render, special: Iterable[str] = (), source: str = "", role_tags: Tags | None = None
-) -> JinjaTemplate:
-    """A tokenizer's chat template.
-
-    `special` are its control tokens. role_tags (default: the usual five) are the roles known, each
-    with the name that the template is given for it.
-    """
-    tags = {canonical_role(role): tag for role, tag in (role_tags or DEFAULT_TAGS).items()}
-    names = sorted(special, key=len, reverse=True)
-    border = (
-        re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else re.compile("(?!)")
-    )
-
-    @lru_cache(maxsize=4096)
-    def texts(roles: tuple[str, ...], opened: bool) -> tuple[str, ...] | str:
-        """The template's text around the contents, or why there is none."""
-        marks, parts = [f"q7Zk{i}x9Wv" for i in range(len(roles))], []
-        try:
-            text = render(
-                [
-                    {"role": tags[role], "content": mark}
-                    for role, mark in zip(roles, marks, strict=True)
-                ],
-                opened,
-            )
-        except ValueError as error:
-            return str(error)
-        for i, mark in enumerate(marks):
-            before, found, text = text.partition(mark)
-            if not found or mark in text:
-                how = "twice" if found else "not at all, or not in its place"
-                return f"the chat template writes message {i + 1} ({roles[i]}) {how}"
-            parts.append(before)
-        return (*parts, text)
-
-    return JinjaTemplate(
-        render, lru_cache(maxsize=4096)(lambda roles: _skeleton(roles, texts, border)), tags, source
-    )
-
-
-def _skeleton(
-    roles: tuple[str, ...],
-    texts: Callable[[tuple[str, ...], bool], tuple[str, ...] | str],
-    border: re.Pattern[str],
-) -> Skeleton:
-    whole = texts(roles, False)
-    if isinstance(whole, str):
-        raise ValueError(
-            f"the tokenizer's chat template cannot write this dialogue ({' '.join(roles)}): {whole}"
-        )
-    opens, ends, faults = [], [], []
-    for i, role in enumerate(roles):
-        alone = texts(roles[: i + 1], False)
-        end = None if isinstance(alone, str) else _common_end(alone[-1], whole[i + 1], border)
-        fault = (
-            ""
-            if end is not None
-            else alone
-            if isinstance(alone, str)
-            else f"{alone[-1]!r} ends it alone, {whole[i + 1]!r} when more follows"
-        )
-        opened = texts(roles[:i], True) if role == ANSWER else whole[: i + 1]
-        if isinstance(opened, str):
-            fault = opened
-        elif not whole[i].startswith(opened[-1]):
-            fault = (
-                f"the generation prompt ends in {opened[-1]!r}, but before the answer stands "
-                f"{whole[i]!r}"
-            )
-        elif i == len(roles) - 1 and opened[:-1] != whole[:i]:
-            fault = (
-                "the template writes the messages before the answer otherwise when the answer is "
-                "there"
-            )
-        opens.append(len(opened[-1]) if not fault else len(whole[i]))
-        ends.append(end or 0)
-        faults.append(fault)
-    for i in range(1, len(roles)):
-        ends[i - 1] = min(ends[i - 1], opens[i])
-    return Skeleton(whole, tuple(opens), tuple(ends), tuple(faults))
-
-
-def _common_end(alone: str, within: str, border: re.Pattern[str]) -> int | None:
-    """How much of `within` is the suffix that a message has when nothing follows.
-
-    That is all of it, or whole parts up to a special token; None where it cannot be told.
-    """
-    if within.startswith(alone):
-        return len(alone)
-    end, seen = 0, False
-    for mine, other in zip(border.split(alone), border.split(within), strict=False):
-        if mine != other:
-            break
-        end, seen = end + len(mine), seen or bool(border.fullmatch(mine))
-    return end if seen else None
-
-
-def split_chat(messages: Sequence[Message], template: Template, opened: bool = False) -> list[Span]:
+def split_chat(
+    messages: Sequence[Message],
+    template: Template,
+    opened: bool = False,
+    arguments: Arguments = NO_ARGUMENTS,
+    notes: list[str] | None = None,
+) -> list[Span]:
     """One Span a message, and one more for the opened answer if `opened`.
 
-    ValueError: unknown role, or a template that cannot be split.
+    `arguments` are what the template is given beside the messages: tools, documents, arguments of
+    its own. `notes` gets a line for each thing that the template leaves out. ValueError: unknown
+    role, or a template that cannot write the chat or leaves out what it says.
     """
     for i, message in enumerate(messages):
         if message["role"] not in template.role_tags:
@@ -252,99 +136,45 @@ def split_chat(messages: Sequence[Message], template: Template, opened: bool = F
                 f"message {i + 1} has role {message['role']!r}; the roles known are {known}: "
                 "correct it, or give it a tag in --role-tags"
             )
+    notes = [] if notes is None else notes
     if isinstance(template, JinjaTemplate):
-        return _split_jinja(messages, template, opened)
-    spans = [
-        Span(
-            template.prefix.format(role=template.role_tags[m["role"]]),
-            "",
-            m["content"],
-            template.suffix,
-        )
-        for m in messages
-    ]
-    if opened:
-        spans.append(Span(template.prefix.format(role=template.role_tags[ANSWER]), "", "", ""))
-    if spans and template.bos:
-        spans[0] = spans[0]._replace(prefix=template.bos + spans[0].prefix)
-    return spans
+        return split_jinja(messages, template, opened, arguments, notes)
+    return _split_explicit(messages, template, opened, arguments, notes)
 
 
-def _split_jinja(messages: Sequence[Message], template: JinjaTemplate, opened: bool) -> list[Span]:
-    tags = template.role_tags
-    given = [
-        m if len(m) == 2 and tags[m["role"]] == m["role"] else _given(m, tags) for m in messages
-    ]
-    roles = tuple(message["role"] for message in messages)
-    skeleton = template.skeleton(roles + (ANSWER,) * opened)
-    count, texts = len(messages), skeleton.texts
-    if opened:
-        if skeleton.faults[-1]:
+def _split_explicit(
+    messages: Sequence[Message],
+    template: ExplicitTemplate,
+    opened: bool,
+    arguments: Arguments,
+    notes: list[str],
+) -> list[Span]:
+    notes += [f"{name} of the record is not written by --prefix-template" for name in arguments]
+    spans = []
+    for i, message in enumerate(messages):
+        content = message.get("content") or ""
+        if message.get("tool_calls") or not isinstance(content, str):
+            what = "tool calls" if message.get("tool_calls") else "a list of parts"
             raise ValueError(
-                f"the answer to this dialogue ({' '.join(roles)}) cannot be opened: "
-                f"{skeleton.faults[-1]}; {REMEDY}"
+                f"message {i + 1} ({message['role']}) has {what}, which --prefix-template and "
+                "--suffix-template do not write; leave them out and use the tokenizer's own template"
             )
-        texts = (*texts[:count], texts[count][: skeleton.opens[count]])
-    contents = _contents(template.render(given, opened), texts, given)
-    starts, spans = (0, *skeleton.ends), []
-    for i, content in enumerate(contents):
-        begin, split = starts[i], skeleton.opens[i]
+        notes += [f"{key} is not written by --prefix-template" for key in REASONING if key in message]
+        answer = message["role"] == ANSWER
         spans.append(
             Span(
-                texts[i][begin:split],
-                texts[i][split:],
-                content,
-                texts[i + 1][: skeleton.ends[i]],
-                skeleton.faults[i],
+                (Part(template.prefix.format(role=template.role_tags[message["role"]]), "template"),),
+                content_parts(content, message.get("parts"), "answer" if answer else "other"),
+                template.suffix,
             )
         )
     if opened:
-        spans.append(Span(texts[count][starts[count] :], "", "", ""))
+        prefix = template.prefix.format(role=template.role_tags[ANSWER])
+        spans.append(Span((Part(prefix, "template"),), (), ""))
+    if spans and template.bos:
+        first = spans[0].prefix[0]
+        spans[0] = spans[0]._replace(prefix=(first._replace(text=template.bos + first.text),))
     return spans
-
-
-def _given(message: Message, tags: Tags) -> Message:
-    """The message as the template gets it: without what is ours, with its own name of the role."""
-    return {
-        k: v for k, v in message.items() if k not in ("loss", "disable_loss", "type", "parts")
-    } | {"role": tags[message["role"]]}
-
-
-def _contents(text: str, texts: tuple[str, ...], messages: Sequence[Message]) -> list[str]:
-    """The contents as the template wrote them, as they are or stripped.
-
-    ValueError where the text is not texts and contents in turn.
-    """
-    contents = [message["content"] for message in messages]
-    if (
-        text
-        == "".join([part for pair in zip(texts, contents, strict=False) for part in pair])
-        + texts[-1]
-    ):
-        return contents
-    at, found = len(texts[0]), []
-    for i, content in enumerate(contents if text.startswith(texts[0]) else []):
-        rest = texts[i + 1]
-        for form in (content, content.strip(), content.lstrip(), content.rstrip()):
-            follows = at + len(form)
-            if (
-                text.startswith(form, at)
-                and text.startswith(rest, follows)
-                and (i + 1 < len(contents) or follows + len(rest) == len(text))
-            ):
-                break
-        else:
-            break
-        found.append(form)
-        at = follows + len(rest)
-    if len(found) < len(contents) or at != len(text):
-        i = min(len(found), len(contents) - 1)
-        who = f"message {i + 1} ({messages[i]['role']})" if messages else "this dialogue"
-        raise ValueError(
-            f"{who} cannot be split faithfully: the tokenizer's chat template changes its content "
-            f"or writes it depending on it; {REMEDY}"
-        )
-    return found
 
 
 def export_template(template: Template) -> str:

@@ -7,9 +7,11 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ta.chat.jinja import Arguments, jinja_template
 from ta.chat.messages import ANSWER, SYSTEM, Message, canonical_role
 from ta.chat.render import SPACE, Vocabulary, special_border
 from ta.chat.template import (
@@ -19,7 +21,6 @@ from ta.chat.template import (
     check_chat_config,
     explicit_template,
     export_template,
-    jinja_template,
     split_chat,
 )
 from ta.files import hash_json
@@ -119,13 +120,12 @@ def load_chat_tokenizer(
     media_tokens = [f"{token}={text}" for token, text in meanings.items()]
     new = add_tokens(fast, (*tokenizer.init_tokens, *media_tokens))
     name_special_tokens(fast, tokenizer)
-    in_template = export_template(template_of(fast, chat))
     declared = [
         *fast.init_kwargs.get(CONTENT_TOKENS, ()),
         *(token.text for token in new if token.text not in meanings),
     ]
     added = fast.get_added_vocab()
-    content = sorted({text for text in declared if text not in in_template and text in added})
+    content = sorted({text for text in declared if text in added})
     if content:
         fast.init_kwargs[CONTENT_TOKENS] = content
     return chat_tokenizer(fast, chat, content, new, placeholders)
@@ -144,6 +144,12 @@ def chat_tokenizer(
     """
     template = template_of(fast, chat)
     literal = vocabulary(fast, content_tokens)
+    forging = _turn_tokens(fast, template, literal)
+    for token in _meanings(placeholders):
+        forging.add(token)
+    literal = literal._replace(
+        content=literal.content - forging, answer=frozenset(literal.special) - forging
+    )
     return ChatTokenizer(
         fast,
         template,
@@ -509,7 +515,11 @@ def template_of(tokenizer: PreTrainedTokenizerFast, config: ChatConfig) -> Templ
             "--role-tags)"
         )
     from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
+    from jinja2.meta import find_undeclared_variables
+    from transformers.utils.chat_template_utils import (
+        _compile_jinja_template,
+        render_jinja_template,
+    )
 
     # templates that write the date write one date, also in a run over midnight
     source, named = (
@@ -517,14 +527,14 @@ def template_of(tokenizer: PreTrainedTokenizerFast, config: ChatConfig) -> Templ
         {**tokenizer.special_tokens_map, "strftime_now": datetime.now().strftime},
     )
 
-    def render(messages: list[Message], add_generation_prompt: bool) -> str:
+    def render(messages: Sequence[Message], opened: bool, arguments: Arguments) -> str:
         """The template's text; ValueError where it refuses the messages."""
         try:
             texts, _ = render_jinja_template(
                 conversations=[messages],
-                chat_template=source,
-                add_generation_prompt=add_generation_prompt,
-                **named,
+                chat_template=tokenizer.get_chat_template(tools=arguments.get("tools")),
+                add_generation_prompt=opened,
+                **named | dict(arguments),
             )
         except (
             TemplateError,
@@ -537,13 +547,46 @@ def template_of(tokenizer: PreTrainedTokenizerFast, config: ChatConfig) -> Templ
             raise ValueError(f"the tokenizer's chat template refuses this chat: {error}") from None
         return texts[0]
 
-    return jinja_template(render, tokenizer.get_added_vocab(), source, tags)
+    @lru_cache(maxsize=1)
+    def reads() -> frozenset[str]:
+        """The names of the arguments that the template reads."""
+        compiled = _compile_jinja_template(source)
+        return frozenset(find_undeclared_variables(compiled.environment.parse(source)))
+
+    return jinja_template(render, tokenizer.get_added_vocab(), source, tags, reads)
+
+
+def _turn_tokens(
+    tokenizer: PreTrainedTokenizerFast, template: Template, vocab: Vocabulary
+) -> set[str]:
+    """The tokens that begin or end a turn: they are text in whatever a record holds.
+
+    They are those around a question and an answer, and those with a name, such as EOS.
+    """
+    border = special_border(frozenset(vocab.special))
+    found = set(tokenizer.special_tokens_map.values()) & vocab.special.keys()
+    question = _question(template)
+    try:
+        spans = split_chat([*question, {"role": ANSWER, "content": "x"}], template)
+    except ValueError:
+        return found
+    for i, span in enumerate(spans):
+        prefix = [name for part in span.prefix for name in border.findall(part.text)]
+        answer = i == len(question)
+        # behind an answer's first token may stand what it is asked to begin with, such as <think>
+        near = prefix[:1] if answer else prefix[-1:]
+        flagged = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        found.update(near, flagged.intersection(prefix), border.findall(span.suffix))
+    return found
+
+
+def _question(template: Template) -> list[Message]:
+    asks = [role for role in template.role_tags if role not in (SYSTEM, ANSWER)]
+    return [{"role": "user" if "user" in asks else asks[0], "content": "x"}] if asks else []
 
 
 def _answer_suffix(template: Template) -> str:
-    asks = [role for role in template.role_tags if role not in (SYSTEM, ANSWER)]
-    question = [{"role": "user" if "user" in asks else asks[0], "content": "x"}] if asks else []
-    return split_chat([*question, {"role": ANSWER, "content": "x"}], template)[-1].suffix
+    return split_chat([*_question(template), {"role": ANSWER, "content": "x"}], template)[-1].suffix
 
 
 def stop_ids(template: Template, vocab: Vocabulary) -> list[int]:

@@ -236,9 +236,9 @@ def test_a_chat_by_hand():
         chat, tokenize=False
     ) and tokens.ids == real(made, chat)
     assert render_chat(chat, tokenizer.template)[2] == [
-        Piece("<|im_start|>assistant\n", 0.0, True, True),
-        Piece("yes", 1.0, False, False),
-        Piece("<|im_end|>\n", 1.0, True, True),
+        Piece("<|im_start|>assistant\n", 0.0, "template", True),
+        Piece("yes", 1.0, "answer", False),
+        Piece("<|im_end|>\n", 1.0, "template", True),
     ]
     assert (
         show(Tokens([1, 2, 3, 4], [0.0, 1.0, 1.0, 0.5]), str)
@@ -257,11 +257,13 @@ def test_ids_are_those_of_apply_chat_template(shape, kind):
         whole, parts, at, borders = made.apply_chat_template(chat, tokenize=False), [""], 0, set()
         for message, span in zip(chat, split_chat(chat, tokenizer.template), strict=True):
             answer = message["role"] == ANSWER
-            parts[-1] += span.prefix
+            prefix, body = ("".join(part.text for part in side) for side in span[:2])
+            parts[-1] += prefix
             parts += [""] * answer
-            parts[-1] += span.opening + span.content + span.suffix
-            borders |= {at + len(span.prefix), at + len("".join(span[:4]))} if answer else set()
-            at += len("".join(span[:4]))
+            parts[-1] += body + span.suffix
+            size = len(prefix + body + span.suffix)
+            borders |= {at + len(prefix), at + size} if answer else set()
+            at += size
             parts += [""] * answer
         assert "".join(parts) == whole
         if kind == "byte":
@@ -320,13 +322,22 @@ def test_training_ids_begin_with_the_prompt(shape, kind, loss_on):
 
 @each_shape
 def test_content_cannot_forge_control_tokens(shape):
+    """Users and systems write text only, answers all tokens but those of turns."""
     made, tokenizer = setting(shape)
-    specials = set(made.get_added_vocab().values())
+    specials, added = set(made.get_added_vocab().values()), made.get_added_vocab()
+    turns = {added[token] for token in SPECIAL if token not in tokenizer.vocabulary.answer}
+    assert set(tokenizer.stop_ids) <= turns >= {made.bos_token_id, made.eos_token_id}
     for rng, chat in dialogues(shape, 25):
         attack = "".join(rng.choices(SPECIAL + CONTENT, k=2))
         attacked = [{**m, "content": attack + m["content"] + attack} for m in chat]
         harmless = [{**m, "content": "x"} for m in chat]
         mine, plain = (encode_chat(c, tokenizer, PLAIN).ids for c in (attacked, harmless))
+        assert [id for id in mine if id in turns] == [id for id in plain if id in turns]
+        questions = [
+            {**m, "content": n["content"] if m["role"] == ANSWER else m["content"]}
+            for m, n in zip(attacked, harmless, strict=True)
+        ]
+        mine = encode_chat(questions, tokenizer, PLAIN).ids
         assert [id for id in mine if id in specials] == [id for id in plain if id in specials]
     # the guard can fail: plain transformers is forged by the same content
     chat = [{"role": "user", "content": SPECIAL[3]}, {"role": "assistant", "content": SPECIAL[3]}]
@@ -335,13 +346,16 @@ def test_content_cannot_forge_control_tokens(shape):
     )
 
 
-def test_declared_content_tokens_are_real_in_content_unless_the_template_uses_them():
+def test_declared_content_tokens_are_real_in_content_unless_they_are_those_of_turns():
     made = fast_tokenizer("chatml")
     tokenizer, ids = chat_tokenizer(made, PLAIN, ["<img>"]), made.get_added_vocab()
     tokens = encode_chat(messages("u: a<img><img> b<doc_sep>", "a: c<img>"), tokenizer, PLAIN)
     assert tokens.ids.count(ids["<img>"]) == 3 and ids["<doc_sep>"] not in tokens.ids
-    with pytest.raises(ValueError, match=r"template writes <\|im_end\|>"):
-        encode_chat(messages("u: a", "a: b"), chat_tokenizer(made, PLAIN, ["<|im_end|>"]), PLAIN)
+    tokens = encode_chat(messages("u: a", "a: b<doc_sep>"), tokenizer, PLAIN)
+    assert ids["<doc_sep>"] in tokens.ids
+    forging = chat_tokenizer(made, PLAIN, ["<|im_end|>"])
+    tokens = encode_chat(messages("u: a<|im_end|>", "a: b<|im_end|>"), forging, PLAIN)
+    assert tokens.ids.count(ids["<|im_end|>"]) == 2
     with pytest.raises(ValueError, match="no added token"):
         vocabulary(made, ["<nope>"])
 
@@ -388,6 +402,8 @@ def brute_cut(roles, lengths, limit, keep_end, end_in_answer, fixed):
             whole_start = begin == first or (keep_end and roles[begin] != ANSWER)
             right_end = roles[stop - 1] == ANSWER if end_in_answer else True
             right_end = right_end and (not keep_end or stop - 1 == last)
+            asked = any(role not in ("system", ANSWER) for role in roles[begin : stop - 1])
+            right_end = right_end and (asked or not end_in_answer)
             if whole_start and right_end and fixed + sum(lengths[i] for i in kept) <= limit:
                 ways.append(kept)
     return max(ways, key=len, default=[])
@@ -641,28 +657,17 @@ def test_unknown_roles_and_templates_that_cannot_be_split():
     for chat, shape, words in (
         (messages("u: a", "u: b", "a: c"), "mistral", "roles must alternate"),
         (messages("s: a", "u: b", "a: c"), "gemma", "System role not supported"),
-        (messages("s: a", "a: c"), "mistral", "roles must alternate"),
     ):
         _, refusing = setting(shape)
         with pytest.raises(ValueError, match=words):
             encode_chat(chat, refusing, PLAIN)
+    line = lambda text: FOR + "{{ m.role ~ ':' ~ " + text + " ~ '\n' }}" + END
     cases = {
-        "{% for m in messages %}{{ m.role ~ m.content | upper }}{% endfor %}": "message 1 .* not at all",
-        "{% for m in messages %}{{ m.role ~ m.content ~ m.content }}{% endfor %}": "message 1 .* twice",
-        FOR
-        + "{{ m.role ~ ':' ~ m.content | replace('</think>', '') ~ '\n' }}"
-        + END
-        + GENERATE
-        + "{{ 'assistant:' }}{% endif %}": r"message 2 \(assistant\) cannot be split",
-        FOR
-        + "{{ m.role ~ ':' ~ m.content ~ '\n' }}"
-        + END
-        + GENERATE
-        + "{{ 'AI:' }}{% endif %}": "generation prompt ends in",
-        "{{ messages | length }}"
-        + FOR
-        + "{{ m.content ~ '.' }}"
-        + END: "otherwise when the answer is there",
+        line("(m.content if m.role == 'user' else '')"): r"message 2 \(assistant\) not at all",
+        line("m.content ~ m.content"): r"message 1 \(user\) twice",
+        line("(m.content if m.role == 'user' else m.content | reverse)"): r"message 2 \(assistant\) "
+        "cannot be split",
+        line("m.content" + GENERATE + "{{ 'AI:' }}{% endif %}"): "generation prompt ends in",
     }
     other = PreTrainedTokenizerFast(
         tokenizer_object=made.backend_tokenizer, bos_token="<s>", eos_token="</s>"
@@ -671,7 +676,7 @@ def test_unknown_roles_and_templates_that_cannot_be_split():
         other.chat_template = source
         with pytest.raises(ValueError, match=words):
             encode_chat(
-                messages("u: a", "a: b</think>"),
+                messages("u: aa", "a: b</think>"),
                 tokenizer._replace(template=template_of(other, PLAIN)),
                 PLAIN,
             )
@@ -691,9 +696,9 @@ def test_consecutive_answers_and_a_greeting():
 def test_pieces_alone():
     _made, tokenizer = setting("chatml")
     pieces = [
-        Piece("<|im_start|>", 0.0, True),
-        Piece("hello<|im_end|>", 2.0, False),
-        Piece("<|im_end|>", 1.0, True),
+        Piece("<|im_start|>", 0.0, "template"),
+        Piece("hello<|im_end|>", 2.0, "other"),
+        Piece("<|im_end|>", 1.0, "template"),
     ]
     vocab = tokenizer.vocabulary
     tokens = tokenize_with_loss_mask([pieces], vocab)

@@ -1,0 +1,692 @@
+"""A tokenizer's own chat template: what it writes of a chat, and what of that the model writes.
+
+The chat is written twice, plain and with a mark around each of its texts (`marks`). What stands
+between two marks is template text. Where in it a turn ends and an answer begins is what the
+template writes of the beginning of the chat alone, with and without a generation prompt.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
+
+from ta.chat.marks import Label, Written, mark_chat, read_marks
+from ta.chat.messages import ANSWER, REASONING, SYSTEM, Message, canonical_role
+
+Tags = Mapping[str, str]  # role -> the template's name for it
+# what a template is given beside the messages: tools, documents, and arguments of its own
+Arguments = Mapping[str, Any]
+# (messages, add_generation_prompt, arguments) -> text; ValueError where the template refuses
+Render = Callable[[Sequence[Message], bool, Arguments], str]
+
+DEFAULT_TAGS = {role: role for role in (SYSTEM, "developer", "user", ANSWER, "tool")}
+REMEDY = (
+    "give --prefix-template, --suffix-template and --role-tags instead of the tokenizer's own "
+    "template"
+)
+# keys of a message that are ours, not the template's
+OURS = ("loss", "disable_loss", "type", "parts")
+PLAIN = {"role", "content"}.union(OURS)
+# tags that templates look for in texts, beside the tokenizer's own tokens
+TAGS = ("<think>", "</think>", "<tool_response>", "</tool_response>")
+# where marks are put, in the order they are tried: depth in answers, in others, names of functions
+WAYS = ((1, 0, True), (1, 1, True), (0, 0, True), (0, 1, True), (2, 2, True)) + (
+    (1, 0, False),
+    (0, 0, False),
+    (2, 2, False),
+)
+NO_ARGUMENTS: Arguments = {}
+# what a cache of texts holds before it starts again
+MEMORY = 4096
+
+
+# the template; the model, as text of an answer; anyone else; placeholders of pictures and sounds
+Writer = Literal["template", "answer", "other", "media"]
+
+
+class Part(NamedTuple):
+    """A stretch of what a template writes."""
+
+    text: str
+    by: Writer
+
+
+class Span(NamedTuple):
+    """One message as the template writes it: prefix + body + suffix."""
+
+    prefix: tuple[Part, ...]  # never learned; for an answer it ends where generation starts
+    body: tuple[Part, ...]  # the message's text, and the template's in between
+    suffix: str  # the template's text from there to the end of the turn
+    fault: str = ""  # why this message cannot be learned: its borders are not known
+
+
+class Skeleton(NamedTuple):
+    """The text of a template around the contents of n messages that have nothing else."""
+
+    texts: tuple[str, ...]  # n + 1: before each content, and after the last
+    opens: tuple[int, ...]  # n: where in texts[i] the body of message i begins
+    ends: tuple[int, ...]  # n: where in texts[i + 1] the suffix of message i ends
+    faults: tuple[str, ...]  # n: why a message's borders are not known, or ""
+    notes: tuple[str, ...]
+
+
+class Border(NamedTuple):
+    """Where a turn ends and the next begins, in the text between two marks."""
+
+    end: int
+    open: int
+    end_fault: str = ""  # why the end is a guess
+    open_fault: str = ""
+    note: str = ""
+
+
+class JinjaTemplate(NamedTuple):
+    """A tokenizer's own chat template."""
+
+    render: Render
+    role_tags: Tags
+    source: str
+    # finds the tokenizer's tokens in a text, and keeps them when it splits
+    border: re.Pattern[str]
+    # the same with the tags that templates look for
+    tags: re.Pattern[str]
+    # names of the arguments that the template reads
+    reads: Callable[[], frozenset[str]]
+    # roles and whether an answer is opened -> Skeleton, or why there is none
+    skeletons: dict[tuple, Skeleton | str]
+    borders: dict[tuple, Border]
+    # what the generation prompt writes behind a question, by arguments
+    opening: Callable[[str], str]
+
+
+def jinja_template(
+    render: Render,
+    special: Iterable[str] = (),
+    source: str = "",
+    role_tags: Tags | None = None,
+    reads: Callable[[], frozenset[str]] = frozenset,
+) -> JinjaTemplate:
+    """A tokenizer's chat template.
+
+    `special` are its added tokens. role_tags (default: the usual five) are the roles known, each
+    with the name that the template is given for it. `reads` gives the arguments that it reads.
+    """
+    tags = {canonical_role(role): tag for role, tag in (role_tags or DEFAULT_TAGS).items()}
+    names = sorted((name for name in special if name.strip(" \n\t\u2581")), key=len, reverse=True)
+    border = _finder(names)
+
+    @lru_cache(maxsize=64)
+    def opening(arguments: str) -> str:
+        question = [{"role": tags.get("user", "user"), "content": "x"}]
+        try:
+            asked, opened = (render(question, ask, json.loads(arguments)) for ask in (False, True))
+        except ValueError:
+            return ""
+        if opened.startswith(asked):
+            return opened[len(asked) :]
+        return opened[_common(asked, opened, border) :]
+
+    return JinjaTemplate(
+        render, tags, source, border, _finder([*names, *TAGS]), reads, {}, {}, opening
+    )
+
+
+def _finder(names: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else re.compile("((?!))")
+
+
+def split_jinja(
+    messages: Sequence[Message],
+    template: JinjaTemplate,
+    opened: bool = False,
+    arguments: Arguments = NO_ARGUMENTS,
+    notes: list[str] | None = None,
+) -> list[Span]:
+    """One Span a message, and one more for the opened answer if `opened`.
+
+    `notes` gets a line for each thing that the template leaves out or writes otherwise. ValueError
+    where the template cannot write the chat, or leaves out what a message says.
+    """
+    notes = [] if notes is None else notes
+    tags = template.role_tags
+    given = [_given(message, tags) for message in messages]
+    if not arguments and all(_is_plain(message) for message in messages):
+        spans = _by_skeleton(given, messages, template, opened, notes)
+        if spans:
+            return spans
+    unread = [name for name in arguments if name not in template.reads()]
+    error = None
+    for spelled, how in _spellings(given):
+        found: list[str] = []
+        try:
+            spans = _split(spelled, messages, template, opened, arguments, found)
+        except ValueError as refused:
+            error = error or refused
+            continue
+        notes += [f"{name} of the record is not read by the chat template" for name in unread]
+        notes += [how] * bool(how) + found
+        return spans
+    raise error
+
+
+def _given(message: Message, tags: Tags) -> Message:
+    """The message as the template gets it: without what is ours, with its own name of the role."""
+    if len(message) == 2 and tags[message["role"]] == message["role"]:
+        return message
+    return {k: v for k, v in message.items() if k not in OURS} | {"role": tags[message["role"]]}
+
+
+def _is_plain(message: Message) -> bool:
+    return isinstance(message.get("content"), str) and message.keys() <= PLAIN
+
+
+def _spellings(given: list[Message]) -> Iterator[tuple[list[Message], str]]:
+    """The messages as they are; then, for templates that take only those, other spellings."""
+    yield given, ""
+
+    def with_calls(change: Callable[[Message], Message]) -> list[Message]:
+        return [change(m) if m.get("tool_calls") else m for m in given]
+
+    def arguments_as(change: Callable[[Any], Any]) -> list[Message]:
+        return with_calls(
+            lambda m: m | {"tool_calls": [_call_with(call, change) for call in m["tool_calls"]]}
+        )
+
+    empty = [m.get("content") in (None, "") for m in given if m.get("tool_calls")]
+    absent = lambda m: {k: v for k, v in m.items() if k != "content" or v}
+    ways = [
+        (arguments_as(_parsed), "arguments of calls are given to the template as objects"),
+        (arguments_as(_dumped), "arguments of calls are given to the template as text"),
+    ]
+    if any(empty):
+        how = "empty content beside calls is {}, because the chat template takes no other"
+        ways += [
+            (with_calls(absent), how.format("left out")),
+            (with_calls(lambda m: {**m, "content": m.get("content") or ""}), how.format('""')),
+            (with_calls(lambda m: {**m, "content": m.get("content") or None}), how.format("null")),
+        ]
+    parts = lambda text: [{"type": "text", "text": text}] if isinstance(text, str) else text
+    ways.append(
+        (
+            [{**m, "content": parts(m.get("content"))} for m in given],
+            "contents are given to the template as lists of parts, because it takes no text",
+        )
+    )
+    for spelled, how in ways:
+        if spelled != given:
+            yield spelled, how
+
+
+def _call_with(call: dict, change: Callable[[Any], Any]) -> dict:
+    """A tool call with other arguments."""
+    inner = call.get("function")
+    if isinstance(inner, dict):
+        return {**call, "function": _call_with(inner, change)}
+    return {**call, "arguments": change(call["arguments"])} if "arguments" in call else call
+
+
+def _parsed(value: Any) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _dumped(value: Any) -> Any:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _by_skeleton(
+    given: list[Message],
+    messages: Sequence[Message],
+    template: JinjaTemplate,
+    opened: bool,
+    notes: list[str],
+) -> list[Span] | None:
+    """The spans of messages that have contents only; None where the template looks at these."""
+    roles = tuple(message["role"] for message in messages)
+    skeleton = template.skeletons.get((roles, opened))
+    if skeleton is None:
+        if len(template.skeletons) >= MEMORY:
+            template.skeletons.clear()
+        try:
+            skeleton = _skeleton(roles, template, opened)
+        except ValueError as error:
+            skeleton = str(error)
+        template.skeletons[roles, opened] = skeleton
+    if isinstance(skeleton, str):
+        return None
+    contents = _contents(template.render(given, opened, {}), skeleton.texts, given)
+    if contents is None:
+        return None
+    texts, starts, spans = skeleton.texts, (0, *skeleton.ends), []
+    for i, content in enumerate(contents):
+        begin, split = starts[i], skeleton.opens[i]
+        by = "answer" if roles[i] == ANSWER else "other"
+        body = content_parts(content, messages[i].get("parts"), by)
+        if split < len(texts[i]):
+            body = (Part(texts[i][split:], "template"), *body)
+        prefix = (Part(texts[i][begin:split], "template"),) if split > begin else ()
+        spans.append(Span(prefix, body, texts[i + 1][: skeleton.ends[i]], skeleton.faults[i]))
+    if opened:
+        spans.append(Span((Part(texts[-1][starts[-1] :], "template"),), (), ""))
+    notes += skeleton.notes
+    return spans
+
+
+def _skeleton(roles: tuple[str, ...], template: JinjaTemplate, opened: bool) -> Skeleton:
+    given = [{"role": template.role_tags[role], "content": "x"} for role in roles]
+    named = [{"role": role, "content": "x"} for role in roles]
+    notes: list[str] = []
+    spans = _split(given, named, template, opened, {}, notes)
+    texts, opens, ends, faults, before = [], [], [], [], ""
+    for span in spans[: len(roles)]:
+        kinds = [part.by for part in (*span.prefix, *span.body)]
+        if kinds.count("template") != len(kinds) - 1 or not span.body or kinds[-1] == "template":
+            raise ValueError("the contents do not stand one behind another")
+        ends.append(len(before))
+        before += "".join(part.text for part in span.prefix)
+        opens.append(len(before))
+        texts.append(before + "".join(part.text for part in span.body[:-1]))
+        before = span.suffix
+        faults.append(span.fault)
+    ends = [*ends[1:], len(before)]
+    texts.append(before + "".join(p.text for span in spans[len(roles) :] for p in span.prefix))
+    return Skeleton(tuple(texts), tuple(opens), tuple(ends), tuple(faults), tuple(notes))
+
+
+def _contents(
+    text: str, texts: tuple[str, ...], messages: Sequence[Message]
+) -> list[str] | None:
+    """The contents as the template wrote them, as they are or stripped.
+
+    None where the text is not texts and contents in turn.
+    """
+    contents = [message["content"] for message in messages]
+    pairs = zip(texts, contents, strict=False)
+    if text == "".join([part for pair in pairs for part in pair]) + texts[-1]:
+        return contents
+    at, found = len(texts[0]), []
+    for i, content in enumerate(contents if text.startswith(texts[0]) else []):
+        rest = texts[i + 1]
+        for form in (content, content.strip(), content.lstrip(), content.rstrip()):
+            follows = at + len(form)
+            if (
+                text.startswith(form, at)
+                and text.startswith(rest, follows)
+                and (i + 1 < len(contents) or follows + len(rest) == len(text))
+            ):
+                break
+        else:
+            return None
+        found.append(form)
+        at = follows + len(rest)
+    return found if len(found) == len(contents) and at == len(text) else None
+
+
+def content_parts(content: str, parts: Sequence | None, by: Writer) -> tuple[Part, ...]:
+    """A content as parts; `parts` are its (text, whether it is placeholders of media)."""
+    if not parts:
+        return (Part(content, by),)
+    # a template may have stripped the content
+    at = "".join(text for text, _ in parts).index(content)
+    cut = []
+    for text, media in parts:
+        stays = text[max(at, 0) : max(at + len(content), 0)]
+        cut += [Part(stays, "media" if media else by)] if stays else []
+        at -= len(text)
+    return tuple(cut)
+
+
+class Place(NamedTuple):
+    """Where a marked text stands in what the template wrote."""
+
+    # between its marks
+    start: int
+    stop: int
+    number: int
+    label: Label
+    # it stands nowhere else, and so tells where its message is
+    once: bool
+    # with what stands beside it in the same text of the chat
+    left: int
+    right: int
+
+
+class Marked(NamedTuple):
+    """A chat with marks around its texts, as the template is given it."""
+
+    roles: tuple[str, ...]
+    messages: list[Message]
+    arguments: Arguments
+    labels: list[Label]
+    # the template's own arguments as JSON
+    key: str
+
+
+def _split(
+    given: list[Message],
+    messages: Sequence[Message],
+    template: JinjaTemplate,
+    opened: bool,
+    arguments: Arguments,
+    notes: list[str],
+) -> list[Span]:
+    text = template.render(given, opened, arguments)
+    roles = tuple(message["role"] for message in messages)
+    media = {i: message["parts"] for i, message in enumerate(messages) if "parts" in message}
+    chat, places = _marked(given, roles, media, template, opened, arguments, text)
+    _check_written(chat, places, notes)
+    borders = _borders(chat, places, template, opened, text, notes)
+    return _spans(chat, places, borders, media, text)
+
+
+def _marked(
+    given: list[Message],
+    roles: tuple[str, ...],
+    media: Mapping[int, Sequence],
+    template: JinjaTemplate,
+    opened: bool,
+    arguments: Arguments,
+    text: str,
+) -> tuple[Marked, list[Place]]:
+    """The chat with marks that change nothing of what the template writes, and where they stand.
+
+    Some templates look at how a text begins or ends, some take it apart: marks stand around the
+    whole of it, behind tokens and tags, or further inside.
+    """
+
+    own = {name: value for name, value in arguments.items() if name not in ("tools", "documents")}
+    key = json.dumps(own, sort_keys=True)
+
+    def mark(depths: dict[int, int], names: bool) -> tuple[Marked, list[Place]] | None:
+        marked, values, labels = mark_chat(given, arguments, template.tags, depths, names)
+        written = _marks_of(template, marked, opened, values)
+        if written is None or written.broken or written.text != text:
+            return None
+        return Marked(roles, marked, values, labels, key), _places(labels, written.places, text)
+
+    for answers, others, names in WAYS:
+        depths = {i: answers if role == ANSWER else others for i, role in enumerate(roles)}
+        if found := mark(depths | dict.fromkeys(media, 0), names):
+            return found
+    bad = [i for i in range(len(given)) if not any(mark({i: d}, False) for d in (0, 1, 2))]
+    place = bad[0] if bad else 0
+    raise ValueError(
+        f"message {place + 1} ({roles[place]}) cannot be split faithfully: the tokenizer's chat "
+        f"template changes its text or writes it depending on it; {REMEDY}"
+    )
+
+
+def _marks_of(
+    template: JinjaTemplate, messages: Sequence[Message], opened: bool, arguments: Arguments
+) -> Written | None:
+    """What the template writes of marked messages; None where it refuses them."""
+    try:
+        return read_marks(template.render(messages, opened, arguments))
+    except ValueError:
+        return None
+
+
+def _places(
+    labels: Sequence[Label], found: Mapping[int, list[tuple[int, int]]], text: str
+) -> list[Place]:
+    """The places of the marked texts in `text`, in order."""
+    places, end = [], 0
+    for start, stop, k in sorted((*span, k) for k, spans in found.items() for span in spans):
+        left, right, label = start, stop, labels[k]
+        for letter in reversed(label.before):
+            if left <= end or text[left - 1] != letter:
+                break
+            left -= 1
+        for letter in label.after:
+            if text[right : right + 1] != letter:
+                break
+            right += 1
+        places.append(Place(start, stop, k, label, len(found[k]) == 1, left, right))
+        end = right
+    return places
+
+
+def _check_written(chat: Marked, places: list[Place], notes: list[str]) -> None:
+    """ValueError for a message of which the template leaves out what must not be left out.
+
+    Reasoning may be left out, and a remark beside calls; a note says so.
+    """
+    there = {id(place.label) for place in places}
+    often = {id(place.label) for place in places if not place.once}
+    last = max((i for i, role in enumerate(chat.roles) if role == ANSWER), default=-1)
+    texts: dict[tuple[int, str, int], list[Label]] = {}
+    for label in chat.labels:
+        texts.setdefault((label.message, label.field, label.call), []).append(label)
+    for (i, field, call), labels in texts.items():
+        who = f"message {i + 1} ({chat.roles[i]})"
+        written = [label for label in labels if id(label) in there]
+        if i < 0 or len(written) == len(labels) and field != "content":
+            continue
+        if field == "calls" and not written:
+            raise ValueError(f"the chat template does not write tool call {call + 1} of {who}")
+        if field == "content":
+            if any(id(label) in often for label in labels):
+                raise ValueError(f"the chat template writes {who} twice")
+            beside = any(place.label.message == i for place in places)
+            if not written and not (chat.roles[i] == ANSWER and beside):
+                raise ValueError(f"the chat template writes {who} not at all, or not in its place")
+            if not written:
+                notes.append("the content of an answer with calls is left out by the template")
+        if field in ("content", "reasoning") and len(written) < len(labels):
+            key = next((k for k in REASONING if k in chat.messages[i]), "reasoning in the content")
+            notes.append(
+                f"{key} of an earlier answer is left out, as the chat template does when more "
+                "follows (--split-turns trains each answer as it is generated)"
+                if i < last
+                else f"{key} of the last answer is not written by the chat template"
+            )
+
+
+def _borders(
+    chat: Marked,
+    places: list[Place],
+    template: JinjaTemplate,
+    opened: bool,
+    text: str,
+    notes: list[str],
+) -> tuple[list[int], list[int], list[str]]:
+    """Where each message ends, where each begins, and why it cannot be learned, or "".
+
+    An answer begins where the generation prompt ends, another message at its text.
+    """
+    count = len(chat.roles)
+    anchors: list[Place | None] = [None] * count  # the last marked text up to message i
+    nexts = [len(text)] * (count + 1)  # the first marked text from message i on
+    firsts: dict[int, int] = {}
+    for place in places:
+        i = place.label.message
+        if i >= 0 and place.once:
+            anchors[i] = place
+            firsts.setdefault(i, place.left)
+            nexts[i] = min(nexts[i], place.start)
+    for i in range(1, count):
+        before, own = anchors[i - 1], anchors[i]
+        anchors[i] = before if own is None or (before and before.stop > own.stop) else own
+    for i in reversed(range(count)):
+        nexts[i] = min(nexts[i], nexts[i + 1])
+    ends, begins, faults = [0] * count, [0] * count, [""] * count
+    for i in range(count + opened):
+        anchor = anchors[i - 1] if i else None
+        start, stop = anchor.stop if anchor else 0, nexts[i]
+        if start > stop:
+            border = Border(0, 0, *["the template does not write the messages in turn"] * 2)
+        else:
+            border = _border(chat, i, anchor, text[start:stop], template)
+        if i:
+            ends[i - 1] = start + border.end
+            faults[i - 1] = faults[i - 1] or border.end_fault
+        if i < count:
+            answer = chat.roles[i] == ANSWER
+            begins[i] = start + border.open if answer else firsts.get(i, start + border.end)
+            faults[i] = border.open_fault if answer else ""
+        if border.note:
+            notes.append(border.note)
+    if not opened:
+        ends[-1] = len(text)
+    ends = list(accumulate(ends, max))
+    for i in range(count):
+        if chat.roles[i] != ANSWER and i not in firsts:
+            begins[i] = ends[i]
+        begins[i] = min(max(begins[i], ends[i - 1] if i else 0), ends[i])
+    for place in places:
+        i, there = place.label.message, bisect_right(ends, place.start)
+        early = i == there and place.start < begins[i] and chat.roles[i] == ANSWER
+        if place.once and (i != there or early):
+            for out in {i, there}.difference((-1, count)):
+                faults[out] = faults[out] or "its text and another message's stand in each other"
+    return ends, begins, faults
+
+
+def _border(
+    chat: Marked, i: int, anchor: Place | None, gap: str, template: JinjaTemplate
+) -> Border:
+    """Where in `gap`, from the last mark before message i to the next, messages i - 1 and i meet."""
+    first = anchor.label.message if anchor else 0
+    calls = tuple("tool_calls" in message for message in chat.messages[first : i + 1])
+    key = (chat.roles[first : i + 1], i - first, calls, gap, chat.key)
+    border = template.borders.get(key)
+    if border is None:
+        if len(template.borders) >= MEMORY:
+            template.borders.clear()
+        # what the last question and the last answer show, the whole beginning mostly shows too
+        whole = list(range(i))
+        asked = max((k for k in whole if chat.roles[k] == "user"), default=0)
+        answered = max((k for k in whole if chat.roles[k] == ANSWER), default=0)
+        head = [0] if whole and chat.roles[0] == SYSTEM and asked else []
+        short = [*head, asked, *range(max(asked + 1, answered), i)] if whole else []
+        for kept in (short, whole):
+            border = _border_of(chat, i, anchor, gap, template, kept)
+            if kept == whole or not (border.end_fault or border.open_fault or border.note):
+                break
+        template.borders[key] = border
+    return border
+
+
+def _border_of(
+    chat: Marked,
+    i: int,
+    anchor: Place | None,
+    gap: str,
+    template: JinjaTemplate,
+    kept: list[int],
+) -> Border:
+    """The border as the template writes it of the messages `kept` of those before message i."""
+    answer = i == len(chat.roles) or chat.roles[i] == ANSWER
+
+    @lru_cache(maxsize=2)
+    def tail(opened: bool) -> str | None:
+        """What the template writes behind the anchor; None where it does not write the anchor."""
+        messages = [chat.messages[k] for k in kept]
+        written = read_marks(template.render(messages, opened, chat.arguments))
+        if anchor is None:
+            return written.text
+        spots = written.places.get(anchor.number, ())
+        return written.text[spots[0][1] :] if len(spots) == 1 else None
+
+    end, end_fault = 0, ""
+    if i:
+        try:
+            end, end_fault = _end(tail, gap, template, chat)
+        except ValueError as error:
+            end_fault = str(error)
+    if not answer:
+        return Border(end, end, end_fault)
+    try:
+        whole = tail(True)
+    except ValueError as error:
+        return Border(end, end, end_fault, str(error))
+    if whole is not None and gap.startswith(whole):
+        return Border(min(end, len(whole)), len(whole), end_fault)
+    start = _common(whole or "", gap, template.border)
+    if whole is None or start < end or start == end < len(gap):
+        fault = f"the generation prompt ends in {whole!r}, but before the answer stands {gap!r}"
+        return Border(end, end, end_fault, fault)
+    note = (
+        f"the generation prompt opens {whole[start:]!r}, which the chat template does not write "
+        "before an answer"
+    )
+    return Border(end, start, end_fault, note=note)
+
+
+def _end(
+    tail: Callable[[bool], str | None], gap: str, template: JinjaTemplate, chat: Marked
+) -> tuple[int, str]:
+    """Where in `gap` the message before it ends, and why that is a guess, or ""."""
+    alone = tail(False)
+    if alone is not None and gap.startswith(alone):
+        return len(alone), ""
+    opening = template.opening(chat.key)
+    opened = tail(True)
+    if opening and opened is not None and opened.endswith(opening):
+        followed = opened[: -len(opening)]
+        if gap.startswith(followed):
+            return len(followed), ""
+    end = _common(alone or "", gap, template.border)
+    if end:
+        return end, ""
+    return 0, f"{alone!r} ends it alone, {gap!r} when more follows"
+
+
+def _common(alone: str, within: str, border: re.Pattern[str]) -> int:
+    """How much of `within` is a beginning of `alone`, in whole parts with a token among them."""
+    end, seen = 0, False
+    for mine, other in zip(border.split(alone), border.split(within), strict=False):
+        if mine != other:
+            # the last text before a mark or behind a token that the other lacks
+            end += len(mine) if other.startswith(mine) else 0
+            break
+        end, seen = end + len(mine), seen or bool(border.fullmatch(mine))
+    return end if seen else 0
+
+
+def _spans(
+    chat: Marked,
+    places: list[Place],
+    borders: tuple[list[int], list[int], list[str]],
+    media: Mapping[int, Sequence],
+    text: str,
+) -> list[Span]:
+    ends, begins, faults = borders
+    stretches: list[tuple[int, Part]] = []  # of the whole text: where it starts, what it is
+    at = 0
+    for place in (*places, None):
+        left = place.left if place else len(text)
+        if left > at:
+            stretches.append((at, Part(text[at:left], "template")))
+        if place is None:
+            break
+        i, at = place.label.message, left
+        by: Writer = "answer" if i >= 0 and chat.roles[i] == ANSWER else "other"
+        for part in content_parts(text[left : place.right], media.get(i), by):
+            stretches.append((at, part))
+            at += len(part.text)
+    starts = [start for start, _ in stretches]
+
+    def within(a: int, b: int) -> tuple[Part, ...]:
+        found = []
+        for start, part in stretches[max(bisect_right(starts, a) - 1, 0) : bisect_left(starts, b)]:
+            if stays := part.text[max(a - start, 0) : b - start]:
+                found.append(part._replace(text=stays))
+        return tuple(found)
+
+    spans, before = [], 0
+    for begin, end, fault in zip(begins, ends, faults, strict=True):
+        body = within(begin, end)
+        suffix = body[-1].text if body and body[-1].by == "template" else ""
+        spans.append(Span(within(before, begin), body[: len(body) - bool(suffix)], suffix, fault))
+        before = end
+    if before < len(text):
+        spans.append(Span(within(before, len(text)), (), ""))
+    return spans
