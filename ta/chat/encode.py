@@ -234,6 +234,15 @@ def encode_chat(
     return encode_chats([messages], tokenizer, config, arguments=[arguments])[0]
 
 
+def turns_of(messages: Chat) -> list[list[Message]]:
+    """The chat up to each of its answers that is to be learned, with that one alone learned."""
+    turns = []
+    for i, message in enumerate(messages):
+        if message["role"] == ANSWER and message_weight(message, i, True):
+            turns.append([*({**before, "loss": False} for before in messages[:i]), message])
+    return turns
+
+
 def with_answers(context: Chat, answers: Sequence[Message]) -> list[list[Message]]:
     """The context followed by each of the answers; nothing of the context is learned."""
     before = [{**message, "loss": False} for message in context]

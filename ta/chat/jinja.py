@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
@@ -35,7 +35,12 @@ PLAIN = {"role", "content"}.union(OURS)
 # tags that templates look for in texts, beside the tokenizer's own tokens
 TAGS = ("<think>", "</think>", "<tool_response>", "</tool_response>")
 # where marks are put, in the order they are tried: depth in answers, in others, names of functions
-WAYS = ((1, 0, True), (1, 1, True), (0, 0, True), (0, 1, True), (2, 2, True)) + (
+WAYS = (
+    (1, 0, True),
+    (1, 1, True),
+    (0, 0, True),
+    (0, 1, True),
+    (2, 2, True),
     (1, 0, False),
     (0, 0, False),
     (2, 2, False),
@@ -137,7 +142,9 @@ def jinja_template(
 
 
 def _finder(names: Sequence[str]) -> re.Pattern[str]:
-    return re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else re.compile("((?!))")
+    return (
+        re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else re.compile("((?!))")
+    )
 
 
 def split_jinja(
@@ -300,9 +307,7 @@ def _skeleton(roles: tuple[str, ...], template: JinjaTemplate, opened: bool) -> 
     return Skeleton(tuple(texts), tuple(opens), tuple(ends), tuple(faults), tuple(notes))
 
 
-def _contents(
-    text: str, texts: tuple[str, ...], messages: Sequence[Message]
-) -> list[str] | None:
+def _contents(text: str, texts: tuple[str, ...], messages: Sequence[Message]) -> list[str] | None:
     """The contents as the template wrote them, as they are or stripped.
 
     None where the text is not texts and contents in turn.
@@ -467,7 +472,7 @@ def _check_written(chat: Marked, places: list[Place], notes: list[str]) -> None:
     for (i, field, call), labels in texts.items():
         who = f"message {i + 1} ({chat.roles[i]})"
         written = [label for label in labels if id(label) in there]
-        if i < 0 or len(written) == len(labels) and field != "content":
+        if i < 0 or (len(written) == len(labels) and field != "content"):
             continue
         if field == "calls" and not written:
             raise ValueError(f"the chat template does not write tool call {call + 1} of {who}")
@@ -552,7 +557,7 @@ def _borders(
 def _border(
     chat: Marked, i: int, anchor: Place | None, gap: str, template: JinjaTemplate
 ) -> Border:
-    """Where in `gap`, from the last mark before message i to the next, messages i - 1 and i meet."""
+    """Where messages i - 1 and i meet in `gap`, the text from the mark before i to the next one."""
     first = anchor.label.message if anchor else 0
     calls = tuple("tool_calls" in message for message in chat.messages[first : i + 1])
     key = (chat.roles[first : i + 1], i - first, calls, gap, chat.key)

@@ -120,9 +120,7 @@ def render_chat(
     return rendered
 
 
-def _pieces(
-    span: Span, weight: float, glued: bool, prefix_joins: bool, joins: bool
-) -> list[Piece]:
+def _pieces(span: Span, weight: float, glued: bool, prefix_joins: bool, joins: bool) -> list[Piece]:
     pieces = []
     for text, by in span.prefix:
         pieces.append(Piece(text, 0.0, by, prefix_joins))

@@ -63,6 +63,11 @@ def check_chat_config(config: ChatConfig) -> None:
         raise ValueError(
             "--cut-answer cuts at --max-tokens, which is not given; give it, or leave the flag out"
         )
+    if config.split_turns and config.loss_on != "answers":
+        raise ValueError(
+            f"--split-turns learns each answer by itself, --loss-on {config.loss_on} other "
+            "messages; give one of the two"
+        )
     if config.max_tokens is not None and config.max_tokens < 1:
         raise ValueError(
             f"--max-tokens is {config.max_tokens}, so no message would fit; give at least 1, or "
@@ -157,13 +162,19 @@ def _split_explicit(
             what = "tool calls" if message.get("tool_calls") else "a list of parts"
             raise ValueError(
                 f"message {i + 1} ({message['role']}) has {what}, which --prefix-template and "
-                "--suffix-template do not write; leave them out and use the tokenizer's own template"
+                "--suffix-template do not write; use the tokenizer's own template"
             )
-        notes += [f"{key} is not written by --prefix-template" for key in REASONING if key in message]
+        notes += [
+            f"{key} is not written by --prefix-template" for key in REASONING if key in message
+        ]
         answer = message["role"] == ANSWER
         spans.append(
             Span(
-                (Part(template.prefix.format(role=template.role_tags[message["role"]]), "template"),),
+                (
+                    Part(
+                        template.prefix.format(role=template.role_tags[message["role"]]), "template"
+                    ),
+                ),
                 content_parts(content, message.get("parts"), "answer" if answer else "other"),
                 template.suffix,
             )

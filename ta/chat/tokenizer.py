@@ -521,6 +521,7 @@ def template_of(tokenizer: PreTrainedTokenizerFast, config: ChatConfig) -> Templ
         render_jinja_template,
     )
 
+    with_tools = tokenizer.get_chat_template(tools=[{}])  # a tokenizer may have one of its own
     # templates that write the date write one date, also in a run over midnight
     source, named = (
         tokenizer.get_chat_template(),
@@ -532,7 +533,7 @@ def template_of(tokenizer: PreTrainedTokenizerFast, config: ChatConfig) -> Templ
         try:
             texts, _ = render_jinja_template(
                 conversations=[messages],
-                chat_template=tokenizer.get_chat_template(tools=arguments.get("tools")),
+                chat_template=with_tools if arguments.get("tools") else source,
                 add_generation_prompt=opened,
                 **named | dict(arguments),
             )
@@ -575,7 +576,9 @@ def _turn_tokens(
         answer = i == len(question)
         # behind an answer's first token may stand what it is asked to begin with, such as <think>
         near = prefix[:1] if answer else prefix[-1:]
-        flagged = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        flagged = {
+            token.content for token in tokenizer.added_tokens_decoder.values() if token.special
+        }
         found.update(near, flagged.intersection(prefix), border.findall(span.suffix))
     return found
 

@@ -25,9 +25,11 @@ from ta.chat.encode import (
     Rule,
     drop_equal,
     encode_dialogues,
+    turns_of,
     with_answers,
 )
-from ta.chat.messages import Chat, with_system
+from ta.chat.jinja import Arguments
+from ta.chat.messages import Chat, template_arguments, with_system
 from ta.chat.render import Tokens, show
 from ta.chat.tokenizer import tokenizer_settings
 from ta.data.jsonl import parse_record, read_lines, regular_file
@@ -67,7 +69,7 @@ if TYPE_CHECKING:
 # version of the files in a folder of prepared data
 FORMAT = 1
 # version of the encoding: raise it when the ids or weights of any record change
-PREPARE_VERSION = 1
+PREPARE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,11 @@ def prepare(
     """
     if not files:
         return None
+    if chat.split_turns and (kind.rule != AS_CONFIGURED or kind.media or not kind.learned):
+        raise ValueError(
+            f"--split-turns makes one sequence an answer of a chat, and {kind.name} records have "
+            "other sequences; leave it out"
+        )
     texts = sorted(files)
     sources = _parse(texts, data, chat)
     cache = cache_folder(data.cache_dir)
@@ -379,29 +386,40 @@ def _build(
                 for record, raw in chunk:
                     data = _with_system(record.data, source.system_prompt)
                     try:
-                        jobs.append((record, raw, kind.dialogues(data, tokenizer)))
+                        groups = [kind.dialogues(data, tokenizer)]
                     except ValueError as error:
                         drops.bad_record(index, source.path, record.line, error, raw)
-                groups = [dialogues for *_, dialogues in jobs]
+                        continue
+                    if chat.split_turns:
+                        groups = [[turn] for turn in turns_of(groups[0][0])]
+                    given = template_arguments(data)
+                    jobs += [ToEncode(record, raw, group, given, []) for group in groups]
+                groups, given, notes = ([job[field] for job in jobs] for field in (2, 3, 4))
                 try:
-                    results = encode_dialogues(groups, tokenizer, chat, kind.rule)
+                    results = encode_dialogues(groups, tokenizer, chat, kind.rule, given, notes)
                 except ValueError:
                     # some record is wrong: encode smaller groups to find it
-                    settings = {"tokenizer": tokenizer, "config": chat, "rule": kind.rule}
-                    results = pin_errors(partial(encode_dialogues, **settings), groups)
-                done = []
-                for (record, raw, _), result in zip(jobs, results, strict=True):
+                    settings = {"tokenizer": tokenizer, "chat": chat, "rule": kind.rule}
+                    results = pin_errors(partial(_encode, **settings), jobs)
+                done, wrong = [], set()
+                for job, result in zip(jobs, results, strict=True):
+                    record = job.record
+                    if record.line in wrong:
+                        continue
                     if kind.distinct and isinstance(result, list):
                         result = drop_equal(result)
                     if isinstance(result, ValueError):
-                        drops.bad_record(index, source.path, record.line, result, raw)
+                        wrong.add(record.line)
+                        drops.bad_record(index, source.path, record.line, result, job.raw)
                     elif isinstance(result, Drop):
                         drops.drop(index, source.path, record.line, result.reason)
                     else:
+                        for note in job.notes:
+                            drops.note(index, record.line, note)
                         done.append((record, _encoded(result, record.data, kind, tokenizer, chat)))
                 if done:
                     _append(folder, writers, counts, done)
-                used[index] += len(done)
+                used[index] += len({record.line for record, _ in done})
                 bar.update(len(chunk))
         for writer in writers.values():
             writer.close()
@@ -421,6 +439,26 @@ def _build(
         "notes": drops.remarks(),
         "sources": by_source,
     }
+
+
+class ToEncode(NamedTuple):
+    """A record's dialogues to encode, with what the template is given beside them."""
+
+    record: Record
+    raw: bytes
+    group: list[Chat]
+    arguments: Arguments
+    # what the template leaves out of them
+    notes: list[str]
+
+
+def _encode(
+    jobs: Sequence[ToEncode], tokenizer: ChatTokenizer, chat: ChatConfig, rule: Rule
+) -> list[list[Tokens] | Drop]:
+    for job in jobs:
+        job.notes.clear()
+    groups, given, notes = ([job[field] for job in jobs] for field in (2, 3, 4))
+    return encode_dialogues(groups, tokenizer, chat, rule, given, notes)
 
 
 def _encoded(

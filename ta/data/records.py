@@ -8,20 +8,34 @@ from __future__ import annotations
 
 import json
 
-from ta.chat.messages import SYSTEM, strip_trailing_answers
+from ta.chat.messages import (
+    ANSWER,
+    REASONING,
+    SYSTEM,
+    strip_trailing_answers,
+    template_arguments,
+)
 from ta.data.jsonl import BadRecord, named
 
 # limit of margins, rewards and weights, far below the greatest float32
 MAX_NUMBER = 1e30
+# arguments of a chat template that are ours to give
+RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"} | {
+    "chat_template",
+    "tokenize",
+}
 
 
 def check_chat(data: dict, need_answer: bool = True, types: tuple[str, ...] = ("text",)) -> dict:
     """{"messages": [{role, content, loss?}]}: the record with canonical messages.
 
-    Unknown keys stay; an optional key that is null counts as absent. With `need_answer` some
+    A message may also hold what chat templates read: reasoning_content, tool_calls, tool_call_id,
+    name; the record tools, documents and chat_template_kwargs. Unknown keys stay; an optional key
+    that is null counts as absent. With `need_answer` some
     message must be an answer or have a `loss` of its own. `types` are the allowed types of
     messages.
     """
+    data = _with_arguments(data)
     messages = _messages(data, "messages", types)
     if need_answer and not any(
         message["role"] == "assistant" or message.get("loss") for message in messages
@@ -75,9 +89,10 @@ def check_pair(data: dict) -> dict:
     """
     if "context" not in data and ("chosen" in data or "rejected" in data):
         data = _from_chosen(data)
+    data = _with_arguments(data)
     context = _messages(data, "context")
     better, worse = _answer(data, "answer_w"), _answer(data, "answer_l")
-    if better["content"] == worse["content"]:
+    if better | {"loss": None} == worse | {"loss": None}:
         raise BadRecord(
             "chosen equals rejected", "both answers have the same content", unusable=True
         )
@@ -90,6 +105,7 @@ def check_pair(data: dict) -> dict:
 
 def check_labelled(data: dict) -> dict:
     """{"context", "answer", "is_desirable": bool}."""
+    data = _with_arguments(data)
     context, answer = _messages(data, "context"), _answer(data, "answer")
     if not isinstance(data.get("is_desirable"), bool):
         raise BadRecord(
@@ -112,6 +128,12 @@ def check_question(data: dict) -> dict:
             f"gold is {_shown(data, 'gold')}; give the id of a passage, or a list of ids",
         )
     checked = check_chat({key: value for key, value in data.items() if key != "gold"})
+    if given := ", ".join(template_arguments(checked)):
+        raise BadRecord(
+            f"{given} beside retrieval",
+            f"the record has {given} for the chat template, which questions that are answered from "
+            "passages do not read; leave them out",
+        )
     asked = strip_trailing_answers(checked["messages"])
     if not asked or asked[-1]["role"] == SYSTEM:
         raise BadRecord(
@@ -214,12 +236,14 @@ def _message(given: object, where: str, types: tuple[str, ...] = ("text",)) -> d
             f"the role of {where} is {_shown(given, 'role')}; give a name such as user or "
             "assistant",
         )
-    if isinstance(content, list) and content and len(types) > 1:
+    if isinstance(content, list) and content:
         content = [
             _part(part, f"{where}.content[{place}]", types) for place, part in enumerate(content)
         ]
         if all(part["type"] == "text" for part in content):
             content = "".join(part["content"] for part in content)
+    elif content is None and (given.get("tool_calls") or given.get("function_call")):
+        pass
     elif not isinstance(content, str):
         raise BadRecord(
             "content is not text",
@@ -249,7 +273,9 @@ def _message(given: object, where: str, types: tuple[str, ...] = ("text",)) -> d
         )
     replaced = ("loss", "disable_loss", "type")
     message = {key: value for key, value in given.items() if key not in replaced}
-    message |= {"role": "assistant" if role == "bot" else role, "content": content}
+    names = {"bot": ANSWER, "function": "tool"}
+    message |= {"role": names.get(role, role), "content": content}
+    _check_fields(message, where)
     if kind:
         message["type"] = kind
     if off or loss is not None:
@@ -257,7 +283,83 @@ def _message(given: object, where: str, types: tuple[str, ...] = ("text",)) -> d
     return message
 
 
+def _check_fields(message: dict, where: str) -> None:
+    """Check what a message holds beside its content, in place; null counts as absent."""
+    for key in (*REASONING, "tool_calls", "function_call", "tool_call_id", "name"):
+        if key in message and message[key] in (None, []):
+            del message[key]
+    if (call := message.pop("function_call", None)) and "tool_calls" not in message:
+        message["tool_calls"] = [{"type": "function", "function": call}]
+    for key in (*REASONING, "tool_call_id", "name"):
+        if not isinstance(message.get(key, ""), str):
+            raise BadRecord(
+                f"{key} is not text",
+                f"{key} of {where} is {_shown(message, key)}; give text or leave it out",
+            )
+    calls = message.get("tool_calls", [])
+    if calls and message["role"] != ANSWER:
+        raise BadRecord(
+            f"tool calls in a message of role {message['role']}",
+            f"{where} of role {message['role']} has tool_calls; only an answer calls tools",
+        )
+    for place, call in enumerate(calls if isinstance(calls, list) else [calls]):
+        inner = call.get("function", call) if isinstance(call, dict) else None
+        arguments = inner.get("arguments") if isinstance(inner, dict) else None
+        named_call = isinstance(inner, dict) and isinstance(inner.get("name"), str)
+        if not named_call or not isinstance(arguments, dict | str | None):
+            raise BadRecord(
+                "tool call",
+                f"{where}.tool_calls[{place}] is no call; give {{type: function, function: {{name, "
+                "arguments}}, arguments an object",
+            )
+
+
+def _with_arguments(data: dict) -> dict:
+    """The record with what the chat template is given beside messages, checked."""
+    data = dict(data)
+    for key in ("tools", "documents", "chat_template_kwargs", "functions"):
+        if key in data and data[key] in (None, [], {}, ""):
+            del data[key]
+    if "functions" in data and "tools" not in data:
+        functions = data.pop("functions")
+        tools = [{"type": "function", "function": function} for function in _list(functions)]
+        data["tools"] = tools
+    for key in ("tools", "documents"):
+        if key in data:
+            if isinstance(data[key], str):
+                data[key] = _parsed(data[key])
+            if not _list(data[key]) or not all(isinstance(item, dict) for item in data[key]):
+                raise BadRecord(
+                    f"{key} is no list of objects",
+                    f"{key} is {_shown(data, key)}; give a list of objects, as the chat template "
+                    "reads them",
+                )
+    own = data.get("chat_template_kwargs", {})
+    if not isinstance(own, dict) or RESERVED & own.keys():
+        taken = ", ".join(sorted(RESERVED & own.keys())) if isinstance(own, dict) else ""
+        raise BadRecord(
+            "chat_template_kwargs",
+            f"chat_template_kwargs is {_shown(data, 'chat_template_kwargs')}"
+            + (f" with {taken}, which is given otherwise" if taken else "")
+            + '; give an object such as {"enable_thinking": false}',
+        )
+    return data
+
+
+def _list(value: object) -> list:
+    return value if isinstance(value, list) else []
+
+
+def _parsed(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
 def _part(given: object, where: str, types: tuple[str, ...]) -> dict:
+    if isinstance(given, dict) and given.get("type") == "text" and "content" not in given:
+        given = {**given, "content": given.get("text")}
     valid = isinstance(given, dict) and isinstance(given.get("content"), str)
     if not valid or given.get("type") not in types:
         raise BadRecord(

@@ -11,7 +11,14 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ta.chat.encode import Drop, encode_prompts
-from ta.chat.messages import ANSWER, random_cut, strip_trailing_answers, with_system
+from ta.chat.messages import (
+    ANSWER,
+    is_question,
+    random_cut,
+    strip_trailing_answers,
+    template_arguments,
+    with_system,
+)
 from ta.data.records import check_media, check_prompt
 from ta.data.sources import Drops, parse_source, pin_errors, read_records
 
@@ -19,8 +26,8 @@ if TYPE_CHECKING:
     from ta.chat.template import ChatConfig
     from ta.chat.tokenizer import ChatTokenizer
 
-    # (chats, tokenizer, config) -> token ids or a Drop for each
-    Encode = Callable[[Sequence[list[dict]], ChatTokenizer, ChatConfig], list]
+    # (chats, tokenizer, config, their template arguments) -> token ids or a Drop for each
+    Encode = Callable[[Sequence[list[dict]], ChatTokenizer, ChatConfig, Sequence[dict]], list]
 
 
 def read_prompts(
@@ -44,14 +51,20 @@ def read_prompts(
     records = list(read_records(paths, check, drops, seed))
     for n, record in enumerate(records):
         whole = kept = record.data["messages"]
-        if cut and any(message["role"] == ANSWER for message in whole):
+        asked = next((i for i, message in enumerate(whole) if is_question(message)), len(whole))
+        if cut and any(message["role"] == ANSWER for message in whole[asked:]):
             kept = random_cut(whole, random.Random(f"{seed} {n}"))
         kept = strip_trailing_answers(kept)
         if len(kept) < len(whole):
-            record.data["reference"] = whole[len(kept)]["content"]
+            record.data["reference"] = whole[len(kept)]["content"] or ""
         record.data["messages"] = with_system(kept, sources[record.source].system_prompt)
-    chats = [record.data["messages"] for record in records]
-    encoded = pin_errors(lambda some: encode(some, tokenizer, chat), chats)
+    jobs = [(record.data["messages"], template_arguments(record.data)) for record in records]
+
+    def encode_jobs(some: Sequence[tuple[list[dict], dict]]) -> list:
+        chats, arguments = ([job[k] for job in some] for k in (0, 1))
+        return encode(chats, tokenizer, chat, arguments)
+
+    encoded = pin_errors(encode_jobs, jobs)
     prompts = []
     for record, ids in zip(records, encoded, strict=True):
         place = record.source, sources[record.source].path, record.line

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from ta.chat.encode import Drop, encode_prompts
-from ta.chat.messages import ANSWER, canonical_role, random_cut
+from ta.chat.messages import ANSWER, canonical_role, is_question, random_cut, template_arguments
 from ta.command_line import Range, table
 from ta.data.prepare import first_records
 from ta.files import append_line
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from ta.data.prepare import Prepared
     from ta.model.language_model import LanguageModel
 
-    # (chats, tokenizer, config) -> token ids or a Drop for each
-    Encode = Callable[[Sequence[list[dict]], ChatTokenizer, ChatConfig], list]
+    # (chats, tokenizer, config, their template arguments) -> token ids or a Drop for each
+    Encode = Callable[[Sequence[list[dict]], ChatTokenizer, ChatConfig, Sequence[dict]], list]
     # (model, chats, their prompts) -> embeddings (L, D) of each prompt
     Embed = Callable[[LanguageModel, Sequence[list[dict]], Sequence[list[int]]], Iterable[Tensor]]
 
@@ -92,15 +92,16 @@ def prompts_of(
         if record.get("is_desirable") is False:
             continue
         messages = [{**m, "role": canonical_role(m["role"])} for m in dialogue_of(record)]
-        if cut_seed is not None and any(m["role"] == ANSWER for m in messages):
+        asked = next((k for k, m in enumerate(messages) if is_question(m)), len(messages))
+        if cut_seed is not None and any(m["role"] == ANSWER for m in messages[asked:]):
             kept = random_cut(messages, random.Random(f"{cut_seed} {i}"))
             messages = messages[: len(kept) + 1]
         while len(messages) > 1 and messages[-1]["role"] != ANSWER:
             messages.pop()
         chosen.append(record)
         chats.append(messages)
-        answers.append(messages[-1]["content"] if messages[-1]["role"] == ANSWER else "")
-    encoded = encode(chats, tokenizer, chat)
+        answers.append((messages[-1]["role"] == ANSWER and messages[-1]["content"]) or "")
+    encoded = encode(chats, tokenizer, chat, [template_arguments(record) for record in chosen])
     prompts = zip(chosen, chats, encoded, answers, strict=True)
     return [Prompt(*fields) for fields in prompts if not isinstance(fields[2], Drop)]
 

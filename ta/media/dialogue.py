@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ta.chat.encode import Drop, encode_chats, encode_prompts
+from ta.chat.jinja import Arguments
 from ta.chat.messages import Message
 from ta.chat.render import Tokens
 from ta.data.jsonl import BadRecord
@@ -78,6 +79,7 @@ def encode_media(
     chats: Sequence[Sequence[Message]],
     tokenizer: ChatTokenizer,
     config: ChatConfig,
+    arguments: Sequence[Arguments] | None = None,
     prompts: bool = False,
 ) -> list[tuple[Tokens, Media] | Drop]:
     """`encode_chats` of chats with pictures and sounds: each with those that were not cut away.
@@ -87,7 +89,8 @@ def encode_media(
     placeholders = tokenizer.placeholders
     placed = [place_media(chat, placeholders) for chat in chats]
     encode = encode_prompts if prompts else encode_chats
-    results = encode([messages for messages, _ in placed], tokenizer, config)
+    messages = [messages for messages, _ in placed]
+    results = encode(messages, tokenizer, config, arguments=arguments)
     encoded: list[tuple[Tokens, Media] | Drop] = []
     for result, (_, media) in zip(results, placed, strict=True):
         if isinstance(result, Drop):

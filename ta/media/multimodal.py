@@ -310,10 +310,13 @@ def media_of(prepared: Prepared, record: int) -> list[tuple[str, str]]:
 
 
 def encode_media_prompts(
-    chats: Sequence[list[dict]], tokenizer: ChatTokenizer, chat: ChatConfig
+    chats: Sequence[list[dict]],
+    tokenizer: ChatTokenizer,
+    chat: ChatConfig,
+    arguments: Sequence[dict] | None = None,
 ) -> list:
     """Token ids of each chat's prompt, pictures and sounds as placeholders, or a Drop."""
-    results = encode_media(chats, tokenizer, chat, prompts=True)
+    results = encode_media(chats, tokenizer, chat, arguments, prompts=True)
     return [result if isinstance(result, Drop) else result[0].ids for result in results]
 
 

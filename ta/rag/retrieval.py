@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ta.chat.encode import encode_prompts
+from ta.chat.messages import template_arguments
 from ta.parallel import gather_objects, say
 from ta.rag.embedding_settings import EmbeddingSettings
 from ta.rag.index import Index, open_index
@@ -164,8 +165,10 @@ def retrieve_for_prompts(
     settings = passage_settings(config, index.manifest)
     retriever = retriever_of(index, encoder_tokenizer, tokenizer, chat, settings, device)
     retriever = retriever._replace(approximate=index.folder if config.approximate else None)
-    encode = partial(encode_prompts, tokenizer=tokenizer, config=chat)
-    prompts = prompts_with_passages(retriever, encoder, [data for data, *_ in records], encode)
+    chats = [data for data, *_ in records]
+    given = [template_arguments(data) for data in chats]
+    encode = partial(encode_prompts, tokenizer=tokenizer, config=chat, arguments=given)
+    prompts = prompts_with_passages(retriever, encoder, chats, encode)
     return [
         (data | {"passages": joined["passages"]}, ids)
         for (data, _), (joined, ids) in zip(records, prompts, strict=True)

@@ -665,9 +665,11 @@ def test_unknown_roles_and_templates_that_cannot_be_split():
     cases = {
         line("(m.content if m.role == 'user' else '')"): r"message 2 \(assistant\) not at all",
         line("m.content ~ m.content"): r"message 1 \(user\) twice",
-        line("(m.content if m.role == 'user' else m.content | reverse)"): r"message 2 \(assistant\) "
+        line(
+            "(m.content if m.role == 'user' else m.content | reverse)"
+        ): r"message 2 \(assistant\) "
         "cannot be split",
-        line("m.content" + GENERATE + "{{ 'AI:' }}{% endif %}"): "generation prompt ends in",
+        line("m.content") + GENERATE + "{{ 'AI:' }}{% endif %}": "generation prompt ends in",
     }
     other = PreTrainedTokenizerFast(
         tokenizer_object=made.backend_tokenizer, bos_token="<s>", eos_token="</s>"

@@ -13,7 +13,7 @@ from ta.chat.tokenizer import chat_tokenizer
 from ta.data.prepare import KINDS, DataConfig, prepare, sequence
 
 U, A = {"role": "user", "content": "u v"}, {"role": "assistant", "content": "x y"}
-# of what the records of all kinds in this file become, with PREPARE_VERSION 1
+# of what the records of all kinds in this file become, with PREPARE_VERSION 2
 KNOWN = "a52d0be8dfd0de7c93bb7e6195bdba54c22978ee357548a5694527fded32da50"
 LONG = {"role": "user", "content": "u " * 50}
 EXPLICIT = ChatConfig(

@@ -162,13 +162,14 @@ def test_pairs_have_two_sequences_each(tmp_path):
 
     def dialogues(record, tokenizer):
         content = record["messages"][0]["content"]
-        return with_answers([], [{"content": "a" * ord(content)}, {"content": "b"}])
+        asked = [{"role": "user", "content": "q"}]
+        return with_answers(asked, [{"content": "a" * ord(content)}, {"content": "b"}])
 
     kind = KIND._replace(check=check_chat, dialogues=dialogues, extras=None)
     path = write(tmp_path / "a.jsonl", ["\x01", "\x02", "\x03"])
     prepared = made([path], kind=kind)
-    assert prepared.k == 2 and lengths(prepared).tolist() == [4, 5, 6] and prepared.extras == {}
-    assert texts(prepared) == [" a", " b", " aa", " b", " aaa", " b"]
+    assert prepared.k == 2 and lengths(prepared).tolist() == [6, 7, 8] and prepared.extras == {}
+    assert texts(prepared) == ["q a", "q b", "q aa", "q b", "q aaa", "q b"]
 
 
 def test_the_key_holds_all_that_matters_and_no_more(tmp_path):

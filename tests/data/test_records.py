@@ -114,7 +114,7 @@ WRONG = [
     ),
     ("check_chat", chat(content=None), "is null"),
     ("check_chat", chat(content=3), "is 3"),
-    ("check_chat", chat(content=[{"type": "text"}]), "a list of 1"),
+    ("check_chat", chat(content=[{"type": "text"}]), r"messages\[0\].content\[0\] is an object"),
     ("check_chat", chat(role=None), "role of .* is null"),
     ("check_chat", chat(role=""), 'role of .* is ""'),
     ("check_chat", chat(type="image"), "reads text"),

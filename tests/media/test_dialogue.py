@@ -46,7 +46,7 @@ def encode(tokenizer, chats, prompts=False, **chat):
         records.check_media({"messages": chat}, need_answer=not prompts)["messages"]
         for chat in chats
     ]
-    return encode_media(chats, tokenizer, ChatConfig(**chat), prompts)
+    return encode_media(chats, tokenizer, ChatConfig(**chat), prompts=prompts)
 
 
 def test_placeholders_stand_where_the_picture_stood(tokenizer):
