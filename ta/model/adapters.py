@@ -73,8 +73,9 @@ def check_adapter(
     kind, default = config.adapter, AdapterConfig()
     if path is not None and kind != "none":
         raise ValueError(
-            f"--adapter {kind} with --adapter-path {path}: a new adapter or that one? give one of "
-            "the two"
+            f"--adapter {kind} asks for a new adapter, and {path} is one already: leave --adapter "
+            "out to go on with that one, or merge it with recipes/merge.py and give the merged "
+            "folder"
         )
     for field in fields(config):
         if (
@@ -272,6 +273,12 @@ OWNERS = {
 }
 
 
+# peft's names of what an adapter is for, in words
+TASKS = {
+    "CAUSAL_LM": "a language model",
+    "SEQ_CLS": "a reward model or classifier",
+    "FEATURE_EXTRACTION": "a text encoder",
+}
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 BASE = "base.json"
@@ -460,17 +467,13 @@ def add_adapter(
     """The model with a new trainable adapter, everything else frozen; the model itself for "none".
 
     Adapter weights are float32, float64 on a float64 base. The rows of `new_token_ids` train with
-    LoRA in the input table and in an untied output table. The model is changed in place; random
-    weights come from `seed` alone. ValueError for settings that cannot work on this model.
+    LoRA in the input table and in an untied output table; beside virtual tokens they stay as they
+    are. The model is changed in place; random weights come from `seed` alone. ValueError for
+    settings that cannot work on this model.
     """
     check_adapter(config)
     if config.adapter == "none":
         return model
-    if new_token_ids and config.adapter != "lora":
-        raise ValueError(
-            f"new tokens cannot train with --adapter {config.adapter}: it leaves the embeddings "
-            "frozen; give --adapter lora"
-        )
     settings = (
         lora_settings(model, config, new_token_ids)
         if config.adapter == "lora"
@@ -499,14 +502,20 @@ def load_adapter(model: PreTrainedModel, path: str, trainable: bool = False) -> 
     facts = read_facts(path)
     if settings.task_type != task_of(model):
         raise ValueError(
-            f"adapter {path} was trained for {settings.task_type}, the model given is "
-            f"{title(describe(model))}: give its base"
+            f"{path} is an adapter of {TASKS.get(settings.task_type, settings.task_type)}, and "
+            f"{TASKS[task_of(model)]} is loaded here: give another adapter, or merge this one with "
+            "recipes/merge.py and give the merged folder"
         )
+    weights = read_tensors(folder / WEIGHTS)
+    prefix = "base_model." if kind in PROMPT_LEARNING else "base_model.model."
+    own = [f"{prefix}{name}." for name in _table_names(model)]
     if facts.base:
         check_base(model, facts, path)
         _restore_rows(model, facts)
-    else:
-        facts = Facts(describe(model), _rows(model, _token_ids(settings), path))
+    changed = _take_tables(model, settings, weights, own, path)
+    if not facts.base:
+        ids = {*_token_ids(settings), *changed}
+        facts = Facts(describe(model), _rows(model, sorted(ids), path))
     settings.base_model_name_or_path = model.name_or_path or None
     settings.inference_mode = not trainable
     if kind in PROMPT_LEARNING:
@@ -514,10 +523,11 @@ def load_adapter(model: PreTrainedModel, path: str, trainable: bool = False) -> 
         settings.token_dim = settings.num_layers = settings.num_attention_heads = None
         if kind == "PROMPT_TUNING":
             settings.prompt_tuning_init = "RANDOM"
-    weights = read_tensors(folder / WEIGHTS)
     with loading(path, f"an adapter of {model.name_or_path!r}"):
         wrapped = _wrap(model, settings, facts)
     expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    # the tables of the base have been read
+    weights = {n: t for n, t in weights.items() if n in expected or not n.startswith(tuple(own))}
     for name in sorted(expected.keys() | weights.keys()):
         needed, stored = _shape(expected, name), _shape(weights, name)
         if needed != stored:
@@ -533,12 +543,90 @@ def load_adapter(model: PreTrainedModel, path: str, trainable: bool = False) -> 
     return wrapped if trainable else wrapped.eval()
 
 
+def _take_tables(
+    model: PeftModel,
+    settings: PeftConfig,
+    weights: dict[str, Tensor],
+    prefixes: Sequence[str],
+    path: str,
+) -> list[int]:
+    """Copy the token tables that an adapter carries into the model; ids of the rows that changed.
+
+    peft saves the base's tables with an adapter whose vocabulary was resized, and with LoRA on a
+    table. `prefixes` begin the names of the input table and of the head in `weights`. ValueError
+    for tables with fewer rows than the base has.
+    """
+    import torch
+
+    size = model.get_input_embeddings().weight.shape[0]
+    whole = getattr(settings, "modules_to_save", None) or ()
+    tied = "output" not in tables(model)
+    found, sizes, lost = {}, {size}, []
+    for prefix, kind in zip(prefixes, ("input", "output"), strict=False):
+        kind = "input" if tied else kind
+        trained = _hits(prefix.removesuffix("."), whole)
+        for part, name in (("weight", kind), ("bias", "output_bias")):
+            for inside in ("", "base_layer.", "token_adapter.base_layer.", "original_module."):
+                table = weights.get(f"{prefix}{inside}{part}")
+                if table is not None:
+                    sizes.add(table.shape[0])
+                    if inside or not trained:
+                        found[name] = table
+        if kind not in found and not trained:
+            lost.append(prefix.removesuffix("."))
+    if min(sizes) < size:
+        raise ValueError(
+            f"adapter {path} was trained on a base whose vocabulary was cut to {min(sizes)} rows, "
+            f"where {model.name_or_path!r} has {size}: merge it with peft on that base"
+        )
+    if max(sizes) > size:
+        if lost and not tied:
+            raise ValueError(
+                f"adapter {path} was trained with {max(sizes) - size} more tokens, and their rows "
+                f"of {lost[0]} were not saved with it: merge it with peft where it was trained"
+            )
+        resize(model, max(sizes))
+    changed = set(range(size, max(sizes)))
+    with torch.no_grad():
+        for name, table in tables(model).items():
+            if name in found and not table.is_meta:
+                given = found[name].to(table)
+                changed |= set(
+                    (table != given).view(len(table), -1).any(1).nonzero()[:, 0].tolist()
+                )
+                table.copy_(given)
+    return sorted(changed)
+
+
+def saved_tables(model: PeftModel) -> list[str]:
+    """Names of the base's tables that are saved with its adapter.
+
+    They are those with rows that the base's own folder lacks, where the adapter does not hold these
+    rows itself.
+    """
+    rows, settings = model.adapter_facts.rows, model.peft_config["default"]
+    if not rows or set(rows["ids"].tolist()) <= set(_token_ids(settings)):
+        return []
+    prefix = "base_model." if settings.is_prompt_learning else "base_model.model."
+    own = tuple(f"{prefix}{name}." for name in _table_names(model.get_base_model()))
+    adapted = ("lora_", "trainable_tokens", "modules_to_save")
+    whole = getattr(settings, "modules_to_save", None) or ()
+    return [
+        name
+        for name, _ in model.named_parameters()
+        if name.startswith(own)
+        and not any(word in name for word in adapted)
+        and not _hits(name.rpartition(".original_module.")[0], whole)
+    ]
+
+
 def save_adapter(
     model: PeftModel, folder: str | Path, state: dict[str, Tensor] | None = None
 ) -> None:
     """Write the adapter to `folder` in peft's layout (safetensors) with the facts about its base.
 
-    These are base.json and the base's rows of new tokens; no whole table is saved. `state` is the
+    These are base.json and the base's rows of new tokens; a whole table is saved where plain peft
+    would not find these rows otherwise. `state` is the
     model's state dict where the caller has gathered it from shards. Files are written in place, so
     give a temporary folder.
     """
@@ -565,6 +653,8 @@ def save_adapter(
         weights = {"prompt_embeddings": prompt[0]}
     else:
         weights = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    kept = saved_tables(model)
+    weights |= {name: tensor for name, tensor in tensors if name in kept}
     save_file(
         {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()},
         folder / WEIGHTS,
@@ -598,6 +688,12 @@ def merge_adapter(model: PeftModel, tolerance: float | None = None) -> PreTraine
     before, base = probe_logits(model), model.get_base_model()
     dtype = base.get_input_embeddings().weight.dtype
     tied = base.config.get_text_config().tie_word_embeddings
+    if tied and (head := base.get_output_embeddings()) is not None:
+        layers = (head, base.get_input_embeddings())
+        if any(hasattr(layer, "lora_A") for layer in layers):
+            # an update of one table must not change the other
+            head = getattr(head, "base_layer", head)
+            head.weight = torch.nn.Parameter(head.weight.detach().clone())
     fully = tuple(model.active_peft_config.modules_to_save or ())
     merged = model.merge_and_unload()
     for name, module in merged.named_modules():

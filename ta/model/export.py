@@ -16,7 +16,7 @@ from ta.chat.messages import ANSWER
 from ta.chat.template import ChatConfig, export_template
 from ta.chat.tokenizer import ChatTokenizer, disagreement
 from ta.files import publishing
-from ta.model.adapters import save_adapter
+from ta.model.adapters import save_adapter, saved_tables
 from ta.model.language_model import LanguageModel, base_model
 from ta.parallel import gather_objects, on_rank_zero, rank, say, world
 
@@ -127,6 +127,8 @@ def gathered(model: nn.Module, only_trained: bool = False) -> dict[str, Tensor] 
     if world() == 1:
         return None
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    if hasattr(model, "adapter_facts"):
+        trained.update(saved_tables(model))
     out = {}
     for name, tensor in model.state_dict().items():
         if only_trained and name not in trained:

@@ -114,8 +114,20 @@ def load_model(
     if adapted is loaded and compute.quantize == "none":
         loaded.requires_grad_(True)
     ready = _place(adapted, compute, device, is_half(model, device), around, sources.media)
-    ready.note = "\n".join(text for text in (head, ready.note) if text)
+    idle = "" if adapter.adapter in ("none", "lora") else idle_rows(tokenizer, adapter.adapter)
+    ready.note = "\n".join(text for text in (head, idle, ready.note) if text)
     return ready
+
+
+def idle_rows(tokenizer: ChatTokenizer, kind: str) -> str:
+    """A line for the user where rows of new tokens do not train; nothing without new tokens."""
+    texts = [token.text for token in tokenizer.new_tokens if token.added]
+    if not texts:
+        return ""
+    return (
+        f"--adapter {kind} trains virtual tokens alone: the rows of {', '.join(texts)} stay at the "
+        "mean of the text that explains them"
+    )
 
 
 def check_context(model: LanguageModel, *data: Prepared | None) -> None:
@@ -181,6 +193,11 @@ def load_base(
     from ta.model.attention import register
 
     folder = resolve(model).base
+    if task == "causal" and read_folder(folder).kind == "classifier":
+        raise ValueError(
+            f"{folder} is a reward model or classifier, which gives scores and no text: give a "
+            "language model"
+        )
     arguments = {"attn_implementation": register(), **parsed(model.model_args)}
     arguments |= quantization(quantize, is_half(model, device), device)
     if task == "seq_cls":

@@ -29,7 +29,6 @@ def test_an_adapter_of_another_base_names_both(saved):
         "weights differ": base(seed=1),
         "architectures differ": base("qwen3"),
         "vocabularies differ": base(vocab_size=19),
-        "trained for CAUSAL_LM": base(head=AutoModelForSequenceClassification),
     }
     for reason, model in cases.items():
         with pytest.raises(ValueError, match=reason) as error:
@@ -37,6 +36,8 @@ def test_an_adapter_of_another_base_names_both(saved):
         assert str(saved) in str(error.value) and type(model).__name__ in str(error.value)
     with pytest.raises(ValueError, match="vocabularies differ"):
         load_adapter(base(vocab_size=30), saved)
+    with pytest.raises(ValueError, match="of a language model, and a reward model or classifier"):
+        load_adapter(base(head=AutoModelForSequenceClassification), saved)
     assert read_facts(saved).base["vocabulary"] == 22
 
 

@@ -57,7 +57,7 @@ def test_an_adapter_folder_goes_on_with_its_adapter(tmp_path):
         again, _ = opened(config)
         assert {name for name, p in again.named_parameters() if p.requires_grad} == trained
         assert torch.equal(again.eval().logprobs(seqs), expected)
-    with pytest.raises(ValueError, match="a new adapter or that one"):
+    with pytest.raises(ValueError, match="leave --adapter out to go on with that one"):
         opened(ModelConfig(str(tmp_path / "final")), AdapterConfig(adapter="lora"))
 
 
