@@ -120,6 +120,7 @@ def main(config: Config) -> None:
     val_data = ta.prepare_classes(val_files, tokenizer, config.chat, config.data, run.seed)
     weights = weights_of(config, ta.labels_of(train_data, config.num_labels))
     val_labels = torch.tensor(ta.labels_of(val_data, config.num_labels)) if val_data else None
+    tokenizer = ta.with_own_pad_token(tokenizer, train_data, val_data)
     model = ta.load_model(
         config.model,
         config.adapter,

@@ -84,6 +84,7 @@ def main(config: Config) -> None:
     val_data = ta.prepare_pairs(val_files, tokenizer, config.chat, config.data, run.seed)
     for data in (train_data, val_data):
         ta.check_margins(data, "used")
+    tokenizer = ta.with_own_pad_token(tokenizer, train_data, val_data)
     model = ta.load_model(
         config.model,
         config.adapter,

@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
     from ta.data.loader import read_ahead as read_ahead
     from ta.data.loader import train_batches as train_batches
     from ta.data.loader import val_batches as val_batches
+    from ta.data.pad_token import with_own_pad_token as with_own_pad_token
     from ta.data.prepare import DataConfig as DataConfig
     from ta.data.prepare import first_records as first_records
     from ta.data.prepare import prepare_chats as prepare_chats
@@ -129,6 +130,7 @@ NAMES = {  # module: what `import ta` gives of it, loaded on first use
     "ta.chat.encode": "encode_answers encode_chat encode_dialogues encode_prompt "
     "encode_prompts loss_weights",
     "ta.chat.tokenizer": "ChatTokenizer TokenizerConfig load_chat_tokenizer",
+    "ta.data.pad_token": "with_own_pad_token",
     "ta.data.prepare": "DataConfig first_records prepare_chats prepare_classes prepare_labelled "
     "prepare_pairs prepare_questions preview sequence",
     "ta.files": "append_line",

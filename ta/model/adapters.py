@@ -508,7 +508,7 @@ def load_adapter(model: PreTrainedModel, path: str, trainable: bool = False) -> 
         )
     weights = read_tensors(folder / WEIGHTS)
     prefix = "base_model." if kind in PROMPT_LEARNING else "base_model.model."
-    own = [f"{prefix}{name}." for name in _table_names(model)]
+    own = tuple(f"{prefix}{name}." for name in _table_names(model))
     if facts.base:
         check_base(model, facts, path)
         _restore_rows(model, facts)
@@ -527,7 +527,7 @@ def load_adapter(model: PreTrainedModel, path: str, trainable: bool = False) -> 
         wrapped = _wrap(model, settings, facts)
     expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     # the tables of the base have been read
-    weights = {n: t for n, t in weights.items() if n in expected or not n.startswith(tuple(own))}
+    weights = {n: t for n, t in weights.items() if n in expected or not n.startswith(own)}
     for name in sorted(expected.keys() | weights.keys()):
         needed, stored = _shape(expected, name), _shape(weights, name)
         if needed != stored:
@@ -573,7 +573,7 @@ def _take_tables(
                     if inside or not trained:
                         found[name] = table
         if kind not in found and not trained:
-            lost.append(prefix.removesuffix("."))
+            lost.append(prefix.removesuffix(".").rpartition(".")[2])
     if min(sizes) < size:
         raise ValueError(
             f"adapter {path} was trained on a base whose vocabulary was cut to {min(sizes)} rows, "
@@ -583,7 +583,7 @@ def _take_tables(
         if lost and not tied:
             raise ValueError(
                 f"adapter {path} was trained with {max(sizes) - size} more tokens, and their rows "
-                f"of {lost[0]} were not saved with it: merge it with peft where it was trained"
+                f"of {lost[0]} are not in it: merge it with peft where it was trained"
             )
         resize(model, max(sizes))
     changed = set(range(size, max(sizes)))

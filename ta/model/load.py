@@ -101,7 +101,7 @@ def load_model(
         loaded, head = load_base(model, device=device, quantize=compute.quantize), ""
     else:
         loaded, head = _classifier(model, adapter, compute, num_labels, device, seed)
-        loaded.config.pad_token_id = tokenizer.fast.pad_token_id
+        loaded.config.get_text_config().pad_token_id = tokenizer.fast.pad_token_id
     set_rows(loaded, tokenizer.new_tokens)
     if sources.adapter is None:
         check_vocabulary(tokenizer.fast, loaded)
