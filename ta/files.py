@@ -19,6 +19,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -505,6 +506,31 @@ def write_manifest(folder: Path, info: dict[str, Any]) -> None:
     """Write the manifest that `open_arrays` checks the files of `folder` against."""
     sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
     (folder / "manifest.json").write_text(json.dumps({"sizes": sizes, "info": info}))
+
+
+# Data sets on the hub
+
+HUB = "hf:"
+WANTED = ("*.parquet", "*.arrow", "*.json", "*.jsonl", "*.csv", "*.gz")
+
+
+@cache
+def dataset_snapshot(name: str, fetch: bool = False) -> str:
+    """The folder of the hub's cache that holds the data set OWNER/NAME.
+
+    With `fetch` it is fetched where it is absent or old; where there is no network, what the cache
+    holds is taken. ValueError where it is not there.
+    """
+    from huggingface_hub import snapshot_download
+
+    settings = {"repo_type": "dataset", "allow_patterns": list(WANTED)}
+    try:
+        return snapshot_download(name, local_files_only=not fetch, **settings)
+    except (OSError, ValueError) as error:
+        why = "give --hub to fetch it"
+        if fetch:
+            why = f"the hub does not give it ({' '.join(str(error).split())[:200]})"
+        raise ValueError(f"{HUB}{name}: not in the hub's cache, and {why}") from None
 
 
 # Hashes

@@ -225,6 +225,7 @@ HOMES = {
     "PIL": ("ta.media", "ta.builtin"),
     "tyro": "ta.command_line",
     "faiss": "ta.rag",
+    "pyarrow": "ta.data",
 }
 
 

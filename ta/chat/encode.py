@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ta.chat.cut import cut_dialogue
@@ -92,7 +92,12 @@ def encode_dialogues(
     kept: dict[int, list[int]] = {}
     # the groups whose last answer is to be cut
     cut_answers: set[int] = set()
+    texts = {g: group[0][-1] for g, group in enumerate(groups) if group and is_text(group[0])}
+    for g, result in zip(texts, _encode_texts(texts.values(), tokenizer, config), strict=True):
+        results[g] = result
     for g, group in enumerate(groups):
+        if g in texts:
+            continue
         stay = _before_cutting(group, keep_end, end_in_answer)
         if stay and not (rule.opened and not any(map(is_question, group[0]))):
             kept[g] = stay
@@ -144,6 +149,40 @@ def _useless(group: Sequence[Chat], rule: Rule) -> Drop:
         what = "be answered" if rule.opened else "follow from one"
         return Drop("no question", f"no message of a user is there, so nothing can {what}")
     return Drop("no answer", "the chat has no message that could be learned")
+
+
+def is_text(dialogue: Chat) -> bool:
+    """Whether a dialogue is a plain text, which no template writes around."""
+    return bool(dialogue) and bool(dialogue[-1].get("plain"))
+
+
+def _encode_texts(
+    messages: Iterable[Message], tokenizer: ChatTokenizer, config: ChatConfig
+) -> list[list[Tokens] | Drop]:
+    """Plain texts as the tokenizer itself encodes them, each with the EOS token behind it.
+
+    Special tokens in them are real: all of a text is what the model writes. BOS stands in front
+    where the tokenizer puts it there.
+    """
+    messages = list(messages)
+    if not messages:
+        return []
+    fast = tokenizer.fast
+    end = fast.eos_token or ""
+    texts = [message["content"].removesuffix(end) + end for message in messages]
+    first = fast("")["input_ids"][:1]
+    bos = first if first == [fast.bos_token_id] else []
+    results: list[list[Tokens] | Drop] = []
+    encoded = fast(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    for message, ids in zip(messages, encoded, strict=True):
+        weight = message_weight(message, 0, True)
+        tokens = Tokens(bos + ids, [0.0] * len(bos) + [weight] * len(ids))
+        size, limit = len(tokens.ids), config.max_tokens
+        if limit is not None and size > limit:
+            results.append(Drop("no text fits in max_tokens", f"{size} tokens, more than {limit}"))
+        else:
+            results.append(_learnable([tokens], AS_CONFIGURED))
+    return results
 
 
 def _before_cutting(group: Sequence[Chat], keep_end: bool, end_in_answer: bool) -> list[int]:
@@ -306,6 +345,13 @@ def encode_prompt(
 def _prepared(dialogue: Chat, config: ChatConfig) -> list[Message]:
     """The dialogue with the role's one name and the system prompt that the user asks for."""
     messages = [_canonical(message, i) for i, message in enumerate(dialogue)]
+    if is_text(messages):
+        if len(messages) > 1 or config.system_prompt is not None:
+            raise ValueError(
+                "a plain text has no place for a system prompt; leave out --system-prompt and "
+                "system= for it"
+            )
+        return messages
     return with_system(messages, config.system_prompt, config.ignore_system_prompt)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import math
@@ -39,7 +40,13 @@ def regular_file(path: str) -> os.stat_result:
             f"{path}: no such file (seen from {os.getcwd()}); give a .jsonl or .jsonl.gz file"
         ) from None
     except ValueError:
-        raise ValueError(f"{path!r}: not a path; give a .jsonl or .jsonl.gz file") from None
+        raise ValueError(f"{path[:200]!r}: not a path; give a .jsonl or .jsonl.gz file") from None
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        raise ValueError(
+            f"{path[:200]}: cannot be opened ({error.strerror}); give a .jsonl or .jsonl.gz file"
+        ) from None
     if not stat.S_ISREG(status.st_mode):
         kind = "not a regular file (a pipe, socket or device), which cannot be read twice"
         if stat.S_ISDIR(status.st_mode):

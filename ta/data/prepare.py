@@ -32,19 +32,28 @@ from ta.chat.jinja import Arguments
 from ta.chat.messages import Chat, template_arguments, with_system
 from ta.chat.render import Tokens, show
 from ta.chat.tokenizer import tokenizer_settings
-from ta.data.jsonl import parse_record, read_lines, regular_file
-from ta.data.records import check_chat, check_class, check_labelled, check_pair, check_question
-from ta.data.sources import (
+from ta.data.jsonl import parse_record
+from ta.data.readers import files_of, read_rows
+from ta.data.records import (
     Check,
+    check_chat,
+    check_class,
+    check_labelled,
+    check_pair,
+    check_question,
+)
+from ta.data.sources import (
     Drops,
     Record,
     Source,
+    canonical,
     chunks,
     no_long_collections,
     parse_source,
     pin_errors,
     scan,
     select,
+    source_names,
 )
 from ta.files import (
     Column,
@@ -54,6 +63,7 @@ from ta.files import (
     made_once,
     open_arrays,
     stamp,
+    write_atomic,
     write_manifest,
     writing,
 )
@@ -70,6 +80,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 # version of the encoding: raise it when the ids or weights of any record change
 PREPARE_VERSION = 2
+# fields named in the report as not used
+FIELDS = 12
 
 
 @dataclass(frozen=True)
@@ -203,7 +215,7 @@ def lengths(prepared: Prepared) -> ndarray:
 
 
 def prepare(
-    files: Sequence[str],
+    files: Sequence[str] | Sequence[dict],
     tokenizer: ChatTokenizer,
     chat: ChatConfig,
     data: DataConfig,
@@ -214,10 +226,11 @@ def prepare(
 ) -> Prepared | None:
     """Read, check and encode files of records, or open the data that an earlier run prepared.
 
-    `files` may name a choice of their records (`parse_source`); they are read in the order of their
-    text, whatever their order here. `seed` chooses records where a share or a count is asked for.
-    Returns None where `files` is empty. ValueError for bad data, for a system prompt of a file
-    beside one in `chat`, and when no record is left.
+    `files` may name a choice of their records (`parse_source`); they are read in the order given.
+    Records themselves, a list of dicts, are written to a file in the cache and read from there.
+    `seed` chooses records where a share or a count is asked for. Returns None where `files` is
+    empty. ValueError for bad data, for a system prompt of a file beside one in `chat`, and when no
+    record is left.
     """
     if not files:
         return None
@@ -226,11 +239,11 @@ def prepare(
             f"--split-turns makes one sequence an answer of a chat, and {kind.name} records have "
             "other sequences; leave it out"
         )
-    texts = sorted(files)
-    sources = _parse(texts, data, chat)
     cache = cache_folder(data.cache_dir)
-    stamps = [stamp(source.path) for source in sources]
-    hashes = [content_hash(source.path, cache / "hashes") for source in sources]
+    texts = [_in_cache(files, cache)] if isinstance(files[0], dict) else list(files)
+    sources = _parse(texts, data, chat)
+    stamps = [_stamps(source.path) for source in sources]
+    hashes = [source_hash(source.path, cache / "hashes") for source in sources]
     chosen = any(source.share is not None or source.count is not None for source in sources)
     choices = [[content, *source[1:]] for content, source in zip(hashes, sources, strict=True)]
     settings = {"method": kind.name} | tokenizer_settings(tokenizer, chat)
@@ -245,7 +258,7 @@ def prepare(
         with made_once(folder, opened, say) as temporary:
             if made := temporary is not None:
                 info = _build(temporary, sources, tokenizer, chat, data, seed, kind, check)
-                if stamps != [stamp(source.path) for source in sources]:
+                if stamps != [_stamps(source.path) for source in sources]:
                     raise ValueError(
                         f"{', '.join(source.path for source in sources)}: changed while being "
                         "read; run again when it rests"
@@ -273,9 +286,9 @@ def first_records(prepared: Prepared | None, n: int) -> list[dict]:
     places = prepared.origin[:n].tolist()
     for index, group in groupby(places, key=lambda place: place[0]):
         lines = {line for _, line in group}
-        for line, raw in read_lines(prepared.info["sources"][index]["path"]):
+        for line, raw in read_rows(prepared.info["sources"][index]["path"]):
             if line in lines:
-                records.append(prepared.check(parse_record(raw)))
+                records.append(canonical(parse_record(raw), prepared.check)[0])
             if line >= max(lines):
                 break
     return records
@@ -320,7 +333,8 @@ def report(info: dict[str, Any]) -> list[str]:
         f"{info['records']:,} records, {info['tokens']:,} tokens, {share:.0f} % learned{before}"
     ]
     for source in info["sources"]:
-        lines.append(f"  {source['used']:,} of {source['records']:,} from {source['source']}")
+        form = "".join(f": {text}" for text in source.get("formats", ()))
+        lines.append(f"  {source['used']:,} of {source['records']:,} from {source['source']}{form}")
     for title, table in (("dropped", info["drops"]), ("note:", info["notes"])):
         for reason, entry in table.items():
             places = ", ".join(entry["first"])
@@ -328,7 +342,30 @@ def report(info: dict[str, Any]) -> list[str]:
     for source in info["sources"]:
         if source["remark"]:
             lines.append(f"  note: {source['source']}: {source['remark']}")
+    if unused := info.get("unused"):
+        fields = ", ".join(f"{name} ({count:,})" for name, count in unused[:FIELDS])
+        more = f" and {len(unused) - FIELDS} more" if len(unused) > FIELDS else ""
+        lines.append(f"  note: fields that are kept and not used: {fields}{more}")
     return lines
+
+
+def source_hash(path: str, notes: Path) -> str:
+    """Hash of the bytes of the files behind a source's path."""
+    hashes = [content_hash(file, notes) for file in files_of(path)]
+    return hashes[0] if len(hashes) == 1 else hash_json(hashes)
+
+
+def _stamps(path: str) -> list[list[int]]:
+    return [stamp(file) for file in files_of(path)]
+
+
+def _in_cache(records: Sequence[dict], cache: Path) -> str:
+    """The file in the cache that holds these records as JSON lines."""
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    path = cache / "records" / f"{hash_json(lines)[:16]}.jsonl"
+    if not path.exists():
+        write_atomic(path, lines)
+    return str(path)
 
 
 def _parse(texts: Sequence[str], config: DataConfig, chat: ChatConfig) -> list[Source]:
@@ -336,7 +373,7 @@ def _parse(texts: Sequence[str], config: DataConfig, chat: ChatConfig) -> list[S
         raise ValueError(f"--max-bad-share {config.max_bad_share}: a share lies in 0 to 1")
     parsed = [parse_source(text) for text in texts]
     for source in parsed:
-        regular_file(source.path)
+        files_of(source.path)
         if source.system_prompt and (chat.system_prompt or chat.ignore_system_prompt):
             other = "--ignore-system-prompt" if chat.ignore_system_prompt else "--system-prompt"
             raise ValueError(
@@ -430,6 +467,7 @@ def _build(
         )
     by_source = [
         {"records": len(keep), "chosen": sum(keep), "used": used[i], "remark": remark}
+        | {"formats": [f"{form.name}, {n:,} {form.unit}" for form, n in drops.formats[i].items()]}
         for i, (keep, remark) in enumerate(kept)
     ]
     return counts | {
@@ -437,6 +475,7 @@ def _build(
         "bad": drops.bad,
         "drops": drops.reasons(),
         "notes": drops.remarks(),
+        "unused": drops.unused.most_common(1000),
         "sources": by_source,
     }
 
@@ -543,8 +582,9 @@ def _open(
     for table in (info["drops"], info["notes"]):
         for entry in table.values():
             entry["first"] = [f"{sources[index].path}:{line}" for index, line in entry["first"]]
-    for entry, source, text in zip(info["sources"], sources, texts, strict=True):
-        entry |= {"source": text, "path": source.path}
+    names = source_names([source.path for source in sources])
+    for entry, source, text, name in zip(info["sources"], sources, texts, names, strict=True):
+        entry |= {"source": text, "path": source.path, "name": name}
     info["folder"] = str(folder)
     media = (arrays["media"], arrays["media_ends"]) if "media" in arrays else None
     columns = [arrays[name] for name in ("ids", "weights", "offsets", "origin")]

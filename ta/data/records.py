@@ -1,12 +1,13 @@
 """A checker for each kind of record: it returns the record in its canonical form, or raises.
 
-Every checker reads `bot` as `assistant` and `disable_loss: true` as `loss: false`. BadRecord says
-what is wrong with a record.
+Every checker reads `bot` as `assistant`, `disable_loss: true` as `loss: false`, and `weight`,
+`train`, `trainable` and `loss_mask` as `loss`. BadRecord says what is wrong with a record.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 from ta.chat.messages import (
     ANSWER,
@@ -24,6 +25,13 @@ RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "continue
     "chat_template",
     "tokenize",
 }
+# the names under which messages say whether, or with what weight, they are learned: OpenAI's
+# fine-tuning has weight, Axolotl train, others the rest
+LOSS_NAMES = ("loss", "weight", "train", "trainable", "loss_mask")
+# where the parts of a message have their text or path
+PART_KEYS = ("content", "text", "image", "image_url", "audio", "path", "url")
+
+Check = Callable[[dict], dict]
 
 
 def check_chat(data: dict, need_answer: bool = True, types: tuple[str, ...] = ("text",)) -> dict:
@@ -84,11 +92,8 @@ def check_media(data: dict, need_answer: bool = True) -> dict:
 def check_pair(data: dict) -> dict:
     """{"context", "answer_w", "answer_l", precomputed_margin?}.
 
-    prompt/chosen/rejected, as text or messages, is read into this form. Two equal answers are no
-    error but unusable: nothing distinguishes them.
+    Two equal answers are no error but unusable: nothing distinguishes them.
     """
-    if "context" not in data and ("chosen" in data or "rejected" in data):
-        data = _from_chosen(data)
     data = _with_arguments(data)
     context = _messages(data, "context")
     better, worse = _answer(data, "answer_w"), _answer(data, "answer_l")
@@ -229,7 +234,7 @@ def _message(given: object, where: str, types: tuple[str, ...] = ("text",)) -> d
         raise BadRecord(
             "message is not an object", f"{where} is {named(given)}; give {{role, content}}"
         )
-    role, content, loss = given.get("role"), given.get("content"), given.get("loss")
+    role, content = given.get("role"), given.get("content")
     if not isinstance(role, str) or not role:
         raise BadRecord(
             "role is not text",
@@ -255,32 +260,42 @@ def _message(given: object, where: str, types: tuple[str, ...] = ("text",)) -> d
             "message type",
             f"the type of {where} is {_shown(given, 'type')}; this reads {', '.join(types)}",
         )
+    replaced = (*LOSS_NAMES, "disable_loss", "type")
+    # an optional key that is null counts as absent
+    message = {key: x for key, x in given.items() if key not in replaced and x is not None}
+    names = {"bot": ANSWER, "function": "tool"}
+    message |= {"role": names.get(role, role), "content": content}
+    _check_fields(message, where)
+    if kind:
+        message["type"] = kind
+    loss = _loss(given, where)
+    return message if loss is None else message | {"loss": loss}
+
+
+def _loss(given: dict, where: str) -> bool | int | float | None:
+    """Whether, or with what weight, a message is learned; None where it does not say."""
     off = given.get("disable_loss")
     if off is not None and not isinstance(off, bool):
         raise BadRecord(
             "disable_loss is not a bool",
             f"disable_loss of {where} is {_shown(given, 'disable_loss')}; give true or false",
         )
-    weight = isinstance(loss, int | float) and 0 <= loss < MAX_NUMBER
-    if loss is not None and not isinstance(loss, bool) and not weight:
+    said = {name: given[name] for name in LOSS_NAMES if given.get(name) is not None}
+    for name, loss in said.items():
+        weight = isinstance(loss, int | float) and 0 <= loss < MAX_NUMBER
+        if not isinstance(loss, bool) and not weight:
+            raise BadRecord(
+                f"{name} is not a weight",
+                f"the {name} of {where} is {_shown(given, name)}; give true, false or a weight "
+                "from 0",
+            )
+    said |= {"disable_loss": False} if off else {}
+    if len({float(loss) for loss in said.values()}) > 1:
         raise BadRecord(
-            "loss is not a weight",
-            f"the loss of {where} is {_shown(given, 'loss')}; give true, false or a weight from 0",
+            "weights disagree",
+            f"{where} has {' and '.join(said)} at once, and they disagree; keep one",
         )
-    if off and loss:
-        raise BadRecord(
-            "loss and disable_loss", f"{where} has loss and disable_loss at once; keep loss"
-        )
-    replaced = ("loss", "disable_loss", "type")
-    message = {key: value for key, value in given.items() if key not in replaced}
-    names = {"bot": ANSWER, "function": "tool"}
-    message |= {"role": names.get(role, role), "content": content}
-    _check_fields(message, where)
-    if kind:
-        message["type"] = kind
-    if off or loss is not None:
-        message["loss"] = False if off else loss
-    return message
+    return next(iter(said.values()), None)
 
 
 def _check_fields(message: dict, where: str) -> None:
@@ -358,16 +373,27 @@ def _parsed(text: str) -> object:
 
 
 def _part(given: object, where: str, types: tuple[str, ...]) -> dict:
-    if isinstance(given, dict) and given.get("type") == "text" and "content" not in given:
-        given = {**given, "content": given.get("text")}
-    valid = isinstance(given, dict) and isinstance(given.get("content"), str)
-    if not valid or given.get("type") not in types:
+    """A part of a message as {type, content}.
+
+    Read as well are OpenAI's {"type": "text", "text": ...} and {"type": "image_url", "image_url":
+    {"url": path}}, and {"type": "image", "image" or "path" or "url": path}.
+    """
+    part = given if isinstance(given, dict) else {}
+    kind = {"image_url": "image"}.get(part.get("type"), part.get("type"))
+    content = next((part[key] for key in PART_KEYS if part.get(key) is not None), None)
+    content = content.get("url") if isinstance(content, dict) else content
+    if kind in ("image", "audio") and kind not in types and isinstance(content, str):
+        raise BadRecord(
+            f"{kind} where only text is read",
+            f"{where} is {kind}, and this reads text; give it to recipes/multimodal.py",
+        )
+    if kind not in types or not isinstance(content, str):
         raise BadRecord(
             "part of a message",
             f"{where} is {named(given)}; give {{type, content}} with text or path, type one of "
             f"{', '.join(types)}",
         )
-    return {"type": given["type"], "content": given["content"]}
+    return {"type": kind, "content": content}
 
 
 def _answer(data: dict, key: str) -> dict:
@@ -387,42 +413,6 @@ def _answer(data: dict, key: str) -> dict:
             f"the role of {key} is {answer['role']!r}; an answer's role is assistant",
         )
     return answer
-
-
-def _from_chosen(data: dict) -> dict:
-    """prompt/chosen/rejected -> context/answer_w/answer_l.
-
-    Chosen and rejected may be answers or whole dialogues with a common beginning.
-    """
-    plain = {
-        key: value for key, value in data.items() if key not in ("prompt", "chosen", "rejected")
-    }
-    answers, starts = {}, []
-    for key, name in (("chosen", "answer_w"), ("rejected", "answer_l")):
-        given = data.get(key)
-        dialogue = _messages(data, key) if isinstance(given, list) else [_answer(data, key)]
-        answers[name] = dialogue[-1]
-        starts.append(dialogue[:-1])
-    if starts[0] != starts[1]:
-        raise BadRecord(
-            "dialogues differ early",
-            "chosen and rejected differ before their last message; give both the same beginning",
-        )
-    prompt, start = data.get("prompt"), starts[0]
-    if prompt is None:
-        return {**plain, **answers, "context": start}
-    context = (
-        [{"role": "user", "content": prompt}]
-        if isinstance(prompt, str)
-        else _messages(data, "prompt")
-    )
-    if start and start[-len(context) :] != context:
-        raise BadRecord(
-            "prompt not in chosen",
-            "chosen starts with other messages than prompt; give the prompt once, or twice the "
-            "same",
-        )
-    return {**plain, **answers, "context": start or context}
 
 
 def _number(data: dict, key: str, reason: str) -> float | None:

@@ -6,21 +6,34 @@ import gc
 import json
 import os
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from itertools import pairwise
+from pathlib import PurePath
 from typing import IO, Any, NamedTuple
 
-from ta.data.jsonl import MAX_LINE, parse_record, read_lines
+from ta.data.formats import Format, format_of
+from ta.data.jsonl import MAX_LINE, BadRecord, parse_record
+from ta.data.readers import read_rows
+from ta.data.records import Check
+from ta.files import HUB
 
 # places that are named for each reason
 EXAMPLES = 3
 # limits of a chunk that is encoded at once
 CHUNK_RECORDS = 1000
 CHUNK_BYTES = 8 << 20
+# ids among which double ones are counted
+MAX_IDS = 1 << 20
 
-Check = Callable[[dict], dict]
+# fields of records that have a meaning for some method
+USED = {
+    *("id", "messages", "context", "answer_w", "answer_l", "precomputed_margin", "answer"),
+    *("is_desirable", "label", "gold", "answers", "rewards", "title", "text"),
+    *("tools", "documents", "chat_template_kwargs"),
+}
 
 
 class Source(NamedTuple):
@@ -112,7 +125,7 @@ def select(source: Source, seed: int) -> tuple[bytearray, str]:
     """
     chosen = source.share is not None or source.count is not None
     ranks, key = array("Q"), str(seed).encode()[:64]
-    for _, raw in read_lines(source.path):
+    for _, raw in read_rows(source.path):
         ranks.append(int.from_bytes(blake2b(raw, digest_size=8, key=key).digest()) if chosen else 0)
     window = range(len(ranks))[source.offset :][: source.rows]
     if not window:
@@ -153,6 +166,12 @@ class Drops:
         self.counts: dict[str, int] = {}
         self.notes: dict[str, int] = {}
         self.first: dict[str, list[tuple[int, int]]] = {}
+        # of each source: its records by the format from which they were converted
+        self.formats: dict[int, Counter[Format]] = {}
+        # records that have a field which no method reads
+        self.unused: Counter[str] = Counter()
+        # hashes of the ids so far
+        self.ids: set[int] = set()
 
     def bad_record(self, source: int, path: str, line: int, error: ValueError, raw: bytes) -> None:
         """Count a bad record, or raise ValueError.
@@ -222,18 +241,75 @@ def scan(
 
     The other records are counted in `drops`.
     """
-    flagged = zip(read_lines(source.path), keep, strict=False)
+    formats = drops.formats.setdefault(index, Counter())
+    family = None
+    flagged = zip(read_rows(source.path), keep, strict=False)
     for line, raw in (numbered for numbered, kept in flagged if kept):
         try:
-            data = check(parse_record(raw))
+            data, form = canonical(parse_record(raw), check, family)
         except ValueError as error:
             drops.bad_record(index, source.path, line, error, raw)
             continue
+        if form:
+            formats[form] += 1
+        family = form.family if form else ""
+        drops.unused.update(data.keys() - USED)
+        if "id" in data and len(drops.ids) < MAX_IDS:
+            if (name := hash(str(data["id"]))) in drops.ids:
+                drops.note(index, line, "id given twice")
+            drops.ids.add(name)
         roles = [message["role"] for message in data.get("messages") or data.get("context") or ()]
         roles += ["assistant"] * ("context" in data)
         if any(a == b == "assistant" for a, b in pairwise(roles)):
             drops.note(index, line, "answers twice in a row")
         yield Record(index, line, data), raw
+
+
+def canonical(data: dict, check: Check, family: str | None = None) -> tuple[dict, Format | None]:
+    """A record in the form of its checker, and the format from which it was converted, if any.
+
+    `family` is that of the records before it in the file ("": they were canonical). An id that is a
+    list or an object becomes its JSON text. BadRecord for a record of another format, and for what
+    the checker refuses.
+    """
+    form = format_of(data, check)
+    if family not in (None, form.family if form else ""):
+        fields = ", ".join(list(data)[:8])
+        raise BadRecord(
+            "another format",
+            f"the record (fields: {fields}) has another format than those before it; give one "
+            "format a file",
+        )
+    if form is None:
+        data = check(data)
+    else:
+        try:
+            data = check(form.convert(data))
+        except BadRecord as error:
+            what = f"{error} (the record is read as {form.name})"
+            raise BadRecord(error.reason, what, error.unusable) from None
+    if isinstance(data.get("id"), list | dict):
+        data = {**data, "id": json.dumps(data["id"], ensure_ascii=False)}
+    return data, form
+
+
+def source_names(paths: Sequence[str]) -> list[str]:
+    """A short name for each source: its file's name, with the folders that tell it from others.
+
+    A source that is given twice gets a number too.
+    """
+    parts = [PurePath(path.removeprefix(HUB)).parts or (path,) for path in paths]
+    stems = [(*part[:-1], part[-1].partition(".")[0] or part[-1]) for part in parts]
+    names = []
+    for stem in stems:
+        others = {other for other in stems if other != stem}
+        size = 1
+        while size < len(stem) and any(other[-size:] == stem[-size:] for other in others):
+            size += 1
+        name = "/".join(stem[-size:]).lstrip("/")
+        again = sum(before == stem for before in stems[: len(names)])
+        names.append(f"{name}#{again + 1}" if again else name)
+    return names
 
 
 def chunks(stream: Iterable[tuple[Record, bytes]]) -> Iterator[list[tuple[Record, bytes]]]:
@@ -285,12 +361,9 @@ def pin_errors(many: Callable[[list[dict]], Sequence], records: list[dict]) -> l
 def read_records(
     sources: Iterable[str], check: Check, drops: Drops | None = None, seed: int = 0
 ) -> Iterator[Record]:
-    """Stream the checked records of several sources without preparing them.
-
-    Sources are read in the order of their text, as in `prepare`.
-    """
+    """Stream the checked records of several sources, in the order given, without preparing them."""
     drops = drops or Drops()
-    parsed = [parse_source(text) for text in sorted(sources)]
+    parsed = [parse_source(text) for text in sources]
     kept = [select(source, seed) for source in parsed]
     drops.expected = sum(sum(keep) for keep, _ in kept)
     for index, (source, (keep, _)) in enumerate(zip(parsed, kept, strict=True)):

@@ -45,7 +45,6 @@ def read_prompts(
     prompt does (before a random answer with `cut`, seeded); the answer that was taken off is its
     "reference". `encode` makes token ids of chats, where these hold more than text.
     """
-    paths = sorted(paths)  # the order of read_records
     sources = [parse_source(path) for path in paths]
     check = partial(check_media, need_answer=False) if tokenizer.placeholders else check_prompt
     records = list(read_records(paths, check, drops, seed))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from ta.chat.encode import Drop, encode_prompts
+from ta.chat.encode import Drop, encode_prompts, is_text
 from ta.chat.messages import ANSWER, canonical_role, is_question, random_cut, template_arguments
 from ta.command_line import Range, table
 from ta.data.prepare import first_records
@@ -85,11 +85,12 @@ def prompts_of(
 
     The answer taken off is the reference.
 
-    A labelled answer that is not desirable has no right answer beside it and is left out.
+    A labelled answer that is not desirable has no right answer beside it and is left out, as is a
+    plain text, which asks nothing.
     """
     chosen, chats, answers = [], [], []
     for i, record in enumerate(records):
-        if record.get("is_desirable") is False:
+        if record.get("is_desirable") is False or is_text(dialogue_of(record)):
             continue
         messages = [{**m, "role": canonical_role(m["role"])} for m in dialogue_of(record)]
         asked = next((k for k, m in enumerate(messages) if is_question(m)), len(messages))

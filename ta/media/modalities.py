@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 from ta.builtin.model_folders import pictures_folder
 from ta.chat.tokenizer import Placeholder
 from ta.command_line import Range
+from ta.data.readers import files_of
 from ta.data.sources import parse_source
 from ta.files import hash_json
 from ta.folders import local_folder, read_json
@@ -152,7 +153,8 @@ def media_root(image_root: str, sources: Sequence[str]) -> str:
         return image_root
     if not sources:
         return str(pictures_folder() / "images")
-    folders = sorted({str(Path(parse_source(source).path).parent) for source in sources})
+    files = [file for source in sources for file in files_of(parse_source(source).path)]
+    folders = sorted({str(Path(file).parent) for file in files})
     if len(folders) > 1:
         raise ValueError(
             f"the sources lie in {len(folders)} folders ({', '.join(folders[:3])}): give the one "

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ta.data.jsonl import regular_file
+from ta.data.prepare import source_hash
 from ta.data.sources import parse_source
 from ta.files import (
     Column,
@@ -172,16 +172,14 @@ def begin_index(
     folder = encoder_folder(config.encoder_path, config.hub)
     notes = cache_folder("") / "hashes"
     settings = embedding_settings(folder, config)
-    parsed = [parse_source(text) for text in sorted(sources)]
-    for source in parsed:
-        regular_file(source.path)
+    parsed = [parse_source(text) for text in sources]
     made_of = {
         "format": FORMAT,
         "encoder": fingerprint(folder),
         "encoder_path": str(Path(folder).resolve()),
         "reading": json.loads(json.dumps(settings._asdict())),
         "width": width_of(folder),
-        "sources": [[content_hash(source.path, notes), *source[1:]] for source in parsed],
+        "sources": [[source_hash(source.path, notes), *source[1:]] for source in parsed],
     }
     with ExitStack() as stack:
         for share in sorted({"part-0"} | shares(out)):

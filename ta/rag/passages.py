@@ -74,7 +74,7 @@ def write_passages(sources: Sequence[str], path: Path, seed: int = 0) -> np.ndar
     """
     import numpy as np
 
-    offsets, seen, paths = [0], {}, sorted(sources)
+    offsets, seen, paths = [0], {}, list(sources)
     with open(path, "wb") as file:
         for place, record in enumerate(read_records(paths, check_passage, Drops(), seed)):
             name, where = str(record.data.get("id", place)), (record.source, record.line)

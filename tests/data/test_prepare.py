@@ -114,13 +114,13 @@ def test_what_went_in_comes_out(tmp_path, monkeypatch):
         write(tmp_path / "a.jsonl", ["", *"xyz" * 5]),
     )
     letters = Letters()
-    first, again = (made([b, a], letters=letters) for _ in range(2))
+    first, again = (made([a, b], letters=letters) for _ in range(2))
     # each chunk of three records is encoded once, each of its texts once
     assert len(letters.seen) == 17
     assert not first.info["cached"] and again.info["cached"]
     for prepared in (first, again):
         assert texts(prepared) == [" a", *(f"{letter} a" for letter in "xyz" * 5), "bb a", "b a"], (
-            "sources in the order of their text"
+            "sources in the order given"
         )
         assert prepared.origin.tolist() == [[0, i] for i in range(1, 17)] + [[1, 1], [1, 3]]
         assert (
@@ -180,9 +180,10 @@ def test_the_key_holds_all_that_matters_and_no_more(tmp_path):
         return not prepared.info["cached"], prepared.info["fingerprint"]
 
     base = key(path, other)
-    assert base[0] and key(other, path, seed=5) == (False, base[1]), (
-        "order and an unused seed do not matter"
+    assert base[0] and key(path, other, seed=5) == (False, base[1]), (
+        "an unused seed does not matter"
     )
+    assert key(other, path)[1] != base[1], "records stand in the order of their sources"
     prints = [
         key(path)[1],
         key(path, other, chat=ChatConfig(keep_end=True))[1],
@@ -253,8 +254,8 @@ def test_nothing_left_is_an_error_with_its_reasons(tmp_path):
 def test_a_source_brings_its_system_prompt(tmp_path):
     path = write(tmp_path / "a.jsonl", "x")
     assert texts(made([f"{path}@system=S", path])) == [
-        "x a",
         "Sx a",
+        "x a",
     ]
     for chat in (ChatConfig(system_prompt="T"), ChatConfig(ignore_system_prompt=True)):
         with pytest.raises(ValueError, match="system='S' of its own beside --"):
@@ -369,7 +370,7 @@ def test_a_users_own_function_and_its_constants_are_in_the_key(tmp_path, monkeyp
 
 def test_first_records_are_those_that_were_prepared(tmp_path):
     a, b = write(tmp_path / "a.jsonl", ["x", "d", "y"]), write(tmp_path / "b.jsonl", "zw")
-    prepared = made([b, a])
+    prepared = made([a, b])
     asked = [record["messages"][0]["content"] for record in first_records(prepared, 3)]
     assert asked == ["x", "y", "z"] and first_records(prepared, 0) == []
     assert len(first_records(prepared, 99)) == 4

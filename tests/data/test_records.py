@@ -48,10 +48,6 @@ def test_pairs_from_every_form():
     forms = [
         pair,
         {**pair, "answer_w": "a", "answer_l": [{"role": "bot", "content": "b"}]},
-        {"prompt": "q", "chosen": "a", "rejected": "b"},
-        {"prompt": [U], "chosen": [A], "rejected": [{**A, "content": "b"}]},
-        {"chosen": [U, A], "rejected": [U, {**A, "content": "b"}]},
-        {"prompt": "q", "chosen": [U, A], "rejected": [U, {**A, "content": "b"}]},
         {**pair, "precomputed_margin": None},
     ]
     for form in forms:
@@ -61,14 +57,40 @@ def test_pairs_from_every_form():
         "precomputed_margin": 2.0,
         "id": "i",
     }
-    system = {"role": "system", "content": "s"}
-    got = records.check_pair(
-        {"prompt": "q", "chosen": [system, U, A], "rejected": [system, U, {**A, "content": "b"}]}
-    )
-    assert got["context"] == [system, U]
     with pytest.raises(BadRecord) as caught:
         records.check_pair({**pair, "answer_l": "a"})
     assert caught.value.unusable and caught.value.reason == "chosen equals rejected"
+
+
+def test_other_names_of_the_loss():
+    for name in records.LOSS_NAMES:
+        for value in (0, 1, 0.5, True, False):
+            checked = records.check_chat({"messages": [U, {**A, name: value}]})
+            assert checked["messages"][1] == {**A, "loss": value}
+            assert type(checked["messages"][1]["loss"]) is type(value)
+    agreed = records.check_chat({"messages": [U, {**A, "weight": 0, "train": False}, A]})
+    assert agreed["messages"][1] == {**A, "loss": 0}
+    off = {**A, "disable_loss": True, "loss_mask": 0, "weight": None}
+    assert records.check_chat({"messages": [U, off]})["messages"][1] == {**A, "loss": 0}
+
+
+def test_parts_as_openai_writes_them():
+    picture = {"type": "image", "content": "cat.png"}
+    forms = [
+        picture,
+        {"type": "image", "image": "cat.png"},
+        {"type": "image", "path": "cat.png"},
+        {"type": "image_url", "image_url": {"url": "cat.png", "detail": "low"}},
+    ]
+    for form in forms:
+        asked = {**U, "content": [form, {"type": "text", "text": "q"}]}
+        parts = records.check_media({"messages": [asked, A]})["messages"][0]["content"]
+        assert parts == [picture, {"type": "text", "content": "q"}]
+    texts = [{"type": "text", "text": "q"}, {"type": "text", "content": "r"}]
+    assert records.check_chat({"messages": [{**U, "content": texts}, A]})["messages"] == [
+        {**U, "content": "qr"},
+        A,
+    ]
 
 
 def test_the_other_kinds():
@@ -114,7 +136,16 @@ WRONG = [
     ),
     ("check_chat", chat(content=None), "is null"),
     ("check_chat", chat(content=3), "is 3"),
-    ("check_chat", chat(content=[{"type": "text"}]), r"messages\[0\].content\[0\] is an object"),
+    (
+        "check_chat",
+        chat(content=[{"type": "text"}]),
+        r"content\[0\] is an object; give .type, content",
+    ),
+    ("check_chat", chat(content=[{"type": "image", "image": "a.png"}]), "recipes/multimodal.py"),
+    ("check_chat", chat(content=[]), "a list of 0"),
+    ("check_chat", chat(weight="no"), 'weight of .* is "no"'),
+    ("check_chat", chat(weight=0, loss=1), "has loss and weight at once, and they disagree"),
+    ("check_chat", chat(train=False, trainable=True), "has train and trainable at once"),
     ("check_chat", chat(role=None), "role of .* is null"),
     ("check_chat", chat(role=""), 'role of .* is ""'),
     ("check_chat", chat(type="image"), "reads text"),
@@ -131,14 +162,6 @@ WRONG = [
     ("check_pair", {**pair, "precomputed_margin": "1"}, 'precomputed_margin is "1"'),
     ("check_pair", {**pair, "precomputed_margin": True}, "precomputed_margin is true"),
     ("check_pair", {**pair, "precomputed_margin": 10**400}, "precomputed_margin is 1000"),
-    ("check_pair", {"chosen": [U, A], "rejected": [A]}, "differ before"),
-    (
-        "check_pair",
-        {"prompt": "other", "chosen": [U, A], "rejected": [U, {**A, "content": "b"}]},
-        "other messages than prompt",
-    ),
-    ("check_pair", {"prompt": "q", "chosen": None, "rejected": "b"}, "chosen is null"),
-    ("check_pair", {"chosen": "a", "rejected": "b"}, "context is a list of 0"),
     ("check_labelled", {"context": [U], "answer": "a", "is_desirable": 1}, "is_desirable is 1"),
     ("check_labelled", {"context": [U], "is_desirable": True}, "answer is missing"),
     ("check_class", {"messages": [U], "label": True}, "label is true"),
@@ -212,15 +235,10 @@ RECORD = st.fixed_dictionaries(
         "precomputed_margin": ODD,
     },
 )
-CHOSEN = st.fixed_dictionaries(
-    {"chosen": DIALOGUE | ODD, "rejected": DIALOGUE | ODD}, optional={"prompt": DIALOGUE | ODD}
-)
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    RECORD | CHOSEN, st.sampled_from([name for name in dir(records) if name.startswith("check_")])
-)
+@given(RECORD, st.sampled_from([name for name in dir(records) if name.startswith("check_")]))
 def test_whatever_comes_is_checked_or_refused(data, name):
     check = getattr(records, name)
     try:

@@ -1,0 +1,321 @@
+"""Data files of every kind, read as numbered lines that each hold one JSON object.
+
+JSON lines are streamed as they stand. Elements of a JSON list and rows of CSV, parquet and Arrow
+files are written as JSON, so that choosing, hashing and checking know lines alone.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import math
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+from ta.data.jsonl import MAX_LINE, read_lines, regular_file
+from ta.files import HUB, dataset_snapshot
+
+# characters of a JSON list that are read at once, and rows of a parquet file
+CHUNK, ROWS = 1 << 20, 1000
+# folders below a dataset folder in which data files are looked for
+DEPTH = 3
+ENDINGS = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz")
+# JSON files that describe a dataset
+ABOUT = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
+SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}")
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+# columns of a CSV file whose cells are JSON; all others are text
+JSON_COLUMNS = (
+    *("messages", "conversations", "context", "answer_w", "answer_l", "answers", "rewards"),
+    *("tools", "documents", "chat_template_kwargs", "history", "gold"),
+    *("label", "is_desirable", "kto_tag", "precomputed_margin", "margin"),
+)
+
+
+def files_of(path: str) -> list[str]:
+    """The files behind the path of a source, in the order in which their records are numbered.
+
+    A path names a file, a folder of data files of one split (also as `save_to_disk` of datasets
+    writes it), `FOLDER/SPLIT`, or one of these on the hub, `hf:OWNER/NAME` or
+    `hf:OWNER/NAME/SPLIT`. ValueError where nothing is there, and for a folder of several splits.
+    """
+    root, split = path, ""
+    if path.startswith(HUB):
+        *name, split = (*path.removeprefix(HUB).split("/", 2), "", "")[:3]
+        root = dataset_snapshot("/".join(filter(None, name)))
+        if (Path(root) / split).exists():
+            root, split = str(Path(root) / split), ""
+    elif not os.path.exists(path):
+        root, _, split = path.rstrip("/").rpartition("/")
+    if not os.path.isdir(root):
+        regular_file(root if path.startswith(HUB) else path)
+        return [root if path.startswith(HUB) else path]
+    groups = _groups(Path(root))
+    named = {name for name in groups if split in ("", name) or name.endswith("/" + split)}
+    if len(named) == 1:
+        files = groups[named.pop()]
+        endings = {_ending(file) for file in files}
+        if len(endings) > 1:
+            raise ValueError(
+                f"{path}: holds {', '.join(sorted(endings))} files, perhaps the same records "
+                "twice; give one of the files, or a folder of one kind"
+            )
+        return files
+    if groups and (not split or path.startswith(HUB)):
+        choices = " or ".join(f"{path.removesuffix('/' + split)}/{name}" for name in groups)
+        raise ValueError(f"{path}: holds {len(groups)} parts; give one of them, {choices}")
+    if split:
+        regular_file(path)
+    raise ValueError(f"{path}: is a directory without data files; give {' or '.join(ENDINGS[:5])}")
+
+
+def _groups(root: Path) -> dict[str, list[str]]:
+    """The data files of a folder by split: {"train": [...]}, {"en/train": [...], ...}.
+
+    A split is what stands before the number of a shard, or a word such as `train` in a file's name,
+    below the file's folder (the naming that the hub's own reader, `datasets`, understands).
+    """
+    groups: dict[str, list[str]] = {}
+    for folder, below, names in os.walk(root):
+        here = Path(folder)
+        parts = here.relative_to(root).parts
+        hidden = [name for name in below if name.startswith(".")]
+        below[:] = sorted({*below} - {*hidden}) if len(parts) < DEPTH else []
+        if "state.json" in names:
+            state = json.loads((here / "state.json").read_text())
+            files = [str(here / entry["filename"]) for entry in state["_data_files"]]
+            groups["/".join(parts) or "."] = files
+            continue
+        for name in sorted(names):
+            if name.endswith(ENDINGS) and not name.startswith(".") and name not in ABOUT:
+                key = "/".join(filter(None, (*parts, _split(name)))) or "."
+                groups.setdefault(key, []).append(str(here / name))
+    return groups
+
+
+def _split(name: str) -> str:
+    stem = name.partition(".")[0]
+    if shard := SHARD.match(stem):
+        return shard[1]
+    words = re.split(r"[^a-z0-9]+", stem.lower())
+    return next((SPLITS[word] for word in words if word in SPLITS), "")
+
+
+def _ending(file: str) -> str:
+    return max((ending for ending in ENDINGS if file.endswith(ending)), key=len, default="")
+
+
+def read_rows(path: str) -> Iterator[tuple[int, bytes]]:
+    """Stream (1-based number, JSON bytes) of the records of a source's path.
+
+    The number is that of the line where a record begins in JSON and CSV files, and of the row in
+    parquet and Arrow files; in a folder it goes on from file to file. What a file is, its first
+    bytes tell, or for CSV its name. ValueError for a file that cannot be read, and for one without
+    records.
+    """
+    number = 0
+    for file in files_of(path):
+        before = number
+        for place, raw in _reader(file)(file):
+            number = before + place
+            yield number, raw
+    if not number:
+        raise ValueError(f"{path}: empty, no record in it; give one with records")
+
+
+def _reader(file: str) -> Callable[[str], Iterator[tuple[int, bytes]]]:
+    regular_file(file)
+    with open(file, "rb") as start:
+        first = start.read(6)
+    if file.endswith((".csv", ".csv.gz")):
+        return _csv_rows
+    if first.startswith(b"PAR1"):
+        return partial(_arrow_rows, kind="parquet")
+    if first == b"ARROW1":
+        return partial(_arrow_rows, kind="file")
+    if first.startswith(b"\xff\xff\xff\xff"):
+        return partial(_arrow_rows, kind="stream")
+    return _list_rows if _is_list(file) else read_lines
+
+
+def _is_list(file: str) -> bool:
+    """Whether the first sign in a JSON file opens a list."""
+    try:
+        with gzip.open(file) if file.endswith(".gz") else open(file, "rb") as start:
+            while block := start.read(4096).removeprefix(b"\xef\xbb\xbf"):
+                if block := block.lstrip():
+                    return block.startswith(b"[")
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        pass
+    # read_lines says what is wrong
+    return False
+
+
+def _opened(path: str, newline: str | None = None) -> IO[str]:
+    """The text of a file, with its line ends as they are where `newline` is ""."""
+    opened = gzip.open if path.endswith(".gz") else open
+    return opened(path, "rt", encoding="utf-8-sig", newline=newline)
+
+
+def _list_rows(path: str) -> Iterator[tuple[int, bytes]]:
+    """(line where it begins, JSON bytes) of each element of a JSON list; it is never held whole."""
+    decode, gap = json.JSONDecoder().raw_decode, re.compile(r"\s*,?\s*")
+    line, fault = 1, ""
+    try:
+        with _opened(path) as file:
+            text = file.read(CHUNK)
+            start = text.index("[") + 1
+            line += text.count("\n", 0, start)
+            while True:
+                at = gap.match(text, start).end()
+                line, start = line + text.count("\n", start, at), at
+                closed, end = text.startswith("]", start), start
+                try:
+                    end = start if closed else decode(text, start)[1]
+                except (ValueError, RecursionError) as error:
+                    fault = getattr(error, "msg", str(error)).removesuffix(" at")
+                if closed or start < end < len(text):
+                    if closed:
+                        break
+                    yield line, text[start:end].encode()
+                    line, start = line + text.count("\n", start, end), end
+                elif len(text) - start > MAX_LINE:
+                    raise ValueError(
+                        f"{path}:{line}: no element of the list ends within 32 MiB from here "
+                        f"({fault}); give a list of objects"
+                    )
+                elif more := file.read(max(CHUNK, len(text) - start)):
+                    text, start = text[start:] + more, 0
+                else:
+                    raise ValueError(
+                        f"{path}:{line}: the JSON list ends here before its ] ({fault or 'cut'}); "
+                        "give the whole file"
+                    )
+            if (text[start + 1 :] + file.read(CHUNK)).strip():
+                raise ValueError(
+                    f"{path}:{line}: more text stands behind the ] of the list; give one list, or "
+                    "one object a line"
+                )
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}:{line}: not UTF-8 near here (0x{error.object[error.start]:02x}); save the "
+            "file as UTF-8"
+        ) from None
+
+
+def _csv_rows(path: str) -> Iterator[tuple[int, bytes]]:
+    """(line where it begins, JSON bytes) of each row of a CSV file whose first row has the names.
+
+    Cells are text; those of JSON_COLUMNS are JSON where they are (numbers, true, lists), and null
+    where they are empty.
+    """
+    csv.field_size_limit(MAX_LINE)
+    line = 1
+    try:
+        with _opened(path, newline="") as file:
+            reader = csv.reader(file, strict=True)
+            names = next(reader, [])
+            if len({*names}) < len(names):
+                raise ValueError(f"{path}:1: two columns have one name; give each its own")
+            line = reader.line_num + 1
+            for row in reader:
+                if row and len(row) != len(names):
+                    raise ValueError(
+                        f"{path}:{line}: {len(row)} cells under {len(names)} names; put quotes "
+                        "around cells with commas or line ends"
+                    )
+                if row:
+                    cells = zip(names, row, strict=True)
+                    yield line, _json({name: _cell(name, cell) for name, cell in cells})
+                line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}:{line}: not sound CSV ({error}); save it again") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}:{line}: not UTF-8 near here (0x{error.object[error.start]:02x}); save the "
+            "file as UTF-8"
+        ) from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}:{line}: not sound gzip ({error}); give the whole file") from None
+
+
+def _cell(name: str, cell: str) -> Any:
+    if name not in JSON_COLUMNS:
+        return cell
+    if not cell:
+        return None
+    try:
+        return json.loads(cell.lower() if cell in ("True", "False") else cell)
+    except (ValueError, RecursionError):
+        return cell
+
+
+def _arrow_rows(path: str, kind: str) -> Iterator[tuple[int, bytes]]:
+    """(row from 1, JSON bytes) of the rows of a parquet or Arrow file.
+
+    Rows of such files have every key that some row has. A key that is null is therefore left out,
+    at any depth (`content` excepted), as is a number that is not there (NaN).
+    """
+    try:
+        import pyarrow as pa
+        from pyarrow import ipc, parquet
+    except ImportError:
+        raise ValueError(
+            f"{path}: parquet and Arrow files are read with pyarrow, which is not installed; "
+            'give pip install "ta[data]" (or pyarrow), or save the records as .jsonl'
+        ) from None
+    number = 0
+    try:
+        if kind == "parquet":
+            batches = parquet.ParquetFile(path).iter_batches(batch_size=ROWS)
+        elif kind == "stream":
+            batches = iter(ipc.open_stream(pa.memory_map(path)))
+        else:
+            file = ipc.open_file(pa.memory_map(path))
+            batches = map(file.get_batch, range(file.num_record_batches))
+        for batch in batches:
+            for start in range(0, len(batch), ROWS):
+                for row in batch.slice(start, ROWS).to_pylist():
+                    number += 1
+                    yield number, _json(_present(row))
+    except TypeError as error:
+        raise ValueError(
+            f"{path}:{number}: {error}; save pictures and sounds as files and give their paths"
+        ) from None
+    except (pa.ArrowException, OSError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: not a sound {kind} file ({why}); write it again") from None
+
+
+def _present(value: Any) -> Any:
+    """The value without null keys, at any depth."""
+    if isinstance(value, list):
+        return [_present(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: _present(item)
+        for key, item in value.items()
+        if (item is not None or key == "content")
+        and not (isinstance(item, float) and math.isnan(item))
+    }
+
+
+def _json(row: dict) -> bytes:
+    return json.dumps(row, ensure_ascii=False, default=_as_text).encode(errors="backslashreplace")
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, bytes | bytearray | memoryview):
+        raise TypeError("a cell holds bytes, which are no text")
+    return str(value)
