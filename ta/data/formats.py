@@ -349,6 +349,10 @@ def _pictured(data: dict) -> bool:
     return _turns(data) and any(data.get(key) for key in ("image", "images", "audio", "audios"))
 
 
+def _is_text(data: dict) -> bool:
+    return isinstance(data.get("text"), str)
+
+
 def _texts(data: dict) -> bool:
     both = [data.get(key) for key in ("chosen", "rejected")]
     return all(isinstance(text, str) and text.startswith("\n\nHuman:") for text in both)
@@ -365,8 +369,8 @@ COMPLETION = Format(
     from_completion,
 )
 PROMPT = Format("prompts", "prompts", "prompt", _has("prompt"), from_prompt)
-TEXT = Format("plain text", "texts", "text", _has("text"), from_text)
-TEXT_LABEL = Format("text and label", "texts", "text", _has("text"), from_text_label)
+TEXT = Format("plain text", "texts", "text", _is_text, from_text)
+TEXT_LABEL = Format("text and label", "texts", "text", _is_text, from_text_label)
 TURN_PAIRS = Format(
     "ShareGPT with preferences",
     "pairs",

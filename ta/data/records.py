@@ -379,7 +379,7 @@ def _part(given: object, where: str, types: tuple[str, ...]) -> dict:
     {"url": path}}, and {"type": "image", "image" or "path" or "url": path}.
     """
     part = given if isinstance(given, dict) else {}
-    kind = {"image_url": "image"}.get(part.get("type"), part.get("type"))
+    kind = "image" if part.get("type") == "image_url" else part.get("type")
     content = next((part[key] for key in PART_KEYS if part.get(key) is not None), None)
     content = content.get("url") if isinstance(content, dict) else content
     if kind in ("image", "audio") and kind not in types and isinstance(content, str):
