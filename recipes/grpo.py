@@ -39,8 +39,9 @@ class Config:
     samples: ta.SamplesConfig = ta.SamplesConfig(sample_records=256)
     rollouts: ta.rl.RolloutConfig = ta.rl.RolloutConfig()
     reward: ta.rl.RewardConfig = ta.rl.RewardConfig()
+    reference: ta.ReferenceConfig = ta.ReferenceConfig()
     preset: Literal["grpo", "dapo", "dr-grpo", "rloo", "gspo", "cispo"] = "grpo"
-    """The published values of the six settings below, of which each that is given wins."""
+    """The published values of the eight settings below, of which each that is given wins."""
     advantage: Literal["grpo", "centred", "rloo", "batch"] | None = None
     """By how much an answer is better: reward minus the mean of its group, over the standard
     deviation of the group (grpo), as it is (centred), minus the mean of the others (rloo), or over
@@ -58,102 +59,175 @@ class Config:
     """A ratio counts from 1 - this."""
     clip_high: Annotated[float | None, Range(0)] = None
     """A ratio counts up to 1 + this."""
+    resample: Annotated[int | None, Range(0)] = None
+    """How often other prompts are drawn, in place of those whose answers are rewarded alike."""
+    overlong: Annotated[float | None, Range(0, 1)] = None
+    """The share of --max-new-tokens, at its end, in which longer answers lose up to 1."""
+    kl_coef: Annotated[float, Range(0)] = 0.0
+    """Weight of the KL from the reference; above 0 --reference is opened."""
+    kl: Literal["reward", "loss"] = "reward"
+    """Where it counts: log pi - log ref in the reward (k1), or half its square in the loss (k2)."""
+    mismatch: Literal["none", "truncate", "mask"] = "truncate"
+    """Weights by which the tokens of a sampler that differs count: trainer's probability over
+    sampler's, up to a bound, or 0 outside of it."""
+    mismatch_bound: Annotated[float, Range(1, above=True)] = 2.0
+    """That bound."""
+    max_mismatch: Annotated[float, Range(0)] = 0.1
+    """The run stops after three steps in which log-probabilities of sampler and trainer differ by
+    more than this on average."""
 
 
-# arXiv 2402.03300; 2503.14476; 2503.20783; 2402.14740; 2507.18071; 2506.13585 with the bound of
-# arXiv 2510.13786
+DEFAULTS = {
+    "advantage": "grpo", "level": "token", "divide": "answers", "clip_ratio": "objective",
+    "clip_low": 0.2, "clip_high": 0.2, "resample": 0, "overlong": 0.0,
+}  # fmt: skip
 PRESETS = {
-    "grpo": ("grpo", "token", "answers", "objective", 0.2, 0.2),
-    "dapo": ("grpo", "token", "tokens", "objective", 0.2, 0.28),
-    "dr-grpo": ("centred", "token", "constant", "objective", 0.2, 0.2),
-    "rloo": ("rloo", "sequence", "answers", "objective", 0.2, 0.2),
-    "gspo": ("grpo", "sequence", "answers", "objective", 3e-4, 4e-4),
-    "cispo": ("grpo", "token", "tokens", "weight", 1.0, 4.0),
+    # arXiv 2402.03300, without its KL
+    "grpo": {},
+    # arXiv 2503.14476, which draws without end
+    "dapo": {"divide": "tokens", "clip_high": 0.28, "resample": 3, "overlong": 0.2},
+    # arXiv 2503.20783
+    "dr-grpo": {"advantage": "centred", "divide": "constant"},
+    # arXiv 2402.14740
+    "rloo": {"advantage": "rloo", "level": "sequence"},
+    # arXiv 2507.18071
+    "gspo": {"level": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
+    # arXiv 2506.13585, the bound of arXiv 2510.13786
+    "cispo": {"divide": "tokens", "clip_ratio": "weight", "clip_low": 1.0, "clip_high": 4.0},
 }
-NAMES = ("advantage", "level", "divide", "clip_ratio", "clip_low", "clip_high")
 
 
 def policy_settings(config: Config) -> dict:
-    """The settings of the policy's loss: the flags given, and the preset's for the others."""
-    given = {name: getattr(config, name) for name in NAMES}
-    preset = dict(zip(NAMES, PRESETS[config.preset], strict=True))
-    return preset | {name: value for name, value in given.items() if value is not None}
+    """The eight settings: those of the preset, and over them the flags given."""
+    given = {name: getattr(config, name) for name in DEFAULTS}
+    given = {name: value for name, value in given.items() if value is not None}
+    return DEFAULTS | PRESETS[config.preset] | given
 
 
-def step(settings: dict, model, batch):
-    """The sum of the loss over tokens of answers, the number of tokens, and sums for the log."""
+def step(config: Config, settings: dict, watch, model, batch):
+    """The sum of the loss over tokens of answers, their number, and sums for the log."""
     sequences = batch.sequences
     logps = model.logprobs(sequences)  # (M,)
-    log_ratio = ta.rl.log_ratios(
-        logps, batch.sampled, sequences.owners, len(sequences.ends), settings["level"]
-    )
+    # before the only update of a rollout the policy is the old one
+    old = batch.old if config.rollouts.updates > 1 else logps.detach()
+    ratios = ta.rl.log_ratios(logps, old, sequences.owners, len(sequences.ends), settings["level"])
     values, clipped = ta.rl.policy_loss(
         logps,
-        log_ratio,
+        ratios,
         batch.advantage,
         low=settings["clip_low"],
         high=settings["clip_high"],
         clip=settings["clip_ratio"],
-    )
-    gaps = (logps - batch.sampled).detach()
-    figures = {"clipped": clipped.float().sum(), "mismatch": gaps.abs().sum()}
+    )  # (M,)
+    if config.mismatch != "none":
+        bound = config.mismatch_bound
+        values = values * ta.rl.mismatch_weights(old, batch.sampled, bound, config.mismatch)
+    watch.add(old - batch.sampled)
+    figures = {"clipped": clipped.float().sum(), "mismatch": (old - batch.sampled).abs().sum()}
+    if config.kl_coef:
+        kl = ta.rl.k2(logps, batch.reference) * ratios.detach().exp()
+        values = values + config.kl_coef * kl if config.kl == "loss" else values
+        figures["kl"] = ta.rl.k3(logps, batch.reference).detach().sum()
     figures |= {name: value * len(logps) for name, value in batch.figures.items()}
     return (values * sequences.weights).sum(), len(logps), figures
 
 
 def main(config: Config) -> None:
     settings = policy_settings(config)
+    updates, longest = config.rollouts.updates, config.rollouts.max_new_tokens
+    if not config.kl_coef and config.reference != ta.ReferenceConfig():
+        raise ValueError("--reference and its flags have no effect without --kl-coef: add it")
     config = ta.with_fine_tuned_model(config, "builtin-begun")
     run = ta.start_run(config)
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat)
     files, val_files = ta.data_or_builtin(config.data.data, config.data.val_data, "practice")
-    prompts, data = ta.rl.prepare_prompts(files, tokenizer, config.chat, config.data, run.seed)
-    val_data = ta.prepare_chats(val_files, tokenizer, config.chat, config.data, run.seed)
+    asked = (tokenizer, config.chat, config.data, run.seed)
+    prompts, data = ta.rl.prepare_prompts(files, *asked)
+    held_out = ta.rl.held_out_prompts(val_files, *asked, config.samples)
     model = ta.load_model(
         config.model, config.adapter, config.compute, tokenizer, run.device, seed=run.seed
     )
     # the policy that is sampled is the policy that trains
     model.dropout, model.temperature = False, config.rollouts.temperature
     model.eval()
+    ta.check_prompts([ids for _, ids in prompts + held_out], *ta.limits_of(model), room=longest)
 
-    batches = ta.train_batches(data, config.batches, packed=model.packed, default_batch_size=32)
+    batches = ta.rl.rollout_steps(
+        ta.train_batches(data, config.batches, packed=model.packed, default_batch_size=32),
+        updates,
+        config.batches,
+    )
+    # which log-probabilities of the answers a rollout's file holds beside the sampler's
+    logprobs, reference = {}, None
+    if updates > 1:
+        logprobs["trainer"] = model.logprobs
+    if config.kl_coef:
+        reference = ta.open_reference(
+            config.reference,
+            model,
+            tokenizer,
+            config.model,
+            config.adapter,
+            config.compute,
+            run.seed,
+        )
+        logprobs["reference"] = partial(reference.token_logps, model)
     optim = ta.with_default_lr(
         config.optim, config.model, config.adapter, full=1e-6, adapted=1e-5, builtin=3e-4
     )
-    rewards = ta.rl.RewardPool(config.reward)
+    optimizer = ta.adamw(model, optim)
+    pool = ta.rl.RewardPool(config.reward)
     rollouts = ta.rl.Rollouts(
-        run.folder / "rollouts", prompts, batches, tokenizer, config.rollouts, rewards
+        run.folder,
+        prompts,
+        batches,
+        tokenizer,
+        config.rollouts,
+        pool,
+        settings["resample"],
+        settings["overlong"],
+        logprobs,
     )
+    watch = ta.rl.MismatchWatch(config.max_mismatch)
 
     def before_step(number, _):
+        watch.check()
+        if reference is not None:
+            reference.follow(number)
         rows = rollouts.at(model, number)
-        advantages = ta.rl.advantages(ta.rl.rewards_of(rows), settings["advantage"])  # (P, G)
+        rewards = ta.rl.rewards_of(rows)  # (P, G)
+        if config.kl_coef and config.kl == "reward":
+            rewards = rewards - config.kl_coef * ta.rl.kl_of(rows)
+        advantages = ta.rl.advantages(rewards, settings["advantage"])  # (P, G)
+        part = slice(number % updates, None, updates)
         return ta.rl.rollout_batches(
-            rows,
-            advantages,
+            rows[part],
+            advantages[part],
             settings["divide"],
-            config.rollouts.max_new_tokens,
+            config.rollouts,
             config.batches.max_tokens_per_micro,
             model.packed,
             ta.rl.figures_of(rows) | rollouts.seconds,
+            keep_flat=config.kl_coef > 0,
         )
 
     def evaluate(done):
-        return ta.generate_samples(
-            model, tokenizer, val_data, config.chat, config.samples, run.folder, done, seed=run.seed
-        )
+        return rollouts.answer_held_out(model, held_out, config.samples, done)
 
+    ta.rl.report_memory(config.loop, model, batches, optimizer, config.rollouts)
     ta.train(
         run,
         model,
         batches,
-        partial(step, settings),
-        ta.adamw(model, optim),
+        partial(step, config, settings, watch),
+        optimizer,
         optim,
-        evaluate=evaluate if val_data else None,
+        evaluate=evaluate if held_out else None,
         before_step=before_step,
+        more_state=rollouts.state | (reference.state if reference else {}),
         resume_key=settings,
     )
+    pool.close()
     ta.export(model, tokenizer, run.folder / "final")
 
 

@@ -80,6 +80,16 @@ class Reference:
             return placed
         return [batch._replace(reference=batch.both(self.logps)) for batch in placed]
 
+    def token_logps(self, policy: LanguageModel, batch: Batch) -> Tensor:
+        """(M,) log p of each learned token of a batch, by a reference that is no table."""
+        import torch
+
+        with torch.no_grad():
+            if self.copy is not None:
+                return self.copy.logprobs(batch)
+            with policy.inner.disable_adapter():
+                return policy.logprobs(batch)
+
     def follow(self, done: int) -> None:
         """Move a synced reference towards the policy, where `done` is a multiple of `every`.
 

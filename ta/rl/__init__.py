@@ -9,23 +9,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors; NAMES says the same
+    from ta.rl.batches import figures_of as figures_of
+    from ta.rl.batches import kl_of as kl_of
+    from ta.rl.batches import report_memory as report_memory
+    from ta.rl.batches import rewards_of as rewards_of
+    from ta.rl.batches import rollout_batches as rollout_batches
     from ta.rl.policy import advantages as advantages
+    from ta.rl.policy import k2 as k2
+    from ta.rl.policy import k3 as k3
     from ta.rl.policy import log_ratios as log_ratios
+    from ta.rl.policy import mismatch_weights as mismatch_weights
     from ta.rl.policy import policy_loss as policy_loss
     from ta.rl.rewards import RewardConfig as RewardConfig
     from ta.rl.rewards import RewardPool as RewardPool
-    from ta.rl.rollouts import RolloutConfig as RolloutConfig
+    from ta.rl.rollouts import MismatchWatch as MismatchWatch
     from ta.rl.rollouts import Rollouts as Rollouts
-    from ta.rl.rollouts import figures_of as figures_of
+    from ta.rl.rollouts import held_out_prompts as held_out_prompts
     from ta.rl.rollouts import prepare_prompts as prepare_prompts
-    from ta.rl.rollouts import rewards_of as rewards_of
-    from ta.rl.rollouts import rollout_batches as rollout_batches
+    from ta.rl.rollouts import rollout_steps as rollout_steps
+    from ta.rl.settings import RolloutConfig as RolloutConfig
 
 NAMES = {  # module: what `ta.rl` gives of it
-    "ta.rl.policy": "advantages log_ratios policy_loss",
+    "ta.rl.batches": "figures_of kl_of report_memory rewards_of rollout_batches",
+    "ta.rl.policy": "advantages k2 k3 log_ratios mismatch_weights policy_loss",
     "ta.rl.rewards": "RewardConfig RewardPool",
-    "ta.rl.rollouts": "RolloutConfig Rollouts figures_of prepare_prompts rewards_of "
-    "rollout_batches",
+    "ta.rl.rollouts": "MismatchWatch Rollouts held_out_prompts prepare_prompts rollout_steps",
+    "ta.rl.settings": "RolloutConfig",
 }
 _HOME = {name: module for module, names in NAMES.items() for name in names.split()}
 

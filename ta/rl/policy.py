@@ -146,7 +146,7 @@ def k3(logps: Tensor, reference: Tensor) -> Tensor:
     return gap.exp() - 1 - gap
 
 
-def overlong_penalty(length: int, longest: int, margin: int) -> float:
+def overlong_penalty(length: int, longest: int, margin: float) -> float:
     """What is added to the reward of an answer of `length` tokens, DAPO, arXiv 2503.14476 eq. 13.
 
     0 up to longest - margin tokens, then falling linearly to -1 at `longest`.

@@ -8,64 +8,39 @@ Letters: P prompts, G answers to a prompt, N answers, M tokens of answers.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING
 
-from ta.command_line import Range
-from ta.data.loader import TrainBatches, split_micro
+import numpy as np
+import torch
+from torch import Tensor
+
+from ta.chat.template import ChatConfig
+from ta.chat.tokenizer import ChatTokenizer
+from ta.command_line import table
+from ta.data.batch import Batch, to_device
+from ta.data.loader import BatchConfig, TrainBatches
 from ta.data.prepare import DataConfig, Prepared
 from ta.data.sources import Drops
-from ta.files import hash_json, read_json_lines, write_atomic
+from ta.files import append_line, hash_json, read_json_lines, write_atomic
 from ta.generation.generate import generate
+from ta.generation.metrics import measure
 from ta.generation.prompts import read_prompts
-from ta.generation.settings import GenerateConfig
+from ta.generation.samples import MEASURED, SamplesConfig, asked_text
+from ta.generation.settings import Answer, GenerateConfig
+from ta.model.language_model import LanguageModel
 from ta.parallel import gather_objects, on_rank_zero, rank, say, sum_over_ranks, unsharded, world
+from ta.rl.batches import is_flat, lay_out_groups, micro_groups
+from ta.rl.policy import overlong_penalty
 from ta.rl.rewards import RewardPool
+from ta.rl.settings import RolloutConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ta.chat.template import ChatConfig
-    from ta.chat.tokenizer import ChatTokenizer
-    from ta.data.batch import Batch
-    from ta.generation.settings import Answer
-    from ta.model.language_model import LanguageModel
-    from ta.rl.policy import Divide
-
     # a record and the token ids of its prompt
     Prompt = tuple[dict, list[int]]
-
-
-@dataclass(frozen=True)
-class RolloutConfig:
-    num_answers: Annotated[int, Range(2)] = 8
-    """Answers to each prompt: a group, whose rewards are compared."""
-    temperature: Annotated[float, Range(0, above=True)] = 1.0
-    """The policy is the model at this temperature, in rollouts and in training."""
-    max_new_tokens: Annotated[int, Range(1)] = 128
-    """Tokens of an answer at most, its end token counted."""
-    slots: Annotated[int, Range(1)] = 64
-    """Answers that are generated at the same time (a memory knob)."""
-
-
-class RolloutBatch(NamedTuple):
-    """Answers behind their prompts, of which each token has the advantage of its answer.
-
-    `sequences.weights` are the shares of tokens in the loss, times the tokens of the step.
-    """
-
-    # N answers; a prompt stands once for its answers where batches are packed
-    sequences: Batch
-    # (M,) log p of each token when it was sampled
-    sampled: Tensor
-    # (M,) of the answer of each token
-    advantage: Tensor
-    # figures of the whole step, for the log
-    figures: dict[str, float]
 
 
 def prepare_prompts(
@@ -74,15 +49,15 @@ def prepare_prompts(
     chat: ChatConfig,
     data: DataConfig,
     seed: int = 0,
+    cut: bool = False,
 ) -> tuple[list[Prompt], Prepared]:
     """([(record, prompt ids)], the prompts as data from which `train_batches` chooses).
 
-    The answer at the end of a chat is taken off and becomes the record's "reference".
+    The answer at the end of a chat is taken off and becomes the record's "reference"; with `cut` a
+    chat ends before a random answer (seeded).
     """
-    import numpy as np
-
     drops = Drops(data.on_bad_record, data.max_bad_share)
-    prompts = read_prompts(files, tokenizer, chat, drops, seed)
+    prompts = read_prompts(files, tokenizer, chat, drops, seed, cut)
     if drops.counts:
         say(f"left out: {drops.table()}")
     n, sizes = len(prompts), [len(ids) for _, ids in prompts]
@@ -94,50 +69,172 @@ def prepare_prompts(
     return prompts, Prepared(ids, weights, offsets, origin, {}, info, 1)
 
 
+def held_out_prompts(
+    files: Sequence[str],
+    tokenizer: ChatTokenizer,
+    chat: ChatConfig,
+    data: DataConfig,
+    seed: int,
+    config: SamplesConfig,
+) -> list[Prompt]:
+    """The first prompts of the held-out files, of which --sample-records says how many."""
+    if not files or not config.sample_records:
+        return []
+    asked = (tokenizer, chat, data, seed, config.sample_random_cut)
+    return prepare_prompts(files, *asked)[0][: config.sample_records]
+
+
+def rollout_steps(batches: TrainBatches, updates: int, config: BatchConfig) -> TrainBatches:
+    """The batches of a run with `updates` steps a rollout: as many steps more a pass.
+
+    ValueError where a rollout has fewer prompts than updates.
+    """
+    if updates > batches.batch_size:
+        raise ValueError(
+            f"--updates {updates} share the --batch-size {batches.batch_size} prompts of a "
+            "rollout: give fewer, or more prompts"
+        )
+    more = updates if config.steps is None else 1
+    return replace(batches, steps=batches.steps * more, heaviest=0)
+
+
 @dataclass
 class Rollouts:
     """The rollouts of a run, by round: one round of answers serves one or more updates."""
 
-    folder: Path
+    run_folder: Path
     prompts: Sequence[Prompt]
     batches: TrainBatches
     tokenizer: ChatTokenizer
     config: RolloutConfig
     pool: RewardPool
+    # times that prompts are drawn again, in place of those whose answers are rewarded alike
+    resample: int = 0
+    # share of max_new_tokens, at its end, in which longer answers lose up to 1
+    overlong: float = 0.0
+    # NAME: log p of the tokens of a batch (M,), which the file keeps of each answer as
+    # NAME_logprobs
+    logprobs: dict[str, Callable[[Batch], Tensor]] = field(default_factory=dict)
     # seconds that this process took for the last round, 0 where it was read, for the log
     seconds: dict[str, float] = field(default_factory=dict)
+    # the round at hand, and its records
+    round: int = -1
+    rows: list[dict] = field(default_factory=list)
 
-    def at(self, model: LanguageModel, number: int) -> list[dict]:
-        """The records of round `number` (from 0), read where they are there, else made and written.
+    def __post_init__(self):
+        # of the weights that made the round at hand; a checkpoint holds it
+        self.made_by = torch.zeros(1, dtype=torch.int64)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold."""
+        return {"rollouts/made_by": self.made_by}
+
+    def at(self, model: LanguageModel, step: int) -> list[dict]:
+        """The records of the round of `step` (from 0): read where they are there, else made.
 
         ValueError where other weights made those that are there.
         """
-        path = self.folder / f"{number:06}.jsonl"
-        weights = weights_hash(model)
+        number, update = divmod(step, self.config.updates)
         self.seconds = {"rollout_seconds": 0.0, "reward_seconds": 0.0}
-        found = gather_objects(read_json_lines(path) if rank() == 0 else None)[0]
-        if not found:
-            found = self._make(model, number, weights)
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in found]
-            on_rank_zero(lambda: write_atomic(path, "".join(lines)))
-        elif any(row["weights"] != weights for row in found):
+        if number == self.round:
+            return self.rows
+        if not update:
+            self.made_by[0] = weights_hash(model)
+        weights = int(self.made_by)
+        path = self.run_folder / "rollouts" / f"{number:06}.jsonl"
+        rows = gather_objects(read_json_lines(path) if rank() == 0 else None)[0]
+        if any(row["weights"] != weights for row in rows):
             raise ValueError(
                 f"{path} was made by other weights than those that now train: delete it and the "
                 "files of later steps to make them anew"
             )
-        return found
+        if not rows:
+            assert not update, "the first update of a round has written its file"
+            rows = self._make(model, number, weights)
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            on_rank_zero(lambda: write_atomic(path, "".join(lines)))
+        self._show_extremes(rows, step + 1)
+        self.round, self.rows = number, rows
+        return rows
 
-    def _make(self, model: LanguageModel, number: int, weights: str) -> list[dict]:
-        """The records of a round: each process answers its share of the prompts and judges it."""
-        chosen = [int(i) for i in self.batches.records(number)]
-        mine, error, rows = chosen[rank() :: world()], None, []
-        start = time.perf_counter()
+    def _show_extremes(self, rows: Sequence[dict], step: int) -> None:
+        """Add the best and the worst answer of a round to samples.jsonl."""
+        if rank():
+            return
+        answers = [
+            (row["rewards"][a["id"]], i, a) for i, row in enumerate(rows) for a in row["answers"]
+        ]
+        for name, choose in (("best", max), ("worst", min)):
+            reward, i, answer = choose(answers, key=lambda entry: entry[0])
+            about = {"step": step, "id": f"{name} rollout", "prompt": _asked(rows[i])}
+            about |= {"answer": answer["content"], "reference": rows[i].get("reference", "")}
+            about |= {"reward": reward, "finish": answer["finish"]}
+            append_line(self.run_folder / "samples.jsonl", about)
+
+    def answer_held_out(
+        self, model: LanguageModel, prompts: Sequence[Prompt], config: SamplesConfig, step: int
+    ) -> dict[str, float]:
+        """Answer `prompts` greedily, append the answers to samples.jsonl with their rewards, show
+        some. Returns the mean reward and, where all have a reference, the metrics chosen.
+        """
+        settings = GenerateConfig(
+            max_new_tokens=config.sample_max_new_tokens,
+            stop_strings=tuple(self.tokenizer.stop_strings),
+            slots=self.config.slots,
+        )
+        chosen = list(range(len(prompts)))[rank() :: world()]
+        mine = self._generate(model, [prompts[i][1] for i in chosen], settings)
+        judged = self._rewards([prompts[i][0] for i in chosen], mine)
+        found: dict[int, tuple] = {}
+        for share in gather_objects(list(zip(chosen, mine, judged, strict=True))):
+            found |= {i: (group[0], rewards[0][1]) for i, group, rewards in share}
+        answers = [found[i] for i in range(len(prompts))]
+        rows = []
+        for place, ((record, _), (answer, reward)) in enumerate(zip(prompts, answers, strict=True)):
+            about = {"step": step, "id": record.get("id", place), "prompt": _asked(record)}
+            about |= {"answer": answer.text, "reference": record.get("reference", "")}
+            rows.append(about | {"reward": reward, "finish": answer.finish})
+        if rank() == 0:
+            for row in rows:
+                append_line(self.run_folder / "samples.jsonl", row)
+            names = ("prompt", "answer", "reference", "reward")
+            shown = [tuple(row[name] for name in names) for row in rows[: config.sample_show]]
+            say(f"\nsamples at step {step}\n{table(shown, names)}\n")
+        known = [reward for _, reward in answers if reward is not None]
+        figures = {"reward": sum(known) / len(known)} if known else {}
+        references = [record.get("reference") for record, _ in prompts]
+        if all(isinstance(reference, str) for reference in references):
+            texts = [answer.text for answer, _ in answers]
+            logprobs = [answer.logprobs for answer, _ in answers]
+            measured = (texts, references, texts, references, logprobs)
+            data = dict(zip(MEASURED, measured, strict=True))
+            figures |= measure(config.sample_metrics, **data)
+        return figures
+
+    def _make(self, model: LanguageModel, number: int, weights: int) -> list[dict]:
+        """The records of a round; prompts are drawn again until enough groups differ."""
+        about = {"step": number, "weights": weights}
+        wanted, rows, spare, drawn = self.batches.batch_size, [], [], 0
+        for attempt in range(self.resample + 1):
+            found = self._drawn(model, number + attempt * self.batches.steps, about)
+            drawn, spare = drawn + len(found), spare or found
+            rows += [row for row in found if not self.resample or not is_flat(row)]
+            if len(rows) >= min(wanted, len(found)):
+                break
+        if not drawn:
+            raise ValueError(f"no answer of step {number + 1} has a reward: look at --rewards")
+        rows = [row | {"drawn": drawn} for row in (rows or spare)[:wanted]]
+        for name, function in self.logprobs.items():
+            self._add_logprobs(model, rows, f"{name}_logprobs", function)
+        return rows
+
+    def _drawn(self, model: LanguageModel, place: int, about: dict) -> list[dict]:
+        """The records of one draw; each process answers its share of the prompts and judges it."""
+        chosen = [int(i) for i in self.batches.records(place)]
+        error, rows = None, []
         try:
-            answers = self._answer(model, mine, number)
-            middle = time.perf_counter()
-            rows = self._judged(mine, answers, {"step": number, "weights": weights})
-            self.seconds["rollout_seconds"] = middle - start
-            self.seconds["reward_seconds"] = time.perf_counter() - middle
+            rows = self._rollouts_of(model, chosen[rank() :: world()], place, about)
         except ValueError as raised:
             error = raised
         shares = gather_objects((rows, error))
@@ -145,59 +242,136 @@ class Rollouts:
             if failed is not None:
                 raise failed
         by_record = {i: row for share, _ in shares for i, row in share}
-        if not by_record:
-            raise ValueError(f"no answer of step {number + 1} has a reward: look at --rewards")
         return [by_record[i] for i in chosen if i in by_record]
 
-    def _answer(self, model: LanguageModel, mine: list[int], number: int) -> list[list[Answer]]:
-        settings = GenerateConfig(
-            max_new_tokens=self.config.max_new_tokens,
-            # the model has the temperature already
-            temperature=1.0,
-            num_answers=self.config.num_answers,
-            stop_strings=tuple(self.tokenizer.stop_strings),
-            seed=self.batches.seed,
-            slots=self.config.slots,
-        )
-        # a draw depends on the seed, the round, the record and the answer's number alone
-        keys = [number * len(self.prompts) + i for i in mine]
-        ids = [self.prompts[i][1] for i in mine]
+    def _add_logprobs(
+        self, model: LanguageModel, rows: list[dict], name: str, function: Callable
+    ) -> None:
+        """Give every answer a list `name` of log p of its tokens, each process for its share."""
+        everyone = [range(len(row["answers"])) for row in rows]
+        device, found = next(model.parameters()).device, []
+        for groups in micro_groups(rows, everyone, self.batches.max_tokens, model.packed):
+            batch = to_device(lay_out_groups(rows, groups, model.packed), device)
+            with torch.no_grad():
+                values = function(batch).tolist()
+            for row, answers in groups:
+                for k in answers:
+                    size = len(rows[row]["answers"][k]["tokens"])
+                    found.append((row, k, values[:size]))
+                    del values[:size]
+        for row, k, values in (entry for share in gather_objects(found) for entry in share):
+            rows[row]["answers"][k][name] = values
+
+    def _generate(
+        self,
+        model: LanguageModel,
+        ids: list[list[int]],
+        settings: GenerateConfig,
+        keys: list[int] | None = None,
+    ) -> list[list[Answer]]:
         fast, stops = self.tokenizer.fast, self.tokenizer.stop_ids
         with unsharded(model):
             return generate(model, fast, ids, settings, stops, keys=keys)
 
-    def _judged(
-        self, mine: list[int], answers: list[list[Answer]], about: dict
-    ) -> list[tuple[int, dict]]:
-        """(prompt, its record with answers and rewards) of those with a reward."""
-        records = [self.prompts[i][0] for i in mine]
+    def _rewards(
+        self, records: list[dict], answers: list[list[Answer]]
+    ) -> list[list[tuple[dict[str, float | None], float | None]]]:
+        """For each record and answer ({function: its value}, their weighted sum or None)."""
         texts = [[answer.text for answer in group] for group in answers]
         values = self.pool.score([record["messages"] for record in records], texts, records)
+        names = [reward.text for reward in self.pool.rewards]
+        return [
+            [(dict(zip(names, parts, strict=True)), self.pool.total(parts)) for parts in group]
+            for group in values
+        ]
+
+    def _rollouts_of(
+        self, model: LanguageModel, mine: list[int], place: int, about: dict
+    ) -> list[tuple[int, dict]]:
+        """(prompt, its record with answers and rewards) of those of `mine` with a reward."""
+        config, ids = self.config, [self.prompts[i][1] for i in mine]
+        settings = GenerateConfig(
+            max_new_tokens=config.max_new_tokens,
+            # the model has the temperature already
+            temperature=1.0,
+            num_answers=config.num_answers,
+            stop_strings=tuple(self.tokenizer.stop_strings),
+            seed=self.batches.seed,
+            slots=config.slots,
+        )
+        # an answer depends on the seed, the draw, the record and the answer's number alone
+        keys = [place * len(self.prompts) + i for i in mine]
+        start = time.perf_counter()
+        answers = self._generate(model, ids, settings, keys)
+        middle = time.perf_counter()
+        records = [self.prompts[i][0] for i in mine]
+        judged = self._rewards(records, answers)
+        self.seconds["rollout_seconds"] += middle - start
+        self.seconds["reward_seconds"] += time.perf_counter() - middle
         rows = []
-        for i, record, group, judged in zip(mine, records, answers, values, strict=True):
+        for i, record, group, values in zip(mine, records, answers, judged, strict=True):
             shown, rewards, unjudged = [], {}, []
-            for k, (answer, parts) in enumerate(zip(group, judged, strict=True)):
-                total = self.pool.total(parts)
+            for k, (answer, (parts, total)) in enumerate(zip(group, values, strict=True)):
+                if self.overlong:
+                    parts["overlong"] = self._overlong_penalty(answer)
+                    total = None if total is None else total + parts["overlong"]
                 entry = {"id": str(k), "content": answer.text, "finish": answer.finish}
-                entry |= {"tokens": answer.ids, "logprobs": answer.logprobs}
-                names = [reward.text for reward in self.pool.rewards]
-                entry["parts"] = dict(zip(names, parts, strict=True))
-                if total is None:
-                    unjudged.append(entry)
-                    continue
-                shown.append(entry)
-                rewards[str(k)] = total
+                entry |= {"tokens": answer.ids, "logprobs": answer.logprobs, "parts": parts}
+                (shown if total is not None else unjudged).append(entry)
+                if total is not None:
+                    rewards[str(k)] = total
             if shown:
                 row = record | about | {"prompt_tokens": list(self.prompts[i][1])}
                 row |= {"answers": shown, "rewards": rewards}
                 rows.append((i, row | ({"unjudged": unjudged} if unjudged else {})))
         return rows
 
+    def _overlong_penalty(self, answer: Answer) -> float:
+        longest = self.config.max_new_tokens
+        return overlong_penalty(len(answer.ids), longest, self.overlong * longest)
 
-def weights_hash(model: LanguageModel) -> str:
+
+class MismatchWatch:
+    """How far the log-probabilities of sampler and trainer are apart, step after step.
+
+    They are those of one policy where nothing has been updated between; what is left is arithmetic.
+    """
+
+    def __init__(self, most: float):
+        self.most = most
+        # steps in a row in which they were further apart
+        self.large = 0
+        self.parts: list[Tensor] = []
+
+    def add(self, gaps: Tensor) -> None:
+        """Note the differences (M,) of a micro-batch."""
+        sums = (gaps.abs().sum(), gaps.new_tensor(len(gaps)))
+        self.parts.append(torch.stack(sums).double())
+
+    def check(self) -> None:
+        """Close a step, on all processes. ValueError at the third large one in a row."""
+        if not self.parts:
+            return
+        total, count = sum_over_ranks(torch.stack(self.parts).sum(0)).tolist()
+        self.parts.clear()
+        mean = total / max(1.0, count)
+        self.large = self.large + 1 if mean > self.most else 0
+        if self.large == 3:
+            raise ValueError(
+                f"log-probabilities of sampled tokens differ by {mean:.3g} nats on average between "
+                f"sampler and trainer, in three steps more than --max-mismatch {self.most:g}: the "
+                "sampler may hold other weights or an adapter less, or compute in another dtype, "
+                "or the template of prompts may differ; lower --dtype differences or raise it"
+            )
+
+
+def _asked(record: dict) -> str:
+    """The last message of a prompt."""
+    return asked_text([*record["messages"], {}])
+
+
+def weights_hash(model: LanguageModel) -> int:
     """A hash of the bits of all weights that train, the same on any number of processes."""
-    import torch
-
     names, sums = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -208,155 +382,4 @@ def weights_hash(model: LanguageModel) -> str:
             sums.append(counted if sharded or rank() == 0 else torch.zeros_like(counted))
             names.append(name)
     totals = sum_over_ranks(torch.stack(sums))
-    return hash_json([names, totals.tolist()])[:16]
-
-
-def rewards_of(rows: Sequence[dict]) -> Tensor:
-    """(P, G) rewards of the answers of each record; NaN where it has fewer answers than others."""
-    import torch
-
-    most = max(len(row["answers"]) for row in rows)
-    table = torch.full((len(rows), most), math.nan)
-    for place, row in enumerate(rows):
-        values = [row["rewards"][answer["id"]] for answer in row["answers"]]
-        table[place, : len(values)] = torch.tensor(values)
-    return table
-
-
-def figures_of(rows: Sequence[dict]) -> dict[str, float]:
-    """Means over the answers of a round, for the log."""
-    answers = [answer for row in rows for answer in row["answers"]]
-    rewards = [list(row["rewards"].values()) for row in rows]
-    flat = [value for group in rewards for value in group]
-    mean = sum(flat) / len(flat)
-    tokens = sum(len(answer["tokens"]) for answer in answers)
-    figures = {
-        "reward": mean,
-        "reward_std": math.sqrt(sum((value - mean) ** 2 for value in flat) / len(flat)),
-        "flat_groups": sum(min(group) == max(group) for group in rewards) / len(rows),
-        "length": tokens / len(answers),
-        "truncated": sum(answer["finish"] == "length" for answer in answers) / len(answers),
-        "entropy": -sum(sum(answer["logprobs"]) for answer in answers) / tokens,
-    }
-    if len(names := answers[0]["parts"]) > 1:
-        for name in names:
-            known = [a["parts"][name] for a in answers if a["parts"][name] is not None]
-            figures[f"reward {name}"] = sum(known) / max(1, len(known))
-    return figures
-
-
-class AnswerGroup(NamedTuple):
-    """Answers to one prompt that stand together in a micro-batch."""
-
-    row: int
-    answers: tuple[int, ...]
-
-
-def groups_of(
-    rows: Sequence[dict], chosen: Sequence[Sequence[int]], max_tokens: int, packed: bool
-) -> list[AnswerGroup]:
-    """The `chosen` answers of each record, cut so that a prompt with its answers fits a row.
-
-    Where batches are padded every answer is a group of its own.
-    """
-    groups = []
-    for place, answers in enumerate(chosen):
-        prompt, held, tokens = len(rows[place]["prompt_tokens"]), [], 0
-        for k in answers:
-            size = len(rows[place]["answers"][k]["tokens"])
-            if held and (not packed or prompt + tokens + size > max_tokens):
-                groups.append(AnswerGroup(place, tuple(held)))
-                held, tokens = [], 0
-            held.append(k)
-            tokens += size
-        if held:
-            groups.append(AnswerGroup(place, tuple(held)))
-    return groups
-
-
-def micro_groups(
-    rows: Sequence[dict], chosen: Sequence[Sequence[int]], max_tokens: int, packed: bool
-) -> list[list[AnswerGroup]]:
-    """This process's micro-batches of the chosen answers; every process gets as many."""
-    groups = groups_of(rows, chosen, max_tokens, packed)
-    sizes = [
-        len(rows[group.row]["prompt_tokens"])
-        + sum(len(rows[group.row]["answers"][k]["tokens"]) for k in group.answers)
-        for group in groups
-    ]
-    by_rank = split_micro(sizes, max_tokens, world(), packed)
-    return [[groups[i] for i in places] for places in by_rank[rank()]]
-
-
-def lay_out_groups(
-    rows: Sequence[dict],
-    groups: Sequence[AnswerGroup],
-    packed: bool,
-    weight: Callable[[int, int], float] = lambda row, answer: 1.0,
-) -> Batch:
-    """One Batch of the answers of some groups behind their prompts; a prompt stands once a group.
-
-    weight(row, answer) is that of each token of an answer; it is not 0.
-    """
-    import numpy as np
-
-    from ta.data.batch import lay_out
-
-    ids, weights, shared = [], [], []
-    for row, answers in groups:
-        prompt = rows[row]["prompt_tokens"]
-        for place, k in enumerate(answers):
-            tokens = rows[row]["answers"][k]["tokens"]
-            ids.append(np.array(prompt + tokens))
-            learned = np.zeros(len(ids[-1]), np.float32)
-            learned[len(prompt) :] = weight(row, k)
-            weights.append(learned)
-            shared.append(len(prompt) if packed and place else 0)
-    return lay_out(ids, weights, packed, shared)
-
-
-def rollout_batches(
-    rows: Sequence[dict],
-    advantages: Tensor,
-    divide: Divide,
-    longest: int,
-    max_tokens: int,
-    packed: bool,
-    figures: dict[str, float],
-) -> list[RolloutBatch]:
-    """This process's micro-batches of a step: all answers of `rows` with their advantages (P, G).
-
-    `longest` is --max-new-tokens. A group whose advantages are all 0 teaches nothing: it counts in
-    the divisor and is not computed, unless all groups are so.
-    """
-    import torch
-
-    from ta.rl.policy import token_weights
-
-    everyone = [range(len(row["answers"])) for row in rows]
-    taught = [row if values.any() else () for row, values in zip(everyone, advantages, strict=True)]
-    chosen = taught if any(taught) else [everyone[0], *[()] * (len(rows) - 1)]
-    lengths = [[len(answer["tokens"]) for answer in row["answers"]] for row in rows]
-    tokens = sum(map(sum, lengths))
-    # tokens that are computed, by whose number the loop divides
-    kept = sum(lengths[place][k] for place, answers in enumerate(chosen) for k in answers)
-    shares = [
-        token_weights(torch.tensor(sizes), divide, sum(map(len, lengths)), tokens, longest) * kept
-        for sizes in lengths
-    ]
-    batches = []
-    for groups in micro_groups(rows, chosen, max_tokens, packed):
-        sequences = lay_out_groups(rows, groups, packed, lambda row, k: shares[row][k].item())
-        of_answer = [advantages[row, k] for row, answers in groups for k in answers]
-        values = torch.stack(of_answer)[sequences.owners] if of_answer else torch.zeros(0)
-        sampled = token_values(rows, groups, "logprobs")
-        batches.append(RolloutBatch(sequences, sampled, values, figures))
-    return batches
-
-
-def token_values(rows: Sequence[dict], groups: Sequence[AnswerGroup], name: str) -> Tensor:
-    """(M,) float32 values of the tokens of the groups' answers, from each answer's list `name`."""
-    import torch
-
-    values = [x for row, answers in groups for k in answers for x in rows[row]["answers"][k][name]]
-    return torch.tensor(values, dtype=torch.float32)
+    return int(hash_json([names, totals.tolist()])[:15], 16)

@@ -19,9 +19,14 @@ KEPT_HIDDEN = 4
 
 
 def estimate(
-    model: nn.Module, batches: TrainBatches, optimizer: torch.optim.Optimizer
+    model: nn.Module,
+    batches: TrainBatches,
+    optimizer: torch.optim.Optimizer,
+    tokens: int | None = None,
 ) -> dict[str, float]:
     """GB at the peak of a step, this process's share on its device, by arithmetic.
+
+    `tokens` are those of the largest micro-batch, where `batches` do not show it.
 
     Weights, gradients and the optimizer's moments are counted from the tensors. Activations are the
     tensors that the blocks keep for the backward pass of the largest micro-batch of the first
@@ -37,9 +42,10 @@ def estimate(
     weights = sum(_size(tensor) for tensor in tensors.values())
     trained = [p for p in model.parameters() if p.requires_grad]
     moments = 2 if "betas" in optimizer.defaults else 1 if optimizer.defaults.get("momentum") else 0
-    first_steps = range(min(FIRST_STEPS, batches.steps))
-    micro_batches = (batch for step in first_steps for batch in batches.at(step))
-    tokens = max(batch_of(batch).tokens.numel() for batch in micro_batches)
+    if tokens is None:
+        first_steps = range(min(FIRST_STEPS, batches.steps))
+        micro_batches = (batch for step in first_steps for batch in batches.at(step))
+        tokens = max(batch_of(batch).tokens.numel() for batch in micro_batches)
     config = base_model(model.inner).config.get_text_config()
     width, layers = config.hidden_size, config.num_hidden_layers
     hidden = getattr(config, "intermediate_size", 4 * width)
@@ -58,7 +64,12 @@ def estimate(
     return {name: size / 1e9 for name, size in (parts | {"in all": sum(parts.values())}).items()}
 
 
-def memory_report(model: nn.Module, batches: TrainBatches, optimizer: torch.optim.Optimizer) -> str:
+def memory_report(
+    model: nn.Module,
+    batches: TrainBatches,
+    optimizer: torch.optim.Optimizer,
+    tokens: int | None = None,
+) -> str:
     """Numbers of parameters, of trained ones and of steps, and the estimate, for a person."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -66,7 +77,7 @@ def memory_report(model: nn.Module, batches: TrainBatches, optimizer: torch.opti
         f"{total:,} parameters, {trained:,} of them trained; {batches.steps:,} steps",
         "memory on this device (GB), estimated:",
     ]
-    parts = estimate(model, batches, optimizer)
+    parts = estimate(model, batches, optimizer, tokens)
     return "\n".join(lines + [f"  {name:<14} {size:9.3f}" for name, size in parts.items()])
 
 

@@ -1,26 +1,30 @@
 """Rollouts: drawn by (seed, step, record, answer) alone, written whole before the update, read on a resume; the loss does not depend on how a step is cut."""
 
 import json
+import math
 import os
 import signal
 
 import numpy as np
 import pytest
 import torch
+from judged import recipe
 from small import tiny
 
 from ta.builtin.model_folders import tiny_folder
+from ta.data.batch import lay_out
 from ta.data.records import check_candidates
 from ta.data.sources import read_records
-from ta.rl.rollouts import (
+from ta.rl.batches import (
     AnswerGroup,
     groups_of,
     lay_out_groups,
     rewards_of,
     rollout_batches,
     token_values,
-    weights_hash,
 )
+from ta.rl.rollouts import MismatchWatch, weights_hash
+from ta.rl.settings import RolloutConfig
 
 
 def rows(prompts=(5, 3, 8), answers=((4, 2, 3), (1, 6, 2), (5, 5, 1)), seed=0):
@@ -101,12 +105,12 @@ def test_tokens_of_the_file_are_those_that_train():
 @pytest.mark.parametrize("packed", [True, False])
 def test_the_loss_does_not_depend_on_the_cut(divide, packed):
     """Summed over micro-batches of 100, 14 and 13 tokens, and equal to the formula written out."""
-    model, made = tiny(dtype=torch.float64), rows()
+    model, made, ten = tiny(dtype=torch.float64), rows(), RolloutConfig(max_new_tokens=10)
     model.set_mode("packed" if packed else "padded")
     advantages = torch.tensor([[1.0, -2.0, 0.5], [0, 0, 0], [2.0, 0.0, -1.0]])
     found = []
     for budget in (100, 14, 13):
-        batches = rollout_batches(made, advantages, divide, 10, budget, packed, {})
+        batches = rollout_batches(made, advantages, divide, ten, budget, packed, {})
         count = sum(len(batch.sequences.learned) for batch in batches)
         sums = [
             (model.logprobs(b.sequences) * b.advantage * b.sequences.weights).sum() for b in batches
@@ -127,8 +131,8 @@ def test_the_loss_does_not_depend_on_the_cut(divide, packed):
 
 
 def test_a_step_without_a_lesson_has_a_loss_of_zero():
-    batches = rollout_batches(rows(), torch.zeros(3, 3), "tokens", 10, 100, True, {})
-    assert sum(len(batch.advantage) for batch in batches) == 9 and not batches[0].advantage.any()
+    batches = rollout_batches(rows(), torch.zeros(3, 3), "tokens", RolloutConfig(), 100, True, {})
+    assert sum(len(batch.advantage) for batch in batches) == 4 and not batches[0].advantage.any()
 
 
 def test_rewards_of_uneven_groups():
@@ -202,15 +206,22 @@ def die_at(place, count):
     return before
 
 
+SEVERAL = ("--updates", 2, "--kl-coef", 0.1, "--kl", "loss", "--resample", 1, "--overlong", 0.5)
+
+
 @pytest.mark.slow
-def test_killed_anywhere_and_resumed_it_is_the_same_run(grpo):
-    """In the rollout, in the reward, between file and update, and in a checkpoint; also twice."""
+@pytest.mark.parametrize("more", [(), SEVERAL], ids=["plain", "several"])
+def test_killed_anywhere_and_resumed_it_is_the_same_run(grpo, more):
+    """In the rollout, in the reward, between file and update, and in a checkpoint; also twice.
+
+    Also with two updates a rollout, so that a checkpoint stands between them.
+    """
     import ta.rl.rollouts as module
     import ta.training.loop as loop
     from ta.rl.rewards import RewardPool
     from ta.training import checkpoint
 
-    whole = grpo("whole")
+    whole = grpo("whole", *more)
     expected = story(whole)
     assert len(expected[1]) == 3
     places = {
@@ -220,11 +231,14 @@ def test_killed_anywhere_and_resumed_it_is_the_same_run(grpo):
         "checkpoint": (checkpoint, "_digest"),
     }
     for name, place in places.items():
-        folder = grpo(name, code=-signal.SIGKILL, before=die_at(place, 2))
+        # held-out prompts are answered and judged once before step 1, and once more at the end
+        count = 2 if name in ("update", "checkpoint") else 3 + 2 * bool(more)
+        folder = grpo(name, *more, code=-signal.SIGKILL, before=die_at(place, count))
         made = len(rollouts(folder))
-        assert made == (2 if name in ("update", "checkpoint") else 1)
-        grpo(name, "--resume", code=-signal.SIGKILL, before=die_at(place, 2))
-        grpo(name, "--resume")
+        assert made == (1 if more or name not in ("update", "checkpoint") else 2)
+        if name in ("update", "checkpoint"):
+            grpo(name, *more, "--resume", code=-signal.SIGKILL, before=die_at(place, 1))
+        grpo(name, *more, "--resume")
         assert story(folder) == expected, name
         assert rollouts(folder) == rollouts(whole), name
 
@@ -266,3 +280,147 @@ def test_micro_batches_change_no_figure_and_a_file_is_a_list_of_candidates(grpo)
         assert record.data["messages"][-1]["role"] == "user" and record.data["reference"]
     seen = [answer["tokens"] for record in records for answer in record.data["answers"]]
     assert len({tuple(tokens) for tokens in seen}) > 4, "answers are drawn, not repeated"
+
+
+@pytest.mark.slow
+def test_weights_changed_behind_the_samplers_back_are_seen_and_stop_the_run(grpo):
+    """The sampler answers with other weights than train: in the third step the run ends with likely causes."""
+
+    def before(rank):
+        import ta.rl.rollouts as module
+
+        real = module.generate
+
+        def other(model, *args, **more):
+            kept = [p.detach().clone() for p in model.parameters()]
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+                answers = real(model, *args, **more)
+                for p, old in zip(model.parameters(), kept, strict=True):
+                    p.copy_(old)
+            return answers
+
+        module.generate = other
+
+    said = grpo("run", steps=6, code=2, before=before, told=True)
+    assert "between sampler and trainer, in three steps more than --max-mismatch 0.1" in said
+
+
+def test_a_mismatch_must_be_large_three_times_in_a_row():
+    watch = MismatchWatch(0.1)
+    large, small = torch.tensor([0.4, -0.4, 0.0]), torch.tensor([0.05, -0.05])
+    for gaps in (large, large, small, large, large):
+        watch.add(gaps)
+        watch.check()
+    watch.check()
+    watch.add(torch.zeros(0))
+    watch.add(large)
+    with pytest.raises(ValueError, match=r"differ by 0.267 nats on average"):
+        watch.check()
+
+
+@pytest.mark.slow
+def test_prompts_are_drawn_again_until_enough_groups_differ(grpo, tmp_path):
+    """A reward that is flat on two of three prompts: with --resample the file holds groups that differ, and says how many were drawn."""
+    (tmp_path / "mine.py").write_text(
+        "def spread(messages, answer, record):\n"
+        "    return hash(answer) % 97 if record['task'] == 'add' else 0.5\n"
+    )
+    plain, drawn = grpo("plain", steps=1), grpo("drawn", "--resample", 8, steps=1)
+    (first,), (second,) = rollouts(plain), rollouts(drawn)
+    assert len(first) == len(second) == 4
+    assert {row["task"] for row in second} == {"add"} != {row["task"] for row in first}
+    assert second[0]["drawn"] > 4 == first[0]["drawn"]
+    steps = [json.loads(line) for line in open(drawn / "metrics.jsonl")]
+    assert steps[1]["flat_groups"] == pytest.approx(1 - 4 / second[0]["drawn"])
+    assert len({tuple(row["prompt_tokens"]) for row in second}) == 4
+
+
+@pytest.mark.slow
+def test_long_answers_lose_and_truncated_ones_may_be_left_out(grpo):
+    run = grpo("run", "--overlong", 1.0, "--drop-truncated", "--max-new-tokens", 2, steps=1)
+    (made,) = rollouts(run)
+    answers = [answer for row in made for answer in row["answers"]]
+    for row in made:
+        for answer in row["answers"]:
+            assert answer["parts"]["overlong"] == -len(answer["tokens"]) / 2
+            assert row["rewards"][answer["id"]] == pytest.approx(sum(answer["parts"].values()))
+    whole = [len(answer["tokens"]) for answer in answers if answer["finish"] == "stop"]
+    assert 0 < len(whole) < len(answers)
+    (step,) = (json.loads(line) for line in open(run / "metrics.jsonl") if '"loss"' in line)
+    assert step["learned_tokens"] <= sum(whole)
+    assert step["truncated"] == pytest.approx(1 - len(whole) / len(answers))
+
+
+PRESETS = ("grpo", "dapo", "dr-grpo", "rloo", "gspo", "cispo")
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_step_is_its_formula(preset, updates):
+    """The loss of the recipe's step against the formula token by token in float64, with a KL in the loss and weights of a mismatch."""
+    page, model, made = recipe("grpo"), tiny(dtype=torch.float64), rows()
+    config = page.Config(
+        preset=preset,
+        kl_coef=0.3,
+        kl="loss",
+        mismatch_bound=1.1,
+        rollouts=RolloutConfig(max_new_tokens=10, updates=updates),
+    )
+    settings = page.policy_settings(config)
+    rng = np.random.default_rng(1)
+    for row in made:
+        for answer in row["answers"]:
+            ids = np.array(row["prompt_tokens"] + answer["tokens"])
+            learned = (np.arange(len(ids)) >= len(row["prompt_tokens"])).astype(np.float32)
+            logps = model.logprobs(lay_out([ids], [learned])).detach().numpy()
+            for name, noise in (
+                ("logprobs", 0.2),
+                ("trainer_logprobs", 0.3),
+                ("reference_logprobs", 1),
+            ):
+                answer[name] = (logps + noise * rng.normal(size=len(logps))).tolist()
+    advantages = torch.tensor([[1.0, -2.0, 0.5], [0, 0, 0], [2.0, 0.0, -1.0]], dtype=torch.float64)
+    arguments = (made, advantages, settings["divide"], config.rollouts, 100, True, {}, True)
+    (batch,) = rollout_batches(*arguments)
+    loss, count, figures = page.step(config, settings, MismatchWatch(9), model, batch)
+    tokens = sum(len(answer["tokens"]) for row in made for answer in row["answers"])
+    assert count == tokens and figures["kl"] > 0
+    total = 0.0
+    for i, row in enumerate(made):
+        for k, answer in enumerate(row["answers"]):
+            n, advantage = len(answer["tokens"]), advantages[i, k].item()
+            now = model.logprobs(lay_out_groups(made, [AnswerGroup(i, (k,))], True)).tolist()
+            old = answer["trainer_logprobs"] if updates == 2 else now
+            gaps = [a - b for a, b in zip(now, old, strict=True)]
+            if settings["level"] == "sequence":
+                gaps = [sum(gaps) / n] * n
+            divisor = {"tokens": tokens, "answers": 9 * n, "constant": 9 * 10}[settings["divide"]]
+            for t in range(n):
+                ratio = math.exp(gaps[t])
+                bounded = min(max(ratio, 1 - settings["clip_low"]), 1 + settings["clip_high"])
+                value = -min(ratio * advantage, bounded * advantage)
+                if settings["clip_ratio"] == "weight":
+                    value = -bounded * advantage * now[t]
+                value *= min(1.1, math.exp(old[t] - answer["logprobs"][t]))
+                value += 0.3 * ratio * (now[t] - answer["reference_logprobs"][t]) ** 2 / 2
+                total += value / divisor
+    assert loss.item() / count == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--updates", 9), "--updates 9 share the --batch-size 8 prompts"),
+        (("--ref-path", "x"), "--reference and its flags have no effect without --kl-coef"),
+        (("--num-answers", 1), "--num-answers 1: give a number from 2 up"),
+        (("--temperature", 0), "--temperature 0.0: give a number above 0"),
+        (("--rewards", "exakt"), "there is no reward exakt"),
+        (("--max-new-tokens", 5000), "leave no room for an answer"),
+    ],
+)
+def test_what_cannot_be_is_refused(door, tmp_path, flags, message):
+    more = ("--model-path", tiny_folder(), "--batch-size", 8, "--out", tmp_path / "run")
+    code, said = door("grpo", *more, *flags)
+    assert code == 2 and message in said and not (tmp_path / "run").exists()
