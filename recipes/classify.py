@@ -110,7 +110,8 @@ def show_classes(config: Config, run, tokenizer, data, probabilities, labels, do
     ta.parallel.say(f"\nsamples at step {done}\n{shown}\n" if rows else "")
 
 
-def main(config: Config) -> None:
+def main(config: Config):
+    """Train; returns the folder of the export and the last figures of held-out records."""
     import torch
 
     run = ta.start_run(config)
@@ -149,7 +150,7 @@ def main(config: Config) -> None:
         return figures_of(config, scores, weights, val_labels)
 
     ta.preview(train_data, tokenizer)
-    ta.train(
+    figures = ta.train(
         run,
         model,
         batches,
@@ -158,7 +159,9 @@ def main(config: Config) -> None:
         optim,
         evaluate=evaluate if val_data else None,
     )
-    ta.export(model, tokenizer, run.folder / "final")
+    card = ta.model_card(run, train_data, figures)
+    ta.export(model, tokenizer, run.folder / "final", card=card)
+    return run.folder / "final", figures
 
 
 if __name__ == "__main__":

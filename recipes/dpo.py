@@ -174,7 +174,8 @@ def with_kl(model, batches):
     return [batch._replace(kl=kl) for batch in batches]
 
 
-def main(config: Config) -> None:
+def main(config: Config):
+    """Train; returns the folder of the export and the last figures of held-out records."""
     settings = loss_settings(config)
     if config.loss in WITHOUT_REFERENCE and config.reference != ta.ReferenceConfig():
         raise ValueError(
@@ -239,7 +240,7 @@ def main(config: Config) -> None:
         return ta.join_figures(figures, samples)
 
     ta.preview(train_data, tokenizer)
-    ta.train(
+    figures = ta.train(
         run,
         model,
         batches,
@@ -251,7 +252,9 @@ def main(config: Config) -> None:
         more_state=reference.state if reference else None,
         resume_key=settings,
     )
-    ta.export(model, tokenizer, run.folder / "final")
+    card = ta.model_card(run, train_data, figures)
+    ta.export(model, tokenizer, run.folder / "final", card=card)
+    return run.folder / "final", figures
 
 
 if __name__ == "__main__":

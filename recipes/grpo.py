@@ -132,7 +132,8 @@ def step(config: Config, settings: dict, watch, model, batch):
     return (values * sequences.weights).sum(), len(logps), figures
 
 
-def main(config: Config) -> None:
+def main(config: Config):
+    """Train; returns the folder of the export and the last figures of held-out records."""
     settings = policy_settings(config)
     updates, longest = config.rollouts.updates, config.rollouts.max_new_tokens
     if not config.kl_coef and config.reference != ta.ReferenceConfig():
@@ -215,7 +216,7 @@ def main(config: Config) -> None:
         return rollouts.answer_held_out(model, held_out, config.samples, done)
 
     ta.rl.report_memory(config.loop, model, batches, optimizer, config.rollouts)
-    ta.train(
+    figures = ta.train(
         run,
         model,
         batches,
@@ -228,7 +229,9 @@ def main(config: Config) -> None:
         resume_key=settings,
     )
     pool.close()
-    ta.export(model, tokenizer, run.folder / "final")
+    card = ta.model_card(run, data, figures)
+    ta.export(model, tokenizer, run.folder / "final", card=card)
+    return run.folder / "final", figures
 
 
 if __name__ == "__main__":

@@ -112,7 +112,8 @@ def preference(model, batches) -> dict[str, float]:
     return {"preference": ta.roc_auc(all_rewards, all_labels)} if both else {}
 
 
-def main(config: Config) -> None:
+def main(config: Config):
+    """Train; returns the folder of the export and the last figures of held-out records."""
     config = ta.with_fine_tuned_model(config, "builtin-wordy")
     run = ta.start_run(config)
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat)
@@ -161,7 +162,7 @@ def main(config: Config) -> None:
     if len(sides := set(train_data.extras["desirable"].tolist())) == 1:
         side = "desirable" if 1.0 in sides else "undesirable"
         ta.parallel.say(f"note: every answer is {side}, so nothing says what is better than what")
-    ta.train(
+    figures = ta.train(
         run,
         model,
         batches,
@@ -172,7 +173,9 @@ def main(config: Config) -> None:
         before_step=before_step,
         more_state=reference.state,
     )
-    ta.export(model, tokenizer, run.folder / "final")
+    card = ta.model_card(run, train_data, figures)
+    ta.export(model, tokenizer, run.folder / "final", card=card)
+    return run.folder / "final", figures
 
 
 def with_collate(config: Config, reference, data, model):

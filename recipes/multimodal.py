@@ -48,7 +48,8 @@ def step(media, model, batch):
     return model.loss(batch), batch.sequences.weights.sum(), {}
 
 
-def main(config: Config) -> None:
+def main(config: Config):
+    """Train; returns the folder of the export and the last figures of held-out records."""
     if config.media.freeze_language_model and config.adapter.adapter != "none":
         raise ValueError(
             f"--freeze-language-model with --adapter {config.adapter.adapter}, which would train "
@@ -126,7 +127,7 @@ def main(config: Config) -> None:
 
     key = ta.media.media_resume_key(media, config.media, train_data, val_data)
     ta.preview(train_data, tokenizer)
-    ta.train(
+    figures = ta.train(
         run,
         model,
         ta.read_ahead(batches),
@@ -136,7 +137,9 @@ def main(config: Config) -> None:
         evaluate=evaluate if val_data else None,
         resume_key=key | {"projector_lr": projector_lr},
     )
-    ta.export(model, tokenizer, run.folder / "final")
+    card = ta.model_card(run, train_data, figures)
+    ta.export(model, tokenizer, run.folder / "final", card=card)
+    return run.folder / "final", figures
 
 
 if __name__ == "__main__":

@@ -53,7 +53,8 @@ class Config:
     questions move."""
 
 
-def main(config: Config) -> None:
+def main(config: Config):
+    """Train; returns the folder of the export and the last figures of held-out records."""
     if config.retrieval.approximate:
         raise ValueError(
             "--approximate in training: the vectors of questions move, and so may those of "
@@ -166,7 +167,7 @@ def main(config: Config) -> None:
         **retriever.passage_settings._asdict(),
     }
     ta.preview(train_data, tokenizer)
-    ta.train(
+    figures = ta.train(
         run,
         model,
         batches,
@@ -178,7 +179,9 @@ def main(config: Config) -> None:
         more_state={"table": retriever.table} if config.reembed_every else None,
         resume_key=key,
     )
-    ta.export(model, tokenizer, run.folder / "final")
+    card = ta.model_card(run, train_data, figures)
+    ta.export(model, tokenizer, run.folder / "final", card=card)
+    return run.folder / "final", figures
 
 
 if __name__ == "__main__":

@@ -75,7 +75,8 @@ def show_pairs(config: Config, run, tokenizer, model, pairs, done: int) -> None:
     ta.parallel.say(f"\nsamples at step {done}\n{shown}\n" if rows else "")
 
 
-def main(config: Config) -> None:
+def main(config: Config):
+    """Train; returns the folder of the export and the last figures of held-out records."""
     config = ta.with_fine_tuned_model(config)
     run = ta.start_run(config)
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat)
@@ -116,7 +117,7 @@ def main(config: Config) -> None:
         return figures
 
     ta.preview(train_data, tokenizer)
-    ta.train(
+    figures = ta.train(
         run,
         model,
         batches,
@@ -125,7 +126,9 @@ def main(config: Config) -> None:
         optim,
         evaluate=evaluate if val_data else None,
     )
-    ta.export(model, tokenizer, run.folder / "final")
+    card = ta.model_card(run, train_data, figures)
+    ta.export(model, tokenizer, run.folder / "final", card=card)
+    return run.folder / "final", figures
 
 
 if __name__ == "__main__":

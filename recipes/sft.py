@@ -35,7 +35,8 @@ def step(model, batch):
     return model.loss(batch), batch.weights.sum(), {}
 
 
-def main(config: Config) -> None:
+def main(config: Config):
+    """Train; returns the folder of the export and the last figures of held-out records."""
     # device, seed and run folder; nothing is written yet
     run = ta.start_run(config)
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat)
@@ -65,7 +66,7 @@ def main(config: Config) -> None:
         return ta.join_figures(ta.mean_over(model, val_batches, step), samples)
 
     ta.preview(train_data, tokenizer)
-    ta.train(
+    figures = ta.train(
         run,
         model,
         batches,
@@ -75,7 +76,9 @@ def main(config: Config) -> None:
         evaluate=evaluate if val_data else None,
     )
     records = ta.first_records(val_data, config.samples.sample_records)
-    ta.export(model, tokenizer, run.folder / "final", records)
+    card = ta.model_card(run, train_data, figures)
+    ta.export(model, tokenizer, run.folder / "final", records, card=card)
+    return run.folder / "final", figures
 
 
 if __name__ == "__main__":

@@ -111,6 +111,7 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
     from ta.training.loop import mean_over as mean_over
     from ta.training.loop import scores_of as scores_of
     from ta.training.loop import train as train
+    from ta.training.model_card import model_card as model_card
     from ta.training.optim import OptimConfig as OptimConfig
     from ta.training.optim import adamw as adamw
     from ta.training.optim import with_default_lr as with_default_lr
@@ -158,6 +159,7 @@ NAMES = {  # module: what `import ta` gives of it, loaded on first use
     "sequence_logps with_cached_reference",
     "ta.screen": "progress",
     "ta.training.run_folder": "LoopConfig Run start_run",
+    "ta.training.model_card": "model_card",
     "ta.training.loop": "mean_over scores_of train",
     "ta.training.progress": "join_figures",
     "ta.training.optim": "OptimConfig adamw with_default_lr",

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from ta.recipe_files import RECIPES
+
 EQUAL = {  # flags of other tools, and older names of ours, that mean the same as one of ours
     "--cherry-records": "--sample-records",
     "--cherry-show": "--sample-show",
@@ -102,17 +104,24 @@ class Setting(NamedTuple):
         return "--" + self.name.replace("_", "-")
 
 
-def settings_of(config_class: type, given: Any = None) -> Iterator[Setting]:
+def settings_of(config_class: type, defaults: Any = None) -> Iterator[Setting]:
     """The fields of a config class, those of the configs inside it in their place.
 
-    The default of a field inside is what the outer config gives it, such as a recipe's own --out.
+    Their defaults are the values of the instance `defaults`, else those of the class.
     """
     for field in dataclasses.fields(config_class):
-        default = field.default if given is None else getattr(given, field.name)
+        default = field.default if defaults is None else getattr(defaults, field.name)
         if dataclasses.is_dataclass(default):
             yield from settings_of(type(default), default)
         else:
             yield Setting(field.name, default, config_class)
+
+
+def changed_settings(config: Any) -> dict[str, Any]:
+    """The settings of a config that differ from the defaults of its class, by name."""
+    own = {setting.name: setting.default for setting in settings_of(type(config), config)}
+    defaults = {setting.name: setting.default for setting in settings_of(type(config))}
+    return {name: value for name, value in own.items() if value != defaults[name]}
 
 
 def our_words(words: list[str], config_class: type) -> list[str]:
@@ -204,21 +213,12 @@ def words_of(setting: Setting, value: Any) -> list[str]:
 
 def command_of(config: Any) -> str:
     """The command that gives a run with this config again."""
-    values: dict[str, Any] = {}
-
-    def visit(group: Any) -> None:
-        for field in dataclasses.fields(group):
-            value = getattr(group, field.name)
-            if dataclasses.is_dataclass(value):
-                visit(value)
-            else:
-                values[field.name] = value
-
-    visit(config)
-    page = getattr(sys.modules[type(config).__module__], "__file__", None) or "RECIPE.py"
-    defaults = {setting.name: setting for setting in settings_of(type(config))}
-    words = (word for name, value in values.items() for word in words_of(defaults[name], value))
-    return shlex.join(["python", page, *words])
+    page = Path(getattr(sys.modules[type(config).__module__], "__file__", None) or "RECIPE.py")
+    start = ["ta", page.stem] if page.parent == RECIPES else ["python", str(page)]
+    settings = {setting.name: setting for setting in settings_of(type(config))}
+    changed = changed_settings(config).items()
+    words = (word for name, value in changed for word in words_of(settings[name], value))
+    return shlex.join([*start, *words])
 
 
 def short_help(config_class: type, doc: str, docs: Callable[[type], dict[str, str]]) -> str:

@@ -36,11 +36,12 @@ EDITS = {  # what stands in recipes/dpo.py: what stands in the copy
     "        ta.adamw(model, optim),\n": (
         "        torch.optim.SGD(model.parameters(), lr=optim.lr, momentum=0.9),\n"
     ),
-    "def main(config: Config) -> None:\n": "def main(config: Config) -> None:\n    import torch\n\n",
+    "    settings = loss_settings(config)\n": "    import torch\n\n    settings = loss_settings(config)\n",
     # another evaluation
-    "        return figures | ta.generate_samples(\n"
+    "        samples = ta.generate_samples(\n"
     "            model, tokenizer, val_data, config.chat, config.samples, run.folder, done, seed=run.seed\n"
-    "        )\n": (
+    "        )\n"
+    "        return ta.join_figures(figures, samples)\n": (
         "        weights = [p.detach().double().square().sum() for p in model.parameters()]\n"
         '        return {"half_loss": figures["loss"] / 2, "norm": float(sum(weights)) ** 0.5}\n'
     ),

@@ -55,12 +55,14 @@ def export(
     tokenizer: ChatTokenizer,
     folder: str | Path,
     records: Sequence[dict] = (),
+    card: str = "",
 ) -> None:
     """Write model (or adapter) and tokenizer into `folder`, published by one rename.
 
     The exported tokenizer has the template of training, the generation config the tokens that end
     an answer. `model.save_parts` adds what else belongs to the model. A line on the screen says
-    where the exported template gives other ids than training for a chat of `records`.
+    where the exported template gives other ids than training for a chat of `records`. `card` is
+    the text of README.md.
 
     Every process must call this: sharded tensors are gathered one at a time, and only rank 0 keeps
     them. OSError where another process failed.
@@ -72,6 +74,8 @@ def export(
         state = gathered(inner, only_trained=base is not inner)
         model.save_parts(temporary)
         if rank() == 0:
+            if card:
+                (temporary / "README.md").write_text(card, encoding="utf-8")
             tokenizer.fast.chat_template = export_template(tokenizer.template)
             tokenizer.fast.save_pretrained(temporary)
             set_generation(base, tokenizer.fast, tokenizer.stop_ids)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ta import parallel
-from ta.command_line import Range
+from ta.command_line import Range, check_config
 from ta.files import (
     ASIDE,
     clean_up,
@@ -66,6 +66,8 @@ class LoopConfig:
     """Delete the run that --out holds and start anew."""
     dry_run: bool = False
     """Open data and model, print parameters, steps and memory by part, write nothing and end."""
+    model_card: bool = True
+    """Write README.md into the export: what the model is and how it came to be."""
     log: tuple[Literal["tensorboard", "wandb", "trackio", "clearml"], ...] = ()
     """Services that get the figures of metrics.jsonl too."""
 
@@ -135,6 +137,7 @@ def start_run(config: Any) -> Run:
     torchrun and picks this process's device. ValueError where --out holds something else, where a
     service of --log is not installed, or where --quantize cannot work.
     """
+    check_config(config)
     loop = config.loop
     sources = resolve(config.model)
     keep_inputs(loop.out, sources)

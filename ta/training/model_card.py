@@ -1,0 +1,55 @@
+"""The model card: README.md of an exported model, which says what it is and how it came to be."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ta.data.prepare import Prepared
+from ta.files import read_json_lines
+from ta.flags import changed_settings, command_of
+from ta.training.run_folder import Run, versions
+
+
+def model_card(run: Run, prepared: Prepared, figures: dict[str, float]) -> str:
+    """The card of a run as Markdown; "" where --no-model-card was given.
+
+    It holds the base, the counts of the data, the first and the last figures of held-out records,
+    the settings that differ from their defaults, the command and the versions.
+    """
+    if not run.loop.model_card:
+        return ""
+    info, config = prepared.info, run.config
+    base = config.model.adapter_path or config.model.model_path
+    lines = ["---", "library_name: transformers", f"base_model: {json.dumps(base)}", "---", ""]
+    lines += [f"# {run.folder.name}", "", f"Trained from `{base}` with ta.", "", "## Data", ""]
+    lines += ["| source | records used |", "|---|---|"]
+    lines += [f"| {s['source']} | {s['used']:,} of {s['records']:,} |" for s in info["sources"]]
+    share = 100 * info["learned_tokens"] / max(info["tokens"], 1)
+    lines += ["", f"{info['tokens']:,} tokens, {share:.0f} % of them learned.", ""]
+    if figures:
+        first = _first_figures(run)
+        lines += ["## Figures of held-out records", ""]
+        lines += ["| figure | before | after |", "|---|---|---|"]
+        lines += [
+            f"| {name} | {_shown(first.get(f'val_{name}'))} | {_shown(value)} |"
+            for name, value in figures.items()
+        ]
+        lines += [""]
+    lines += ["## Settings that differ from the defaults", "", "| setting | value |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in changed_settings(config).items()]
+    lines += ["", "## Again", "", "```sh", command_of(config), "```", ""]
+    lines += [", ".join(f"{name} {number}" for name, number in versions().items()), ""]
+    return "\n".join(lines)
+
+
+def _first_figures(run: Run) -> dict[str, float]:
+    """The figures of the first evaluation in metrics.jsonl."""
+    path = run.folder / "metrics.jsonl"
+    records = read_json_lines(path) if path.exists() else []
+    evaluated = (r for r in records if any(name.startswith("val_") for name in r))
+    return next(evaluated, {})
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else ""
