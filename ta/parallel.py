@@ -117,6 +117,11 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` holds on any process; all must ask."""
+    return any(gather_objects(flag)) if world() > 1 else flag
+
+
 def gather_objects(value) -> list:
     """[value of rank 0, value of rank 1, ...] on every process."""
     if world() == 1:

@@ -32,12 +32,12 @@ MAX_FILE = "5GB"
 def published(folder: Path, replace: bool = True) -> Iterator[Path]:
     """`publishing` for all processes: a temporary folder that then replaces `folder`.
 
-    Rank 0 gets the temporary folder to write into, the others None. Every process must come here. A
-    failure of one process is raised on all of them, and nothing is left behind.
+    Every process must come here, and gets the folder to write into. A failure of one process is
+    raised on all of them, and nothing is left behind.
     """
     with ExitStack() as stack:
-        temporary = on_rank_zero(lambda: stack.enter_context(publishing(folder, replace)))
-        failure = None
+        made = on_rank_zero(lambda: stack.enter_context(publishing(folder, replace)))
+        temporary, failure = gather_objects(made)[0], None
         try:
             yield temporary
         except Exception as error:

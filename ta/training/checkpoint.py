@@ -1,22 +1,22 @@
 """Checkpoints that are complete or absent: trained tensors and optimizer state in shards.
 
-A folder step-N holds shard-R.safetensors of every rank R and manifest.json with sizes and hashes;
-one rename publishes it. Sharded tensors are cut along their first dimension; a checkpoint of any
-number of processes loads on any other number. Any optimizer's state is stored: tensors as KEY/NAME,
-numbers in the manifest.
+A folder step-N holds shard-R.safetensors of every rank R and manifest.json with sizes and hashes,
+its own too; one rename publishes it. Sharded tensors are cut along their first dimension; a
+checkpoint of any number of processes loads on any other number. Any optimizer's state is stored:
+tensors as KEY/NAME, numbers in the manifest.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-import os
-import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ta.files import content_hash, sync, write_atomic
-from ta.parallel import barrier, gather_objects, local_rows, rank, world
+from ta.files import clean_up, content_hash, hash_json, remove_whole, sync
+from ta.model.export import published
+from ta.parallel import gather_objects, local_rows, rank, world
 
 if TYPE_CHECKING:
     import torch
@@ -29,11 +29,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Found(NamedTuple):
-    """A complete checkpoint, and the damaged ones that are newer."""
+    """A complete checkpoint, and by name why the newer ones are damaged."""
 
     path: Path
     manifest: dict[str, Any]
-    damaged: list[str]
+    damaged: dict[str, str]
 
 
 def trained(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -51,24 +51,20 @@ def save(
     identity: dict[str, Any],
     keep: int = 2,
     more_state: dict[str, torch.Tensor] | None = None,
+    damaged: dict[str, str] | None = None,
+    logged: dict[str, float] | None = None,
 ) -> Path:
-    """Publish folder/step-N and delete all but the newest `keep` checkpoints.
+    """Publish folder/step-N, in place of what stands there, and delete all but the newest `keep`
+    whole checkpoints.
 
     `more_state` names further tensors that training changes, such as a reference that follows the
-    policy. OSError (no room) leaves earlier checkpoints as they were.
+    policy. `damaged` are those of `Found`: as the run passes a step, its damaged checkpoint is
+    replaced or goes, and leaves `damaged`. `logged` is kept as it is. OSError (no room) leaves
+    earlier checkpoints as they were.
     """
     from safetensors.torch import save_file
 
     target = folder / f"step-{step:08d}"
-    if (target / "manifest.json").exists():
-        return target
-    temporary = folder / f".tmp-step-{step:08d}"
-    if rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(".tmp-step-*"):
-            shutil.rmtree(stale)
-        temporary.mkdir()
-    barrier()
     states, numbers = _optimizer_state(model, optimizer)
     tensors, rows = {}, {}
     for name, tensor in (trained(model) | (more_state or {}) | states).items():
@@ -77,32 +73,47 @@ def save(
             rows[name] = {"start": start, "rows": len(local) if local.dim() else 1, "shape": whole}
             tensors[name] = local.contiguous()
     name = f"shard-{rank()}.safetensors"
-    failure = None
-    try:
-        save_file(tensors, temporary / name)
-        sync(temporary / name)
-        entry = {"file": name, "rows": rows, **_digest(temporary / name)}
-    except Exception as error:
-        # every rank must learn of this first: a rank without room must not leave the others waiting
-        failure, entry = error, {"failed": f"rank {rank()}: {error}"}
-    entries = gather_objects(entry)
-    if failed := [e["failed"] for e in entries if "failed" in e]:
+    with published(target) as temporary:
+        failure = None
+        try:
+            save_file(tensors, temporary / name)
+            sync(temporary / name)
+            entry = {"file": name, "rows": rows, **_digest(temporary / name)}
+        except Exception as error:
+            # every rank must learn of this first, or the others would wait for one without room
+            failure, entry = error, {"failed": f"rank {rank()}: {error}"}
+        entries = gather_objects(entry)
+        if failed := [e["failed"] for e in entries if "failed" in e]:
+            if isinstance(failure, OSError):
+                raise failure
+            reason = f"checkpoint of step {step} not written, earlier ones are kept ({failed[0]})"
+            raise OSError(errno.ENOSPC, reason)
         if rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(failure, OSError):
-            raise failure
-        reason = f"checkpoint of step {step} not written, earlier ones are kept ({failed[0]})"
-        raise OSError(errno.ENOSPC, reason)
+            manifest = {"format": FORMAT, "step": step, "world": world(), "identity": identity}
+            manifest |= {"optimizer": numbers, "shards": entries, "logged": logged}
+            manifest["sha256"] = hash_json(manifest)
+            (temporary / "manifest.json").write_text(json.dumps(manifest))
+    passed = [name for name in damaged or () if int(name[5:]) <= step]
     if rank() == 0:
-        manifest = {"format": FORMAT, "step": step, "world": world(), "identity": identity}
-        manifest |= {"optimizer": numbers, "shards": entries}
-        write_atomic(temporary / "manifest.json", json.dumps(manifest))
-        os.rename(temporary, target)
-        sync(folder)
-        for old in _published(folder)[keep:] if keep else []:
-            shutil.rmtree(old)
-    barrier()
+        _prune(folder, step, keep, {*passed} - {target.name})
+    for name in passed:
+        del damaged[name]
     return target
+
+
+def _prune(folder: Path, step: int, keep: int, damaged: Collection[str]) -> None:
+    """Delete whole ones beyond the newest `keep`, damaged ones before `step`, and left-overs."""
+    for left in folder.glob(".step-*"):
+        clean_up(left.with_name(f"step-{left.name[6:].partition('.')[0]}"))
+    whole = []
+    for path in _checkpoints(folder):
+        reason = "damaged" if path.name in damaged else _damage(path, hashes=False)
+        if not reason:
+            whole.append(path)
+        elif _number(path) < step and not reason.startswith("format"):
+            remove_whole(path)
+    for old in whole[keep:] if keep else []:
+        remove_whole(old)
 
 
 def _optimizer_state(
@@ -127,16 +138,17 @@ def newest(folder: Path) -> Found | None:
     None where there is no checkpoint. ValueError where checkpoints exist and none is complete,
     because a new start would throw work away.
     """
-    damaged = []
-    for path in _published(folder):
+    damaged = {}
+    for path in _checkpoints(folder):
         if reason := _damage(path):
-            damaged.append(f"{path.name}: {reason}")
+            damaged[path.name] = reason
         else:
             return Found(path, json.loads((path / "manifest.json").read_text()), damaged)
     if damaged:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in damaged.items())
         raise ValueError(
-            f"no whole checkpoint in {folder} ({'; '.join(damaged)}): restore one or start anew "
-            "with --overwrite"
+            f"no whole checkpoint in {folder} ({reasons}): restore one or start anew with "
+            "--overwrite"
         )
     return None
 
@@ -248,31 +260,40 @@ def _local(tensor, owner_only: bool = True):
     return tensor.to_local().detach(), local_rows(tensor)[0], whole
 
 
-def _published(folder: Path) -> list[Path]:
+def _checkpoints(folder: Path) -> list[Path]:
     """The step-N folders, newest first."""
     if not folder.exists():
         return []
     folders = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
-    return sorted(folders, key=lambda path: -int(path.name[5:]))
+    return sorted(folders, key=_number, reverse=True)
 
 
-def _damage(path: Path) -> str:
-    """The reason why a checkpoint is not complete, or ""."""
+def _number(path: Path) -> int:
+    return int(path.name[5:])
+
+
+def _damage(path: Path, hashes: bool = True) -> str:
+    """The reason why a checkpoint is not complete, or ""; without `hashes` sizes alone count."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         if manifest["format"] not in READABLE:
             return f"format {manifest['format']}, this version reads {FORMAT}"
+        rest = {key: value for key, value in manifest.items() if key != "sha256"}
+        if manifest.get("sha256", hash_json(rest)) != hash_json(rest):
+            return "manifest.json does not have its own hash"
+        if manifest["step"] != _number(path):
+            return f"its manifest is of step {manifest['step']}"
         for shard in manifest["shards"]:
             file = path / shard["file"]
             if not file.exists():
                 return f"{shard['file']} is missing"
             if file.stat().st_size != shard["size"]:
                 return f"{shard['file']} has {file.stat().st_size} bytes instead of {shard['size']}"
-            if _digest(file)["sha256"] != shard["sha256"]:
+            if hashes and _digest(file)["sha256"] != shard["sha256"]:
                 return f"{shard['file']} does not have the hash in its manifest"
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return "manifest.json is missing"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return "manifest.json is damaged"
     return ""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from ta.data.batch import batch_of, to_device
 from ta.data.loader import TrainBatches, collate_chats, micro_batches
 from ta.data.prepare import Prepared, write_drops
-from ta.files import append_line
+from ta.files import append_line, read_json_lines
 from ta.parallel import gather_objects, rank, say, seed_dropout, sum_over_ranks, world
 from ta.training import checkpoint, run_folder
 from ta.training.memory import memory_report
@@ -30,6 +31,7 @@ from ta.training.progress import (
     Signals,
     StepSums,
     join_figures,
+    leave_if_asked,
     line,
     means,
     memory,
@@ -67,37 +69,60 @@ def train(
     A checkpoint holds the model, the state of any optimizer, and the tensors of `more_state`, which
     names everything else that changes in training. `resume_key` adds settings that must not differ
     on --resume. `optim` gives the schedule of the learning rate and the clipping. A signal ends the
-    program after the running step and a checkpoint: SystemExit(143 or 130).
+    program after the running step, or at once in an evaluation, and a checkpoint: SystemExit(143 or
+    130).
     """
     loop, folder = run.loop, run.folder
     if loop.dry_run:
         say(memory_report(model, batches, optimizer))
         raise SystemExit(0)
     key = run_folder.resume_key(run, batches, optimizer, optim, resume_key or {})
-    run.open(key)
-    if rank() == 0 and "folder" in batches.prepared.info:
-        write_drops(batches.prepared, str(folder / "drops.jsonl"))
+    run.open()
     device = next(model.parameters()).device
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     figures: dict[str, float] = {}
+    evaluated = {0, batches.steps}
+    if loop.eval_every:
+        evaluated |= set(range(0, batches.steps, loop.eval_every))
+    first, damaged, window = 0, {}, StepSums()
+
+    def save(done: int) -> None:
+        checkpoint.save(
+            folder / "checkpoints",
+            done,
+            model,
+            optimizer,
+            key,
+            loop.keep,
+            more_state,
+            damaged,
+            window.state(),
+        )
+
     try:
-        first = 0
         if loop.resume:
-            first = _resume(run, model, optimizer, key, more_state)
+            first, damaged, window = _resume(run, model, optimizer, key, more_state)
+        run.record(key)
+        if rank() == 0 and "folder" in batches.prepared.info:
+            write_drops(batches.prepared, str(folder / "drops.jsonl"))
         trackers = open_trackers(loop.log, folder) if rank() == 0 else []
         model.train()
-        if evaluate and first == 0:
-            figures = _evaluate(evaluate, model, folder, 0, trackers)
-        window, ready = StepSums(), _on_device(batches, first, device)
         with Signals() as stop, progress_bar(batches.steps, first, rank() == 0) as bar:
+            if evaluate and first in evaluated:
+                figures = _logged(folder, first)
+                figures = figures or _evaluate(stop, evaluate, model, folder, first, trackers)
+                if stop.asked():
+                    _end(folder, first, stop)
+            ready = _on_device(batches, first, device)
             for number in range(first, batches.steps):
                 seed_dropout(batches.seed, number)
                 micro_batches = before_step(number, ready) if before_step else ready
-                sums: dict[str, Any] = {"stop": float(stop.received > 0)}
+                sums: dict[str, Any] = {}
                 for batch in micro_batches:
                     loss, count, metrics = step(model, batch)
                     loss.backward()
                     add_sums(sums, loss, count, batch, metrics)
+                sums["stop"] = float(stop.received > 0)  # as late as all processes can agree on
                 totals = sum_over_ranks(_row(sums, device))
                 # the next batch is made while an accelerator still computes this step
                 ready = _on_device(batches, number + 1, device)
@@ -122,17 +147,18 @@ def train(
                         bar.set_postfix_str(line(record), refresh=False)
                     window = StepSums()
                 bar.update()
-                stopping = total["stop"] > 0
-                if stopping or last or (loop.save_every and done % loop.save_every == 0):
-                    checkpoint.save(
-                        folder / "checkpoints", done, model, optimizer, key, loop.keep, more_state
-                    )
+                stopping = total["stop"] > 0 or (world() == 1 and stop.received > 0)
+                saved = stopping or last or (loop.save_every and done % loop.save_every == 0)
+                if saved:
+                    save(done)
+                    stopping = stop.asked()
+                if evaluate and done in evaluated and not stopping:
+                    figures = _evaluate(stop, evaluate, model, folder, done, trackers)
+                    stopping = stop.asked()
                 if stopping:
-                    if rank() == 0:
-                        write_report(folder)
-                    raise SystemExit(128 + (stop.received or 15))
-                if evaluate and (last or (loop.eval_every and done % loop.eval_every == 0)):
-                    figures = _evaluate(evaluate, model, folder, done, trackers)
+                    if not saved:
+                        save(done)
+                    _end(folder, done, stop)
     except ValueError:
         run.forget()
         raise
@@ -184,6 +210,7 @@ def mean_over(model: nn.Module, batches: Iterable, step: Step) -> dict[str, floa
     sums: dict[str, Any] = {}
     with torch.no_grad():
         for batch in batches:
+            leave_if_asked()
             batch = to_device(batch, device)
             loss, count, metrics = step(model, batch)
             add_sums(sums, loss, count, batch, metrics)
@@ -217,10 +244,29 @@ def scores_of(model: nn.Module, prepared: Prepared, n: int, max_tokens: int) -> 
     return torch.cat([scores for _, scores in shares])[order]
 
 
-def _evaluate(evaluate, model, folder: Path, step: int, trackers: list) -> dict[str, float]:
-    """Run `evaluate`, log its figures and print them."""
-    figures = evaluate(step)
+def _logged(folder: Path, step: int) -> dict[str, float]:
+    """The figures of the evaluation that was logged at `step`; none where it was not finished."""
+
+    def read() -> dict[str, float]:
+        for record in read_json_lines(folder / "metrics.jsonl"):
+            if record.get("step") == step and "loss" not in record:
+                return {key.removeprefix("val_"): x for key, x in record.items() if key != "step"}
+        run_folder.cut_back(folder / "samples.jsonl", step - 1)
+        return {}
+
+    return gather_objects(read() if rank() == 0 else None)[0]
+
+
+def _evaluate(
+    stop: Signals, evaluate, model, folder: Path, step: int, trackers: list
+) -> dict[str, float]:
+    """Run `evaluate`, log its figures and print them; {} where a signal ends it."""
+    figures: dict[str, float] | None = None
+    with stop.evaluation():
+        figures = evaluate(step)
     model.train()
+    if figures is None:
+        return {}
     if rank() == 0:
         _log(folder, {"step": step, **{f"val_{k}": v for k, v in figures.items()}}, trackers)
         write_report(folder)
@@ -229,27 +275,28 @@ def _evaluate(evaluate, model, folder: Path, step: int, trackers: list) -> dict[
     return figures
 
 
+def _end(folder: Path, step: int, stop: Signals) -> None:
+    """End the program after a signal, with a word on how to go on."""
+    if rank() == 0:
+        write_report(folder)
+    at = f"after step {step}, which is in {folder / 'checkpoints'}" if step else "before step 1"
+    say(f"stopped {at}: the same command with --resume goes on")
+    raise SystemExit(128 + (stop.received or signal.SIGTERM))
+
+
 def _log(folder: Path, record: dict[str, float], trackers: list) -> None:
     append_line(folder / "metrics.jsonl", record)
     for write in trackers:
         write(record["step"], {key: value for key, value in record.items() if key != "step"})
 
 
-def _resume(run: Run, model, optimizer, key: dict[str, Any], more_state) -> int:
-    """Load the newest complete checkpoint; returns the number of steps done, 0 where there is none.
-
-    ValueError where it was made with other settings.
-    """
-    loop, folder = run.loop, run.folder
-    found = checkpoint.newest(folder / "checkpoints")
-    if found is None:
-        return 0
+def _changes(loop, where: Path, before: dict, key: dict[str, Any], older: bool) -> list[str]:
+    """What differs of what was allowed to change; ValueError for any other change."""
     now = json.loads(json.dumps(key))
     if unknown := set(loop.allow_change) - now.keys():
         raise ValueError(f"--allow-change {min(unknown)}: give one of {', '.join(now)}")
-    before = found.manifest["identity"]
     names = [*now, *(name for name in before if name not in now and before[name] is not None)]
-    if found.manifest["format"] == 1:
+    if older:
         # an older version recorded fewer settings
         before = before | {"optimizer": "AdamW"}
         names = [name for name in now if name in before]
@@ -261,9 +308,32 @@ def _resume(run: Run, model, optimizer, key: dict[str, Any], more_state) -> int:
     refused = [text for name, text in changed.items() if name not in loop.allow_change]
     if refused:
         raise ValueError(
-            f"{found.path} was made with other settings: {'; '.join(refused)}. "
+            f"{where} was made with other settings: {'; '.join(refused)}. "
             "Give the same ones, or --allow-change NAME"
         )
+    return list(changed.values())
+
+
+def _resume(
+    run: Run, model, optimizer, key: dict[str, Any], more_state
+) -> tuple[int, dict[str, str], StepSums]:
+    """Load the newest complete checkpoint; the number of steps done, the damaged checkpoints, and
+    the sums since the last logged step.
+
+    Where there is none the run starts anew, with empty logs. ValueError where checkpoint or run was
+    made with other settings.
+    """
+    loop, folder = run.loop, run.folder
+    found = checkpoint.newest(folder / "checkpoints")
+    if found is None:
+        before = gather_objects(run.identity() if rank() == 0 else None)[0]
+        changed = _changes(loop, folder, before, key, False) if before else []
+        say("; ".join([f"no checkpoint in {folder}: starting before step 1", *changed]))
+        _cut_back(folder, -1)
+        return 0, {}, StepSums()
+    older = found.manifest["format"] == 1
+    changed = _changes(loop, found.path, found.manifest["identity"], key, older)
+    before = found.manifest["identity"]
     if found.manifest["format"] == 1 and more_state:
         # that version moved a synced reference before it saved, this one moves it after
         every = before.get("sync_every")
@@ -274,13 +344,17 @@ def _resume(run: Run, model, optimizer, key: dict[str, Any], more_state) -> int:
                 f"whose step is no multiple of --sync-every {every}, or start anew with --overwrite"
             )
     step = checkpoint.load(found, model, optimizer, more_state)
-    for text in found.damaged:
-        say(f"skipped damaged checkpoint {text}")
-    say("; ".join([f"resuming from {found.path} at step {step}", *changed.values()]))
+    for name, reason in found.damaged.items():
+        say(f"skipped damaged checkpoint {name}: {reason}")
+    say("; ".join([f"resuming from {found.path} at step {step}", *changed]))
+    _cut_back(folder, step)
+    return step, found.damaged, StepSums(found.manifest.get("logged"))
+
+
+def _cut_back(folder: Path, step: int) -> None:
     if rank() == 0:
         run_folder.cut_back(folder / "metrics.jsonl", step)
         run_folder.cut_back(folder / "samples.jsonl", step)
-    return step
 
 
 def _stop_non_finite(run: Run, number: int, total, model, batches, micro_batches) -> None:

@@ -6,16 +6,24 @@ import math
 import signal
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+from ta.parallel import any_rank, world
 from ta.screen import progress
 
 
 class StepSums:
     """Sums since the last logged step."""
 
-    def __init__(self):
-        self.start = time.perf_counter()
-        self.sums: Counter[str] = Counter()
+    def __init__(self, state: dict[str, float] | None = None):
+        """Nothing yet, or what `state` gave."""
+        self.sums: Counter[str] = Counter(state or {})
+        self.start = time.perf_counter() - self.sums.pop("seconds", 0.0)
+
+    def state(self) -> dict[str, float]:
+        """All that a later process needs to go on."""
+        return {**self.sums, "seconds": time.perf_counter() - self.start}
 
     def add(self, total: dict[str, float]) -> None:
         """Add the sums of one step."""
@@ -58,12 +66,23 @@ def join_figures(*parts: dict[str, float]) -> dict[str, float]:
     return joined
 
 
+class Stopped(BaseException):
+    """An evaluation ends here, because a signal has come."""
+
+
 class Signals:
-    """SIGTERM and SIGINT ask the loop to stop after its step; a second SIGINT stops at once."""
+    """SIGTERM and SIGINT ask the loop to stop after its step; a second SIGINT stops at once.
+
+    An evaluation, which changes nothing, is left where it is (`Stopped`): on one process at once,
+    on several between two batches of `mean_over`.
+    """
+
+    now: Signals | None = None  # the one at work
 
     def __enter__(self):
-        self.received = 0
+        self.received, self.evaluating = 0, False
         self.before = {}
+        Signals.now = self
         try:
             self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
         except ValueError:
@@ -75,10 +94,34 @@ class Signals:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
+        if self.evaluating and world() == 1:
+            raise Stopped
+
+    def asked(self) -> bool:
+        """Whether a signal has come to any process; all must ask."""
+        return any_rank(self.received > 0)
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """What is done in it may be left."""
+        self.evaluating = True
+        try:
+            yield
+        except Stopped:
+            pass
+        finally:
+            self.evaluating = False
 
     def __exit__(self, *_):
+        Signals.now = None
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def leave_if_asked() -> None:
+    """End the evaluation on all processes where a signal has come to one."""
+    if Signals.now and Signals.now.evaluating and Signals.now.asked():
+        raise Stopped
 
 
 def progress_bar(steps: int, first: int, show: bool):

@@ -32,7 +32,7 @@ from ta.training.trackers import check_trackers
 # it is the first that is written and none goes without being written anew
 RUN_NAMES = (
     *("checkpoints", "final", "metrics.jsonl", "samples.jsonl", "drops.jsonl", "report.html"),
-    *("non_finite.jsonl", "tensorboard", "wandb", "config.json"),
+    *("non_finite.jsonl", "rollouts", "tensorboard", "wandb", "config.json"),
 )
 MARKS = ("config", "versions", "identity")
 
@@ -87,16 +87,16 @@ class Run:
     def folder(self) -> Path:
         return Path(self.loop.out)
 
-    def open(self, key: dict[str, Any]) -> None:
-        """Make the folder, take its lock and write config.json (rank 0), after all checks.
+    def open(self) -> None:
+        """Make the folder, take its lock (rank 0), and delete the run that it holds if asked to.
 
-        `key` holds the settings that must not differ on a resume. ValueError where another process
-        writes the folder or where it holds files that must not be overwritten.
+        ValueError where another process writes the folder or where it holds files that must not be
+        overwritten.
         """
         if self.lock is None:
-            self.lock = parallel.on_rank_zero(lambda: self._open(key))
+            self.lock = parallel.on_rank_zero(self._open)
 
-    def _open(self, key: dict[str, Any]) -> Any:
+    def _open(self) -> Any:
         check_out(self.loop)
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = hold_lock(self.folder)
@@ -109,11 +109,24 @@ class Run:
             if others := ours(self.folder, RUN_NAMES)[1]:
                 names = ", ".join(path.name for path in others)
                 parallel.say(f"kept in {self.folder}, as a run does not write it: {names}")
+        return lock
+
+    def identity(self) -> dict[str, Any] | None:
+        """The settings that config.json keeps of an earlier start; None where there was none."""
+        path = self.folder / "config.json"
+        return json.loads(path.read_text(encoding="utf-8"))["identity"] if path.exists() else None
+
+    def record(self, key: dict[str, Any]) -> None:
+        """Write config.json (rank 0); `key` holds the settings that must not differ on a resume.
+
+        No other file may be written before: by this one a folder is known as ours.
+        """
+        if parallel.rank():
+            return
         config = dataclasses.asdict(self.config) if self.config else {}
         about = {"command": self.config and command_of(self.config), "config": config}
         about |= {"versions": versions(), "identity": key, "machine": parallel.machine()}
         write_atomic(self.folder / "config.json", json.dumps(about, indent=1, ensure_ascii=False))
-        return lock
 
     def forget(self) -> None:
         """Remove the folder of a run that wrote nothing but its settings and drops."""

@@ -1,6 +1,7 @@
 """Checkpoints are whole or absent; damage is found, named and skipped."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -72,11 +73,7 @@ def test_a_damaged_newest_is_skipped_by_name(trained, kind):
     harm(folder / "step-00000002")
     found = checkpoint.newest(folder)
     assert found.path.name == "step-00000001"
-    assert (
-        len(found.damaged) == 1
-        and "step-00000002" in found.damaged[0]
-        and message in found.damaged[0]
-    )
+    assert found.damaged.keys() == {"step-00000002"} and message in found.damaged["step-00000002"]
 
 
 def test_none_whole_of_several_is_refused(trained):
@@ -91,12 +88,70 @@ def test_an_empty_folder_has_none(tmp_path):
     assert checkpoint.newest(tmp_path) is None and checkpoint.newest(tmp_path / "absent") is None
 
 
-def test_stale_temporary_folders_are_ignored_and_removed(trained):
+def test_left_overs_of_a_kill_are_ignored_and_removed(trained):
     model, optimizer, folder = trained
-    shutil.copytree(folder / "step-00000002", folder / ".tmp-step-00000009")
+    dead = os.fork()
+    if not dead:
+        os._exit(0)
+    os.waitpid(dead, 0)
+    host = os.uname().nodename
+    for name in ("step-00000009", "step-00000003"):
+        shutil.copytree(folder / "step-00000002", folder / f".{name}.{dead}@{host}.tmp")
     assert checkpoint.newest(folder).path.name == "step-00000002"
     checkpoint.save(folder, 3, model, optimizer, {})
-    assert not list(folder.glob(".tmp*"))
+    assert sorted(p.name for p in folder.iterdir()) == ["step-00000002", "step-00000003"]
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_one_is_written_again_and_never_counted(trained, kind):
+    model, optimizer, folder = trained
+    DAMAGE[kind][0](folder / "step-00000002")
+    damaged = checkpoint.newest(folder).damaged
+    (folder / "step-00000003").write_text("a file in the way")
+    assert damaged.keys() == {"step-00000002"}
+    for step in (2, 3, 4):
+        checkpoint.save(folder, step, model, optimizer, {}, keep=3, damaged=damaged)
+        found = checkpoint.newest(folder)
+        whole = {p.name for p in folder.iterdir() if not checkpoint._damage(p)}
+        assert found.manifest["step"] == max(step, 2) and f"step-{step:08d}" in whole
+    assert sorted(whole) == ["step-00000002", "step-00000003", "step-00000004"]
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_one_between_goes_when_it_is_passed(trained, kind):
+    """The run goes on from step 1 and saves at other steps."""
+    model, optimizer, folder = trained
+    DAMAGE[kind][0](folder / "step-00000002")
+    damaged = checkpoint.newest(folder).damaged
+    checkpoint.save(folder, 5, model, optimizer, {}, keep=2, damaged=damaged)
+    assert sorted(p.name for p in folder.iterdir()) == ["step-00000001", "step-00000005"]
+
+
+def test_what_a_newer_version_wrote_is_neither_read_nor_deleted(trained):
+    model, optimizer, folder = trained
+    path = folder / "step-00000002" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 9}))
+    found = checkpoint.newest(folder)
+    assert found.damaged == {"step-00000002": "format 9, this version reads 2"}
+    checkpoint.save(folder, 5, model, optimizer, {}, keep=1)
+    assert sorted(p.name for p in folder.iterdir()) == ["step-00000002", "step-00000005"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m | {"step": 7}, "does not have its own hash"),
+        (lambda m: {k: v for k, v in m.items() if k != "sha256"} | {"step": 7}, "is of step 7"),
+        (lambda m: m | {"optimizer": {}}, "does not have its own hash"),
+        (lambda m: [m], "is damaged"),
+    ],
+)
+def test_a_manifest_is_not_believed_where_it_and_its_folder_differ(trained, change, message):
+    _, _, folder = trained
+    path = folder / "step-00000002" / "manifest.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    found = checkpoint.newest(folder)
+    assert found.manifest["step"] == 1 and message in found.damaged["step-00000002"]
 
 
 def test_only_the_last_are_kept(trained):
@@ -118,7 +173,7 @@ def test_no_room_leaves_the_earlier_ones(trained, monkeypatch):
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(folder, 3, model, optimizer, {})
-    assert checkpoint.newest(folder).manifest["step"] == 2 and not list(folder.glob(".tmp*"))
+    assert checkpoint.newest(folder).manifest["step"] == 2 and len(list(folder.iterdir())) == 2
 
 
 def test_other_tensors_are_refused(trained):
