@@ -147,7 +147,11 @@ def main(config: Config):
         if ta.parallel.rank() == 0:
             probabilities = scores.softmax(1)
             show_classes(config, run, tokenizer, val_data, probabilities, val_labels.tolist(), done)
-        return figures_of(config, scores, weights, val_labels)
+        figures = figures_of(config, scores, weights, val_labels)
+        for source, rows in ta.source_rows(val_data).items():
+            own = figures_of(config, scores[rows], weights, val_labels[rows])
+            figures |= {f"{name}/{source}": value for name, value in own.items()}
+        return figures
 
     ta.preview(train_data, tokenizer)
     figures = ta.train(

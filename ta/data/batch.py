@@ -69,6 +69,8 @@ class Batch(NamedTuple):
     prefixes: tuple[int, ...] = ()
     # lengths and prefixes of a packed row on a GPU
     cuts: Cuts | None = None
+    # name of the source of its records, where held-out records have several
+    source: str = ""
 
     @property
     def packed(self) -> bool:
@@ -240,6 +242,13 @@ class ClassBatch(NamedTuple):
 def batch_of(batch):
     """The Batch inside a method's own batch: the first field that leads to one."""
     return batch if hasattr(batch, "learned") else batch_of(batch[0])
+
+
+def with_source(batch, name: str):
+    """The same batch, whose records are of the source `name`."""
+    if hasattr(batch, "learned"):
+        return batch._replace(source=name)
+    return batch._replace(**{batch._fields[0]: with_source(batch[0], name)})
 
 
 def to_device(batch, device):

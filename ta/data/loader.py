@@ -153,14 +153,35 @@ def val_batches(
     packed: bool = True,
     collate: Collate = collate_chats,
 ) -> list:
-    """This process's share of all records, as batches; every process gets as many. [] for None."""
+    """This process's share of all records, as batches; every process gets as many. [] for None.
+
+    A batch holds records of one source, whose name it carries where there are several.
+    """
     import numpy as np
+
+    from ta.data.batch import with_source
 
     if prepared is None:
         return []
-    check_budget(prepared, config.max_tokens_per_micro)
-    records = np.arange(len(prepared.origin))
-    return micro_batches(prepared, records, config.max_tokens_per_micro, packed, collate)
+    limit = config.max_tokens_per_micro
+    check_budget(prepared, limit)
+    batches = []
+    sources = source_rows(prepared) or {"": np.arange(len(prepared.origin))}
+    for name, records in sources.items():
+        made = micro_batches(prepared, records, limit, packed, collate)
+        batches += [with_source(batch, name) for batch in made] if name else made
+    return batches
+
+
+def source_rows(prepared: Prepared) -> dict[str, np.ndarray]:
+    """The records of each source by its name; {} where there is one source."""
+    import numpy as np
+
+    origin = prepared.origin[:, 0]
+    used = np.unique(origin).tolist()
+    if len(used) == 1:
+        return {}
+    return {prepared.info["sources"][i]["name"]: np.flatnonzero(origin == i) for i in used}
 
 
 def micro_batches(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -204,18 +205,32 @@ def _row(sums: dict[str, Any], device) -> Tensor:
 
 
 def mean_over(model: nn.Module, batches: Iterable, step: Step) -> dict[str, float]:
-    """{"loss": ..., metric: ...} of `step` over the batches of all processes, without gradients."""
+    """{"loss": ..., metric: ...} of `step` over the batches of all processes, without gradients.
+
+    Where the batches are of several sources, each figure also stands there as NAME/SOURCE.
+    """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    sums: dict[str, Any] = {}
+    sums: dict[str, dict[str, Any]] = {}
     with torch.no_grad():
         for batch in batches:
             leave_if_asked()
             batch = to_device(batch, device)
             loss, count, metrics = step(model, batch)
-            add_sums(sums, loss, count, batch, metrics)
+            own = sums.setdefault(batch_of(batch).source, {})
+            add_sums(own, loss, count, batch, metrics)
     model.train(was_training)
-    return means(dict(zip(sums, sum_over_ranks(_row(sums, device)).tolist(), strict=True)))
+    rows = torch.cat([_row(own, device) for own in sums.values()])
+    values = iter(sum_over_ranks(rows).tolist())
+    totals = {source: {name: next(values) for name in own} for source, own in sums.items()}
+    whole: Counter[str] = Counter()
+    for own in totals.values():
+        whole.update(own)
+    figures = [means(whole)]
+    if len(totals) > 1:
+        for source, own in totals.items():
+            figures.append({f"{name}/{source}": value for name, value in means(own).items()})
+    return join_figures(*figures)
 
 
 def scores_of(model: nn.Module, prepared: Prepared, n: int, max_tokens: int) -> Tensor:

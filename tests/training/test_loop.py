@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from small import prepared, sft_step, tiny
 
-from ta.data.loader import BatchConfig, train_batches, val_batches
+from ta.data.loader import BatchConfig, collate_chats, train_batches, val_batches
 from ta.training import checkpoint
 from ta.training import loop as training_loop
 from ta.training.loop import mean_over
@@ -416,3 +416,25 @@ def test_a_gpu_gives_the_losses_of_the_cpu_and_resumes_bitwise(tmp_path):
     assert all(
         torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True)
     )
+
+
+def test_several_held_out_sources_have_figures_of_their_own():
+    data = prepared(40, seed=3)
+    origin = data.origin.copy()
+    origin[::3, 0] = 1
+    sources = [{"path": f"{name}.jsonl", "name": name} for name in ("easy", "hard")]
+    several = data._replace(origin=origin, info=data.info | {"sources": sources})
+    model, budget = tiny(), BatchConfig(max_tokens_per_micro=60)
+    figures = mean_over(model, val_batches(several, budget), sft_step)
+    whole = mean_over(model, val_batches(data, budget), sft_step)
+    assert set(figures) == {"loss", "loss/easy", "loss/hard"} and set(whole) == {"loss"}
+    assert figures["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+    learned = []
+    for i, name in enumerate(("easy", "hard")):
+        records = np.flatnonzero(origin[:, 0] == i)
+        batch = collate_chats(data, records, False)
+        own = -(model.logprobs(batch) * batch.weights).sum() / batch.weights.sum()
+        assert figures[f"loss/{name}"] == pytest.approx(own.item(), rel=1e-5)
+        learned.append(batch.weights.sum().item())
+    joined = sum(w * figures[f"loss/{n}"] for w, n in zip(learned, ("easy", "hard"), strict=True))
+    assert joined / sum(learned) == pytest.approx(whole["loss"], rel=1e-6)
