@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import warnings
@@ -65,7 +66,14 @@ def media_path(root: str | Path, relative: str) -> Path:
             f"{root}"
         )
     base = Path(root).resolve()
-    path = (base / relative).resolve()
+    try:
+        path = (base / relative).resolve()
+    # RuntimeError: Python before 3.13 says so of a loop of links
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"media path {relative[:80]!r} cannot be followed ({str(error)[:40]}); give the path "
+            "of a file"
+        ) from None
     if not path.is_relative_to(base):
         raise ValueError(
             f"media path {relative!r} leads through a symlink to {path}, outside the media root "
@@ -118,6 +126,13 @@ def check_file(path: str | Path) -> None:
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"{path}: no such file; check the media root and the path in the record"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        raise ValueError(
+            f"media path {str(path)[:80]!r} cannot be opened ({error.strerror}); give the path of "
+            "a file"
         ) from None
     if stat.S_ISDIR(info.st_mode):
         raise ValueError(f"{path} is a folder; give a file")

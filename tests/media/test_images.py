@@ -71,6 +71,14 @@ def test_media_path_stays_below_the_root(tmp_path):
             media_path(root, given)
 
 
+def test_odd_paths_are_wrong_records(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for path in ("x" * 5000, "a/" * 3000 + "b.png", "x" * 300 + ".png", "loop", "loop/a.png"):
+        with pytest.raises(ValueError, match=r"cannot be|no such file") as caught:
+            media_path(tmp_path, path)
+        assert "; " in str(caught.value) and len(str(caught.value)) < 300
+
+
 def test_pictures_of_a_folder(tmp_path):
     for name in ("b.png", "a/c.JPG", "a/d.txt", ".hidden/e.png", "a/.f.png", "g.png/h.webp"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
