@@ -81,9 +81,13 @@ def read_folder(path: str, hub: bool = False) -> Folder:
     media = (folder / "media.json").exists()
     if not (folder / "config.json").exists():
         config = read_json(folder / "adapter_config.json")
-        return Folder(str(folder), "adapter", config.get("base_model_name_or_path"), config, media)
+        base = config.get("base_model_name_or_path")
+        if not isinstance(base, str | None):
+            raise ValueError(f"{folder} names the base {base!r}: give its folder in --model-path")
+        return Folder(str(folder), "adapter", base, config, media)
     config = read_json(folder / "config.json")
-    head = any("SequenceClassification" in name for name in config.get("architectures") or ())
+    with loading(folder / "config.json", "the settings of a model"):
+        head = any("SequenceClassification" in name for name in config.get("architectures") or ())
     return Folder(str(folder), "classifier" if head else "model", None, config, media)
 
 
@@ -110,7 +114,9 @@ def resolve(config: ModelConfig) -> Sources:
         base = read_folder(base, config.hub).path
     elif adapter is not None:
         adapter = local_folder(adapter, config.hub)
-    tokenizer = adapter if adapter and (Path(adapter) / "tokenizer.json").exists() else base
+    names = ("tokenizer.json", "tokenizer_config.json")
+    own = adapter and any((Path(adapter) / name).exists() for name in names)
+    tokenizer = adapter if own else base
     holders = [path for path in (adapter, base) if path and (Path(path) / "media.json").exists()]
     for path in holders[:1]:
         if not (Path(path) / "projectors").is_dir():

@@ -404,13 +404,19 @@ def read_facts(path: str | Path) -> Facts:
     It is empty for an adapter that another library saved. ValueError for an incomplete file.
     """
     folder = Path(path)
-    base = read_json(folder / BASE) if (folder / BASE).is_file() else {}
-    if base and not {"name", "architecture", "task", "vocabulary", "sample"} <= base.keys():
+    if not (folder / BASE).is_file():
+        return Facts({}, {})
+    base = read_json(folder / BASE)
+    kinds = {"name": str, "architecture": str, "task": str, "vocabulary": int, "sample": dict}
+    if not all(isinstance(base.get(name), kind) for name, kind in kinds.items()):
         raise ValueError(
             f"{folder / BASE} is not complete: save the adapter again, or remove that file to load "
             "without knowing its base"
         )
-    return Facts(base, read_tensors(folder / ROWS) if base and (folder / ROWS).is_file() else {})
+    rows = read_tensors(folder / ROWS) if (folder / ROWS).exists() else {}
+    if rows and any(len(table) != len(rows.get("ids", ())) for table in rows.values()):
+        raise ValueError(f"{folder / ROWS} does not hold a row for each id: give a whole folder")
+    return Facts(base, rows)
 
 
 def adapter_labels(path: str | Path) -> dict[str, Any]:
@@ -539,7 +545,8 @@ def load_adapter(model: PreTrainedModel, path: str, trainable: bool = False) -> 
             )
     set_peft_model_state_dict(wrapped, weights)
     if trainable and kind == "P_TUNING":
-        wrapped.prompt_encoder["default"].load_state_dict(read_tensors(folder / ENCODER))
+        with loading(folder / ENCODER, "a prompt encoder of these sizes"):
+            wrapped.prompt_encoder["default"].load_state_dict(read_tensors(folder / ENCODER))
     return wrapped if trainable else wrapped.eval()
 
 

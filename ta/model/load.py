@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ta.data.loader import name_of
-from ta.folders import ModelConfig, loading, read_folder, resolve
+from ta.folders import ModelConfig, loading, read_folder, read_json, resolve
 from ta.model.adapters import KINDS as ADAPTERS
 from ta.model.adapters import (
     PROMPT_LEARNING,
@@ -224,6 +225,9 @@ def load_base(
     else:
         check_tensors(folder, info)
     if loaded.can_generate():
+        # transformers would go on without a file that it cannot read
+        if (Path(folder) / "generation_config.json").exists():
+            read_json(Path(folder) / "generation_config.json")
         _check_generation(folder, loaded.generation_config)
     if quantize != "none":
         return loaded.eval()

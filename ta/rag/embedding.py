@@ -76,9 +76,16 @@ def open_encoder(
     encoder = TextEncoder(model, settings).eval()
     with loading(folder, "a text encoder"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
+        ids = tokenize(["a"], tokenizer, settings, "query")
         if not next(model.parameters()).is_meta:
             # a model of pictures or sounds, or of two texts, loads too, and then refuses a text
-            embed(encoder, [[0]], 0, next(model.parameters()).device)
+            embed(encoder, ids, 0, next(model.parameters()).device)
+        rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"{folder}: its tokenizer has {len(tokenizer)} tokens, its encoder {rows} rows: give a "
+            "folder whose tokenizer belongs to the encoder"
+        )
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -112,6 +112,11 @@ def open_index(path: str | Path, encoder_path: str | None = None, hub: bool = Fa
     vectors_file = folder / VECTORS
     with loading(vectors_file, "vectors of an index"), safe_open(vectors_file, "pt") as file:
         vectors, offsets = file.get_tensor("vectors"), file.get_tensor(OFFSETS).numpy()
+    if len(vectors) != len(offsets) - 1:
+        raise ValueError(
+            f"{vectors_file} holds {len(vectors)} vectors of {len(offsets) - 1} passages: "
+            "build the index anew"
+        )
     if (width := width_of(encoder)) != vectors.shape[1]:
         raise ValueError(
             f"{path} has vectors of width {vectors.shape[1]}, the encoder in {encoder} gives "
