@@ -507,10 +507,12 @@ def load_adapter(model: PreTrainedModel, path: str, trainable: bool = False) -> 
         settings = PeftConfig.from_pretrained(path)
     facts = read_facts(path)
     if settings.task_type != task_of(model):
+        remedy = f"give an adapter of {TASKS[task_of(model)]}"
+        if settings.task_type == "CAUSAL_LM":
+            remedy = "merge it with recipes/merge.py and give the merged folder"
         raise ValueError(
             f"{path} is an adapter of {TASKS.get(settings.task_type, settings.task_type)}, and "
-            f"{TASKS[task_of(model)]} is loaded here: give another adapter, or merge this one with "
-            "recipes/merge.py and give the merged folder"
+            f"{TASKS[task_of(model)]} is loaded here: {remedy}"
         )
     weights = read_tensors(folder / WEIGHTS)
     prefix = "base_model." if kind in PROMPT_LEARNING else "base_model.model."

@@ -96,6 +96,11 @@ def load_model(
     """
     sources = resolve(model)
     check_adapter(adapter, sources.adapter, checkpointing=compute.activation_checkpointing)
+    if sources.adapter and (added := [t.text for t in tokenizer.new_tokens if t.added]):
+        raise ValueError(
+            f"the adapter {sources.adapter} has no place for the new tokens {', '.join(added)}: "
+            "merge it with recipes/merge.py and give the merged folder"
+        )
     if compute.deterministic:
         same_bits()
     if num_labels is None:
@@ -385,8 +390,8 @@ def _classifier(
         loaded = load_base(model, "seq_cls", num_labels, device, quantize=compute.quantize)
     if not hasattr(loaded, "score"):
         raise ValueError(
-            f"{type(loaded).__name__} reads no score at the last token: give a causal language "
-            "model's folder"
+            f"{sources.base} is a {type(loaded).__name__}, which reads no score at the last token: "
+            "give a causal language model's folder"
         )
     plural = "s" * (num_labels > 1)
     return loaded, "" if old else f"the head of {num_labels} score{plural} is new"
