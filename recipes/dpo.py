@@ -230,12 +230,21 @@ def main(config: Config):
         if reference is not None:
             reference.follow(done)
             micro_batches = reference.add_to(micro_batches)
-        return with_kl(model, micro_batches) if config.loss == "kto_pair" else micro_batches
+        paired = config.loss == "kto_pair" and micro_batches
+        return with_kl(model, micro_batches) if paired else micro_batches
 
     def evaluate(done):
         figures = ta.mean_over(model, before_step(0, val_batches), learn)
         samples = ta.generate_samples(
-            model, tokenizer, val_data, config.chat, config.samples, run.folder, done, seed=run.seed
+            model,
+            tokenizer,
+            val_data,
+            config.chat,
+            config.samples,
+            run.folder,
+            done,
+            seed=run.seed,
+            reference=reference and reference.of_new,
         )
         return ta.join_figures(figures, samples)
 
@@ -247,7 +256,7 @@ def main(config: Config):
         learn,
         ta.adamw(model, optim),
         optim,
-        evaluate=evaluate if val_data else None,
+        evaluate=evaluate if val_data or config.samples.samples_data else None,
         before_step=before_step,
         more_state=reference.state if reference else None,
         resume_key=settings,

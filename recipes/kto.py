@@ -151,10 +151,18 @@ def main(config: Config):
         return with_kl(model, reference.add_to(micro_batches))
 
     def evaluate(done):
-        held_out = with_kl(model, reference.add_to(val_batches))
+        held_out = with_kl(model, reference.add_to(val_batches)) if val_batches else []
         figures = ta.mean_over(model, held_out, learn)
         samples = ta.generate_samples(
-            model, tokenizer, val_data, config.chat, config.samples, run.folder, done, seed=run.seed
+            model,
+            tokenizer,
+            val_data,
+            config.chat,
+            config.samples,
+            run.folder,
+            done,
+            seed=run.seed,
+            reference=reference.of_new,
         )
         return ta.join_figures(figures, samples, preference(model, held_out))
 
@@ -169,7 +177,7 @@ def main(config: Config):
         learn,
         ta.adamw(model, optim),
         optim,
-        evaluate=evaluate if val_data else None,
+        evaluate=evaluate if val_data or config.samples.samples_data else None,
         before_step=before_step,
         more_state=reference.state,
     )

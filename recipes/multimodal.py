@@ -134,7 +134,7 @@ def main(config: Config):
         learn,
         optimizer,
         optim,
-        evaluate=evaluate if val_data else None,
+        evaluate=evaluate if val_data or config.samples.samples_data else None,
         resume_key=key | {"projector_lr": projector_lr},
     )
     card = ta.model_card(run, train_data, figures)

@@ -60,6 +60,8 @@ def main(config: Config):
             "--approximate in training: the vectors of questions move, and so may those of "
             "passages; leave it out"
         )
+    if config.samples.samples_data:
+        raise ValueError("--samples-data: here the held-out questions are answered; leave it out")
     if config.retrieval.num_passages == 1 and not config.in_batch and config.encoder_lr != 0:
         ta.parallel.say(
             "note: with one candidate a question the encoder has nothing to learn from; "

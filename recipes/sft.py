@@ -59,9 +59,24 @@ def main(config: Config):
         config.optim, config.model, config.adapter, full=2e-5, adapted=2e-4, builtin=1.5e-3
     )
 
+    reference = None
+    if "kl_to_reference" in config.samples.sample_metrics:
+        # the model at its start; dropout is off beside it
+        reference = ta.open_reference(
+            ta.ReferenceConfig(), model, tokenizer, config.model, config.adapter, config.compute
+        )
+
     def evaluate(done):
         samples = ta.generate_samples(
-            model, tokenizer, val_data, config.chat, config.samples, run.folder, done, seed=run.seed
+            model,
+            tokenizer,
+            val_data,
+            config.chat,
+            config.samples,
+            run.folder,
+            done,
+            seed=run.seed,
+            reference=reference and reference.of_new,
         )
         return ta.join_figures(ta.mean_over(model, val_batches, step), samples)
 
@@ -73,7 +88,7 @@ def main(config: Config):
         step,
         ta.adamw(model, optim),
         optim,
-        evaluate=evaluate if val_data else None,
+        evaluate=evaluate if val_data or config.samples.samples_data else None,
     )
     records = ta.first_records(val_data, config.samples.sample_records)
     card = ta.model_card(run, train_data, figures)

@@ -31,7 +31,6 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
     from ta.chat.tokenizer import load_chat_tokenizer as load_chat_tokenizer
     from ta.command_line import Range as Range
     from ta.command_line import cli as cli
-    from ta.command_line import table as table
     from ta.data.batch import Batch as Batch
     from ta.data.batch import lay_out as lay_out
     from ta.data.loader import BatchConfig as BatchConfig
@@ -109,6 +108,7 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
     from ta.reference import sequence_logps as sequence_logps
     from ta.reference import with_cached_reference as with_cached_reference
     from ta.screen import progress as progress
+    from ta.screen import table as table
     from ta.training.loop import mean_over as mean_over
     from ta.training.loop import scores_of as scores_of
     from ta.training.loop import train as train
@@ -122,7 +122,7 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
     from ta.training.run_folder import start_run as start_run
 
 NAMES = {  # module: what `import ta` gives of it, loaded on first use
-    "ta.command_line": "Range cli table",
+    "ta.command_line": "Range cli",
     "ta.folders": "ModelConfig copy_media fingerprint resolve",
     "ta.builtin.data_files": "data_or_builtin",
     "ta.builtin.fine_tuned": "with_fine_tuned_model with_trained_builtin",
@@ -158,7 +158,7 @@ NAMES = {  # module: what `import ta` gives of it, loaded on first use
     "ta.model.new_rows": "check_vocabulary",
     "ta.reference": "ReferenceConfig check_sync learned_tokens open_reference "
     "sequence_logps with_cached_reference",
-    "ta.screen": "progress",
+    "ta.screen": "progress table",
     "ta.training.run_folder": "LoopConfig Run start_run",
     "ta.training.model_card": "model_card",
     "ta.training.loop": "mean_over scores_of train",

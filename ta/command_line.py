@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from types import MappingProxyType
 from typing import Any, NamedTuple, get_type_hints
 
@@ -141,18 +141,6 @@ def _docs(config_class: type) -> dict[str, str]:
 
     params = parse_from_object(config_class).params
     return {p.arg_name: " ".join((p.description or "").split()) for p in params}
-
-
-def table(rows: Iterable[tuple], header: tuple[str, ...], width: int = 48) -> str:
-    """A plain-text table; cells are cut to `width` characters and shown on one line."""
-    cells = [[str(cell).replace("\n", "⏎") for cell in row] for row in (header, *rows)]
-    cells = [[c if len(c) <= width else c[: width - 1] + "…" for c in row] for row in cells]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    ]
-    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
 
 def guard(action: Callable[[], Any]) -> int:

@@ -71,6 +71,11 @@ class Reference:
     state: dict[str, Tensor] = field(default_factory=dict)
     device: str = "cpu"
 
+    @property
+    def of_new(self) -> Logps | None:
+        """`logps` for sequences that come up in training; a cached reference has none."""
+        return None if self.kind == "cached" else self.logps
+
     def add_to(self, batches: Iterable) -> list:
         """The batches with the reference's log-probabilities, unless they hold them already."""
         from ta.data.batch import to_device

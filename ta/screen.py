@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
+import unicodedata
+from collections.abc import Iterable, Sequence
 from typing import IO, Any
+
+from ta.printable import printable
 
 # seconds between two lines of progress in a file or a pipe
 LINE_EVERY = 30
@@ -52,3 +57,55 @@ def progress(
     counts = "{n_fmt}/{total_fmt}" if total else "{n_fmt}"
     plain = "{desc}: " + counts + " {unit}s, {elapsed}, {rate_fmt}{postfix}"
     return Lines(**settings, mininterval=LINE_EVERY, miniters=1, bar_format=plain, **more)
+
+
+def table(rows: Iterable[Sequence], header: Sequence[str], width: int = 0, lines: int = 8) -> str:
+    """A plain-text table as wide as the terminal, or `width` columns.
+
+    The widest columns give way first; a cell goes on over several lines, of which at most `lines`
+    are shown, from its beginning and its end. What could move a cursor is written out.
+    """
+    width = width or shutil.get_terminal_size((120, 24)).columns
+    cells = [[printable(str(cell)).expandtabs(2) for cell in row] for row in (header, *rows)]
+    widths = [
+        max(columns(line) for row in cells for line in row[i].split("\n"))
+        for i in range(len(header))
+    ]
+    while sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > 8:
+        widths[widths.index(max(widths))] -= 1
+    out = []
+    for row in cells:
+        wrapped = [_wrapped(cell, w, lines) for cell, w in zip(row, widths, strict=True)]
+        for i in range(max(map(len, wrapped))):
+            parts = [part[i] if i < len(part) else "" for part in wrapped]
+            padded = [
+                part + " " * (w - columns(part)) for part, w in zip(parts, widths, strict=True)
+            ]
+            out.append("  ".join(padded).rstrip())
+        if len(out) == max(map(len, wrapped)) and row is cells[0]:
+            out.append("  ".join("-" * w for w in widths))
+    return "\n".join(out)
+
+
+def columns(text: str) -> int:
+    """Columns of a terminal that a text takes: two for a wide character, none for a mark."""
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(unicodedata.category(c) in ("Mn", "Me") for c in text)
+
+
+def _wrapped(text: str, width: int, most: int) -> list[str]:
+    """The text in lines of at most `width` columns, broken at spaces where there are some."""
+    out = []
+    for line in text.split("\n"):
+        while columns(line) > width:
+            cut = len(line)
+            while columns(line[:cut]) > width:
+                cut -= 1
+            space = line.rfind(" ", 1, cut + 1)
+            cut = space if space > 0 else max(cut, 1)
+            out.append(line[:cut].rstrip())
+            line = line[cut:].lstrip()
+        out.append(line)
+    if len(out) > most:
+        out = [*out[: most // 2], "…", *out[most // 2 + 1 - most :]]
+    return out

@@ -7,6 +7,7 @@ import pytest
 
 from ta import screen
 from ta.parallel import say
+from ta.screen import columns, table
 
 
 class Terminal(io.StringIO):
@@ -60,3 +61,17 @@ def test_a_short_task_writes_no_line_of_progress_into_a_file(monkeypatch):
     with screen.progress(None, "reading", "record") as bar:
         bar.update(5)
     assert sys.stderr.getvalue() == ""
+
+
+def test_a_table_fits_the_terminal_and_shows_both_ends_of_a_cell():
+    text = "one two three four five six seven eight nine ten " * 9
+    for width in (40, 100):
+        shown = table([(text, "a\x1b[2J"), ("北京" * 30, "b")], ("question", "answer"), width)
+        lines = shown.split("\n")
+        assert (
+            all(columns(line) <= width for line in lines) and max(map(columns, lines)) > 0.8 * width
+        )
+        assert lines[0].split() == ["question", "answer"] and set(lines[1]) == {"-", " "}
+        assert "\x1b" not in shown and "…" in shown and lines[2].startswith("one two")
+    assert table([("a", "b")], ("x", "longer"), 40) == "x  longer\n-  ------\na  b"
+    assert columns("北e\u0301") == 3

@@ -1,8 +1,9 @@
 """Metrics: pure functions from lists to one float, and the table that names them all.
 
-Inputs have the same names everywhere: `answers` and `references` (texts), `predictions` and
-`labels`, `scores`, `logprobs` and `ref_logprobs` (per answer, per token), `rewards`, `retrieved`
-and `gold` (passage ids per question). A single token has a value; a mean of nothing, or a question
+Inputs have the same names everywhere: `answers` and `references` (texts), `tokens` (ids of each
+answer) of `vocab_size`, `groups` (the answers to each prompt), `predictions` and `labels`,
+`scores`, `logprobs` and `ref_logprobs` (per answer, per token), `rewards`, `retrieved` and `gold`
+(passage ids per question). A single token has a value; a mean of nothing, or a question
 without an answer (ROC-AUC of one class), is nan.
 """
 
@@ -280,9 +281,9 @@ METRICS: dict[str, Metric] = {
     "length": Metric(length, ("answers",)),
     "distinct_1": Metric(distinct, ("answers",), "variety"),
     "distinct_2": Metric(partial(distinct, n=2), ("answers",), "variety"),
-    "adjusted_distinct_1": Metric(adjusted_distinct, ("answers", "vocab_size"), "variety"),
+    "adjusted_distinct_1": Metric(adjusted_distinct, ("tokens", "vocab_size"), "variety"),
     "adjusted_distinct_2": Metric(
-        partial(adjusted_distinct, n=2), ("answers", "vocab_size"), "variety"
+        partial(adjusted_distinct, n=2), ("tokens", "vocab_size"), "variety"
     ),
     "diversity": Metric(diversity, ("answers",)),
     "bleu": Metric(bleu, TEXTS, "all"),
@@ -292,7 +293,7 @@ METRICS: dict[str, Metric] = {
     "rouge_l": Metric(rouge_l, TEXTS),
     "meteor": Metric(meteor, TEXTS),
     "perplexity": Metric(perplexity, ("logprobs",), "all"),
-    "kl": Metric(kl, ("logprobs", "ref_logprobs"), "all"),
+    "kl_to_reference": Metric(kl, ("logprobs", "ref_logprobs"), "all"),
     "reward": Metric(reward, ("rewards",)),
     "recall_at_1": Metric(partial(recall_at_k, k=1), ("retrieved", "gold")),
     "recall_at_5": Metric(recall_at_k, ("retrieved", "gold")),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ta.chat.encode import Drop, encode_prompts
 from ta.chat.messages import (
@@ -30,6 +30,22 @@ if TYPE_CHECKING:
     Encode = Callable[[Sequence[list[dict]], ChatTokenizer, ChatConfig, Sequence[dict]], list]
 
 
+def asked(
+    messages: Sequence[dict], cut: random.Random | None = None
+) -> tuple[list[dict], Any | None]:
+    """The messages up to the question that is asked, and the content of the answer that follows it.
+
+    The question is the last one, or with `cut` one before a random answer. The content is None
+    where no answer follows, and "" of an answer that only calls tools.
+    """
+    kept = list(messages)
+    first = next((i for i, message in enumerate(messages) if is_question(message)), len(messages))
+    if cut and any(message["role"] == ANSWER for message in messages[first:]):
+        kept = random_cut(messages, cut)
+    kept = strip_trailing_answers(kept)
+    return kept, (messages[len(kept)]["content"] or "") if len(kept) < len(messages) else None
+
+
 def read_prompts(
     paths: Sequence[str],
     tokenizer: ChatTokenizer,
@@ -49,13 +65,10 @@ def read_prompts(
     check = partial(check_media, need_answer=False) if tokenizer.placeholders else check_prompt
     records = list(read_records(paths, check, drops, seed))
     for n, record in enumerate(records):
-        whole = kept = record.data["messages"]
-        asked = next((i for i, message in enumerate(whole) if is_question(message)), len(whole))
-        if cut and any(message["role"] == ANSWER for message in whole[asked:]):
-            kept = random_cut(whole, random.Random(f"{seed} {n}"))
-        kept = strip_trailing_answers(kept)
-        if len(kept) < len(whole):
-            record.data["reference"] = whole[len(kept)]["content"] or ""
+        generator = random.Random(f"{seed} {n}") if cut else None
+        kept, reference = asked(record.data["messages"], generator)
+        if reference is not None:
+            record.data["reference"] = reference
         record.data["messages"] = with_system(kept, sources[record.source].system_prompt)
     jobs = [(record.data["messages"], template_arguments(record.data)) for record in records]
 

@@ -5,25 +5,32 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from ta.chat.encode import Drop, encode_prompts, is_text
-from ta.chat.messages import ANSWER, canonical_role, is_question, random_cut, template_arguments
-from ta.command_line import Range, table
+from ta.chat.encode import Drop, encode_prompts
+from ta.chat.messages import canonical_role, with_system
+from ta.command_line import Range
 from ta.data.prepare import first_records
-from ta.files import append_line
+from ta.data.sources import Drops, parse_source
+from ta.files import append_line, read_json_lines
 from ta.generation.generate import generate
-from ta.generation.metrics import check_metrics, measure
-from ta.generation.settings import GenerateConfig
+from ta.generation.metrics import METRICS, check_metrics, measure, spacing_note
+from ta.generation.prompts import asked, read_prompts
+from ta.generation.score import kl_to_reference, reward_answers
+from ta.generation.settings import GenerateConfig, parse_settings
 from ta.parallel import rank, say
+from ta.screen import table
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ta.chat.template import ChatConfig
     from ta.chat.tokenizer import ChatTokenizer
+    from ta.data.batch import Batch
     from ta.data.prepare import Prepared
+    from ta.generation.settings import Answer
     from ta.model.language_model import LanguageModel
 
     # (chats, tokenizer, config, their template arguments) -> token ids or a Drop for each
@@ -34,24 +41,52 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SamplesConfig:
+    samples_data: tuple[str, ...] = ()
+    """Sources of chats that are answered and scored at each evaluation, written like --val-data.
+    Default: the first records of each source of --val-data."""
     sample_records: Annotated[int, Range(0)] = 64
-    """Held-out records that are answered and scored at each evaluation; 0 turns samples off."""
+    """Records of each source that are answered; 0 turns samples off."""
     sample_show: Annotated[int, Range(0)] = 6
     """Answers shown on the screen at each evaluation; all are kept in samples.jsonl."""
     sample_max_new_tokens: Annotated[int, Range(1)] = 64
     """Tokens of an answer at most."""
+    sample_settings: tuple[str, ...] = ()
+    """Settings of generation, each name:key=value,... as in generate.py; figures carry the name.
+    Example: beams:beams=4 warm:temperature=0.8,num_answers=4. Default: the most probable tokens."""
     sample_metrics: tuple[str, ...] = ("accuracy",)
-    """Metrics of ta/generation/metrics.py that take predictions and references, such as accuracy
-    (exact match), rouge_l, meteor, perplexity."""
+    """Metrics of ta/generation/metrics.py that are made of answers and references, such as accuracy
+    (exact match), rouge_l, meteor, perplexity, self_bleu_of_prompt; kl_to_reference where the
+    method has a reference."""
     sample_random_cut: bool = False
     """End each prompt before a random answer (seeded) instead of the last one."""
+    sample_reward_model: str = ""
+    """Folder of a reward model; the mean reward of the answers is the figure reward."""
 
     def check(self) -> None:
-        """ValueError for metrics that do not exist or need more than answers and references."""
-        check_metrics(self.sample_metrics, MEASURED)
+        """ValueError for metrics and settings that do not exist or cannot be made here."""
+        known = [name for name in MEASURED if name != "rewards" or self.sample_reward_model]
+        if "reward" in self.sample_metrics and not self.sample_reward_model:
+            raise ValueError("metric reward: give a reward model's folder in --sample-reward-model")
+        check_metrics((name for name in self.sample_metrics if name != KL), known)
+        self.settings(())
+
+    def settings(self, stop_strings: Sequence[str]) -> dict[str, GenerateConfig]:
+        """The settings of generation by name, which end answers at `stop_strings` too.
+
+        ValueError for a name that comes twice.
+        """
+        default = GenerateConfig(self.sample_max_new_tokens, stop_strings=tuple(stop_strings))
+        named = [parse_settings(text, default) for text in self.sample_settings]
+        if len(dict(named)) < len(named):
+            raise ValueError("--sample-settings use a name twice: give each its own name")
+        return dict(named) or {"": default}
 
 
-MEASURED = ("predictions", "labels", "answers", "references", "logprobs")
+KL = "kl_to_reference"
+MEASURED = (
+    *("predictions", "labels", "answers", "references", "logprobs"),
+    *("tokens", "vocab_size", "groups", "rewards"),
+)
 
 
 class Prompt(NamedTuple):
@@ -60,7 +95,18 @@ class Prompt(NamedTuple):
     record: dict
     chat: list[dict]
     ids: list[int]
-    reference: str
+    # None where no answer follows the question
+    reference: str | None
+    # name of the source
+    source: str = ""
+
+
+class Sample(NamedTuple):
+    """The answers to a prompt, with a reward for each where there is a reward model."""
+
+    prompt: Prompt
+    answers: list[Answer]
+    rewards: list[float]
 
 
 def dialogue_of(record: dict) -> list[dict]:
@@ -80,31 +126,66 @@ def prompts_of(
     chat: ChatConfig,
     cut_seed: int | None = None,
     encode: Encode = encode_prompts,
+    source: str = "",
+    system: str | None = None,
 ) -> list[Prompt]:
     """The prompts of the records, of those whose prompt fits.
 
-    The answer taken off is the reference.
-
-    A labelled answer that is not desirable has no right answer beside it and is left out, as is a
-    plain text, which asks nothing.
+    The reference is the answer that follows the question. A labelled answer that is not desirable
+    has no right answer beside it and is left out. `system` stands in place of a record's own.
     """
-    chosen, chats, answers = [], [], []
+    chosen, chats, references = [], [], []
     for i, record in enumerate(records):
         if record.get("is_desirable") is False or is_text(dialogue_of(record)):
             continue
-        messages = [{**m, "role": canonical_role(m["role"])} for m in dialogue_of(record)]
-        asked = next((k for k, m in enumerate(messages) if is_question(m)), len(messages))
-        if cut_seed is not None and any(m["role"] == ANSWER for m in messages[asked:]):
-            kept = random_cut(messages, random.Random(f"{cut_seed} {i}"))
-            messages = messages[: len(kept) + 1]
-        while len(messages) > 1 and messages[-1]["role"] != ANSWER:
-            messages.pop()
-        chosen.append(record)
-        chats.append(messages)
-        answers.append((messages[-1]["role"] == ANSWER and messages[-1]["content"]) or "")
-    encoded = encode(chats, tokenizer, chat, [template_arguments(record) for record in chosen])
-    prompts = zip(chosen, chats, encoded, answers, strict=True)
-    return [Prompt(*fields) for fields in prompts if not isinstance(fields[2], Drop)]
+        cut = None if cut_seed is None else random.Random(f"{cut_seed} {i}")
+        dialogue = [{**m, "role": canonical_role(m["role"])} for m in dialogue_of(record)]
+        question, reference = asked(dialogue, cut)
+        if question:
+            chosen.append(record)
+            chats.append(with_system(question, system))
+            references.append(reference)
+    encoded = encode(chats, tokenizer, chat)
+    prompts = zip(chosen, chats, encoded, references, strict=True)
+    return [Prompt(*fields, source) for fields in prompts if not isinstance(fields[2], Drop)]
+
+
+def all_prompts(
+    data: Prepared | Sequence[dict] | None,
+    tokenizer: ChatTokenizer,
+    chat: ChatConfig,
+    config: SamplesConfig,
+    seed: int,
+    encode: Encode,
+) -> list[Prompt]:
+    """The prompts of the config's own sources, else of each source of the held-out data."""
+    n, cut = config.sample_records, config.sample_random_cut
+    if config.samples_data:
+        prompts = []
+        for text in config.samples_data:
+            read = read_prompts([text], tokenizer, chat, Drops(), seed, cut, encode)[:n]
+            name = name_of_source(parse_source(text).path)
+            prompts += [
+                Prompt(record, record["messages"], ids, record.get("reference"), name)
+                for record, ids in read
+            ]
+        return prompts
+    cut_seed = seed if cut else None
+    if not hasattr(data, "origin"):
+        return prompts_of(data[:n], tokenizer, chat, cut_seed, encode)
+    prompts = []
+    for i, source in enumerate(data.info["sources"]):
+        own = data._replace(origin=data.origin[data.origin[:, 0] == i])
+        system = parse_source(source["source"]).system_prompt
+        name = source.get("name") or name_of_source(source["path"])
+        records = first_records(own, n)
+        prompts += prompts_of(records, tokenizer, chat, cut_seed, encode, name, system)
+    return prompts
+
+
+def name_of_source(path: str) -> str:
+    """A file's name without its ending."""
+    return Path(path).name.partition(".")[0]
 
 
 def generate_samples(
@@ -119,69 +200,158 @@ def generate_samples(
     seed: int = 0,
     encode: Encode = encode_prompts,
     embed: Embed | None = None,
+    reference: Callable[[Batch], Tensor] | None = None,
 ) -> dict[str, float]:
-    """Answer the first records of `data` greedily, append them to samples.jsonl, show some.
+    """Answer some records, append the answers to samples.jsonl, show some, and measure them.
 
-    Returns the metrics chosen. `encode` makes token ids of chats, and `embed` embeddings of
-    prompts, where records hold more than text. {} where there is nothing to answer or where the
-    model is a classifier.
+    Returns the metrics chosen: NAME over all answers, NAME@SETTINGS where settings have names, and
+    NAME/SOURCE beside it where there are several sources. `encode` makes token ids of chats, and
+    `embed` embeddings of prompts, where records hold more than text. `reference` gives the (N,)
+    log-probabilities of sequences for kl_to_reference. {} where there is nothing to answer or where
+    the model is a classifier.
     """
-    if not data or not config.sample_records or not model.generates:
+    given = data is not None and (hasattr(data, "origin") or len(data) > 0)
+    if not (given or config.samples_data) or not config.sample_records or not model.generates:
         return {}
-    records = data[: config.sample_records]
-    if hasattr(data, "origin"):
-        records = first_records(data, config.sample_records)
-    cut_seed = seed if config.sample_random_cut else None
-    chosen = prompts_of(records, tokenizer, chat, cut_seed, encode)
-    if not chosen:
-        return {}
-    settings = GenerateConfig(
-        max_new_tokens=config.sample_max_new_tokens, stop_strings=tuple(tokenizer.stop_strings)
-    )
-    prompts = [prompt.ids for prompt in chosen]
-    embeds = list(embed(model, [p.chat for p in chosen], prompts)) if embed else None
-    answers = [
-        group[0]
-        for group in generate(
-            model, tokenizer.fast, prompts, settings, tokenizer.stop_ids, embeds=embeds
+    if KL in config.sample_metrics and (reference is None or embed):
+        raise ValueError(
+            f"metric {KL}: this run has no reference model beside it; leave it out (sft.py, dpo.py "
+            "with a loss that has a reference, and kto.py have one)"
         )
-    ]
-    if rank() == 0:
-        rows = []
-        for place, (prompt, answer) in enumerate(zip(chosen, answers, strict=True)):
-            sample = {
-                "step": step,
-                "id": prompt.record.get("id", place),
-                "prompt": asked_text(prompt.chat),
-                "answer": answer.text,
-                "reference": prompt.reference,
-            }
+    prompts = all_prompts(data, tokenizer, chat, config, seed, encode)
+    if not prompts:
+        return {}
+    ids = [prompt.ids for prompt in prompts]
+    embeds = list(embed(model, [p.chat for p in prompts], ids)) if embed else None
+    if step == 0:
+        say(spacing_note(config.sample_metrics, [prompt.reference or "" for prompt in prompts]))
+    figures: dict[str, float] = {}
+    path = folder / "samples.jsonl"
+    earlier = _last_answers(path, step) if rank() == 0 else {}
+    for name, settings in config.settings(tokenizer.stop_strings).items():
+        answers = generate(model, tokenizer.fast, ids, settings, tokenizer.stop_ids, embeds=embeds)
+        rewards: list[list[float]] = [[] for _ in prompts]
+        if config.sample_reward_model:
+            texts = [[answer.text for answer in group] for group in answers]
+            device = next(model.parameters()).device
+            chats = [prompt.chat for prompt in prompts]
+            rewards = reward_answers(config.sample_reward_model, chats, texts, device)
+        samples = [Sample(*fields) for fields in zip(prompts, answers, rewards, strict=True)]
+        if rank() == 0:
+            rows = _rows(samples, step, name)
+            for row in rows:
+                append_line(path, row)
+            _show(rows, earlier, config.sample_show, name)
+        at = name and f"@{name}"
+        figures |= {
+            f"{metric}{at}": value for metric, value in _figures(config, samples, model, reference)
+        }
+        sources = dict.fromkeys(prompt.source for prompt in prompts)
+        for source in sources if len(sources) > 1 else ():
+            own = [sample for sample in samples if sample.prompt.source == source]
+            measured = _figures(config, own, model, reference)
+            figures |= {f"{metric}{at}/{source}": value for metric, value in measured}
+    return figures
+
+
+def _figures(config: SamplesConfig, samples: Sequence[Sample], model, reference) -> list[tuple]:
+    """(name, value) of each metric; those of references are over the answers that have one."""
+    names = [*config.sample_metrics, *["reward"] * bool(config.sample_reward_model)]
+    names = list(dict.fromkeys(names))
+    pairs = [(s.prompt, answer) for s in samples for answer in s.answers]
+    compared = [(p, answer) for p, answer in pairs if p.reference is not None]
+    data: dict[str, Any] = {
+        "answers": [answer.text for _, answer in pairs],
+        "tokens": [answer.ids for _, answer in pairs],
+        "logprobs": [answer.logprobs for _, answer in pairs],
+        "groups": [[answer.text for answer in s.answers] for s in samples],
+        "rewards": list(chain.from_iterable(s.rewards for s in samples)),
+        "vocab_size": model.inner.get_input_embeddings().weight.shape[0],
+    }
+    right = {
+        "answers": [answer.text for _, answer in compared],
+        "references": [p.reference for p, _ in compared],
+    }
+    right |= {"predictions": right["answers"], "labels": right["references"]}
+    values = {}
+    for name in names:
+        if name == KL:
+            ids = [(p.ids, answer.ids) for p, answer in pairs]
+            values[name] = kl_to_reference(model, reference, ids)
+        else:
+            values |= measure([name], **right) if needs_reference(name) else measure([name], **data)
+    return [(name, value) for name, value in values.items() if value == value]
+
+
+def needs_reference(name: str) -> bool:
+    """Whether a metric compares answers with references."""
+    return bool({"references", "labels"} & set(METRICS[name].inputs))
+
+
+def _rows(samples: Sequence[Sample], step: int, settings: str) -> list[dict]:
+    """The lines of samples.jsonl, one an answer; `row` is the same at every step."""
+    rows = []
+    for place, (prompt, answers, rewards) in enumerate(samples):
+        for k, answer in enumerate(answers):
+            row = {"step": step, "row": f"{settings} {place} {k}".strip()}
+            row |= {"id": prompt.record.get("id", place), "prompt": asked_text(prompt.chat)}
+            row |= {"chat": prompt.chat, "answer": answer.text, "reference": prompt.reference}
+            row |= {"source": prompt.source} if prompt.source else {}
+            row |= {"settings": settings} if settings else {}
+            row |= {"reward": rewards[k]} if rewards else {}
             if "passages" in prompt.record:
-                sample["passages"] = prompt.record["passages"]
-            append_line(folder / "samples.jsonl", sample | {"finish": answer.finish})
-            rows.append((sample["prompt"], answer.text, prompt.reference))
-        shown = table(rows[: config.sample_show], ("question", "answer", "right answer"))
-        say(f"\nsamples at step {step}\n{shown}\n")
-    texts, references = [a.text for a in answers], [prompt.reference for prompt in chosen]
-    logprobs = [answer.logprobs for answer in answers]
-    measured: tuple[Any, ...] = (texts, references, texts, references, logprobs)
-    return measure(config.sample_metrics, **dict(zip(MEASURED, measured, strict=True)))
+                row["passages"] = prompt.record["passages"]
+            rows.append(row | {"finish": answer.finish})
+    return rows
+
+
+def _last_answers(path: Path, step: int) -> dict[str, str]:
+    """{row: answer} of the last evaluation before `step`."""
+    rows = [row for row in read_json_lines(path) if row["step"] < step] if path.exists() else []
+    last = max((row["step"] for row in rows), default=0)
+    return {row.get("row", ""): row["answer"] for row in rows if row["step"] == last}
+
+
+def _show(rows: Sequence[dict], earlier: dict[str, str], n: int, settings: str) -> None:
+    """Print some rows; beside an answer that changed since the last evaluation stands the old."""
+    header = ["question", "before", "answer", "right answer", "reward"]
+    changed = [row for row in rows if earlier.get(row["row"], row["answer"]) != row["answer"]]
+    cells = []
+    for row in rows[:n]:
+        before = earlier.get(row["row"], "")
+        same = "(the same)" if before == row["answer"] else before
+        reward = f"{row['reward']:.3g}" if "reward" in row else ""
+        dialogue = whole_dialogue(row["chat"])
+        cells.append((dialogue, same, row["answer"], row["reference"] or "", reward))
+    # a column without a cell is left out
+    kept = [i for i in range(len(header)) if any(row[i] for row in cells)]
+    shown = table([[row[i] for i in kept] for row in cells], [header[i] for i in kept])
+    title = f"samples at step {rows[0]['step']}" + (f", {settings}" if settings else "")
+    title += f", {len(changed)} of {len(rows)} answers changed" if earlier else ""
+    say(f"\n{title}\n{shown}\n" if cells else title)
+
+
+def whole_dialogue(chat: Sequence[dict], short: int = 400) -> str:
+    """The messages, a line each with its role, of a short chat; of a long one the last message."""
+    if len(chat) == 1:
+        return asked_text(chat)
+    text = "\n".join(f"{message['role']}: {asked_text([message])}" for message in chat)
+    return text if len(text) <= short else f"… {asked_text(chat[-1:])}"
 
 
 def asked_text(chat: Sequence[dict]) -> str:
-    """The last message before the answer, with what is no text as [path]."""
-    asked = chat[:-1]
-    if not asked:
+    """The last message, with pictures and sounds of the whole chat before it as [path]."""
+    if not chat:
         return ""
     paths = []
-    for message in asked:
+    for message in chat:
         content = message["content"]
         parts = content if isinstance(content, list) else [message]
         paths += [f"[{p['content']}]" for p in parts if p.get("type", "text") != "text"]
-    content = asked[-1]["content"]
+    content = chat[-1]["content"]
     texts = [content]
     if isinstance(content, list):
         texts = [part["content"] for part in content if part["type"] == "text"]
-    elif asked[-1].get("type", "text") != "text":
+    elif chat[-1].get("type", "text") != "text":
         texts = []
     return " ".join(dict.fromkeys([*paths, *texts]))

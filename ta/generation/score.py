@@ -5,16 +5,24 @@ Letters: N sequences, C scores of a head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
+from ta.chat.encode import Drop, encode_answers
+from ta.chat.messages import ANSWER
+from ta.chat.template import ChatConfig
+from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.data.loader import split_micro
 from ta.folders import ModelConfig, read_folder, resolve
 from ta.generation.vllm_engine import VllmEngine, score_vllm
 from ta.model.adapters import adapter_labels
+from ta.model.load import load_for_inference
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ta.chat.render import Tokens
+    from ta.data.batch import Batch
     from ta.model.language_model import LanguageModel
 
 
@@ -62,3 +70,59 @@ def score(
         for i, row in zip(places, scores.tolist(), strict=True):
             rows[i] = row
     return rows
+
+
+def reward_answers(
+    folder: str, chats: Sequence[list[dict]], answers: Sequence[Sequence[str]], device: Any = "cpu"
+) -> list[list[float]]:
+    """The rewards of the answers to each chat by the reward model in a folder.
+
+    ValueError where it is no reward model or an answer does not fit.
+    """
+    from ta.model.language_model import wrap
+
+    config = ModelConfig(model_path=folder)
+    if num_labels_of(config) != 1:
+        raise ValueError(f"{folder} is a classifier: give a reward model, which has one score")
+    tokenizer = load_chat_tokenizer(config, TokenizerConfig(), ChatConfig())
+    turns = [[{"role": ANSWER, "content": text} for text in group] for group in answers]
+    encoded = encode_answers(chats, turns, tokenizer, ChatConfig())
+    for place, drop in enumerate(encoded):
+        if isinstance(drop, Drop):
+            raise ValueError(f"chat {place + 1} has no reward by {folder}: {drop.detail}")
+    model, _ = wrap(load_for_inference(config, str(device), 1))
+    scores = iter(score(model, [tokens for group in encoded for tokens in group]))
+    return [[next(scores)[0] for _ in group] for group in answers]
+
+
+def kl_to_reference(
+    model: LanguageModel,
+    reference: Callable[[Batch], Tensor],
+    sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
+    max_tokens_per_micro: int = 8192,
+) -> float:
+    """Mean over the tokens of answers of log p(model) - log p(reference), nats a token.
+
+    Of answers that were sampled from the model at temperature 1 it estimates the KL divergence from
+    the reference (k1 of `metrics.kl`). `reference` gives the (N,) sums of a batch's sequences;
+    `sequences` are (prompt, answer) token ids. All processes take part in both.
+    """
+    import numpy as np
+    import torch
+
+    from ta.data.batch import lay_out, to_device
+    from ta.model.logprobs import sequence_sums
+
+    ids = [np.array([*prompt, *answer]) for prompt, answer in sequences]
+    weights = [np.array([0.0] * len(p) + [1.0] * len(a), np.float32) for p, a in sequences]
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    gap, sizes = 0.0, [len(x) for x in ids]
+    with torch.no_grad():
+        for places in split_micro(sizes, max_tokens_per_micro, packed=model.packed)[0]:
+            chosen = [ids[i] for i in places], [weights[i] for i in places]
+            batch = to_device(lay_out(*chosen, model.packed), device)
+            ours = sequence_sums(model.logprobs(batch), batch.owners, len(batch.ends))
+            gap += (ours.double() - reference(batch).double()).sum().item()
+    model.train(was_training)
+    return gap / max(sum(len(answer) for _, answer in sequences), 1)

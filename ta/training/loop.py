@@ -207,7 +207,8 @@ def _row(sums: dict[str, Any], device) -> Tensor:
 def mean_over(model: nn.Module, batches: Iterable, step: Step) -> dict[str, float]:
     """{"loss": ..., metric: ...} of `step` over the batches of all processes, without gradients.
 
-    Where the batches are of several sources, each figure also stands there as NAME/SOURCE.
+    Where the batches are of several sources, each figure also stands there as NAME/SOURCE. {} where
+    there are no batches.
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -220,6 +221,8 @@ def mean_over(model: nn.Module, batches: Iterable, step: Step) -> dict[str, floa
             own = sums.setdefault(batch_of(batch).source, {})
             add_sums(own, loss, count, batch, metrics)
     model.train(was_training)
+    if not sums:
+        return {}
     rows = torch.cat([_row(own, device) for own in sums.values()])
     values = iter(sum_over_ranks(rows).tolist())
     totals = {source: {name: next(values) for name in own} for source, own in sums.items()}

@@ -169,7 +169,7 @@ def test_measure_gives_each_metric_what_it_takes():
     assert got == {"accuracy": 1.0, "distinct_2": 2 / 3, "rouge_l": pytest.approx(2 * 2 / 6)}
     assert measure(
         ["adjusted_distinct_1", "recall_at_1"],
-        answers=["a"],
+        tokens=[[3]],
         vocab_size=5,
         retrieved=[["x", "y"]],
         gold=[["y"]],
@@ -179,8 +179,8 @@ def test_measure_gives_each_metric_what_it_takes():
     }
     with pytest.raises(ValueError, match=r"unknown metric 'blue'.*bleu"):
         measure(["blue"])
-    with pytest.raises(ValueError, match=r"kl needs logprobs and ref_logprobs.*only answers"):
-        measure(["kl"], answers=["a"])
+    with pytest.raises(ValueError, match=r"kl_to_reference needs logprobs and ref_logprobs.*only answers"):
+        measure(["kl_to_reference"], answers=["a"])
     with pytest.raises(ValueError, match="reward needs rewards, and there is only nothing"):
         measure(["reward"])
 
@@ -194,6 +194,7 @@ def test_every_metric_can_be_measured_from_the_common_names():
         "scores": [0.1, 0.7],
         "vocab_size": 9,
         "groups": [["a b", "a"]],
+        "tokens": [[1, 2], [1]],
     }
     data |= {
         "logprobs": [[-1.0], [-2.0]],

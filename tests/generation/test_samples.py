@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from ta.builtin import models, tasks
-from ta.chat.encode import encode_prompt
+from ta.chat.encode import encode_chat, encode_prompt
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.folders import ModelConfig
@@ -25,6 +25,7 @@ from ta.generation.samples import (
 from ta.generation.settings import GenerateConfig
 from ta.model.language_model import wrap
 from ta.model.load import load_base
+from ta.reference import sequence_logps
 
 USER, ANSWER = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
 
@@ -48,16 +49,22 @@ def test_prompts_end_before_the_answer_wanted(tokenizer):
         {"context": [USER], "answer": {"role": "assistant", "content": "5"}, "is_desirable": False},
         {"context": [USER], "answer": {"role": "bot", "content": "4"}, "is_desirable": True},
         {"messages": more},
+        {"messages": [USER, *({"role": "bot", "content": text} for text in ("good", "hi"))]},
     ]
     found = prompts_of(records, tokenizer, ChatConfig())
     one, two = (encode_prompt(m, tokenizer, ChatConfig()) for m in ([USER], more))
     assert found == [
-        Prompt(records[0], records[0]["messages"], two, "6"),
-        Prompt(records[1], [USER, ANSWER], one, "4"),
-        Prompt(records[3], [USER, ANSWER], one, "4"),
-        Prompt(records[4], [USER, ANSWER], one, "4"),
+        Prompt(records[0], more, two, "6"),
+        Prompt(records[1], [USER], one, "4"),
+        Prompt(records[3], [USER], one, "4"),
+        Prompt(records[4], more, two, None),  # the question at its end has no answer yet
+        Prompt(records[5], [USER], one, "good"),  # the answer that follows the question
     ]
-    assert [asked_text(prompt.chat) for prompt in found] == ["And 3 + 3?", *["2 + 2?"] * 3]
+    asked = ["And 3 + 3?", "2 + 2?", "2 + 2?", "And 3 + 3?", "2 + 2?"]
+    assert [asked_text(prompt.chat) for prompt in found] == asked
+    system = prompts_of(records[:1], tokenizer, ChatConfig(), system="Be brief.")[0]
+    told = [{"role": "system", "content": "Be brief."}, *more]
+    assert system.ids == encode_prompt(told, tokenizer, ChatConfig())
     assert dialogue_of(records[3])[-1]["content"] == "4"
 
 
@@ -77,7 +84,7 @@ def test_a_random_cut_is_seeded_and_asks_before_any_answer(tokenizer):
         before = turns[: [turn["content"] for turn in turns].index(prompt.reference)]
         assert prompt.ids == encode_prompt(before, tokenizer, ChatConfig())
     assert (
-        prompts_of([{"messages": [USER]}], tokenizer, ChatConfig(), 3)[0].reference == ""
+        prompts_of([{"messages": [USER]}], tokenizer, ChatConfig(), 3)[0].reference is None
     )  # no answer before which to cut
 
 
@@ -110,10 +117,129 @@ def test_answers_are_the_engines_and_are_measured_kept_and_shown(tokenizer, tmp_
     )
 
 
+def with_answer(text):
+    return {"messages": [USER, {"role": "assistant", "content": text}]}
+
+
+def test_settings_sources_and_metrics_of_several_answers(tokenizer, tmp_path, capsys):
+    """Figures carry the names of settings and sources; each is what the metric gives for those answers."""
+    model, _ = wrap(load_base(ModelConfig()))
+    for name, answers in (("easy", ["4", "5"]), ("hard", ["6", "7", "8"])):
+        models.write_jsonl(tmp_path / f"{name}.jsonl", [with_answer(text) for text in answers])
+    config = SamplesConfig(
+        samples_data=(str(tmp_path / "easy.jsonl"), f"{tmp_path / 'hard.jsonl'}@2,system=Short."),
+        sample_records=2,
+        sample_max_new_tokens=4,
+        sample_settings=("beam:beams=2", "warm:temperature=1.5,num_answers=3"),
+        sample_metrics=(
+            "rouge_l_characters",
+            "self_bleu_of_prompt",
+            "adjusted_distinct_1",
+            "length",
+        ),
+    )
+    config.check()
+    figures = generate_samples(model, tokenizer, None, ChatConfig(), config, tmp_path, 0)
+    names = [
+        f"{m}@{s}{of}"
+        for s in ("beam", "warm")
+        for of in ("", "/easy", "/hard")
+        for m in config.sample_metrics
+    ]
+    assert list(figures) == names
+    rows = lines(tmp_path / "samples.jsonl")
+    assert len({row["row"] for row in rows}) == len(rows) == 4 + 12
+    warm = [row for row in rows if row["settings"] == "warm"]
+    hard = [row["answer"] for row in warm if row["source"] == "hard"]
+    assert figures["length@warm/hard"] == METRICS["length"].function(hard)
+    of_prompt = METRICS["self_bleu_of_prompt"].function([hard[:3], hard[3:]])
+    assert figures["self_bleu_of_prompt@warm/hard"] == of_prompt
+    references = [row["reference"] for row in warm]
+    assert figures["rouge_l_characters@warm"] == METRICS["rouge_l_characters"].function(
+        [row["answer"] for row in warm], references
+    )
+    assert {row["chat"][0]["role"] for row in warm} == {"user", "system"}
+    assert "samples at step 0, warm" in capsys.readouterr().err
+    generate_samples(model, tokenizer, None, ChatConfig(), config, tmp_path, 5)
+    said = capsys.readouterr().err
+    assert "samples at step 5, warm, 0 of 12 answers changed" in said and "(the same)" in said
+    with pytest.raises(ValueError, match="use a name twice"):
+        SamplesConfig(sample_settings=("a:beams=2", "a:beams=3")).check()
+
+
+def test_figures_of_references_leave_out_answers_without_one(tokenizer, tmp_path):
+    model, _ = wrap(load_base(ModelConfig()))
+    records = [with_answer("4"), {"messages": [USER]}]
+    config = SamplesConfig(sample_max_new_tokens=3, sample_metrics=("accuracy", "length"))
+    figures = generate_samples(model, tokenizer, records, ChatConfig(), config, tmp_path, 0)
+    given = [row["answer"] for row in lines(tmp_path / "samples.jsonl")]
+    assert figures["accuracy"] == float(given[0].strip() == "4") and len(given) == 2
+    assert figures["length"] == METRICS["length"].function(given)
+    alone = generate_samples(model, tokenizer, records[1:], ChatConfig(), config, tmp_path, 1)
+    assert list(alone) == ["length"]
+
+
+def test_rewards_and_the_distance_from_a_reference_equal_plain_transformers(tokenizer, tmp_path):
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    models.write_tiny(tmp_path / "rm", num_labels=1, seed=3)
+    model, _ = wrap(load_base(ModelConfig()))
+    other, _ = wrap(load_base(ModelConfig()))
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.01)
+    config = SamplesConfig(
+        sample_max_new_tokens=5,
+        sample_metrics=("kl_to_reference",),
+        sample_reward_model=str(tmp_path / "rm"),
+    )
+    records = tasks.chats("held_out", 5)
+
+    def same(batch):
+        return sequence_logps(model, batch)
+
+    def moved(batch):
+        return sequence_logps(other, batch)
+
+    for reference in (same, moved):
+        figures = generate_samples(
+            model, tokenizer, records, ChatConfig(), config, tmp_path, 0, reference=reference
+        )
+        assert list(figures) == ["kl_to_reference", "reward"]
+        if reference is same:
+            assert figures["kl_to_reference"] == 0
+            (tmp_path / "samples.jsonl").unlink()
+    rows, gap, tokens, rewards = lines(tmp_path / "samples.jsonl"), 0.0, 0, []
+    judge = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
+    settings = GenerateConfig(max_new_tokens=5, stop_strings=tuple(tokenizer.stop_strings))
+    prompts = prompts_of(records, tokenizer, ChatConfig())
+    answers = generate(
+        model, tokenizer.fast, [p.ids for p in prompts], settings, tokenizer.stop_ids
+    )
+    with torch.no_grad():
+        for prompt, (answer,), row in zip(prompts, answers, rows, strict=True):
+            ids = torch.tensor([prompt.ids + answer.ids])
+            at = torch.arange(len(prompt.ids) - 1, ids.shape[1] - 1)
+            ours, theirs = (
+                m.inner.double()(ids).logits[0].log_softmax(-1)[at, ids[0, at + 1]].sum()
+                for m in (model, other)
+            )
+            gap, tokens = gap + (ours - theirs).item(), tokens + len(answer.ids)
+            chat = [*prompt.chat, {"role": "assistant", "content": row["answer"]}]
+            scored = judge(torch.tensor([encode_chat(chat, tokenizer, ChatConfig()).ids])).logits
+            rewards.append(scored.item())
+    assert figures["kl_to_reference"] == pytest.approx(gap / tokens, rel=1e-3)
+    assert [row["reward"] for row in rows] == pytest.approx(rewards, abs=1e-4)
+    assert figures["reward"] == pytest.approx(sum(rewards) / len(rewards), abs=1e-4)
+    with pytest.raises(ValueError, match="metric kl_to_reference: this run has no reference"):
+        generate_samples(model, tokenizer, records, ChatConfig(), config, tmp_path, 0)
+
+
 def test_metrics_that_cannot_be_measured_are_refused_before_anything_is_written(door, tmp_path):
     for name, message in (
         ("blue", "unknown metric 'blue'"),
-        ("kl", "needs ref_logprobs"),
+        ("reward", "give a reward model's folder in --sample-reward-model"),
         ("recall_at_1", "needs retrieved and gold"),
     ):
         code, text = door("sft", "--sample-metrics", name, "--out", tmp_path / "run")
