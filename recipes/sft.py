@@ -67,6 +67,7 @@ def main(config: Config):
         )
 
     def evaluate(done):
+        figures = ta.mean_over(model, val_batches, step)
         samples = ta.generate_samples(
             model,
             tokenizer,
@@ -78,7 +79,7 @@ def main(config: Config):
             seed=run.seed,
             reference=reference and reference.of_new,
         )
-        return ta.join_figures(ta.mean_over(model, val_batches, step), samples)
+        return ta.join_figures(figures, samples)
 
     ta.preview(train_data, tokenizer)
     figures = ta.train(

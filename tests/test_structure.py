@@ -25,8 +25,8 @@ MODULES = {
 }
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 TOWER = (  # a module imports its own folder and what stands above it here, types included
-    ("ta.recipe_files",),
-    ("ta.flags", "ta.from_turbo", "ta.screen", "ta.files", "ta.printable"),
+    ("ta.recipe_files", "ta.printable"),
+    ("ta.flags", "ta.from_turbo", "ta.screen", "ta.files"),
     ("ta.command_line", "ta.parallel", "ta.losses"),
     ("ta.builtin",),
     ("ta.folders",),

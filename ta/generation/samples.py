@@ -9,8 +9,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from ta.chat.encode import Drop, encode_prompts
-from ta.chat.messages import canonical_role, with_system
+from ta.chat.encode import Drop, encode_prompts, is_text
+from ta.chat.messages import canonical_role, template_arguments, with_system
 from ta.command_line import Range
 from ta.data.prepare import first_records
 from ta.data.sources import Drops, parse_source
@@ -132,7 +132,8 @@ def prompts_of(
     """The prompts of the records, of those whose prompt fits.
 
     The reference is the answer that follows the question. A labelled answer that is not desirable
-    has no right answer beside it and is left out. `system` stands in place of a record's own.
+    has no right answer beside it and is left out, as is a plain text, which asks nothing. `system`
+    stands in place of a record's own.
     """
     chosen, chats, references = [], [], []
     for i, record in enumerate(records):
@@ -145,7 +146,7 @@ def prompts_of(
             chosen.append(record)
             chats.append(with_system(question, system))
             references.append(reference)
-    encoded = encode(chats, tokenizer, chat)
+    encoded = encode(chats, tokenizer, chat, [template_arguments(record) for record in chosen])
     prompts = zip(chosen, chats, encoded, references, strict=True)
     return [Prompt(*fields, source) for fields in prompts if not isinstance(fields[2], Drop)]
 

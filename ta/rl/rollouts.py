@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import ChatTokenizer
-from ta.command_line import table
 from ta.data.batch import Batch, to_device
 from ta.data.loader import BatchConfig, TrainBatches
 from ta.data.prepare import DataConfig, Prepared
@@ -29,7 +28,7 @@ from ta.files import append_line, hash_json, read_json_lines, write_atomic
 from ta.generation.generate import generate
 from ta.generation.metrics import measure
 from ta.generation.prompts import read_prompts
-from ta.generation.samples import MEASURED, SamplesConfig, asked_text
+from ta.generation.samples import SamplesConfig, asked_text
 from ta.generation.settings import Answer, GenerateConfig
 from ta.model.language_model import LanguageModel
 from ta.parallel import gather_objects, on_rank_zero, rank, say, sum_over_ranks, unsharded, world
@@ -37,6 +36,7 @@ from ta.rl.batches import is_flat, lay_out_groups, micro_groups
 from ta.rl.policy import overlong_penalty
 from ta.rl.rewards import RewardPool
 from ta.rl.settings import RolloutConfig
+from ta.screen import table
 
 if TYPE_CHECKING:
     # a record and the token ids of its prompt
@@ -207,8 +207,8 @@ class Rollouts:
         if all(isinstance(reference, str) for reference in references):
             texts = [answer.text for answer, _ in answers]
             logprobs = [answer.logprobs for answer, _ in answers]
-            measured = (texts, references, texts, references, logprobs)
-            data = dict(zip(MEASURED, measured, strict=True))
+            data = {"predictions": texts, "labels": references, "logprobs": logprobs}
+            data |= {"answers": texts, "references": references}
             figures |= measure(config.sample_metrics, **data)
         return figures
 
@@ -367,7 +367,7 @@ class MismatchWatch:
 
 def _asked(record: dict) -> str:
     """The last message of a prompt."""
-    return asked_text([*record["messages"], {}])
+    return asked_text(record["messages"])
 
 
 def weights_hash(model: LanguageModel) -> int:

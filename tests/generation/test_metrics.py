@@ -179,7 +179,9 @@ def test_measure_gives_each_metric_what_it_takes():
     }
     with pytest.raises(ValueError, match=r"unknown metric 'blue'.*bleu"):
         measure(["blue"])
-    with pytest.raises(ValueError, match=r"kl_to_reference needs logprobs and ref_logprobs.*only answers"):
+    with pytest.raises(
+        ValueError, match=r"kl_to_reference needs logprobs and ref_logprobs.*only answers"
+    ):
         measure(["kl_to_reference"], answers=["a"])
     with pytest.raises(ValueError, match="reward needs rewards, and there is only nothing"):
         measure(["reward"])
