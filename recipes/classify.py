@@ -115,7 +115,7 @@ def main(config: Config):
     import torch
 
     run = ta.start_run(config)
-    tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat)
+    tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat, day=run.day)
     files, val_files = ta.data_or_builtin(config.data.data, config.data.val_data, "classes")
     train_data = ta.prepare_classes(files, tokenizer, config.chat, config.data, run.seed)
     val_data = ta.prepare_classes(val_files, tokenizer, config.chat, config.data, run.seed)

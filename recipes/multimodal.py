@@ -65,7 +65,7 @@ def main(config: Config):
         hub=config.model.hub,
     )
     tokenizer = ta.load_chat_tokenizer(
-        config.model, config.tokenizer, config.chat, media.placeholders
+        config.model, config.tokenizer, config.chat, media.placeholders, run.day
     )
     files, val_files = ta.data_or_builtin(config.data.data, config.data.val_data, "pictures")
     prepare = ta.media.prepare_media_chats

@@ -62,6 +62,8 @@ class Vocabulary(NamedTuple):
     start_after_special: bool = False
     # special tokens that swallow the white space on their (left, right)
     strips: Mapping[int, tuple[bool, bool]] = {}
+    # hash of the tokenizer, its added tokens included
+    key: str = ""
 
 
 class Tokenized(NamedTuple):

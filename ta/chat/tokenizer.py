@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
+from datetime import date, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 # key in tokenizer_config.json: declared tokens that are real in content too
 CONTENT_TOKENS = "content_tokens"
+# what chat templates read the date with
+CLOCK = "strftime_now"
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ class ChatTokenizer(NamedTuple):
     stop_strings: Sequence[str] = ()
     # of each modality that the model reads
     placeholders: Mapping[str, Placeholder] = {}
+    # the day that the template writes, as YYYY-MM-DD; "" where it writes none
+    day: str = ""
 
 
 def load_chat_tokenizer(
@@ -103,13 +108,15 @@ def load_chat_tokenizer(
     tokenizer: TokenizerConfig,
     chat: ChatConfig,
     placeholders: Mapping[str, Placeholder] = {},
+    day: str = "",
 ) -> ChatTokenizer:
     """The tokenizer of a model with its chat template and new tokens; loads no weights.
 
     It comes from --tokenizer-path, else from the adapter of `model` (a ModelConfig), else from the
     model's folder. The tokens of `placeholders` are added too; unlike other new tokens they are
-    plain text in what users write. ValueError for settings that cannot work, a folder without a
-    fast tokenizer, a token that cannot be added.
+    plain text in what users write. `day` (YYYY-MM-DD, default: today) is what a template that
+    writes the date writes. ValueError for settings that cannot work, a folder without a fast
+    tokenizer, a token that cannot be added.
     """
     check_chat_config(chat)
     if tokenizer.tokenizer_path:
@@ -128,7 +135,7 @@ def load_chat_tokenizer(
     content = sorted({text for text in declared if text in added})
     if content:
         fast.init_kwargs[CONTENT_TOKENS] = content
-    return chat_tokenizer(fast, chat, content, new, placeholders)
+    return chat_tokenizer(fast, chat, content, new, placeholders, day)
 
 
 def chat_tokenizer(
@@ -137,12 +144,15 @@ def chat_tokenizer(
     content_tokens: Sequence[str] = (),
     new_tokens: Sequence[NewToken] = (),
     placeholders: Mapping[str, Placeholder] = {},
+    day: str = "",
 ) -> ChatTokenizer:
     """The ChatTokenizer of a tokenizer whose tokens are all added.
 
-    `content_tokens` are as in `vocabulary`. ValueError for a template that cannot work.
+    `content_tokens` are as in `vocabulary`, `day` as in `load_chat_tokenizer`. ValueError for a
+    template that cannot work.
     """
-    template = template_of(fast, chat)
+    day = day or date.today().isoformat()
+    template = template_of(fast, chat, day)
     literal = vocabulary(fast, content_tokens)
     forging = _turn_tokens(fast, template, literal)
     for token in _meanings(placeholders):
@@ -158,6 +168,7 @@ def chat_tokenizer(
         stop_ids(template, literal),
         stop_strings(template, literal),
         {name: p._replace(id=literal.special[p.token]) for name, p in placeholders.items()},
+        day if CLOCK in export_template(template) else "",
     )
 
 
@@ -167,13 +178,14 @@ def tokenizer_settings(tokenizer: ChatTokenizer, chat: ChatConfig) -> dict[str, 
     template = tokenizer.template
     return {
         **({"media": placeholders} if placeholders else {}),
+        **({"day": tokenizer.day} if tokenizer.day else {}),
         "template": repr(tuple(template))
         if isinstance(template, ExplicitTemplate)
-        else template.source,
+        else [template.source, tokenizer.fast.chat_template],
         "tokenizer": hash_json(
             [
-                tokenizer.fast.backend_tokenizer.to_str(),
-                tokenizer.vocabulary.bos_id,
+                tokenizer.vocabulary.key,
+                tokenizer.fast.special_tokens_map,
                 sorted(tokenizer.vocabulary.content),
             ]
         ),
@@ -357,7 +369,8 @@ def vocabulary(
                 f"content token {text!r} is no added token of the tokenizer; add it with "
                 "--init-tokens, or leave it out"
             )
-    source = json.loads(backend.to_str())
+    written = backend.to_str()
+    source = json.loads(written)
     literal = _literal(source, special)
     begins = _begins(source)
     return Vocabulary(
@@ -372,6 +385,7 @@ def vocabulary(
             for id, token in added.values()
             if token.lstrip or token.rstrip
         },
+        key=hashlib.sha256(written.encode()).hexdigest(),
     )
 
 
@@ -496,10 +510,12 @@ def parse_role_tags(pairs: Sequence[str]) -> dict[str, str]:
     return tags
 
 
-def template_of(tokenizer: PreTrainedTokenizerFast, config: ChatConfig) -> Template:
+def template_of(tokenizer: PreTrainedTokenizerFast, config: ChatConfig, day: str = "") -> Template:
     """The explicit template where config gives a prefix or suffix, else the tokenizer's own.
 
-    Role tags name the roles of the explicit one, or rename roles for the tokenizer's own.
+    Role tags name the roles of the explicit one, or rename roles for the tokenizer's own. A
+    template that writes the date writes `day` (YYYY-MM-DD, default: today) at midnight, also in a
+    run over midnight.
     ValueError: no template at all, or parts that cannot work.
     """
     tags = parse_role_tags(config.role_tags)
@@ -522,10 +538,9 @@ def template_of(tokenizer: PreTrainedTokenizerFast, config: ChatConfig) -> Templ
     )
 
     with_tools = tokenizer.get_chat_template(tools=[{}])  # a tokenizer may have one of its own
-    # templates that write the date write one date, also in a run over midnight
     source, named = (
         tokenizer.get_chat_template(),
-        {**tokenizer.special_tokens_map, "strftime_now": datetime.now().strftime},
+        {**tokenizer.special_tokens_map, CLOCK: _clock(day)},
     )
 
     def render(messages: Sequence[Message], opened: bool, arguments: Arguments) -> str:
@@ -588,6 +603,10 @@ def _question(template: Template) -> list[Message]:
     return [{"role": "user" if "user" in asks else asks[0], "content": "x"}] if asks else []
 
 
+def _clock(day: str) -> Callable[[str], str]:
+    return datetime.fromisoformat(day or date.today().isoformat()).strftime
+
+
 def _answer_suffix(template: Template) -> str:
     return split_chat([*_question(template), {"role": ANSWER, "content": "x"}], template)[-1].suffix
 
@@ -615,21 +634,22 @@ def disagreement(
     template: Template,
     chats: Sequence[Sequence[Message]],
     encoded: Sequence[Sequence[int]],
+    day: str = "",
 ) -> str:
     """How the exported template first differs from training, in words; "" where it does not.
 
     It is tokenized as one text by plain transformers and compared with the ids that were trained.
     Templates whose borders are plain text can differ: a tokenizer merges across borders that
-    training keeps.
+    training keeps. A template that writes the date writes `day`, as in training.
     """
-    source = export_template(template)
+    source, written = export_template(template), {CLOCK: _clock(day)}
     for i, (chat, ids) in enumerate(zip(chats, encoded, strict=True)):
         plain = [
             {key: message[key] for key in message if key not in ("loss", "disable_loss")}
             for message in chat
         ]
         theirs = tokenizer.apply_chat_template(
-            plain, chat_template=source, tokenize=True, return_dict=False
+            plain, chat_template=source, tokenize=True, return_dict=False, **written
         )
         if list(ids) != theirs:
             at = next(

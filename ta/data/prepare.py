@@ -5,11 +5,8 @@ They stand in the cache under a hash of everything that they depend on.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +29,7 @@ from ta.chat.jinja import Arguments
 from ta.chat.messages import Chat, template_arguments, with_system
 from ta.chat.render import Tokens, show
 from ta.chat.tokenizer import tokenizer_settings
+from ta.data.dependencies import dependencies
 from ta.data.jsonl import parse_record
 from ta.data.readers import files_of, read_rows
 from ta.data.records import (
@@ -597,21 +595,6 @@ def _with_system(data: dict, prompt: str | None) -> dict:
 
 
 def _kind_settings(kind: Kind) -> list:
-    """What a kind does to records, as JSON values, with the files of functions of the user."""
+    """What a kind does to records, as JSON values."""
     functions = [kind.check, kind.dialogues, kind.extras, kind.media]
-    names = [getattr(function, "__name__", repr(function)) for function in functions]
-    return [names, kind.rule, kind.learned, kind.distinct, _foreign_code(functions)]
-
-
-def _foreign_code(functions: Sequence[Callable | None]) -> list[str]:
-    """Hashes of the files of those functions that are not part of this package."""
-    hashes = set()
-    for function in functions:
-        while isinstance(function, partial):
-            function = function.func
-        function = function if inspect.isroutine(function) else type(function)
-        module = sys.modules.get(function.__module__)
-        file = getattr(module, "__file__", None)
-        if file and not function.__module__.startswith("ta."):
-            hashes.add(hashlib.sha256(Path(file).read_bytes()).hexdigest())
-    return sorted(hashes)
+    return [*map(dependencies, functions), kind.rule, kind.learned, kind.distinct]

@@ -95,9 +95,8 @@ def _say_disagreement(tokenizer: ChatTokenizer, records: Sequence[dict]) -> None
     plain = [c for c in chats if all(isinstance(m["content"], str) and "type" not in m for m in c)]
     encoded = encode_chats(plain, tokenizer, ChatConfig())
     both = [(c, e.ids) for c, e in zip(plain, encoded, strict=True) if not isinstance(e, Drop)]
-    gap = disagreement(
-        tokenizer.fast, tokenizer.template, [chat for chat, _ in both], [ids for _, ids in both]
-    )
+    trained, ids = [chat for chat, _ in both], [ids for _, ids in both]
+    gap = disagreement(tokenizer.fast, tokenizer.template, trained, ids, tokenizer.day)
     if gap:
         say(
             "note: apply_chat_template of the export differs from training where pieces of text "

@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -81,6 +82,8 @@ class Run:
     # the recipe's config, for config.json and for the comparison on a resume
     config: Any = None
     seed: int = 0
+    # the day it began, YYYY-MM-DD: chat templates that write the date keep it on a resume
+    day: str = ""
     lock: Any = field(default=None, repr=False)
 
     @property
@@ -125,7 +128,12 @@ class Run:
             return
         config = dataclasses.asdict(self.config) if self.config else {}
         about = {"command": self.config and command_of(self.config), "config": config}
-        about |= {"versions": versions(), "identity": key, "machine": parallel.machine()}
+        about |= {
+            "versions": versions(),
+            "identity": key,
+            "machine": parallel.machine(),
+            "day": self.day,
+        }
         write_atomic(self.folder / "config.json", json.dumps(about, indent=1, ensure_ascii=False))
 
     def forget(self) -> None:
@@ -161,7 +169,15 @@ def start_run(config: Any) -> Run:
         parallel.one_thread()
     check_out(loop)
     check_trackers(loop.log)
-    return Run(loop, device, config, config.batches.seed)
+    day = parallel.gather_objects(first_day(loop))[0]
+    return Run(loop, device, config, config.batches.seed, day)
+
+
+def first_day(loop: LoopConfig) -> str:
+    """The day (YYYY-MM-DD) on which a run that is resumed began, else today."""
+    settings = Path(loop.out) / "config.json"
+    began = json.loads(settings.read_text()).get("day") if loop.resume and settings.exists() else ""
+    return began or date.today().isoformat()
 
 
 def check_out(loop: LoopConfig) -> None:

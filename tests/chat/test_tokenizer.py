@@ -1,6 +1,8 @@
 """Tokenizers: loading, literal vocabularies, templates chosen, exported and ended."""
 
+import copy
 import json
+from datetime import date
 
 import pytest
 from test_encode import GENERATE, PLAIN, SHAPES, dialogues, fast_tokenizer, messages, real, setting
@@ -30,6 +32,7 @@ from ta.chat.tokenizer import (
     stop_ids,
     stop_strings,
     template_of,
+    tokenizer_settings,
     vocabulary,
 )
 from ta.folders import ModelConfig
@@ -311,13 +314,31 @@ def test_white_space_tokens_stay_text():
     )
 
 
-def test_a_date_in_a_template_is_one_date():
+def test_a_date_in_a_template_is_the_day_given_and_part_of_the_key():
     made, tokenizer = setting("chatml")
     dated = PreTrainedTokenizerFast(
         tokenizer_object=made.backend_tokenizer,
-        chat_template="{{ strftime_now('%d %b %Y') }}" + SHAPES["chatml"],
+        chat_template="{{ strftime_now('%d %b %Y %H:%M') }}" + SHAPES["chatml"],
     )
-    chat = messages("u: a", "a: b")
-    assert encode_chat(
-        chat, tokenizer._replace(template=template_of(dated, PLAIN)), PLAIN
-    ).ids == real(dated, chat)
+    chat, keys = messages("u: a", "a: b"), []
+    for day in ("2026-03-01", "2026-03-02"):
+        known = chat_tokenizer(dated, PLAIN, day=day)
+        trained = encode_chat(chat, known, PLAIN).ids
+        assert dated.decode(trained).startswith(f"{day[-2:]} Mar 2026 00:00")
+        assert disagreement(dated, known.template, [chat], [trained], day) == ""
+        assert "trained" in disagreement(dated, known.template, [chat], [trained], "2020-01-01")
+        assert known.day == day
+        keys.append(tokenizer_settings(known, PLAIN))
+    assert keys[0] != keys[1] and keys[0] == tokenizer_settings(
+        known._replace(day="2026-03-01"), PLAIN
+    )
+    assert chat_tokenizer(dated, PLAIN).day == date.today().isoformat()
+    assert tokenizer.day == "" and "day" not in tokenizer_settings(tokenizer, PLAIN)
+
+
+def test_what_a_template_is_given_by_name_is_part_of_the_key():
+    made, _ = setting("chatml")
+    again = copy.deepcopy(made)
+    again.eos_token = "</s>" if made.eos_token != "</s>" else "<|im_end|>"
+    keys = [tokenizer_settings(chat_tokenizer(fast, PLAIN), PLAIN) for fast in (made, made, again)]
+    assert keys[0] == keys[1] != keys[2]

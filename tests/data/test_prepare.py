@@ -50,10 +50,7 @@ class Backend:
     """What the key of prepared data asks of a tokenizer."""
 
     def __init__(self):
-        self.backend_tokenizer = self
-
-    def to_str(self):
-        return "letters"
+        self.special_tokens_map = {}
 
 
 class Letters:

@@ -6,6 +6,8 @@ import os
 import shutil
 import signal
 from contextlib import nullcontext
+from dataclasses import replace
+from datetime import date
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from ta.training import checkpoint
 from ta.training import loop as training_loop
 from ta.training.loop import mean_over
 from ta.training.optim import OptimConfig, adamw, lr_at
-from ta.training.run_folder import LoopConfig, Run
+from ta.training.run_folder import LoopConfig, Run, first_day
 
 
 def batches_of(data, steps=6, batch_size=8, budget=64, **more):
@@ -438,3 +440,12 @@ def test_several_held_out_sources_have_figures_of_their_own():
         learned.append(batch.weights.sum().item())
     joined = sum(w * figures[f"loss/{n}"] for w, n in zip(learned, ("easy", "hard"), strict=True))
     assert joined / sum(learned) == pytest.approx(whole["loss"], rel=1e-6)
+
+
+def test_a_resumed_run_keeps_the_day_it_began(tmp_path):
+    run = Run(LoopConfig(out=str(tmp_path / "run")), day="2026-03-01")
+    assert first_day(run.loop) == date.today().isoformat()
+    run.open({})
+    run.release()
+    assert first_day(run.loop) == date.today().isoformat(), "a new run has its own"
+    assert first_day(replace(run.loop, resume=True)) == "2026-03-01"

@@ -1,0 +1,119 @@
+"""All that the result of a function depends on, for the key of a cache."""
+
+from __future__ import annotations
+
+import dis
+import hashlib
+import pickle
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from ta.files import hash_json
+
+INSTALLED = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+# attributes of a class that say nothing of what it does
+NOT_MEANT = ("__dict__", "__weakref__", "__doc__", "__firstlineno__", "__module__")
+
+
+def dependencies(value: Any) -> str:
+    """A hash of what `value` is, the same in every process.
+
+    Of a function of the user it covers the code, defaults and enclosed values, and the same of
+    every global that it names, in its own module and in others. What is installed, this package
+    included, is known by its name. ValueError for a value that cannot be compared between
+    processes.
+    """
+    return _hash(value, {})
+
+
+def _hash(value: Any, known: dict[int, tuple[Any, str]]) -> str:
+    """`known` holds what was met, so that a value that holds itself is followed once."""
+    if id(value) not in known:
+        known[id(value)] = value, "itself"
+        known[id(value)] = value, hash_json(_described(value, lambda inner: _hash(inner, known)))
+    return known[id(value)][1]
+
+
+def _described(value: Any, follow: Callable[[Any], str]) -> Any:
+    if isinstance(value, bool | int | float | str | bytes | None):
+        return repr(value)
+    if isinstance(value, partial):
+        return ["partial", *map(follow, (value.func, value.args, value.keywords))]
+    if isinstance(value, MethodType):
+        return ["method", follow(value.__func__), follow(value.__self__)]
+    if isinstance(value, BuiltinFunctionType) and not isinstance(value.__self__, ModuleType | None):
+        return ["method", value.__name__, follow(value.__self__)]
+    if isinstance(value, staticmethod | classmethod):
+        return follow(value.__func__)
+    if isinstance(value, property):
+        return [follow(part) for part in (value.fget, value.fset)]
+    if isinstance(value, ModuleType):
+        return value.__name__
+    if isinstance(value, list | tuple):
+        return [follow(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(follow, value))
+    if isinstance(value, Mapping):
+        return [[follow(key), follow(item)] for key, item in value.items()]
+    if isinstance(value, FunctionType) and _of_the_user(value.__module__):
+        return ["function", *map(follow, _parts(value))]
+    if isinstance(value, type) and _of_the_user(value.__module__):
+        own = {name: part for name, part in vars(value).items() if name not in NOT_MEANT}
+        return ["class", value.__qualname__, follow(value.__bases__), follow(own)]
+    if isinstance(value, CodeType):
+        return [value.co_code.hex(), value.co_names, follow(value.co_consts)]
+    if hasattr(value, "__qualname__"):
+        return [str(getattr(value, "__module__", "")), value.__qualname__]
+    if _of_the_user(type(value).__module__) and hasattr(value, "__dict__"):
+        return ["object", follow(type(value)), follow(vars(value))]
+    try:
+        return hashlib.sha256(pickle.dumps(value)).hexdigest()
+    except Exception as error:  # whatever an object's own pickling raises
+        raise ValueError(
+            f"prepared data would depend on a {type(value).__name__}, which cannot be compared "
+            f"with that of an earlier run ({error}); let the function take plain values instead"
+        ) from None
+
+
+def _parts(function: FunctionType) -> Iterator[Any]:
+    yield function.__code__
+    yield function.__defaults__
+    yield function.__kwdefaults__
+    yield [cell.cell_contents for cell in function.__closure__ or ()]
+    codes = list(_codes(function.__code__))
+    read = {
+        step.argval
+        for code in codes
+        for step in dis.get_instructions(code)
+        if step.opname == "LOAD_GLOBAL"
+    }
+    attributes = sorted({name for code in codes for name in code.co_names})
+    for name in sorted(read & function.__globals__.keys()):
+        value = function.__globals__[name]
+        yield name
+        yield value
+        if isinstance(value, ModuleType) and _of_the_user(value.__name__):
+            yield {other: getattr(value, other) for other in attributes if hasattr(value, other)}
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """The code and that of the functions inside it."""
+    yield code
+    for const in code.co_consts:
+        if isinstance(const, CodeType):
+            yield from _codes(const)
+
+
+def _of_the_user(module: str | None) -> bool:
+    """Whether a module is neither installed nor part of this package."""
+    file = getattr(sys.modules.get(module or ""), "__file__", None)
+    if module == "__main__":
+        return True
+    if not file or module == "ta" or module.startswith("ta."):
+        return False
+    return not any(Path(file).is_relative_to(folder) for folder in INSTALLED)

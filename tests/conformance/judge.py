@@ -1,0 +1,447 @@
+"""Says of token ids and loss weights whether they are what a chat template means.
+
+The judges are plain transformers: `apply_chat_template` for ids, the template's rendering of the
+first messages for where an answer begins and ends, generation marks where a template has them. None
+of the code under test is used.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from cells import Cell, answer, with_text
+from jinja2 import TemplateError
+from templates import CONTROL
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+# templates that write reasoning of a key other than the first
+REASONING_KEY = {"gptoss": "thinking", "lfm2_2_5": "thinking", "lfm2_2_5_vl": "thinking"}
+FOLLOWING = answer("White instead, mostly.")
+# where generation marks and answers differ, and what the marks hold that no model writes
+KNOWN_MARKS = {
+    "qwen2_5": r"\n",  # the header's newline
+}
+
+
+class Outcome(NamedTuple):
+    """What a data step made of a record."""
+
+    # (ids, weights) each; of a prompt (its ids, nothing) and the chat with FOLLOWING
+    sequences: Sequence[tuple[list[int], list[float]]] = ()
+    # what was said about the record beside its ids
+    said: str = ""
+    # why there are none
+    error: str = ""
+
+
+class Verdict(NamedTuple):
+    """`right`, `refused` (rightly), `needless` (refused, though the template can) or `wrong`."""
+
+    status: str
+    why: str = ""
+
+
+class Rendering(NamedTuple):
+    """A record as plain transformers writes it."""
+
+    messages: list[dict]
+    text: str
+    # whether the messages are those of the record, with nothing converted
+    given: bool
+
+
+def judge(fast, name: str, cell: Cell, outcome: Outcome, training: str | None = None) -> Verdict:
+    """The verdict over one cell of the template that stands in `fast.chat_template`."""
+    if cell.forged:
+        return _judge_forged(fast, name, cell, outcome)
+    record = record_of(fast, name, cell)
+    if cell.kind != "pair":
+        messages = record["messages"] + [FOLLOWING] * (cell.kind == "prompt")
+        return _judge_chat(fast, name, cell, record, messages, outcome, training)
+    verdicts = []
+    for side, key in enumerate(("answer_w", "answer_l")):
+        messages = [*record["context"], record[key]]
+        one = outcome._replace(sequences=outcome.sequences[side : side + 1])
+        verdicts.append(_judge_chat(fast, name, cell, record, messages, one, None))
+    statuses = [verdict.status for verdict in verdicts]
+    if outcome.error:
+        # one side that cannot be written is enough
+        return verdicts[statuses.index("refused") if "refused" in statuses else 0]
+    return verdicts[statuses.index("wrong") if "wrong" in statuses else 0]
+
+
+def record_of(fast, name: str, cell: Cell) -> dict:
+    """The record as given to a data step: with the template's own key of reasoning, and forged."""
+    record = with_text(cell, _forged_text(fast) if cell.forged else "")
+    own = REASONING_KEY.get(name, REASONING[0])
+    key = next(k for k in REASONING if (k == own) != cell.another_key)
+    for holder in (record.get("messages", ()), [record.get("answer_w"), record.get("answer_l")]):
+        for message in holder:
+            if message and REASONING[0] in message:
+                message[key] = message.pop(REASONING[0])
+    return record
+
+
+def _arguments(record: dict) -> dict:
+    kwargs = dict(record.get("chat_template_kwargs", {}))
+    return kwargs | {key: record[key] for key in ("tools", "documents") if key in record}
+
+
+def render(fast, messages, record: dict, opened: bool = False) -> str | None:
+    """The template's text; None where it refuses the messages."""
+    try:
+        return fast.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=opened, **_arguments(record)
+        )
+    except (TemplateError, TypeError, KeyError, IndexError, AttributeError, ValueError):
+        return None
+
+
+def renderings(fast, record: dict, messages: list[dict]) -> Iterator[Rendering]:
+    """The record as given, then with conversions that change no meaning, where it is written whole."""
+    plain = [{k: m[k] for k in m if k not in ("loss",)} for m in messages]
+    seen = set()
+    for key in (None, *REASONING):
+        for null in (None, "", "absent"):
+            for text in (False, True):
+                converted = [_converted(message, key, null, text) for message in plain]
+                written = render(fast, converted, record)
+                if written is not None and written not in seen:
+                    seen.add(written)
+                    yield Rendering(converted, written, converted == plain)
+
+
+def _converted(message: dict, key: str | None, null: str | None, arguments_as_text: bool) -> dict:
+    message = dict(message)
+    for name in REASONING:
+        if key and name in message:
+            message[key] = message.pop(name)
+    if null is not None and message.get("content", "") is None:
+        message["content"] = ""
+        if null == "absent":
+            del message["content"]
+    if arguments_as_text and "tool_calls" in message:
+        message["tool_calls"] = [
+            {
+                **call,
+                "function": {
+                    **call["function"],
+                    "arguments": json.dumps(call["function"]["arguments"]),
+                },
+            }
+            for call in message["tool_calls"]
+        ]
+    return message
+
+
+def words(text: object) -> list[str]:
+    """The words of a message by which its text is known."""
+    return re.findall(r"[^\W\d_]{4,}", text) if isinstance(text, str) else []
+
+
+def written_words(message: dict) -> dict[str, list[str]]:
+    """Of what a message says, part by part, its words."""
+    parts = {"content": words(message.get("content"))}
+    parts["reasoning"] = [word for key in REASONING for word in words(message.get(key))]
+    parts["calls"] = [
+        word
+        for call in message.get("tool_calls", ())
+        for value in _values(call["function"]["arguments"])
+        for word in words(value)
+    ]
+    return parts
+
+
+def _values(arguments: dict | str) -> list:
+    return list((json.loads(arguments) if isinstance(arguments, str) else arguments).values())
+
+
+def all_words(message: dict) -> list[str]:
+    return [word for part in written_words(message).values() for word in part]
+
+
+def learned_places(cell: Cell, messages: Sequence[dict]) -> list[int]:
+    """The places of the messages that are learned."""
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    if cell.kind == "pair" or cell.loss_on == "last":
+        return answers[-1:]
+    return [i for i in answers if messages[i].get("loss") is not False]
+
+
+def _judge_chat(
+    fast, name: str, cell: Cell, record, messages, outcome: Outcome, training
+) -> Verdict:
+    while cell.kind == "chat" and messages[-1]["role"] != "assistant":
+        # an end that is no answer is cut off before anything is learned
+        messages = messages[:-1]
+    learned = learned_places(cell, messages)
+    possible = list(renderings(fast, record, messages))
+    whole = [r for r in possible if not _lost(r, messages, learned)]
+    if outcome.error:
+        if any(r.given for r in whole):
+            return Verdict("needless", outcome.error)
+        return Verdict("refused", outcome.error)
+    if not possible:
+        return Verdict("wrong", "the template refuses this chat, the data step does not")
+    ids, weights = outcome.sequences[-1]
+    texts = {r.text: r for r in possible}
+    for found in texts.values():
+        offsets = matching_offsets(fast, record, found, ids)
+        if offsets:
+            break
+    else:
+        best = (whole or possible)[0]
+        return Verdict("wrong", "ids: " + _difference(fast, ids, best.text))
+    lost = _lost(found, messages, learned)
+    if lost and (not outcome.said or any(part == "all" for _, part in lost)):
+        return Verdict("wrong", f"{lost} not written, and " + (outcome.said or "nothing said"))
+    if lost and whole:
+        return Verdict("wrong", f"{lost} not written, though the template can")
+    if (ignored := _ignored(fast, record, found)) and not outcome.said:
+        return Verdict("wrong", f"{ignored} of the record not written, and nothing said")
+    if cell.kind == "prompt":
+        return _judge_prompt(fast, record, found, outcome)
+    why = _judge_mask(fast, record, found, learned, weights, offsets)
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    if not why and training and learned == answers:
+        why = _judge_marks(fast, name, record, found, training, weights)
+    return Verdict("wrong", why) if why else Verdict("right", outcome.said)
+
+
+def _lost(rendering: Rendering, messages, learned: Sequence[int]) -> list[tuple[int, str]]:
+    """(place, part) of learned messages that the text lacks; part "all" where nothing is left."""
+    lost = []
+    for i in learned:
+        parts = {name: own for name, own in written_words(messages[i]).items() if own}
+        gone = [name for name, own in parts.items() if not all(w in rendering.text for w in own)]
+        if parts and len(gone) == len(parts):
+            gone = ["all"]
+        lost += [(i, name) for name in gone]
+    if re.search(r"\bNone\b", rendering.text):
+        lost.append((0, "all"))
+    return lost
+
+
+def _ignored(fast, record, found: Rendering) -> str:
+    for key in ("tools", "documents"):
+        if key in record:
+            without = {k: record[k] for k in record if k != key}
+            if render(fast, found.messages, without) == found.text:
+                return key
+    return ""
+
+
+def _common(one: Sequence, other: Sequence) -> int:
+    """How many items the two have in common at their beginnings."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((k for k, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _difference(fast, ids, text: str) -> str:
+    theirs = fast(text, add_special_tokens=False)["input_ids"]
+    at = _common(ids, theirs)
+    mine, other = (fast.convert_ids_to_tokens(side[at : at + 4]) for side in (ids, theirs))
+    return f"token {at}: {mine}, apply_chat_template gives {other}"
+
+
+def _judge_prompt(fast, record, found: Rendering, outcome: Outcome) -> Verdict:
+    ids = outcome.sequences[0][0]
+    text = render(fast, found.messages[:-1], record, opened=True)
+    if text is None:
+        return Verdict("wrong", "the template opens no answer here, the data step does")
+    theirs = fast(text, add_special_tokens=False)["input_ids"]
+    if ids != theirs:
+        return Verdict("wrong", "prompt ids: " + _difference(fast, ids, text))
+    chat = fast(found.text, add_special_tokens=False)["input_ids"]
+    if chat[: len(theirs)] == theirs and outcome.sequences[1][0][: len(ids)] != ids:
+        return Verdict("wrong", "the prompt is no beginning of its chat")
+    return Verdict("right", outcome.said)
+
+
+class Bounds(NamedTuple):
+    """Characters of an answer: those that must be learned, and those that may."""
+
+    must: tuple[int, int]
+    may: tuple[int, int]
+
+
+def matching_offsets(fast, record, found: Rendering, ids) -> list[tuple[int, int]] | None:
+    """The characters of each token where `ids` are those of the text, else None.
+
+    They are those of the whole text, or those of its stretches: the answers, each cut where it
+    begins to be generated, and what stands between them. (A tokenizer may merge the header's last
+    white space with that of an answer, which no generation can.)
+    """
+    whole = fast(found.text, add_special_tokens=False, return_offsets_mapping=True)
+    if whole["input_ids"] == ids:
+        return whole["offset_mapping"]
+    bounds = answer_bounds(fast, record, found, []).values()
+    cuts = sorted({0, len(found.text), *(b.must[0] for b in bounds), *(b.may[1] for b in bounds)})
+    both, offsets = [], []
+    for start, end in itertools.pairwise(cuts):
+        part = fast(found.text[start:end], add_special_tokens=False, return_offsets_mapping=True)
+        both += part["input_ids"]
+        offsets += [(start + a, start + b) for a, b in part["offset_mapping"]]
+    return offsets if both == ids else None
+
+
+def _judge_mask(fast, record, found: Rendering, learned, weights, offsets) -> str:
+    """What is wrong with the loss weights, or ""."""
+    bounds = answer_bounds(fast, record, found, offsets)
+    bounds = [bounds[i] for i in learned]
+    for (start, end), weight in zip(offsets, weights, strict=True):
+        piece = found.text[start:end]
+        if weight and not any(start < b.may[1] and end > b.may[0] for b in bounds) and piece:
+            return f"learned, but no answer: {piece!r} at {start}, {_near(found.text, start)}"
+        if not weight and any(b.must[0] <= start and end <= b.must[1] for b in bounds) and piece:
+            return f"not learned: {piece!r} at {start}, {_near(found.text, start)}"
+    text = "\0".join(
+        found.text[start:end] if weight else ""
+        for (start, end), weight in zip(offsets, weights, strict=True)
+    )
+    return judge_words(re.sub("\0(?=[^\0])", "", text), found, learned)
+
+
+def _near(text: str, at: int) -> str:
+    return f"in {text[max(at - 30, 0) : at + 30]!r}"
+
+
+def judge_words(text: str, found: Rendering, learned) -> str:
+    """Whose words stand in the learned text: all of the learned messages, none of the others."""
+    mine = {w for i in learned for w in all_words(found.messages[i])}
+    others = {w for i, m in enumerate(found.messages) if i not in learned for w in all_words(m)}
+    for word in sorted(mine - others):
+        if text.count(word) != found.text.count(word):
+            return f"learned {text.count(word)} times, written {found.text.count(word)}: {word!r}"
+    for word in sorted(others - mine):
+        if word in text:
+            return f"learned, but of another message: {word!r}"
+    return ""
+
+
+def answer_bounds(fast, record, found: Rendering, offsets) -> dict[int, Bounds]:
+    """The bounds of every answer in the text."""
+    text, bounds, behind = found.text, {}, 0
+    for i, message in enumerate(found.messages):
+        if message["role"] != "assistant":
+            continue
+        before = render(fast, found.messages[:i], record, opened=True) if i else None
+        alone = render(fast, found.messages[: i + 1], record)
+        start = _common(before or "", text)
+        previous = _last(text, found.messages[i - 1], behind) if i else 0
+        known = before is not None and start >= previous
+        places = _places(text, message, start if known else max(behind, previous))
+        first, last = (places[0], places[1]) if places else (start, start)
+        must_start = may_start = start
+        if not known:
+            must_start, may_start = first, previous
+        elif inside := [s for s, e in offsets if s < start < e]:
+            may_start = inside[0]
+            if start < len(before):
+                must_start = may_start
+        end = _common(alone or "", text)
+        if end >= last and alone:
+            whole = end == len(alone)
+            must_end, may_end = (len(alone.rstrip()) if whole else last), end
+            if not whole and (stop := CONTROL.match(text, last)) and stop.end() <= end:
+                must_end = stop.end()
+        else:
+            following = found.messages[i + 1] if i + 1 < len(found.messages) else {}
+            places = _places(text, following, last)
+            must_end, may_end = last, places[0] if places else len(text)
+        # parts that several tokens of white space make may straddle
+        may_end = max([may_end, *(e for s, e in offsets if s < may_end < e)])
+        bounds[i] = Bounds((must_start, max(must_end, must_start)), (may_start, may_end))
+        behind = max(last, behind)
+    return bounds
+
+
+def _places(text: str, message: dict, begin: int) -> tuple[int, int] | None:
+    """Where the message's words stand behind `begin`: the first's start and the last's end."""
+    found = [(at, at + len(w)) for w in all_words(message) if (at := text.find(w, begin)) >= 0]
+    return (min(found)[0], max(end for _, end in found)) if found else None
+
+
+def _last(text: str, message: dict, begin: int) -> int:
+    places = _places(text, message, begin)
+    return places[1] if places else begin
+
+
+def _judge_marks(fast, name: str, record, found: Rendering, training: str, weights) -> str:
+    """How the weights differ from the template's own generation marks, or ""."""
+    try:
+        marked = fast.apply_chat_template(
+            found.messages,
+            chat_template=training,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **_arguments(record),
+        )
+    except (TemplateError, TypeError, KeyError, IndexError, AttributeError, ValueError):
+        return ""
+    if marked["input_ids"] != fast(found.text, add_special_tokens=False)["input_ids"]:
+        return ""
+    if len(weights) != len(marked["input_ids"]):
+        return ""  # tokenized in stretches
+    pairs = list(zip(marked["input_ids"], marked["assistant_masks"], weights, strict=True))
+    known = KNOWN_MARKS.get(name)
+    for at, (token, mark, weight) in enumerate(pairs):
+        if bool(mark) != bool(weight):
+            piece = fast.decode([token])
+            if not piece.strip() and weight:
+                continue
+            if mark and known and re.fullmatch(known, piece):
+                continue
+            near = fast.decode(marked["input_ids"][max(at - 4, 0) : at + 4])
+            side = "marked by the template, not learned" if mark else "learned, not marked"
+            return f"{side}: {piece!r} in {near!r}"
+    return ""
+
+
+def _forged_text(fast) -> str:
+    """The control tokens that the template writes around a plain chat."""
+    chat = [{"role": "user", "content": "Question"}, answer("Reply")]
+    written = fast.apply_chat_template(chat, tokenize=False)
+    known = fast.get_added_vocab()
+    ids = fast(written, add_special_tokens=False)["input_ids"]
+    by_id = {id: token for token, id in known.items()}
+    return " ".join(dict.fromkeys(by_id[id] for id in ids if id in by_id and by_id[id].strip()))
+
+
+def _judge_forged(fast, name: str, cell: Cell, outcome: Outcome) -> Verdict:
+    """No control token of a user's or a tool's text is one; all else is as without it."""
+    record, clean = record_of(fast, name, cell), with_text(cell, "")
+    possible = list(renderings(fast, record, record["messages"]))
+    learned = learned_places(cell, record["messages"])
+    whole = [r for r in possible if not _lost(r, record["messages"], learned)]
+    if outcome.error:
+        if any(r.given for r in whole):
+            return Verdict("needless", outcome.error)
+        return Verdict("refused", outcome.error)
+    if not whole:
+        return Verdict("wrong", "the template refuses or loses parts, the data step does not")
+    (ids, weights), added = outcome.sequences[-1], set(fast.get_added_vocab().values())
+    plain = {
+        tuple(i for i in fast(r.text, add_special_tokens=False)["input_ids"] if i in added)
+        for r in renderings(fast, clean, clean["messages"])
+    }
+    if tuple(i for i in ids if i in added) not in plain:
+        return Verdict("wrong", "a control token of a user's text is one, or one is missing")
+    squeeze = lambda text: re.sub(r"[\s\u2581]+", "", text)
+    text = fast.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    found = next((r for r in whole if squeeze(r.text) == squeeze(text)), None)
+    if found is None:
+        return Verdict("wrong", f"text: {text[-200:]!r}")
+    spans, last = [], False
+    for token, weight in zip(ids, weights, strict=True):
+        if weight and last:
+            spans[-1].append(token)
+        elif weight:
+            spans.append([token])
+        last = bool(weight)
+    said = found._replace(messages=with_text(cell, "")["messages"])
+    why = judge_words("\n".join(fast.decode(span) for span in spans), said, learned)
+    return Verdict("wrong", why) if why else Verdict("right", outcome.said)

@@ -1,0 +1,115 @@
+"""What a function of the user depends on: any change of it changes the key, and nothing else does."""
+
+import functools
+import importlib
+import os
+import re
+import subprocess
+import sys
+import threading
+
+import pytest
+from conftest import ROOT
+
+from ta.data.dependencies import dependencies
+from ta.data.records import check_chat, check_prompt
+
+HELPERS = """
+FACTOR = 1
+class Cleaner:
+    mark = "-"
+    def __init__(self, times): self.times = times
+    def clean(self, text): return text.strip(self.mark) * self.times
+def shorten(text): return text[:FACTOR]
+"""
+PAGE = """
+import re
+import users_helpers
+from users_helpers import Cleaner
+SPACE = re.compile(" +")
+NAMES = {"b", "a", "c"}
+cleaner = Cleaner(2)
+def outer(limit=3):
+    def check(record):
+        return cleaner.clean(users_helpers.shorten(SPACE.sub(" ", record))), limit, NAMES
+    return check
+check = outer()
+unrelated = 1
+"""
+KEY = "import users_page, ta.data.dependencies as d; print(d.dependencies(users_page.check))"
+
+
+@pytest.fixture
+def key(tmp_path, monkeypatch):
+    """key(a change of one module) -> the key of the page's check, imported anew."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def made(before="", after=""):
+        assert before in PAGE + HELPERS
+        for name, source in (("users_helpers", HELPERS), ("users_page", PAGE)):
+            (tmp_path / f"{name}.py").write_text(
+                source.replace(before, after) if before else source
+            )
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        sys.dont_write_bytecode = True
+        return dependencies(importlib.import_module("users_page").check)
+
+    yield made
+    for name in ("users_helpers", "users_page"):
+        sys.modules.pop(name, None)
+
+
+CHANGES = [
+    ("limit=3", "limit=4"),
+    ('" +"', '"  +"'),
+    ('{"b", "a", "c"}', '{"b", "a"}'),
+    ("Cleaner(2)", "Cleaner(3)"),
+    ("FACTOR = 1", "FACTOR = 10"),
+    ('mark = "-"', 'mark = "+"'),
+    ("* self.times", "+ str(self.times)"),
+    ("text[:FACTOR]", "text[FACTOR:]"),
+]
+
+
+@pytest.mark.parametrize("before, after", CHANGES)
+def test_a_change_of_what_a_function_reads_changes_its_key(key, before, after):
+    assert key() != key(before, after)
+
+
+def test_other_changes_do_not(key):
+    assert (
+        key()
+        == key("unrelated = 1", "unrelated = 2")
+        == key("\nclass Cleaner", "\n# a line\nclass Cleaner")
+    )
+
+
+def test_the_key_is_the_same_in_every_process(key, tmp_path):
+    mine = key()
+    for seed in ("1", "2"):
+        path = os.pathsep.join([str(tmp_path), str(ROOT)])
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": path}
+        done = subprocess.run(
+            [sys.executable, "-c", KEY], env=environment, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == mine, done.stderr
+
+
+def test_enclosed_and_given_values_count_and_what_is_installed_is_a_name():
+    enclosed = [lambda x, factor=factor: x * factor for factor in (1, 2)]
+    given = [functools.partial(str.replace, new) for new in ("a", "b")]
+    bound = [re.compile(pattern).sub for pattern in ("a", "b")]
+    for one, other in (enclosed, given, bound, (check_chat, check_prompt), (str.strip, str.split)):
+        assert dependencies(one) == dependencies(one) != dependencies(other)
+
+
+def test_what_holds_itself_ends_and_what_cannot_be_compared_is_an_error():
+    def again(n):
+        return again(n - 1) if n else rounds
+
+    rounds = [again]
+    assert dependencies(again) == dependencies(again)
+    lock = threading.Lock()
+    with pytest.raises(ValueError, match=r"depend on a lock.*plain values"):
+        dependencies(lambda record: lock)
