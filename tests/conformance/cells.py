@@ -200,6 +200,13 @@ CELLS = {
     "white space": Cell(
         {"messages": [user("  Which colour?\n\n"), answer("\n Green, usually. \n"), *MULTI[2:4]]}
     ),
+    "parts": Cell(
+        {
+            "messages": [
+                {**m, "content": [{"type": "text", "text": m["content"]}]} for m in MULTI[:4]
+            ]
+        }
+    ),
     "odd letters": Cell(
         {
             "messages": [

@@ -19,9 +19,10 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 # templates that write reasoning of a key other than the first
 REASONING_KEY = {"gptoss": "thinking", "lfm2_2_5": "thinking", "lfm2_2_5_vl": "thinking"}
 FOLLOWING = answer("White instead, mostly.")
-# where generation marks and answers differ, and what the marks hold that no model writes
+# templates whose generation marks hold more than a model writes, and what
 KNOWN_MARKS = {
-    "qwen2_5": r"\n",  # the header's newline
+    "qwen2_5": "the header's newline",
+    "gptoss": "the whole header",
 }
 
 
@@ -100,20 +101,27 @@ def render(fast, messages, record: dict, opened: bool = False) -> str | None:
 
 
 def renderings(fast, record: dict, messages: list[dict]) -> Iterator[Rendering]:
-    """The record as given, then with conversions that change no meaning, where it is written whole."""
-    plain = [{k: m[k] for k in m if k not in ("loss",)} for m in messages]
-    seen = set()
-    for key in (None, *REASONING):
-        for null in (None, "", "absent"):
-            for text in (False, True):
-                converted = [_converted(message, key, null, text) for message in plain]
-                written = render(fast, converted, record)
-                if written is not None and written not in seen:
-                    seen.add(written)
-                    yield Rendering(converted, written, converted == plain)
+    """The record as given, then with conversions that change no meaning."""
+    plain = [{k: m[k] for k in m if k != "loss"} for m in messages]
+    tried, seen = set(), set()
+    ways = itertools.product((None, *REASONING), (None, "", "absent"), (False, True), PARTS)
+    for way in ways:
+        converted = [_converted(message, *way) for message in plain]
+        if (key := json.dumps(converted)) in tried:
+            continue
+        tried.add(key)
+        written = render(fast, converted, record)
+        if written is not None and written not in seen:
+            seen.add(written)
+            yield Rendering(converted, written, converted == plain)
 
 
-def _converted(message: dict, key: str | None, null: str | None, arguments_as_text: bool) -> dict:
+PARTS = ("as given", "text", "parts")
+
+
+def _converted(message: dict, key: str | None, null: str | None, dumped: bool, parts: str) -> dict:
+    """The message with another key of reasoning, another null content, arguments as text, and its
+    content as text or parts."""
     message = dict(message)
     for name in REASONING:
         if key and name in message:
@@ -122,22 +130,23 @@ def _converted(message: dict, key: str | None, null: str | None, arguments_as_te
         message["content"] = ""
         if null == "absent":
             del message["content"]
-    if arguments_as_text and "tool_calls" in message:
+    if dumped and "tool_calls" in message:
+        calls = [(call, call["function"]) for call in message["tool_calls"]]
         message["tool_calls"] = [
-            {
-                **call,
-                "function": {
-                    **call["function"],
-                    "arguments": json.dumps(call["function"]["arguments"]),
-                },
-            }
-            for call in message["tool_calls"]
+            {**call, "function": {**called, "arguments": json.dumps(called["arguments"])}}
+            for call, called in calls
         ]
+    content = message.get("content")
+    if parts == "text" and isinstance(content, list):
+        message["content"] = "".join(part["text"] for part in content)
+    if parts == "parts" and isinstance(content, str):
+        message["content"] = [{"type": "text", "text": content}]
     return message
 
 
 def words(text: object) -> list[str]:
     """The words of a message by which its text is known."""
+    text = "".join(part["text"] for part in text) if isinstance(text, list) else text
     return re.findall(r"[^\W\d_]{4,}", text) if isinstance(text, str) else []
 
 
@@ -206,7 +215,7 @@ def _judge_chat(
     why = _judge_mask(fast, record, found, learned, weights, offsets)
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not why and training and learned == answers:
-        why = _judge_marks(fast, name, record, found, training, weights)
+        why = _judge_marks(fast, name, record, found, training, weights, offsets)
     return Verdict("wrong", why) if why else Verdict("right", outcome.said)
 
 
@@ -219,8 +228,8 @@ def _lost(rendering: Rendering, messages, learned: Sequence[int]) -> list[tuple[
         if parts and len(gone) == len(parts):
             gone = ["all"]
         lost += [(i, name) for name in gone]
-    if re.search(r"\bNone\b", rendering.text):
-        lost.append((0, "all"))
+    if re.search(r"\bNone\b|['\"]type['\"]: ['\"]text['\"]", rendering.text):
+        lost.append((0, "all"))  # a content that is no text, written as Python shows it
     return lost
 
 
@@ -277,7 +286,7 @@ def matching_offsets(fast, record, found: Rendering, ids) -> list[tuple[int, int
     whole = fast(found.text, add_special_tokens=False, return_offsets_mapping=True)
     if whole["input_ids"] == ids:
         return whole["offset_mapping"]
-    bounds = answer_bounds(fast, record, found, []).values()
+    bounds = answer_bounds(fast, record, found, whole["offset_mapping"]).values()
     cuts = sorted({0, len(found.text), *(b.must[0] for b in bounds), *(b.may[1] for b in bounds)})
     both, offsets = [], []
     for start, end in itertools.pairwise(cuts):
@@ -351,8 +360,8 @@ def answer_bounds(fast, record, found: Rendering, offsets) -> dict[int, Bounds]:
             following = found.messages[i + 1] if i + 1 < len(found.messages) else {}
             places = _places(text, following, last)
             must_end, may_end = last, places[0] if places else len(text)
-        # parts that several tokens of white space make may straddle
-        may_end = max([may_end, *(e for s, e in offsets if s < may_end < e)])
+        if inside := [(s, e) for s, e in offsets if s < may_end < e]:
+            may_end = inside[0][alone is not None and end == len(alone)]
         bounds[i] = Bounds((must_start, max(must_end, must_start)), (may_start, may_end))
         behind = max(last, behind)
     return bounds
@@ -369,7 +378,7 @@ def _last(text: str, message: dict, begin: int) -> int:
     return places[1] if places else begin
 
 
-def _judge_marks(fast, name: str, record, found: Rendering, training: str, weights) -> str:
+def _judge_marks(fast, name, record, found: Rendering, training, weights, offsets) -> str:
     """How the weights differ from the template's own generation marks, or ""."""
     try:
         marked = fast.apply_chat_template(
@@ -382,29 +391,26 @@ def _judge_marks(fast, name: str, record, found: Rendering, training: str, weigh
         )
     except (TemplateError, TypeError, KeyError, IndexError, AttributeError, ValueError):
         return ""
-    if marked["input_ids"] != fast(found.text, add_special_tokens=False)["input_ids"]:
-        return ""
-    if len(weights) != len(marked["input_ids"]):
-        return ""  # tokenized in stretches
-    pairs = list(zip(marked["input_ids"], marked["assistant_masks"], weights, strict=True))
-    known = KNOWN_MARKS.get(name)
-    for at, (token, mark, weight) in enumerate(pairs):
-        if bool(mark) != bool(weight):
-            piece = fast.decode([token])
-            if not piece.strip() and weight:
-                continue
-            if mark and known and re.fullmatch(known, piece):
-                continue
-            near = fast.decode(marked["input_ids"][max(at - 4, 0) : at + 4])
+    ids = fast(found.text, add_special_tokens=False)["input_ids"]
+    if marked["input_ids"] != ids or len(ids) != len(weights):
+        return ""  # the marked template writes otherwise, or the weights are those of stretches
+    bounds = answer_bounds(fast, record, found, offsets).values()
+    marks = marked["assistant_masks"]
+    for (start, end), mark, weight in zip(offsets, marks, weights, strict=True):
+        piece = found.text[start:end]
+        if bool(mark) == bool(weight) or (weight and not piece.strip()):
+            continue
+        header = not any(start < b.may[1] and end > b.may[0] for b in bounds)
+        if not (mark and header and name in KNOWN_MARKS):
             side = "marked by the template, not learned" if mark else "learned, not marked"
-            return f"{side}: {piece!r} in {near!r}"
+            return f"{side}: {piece!r} at {start}, {_near(found.text, start)}"
     return ""
 
 
 def _forged_text(fast) -> str:
     """The control tokens that the template writes around a plain chat."""
     chat = [{"role": "user", "content": "Question"}, answer("Reply")]
-    written = fast.apply_chat_template(chat, tokenize=False)
+    written = next(renderings(fast, {}, chat)).text
     known = fast.get_added_vocab()
     ids = fast(written, add_special_tokens=False)["input_ids"]
     by_id = {id: token for token, id in known.items()}
@@ -423,7 +429,8 @@ def _judge_forged(fast, name: str, cell: Cell, outcome: Outcome) -> Verdict:
         return Verdict("refused", outcome.error)
     if not whole:
         return Verdict("wrong", "the template refuses or loses parts, the data step does not")
-    (ids, weights), added = outcome.sequences[-1], set(fast.get_added_vocab().values())
+    ids, weights = outcome.sequences[-1]
+    added = {id for token, id in fast.get_added_vocab().items() if token.strip("\u2581 \t\n")}
     plain = {
         tuple(i for i in fast(r.text, add_special_tokens=False)["input_ids"] if i in added)
         for r in renderings(fast, clean, clean["messages"])
