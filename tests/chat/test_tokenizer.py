@@ -340,5 +340,12 @@ def test_what_a_template_is_given_by_name_is_part_of_the_key():
     made, _ = setting("chatml")
     again = copy.deepcopy(made)
     again.eos_token = "</s>" if made.eos_token != "</s>" else "<|im_end|>"
-    keys = [tokenizer_settings(chat_tokenizer(fast, PLAIN), PLAIN) for fast in (made, made, again)]
-    assert keys[0] == keys[1] != keys[2]
+    tools = copy.deepcopy(made)
+    tools.chat_template = {"default": made.chat_template, "tool_use": made.chat_template}
+    more = copy.deepcopy(tools)
+    more.chat_template["tool_use"] += "{{ tools }}"
+    keys = [
+        tokenizer_settings(chat_tokenizer(fast, PLAIN), PLAIN)
+        for fast in (made, made, again, tools, more)
+    ]
+    assert keys[0] == keys[1] and all(keys.count(key) == 1 for key in keys[2:])
