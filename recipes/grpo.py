@@ -140,7 +140,7 @@ def main(config: Config):
         raise ValueError("--reference and its flags have no effect without --kl-coef: add it")
     config = ta.with_fine_tuned_model(config, "builtin-begun")
     run = ta.start_run(config)
-    tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat)
+    tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat, day=run.day)
     files, val_files = ta.data_or_builtin(config.data.data, config.data.val_data, "practice")
     asked = (tokenizer, config.chat, config.data, run.seed)
     prompts, data = ta.rl.prepare_prompts(files, *asked)
