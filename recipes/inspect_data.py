@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 import ta
 from ta import Range
 from ta.builtin.data_files import NAMES
-from ta.chat.render import Tokens, show
+from ta.chat.render import Tokens, show, spans
 from ta.data.prepare import Prepared, lengths, read_drops, report
 
 BAR = 50  # characters
@@ -107,7 +107,7 @@ def page(prepared: Prepared, examples: int, decode) -> Iterator[str]:
         yield f"\n{place}{extras}  {colours}"
         for j in range(prepared.k):
             ids, weights = (array.tolist() for array in ta.sequence(prepared, i * prepared.k + j))
-            yield show(Tokens(ids, weights), decode)
+            yield show(spans(Tokens(ids, weights), decode))
 
 
 def histogram(sizes: list[int], bins: int = 12) -> Iterator[str]:

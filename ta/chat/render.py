@@ -5,17 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import groupby
 from typing import NamedTuple
 
 from ta.chat.jinja import NO_ARGUMENTS, Arguments, JinjaTemplate, Span, Writer
 from ta.chat.messages import ANSWER, Chat, message_weight
 from ta.chat.template import Template, split_chat
+from ta.printable import printable
 
 Encode = Callable[[Sequence[str]], list[list[int]]]
 Rendered = list[list["Piece"]]  # the pieces of each message, in order
 
 # chats that are encoded by one call of the tokenizer
 GROUP = 128
+# equal tokens in a row that are shown as one with their number
+RUN = 8
 
 # what tokenizers strip beside a special token that swallows white space
 SPACE = (
@@ -239,17 +243,47 @@ def _join(units: list[Unit], messages: int, ids: dict[tuple[str, bool], list[int
     return Tokenized(tokens, lengths)
 
 
-def show(tokens: Tokens, decode: Callable[[list[int]], str]) -> str:
-    """The decoded sequence for a terminal.
+def spans(
+    tokens: Tokens,
+    decode: Callable[[list[int]], str],
+    most: int = 0,
+    files: Mapping[int, Iterator[str]] = {},
+) -> list[tuple[str, float]]:
+    """The decoded sequence in stretches of one weight: (text, weight).
 
-    Learned tokens are green (yellow where the weight is not 1), the rest is dim.
+    A run of RUN equal tokens or more is one text with its number, with the name of its file where
+    `files` has names for the token. With `most`, the middle of a longer sequence is left out and
+    counted.
     """
-    shown, at = [], 0
-    while at < len(tokens.ids):
-        weight, end = tokens.weights[at], at + 1
-        while end < len(tokens.ids) and tokens.weights[end] == weight:
-            end += 1
-        colour = "2" if not weight else "32" if weight == 1 else "33"
-        shown.append(f"\x1b[{colour}m{decode(tokens.ids[at:end])}\x1b[0m")
-        at = end
-    return "".join(shown)
+    ids, weights = list(tokens.ids), list(tokens.weights)
+    if 0 < most < len(ids):
+        half, rest = most // 2, len(ids) - most
+        learned = sum(map(bool, weights[half : half + rest]))
+        cut = (f" … {rest:,} tokens, {learned:,} of them learned … ", 0.0)
+        parts = (slice(half), slice(half + rest, None))
+        first, last = (
+            spans(Tokens(ids[part], weights[part]), decode, files=files) for part in parts
+        )
+        return [*first, cut, *last]
+    found: list[tuple[str, float]] = []
+    for weight, stretch in groupby(zip(ids, weights, strict=True), key=lambda pair: pair[1]):
+        text, plain = "", []
+        for token, run in groupby(i for i, _ in stretch):
+            count = len(list(run))
+            if count < RUN:
+                plain += [token] * count
+                continue
+            name = next(files.get(token, iter(())), decode([token]))
+            text += (decode(plain) if plain else "") + f"[{name}, {count:,} tokens]"
+            plain = []
+        found.append((text + (decode(plain) if plain else ""), weight))
+    return found
+
+
+def show(found: list[tuple[str, float]]) -> str:
+    """Spans for a terminal: learned ones green (yellow where the weight is not 1), others dim."""
+    colours = (("2" if not weight else "32" if weight == 1 else "33") for _, weight in found)
+    return "".join(
+        f"\x1b[{colour}m{printable(text)}\x1b[0m"
+        for colour, (text, _) in zip(colours, found, strict=True)
+    )

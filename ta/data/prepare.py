@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from html import escape
 from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -27,7 +28,7 @@ from ta.chat.encode import (
 )
 from ta.chat.jinja import Arguments
 from ta.chat.messages import Chat, template_arguments, with_system
-from ta.chat.render import Tokens, show
+from ta.chat.render import Tokens, show, spans
 from ta.chat.tokenizer import tokenizer_settings
 from ta.data.dependencies import dependencies
 from ta.data.jsonl import parse_record
@@ -76,6 +77,8 @@ if TYPE_CHECKING:
 
 # version of the files in a folder of prepared data
 FORMAT = 1
+# tokens of a sequence that a preview shows at most
+PREVIEW_TOKENS = 600
 # version of the encoding: raise it when the ids or weights of any record change
 PREPARE_VERSION = 2
 # fields named in the report as not used
@@ -292,12 +295,52 @@ def first_records(prepared: Prepared | None, n: int) -> list[dict]:
     return records
 
 
-def preview(prepared: Prepared, tokenizer: ChatTokenizer) -> None:
-    """Print a report of prepared data and the first record with its learned tokens (stderr)."""
-    say_once("\n".join(report(prepared.info)))
-    for i in range(prepared.k):
-        ids, weights = sequence(prepared, i)
-        say_once(show(Tokens(ids.tolist(), weights.tolist()), tokenizer.fast.decode))
+class Preview(NamedTuple):
+    """Sequences as a person sees them: text in a terminal, HTML in a notebook."""
+
+    report: list[str]
+    sequences: list[list[tuple[str, float]]]  # of each, its spans of text and weight
+
+    def __str__(self) -> str:
+        return "\n".join([*self.report, *map(show, self.sequences)])
+
+    def _repr_html_(self) -> str:
+        """Learned spans are green (amber where the weight is not 1)."""
+        lines = [escape("\n".join(self.report))] if self.report else []
+        for sequence in self.sequences:
+            colours = (
+                "gray" if not w else "green" if w == 1 else "darkorange" for _, w in sequence
+            )
+            lines.append(
+                "".join(
+                    f'<span style="color:{colour}">{escape(text)}</span>'
+                    for colour, (text, _) in zip(colours, sequence, strict=True)
+                )
+            )
+        return "".join(f'<pre style="white-space:pre-wrap">{line}</pre>' for line in lines)
+
+
+def preview(data: Prepared | Tokens, tokenizer: ChatTokenizer) -> Preview:
+    """What training sees: of prepared data a report and the first record, or of one sequence.
+
+    The prepared data is shown on the screen (stderr) too.
+    """
+    decode = tokenizer.fast.decode
+    if not hasattr(data, "info"):
+        return Preview([], [spans(Tokens(*data), decode)])
+    shown = first_records(data, 1) if tokenizer.placeholders else []
+    messages = [m for record in shown for m in record.get("messages", ())]
+    names = {
+        placeholder.id: iter([f"{kind} {m['content']}" for m in messages if m.get("type") == kind])
+        for kind, placeholder in tokenizer.placeholders.items()
+    }
+    rows = (sequence(data, i) for i in range(data.k))
+    found = Preview(
+        report(data.info),
+        [spans(Tokens(i.tolist(), w.tolist()), decode, PREVIEW_TOKENS, names) for i, w in rows],
+    )
+    say_once(str(found))
+    return found
 
 
 def read_drops(prepared: Prepared) -> Iterator[dict]:

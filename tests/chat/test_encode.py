@@ -20,7 +20,7 @@ from ta.chat.encode import (
     encode_prompts,
 )
 from ta.chat.messages import ANSWER, random_cut, with_system
-from ta.chat.render import Piece, Tokens, render_chat, show, tokenize_with_loss_mask
+from ta.chat.render import Piece, Tokens, render_chat, show, spans, tokenize_with_loss_mask
 from ta.chat.template import ChatConfig, explicit_template, split_chat
 from ta.chat.tokenizer import chat_tokenizer, disagreement, template_of, vocabulary
 
@@ -241,7 +241,7 @@ def test_a_chat_by_hand():
         Piece("<|im_end|>\n", 1.0, "template", True),
     ]
     assert (
-        show(Tokens([1, 2, 3, 4], [0.0, 1.0, 1.0, 0.5]), str)
+        show(spans(Tokens([1, 2, 3, 4], [0.0, 1.0, 1.0, 0.5]), str))
         == "\x1b[2m[1]\x1b[0m\x1b[32m[2, 3]\x1b[0m\x1b[33m[4]\x1b[0m"
     )
 
@@ -712,3 +712,21 @@ def test_pieces_alone():
         tokens.weights == [0.0] + [2.0] * (len(tokens.ids) - 2) + [1.0]
         and tokens.ids.count(vocab.special["<|im_end|>"]) == 1
     )
+
+
+def test_what_is_shown_names_pictures_and_counts_what_is_left_out():
+    ids = [1, *[7] * 225, 2, *[7] * 9, 3]
+    weights = [0.0] * 236 + [1.0]
+    files = {7: iter(["image cat.png", "image dog.png"])}
+    assert spans(Tokens(ids, weights), str, files=files) == [
+        ("[1][image cat.png, 225 tokens][2][image dog.png, 9 tokens]", 0.0),
+        ("[3]", 1.0),
+    ]
+    assert spans(Tokens([7] * 8, [0.0] * 8), str) == [("[[7], 8 tokens]", 0.0)]
+    long = spans(Tokens(list(range(3000)), [0.0] * 2000 + [1.0] * 1000), str, most=4)
+    assert long == [
+        ("[0, 1]", 0.0),
+        (" … 2,996 tokens, 998 of them learned … ", 0.0),
+        ("[2998, 2999]", 1.0),
+    ]
+    assert "\x1b[2J" not in show([("\x1b[2J", 1.0)])

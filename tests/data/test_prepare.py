@@ -15,7 +15,7 @@ import pytest
 
 from ta import files
 from ta.chat.encode import with_answers
-from ta.chat.render import Vocabulary
+from ta.chat.render import Tokens, Vocabulary
 from ta.chat.template import ChatConfig, explicit_template
 from ta.chat.tokenizer import ChatTokenizer
 from ta.data import prepare as prepare_module
@@ -384,4 +384,6 @@ def test_preview_shows_the_counts_and_the_first_record(tmp_path, capsys, monkeyp
     preview(made([write(tmp_path / "a.jsonl", "xy")], letters=letters), letters.tokenizer)
     shown = capsys.readouterr().err
     assert "2 records, 6 tokens, 33 % learned" in shown
+    page = preview(Tokens([120, 60], [0.0, 0.5]), letters.tokenizer)._repr_html_()
+    assert '<span style="color:gray">x</span><span style="color:darkorange">&lt;</span>' in page
     assert "\x1b[2mx \x1b[0m\x1b[32ma\x1b[0m" in shown
