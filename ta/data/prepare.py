@@ -308,6 +308,7 @@ class Preview(NamedTuple):
         """Learned spans are green (amber where the weight is not 1)."""
         lines = [escape("\n".join(self.report))] if self.report else []
         for sequence in self.sequences:
+            weights = [weight for _, weight in sequence]
             colours = (
                 "gray" if not w else "green" if w == 1 else "darkorange" for _, w in sequence
             )

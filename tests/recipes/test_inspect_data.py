@@ -71,8 +71,9 @@ def test_json_is_a_line_a_record(capsys, tmp_path, model):
         )
     both = json_of(capsys, model, write(tmp_path / "b.jsonl", records[0]), data)
     assert [(line["file"][-7:], line["line"]) for line in both] == [
-        ("a.jsonl", i) for i in range(1, 7)
-    ] + [("b.jsonl", 1)]
+        ("b.jsonl", 1),
+        *(("a.jsonl", i) for i in range(1, 7)),
+    ]
 
 
 def test_pairs_and_classes(capsys, tmp_path, model):
