@@ -309,9 +309,7 @@ class Preview(NamedTuple):
         lines = [escape("\n".join(self.report))] if self.report else []
         for sequence in self.sequences:
             weights = [weight for _, weight in sequence]
-            colours = (
-                "gray" if not w else "green" if w == 1 else "darkorange" for _, w in sequence
-            )
+            colours = ["gray" if not w else "green" if w == 1 else "darkorange" for w in weights]
             lines.append(
                 "".join(
                     f'<span style="color:{colour}">{escape(text)}</span>'
