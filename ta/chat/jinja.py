@@ -59,6 +59,8 @@ class Part(NamedTuple):
 
     text: str
     by: Writer
+    # the answer it belongs to where it stands behind a later message; None: that of its span
+    owner: int | None = None
 
 
 class Span(NamedTuple):
@@ -358,6 +360,8 @@ class Place(NamedTuple):
     label: Label
     # it stands nowhere else, and so tells where its message is
     once: bool
+    # the message it stands with: its own, or a later one that is written before it
+    home: int
     # with what stands beside it in the same text of the chat
     left: int
     right: int
@@ -414,7 +418,9 @@ def _marked(
         written = _marks_of(template, marked, opened, values)
         if written is None or written.broken or written.text != text:
             return None
-        return Marked(roles, marked, values, labels, key), _places(labels, written.places, text)
+        return Marked(roles, marked, values, labels, key), _places(
+            labels, written.places, text, template.tags
+        )
 
     for answers, others, names in WAYS:
         depths = {i: answers if role == ANSWER else others for i, role in enumerate(roles)}
@@ -439,21 +445,35 @@ def _marks_of(
 
 
 def _places(
-    labels: Sequence[Label], found: Mapping[int, list[tuple[int, int]]], text: str
+    labels: Sequence[Label],
+    found: Mapping[int, list[tuple[int, int]]],
+    text: str,
+    border: re.Pattern[str],
 ) -> list[Place]:
     """The places of the marked texts in `text`, in order."""
-    places, end = [], 0
+    places, end, home = [], 0, -1
     for start, stop, k in sorted((*span, k) for k, spans in found.items() for span in spans):
-        left, right, label = start, stop, labels[k]
-        for letter in reversed(label.before):
-            if left <= end or text[left - 1] != letter:
-                break
-            left -= 1
-        for letter in label.after:
-            if text[right : right + 1] != letter:
-                break
-            right += 1
-        places.append(Place(start, stop, k, label, len(found[k]) == 1, left, right))
+        label = labels[k]
+        left = start
+        for piece in reversed(border.split(label.before)):
+            if text.endswith(piece, end, left):
+                left -= len(piece)
+                continue
+            # white space may be stripped
+            while piece.isspace() and text.endswith(piece[-1], end, left):
+                left, piece = left - 1, piece[:-1] or "-"
+            break
+        right = stop
+        for piece in border.split(label.after):
+            if text.startswith(piece, right):
+                right += len(piece)
+                continue
+            while piece.isspace() and text.startswith(piece[0], right):
+                right, piece = right + 1, piece[1:] or "-"
+            break
+        once = len(found[k]) == 1
+        home = max(home, label.message) if once else home
+        places.append(Place(start, stop, k, label, once, home, left, right))
         end = right
     return places
 
@@ -511,24 +531,19 @@ def _borders(
     nexts = [len(text)] * (count + 1)  # the first marked text from message i on
     firsts: dict[int, int] = {}
     for place in places:
-        i = place.label.message
-        if i >= 0 and place.once:
-            anchors[i] = place
-            firsts.setdefault(i, place.left)
-            nexts[i] = min(nexts[i], place.start)
+        if place.once and place.label.message >= 0:
+            anchors[place.home] = place
+            firsts.setdefault(place.home, place.left)
+            nexts[place.home] = min(nexts[place.home], place.start)
     for i in range(1, count):
-        before, own = anchors[i - 1], anchors[i]
-        anchors[i] = before if own is None or (before and before.stop > own.stop) else own
+        anchors[i] = anchors[i] or anchors[i - 1]
     for i in reversed(range(count)):
         nexts[i] = min(nexts[i], nexts[i + 1])
     ends, begins, faults = [0] * count, [0] * count, [""] * count
     for i in range(count + opened):
         anchor = anchors[i - 1] if i else None
         start, stop = anchor.stop if anchor else 0, nexts[i]
-        if start > stop:
-            border = Border(0, 0, *["the template does not write the messages in turn"] * 2)
-        else:
-            border = _border(chat, i, anchor, text[start:stop], template)
+        border = _border(chat, i, anchor, text[start:stop], template)
         if i:
             ends[i - 1] = start + border.end
             faults[i - 1] = faults[i - 1] or border.end_fault
@@ -545,10 +560,13 @@ def _borders(
         if chat.roles[i] != ANSWER and i not in firsts:
             begins[i] = ends[i]
         begins[i] = min(max(begins[i], ends[i - 1] if i else 0), ends[i])
+    begun = {place.home for place in places if place.once and place.home == place.label.message}
     for place in places:
         i, there = place.label.message, bisect_right(ends, place.start)
         early = i == there and place.start < begins[i] and chat.roles[i] == ANSWER
-        if place.once and (i != there or early):
+        # what an answer says beside its calls may stand behind what they gave
+        behind = i in begun and there < count and chat.roles[i] == ANSWER != chat.roles[there]
+        if place.once and (there != place.home or early or not (i == there or behind)):
             for out in {i, there}.difference((-1, count)):
                 faults[out] = faults[out] or "its text and another message's stand in each other"
     return ends, begins, faults
@@ -665,16 +683,21 @@ def _spans(
 ) -> list[Span]:
     ends, begins, faults = borders
     stretches: list[tuple[int, Part]] = []  # of the whole text: where it starts, what it is
-    at = 0
+    at, owner, until = 0, None, 0
     for place in (*places, None):
         left = place.left if place else len(text)
-        if left > at:
-            stretches.append((at, Part(text[at:left], "template")))
+        for start, stop in ((at, min(left, until)), (max(at, min(left, until)), left)):
+            if start < stop:
+                whose = owner if start < until else None
+                stretches.append((start, Part(text[start:stop], "template", whose)))
         if place is None:
             break
         i, at = place.label.message, left
+        if place.once and -1 < i < place.home:
+            owner, until = i, ends[place.home]
         by: Writer = "answer" if i >= 0 and chat.roles[i] == ANSWER else "other"
         for part in content_parts(text[left : place.right], media.get(i), by):
+            part = part._replace(owner=owner) if at < until else part
             stretches.append((at, part))
             at += len(part.text)
     starts = [start for start, _ in stretches]
@@ -689,7 +712,8 @@ def _spans(
     spans, before = [], 0
     for begin, end, fault in zip(begins, ends, faults, strict=True):
         body = within(begin, end)
-        suffix = body[-1].text if body and body[-1].by == "template" else ""
+        last = body[-1] if body else Part("", "other")
+        suffix = last.text if last.by == "template" and last.owner is None else ""
         spans.append(Span(within(before, begin), body[: len(body) - bool(suffix)], suffix, fault))
         before = end
     if before < len(text):

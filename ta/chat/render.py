@@ -121,19 +121,28 @@ def render_chat(
             )
         # an answer stands apart, learned or not: training ids begin with the ids of its prompt
         apart = role == ANSWER or weight != 0
-        rendered.append(_pieces(span, weight, glued, glued and not border, glued and not apart))
+        joins = glued and not border, glued and not apart
+        rendered.append(_pieces(span, weight, weights, glued, *joins))
         border = apart
     return rendered
 
 
-def _pieces(span: Span, weight: float, glued: bool, prefix_joins: bool, joins: bool) -> list[Piece]:
+def _pieces(
+    span: Span,
+    weight: float,
+    weights: Sequence[float],
+    glued: bool,
+    prefix_joins: bool,
+    joins: bool,
+) -> list[Piece]:
     pieces = []
-    for text, by in span.prefix:
+    for text, by, _ in span.prefix:
         pieces.append(Piece(text, 0.0, by, prefix_joins))
         prefix_joins = glued
-    for text, by in (*span.body, (span.suffix, "template")):
+    for text, by, owner in (*span.body, (span.suffix, "template", None)):
         if text:
-            pieces.append(Piece(text, 0.0 if by == "media" else weight, by, joins))
+            own = weight if owner is None else weights[owner]
+            pieces.append(Piece(text, 0.0 if by == "media" else own, by, joins))
             joins = glued
     return pieces
 

@@ -468,7 +468,7 @@ def _build(
                         drops.bad_record(index, source.path, record.line, error, raw)
                         continue
                     if chat.split_turns:
-                        groups = [[turn] for turn in turns_of(groups[0][0])]
+                        groups = [[turn] for turn in turns_of(groups[0][0])] or groups
                     given = template_arguments(data)
                     jobs += [ToEncode(record, raw, group, given, []) for group in groups]
                 groups, given, notes = ([job[field] for job in jobs] for field in (2, 3, 4))
