@@ -110,6 +110,11 @@ class JinjaTemplate(NamedTuple):
     # what the generation prompt writes behind a question, by arguments
     opening: Callable[[str], str]
 
+    def reasoning_keys(self) -> dict[str, str]:
+        """Of each key of reasoning that the template does not read, the one that it reads."""
+        read = [key for key in REASONING if re.search(rf"[.'\"]{key}\b", self.source)]
+        return {key: read[0] for key in REASONING if read and key not in read}
+
 
 def jinja_template(
     render: Render,
@@ -164,6 +169,10 @@ def split_jinja(
     notes = [] if notes is None else notes
     tags = template.role_tags
     given = [_given(message, tags) for message in messages]
+    for key, own in template.reasoning_keys().items():
+        if any(key in message for message in given):
+            notes.append(f"{key} is given to the chat template as {own}, which it reads")
+            given = [{own if k == key else k: v for k, v in m.items()} for m in given]
     if not arguments and all(_is_plain(message) for message in messages):
         spans = _by_skeleton(given, messages, template, opened, notes)
         if spans:
@@ -390,8 +399,9 @@ def _split(
     roles = tuple(message["role"] for message in messages)
     media = {i: message["parts"] for i, message in enumerate(messages) if "parts" in message}
     chat, places = _marked(given, roles, media, template, opened, arguments, text)
-    _check_written(chat, places, notes)
     borders = _borders(chat, places, template, opened, text, notes)
+    for i, fault in _unwritten(chat, places, notes).items():
+        borders[2][i] = fault
     return _spans(chat, places, borders, media, text)
 
 
@@ -478,11 +488,13 @@ def _places(
     return places
 
 
-def _check_written(chat: Marked, places: list[Place], notes: list[str]) -> None:
-    """ValueError for a message of which the template leaves out what must not be left out.
+def _unwritten(chat: Marked, places: list[Place], notes: list[str]) -> dict[int, str]:
+    """Of each answer whose tool calls the template leaves out, why it cannot be learned.
 
-    Reasoning may be left out, and a remark beside calls; a note says so.
+    A note says where reasoning is left out, or a remark beside calls. ValueError for a message
+    whose content is left out, or written twice.
     """
+    faults: dict[int, str] = {}
     there = {id(place.label) for place in places}
     often = {id(place.label) for place in places if not place.once}
     last = max((i for i, role in enumerate(chat.roles) if role == ANSWER), default=-1)
@@ -495,7 +507,8 @@ def _check_written(chat: Marked, places: list[Place], notes: list[str]) -> None:
         if i < 0 or (len(written) == len(labels) and field != "content"):
             continue
         if field == "calls" and not written:
-            raise ValueError(f"the chat template does not write tool call {call + 1} of {who}")
+            faults[i] = f"it leaves out tool call {call + 1}"
+            notes.append("a tool call of an answer that is not learned is left out by the template")
         if field == "content":
             if any(id(label) in often for label in labels):
                 raise ValueError(f"the chat template writes {who} twice")
@@ -512,6 +525,7 @@ def _check_written(chat: Marked, places: list[Place], notes: list[str]) -> None:
                 if i < last
                 else f"{key} of the last answer is not written by the chat template"
             )
+    return faults
 
 
 def _borders(
@@ -633,6 +647,12 @@ def _border_of(
     if whole is not None and gap.startswith(whole):
         return Border(min(end, len(whole)), len(whole), end_fault)
     start = _common(whole or "", gap, template.border)
+    opening = template.opening(chat.key)
+    if opening and start <= end and (at := gap.rfind(opening, end)) >= 0:
+        note = (
+            "the generation prompt is written otherwise behind some message than before an answer"
+        )
+        return Border(end, at + len(opening), end_fault, note=note)
     if whole is None or start < end or start == end < len(gap):
         fault = f"the generation prompt ends in {whole!r}, but before the answer stands {gap!r}"
         return Border(end, end, end_fault, fault)

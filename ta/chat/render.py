@@ -116,8 +116,8 @@ def render_chat(
             role, weight = messages[i]["role"], weights[i]
         if weight and span.fault:
             raise ValueError(
-                f"message {i + 1} ({role}) is to be learned, but the chat template does not tell "
-                f"its borders: {span.fault}"
+                f"message {i + 1} ({role}) is to be learned, but the chat template does not show "
+                f"what of it the model writes: {span.fault}"
             )
         # an answer stands apart, learned or not: training ids begin with the ids of its prompt
         apart = role == ANSWER or weight != 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date, datetime
 from functools import lru_cache
@@ -135,7 +135,20 @@ def load_chat_tokenizer(
     content = sorted({text for text in declared if text in added})
     if content:
         fast.init_kwargs[CONTENT_TOKENS] = content
-    return chat_tokenizer(fast, chat, content, new, placeholders, day)
+    made = chat_tokenizer(fast, chat, content, new, placeholders, day)
+    _keep_when_decoded(fast, made.vocabulary.content)
+    return made
+
+
+def _keep_when_decoded(fast: PreTrainedTokenizerFast, tokens: Collection[str]) -> None:
+    """Make added tokens no special ones, which decoded answers would lack, in place."""
+    backend = fast.backend_tokenizer
+    source = json.loads(backend.to_str())
+    kept = [t for t in source["added_tokens"] if t["special"] and t["content"] in tokens]
+    for token in kept:
+        token["special"] = False
+    if kept:
+        backend.__setstate__(json.dumps(source).encode())
 
 
 def chat_tokenizer(
@@ -577,24 +590,23 @@ def _turn_tokens(
 ) -> set[str]:
     """The tokens that begin or end a turn: they are text in whatever a record holds.
 
-    They are those around a question and an answer, and those with a name, such as EOS.
+    They are those around questions and answers, and those with a name, such as EOS.
     """
     border = special_border(frozenset(vocab.special))
     found = set(tokenizer.special_tokens_map.values()) & vocab.special.keys()
-    question = _question(template)
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    once = [*_question(template), {"role": ANSWER, "content": "x"}]
     try:
-        spans = split_chat([*question, {"role": ANSWER, "content": "x"}], template)
+        spans = split_chat(once * 2, template)
     except ValueError:
         return found
     for i, span in enumerate(spans):
         prefix = [name for part in span.prefix for name in border.findall(part.text)]
-        answer = i == len(question)
-        # behind an answer's first token may stand what it is asked to begin with, such as <think>
-        near = prefix[:1] if answer else prefix[-1:]
-        flagged = {
-            token.content for token in tokenizer.added_tokens_decoder.values() if token.special
-        }
-        found.update(near, flagged.intersection(prefix), border.findall(span.suffix))
+        # before the first question may stand a system prompt that names tokens, and behind an
+        # answer's first token what it is asked to begin with, such as <think>
+        question = once[i % len(once)]["role"] != ANSWER
+        near = prefix if question and i else prefix[-1:] if question else prefix[:1]
+        found.update(near, special.intersection(prefix), border.findall(span.suffix))
     return found
 
 
