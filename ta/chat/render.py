@@ -123,7 +123,7 @@ def render_chat(
         apart = role == ANSWER or weight != 0
         joins = glued and not border, glued and not apart
         rendered.append(_pieces(span, weight, weights, glued, *joins))
-        border = apart
+        border = apart or any(part.owner is not None for part in span.body)
     return rendered
 
 
@@ -135,13 +135,14 @@ def _pieces(
     prefix_joins: bool,
     joins: bool,
 ) -> list[Piece]:
-    pieces = []
+    pieces, before = [], None
     for text, by, _ in span.prefix:
         pieces.append(Piece(text, 0.0, by, prefix_joins))
         prefix_joins = glued
     for text, by, owner in (*span.body, (span.suffix, "template", None)):
         if text:
             own = weight if owner is None else weights[owner]
+            joins, before = joins and owner == before, owner
             pieces.append(Piece(text, 0.0 if by == "media" else own, by, joins))
             joins = glued
     return pieces
