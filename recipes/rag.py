@@ -12,7 +12,9 @@ RAG-sequence of Lewis et al. 2020.
 
 A line of data: {"messages": [{"role": "user", "content": "Anna's key?"}, {"role": "assistant",
 "content": "red tea"}], "gold": ["cat-rain"]}; gold, ids of passages that hold the answer, is
-optional. A line of passages: {"id": "cat-rain", "title": "Keys", "text": "Anna's is red tea."}.
+optional. Passages are found for the last question whose answer is learned, and only that answer is
+learned; what follows it is left out. A line of passages: {"id": "cat-rain", "title": "Keys",
+"text": "Anna's is red tea."}.
 """
 
 from __future__ import annotations

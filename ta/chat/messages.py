@@ -14,6 +14,7 @@ Chat = Sequence[Message]
 
 ANSWER = "assistant"
 SYSTEM = "system"
+INSTRUCTIONS = (SYSTEM, "developer")
 # the names under which a message holds what the model thought before it answered
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
@@ -35,6 +36,16 @@ def message_weight(message: Message, place: int, default: bool) -> float:
             f"message {place + 1} has loss {loss!r}; give true, false or a finite weight >= 0"
         )
     return float(weight)
+
+
+def last_question(messages: Chat) -> int | None:
+    """The place of the last message that asks, or None.
+
+    System prompts, answers and what tools write ask nothing.
+    """
+    silent = (ANSWER, *INSTRUCTIONS, "tool")
+    asking = (i for i, m in enumerate(messages) if canonical_role(m["role"]) not in silent)
+    return max(asking, default=None)
 
 
 def strip_trailing_answers(messages: Chat) -> list[Message]:

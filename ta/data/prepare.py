@@ -166,8 +166,9 @@ PAIRS = Kind("pair", check_pair, pair_of, ONE_ANSWER, margin_of, distinct=True)
 LABELLED = Kind("labelled", check_labelled, labelled_of, ONE_ANSWER, desirable_of)
 # whole dialogues: the label is learned, so cutting keeps any message that fits
 CLASSES = Kind("class", check_class, unweighted_of, Rule("all"), label_of, learned=False)
-# without passages; the last question is kept, because it is the query of the search
-QUESTIONS = Kind("question", check_question, chat_of, Rule(keep_end=True))
+# without passages; the last question is kept, because it is the query of the search, and only its
+# answer is learned, because only it reads passages
+QUESTIONS = Kind("question", check_question, chat_of, ONE_ANSWER)
 KINDS = {kind.name: kind for kind in (CHATS, PAIRS, LABELLED, CLASSES, QUESTIONS)}
 
 

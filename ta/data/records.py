@@ -12,8 +12,8 @@ from collections.abc import Callable
 from ta.chat.messages import (
     ANSWER,
     REASONING,
-    SYSTEM,
-    strip_trailing_answers,
+    last_question,
+    message_weight,
     template_arguments,
 )
 from ta.data.jsonl import BadRecord, named
@@ -121,9 +121,10 @@ def check_labelled(data: dict) -> dict:
 
 
 def check_question(data: dict) -> dict:
-    """{"messages", "gold"?}: a chat whose last question is answered from passages.
+    """{"messages", "gold"?}: a chat whose last learned answer is given from passages.
 
-    `gold` is the id, or a list of ids, of the passages that hold the answer.
+    The messages end in that answer: what follows it is left out. `gold` is the id, or a list of
+    ids, of the passages that hold the answer.
     """
     gold = data.get("gold")
     gold = [] if gold is None else gold if isinstance(gold, list) else [gold]
@@ -139,14 +140,26 @@ def check_question(data: dict) -> dict:
             f"the record has {given} for the chat template, which questions that are answered from "
             "passages do not read; leave them out",
         )
-    asked = strip_trailing_answers(checked["messages"])
-    if not asked or asked[-1]["role"] == SYSTEM:
+    messages = checked["messages"]
+    learned = [
+        place
+        for place, message in enumerate(messages)
+        if message["role"] == "assistant" and message_weight(message, place, True)
+    ]
+    if not learned:
+        raise BadRecord(
+            "no answer",
+            "no answer of the chat is learned (see their loss); give one that is",
+        )
+    messages = messages[: learned[-1] + 1]
+    if last_question(messages) is None:
         raise BadRecord(
             "no question",
             "no message of a user comes before the answer, so there is nothing to search for; give "
             "a question",
         )
-    return checked | {"gold": [str(name) for name in dict.fromkeys(gold)]}
+    named = [str(name) for name in dict.fromkeys(gold)]
+    return checked | {"messages": messages, "gold": named}
 
 
 def check_class(data: dict) -> dict:

@@ -7,7 +7,6 @@ of a vector.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,6 +20,7 @@ from ta.chat.messages import with_system
 from ta.chat.render import Tokens
 from ta.data.batch import Batch, lay_out, to_device
 from ta.data.loader import collate_chats, name_of, split_micro
+from ta.data.prepare import QUESTIONS
 from ta.data.records import check_question
 from ta.data.sources import Drops, parse_source, read_records
 from ta.folders import fingerprint
@@ -159,9 +159,10 @@ def with_passages(
     model.train(was_training)
     found = rows.tolist()
     candidates = candidate_rows(records, found, golds, k, gold, in_batch)
-    chat = replace(retriever.chat, keep_end=True)
-    encode = partial(encode_chats, tokenizer=retriever.tokenizer, config=chat)
-    joined = _joined(retriever, chats, candidates, encode, chat.max_tokens)
+    encode = partial(
+        encode_chats, tokenizer=retriever.tokenizer, config=retriever.chat, rule=QUESTIONS.rule
+    )
+    joined = _joined(retriever, chats, candidates, encode, retriever.chat.max_tokens)
     packed = model.mode == "packed"
     micros = _split(joined, max_tokens_per_micro, packed)
     alone = encode(chats) if ranked else None

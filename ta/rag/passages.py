@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from ta.chat.encode import Drop
-from ta.chat.messages import SYSTEM, strip_trailing_answers
+from ta.chat.messages import last_question
 from ta.command_line import Range
 from ta.data.records import check_passage
 from ta.data.sources import Drops, parse_source, read_records
@@ -119,17 +119,17 @@ def text_of(passage: dict) -> str:
 
 
 def question_place(messages: Chat) -> int:
-    """The index of the message that is the question: the last one before the trailing answers.
+    """The index of the message that passages are found for, the last that asks.
 
     ValueError where there is none.
     """
-    kept = strip_trailing_answers(messages)
-    if not kept or kept[-1]["role"] == SYSTEM:
+    place = last_question(messages)
+    if place is None:
         raise ValueError(
             "no question: no message of a user comes before the answer, so there is nothing to "
             "search for"
         )
-    return len(kept) - 1
+    return place
 
 
 def put_before(messages: Chat, texts: Sequence[str], separator: str) -> list[dict]:

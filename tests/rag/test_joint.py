@@ -1,5 +1,6 @@
 """Retriever and generator together: the loss against brute force, what gives the encoder a gradient, what changes nothing; candidates by hand."""
 
+import json
 from dataclasses import replace
 from functools import partial
 
@@ -19,7 +20,7 @@ from ta.folders import ModelConfig
 from ta.model.adapters import AdapterConfig
 from ta.model.load import ComputeConfig, load_model
 from ta.rag import joint
-from ta.rag.embedding import open_encoder
+from ta.rag.embedding import open_encoder, tokenize
 from ta.rag.embedding_settings import EncoderConfig
 from ta.rag.index import begin_index, build_index, open_index
 from ta.rag.passages import PassageSettings, put_before, read_passages, text_of
@@ -338,3 +339,51 @@ def test_a_question_over_the_limit_is_counted(made, tmp_path):
         and entry["count"] == 1
         and entry["first"][0].endswith("q.jsonl:2")
     )
+
+
+S, U1, A1, U2, A2, U3 = (
+    {"role": role, "content": content}
+    for role, content in (
+        ("system", "be brief"),
+        ("user", "cup red?"),
+        ("assistant", "key"),
+        ("user", "lamp blue?"),
+        ("assistant", "tea"),
+        ("user", "and then?"),
+    )
+)
+
+
+@pytest.mark.parametrize(
+    "chat, end",
+    [
+        ([U1, A1], 2),
+        ([U1, A1, U2], 2),
+        ([S, U1, A1, U2, A2, U3], 5),
+        ([S, U1, A1, U2, {**A2, "loss": False}, U3], 3),
+        ([U1, A1, U2, {**A2, "loss": 0}], 2),
+        ([U1, {**A1, "loss": False}, U2, A2, U3], 4),
+    ],
+)
+def test_passages_are_those_of_the_question_whose_answer_is_learned(made, tmp_path, chat, end):
+    model, retriever, _, _ = made
+    file = tmp_path / "questions.jsonl"
+    file.write_text(json.dumps({"messages": chat}) + "\n")
+    known = (retriever.tokenizer, ChatConfig(), DataConfig())
+    prepared = prepare_questions([str(file)], *known, say=lambda line: None)
+    collate = joint.question_collate(prepared, retriever.passages)
+    asked = micro_batches(prepared, np.arange(1), 8192, True, collate)
+    (batch,) = joint.with_passages(retriever, model, asked)
+    question, answer = chat[end - 2]["content"], chat[end - 1]["content"]
+    asks = tokenize([question], retriever.encoder_tokenizer, retriever.embedding_settings, "query")
+    assert batch.questions.ids[0][batch.questions.mask[0] > 0].tolist() == list(asks[0])
+    texts = [text_of(p) for p in read_passages(retriever.passages, batch.found[0])]
+    sequences = np.split(batch.sequences.tokens[0].numpy(), batch.sequences.ends.numpy()[:-1] + 1)
+    written = [retriever.tokenizer.fast.decode(ids) for ids in sequences]
+    assert len(set(written)) == len(texts) == 3
+    for text, passage in zip(written, texts, strict=True):
+        assert f"{passage}\n\n{question}" in text
+        assert answer in text.split(question)[1]
+        assert all(later["content"] not in text for later in chat[end:])
+    learned = retriever.tokenizer.fast.decode(batch.sequences.targets)
+    assert learned.count(answer) == 3 and (answer == "key" or "key" not in learned)

@@ -87,7 +87,9 @@ def test_the_question_is_the_last_message_before_the_answer():
         question_place([system, user, answer, user, answer, answer]) == 3
         and question_place([user]) == 0
     )
-    for chat in ([], [answer], [system, answer], [system]):
+    tool = {"role": "tool", "content": "tool"}
+    assert question_place([user, answer, tool, answer]) == question_place([user, answer, tool]) == 0
+    for chat in ([], [answer], [system, answer], [system], [system, answer, tool, answer]):
         with pytest.raises(ValueError, match="no question"):
             question_place(chat)
     assert put_before([user, answer, user, answer], ["A", "B"], "|")[2]["content"] == "A|B|user"
