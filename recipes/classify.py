@@ -17,7 +17,7 @@ The export loads with transformers' AutoModelForSequenceClassification.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated
 
@@ -37,13 +37,26 @@ class Config:
     optim: ta.OptimConfig = ta.OptimConfig()
     loop: ta.LoopConfig = ta.LoopConfig(out="runs/classify")
     samples: ta.SamplesConfig = ta.SamplesConfig()
-    num_labels: Annotated[int, Range(2)] = 3
-    """Classes; labels are 0 to num_labels - 1."""
+    num_labels: Annotated[int | None, Range(2)] = None
+    """Classes; labels are 0 to num_labels - 1. Default: as many as --labels, else 3."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes, in order, where labels are text; the export keeps them."""
     class_weights: tuple[str, ...] = ()
     """One weight a class, in order; or auto, which makes every class count alike. Default: none."""
     gamma: Annotated[float, Range(0)] = 0.0
     """Focal loss: how much less a record counts the surer the model is of it (2 is usual); 0 is
     cross-entropy."""
+
+
+def with_num_labels(config: Config) -> Config:
+    """The config with its number of classes; ValueError where names and number differ."""
+    labels, given = config.labels, config.num_labels
+    if labels and (len({*labels}) < max(2, len(labels)) or given not in (None, len(labels))):
+        raise ValueError(
+            f"--labels {' '.join(labels)}: give two or more different names, as many as "
+            "--num-labels where that is given too"
+        )
+    return replace(config, num_labels=given or len(labels) or 3)
 
 
 def weights_of(config: Config, labels):
@@ -114,11 +127,13 @@ def main(config: Config):
     """Train; returns the folder of the export and the last figures of held-out records."""
     import torch
 
+    config = with_num_labels(config)
     run = ta.start_run(config)
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat, day=run.day)
     files, val_files = ta.data_or_builtin(config.data.data, config.data.val_data, "classes")
-    train_data = ta.prepare_classes(files, tokenizer, config.chat, config.data, run.seed)
-    val_data = ta.prepare_classes(val_files, tokenizer, config.chat, config.data, run.seed)
+    prepare = partial(ta.prepare_classes, labels=config.labels)
+    train_data = prepare(files, tokenizer, config.chat, config.data, run.seed)
+    val_data = prepare(val_files, tokenizer, config.chat, config.data, run.seed)
     weights = weights_of(config, ta.labels_of(train_data, config.num_labels))
     val_labels = torch.tensor(ta.labels_of(val_data, config.num_labels)) if val_data else None
     tokenizer = ta.with_own_pad_token(tokenizer, train_data, val_data)
@@ -129,6 +144,7 @@ def main(config: Config):
         tokenizer,
         run.device,
         num_labels=config.num_labels,
+        label_names=config.labels,
         seed=run.seed,
     )
     ta.check_context(model, train_data, val_data)

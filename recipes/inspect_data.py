@@ -15,6 +15,7 @@ import math
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import ta
@@ -37,6 +38,8 @@ class Config:
     """What the records are: chats (sft), pairs (rm, dpo), labelled answers (kto), classified
     dialogues (classify), pictures and sounds (multimodal) or questions (rag, without their
     passages)."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes, in order, where the labels of --kind class are text."""
     examples: Annotated[int, Range(0)] = 3
     """Records shown with colours."""
     seed: int = 0
@@ -51,7 +54,7 @@ def prepare(config: Config, files: tuple[str, ...], tokenizer) -> Prepared | Non
         "chat": ta.prepare_chats,
         "pair": ta.prepare_pairs,
         "labelled": ta.prepare_labelled,
-        "class": ta.prepare_classes,
+        "class": partial(ta.prepare_classes, labels=config.labels),
         "media": ta.media.prepare_media_chats,
         "question": ta.prepare_questions,
     }

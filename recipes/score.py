@@ -9,7 +9,7 @@
 A line of data: {"messages": [{"role": "user", "content": "2 + 2?"}],
 "answers": [{"id": "a", "content": "4"}, {"id": "b", "content": "5"}]}
 A line of the output has the record's fields and {"rewards": {"a": 1.2, "b": -0.7}}, or
-{"prediction": 1, "probabilities": [0.1, 0.9]}.
+{"prediction": 1, "probabilities": [0.1, 0.9], "class": "pos"}, the class where it has a name.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import ta
 from ta import Range
 from ta.chat.encode import Drop
 from ta.data.prepare import CLASSES
-from ta.data.records import check_candidates, check_prompt
+from ta.data.records import check_candidates, check_class
 from ta.files import hash_json
 
+CLASS_TEXTS = partial(check_class, need_label=False)
 AT_ONCE = 128  # records whose scores are written together: what a killed run loses at most
 
 
@@ -53,7 +55,7 @@ class Config:
 
 def read_data(config: Config) -> list[dict]:
     """The checked records; those of classes need no label."""
-    check = check_candidates if config.kind == "candidates" else check_prompt
+    check = check_candidates if config.kind == "candidates" else CLASS_TEXTS
     return [record.data for record in ta.read_records(config.data, check)]
 
 
@@ -81,17 +83,19 @@ def load_scorer(config: Config, tokenizer, num_labels: int, device: str):
     return model
 
 
-def result_of(config: Config, record: dict, rows: list[list[float]]) -> dict:
-    """{"rewards": {answer id: reward}}, or the most probable class and all probabilities."""
+def result_of(config: Config, names: list[str], record: dict, rows: list[list[float]]) -> dict:
+    """{"rewards": {answer id: reward}}, or the most probable class and all probabilities.
+
+    `names` are those of the classes, [] where they have none.
+    """
     if config.kind == "candidates":
         pairs = zip(record["answers"], rows, strict=True)
         return {"rewards": {str(answer["id"]): row[0] for answer, row in pairs}}
     logits = rows[0]
     shifted = [math.exp(x - max(logits)) for x in logits]
-    return {
-        "prediction": logits.index(max(logits)),
-        "probabilities": [x / sum(shifted) for x in shifted],
-    }
+    prediction = logits.index(max(logits))
+    result = {"prediction": prediction, "probabilities": [x / sum(shifted) for x in shifted]}
+    return result | ({"class": names[prediction]} if names else {})
 
 
 def main(config: Config) -> None:
@@ -102,7 +106,7 @@ def main(config: Config) -> None:
     ta.check_engine(config.engine, config.vllm)
     out = ta.AnswersFile(config.out, config.resume, config.overwrite)
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat)
-    num_labels = ta.num_labels_of(config.model)
+    num_labels, names = ta.num_labels_of(config.model), ta.class_names_of(config.model)
     if (config.kind == "candidates") != (num_labels == 1):
         raise ValueError(
             f"--kind {config.kind} with a head of {num_labels} scores: candidates need a reward "
@@ -126,7 +130,7 @@ def main(config: Config) -> None:
             flat = [tokens for group in groups for tokens in group]
             scores = iter(ta.score(model, flat, config.max_tokens_per_micro))
             for i, group in zip(todo[start : start + AT_ONCE], groups, strict=True):
-                result = result_of(config, records[i], [next(scores) for _ in group])
+                result = result_of(config, names, records[i], [next(scores) for _ in group])
                 tokens = sum(len(tokens.ids) for tokens in group)
                 out.append(records[i] | result | {"key": keys[i]}, tokens)
     if out.publish(keys):

@@ -73,6 +73,7 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
     from ta.generation.sampling import sample_best as sample_best
     from ta.generation.sampling import sample_random as sample_random
     from ta.generation.sampling import sample_rejection as sample_rejection
+    from ta.generation.score import class_names_of as class_names_of
     from ta.generation.score import num_labels_of as num_labels_of
     from ta.generation.score import score as score
     from ta.generation.settings import Ending as Ending
@@ -153,7 +154,7 @@ NAMES = {  # module: what `import ta` gives of it, loaded on first use
     "ta.generation.answers_file": "AnswersFile model_key",
     "ta.generation.prompts": "read_prompts",
     "ta.generation.sampling": "sample_best sample_random sample_rejection",
-    "ta.generation.score": "num_labels_of score",
+    "ta.generation.score": "class_names_of num_labels_of score",
     "ta.generation.vllm_engine": "VllmConfig check_engine start_vllm",
     "ta.model.new_rows": "check_vocabulary",
     "ta.reference": "ReferenceConfig check_sync learned_tokens open_reference "

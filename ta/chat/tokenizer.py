@@ -526,6 +526,8 @@ def parse_role_tags(pairs: Sequence[str]) -> dict[str, str]:
 def template_of(tokenizer: PreTrainedTokenizerFast, config: ChatConfig, day: str = "") -> Template:
     """The explicit template where config gives a prefix or suffix, else the tokenizer's own.
 
+    The tokenizer of an encoder of text has none: its classification and separator tokens stand in.
+
     Role tags name the roles of the explicit one, or rename roles for the tokenizer's own. A
     template that writes the date writes `day` (YYYY-MM-DD, default: today) at midnight, also in a
     run over midnight.
@@ -537,7 +539,10 @@ def template_of(tokenizer: PreTrainedTokenizerFast, config: ChatConfig, day: str
             text and text.replace("\\n", "\n").replace("\\t", "\t")
             for text in (config.prefix_template, config.suffix_template)
         )
-        return explicit_template(prefix, suffix, tags, tokenizer.bos_token)
+        return explicit_template(prefix, suffix, tags, tokenizer.bos_token or tokenizer.cls_token)
+    if not tokenizer.chat_template and tokenizer.cls_token and tokenizer.sep_token:
+        # an encoder, such as BERT: its own marks before the text and behind each message
+        return explicit_template("", tokenizer.sep_token, tags, tokenizer.cls_token)
     if not tokenizer.chat_template:
         raise ValueError(
             "the tokenizer has no chat template; give --prefix-template and --suffix-template (and "

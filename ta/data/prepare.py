@@ -119,6 +119,8 @@ class Kind(NamedTuple):
     answer_optional: bool = False
     # False where an extra, such as a label, is learned and no token
     learned: bool = True
+    # names of classes, in order, that labels may be; `check` then takes `labels`
+    labels: tuple[str, ...] = ()
     # whether a record whose two dialogues have the same tokens is dropped
     distinct: bool = False
     # (record, ids, tokenizer, whether the latest messages were kept) -> (modality, path) of the
@@ -248,12 +250,15 @@ def prepare(
     hashes = [source_hash(source.path, cache / "hashes") for source in sources]
     chosen = any(source.share is not None or source.count is not None for source in sources)
     choices = [[content, *source[1:]] for content, source in zip(hashes, sources, strict=True)]
-    settings = {"method": kind.name} | tokenizer_settings(tokenizer, chat)
+    settings = {"method": kind.name} | ({"labels": kind.labels} if kind.labels else {})
+    settings |= tokenizer_settings(tokenizer, chat)
     fingerprint = hash_json([FORMAT, choices, seed if chosen else None, settings])
     key = hash_json([fingerprint, PREPARE_VERSION, _kind_settings(kind)])
     check = kind.check
     if kind.answer_optional and chat.loss_on == "all":
         check = partial(check, need_answer=False)
+    if kind.labels:
+        check = partial(check, labels=kind.labels)
     folder, made = cache / "prepared" / key, False
     opened = partial(_open, folder, sources, texts, data)
     if isinstance(prepared := opened(), str):
@@ -276,8 +281,21 @@ def prepare(
 prepare_chats = partial(prepare, kind=CHATS)
 prepare_pairs = partial(prepare, kind=PAIRS)
 prepare_labelled = partial(prepare, kind=LABELLED)
-prepare_classes = partial(prepare, kind=CLASSES)
 prepare_questions = partial(prepare, kind=QUESTIONS)
+
+
+def prepare_classes(
+    files: Sequence[str] | Sequence[dict],
+    tokenizer: ChatTokenizer,
+    chat: ChatConfig,
+    data: DataConfig,
+    seed: int = 0,
+    *,
+    labels: Sequence[str] = (),
+) -> Prepared | None:
+    """`prepare` for texts with a class: a number, or one of the names in `labels`."""
+    kind = CLASSES._replace(labels=tuple(labels))
+    return prepare(files, tokenizer, chat, data, seed, kind=kind)
 
 
 def first_records(prepared: Prepared | None, n: int) -> list[dict]:

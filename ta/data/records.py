@@ -7,7 +7,7 @@ Every checker reads `bot` as `assistant`, `disable_loss: true` as `loss: false`,
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ta.chat.messages import (
     ANSWER,
@@ -162,15 +162,24 @@ def check_question(data: dict) -> dict:
     return checked | {"messages": messages, "gold": named}
 
 
-def check_class(data: dict) -> dict:
-    """{"messages", "label": int from 0}; one message is enough."""
+def check_class(data: dict, labels: Sequence[str] = (), need_label: bool = True) -> dict:
+    """{"messages", "label": int from 0}; one message is enough.
+
+    A label may also be one of the names in `labels`, which becomes its place there.
+    """
+    data = check_chat(data, need_answer=False)
+    if not need_label:
+        return data
     label = data.get("label")
-    if type(label) is not int or label < 0:
-        raise BadRecord(
-            "label is not a class number",
-            f"label is {_shown(data, 'label')}; give a whole number from 0",
-        )
-    return check_chat(data, need_answer=False)
+    name = label if isinstance(label, str) else json.dumps(label)
+    if name in labels:
+        return {**data, "label": labels.index(name)}
+    if type(label) is not int or label < 0 or (labels and label >= len(labels)):
+        way = "give a whole number from 0, or name the classes in --labels"
+        if labels:
+            way = f"give one of {', '.join(labels[:20])}, or its place from 0"
+        raise BadRecord("label is not a class", f"label is {_shown(data, 'label')}; {way}")
+    return data
 
 
 def check_candidates(data: dict) -> dict:

@@ -40,6 +40,15 @@ def num_labels_of(config: ModelConfig) -> int:
     return folder.num_labels
 
 
+def class_names_of(config: ModelConfig) -> list[str]:
+    """The names of a saved classifier's classes, in order; [] where it has only numbers."""
+    sources = resolve(config)
+    settings = adapter_labels(sources.adapter) if sources.adapter else {}
+    named = settings.get("id2label") or read_folder(sources.base, config.hub).config.get("id2label")
+    names = [name for _, name in sorted((int(i), name) for i, name in (named or {}).items())]
+    return [] if names == [f"LABEL_{i}" for i in range(len(names))] else names
+
+
 def score(
     model: LanguageModel | VllmEngine,
     sequences: Sequence[Tokens],

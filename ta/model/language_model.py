@@ -77,11 +77,18 @@ class LanguageModel(nn.Module):
             return token_logprobs(learned, self._head(), batch.targets)
 
     def scores(self, batch: Batch) -> Tensor:
-        """The scores of the classification head at the last token of each sequence, (N, C)."""
+        """The scores of the classification head for each sequence, (N, C).
+
+        A causal model's head reads the last token, an encoder's what its kind reads.
+        """
         with self._arithmetic():
             batch, embeds = self._inputs(batch)
-            last = self._hidden(batch, embeds).flatten(0, 1)[batch.ends]  # (N, D)
-            scores = base_model(self.inner).score(last)
+            if is_encoder_classifier(base_model(self.inner)):
+                inputs = {"input_ids": batch.tokens, "attention_mask": _real(batch)}
+                scores = self.inner(**inputs).logits[: len(batch.ends)]
+            else:
+                last = self._hidden(batch, embeds).flatten(0, 1)[batch.ends]  # (N, D)
+                scores = base_model(self.inner).score(last)
             return scores if scores.dtype == torch.float64 else scores.float()
 
     def hidden(self, batch: Batch) -> Tensor:
@@ -194,6 +201,16 @@ def native_attention(base) -> str:
     return "sdpa" if getattr(base, "_supports_sdpa", False) and not capped else "eager"
 
 
+def is_encoder_classifier(model) -> bool:
+    """Whether a model is an encoder of text, such as BERT, with a head of scores.
+
+    Its tokens see each other both ways, and its head is its own.
+    """
+    return hasattr(model, "classifier") and not (
+        hasattr(model, "score") or model.config.is_encoder_decoder
+    )
+
+
 def base_model(model):
     """The transformers model inside adapters."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -219,6 +236,9 @@ def wrap(
             "prompt learning puts virtual tokens in front: padded batches and the model's own "
             "logits are used",
         )
+    if is_encoder_classifier(base_model(model)):
+        wrapper.set_mode("native")
+        return wrapper, "an encoder's tokens see each other both ways: batches are padded"
     # products in 8 bits round by the other contents of the batch
     rounded = getattr(base_model(model), "is_quantized", False)
     # Full precision shows whether documents see each other: a result is then off by more than

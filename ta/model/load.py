@@ -6,7 +6,7 @@ that need it are imported late.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,12 +85,14 @@ def load_model(
     device: str = "cpu",
     *,
     num_labels: int | None = None,
+    label_names: Sequence[str] = (),
     seed: int = 0,
     around: Callable[[LanguageModel], LanguageModel] | None = None,
 ) -> LanguageModel:
     """The model with new tokens and adapter, ready to train; its `note` is for the user.
 
-    With `num_labels` it has a classification head of that many scores. `around` may wrap the model
+    With `num_labels` it has a classification head of that many scores, of classes with
+    `label_names` where these are given. `around` may wrap the model
     in further modules and freeze parts of it, before it is sharded. New weights are drawn from
     `seed`. ValueError for settings and folders that do not fit together.
     """
@@ -107,6 +109,7 @@ def load_model(
         loaded, head = load_base(model, device=device, quantize=compute.quantize), ""
     else:
         loaded, head = _classifier(model, adapter, compute, num_labels, device, seed)
+        _name_classes(loaded, label_names)
         loaded.config.get_text_config().pad_token_id = tokenizer.fast.pad_token_id
     set_rows(loaded, tokenizer.new_tokens)
     if sources.adapter is None:
@@ -122,6 +125,8 @@ def load_model(
     ready = _place(adapted, compute, device, is_half(model, device), around, sources.media)
     idle = "" if adapter.adapter in ("none", "lora") else idle_rows(tokenizer, adapter.adapter)
     ready.note = "\n".join(text for text in (head, idle, ready.note) if text)
+    if ready.note:
+        say(ready.note)
     return ready
 
 
@@ -142,9 +147,13 @@ def check_context(model: LanguageModel, *data: Prepared | None) -> None:
 
     from ta.model.language_model import base_model
 
-    limit = getattr(
-        base_model(model.inner).config.get_text_config(), "max_position_embeddings", None
-    )
+    base = base_model(model.inner)
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in base.named_modules() if limit else ():
+        # the positions of RoBERTa and its kind begin behind that of padding
+        first = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and first is not None:
+            limit -= first + 1
     for prepared in data if limit else ():
         sizes = np.zeros(0, int) if prepared is None else np.diff(prepared.offsets)
         if prepared is not None and sizes.max(initial=0) > limit:
@@ -197,6 +206,7 @@ def load_base(
     import transformers
 
     from ta.model.attention import register
+    from ta.model.language_model import is_encoder_classifier
 
     folder = resolve(model).base
     if task == "causal" and read_folder(folder).kind == "classifier":
@@ -224,9 +234,15 @@ def load_base(
     if task == "encoder":
         check_tensors(folder, info, new="pooler.", unread="")
     elif task == "seq_cls":
-        check_tensors(
-            folder, info, new=("score.", "classifier."), unread=("lm_head.", "embed_out.")
-        )
+        heads = {"new": ("score.", "classifier."), "unread": ("lm_head.", "embed_out.")}
+        if is_encoder_classifier(loaded):
+            # an encoder's heads are whatever stands beside its body; its pooler may be new too
+            body = f"{loaded.base_model_prefix}."
+            both = {*info["missing_keys"], *info["unexpected_keys"]}
+            beside = tuple(name for name in both if not name.startswith(body))
+            pooler = tuple(name for name in info["missing_keys"] if ".pooler." in name)
+            heads = {"new": beside + pooler, "unread": beside}
+        check_tensors(folder, info, **heads)
     else:
         check_tensors(folder, info)
     if loaded.can_generate():
@@ -365,6 +381,8 @@ def _classifier(
     """
     import torch
 
+    from ta.model.language_model import is_encoder_classifier
+
     sources = resolve(model)
     if sources.media:
         raise ValueError(
@@ -388,13 +406,31 @@ def _classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         loaded = load_base(model, "seq_cls", num_labels, device, quantize=compute.quantize)
-    if not hasattr(loaded, "score"):
+    if not hasattr(loaded, "score") and not is_encoder_classifier(loaded):
         raise ValueError(
             f"{sources.base} is a {type(loaded).__name__}, which reads no score at the last token: "
-            "give a causal language model's folder"
+            "give the folder of a causal language model, or of an encoder such as BERT"
         )
     plural = "s" * (num_labels > 1)
     return loaded, "" if old else f"the head of {num_labels} score{plural} is new"
+
+
+def _name_classes(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """Name the classes in the model's config, in place.
+
+    ValueError where the model's own classes have other names.
+    """
+    if not names:
+        return
+    own = [model.config.id2label[i] for i in range(len(names))]
+    unnamed = own == [f"LABEL_{i}" for i in range(len(names))]
+    if not unnamed and own != list(names):
+        raise ValueError(
+            f"--labels {' '.join(names)}: the model's own classes are {' '.join(own)}, in this "
+            "order; give these"
+        )
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: i for i, name in enumerate(names)}
 
 
 def _place(
