@@ -4,8 +4,10 @@ import json
 import shutil
 
 import pytest
+from test_encoders import save_clip
 
-from ta.builtin.model_folders import tiny_folder
+from ta.builtin.model_folders import builtin_encoder, tiny_folder
+from ta.builtin.pictures import write_pictures
 from ta.folders import ModelConfig, read_folder, resolve
 
 
@@ -81,13 +83,46 @@ def test_what_is_no_model_is_refused(tmp_path):
         resolve(ModelConfig(str(tmp_path / "torn")))
 
 
+def cached(hub, name, folder):
+    """Put a folder into a hub's cache under me/NAME."""
+    kept = hub / f"models--me--{name}"
+    shutil.copytree(folder, kept / "snapshots" / "0123abcd")
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("0123abcd")
+
+
+@pytest.mark.slow
+def test_encoders_and_tokenizers_may_be_names_of_the_hub(tmp_path, run):
+    for name, folder in (("text", builtin_encoder()), ("tiny", tiny_folder())):
+        cached(tmp_path / "hub", name, folder)
+    save_clip(tmp_path / "clip", whole=False)
+    cached(tmp_path / "hub", "clip", tmp_path / "clip")
+    where = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    (tmp_path / "p.jsonl").write_text('{"text": "cat"}\n')
+    index = ("--passages", tmp_path / "p.jsonl", "--out", tmp_path / "index")
+    run("build_index", *index, "--encoder-path", "me/text", "--hub", **where)
+    said = run("build_index", *index, "--encoder-path", "me/text", "--overwrite", code=2, **where)
+    assert "no model folder at me/text" in said.stderr and "--hub" in said.stderr
+    write_pictures(tmp_path / "pictures", 4, 2)
+    sees = ("--image-encoder", "clip", "--image-encoder-path", "me/clip", "--hub")
+    data = ("--data", tmp_path / "pictures" / "train.jsonl")
+    data += ("--image-root", tmp_path / "pictures" / "images")
+    steps = ("--steps", 1, "--batch-size", 2, "--sample-records", 0)
+    run("multimodal", *data, *sees, *steps, "--out", tmp_path / "see", **where)
+    # its media.json says where the encoder is, so that nothing is named again
+    on = ("--model-path", tmp_path / "see", *data, *steps, "--out", tmp_path / "on")
+    run("multimodal", *on)
+    root = tmp_path / "pictures" / "images"
+    encode = ("--root", root, "--encoder", "clip", "--encoder-path", "me/clip", "--workers", 0)
+    run("preprocess_images", *encode, "--hub", "--out", tmp_path / "f.safetensors", **where)
+    named = ("--model-path", tiny_folder(), "--tokenizer-path", "me/tiny", "--hub")
+    run("sft", *named, *steps, "--out", tmp_path / "sft", **where)
+
+
 @pytest.mark.slow
 def test_a_name_of_the_hub_is_a_folder_from_then_on(tmp_path, run):
     """From a filled cache without network: to train on, to go on with an adapter, and to answer."""
-    kept = tmp_path / "hub" / "models--me--tiny"
-    shutil.copytree(tiny_folder(), kept / "snapshots" / "0123abcd")
-    (kept / "refs").mkdir()
-    (kept / "refs" / "main").write_text("0123abcd")
+    cached(tmp_path / "hub", "tiny", tiny_folder())
     where = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     named = ("--model-path", "me/tiny", "--hub")
     steps = ("--steps", 1, "--sample-records", 0)

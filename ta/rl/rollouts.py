@@ -64,7 +64,9 @@ def prepare_prompts(
     ids = np.concatenate([np.array(ids, np.int32) for _, ids in prompts])
     offsets = np.concatenate([[0], np.cumsum(sizes)])
     origin = np.stack([np.zeros(n), np.arange(1, n + 1)], 1).astype(np.int32)
-    info = {"fingerprint": hash_json(prompts), "sources": [{"path": "prompt"}]}
+    source = {"path": "prompt", "source": " ".join(files), "records": n, "used": n}
+    info = {"fingerprint": hash_json(prompts), "sources": [source]}
+    info |= {"tokens": len(ids), "learned_tokens": 0}
     weights = np.zeros(len(ids), np.float32)
     return prompts, Prepared(ids, weights, offsets, origin, {}, info, 1)
 

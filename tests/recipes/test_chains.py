@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 import judged
 import pytest
+import torch
 from conftest import settings_of
+from safetensors.torch import load_file, save_file
 from test_encoders import save_clip
 
 from ta.builtin import tasks
@@ -86,6 +88,7 @@ def place(tmp_path_factory):
         *("--image-root", pictures / "images"),
     )
     data["rag"] = ("--data", folder / "questions.jsonl", "--val-data", folder / "questions.jsonl")
+    data["grpo"] = (*data["sft"], "--num-answers", 2, "--max-new-tokens", 4)
     data = {recipe: (*flags, *QUICK) for recipe, flags in data.items()}
 
     def make(recipe, name, *flags):
@@ -166,6 +169,8 @@ THROUGH = [
     ("dpo", "see"),
     ("sft", "see lora"),
     ("kto", "see lora"),
+    ("grpo", "sft"),
+    ("grpo", "lora new"),
     ("rag", "sft"),
     ("rag", "lora new"),
 ]
@@ -260,6 +265,10 @@ def kinds(place, runs):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(runs["lora"] / "final" / name, plain)
     (place.folder / "empty").mkdir()
+    (place.folder / "features").mkdir()
+    features = place.folder / "features" / "features.safetensors"
+    pictures = ("--root", place.folder / "pictures" / "images", "--workers", 0)
+    place.make("preprocess_images", features.relative_to(place.folder), *pictures)
     return {
         **{name: runs[name] for name in ("sft", "lora", "prompt", "see", "see lora")},
         **{name: runs[name] for name in ("rm", "rm lora", "classify", "rag")},
@@ -269,12 +278,106 @@ def kinds(place, runs):
         "encoder": builtin_encoder(),
         "clip": place.folder / "clip",
         "index": place.folder / "index",
+        "features": place.folder / "features",
         "checkpoint": next((runs["sft"] / "checkpoints").iterdir()),
         "records": place.folder / "pictures",
         "empty": place.folder / "empty",
         "file": place.folder / "chats.jsonl",
         "gone": place.folder / "gone",
     }
+
+
+def flags_for(place, recipe, flag):
+    """What a recipe needs beside a path flag."""
+    if recipe == "build_index":
+        return ("--passages", place.folder / "passages.jsonl")
+    if recipe == "score":
+        message = {"role": "user", "content": "cup?"}
+        candidates = {"messages": [message], "answers": [{"id": "a", "content": "red"}]}
+        write_jsonl(place.folder / "candidates.jsonl", [candidates])
+        return ("--data", place.folder / "candidates.jsonl")
+    if recipe == "multimodal":
+        clip = flag == "--image-encoder-path"
+        return (*place.data[recipe], "--image-encoder", "clip" if clip else "builtin")
+    flags = place.data.get(recipe, ())
+    if recipe == "generate":
+        flags = ("--data", place.folder / "questions.jsonl", "--max-new-tokens", 1)
+    if recipe == "rag" and flag != "--index":
+        flags += ("--index", place.folder / "index")
+    return flags if flag == "--model-path" else (*flags, *BASE)
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-50])
+
+
+def lie(file):
+    """The header is said to be longer than any file."""
+    file.write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
+
+
+def pickle(file):
+    torch.save({"a": torch.zeros(2)}, file)
+
+
+def rename(file):
+    tensors = load_file(file)
+    save_file({f"base.{name}": tensor for name, tensor in tensors.items()}, file, {"format": "pt"})
+
+
+def widen(file):
+    tensors = {name: torch.cat([x, x]) for name, x in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+
+
+def lose(file):
+    file.unlink()
+
+
+def tear(file):
+    file.write_text("{")
+
+
+def listed(file):
+    file.write_text("[]")
+
+
+WEIGHTS, SETTINGS = (truncate, lie, pickle, rename, widen, lose), (tear, listed, lose)
+DAMAGED = {  # recipe, flag, kind of folder: its files
+    ("sft", "--model-path", "base"): ("model.safetensors", "config.json"),
+    ("rm", "--model-path", "rm"): ("model.safetensors", "config.json"),
+    ("sft", "--adapter-path", "lora"): ("adapter_model.safetensors", "adapter_config.json"),
+    ("dpo", "--ref-path", "base"): ("model.safetensors", "config.json"),
+    ("multimodal", "--image-encoder-path", "clip"): (
+        *("model.safetensors", "config.json", "preprocessor_config.json"),
+    ),
+    ("multimodal", "--model-path", "see"): ("projectors/image.safetensors", "media.json"),
+    ("multimodal", "--image-features", "features"): ("features.safetensors",),
+    ("build_index", "--encoder-path", "encoder"): ("model.safetensors", "config.json"),
+    ("generate", "--index", "index"): ("vectors.safetensors", "manifest.json"),
+}
+HARMLESS = {  # what loads all the same, and may
+    # without media.json it is a language model, and an encoder is named
+    ("see", "media.json", lose),
+}
+
+
+@pytest.mark.parametrize(("recipe", "flag", "kind"), DAMAGED)
+def test_a_damaged_folder_is_one_line(place, kinds, tmp_path, recipe, flag, kind):
+    flags = flags_for(place, recipe, flag)
+    for i, name in enumerate(DAMAGED[recipe, flag, kind]):
+        for damage in WEIGHTS if name.endswith(".safetensors") else SETTINGS:
+            source = kinds[kind] / "final" if (kinds[kind] / "final").exists() else kinds[kind]
+            folder = tmp_path / f"{i}-{damage.__name__}"
+            shutil.copytree(source, folder)
+            damage(folder / name)
+            given = folder / name if kind == "features" else folder
+            out = tmp_path / f"out-{i}-{damage.__name__}"
+            code, lines = call(recipe, *flags, flag, given, "--out", out)
+            if (kind, name, damage) in HARMLESS:
+                assert code == 0, lines
+            else:
+                assert refusal(code, lines), (name, damage.__name__, code, lines)
 
 
 WHOLE = {"base", "sft", "final", "rag"}
@@ -311,21 +414,7 @@ USED = {  # recipe, flag: the kinds that are used; all others are refused
 @pytest.mark.parametrize(("recipe", "flag"), USED)
 def test_what_may_stand_behind_a_path_flag(place, kinds, tmp_path, recipe, flag):
     """Each kind of folder is used, or refused in one line."""
-    common = {
-        "build_index": ("--passages", place.folder / "passages.jsonl"),
-        "generate": ("--data", place.folder / "questions.jsonl", "--max-new-tokens", 1),
-        "score": ("--data", tmp_path / "candidates.jsonl"),
-    }
-    message = {"role": "user", "content": "cup?"}
-    candidates = {"messages": [message], "answers": [{"id": "a", "content": "red"}]}
-    write_jsonl(tmp_path / "candidates.jsonl", [candidates])
-    flags = common.get(recipe, place.data.get(recipe, ()))
-    if recipe == "rag" and flag != "--index":
-        flags += ("--index", place.folder / "index")
-    if recipe == "multimodal":
-        flags += ("--image-encoder", "clip" if flag == "--image-encoder-path" else "builtin")
-    if flag != "--model-path" and recipe not in ("multimodal", "build_index"):
-        flags += BASE
+    flags = flags_for(place, recipe, flag)
     for kind, folder in kinds.items():
         code, lines = call(recipe, *flags, flag, folder, "--out", tmp_path / kind)
         if kind in USED[recipe, flag]:
