@@ -12,10 +12,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import ta
+from ta.chat.tokenizer_files import UNCHANGED, VOCABULARIES, read_tokenizer, save_tokenizer
 from ta.files import check_replaceable, keep_inputs, locked, publishing
 from ta.model.adapters import adapter_labels, read_config
+from ta.model.load import check_generation
 
 
 @dataclass(frozen=True)
@@ -25,13 +28,15 @@ class Config:
     model: ta.ModelConfig = ta.ModelConfig()
     overwrite: bool = False
     """Replace what OUT holds."""
+    export_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the weights that are written. Default: the one in which the base is stored."""
 
     def check(self) -> None:
         """ValueError for settings of the model that a merge has no use for."""
         if self.model.dtype != "auto" or self.model.model_args:
             raise ValueError(
                 "--dtype and --model-args are of no use to a merge: it adds in float32 and writes "
-                "in the base's own dtype; leave them out"
+                "in the base's own dtype (or --export-dtype); leave them out"
             )
 
 
@@ -44,7 +49,7 @@ NAMES = (
         "model*.safetensors",
         "model.safetensors.index.json",
     ),
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
+    *("tokenizer.json", "tokenizer_config.json", *VOCABULARIES, *UNCHANGED),
     *("chat_template.jinja", "additional_chat_templates", "media.json", "projectors", MARK),
 )
 
@@ -67,9 +72,11 @@ def check_out(config: Config, inputs: list) -> None:
 
 
 def load_base(config: ta.ModelConfig, adapter: str):
-    """The base in float32, as the model that the adapter is for, and the dtype it is stored in."""
-    import torch
-    from transformers import AutoConfig
+    """The base in float32, as the model that the adapter is for.
+
+    It has the labels and the generation config of the adapter's run, which says where answers stop.
+    """
+    from transformers import GenerationConfig
 
     task = read_config(adapter)["task_type"]
     if task not in TASKS:
@@ -80,44 +87,23 @@ def load_base(config: ta.ModelConfig, adapter: str):
     if labels.get("id2label"):
         model.config.id2label = labels["id2label"]
         model.config.label2id = {label: i for i, label in labels["id2label"].items()}
+    if model.can_generate() and (Path(adapter) / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(adapter)
+        check_generation(adapter, model.generation_config)
     model.set_attn_implementation(ta.native_attention(model))
-    stored = AutoConfig.from_pretrained(
-        ta.resolve(config).base,
-        local_files_only=not config.hub,
-        trust_remote_code=config.trust_remote_code,
-    )
-    dtype = stored.get_text_config().dtype or torch.float32
-    return model, getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return model
 
 
-def load_tokenizer(adapter: str, base: str, hub: bool):
+def load_tokenizer(adapter: str, base: str):
     """The adapter's own tokenizer, else the base's, else none.
 
     The adapter's knows the new tokens and the template that was trained.
     """
-    from transformers import AutoTokenizer
-
-    for folder in (adapter, base):
+    for folder in (Path(adapter), Path(base)):
         names = ("tokenizer.json", "tokenizer_config.json")
-        if any((Path(folder) / name).exists() for name in names) or (folder == base and hub):
-            return AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=not hub
-            )
+        if any((folder / name).exists() for name in names):
+            return read_tokenizer(folder)
     return None
-
-
-def save(model, tokenizer, adapter: str, folder: Path) -> None:
-    """Weights, config, tokenizer, and the generation config that the adapter's run wrote.
-
-    That config says where answers stop.
-    """
-    from transformers import GenerationConfig
-
-    if model.can_generate() and (Path(adapter) / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(adapter)
-    model.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
 
 
 def check_saved(model, folder: Path) -> None:
@@ -137,12 +123,20 @@ def main(config: Config) -> None:
         raise ValueError(
             f"{config.model.model_path} is no adapter: give the adapter in --adapter-path"
         )
+    import torch
+
+    from ta.model.export import check_room, check_tokenizer, model_bytes, save_model, stored_dtype
+
     out, inputs = Path(config.out).resolve(), [Path(base).resolve(), Path(adapter).resolve()]
     check_out(config, [*inputs, media])
     with locked(out):
         check_out(config, [*inputs, media])
-        model, dtype = load_base(config.model, adapter)
-        tokenizer = load_tokenizer(adapter, base, config.model.hub)
+        model = load_base(config.model, adapter)
+        dtype = getattr(torch, config.export_dtype or "", None) or stored_dtype(base)
+        check_room(out, model_bytes(model, dtype))
+        tokenizer = load_tokenizer(adapter, base)
+        if tokenizer is not None:
+            check_tokenizer(tokenizer, model.config)
         merged = ta.merge_adapter(ta.load_adapter(model, adapter))
         if tokenizer is not None:
             ta.check_vocabulary(tokenizer, merged)
@@ -151,7 +145,9 @@ def main(config: Config) -> None:
             merged.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         ta.cast_parameters(merged, dtype)
         with publishing(out, replace=True) as folder:
-            save(merged, tokenizer, adapter, folder)
+            save_model(merged, folder)
+            if tokenizer is not None:
+                save_tokenizer(tokenizer, folder)
             if media:
                 ta.copy_media(media, folder)
             made_of = {"base": str(inputs[0]), "adapter": str(inputs[1])}

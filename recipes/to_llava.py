@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import ta
 from ta.files import locked
@@ -29,9 +30,15 @@ class Config:
     hub: bool = False
     """Take a name that is no folder from the Hugging Face hub, or from its cache where there is no
     network."""
+    export_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the weights that are written. Default: the one in which the base is stored."""
 
 
 def main(config: Config) -> None:
+    import torch
+
+    from ta.model.export import stored_dtype
+
     out = Path(config.out)
     if out.exists():
         raise ValueError(f"--out {out} exists: give a new folder")
@@ -49,9 +56,11 @@ def main(config: Config) -> None:
         source, ta.TokenizerConfig(), ta.ChatConfig(), media.placeholders
     )
     model = ta.media.media_model_for_inference(media, tokenizer, ta.load_for_inference(source))
+    dtype = getattr(torch, config.export_dtype or "", None) or stored_dtype(folders.base)
     with locked(out):
-        gap = ta.media.export_llava(media, model, tokenizer, out)
-    print(f"{config.model_path} -> {out} (logits agree to {gap:.1g})")
+        gap = ta.media.export_llava(media, model, tokenizer, out, dtype)
+    name = str(dtype).removeprefix("torch.")
+    print(f"{config.model_path} -> {out} ({name}; logits agree to {gap:.1g})")
 
 
 if __name__ == "__main__":

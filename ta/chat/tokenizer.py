@@ -24,6 +24,7 @@ from ta.chat.template import (
     export_template,
     split_chat,
 )
+from ta.chat.tokenizer_files import CONTENT_TOKENS, read_tokenizer
 from ta.files import hash_json
 from ta.folders import ModelConfig, local_folder, resolve
 
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-# key in tokenizer_config.json: declared tokens that are real in content too
-CONTENT_TOKENS = "content_tokens"
 # what chat templates read the date with
 CLOCK = "strftime_now"
 
@@ -93,7 +92,7 @@ class ChatTokenizer(NamedTuple):
     template: Template
     vocabulary: Vocabulary
     new_tokens: Sequence[NewToken] = ()
-    # token ids that end an answer
+    # token ids that end an answer: by the template, and by the model's generation config
     stop_ids: Sequence[int] = ()
     # texts that end an answer where no token does
     stop_strings: Sequence[str] = ()
@@ -113,9 +112,10 @@ def load_chat_tokenizer(
     """The tokenizer of a model with its chat template and new tokens; loads no weights.
 
     It comes from --tokenizer-path, else from the adapter of `model` (a ModelConfig), else from the
-    model's folder. The tokens of `placeholders` are added too; unlike other new tokens they are
-    plain text in what users write. `day` (YYYY-MM-DD, default: today) is what a template that
-    writes the date writes. ValueError for settings that cannot work, a folder without a fast
+    model's folder. Answers end where the template ends them, and at the end tokens that the model's
+    generation config names. The tokens of `placeholders` are added too; unlike other new tokens
+    they are plain text in what users write. `day` (YYYY-MM-DD, default: today) is what a template
+    that writes the date writes. ValueError for settings that cannot work, a folder without a fast
     tokenizer, a token that cannot be added.
     """
     check_chat_config(chat)
@@ -137,7 +137,13 @@ def load_chat_tokenizer(
         fast.init_kwargs[CONTENT_TOKENS] = content
     made = chat_tokenizer(fast, chat, content, new, placeholders, day)
     _keep_when_decoded(fast, made.vocabulary.content)
-    return made
+    ends, texts = known_ends(model, len(fast))
+    # the texts belong to the folder's own template
+    texts = [] if isinstance(made.template, ExplicitTemplate) else texts
+    return made._replace(
+        stop_ids=sorted({*made.stop_ids, *ends}),
+        stop_strings=list(dict.fromkeys([*made.stop_strings, *texts])),
+    )
 
 
 def _keep_when_decoded(fast: PreTrainedTokenizerFast, tokens: Collection[str]) -> None:
@@ -310,7 +316,7 @@ def load_tokenizer(
 
     Nothing is looked up on a hub. ValueError: no such folder, no fast tokenizer in it.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     folder = Path(config.tokenizer_path or path or "")
     if not (config.tokenizer_path or path) or not folder.is_dir():
@@ -319,9 +325,7 @@ def load_tokenizer(
             "--tokenizer-path"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
+        tokenizer = read_tokenizer(folder)
     except Exception as error:
         # transformers and tokenizers raise errors of many types for a file that is not whole
         why = str(error).strip().splitlines()[:1] or [repr(error)]
@@ -624,26 +628,76 @@ def _clock(day: str) -> Callable[[str], str]:
     return datetime.fromisoformat(day or date.today().isoformat()).strftime
 
 
-def _answer_suffix(template: Template) -> str:
-    return split_chat([*_question(template), {"role": ANSWER, "content": "x"}], template)[-1].suffix
+def _answer_end(template: Template) -> tuple[str, str]:
+    """What the template writes after an answer, and what begins the message behind it."""
+    question = _question(template)
+    chat = [*question, {"role": ANSWER, "content": "x"}]
+    suffix = split_chat(chat, template)[-1].suffix
+    try:
+        parts = split_chat([*chat, *question], template)[-1].prefix if question else ()
+    except ValueError:
+        # the template takes no second question
+        parts = ()
+    return suffix, "".join(part.text for part in parts)
 
 
 def stop_ids(template: Template, vocab: Vocabulary) -> list[int]:
     """The special token that ends an answer, for generation_config.eos_token_id.
 
-    The list is empty where an answer ends in plain text or not at all.
+    Where nothing is written after an answer, it is the one that the next message begins with. The
+    list is empty where an answer ends in plain text or not at all.
     """
-    found = special_border(frozenset(vocab.special)).search(_answer_suffix(template))
+    suffix, following = _answer_end(template)
+    found = special_border(frozenset(vocab.special)).search(suffix or following)
     return [vocab.special[found.group()]] if found else []
 
 
 def stop_strings(template: Template, vocab: Vocabulary) -> list[str]:
     """The plain text that ends an answer where no special token does.
 
-    The list is empty where a special token ends it, or nothing.
+    Where nothing is written after an answer, it is what the next message begins with. The list is
+    empty where a special token ends it, or nothing.
     """
-    suffix = _answer_suffix(template)
-    return [] if stop_ids(template, vocab) or not suffix else [suffix]
+    suffix, following = _answer_end(template)
+    text = suffix or following.rstrip() or following
+    return [] if stop_ids(template, vocab) or not text else [text]
+
+
+def unlearned_end(tokenizer: ChatTokenizer) -> str:
+    """A line for the user where answers do not end in a token that is learned; "" where they do."""
+    template, vocab = tokenizer.template, tokenizer.vocabulary
+    suffix, _ = _answer_end(template)
+    ids, strings = stop_ids(template, vocab), stop_strings(template, vocab)
+    if suffix and ids:
+        return ""
+    if suffix:
+        return (
+            f"note: the chat template ends answers with the text {suffix!r} and no token; "
+            "generation stops at that text (stop_strings in the export's generation config, for "
+            "which transformers' generate needs tokenizer=...)"
+        )
+    ends = [*tokenizer.fast.convert_ids_to_tokens(ids), *strings]
+    how = f"stops where the next message begins, at {ends[0]!r}" if ends else "runs to its limit"
+    return (
+        "note: the chat template writes nothing after an answer, so the model never learns to "
+        f"stop: generation {how}; give --suffix-template to teach an end"
+    )
+
+
+def known_ends(model: ModelConfig, size: int) -> tuple[list[int], list[str]]:
+    """The end tokens (below `size`) and stop strings of the folder's generation config."""
+    sources = resolve(model)
+    files = [
+        Path(path or "") / "generation_config.json" for path in (sources.adapter, sources.base)
+    ]
+    for file in files:
+        if file.is_file():
+            settings = json.loads(file.read_text(encoding="utf-8"))
+            ends, texts = settings.get("eos_token_id"), settings.get("stop_strings") or []
+            ends = ends if isinstance(ends, list) else [ends]
+            texts = [texts] if isinstance(texts, str) else texts
+            return [id for id in ends if id is not None and id < size], texts
+    return [], []
 
 
 def disagreement(

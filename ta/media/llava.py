@@ -9,7 +9,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ta.chat.template import export_template
+from ta.chat.tokenizer_files import save_tokenizer
+
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -41,35 +45,47 @@ def check_llava(media: Modalities) -> None:
 
 
 def export_llava(
-    media: Modalities, model: MediaModel, tokenizer: ChatTokenizer, out: str | Path
+    media: Modalities,
+    model: MediaModel,
+    tokenizer: ChatTokenizer,
+    out: str | Path,
+    dtype: torch.dtype | None = None,
 ) -> float:
     """Publish `model` in the layout as `out`; the greatest difference between its logits and ours.
 
-    ValueError where the language model does not fit the layout or computes otherwise in it.
+    Logits are compared in float32, weights are written in `dtype` (None: float32). ValueError where
+    the language model does not fit the layout or computes otherwise in it, and where the tokenizer
+    or the disk cannot be written to.
     """
-    from ta.model.export import published
-
-    with published(Path(out), replace=False) as folder:
-        gap = _write(folder, media, model, tokenizer)
-        if gap > MAX_DIFFERENCE:
-            raise ValueError(
-                f"the Llava layout gives logits that differ by {gap:.2g}: "
-                "this language model computes otherwise there"
-            )
-    return gap
-
-
-def _write(folder: Path, media: Modalities, model: MediaModel, tokenizer: ChatTokenizer) -> float:
-    """Write `model` into `folder`; the difference of logits."""
+    from ta.model.export import check_room, check_tokenizer, model_bytes, published
     from ta.model.language_model import base_model
 
     settings, base = media["image"].settings, base_model(model.inner)
-    _, select, classes = TOWERS[settings["encoder"]]
-    whole = assembled(settings, base, model.projectors["image"], tokenizer.placeholders["image"].id)
+    image = tokenizer.placeholders["image"]
+    whole = assembled(settings, base, model.projectors["image"], image.id)
+    check_tokenizer(tokenizer.fast, whole.config)
+    check_room(Path(out), model_bytes(whole, dtype))
     gap = difference(whole, media, model, tokenizer)
-    whole.save_pretrained(folder)
+    if gap > MAX_DIFFERENCE:
+        raise ValueError(
+            f"the Llava layout gives logits that differ by {gap:.2g}: "
+            "this language model computes otherwise there"
+        )
+    with published(Path(out), replace=False) as folder:
+        _write(folder, whole, settings, tokenizer, dtype)
+    return gap
+
+
+def _write(
+    folder: Path, whole, settings: dict, tokenizer: ChatTokenizer, dtype: torch.dtype | None
+) -> None:
+    """Write a model of the layout, its tokenizer and its processor into `folder`."""
+    from ta.model.export import save_model
+
+    save_model(whole, folder, dtype)
     _published_names(folder)
-    tokenizer.fast.save_pretrained(folder)
+    save_tokenizer(tokenizer.fast, folder, export_template(tokenizer.template))
+    _, select, classes = TOWERS[settings["encoder"]]
     reader = json.loads((Path(settings["path"]) / "preprocessor_config.json").read_text())
     processor = {
         "processor_class": "LlavaProcessor",
@@ -82,7 +98,6 @@ def _write(folder: Path, media: Modalities, model: MediaModel, tokenizer: ChatTo
         json.dumps(reader | {"processor_class": "LlavaProcessor"}, indent=1)
     )
     (folder / "processor_config.json").write_text(json.dumps(processor, indent=1))
-    return gap
 
 
 def _published_names(folder: Path) -> None:

@@ -6,23 +6,29 @@ tokens that end an answer.
 
 from __future__ import annotations
 
+import copy
+import json
+import shutil
+import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ta.chat.encode import Drop, encode_chats
 from ta.chat.messages import ANSWER
 from ta.chat.template import ChatConfig, export_template
-from ta.chat.tokenizer import ChatTokenizer, disagreement
+from ta.chat.tokenizer import ChatTokenizer, disagreement, unlearned_end
+from ta.chat.tokenizer_files import save_tokenizer
 from ta.files import publishing
 from ta.model.adapters import save_adapter, saved_tables
 from ta.model.language_model import LanguageModel, base_model
 from ta.parallel import gather_objects, on_rank_zero, rank, say, world
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 # a larger model is written as several files with an index
 MAX_FILE = "5GB"
@@ -71,21 +77,68 @@ def export(
     base = base_model(inner)
     _say_disagreement(tokenizer, records)
     with published(folder) as temporary:
-        state = gathered(inner, only_trained=base is not inner)
+        whole_model = base is inner
+        state = gathered(inner, not whole_model, model.export_dtype if whole_model else None)
         model.save_parts(temporary)
         if rank() == 0:
             if card:
                 (temporary / "README.md").write_text(card, encoding="utf-8")
-            tokenizer.fast.chat_template = export_template(tokenizer.template)
-            tokenizer.fast.save_pretrained(temporary)
-            set_generation(base, tokenizer.fast, tokenizer.stop_ids)
+            set_generation(base, tokenizer.fast, tokenizer.stop_ids, tokenizer.stop_strings)
             if base is not inner:
                 save_adapter(inner, temporary, state)
                 if base.can_generate():
                     base.generation_config.save_pretrained(temporary)
             else:
-                whole(inner, state).save_pretrained(temporary, max_shard_size=MAX_FILE)
+                save_model(whole(inner, state), temporary, model.export_dtype)
+            save_tokenizer(tokenizer.fast, temporary, export_template(tokenizer.template))
     say(f"done: {folder}")
+
+
+def check_export(model: LanguageModel, tokenizer: ChatTokenizer) -> None:
+    """Try, before step 1, what an export needs; ValueError where it would be misread.
+
+    The tokenizer is written beside the model's config and read again. Lines on the screen say what
+    an export will not have: weights as exact as they are trained, an end that the model learns.
+    """
+    base = base_model(model.inner)
+
+    whole_config = base.config if base is model.inner else None
+    on_rank_zero(lambda: check_tokenizer(tokenizer.fast, whole_config))
+    if model.generates and (note := unlearned_end(tokenizer)):
+        say(note)
+    if base is model.inner and (dtype := model.export_dtype) not in (None, base.dtype):
+        names = [str(kind).removeprefix("torch.") for kind in (dtype, base.dtype)]
+        say(
+            f"note: the export is in {names[0]}, as the weights came; training holds them in "
+            f"{names[1]} (--export-dtype {names[1]} keeps that)"
+        )
+
+
+def check_tokenizer(fast: PreTrainedTokenizerFast, config: PreTrainedConfig | None) -> None:
+    """ValueError unless a tokenizer can be written beside a model's config and is read back right.
+
+    None is an adapter, whose folder holds no config.json.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        if config is not None:
+            config.save_pretrained(folder)
+        save_tokenizer(fast, Path(folder))
+
+
+def model_bytes(model: nn.Module, dtype: torch.dtype | None = None, trained: bool = False) -> int:
+    """The size of a model's parameters in `dtype` (None: their own), or of those that train."""
+    parameters = [p for p in model.parameters() if p.requires_grad or not trained]
+    return sum(p.numel() * (dtype or p.dtype).itemsize for p in parameters)
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """ValueError where the disk of a folder, which need not exist, has less than `needed` bytes."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    if (free := shutil.disk_usage(there).free) < needed:
+        raise ValueError(
+            f"--out {folder}: {needed / 1e9:.3g} GB are needed on its disk, which has "
+            f"{free / 1e9:.3g} GB: make room, or give another folder"
+        )
 
 
 def _say_disagreement(tokenizer: ChatTokenizer, records: Sequence[dict]) -> None:
@@ -109,6 +162,94 @@ def whole(model: PreTrainedModel, state: dict[str, Tensor] | None) -> PreTrained
     return model if state is None else _plain(model, state)
 
 
+def save_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write the weights of a model that is not sharded, its config and its generation config.
+
+    Parameters are written in `dtype` (None: as they are); buffers keep their own, because rotary
+    frequencies must not be rounded. The config is one that transformers 4 reads as 5 does.
+    """
+    dtype = dtype or model.dtype
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    state, known = model.state_dict(), {}
+    for name, tensor in state.items():
+        if name in parameters and tensor.dtype != dtype:
+            # one tensor for all names of shared weights, as save_pretrained expects
+            key = (tensor.data_ptr(), tensor.shape)
+            known.setdefault(key, tensor.to(dtype))
+            state[name] = known[key]
+    model.save_pretrained(folder, state_dict=state, max_shard_size=MAX_FILE)
+    file = folder / "config.json"
+    settings = _with_dtype(json.loads(file.read_text()), str(dtype).removeprefix("torch."))
+    file.write_text(json.dumps(_for_older(model.config, settings), indent=2) + "\n")
+
+
+def _with_dtype(settings: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Settings that name `dtype` wherever they name one."""
+    return {
+        key: _with_dtype(value, dtype)
+        if isinstance(value, dict)
+        else dtype
+        if key == "dtype" and value
+        else value
+        for key, value in settings.items()
+    }
+
+
+def _for_older(config: PreTrainedConfig, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the rotary positions also where transformers 4 looks for them.
+
+    They stay as they are where this transformers would then read other positions.
+    """
+    older = _with_old_rope(settings)
+    read = [_rope(config.from_dict(copy.deepcopy(s)).to_dict()) for s in (settings, older)]
+    return older if read[0] == read[1] else settings
+
+
+def _with_old_rope(settings: dict[str, Any]) -> dict[str, Any]:
+    settings = {k: _with_old_rope(v) if isinstance(v, dict) else v for k, v in settings.items()}
+    rope = settings.get("rope_parameters") or {}
+    # one kind of layer, or {kind of layer: ...}
+    main = rope.get("full_attention") or rope
+    if "rope_theta" not in main:
+        return settings
+    theta, local = main["rope_theta"], (rope.get("sliding_attention") or {}).get("rope_theta")
+    fraction = main.get("partial_rotary_factor")
+    rest = {k: v for k, v in main.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    older = {
+        "rope_theta": theta,
+        "rope_scaling": None if rest == {"rope_type": "default"} else rest,
+        "partial_rotary_factor": fraction,
+        "rope_local_base_freq": local if "gemma3" in settings.get("model_type", "") else None,
+    }
+    if settings.get("model_type", "").startswith("modernbert"):
+        older = {"global_rope_theta": theta, "local_rope_theta": local}
+    if settings.get("model_type", "").startswith("gpt_neox"):
+        older |= {"rotary_emb_base": theta, "rotary_pct": fraction}
+    return settings | {key: value for key, value in older.items() if value is not None}
+
+
+def _rope(settings: dict[str, Any]) -> list:
+    """All rotary settings of a config as it was read, in order."""
+    inner = [value for value in settings.values() if isinstance(value, dict)]
+    return [settings.get("rope_parameters"), *(r for part in inner for r in _rope(part))]
+
+
+def stored_dtype(folder: str | Path) -> torch.dtype:
+    """The dtype in which a model's folder holds its weights, by its config, else by its tensors."""
+    import torch
+    from safetensors import safe_open
+
+    settings = json.loads((Path(folder) / "config.json").read_text())
+    parts = [settings, settings.get("text_config") or {}]
+    names = [part.get(key) for part in parts for key in ("dtype", "torch_dtype")]
+    named = [getattr(torch, name, None) for name in names if name]
+    for file in [] if named else sorted(Path(folder).glob("*.safetensors"))[:1]:
+        with safe_open(file, "pt") as tensors:
+            named = [tensors.get_tensor(name).dtype for name in list(tensors.keys())[:1]]
+    kinds = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    return next((dtype for dtype in named if dtype in kinds), torch.float32)
+
+
 def _plain(model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
     """A model like this one that is not sharded and holds the gathered tensors."""
     import torch
@@ -122,32 +263,41 @@ def _plain(model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
     return plain
 
 
-def gathered(model: nn.Module, only_trained: bool = False) -> dict[str, Tensor] | None:
+def gathered(
+    model: nn.Module, only_trained: bool = False, dtype: torch.dtype | None = None
+) -> dict[str, Tensor] | None:
     """The state dict with whole tensors on rank 0 and {} elsewhere; None on one process.
 
     On one process the model's own state dict serves. `only_trained` leaves frozen tensors out.
+    Parameters are given in `dtype`, None: as they are.
     """
     if world() == 1:
         return None
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     if hasattr(model, "adapter_facts"):
         trained.update(saved_tables(model))
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     out = {}
     for name, tensor in model.state_dict().items():
         if only_trained and name not in trained:
             continue
         full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         if rank() == 0:
-            out[name] = full.detach().cpu()
+            full = full.detach().cpu()
+            out[name] = full.to(dtype) if dtype and name in parameters else full
     return out
 
 
 def set_generation(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    stop_ids: Collection[int],
+    stop_strings: Collection[str] = (),
 ) -> None:
     """Make the generation config stop at `stop_ids` too, and pad; nothing for other models.
 
-    What the base stopped at stays, as far as the vocabulary still holds it.
+    What the base stopped at stays, as far as the vocabulary still holds it, and so do its settings
+    of sampling. `stop_strings` take the place of those that it has.
     """
     if not model.can_generate():
         return
@@ -156,5 +306,6 @@ def set_generation(
     before = {token for token in known if token is not None and token < len(tokenizer)}
     config.eos_token_id = sorted(before.union(stop_ids)) or tokenizer.eos_token_id
     config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
+    config.stop_strings = list(stop_strings) or None
     if tokenizer.bos_token_id is not None:
         config.bos_token_id = tokenizer.bos_token_id

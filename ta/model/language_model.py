@@ -52,6 +52,8 @@ class LanguageModel(nn.Module):
         self.dropout = True
         # the model is softmax(logits / temperature), in training and in generation
         self.temperature = 1.0
+        # of exported weights; None: as they are
+        self.export_dtype: torch.dtype | None = None
 
     def train(self, mode: bool = True) -> LanguageModel:
         """As in torch, but dropout stays off where `dropout` is False."""

@@ -75,6 +75,9 @@ class ComputeConfig:
     quantize: Literal["none", "8bit", "4bit"] = "none"
     """Bits in which linear layers of a frozen base are held under a LoRA adapter (needs
     bitsandbytes)."""
+    export_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the exported weights of a whole model. Default: the one in which the base is stored.
+    An adapter is exported as it was trained."""
 
 
 def load_model(
@@ -96,6 +99,8 @@ def load_model(
     in further modules and freeze parts of it, before it is sharded. New weights are drawn from
     `seed`. ValueError for settings and folders that do not fit together.
     """
+    from ta.model.export import check_export
+
     sources = resolve(model)
     check_adapter(adapter, sources.adapter, checkpointing=compute.activation_checkpointing)
     if sources.adapter and (added := [t.text for t in tokenizer.new_tokens if t.added]):
@@ -127,7 +132,26 @@ def load_model(
     ready.note = "\n".join(text for text in (head, idle, ready.note) if text)
     if ready.note:
         say(ready.note)
+    if any(p.requires_grad for p in ready.parameters()):
+        ready.export_dtype = _export_dtype(compute, sources.base, adapted is loaded)
+        check_export(ready, tokenizer)
     return ready
+
+
+def _export_dtype(compute: ComputeConfig, base: str, whole: bool) -> torch.dtype | None:
+    """The type of exported weights, None for those of an adapter; ValueError where both are."""
+    import torch
+
+    from ta.model.export import stored_dtype
+
+    if whole:
+        return getattr(torch, compute.export_dtype or "", None) or stored_dtype(base)
+    if compute.export_dtype is not None:
+        raise ValueError(
+            f"--export-dtype {compute.export_dtype} with an adapter, which is exported as it was "
+            "trained: leave it out, or give it to recipes/merge.py"
+        )
+    return None
 
 
 def idle_rows(tokenizer: ChatTokenizer, kind: str) -> str:
@@ -249,7 +273,7 @@ def load_base(
         # transformers would go on without a file that it cannot read
         if (Path(folder) / "generation_config.json").exists():
             read_json(Path(folder) / "generation_config.json")
-        _check_generation(folder, loaded.generation_config)
+        check_generation(folder, loaded.generation_config)
     if quantize != "none":
         return loaded.eval()
     return loaded.to(device if whole or world() == 1 else "cpu").eval()
@@ -327,7 +351,7 @@ SAMPLING = (
 BEAMS = ("early_stopping", "length_penalty", "diversity_penalty", "num_beam_groups")
 
 
-def _check_generation(folder: str, config: GenerationConfig) -> None:
+def check_generation(folder: str, config: GenerationConfig) -> None:
     """Leave out settings without effect, which transformers would not save, and say which.
 
     ValueError for a generation config that no export could hold.

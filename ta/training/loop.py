@@ -24,9 +24,9 @@ from ta.data.batch import batch_of, to_device
 from ta.data.loader import TrainBatches, collate_chats, micro_batches
 from ta.data.prepare import Prepared, write_drops
 from ta.files import append_line, read_json_lines
-from ta.parallel import gather_objects, rank, say, seed_dropout, sum_over_ranks, world
+from ta.parallel import gather_objects, on_rank_zero, rank, say, seed_dropout, sum_over_ranks, world
 from ta.training import checkpoint, run_folder
-from ta.training.memory import memory_report
+from ta.training.memory import check_disk, memory_report
 from ta.training.optim import OptimConfig, lr_at, update
 from ta.training.progress import (
     Signals,
@@ -77,6 +77,7 @@ def train(
     if loop.dry_run:
         say(memory_report(model, batches, optimizer))
         raise SystemExit(0)
+    on_rank_zero(lambda: check_disk(folder, model, optimizer))
     key = run_folder.resume_key(run, batches, optimizer, optim, resume_key or {})
     run.open()
     device = next(model.parameters()).device

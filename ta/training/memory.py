@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,6 +17,22 @@ FIRST_STEPS = 32
 KEPT_WIDTHS = 13
 # (T, I) tensors that its feed-forward part keeps
 KEPT_HIDDEN = 4
+
+
+def moments_of(optimizer: torch.optim.Optimizer) -> int:
+    """How many tensors of a parameter's size an optimizer keeps for it."""
+    return 2 if "betas" in optimizer.defaults else 1 if optimizer.defaults.get("momentum") else 0
+
+
+def check_disk(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """ValueError where the disk of a run folder has no room for a checkpoint and the export."""
+    from ta.model.export import check_room, model_bytes
+
+    trained = model_bytes(model, trained=True)
+    # an adapter's export has no type of its own: it is what trains
+    dtype = getattr(model, "export_dtype", None)
+    exported = trained if dtype is None else model_bytes(model, dtype)
+    check_room(folder, trained * (1 + moments_of(optimizer)) + exported)
 
 
 def estimate(
@@ -41,7 +58,6 @@ def estimate(
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     weights = sum(_size(tensor) for tensor in tensors.values())
     trained = [p for p in model.parameters() if p.requires_grad]
-    moments = 2 if "betas" in optimizer.defaults else 1 if optimizer.defaults.get("momentum") else 0
     if tokens is None:
         first_steps = range(min(FIRST_STEPS, batches.steps))
         micro_batches = (batch for step in first_steps for batch in batches.at(step))
@@ -58,7 +74,7 @@ def estimate(
     parts = {
         "weights": weights,
         "gradients": sizes,
-        "moments": moments * sizes,
+        "moments": moments_of(optimizer) * sizes,
         "activations": kept + logits,
     }
     return {name: size / 1e9 for name, size in (parts | {"in all": sum(parts.values())}).items()}

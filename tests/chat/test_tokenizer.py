@@ -182,6 +182,8 @@ def test_what_ends_an_answer():
     _, tokenizer = setting("human")
     assert (tokenizer.stop_ids, tokenizer.stop_strings) == ([], ["\n"])
     nothing, vocab = explicit_template("{role}", None), tokenizer.vocabulary
+    assert (stop_ids(nothing, vocab), stop_strings(nothing, vocab)) == ([], ["user"])
+    nothing = explicit_template(None, None)
     assert (stop_ids(nothing, vocab), stop_strings(nothing, vocab)) == ([], [])
 
 
