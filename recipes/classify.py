@@ -130,7 +130,9 @@ def main(config: Config):
     config = with_num_labels(config)
     run = ta.start_run(config)
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat, day=run.day)
-    files, val_files = ta.data_or_builtin(config.data.data, config.data.val_data, "classes")
+    files, val_files = ta.data_or_builtin(
+        config.data.data, config.data.val_data, "classes", config.model.hub
+    )
     prepare = partial(ta.prepare_classes, labels=config.labels)
     train_data = prepare(files, tokenizer, config.chat, config.data, run.seed)
     val_data = prepare(val_files, tokenizer, config.chat, config.data, run.seed)

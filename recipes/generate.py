@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -82,10 +83,9 @@ def output_path(config: Config, name: str) -> Path:
 
 def read_data(config: Config, tokenizer, media, device: str) -> list[tuple[dict, list[int]]]:
     """(record, token ids of its prompt) of every chat, with passages in the prompt where asked."""
-    files = config.data
-    if not files:
-        builtin = "pictures" if media else "questions" if config.retrieval.index else "chats"
-        files = ta.data_or_builtin((), (), builtin)[1]  # the held-out records
+    builtin = "pictures" if media else "questions" if config.retrieval.index else "chats"
+    given, held_out = ta.data_or_builtin(config.data, (), builtin, config.model.hub)
+    files = given if config.data else held_out
     drops = ta.Drops(config.on_bad_record, config.max_bad_share)
     prompts = ta.read_prompts(
         files,
@@ -96,6 +96,8 @@ def read_data(config: Config, tokenizer, media, device: str) -> list[tuple[dict,
         config.random_cut,
         encode=ta.media.encode_media_prompts if media else ta.encode_prompts,
     )
+    for form, n in sum(drops.formats.values(), Counter()).items():
+        print(f"read as {form.name}: {n:,} {form.unit}", file=sys.stderr)
     if drops.counts:
         print(f"left out: {drops.table()}", file=sys.stderr)
     if config.retrieval.index and any(map(has_media, prompts)):

@@ -141,7 +141,9 @@ def main(config: Config):
     config = ta.with_fine_tuned_model(config, "builtin-begun")
     run = ta.start_run(config)
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat, day=run.day)
-    files, val_files = ta.data_or_builtin(config.data.data, config.data.val_data, "practice")
+    files, val_files = ta.data_or_builtin(
+        config.data.data, config.data.val_data, "practice", config.model.hub
+    )
     asked = (tokenizer, config.chat, config.data, run.seed)
     prompts, data = ta.rl.prepare_prompts(files, *asked)
     held_out = ta.rl.held_out_prompts(val_files, *asked, config.samples)

@@ -141,7 +141,7 @@ def main(config: Config) -> None:
         )
         placeholders = media.placeholders
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat, placeholders)
-    files, _ = ta.data_or_builtin(config.data.data, (), NAMES[config.kind])
+    files, _ = ta.data_or_builtin(config.data.data, (), NAMES[config.kind], config.model.hub)
     for sources in (files, config.data.val_data):
         prepared = prepare(config, sources, tokenizer)
         if prepared is None:

@@ -117,7 +117,9 @@ def main(config: Config):
     config = ta.with_fine_tuned_model(config, "builtin-wordy")
     run = ta.start_run(config)
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat, day=run.day)
-    files, val_files = ta.data_or_builtin(config.data.data, config.data.val_data, "labelled")
+    files, val_files = ta.data_or_builtin(
+        config.data.data, config.data.val_data, "labelled", config.model.hub
+    )
     train_data = ta.prepare_labelled(files, tokenizer, config.chat, config.data, run.seed)
     val_data = ta.prepare_labelled(val_files, tokenizer, config.chat, config.data, run.seed)
     model = ta.load_model(

@@ -67,7 +67,9 @@ def main(config: Config):
     tokenizer = ta.load_chat_tokenizer(
         config.model, config.tokenizer, config.chat, media.placeholders, run.day
     )
-    files, val_files = ta.data_or_builtin(config.data.data, config.data.val_data, "pictures")
+    files, val_files = ta.data_or_builtin(
+        config.data.data, config.data.val_data, "pictures", config.model.hub
+    )
     prepare = ta.media.prepare_media_chats
     train_data = prepare(files, tokenizer, config.chat, config.data, run.seed)
     val_data = prepare(val_files, tokenizer, config.chat, config.data, run.seed)

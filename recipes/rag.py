@@ -88,7 +88,9 @@ def main(config: Config):
         scale = 20.0 if index.embedding_settings.normalize else 1.0
 
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat, day=run.day)
-    files, val_files = ta.data_or_builtin(config.data.data, config.data.val_data, "questions")
+    files, val_files = ta.data_or_builtin(
+        config.data.data, config.data.val_data, "questions", config.model.hub
+    )
     train_data = ta.prepare_questions(files, tokenizer, config.chat, config.data, run.seed)
     val_data = ta.prepare_questions(val_files, tokenizer, config.chat, config.data, run.seed)
     model = ta.load_model(

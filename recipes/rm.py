@@ -80,7 +80,9 @@ def main(config: Config):
     config = ta.with_fine_tuned_model(config)
     run = ta.start_run(config)
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat, day=run.day)
-    files, val_files = ta.data_or_builtin(config.data.data, config.data.val_data, "preferences")
+    files, val_files = ta.data_or_builtin(
+        config.data.data, config.data.val_data, "preferences", config.model.hub
+    )
     train_data = ta.prepare_pairs(files, tokenizer, config.chat, config.data, run.seed)
     val_data = ta.prepare_pairs(val_files, tokenizer, config.chat, config.data, run.seed)
     for data in (train_data, val_data):

@@ -40,7 +40,9 @@ def main(config: Config):
     # device, seed and run folder; nothing is written yet
     run = ta.start_run(config)
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat, day=run.day)
-    files, val_files = ta.data_or_builtin(config.data.data, config.data.val_data, "chats")
+    files, val_files = ta.data_or_builtin(
+        config.data.data, config.data.val_data, "chats", config.model.hub
+    )
     train_data = ta.prepare_chats(files, tokenizer, config.chat, config.data, run.seed)
     val_data = ta.prepare_chats(val_files, tokenizer, config.chat, config.data, run.seed)
     model = ta.load_model(

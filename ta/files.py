@@ -533,6 +533,17 @@ def dataset_snapshot(name: str, fetch: bool = False) -> str:
         raise ValueError(f"{HUB}{name}: not in the hub's cache, and {why}") from None
 
 
+def fetch_datasets(sources: Iterable[str]) -> None:
+    """Fetch the data sets on the hub among the sources, whose other parts name splits and choices.
+
+    ValueError for one that neither the hub nor its cache has.
+    """
+    for source in sources:
+        if source.startswith(HUB):
+            path = source.removeprefix(HUB).partition("@")[0]
+            dataset_snapshot("/".join(path.split("/")[:2]), fetch=True)
+
+
 # Hashes
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ta.builtin import models
 from ta.builtin.model_folders import builtin_cache, pictures_folder
-from ta.files import locked
+from ta.files import fetch_datasets, locked
 
 NAMES = {
     "chat": "chats",
@@ -36,12 +36,14 @@ SIZES = {
 
 
 def data_or_builtin(
-    data: Sequence[str], val_data: Sequence[str], kind: str
+    data: Sequence[str], val_data: Sequence[str], kind: str, hub: bool = False
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The (training, held-out) sources given, or the built-in records of `kind` without --data.
 
-    Built-in files are written once.
+    Built-in files are written once. With `hub` data sets on the hub (hf:OWNER/NAME) are fetched.
     """
+    if hub:
+        fetch_datasets((*data, *val_data))
     if data:
         return tuple(data), tuple(val_data)
     if kind == "pictures":

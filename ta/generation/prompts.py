@@ -20,7 +20,7 @@ from ta.chat.messages import (
     with_system,
 )
 from ta.data.records import check_media, check_prompt
-from ta.data.sources import Drops, parse_source, pin_errors, read_records
+from ta.data.sources import Drops, parse_source, pin_errors, read_records, source_names
 
 if TYPE_CHECKING:
     from ta.chat.template import ChatConfig
@@ -59,12 +59,16 @@ def read_prompts(
 
     The others go to `drops`; ValueError where none is left. A record's messages end where its
     prompt does (before a random answer with `cut`, seeded); the answer that was taken off is its
-    "reference". `encode` makes token ids of chats, where these hold more than text.
+    "reference". Where there are several sources, "file" is the name of the record's. `encode` makes
+    token ids of chats, where these hold more than text.
     """
     sources = [parse_source(path) for path in paths]
     check = partial(check_media, need_answer=False) if tokenizer.placeholders else check_prompt
     records = list(read_records(paths, check, drops, seed))
+    names = source_names([source.path for source in sources])
     for n, record in enumerate(records):
+        if len(sources) > 1:
+            record.data["file"] = names[record.source]
         generator = random.Random(f"{seed} {n}") if cut else None
         kept, reference = asked(record.data["messages"], generator)
         if reference is not None:
