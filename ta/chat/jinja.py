@@ -396,6 +396,9 @@ def _split(
     notes: list[str],
 ) -> list[Span]:
     text = template.render(given, opened, arguments)
+    null = "None" in text and any(message.get("content", "") is None for message in given)
+    if null and "None" not in json.dumps([given, arguments]) + template.source:
+        raise ValueError("the chat template writes null content as the word None")
     roles = tuple(message["role"] for message in messages)
     media = {i: message["parts"] for i, message in enumerate(messages) if "parts" in message}
     chat, places = _marked(given, roles, media, template, opened, arguments, text)

@@ -9,6 +9,7 @@ import math
 import os
 import stat
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -103,8 +104,7 @@ def _finite(text: str) -> float:
 def _single_keys(pairs: list[tuple[str, Any]]) -> dict:
     data = dict(pairs)
     if len(data) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        (twice, _) = Counter(key for key, _ in pairs).most_common(1)[0]
         raise BadRecord(
             "key given twice",
             f"key {twice!r} stands twice in one object, so one of its values would be lost; keep "

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ta.chat.encode import Drop, encode_chats
-from ta.chat.messages import ANSWER
+from ta.chat.messages import ANSWER, template_arguments
 from ta.chat.template import ChatConfig, export_template
 from ta.chat.tokenizer import ChatTokenizer, disagreement, unlearned_end
 from ta.chat.tokenizer_files import save_tokenizer
@@ -143,10 +143,10 @@ def check_room(folder: Path, needed: int) -> None:
 
 def _say_disagreement(tokenizer: ChatTokenizer, records: Sequence[dict]) -> None:
     """Say where apply_chat_template of the export gives other ids than training."""
-    chats = [record["messages"] for record in records if "messages" in record]
+    chats = [r["messages"] for r in records if "messages" in r and not template_arguments(r)]
     chats = [chat for chat in chats if chat and chat[-1]["role"] == ANSWER]
-    plain = [c for c in chats if all(isinstance(m["content"], str) and "type" not in m for m in c)]
-    encoded = encode_chats(plain, tokenizer, ChatConfig())
+    plain = [c for c in chats if all(m.keys() <= {"role", "content", "loss"} for m in c)]
+    encoded = encode_chats(plain, tokenizer, ChatConfig(loss_on="last"))
     both = [(c, e.ids) for c, e in zip(plain, encoded, strict=True) if not isinstance(e, Drop)]
     trained, ids = [chat for chat, _ in both], [ids for _, ids in both]
     gap = disagreement(tokenizer.fast, tokenizer.template, trained, ids, tokenizer.day)
