@@ -351,3 +351,27 @@ def test_what_a_template_is_given_by_name_is_part_of_the_key():
         for fast in (made, made, again, tools, more)
     ]
     assert keys[0] == keys[1] and all(keys.count(key) == 1 for key in keys[2:])
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_declared_tokens_work_whatever_the_template_mentions_and_stay_in_decoded_answers(
+    tmp_path, known
+):
+    """Also those that the tokenizer knew as special ones."""
+    made = load_tokenizer(tiny_folder())
+    made.chat_template = "{# <RS> #}" + made.chat_template
+    if known:
+        made.add_tokens([AddedToken("<RS>", special=True, normalized=False)])
+    made.save_pretrained(tmp_path / "t")
+    path = {"tokenizer_path": str(tmp_path / "t")}
+    config = TokenizerConfig(**path, init_tokens=("<RS>=red", "<think>=red"))
+    tokenizer = load_chat_tokenizer(ModelConfig(), config, ChatConfig())
+    ids = tokenizer.fast.get_added_vocab()
+    chat = messages("u: a<RS>b", "a: <think>c<RS>")
+    tokens = encode_chat(chat, tokenizer, PLAIN)
+    assert tokens.ids == real(tokenizer.fast, chat) and tokens.ids.count(ids["<RS>"]) == 2
+    tokenizer.fast.save_pretrained(tmp_path / "again")
+    again = load_tokenizer(str(tmp_path / "again"))
+    for fast in (tokenizer.fast, again):
+        text = fast.decode(tokens.ids, skip_special_tokens=True)
+        assert text == "user\na<RS>b\nassistant\n<think>c<RS>\n"

@@ -118,6 +118,23 @@ def test_the_other_kinds():
     }
 
 
+def test_what_templates_read_beside_content():
+    """Null counts as absent; older spellings are read; what is no call or no tool is refused."""
+    one = {"name": "f", "arguments": {"a": 1}}
+    called = {"role": "assistant", "content": None, "function_call": one, "reasoning": None}
+    given = {"messages": [U, called, {"role": "function", "name": "f", "content": "r"}, A]}
+    got = records.check_chat({**given, "functions": [{"name": "f"}], "documents": None})
+    assert got["messages"][1] == {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"type": "function", "function": one}],
+    }
+    assert got["messages"][2]["role"] == "tool" and "documents" not in got
+    assert got["tools"] == [{"type": "function", "function": {"name": "f"}}]
+    text = records.check_chat({"messages": [U, A], "tools": '[{"name": "f"}]'})
+    assert text["tools"] == [{"name": "f"}]
+
+
 def chat(**change):
     return {"messages": [{**U, **change}, A]}
 
@@ -126,6 +143,13 @@ pair = {"context": [U], "answer_w": "a", "answer_l": "b"}
 WRONG = [
     ("check_chat", {}, "messages is missing"),
     ("check_chat", {"messages": []}, "a list of 0"),
+    ("check_chat", {"messages": [U, A], "tools": "x"}, "tools is"),
+    ("check_chat", {"messages": [U, A], "documents": ["x"]}, "documents is a list of 1"),
+    ("check_chat", {"messages": [U, A], "chat_template_kwargs": {"tools": 1}}, "with tools"),
+    ("check_chat", {"messages": [U, {**A, "tool_calls": [{"id": 1}]}]}, r"tool_calls\[0\] is no"),
+    ("check_chat", {"messages": [{**U, "tool_calls": [{"name": "f"}]}, A]}, "only an answer"),
+    ("check_chat", {"messages": [U, {**A, "reasoning": 1}]}, "reasoning of messages"),
+    ("check_question", {"messages": [U, A], "tools": [{"name": "f"}]}, "answered from passages"),
     ("check_chat", {"messages": {"role": "user"}}, "an object of 1"),
     ("check_chat", {"messages": ["q"]}, r"messages\[0\] is text"),
     ("check_chat", {"messages": [U]}, "no message of role assistant .roles: user."),

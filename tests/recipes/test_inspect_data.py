@@ -42,6 +42,30 @@ def json_of(capsys, model, *data, max_tokens=None, kind="chat"):
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
+def test_the_page_shows_what_is_learned_of_reasoning_and_calls(capsys, tmp_path, model):
+    from test_turns import CHAT, HERMES, OWN, WEATHER
+
+    made = tiny_tokenizer()
+    made.add_tokens(OWN)
+    made.chat_template = HERMES
+    made.save_pretrained(model)
+    thought = {"role": "assistant", "content": "b", "reasoning_content": "c"}
+    reasoned = {"messages": [{"role": "user", "content": "a"}, thought]}
+    chats = [{"messages": CHAT, "tools": [WEATHER]}, reasoned]
+    data = DataConfig((str(write(tmp_path / "a.jsonl", *chats)),))
+    main(Config(model=ModelConfig(str(model)), data=data))
+    page = capsys.readouterr().out
+    green = re.findall("\x1b\\[32m(.*?)\x1b\\[0m", page, re.DOTALL)
+    assert green == [
+        '<think>\nlook it up\n</think>\n<call>weather {"city": "Rome"}</call><|im_end|>\n',
+        "Sunny.<|im_end|>\n",
+        "<think>\nc\n</think>\nb<|im_end|>\n",
+    ]
+    assert '"description": "now"' in page and "<result>sun" in page
+    main(Config(model=ModelConfig(str(model)), data=data, chat=ChatConfig(split_turns=True)))
+    assert "3 records" in capsys.readouterr().out
+
+
 def test_json_is_a_line_a_record(capsys, tmp_path, model):
     tokenizer, records = tiny_tokenizer(), chats("held_out", 5)
     long = {
