@@ -26,7 +26,16 @@ def blocks(path: Path) -> list[tuple[str, str, str]]:
 def test_there_is_a_chapter_for_each_subject():
     names = {path.stem for path in TOPICS}
     assert names >= {
-        *("data", "templates", "adapters", "preference", "media", "retrieval", "vllm"),
+        *(
+            "data",
+            "templates",
+            "adapters",
+            "preference",
+            "reinforcement",
+            "media",
+            "retrieval",
+            "vllm",
+        ),
         *("clusters", "migration", "errors", "design"),
     }
 
