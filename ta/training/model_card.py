@@ -22,11 +22,13 @@ def model_card(run: Run, prepared: Prepared, figures: dict[str, float]) -> str:
     info, config = prepared.info, run.config
     base = config.model.adapter_path or config.model.model_path
     lines = ["---", "library_name: transformers", f"base_model: {json.dumps(base)}", "---", ""]
-    lines += [f"# {run.folder.name}", "", f"Trained from `{base}` with ta.", "", "## Data", ""]
-    lines += ["| source | records used |", "|---|---|"]
-    lines += [f"| {s['source']} | {s['used']:,} of {s['records']:,} |" for s in info["sources"]]
-    share = 100 * info["learned_tokens"] / max(info["tokens"], 1)
-    lines += ["", f"{info['tokens']:,} tokens, {share:.0f} % of them learned.", ""]
+    lines += [f"# {run.folder.name}", "", f"Trained from `{base}` with ta.", ""]
+    if "tokens" in info:
+        share = 100 * info["learned_tokens"] / max(info["tokens"], 1)
+        lines += ["## Data", "", "| source | records used |", "|---|---|"]
+        sources = info["sources"]
+        lines += [f"| {s['source']} | {s['used']:,} of {s['records']:,} |" for s in sources]
+        lines += ["", f"{info['tokens']:,} tokens, {share:.0f} % of them learned.", ""]
     if figures:
         first = _first_figures(run)
         lines += ["## Figures of held-out records", ""]
