@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import ta
 from ta import Range
@@ -110,7 +110,7 @@ def loss_settings(config: Config) -> dict:
 def preference_loss(loss: str, settings: dict, policy, ref, batch):
     """(P,) values of the loss, computed from the log-probabilities and the flags that it takes."""
     losses = ta.losses
-    beta = settings.get("beta")
+    beta: Any = settings.get("beta")
     match loss:
         case "sigmoid":
             return losses.sigmoid(

@@ -59,7 +59,7 @@ def check_config(config: Any) -> None:
         config.check()
 
 
-def cli(main: Callable[[Any], None], config_class: type, argv: list[str] | None = None) -> None:
+def cli(main: Callable[[Any], Any], config_class: type, argv: list[str] | None = None) -> None:
     """Parse flags into `config_class` (nested configs flattened), call `main(config)`, and exit.
 
     Exit codes: 0 done, 2 wrong input, 3 no room, no memory or no permission, 130/143 stopped by a

@@ -93,17 +93,18 @@ class TrainBatches:
 
 
 def train_batches(
-    prepared: Prepared,
+    prepared: Prepared | None,
     config: BatchConfig,
     *,
     packed: bool = True,
     collate: Collate = collate_chats,
     default_batch_size: int = 64,
 ) -> TrainBatches:
-    """The batches of a run: --batch-size records a step, cut by --max-tokens-per-micro.
+    """T    assert prepared is not None, "recipes train on built-in data where none is given"
+    he batches of a run: --batch-size records a step, cut by --max-tokens-per-micro.
 
-    The step of the first pass that has the most tokens comes first, so that memory runs out at
-    once or not at all. ValueError where the longest record does not fit into one micro-batch.
+        The step of the first pass that has the most tokens comes first, so that memory runs out at
+        once or not at all. ValueError where the longest record does not fit into one micro-batch.
     """
     check_budget(prepared, config.max_tokens_per_micro)
     batch_size = default_batch_size if config.batch_size is None else config.batch_size

@@ -338,13 +338,14 @@ class Preview(NamedTuple):
         return "".join(f'<pre style="white-space:pre-wrap">{line}</pre>' for line in lines)
 
 
-def preview(data: Prepared | Tokens, tokenizer: ChatTokenizer) -> Preview:
+def preview(data: Prepared | Tokens | None, tokenizer: ChatTokenizer) -> Preview:
     """What training sees: of prepared data a report and the first record, or of one sequence.
 
     The prepared data is shown on the screen (stderr) too.
     """
     decode = tokenizer.fast.decode
-    if not hasattr(data, "info"):
+    assert data is not None, "recipes train on built-in data where none is given"
+    if not isinstance(data, Prepared):
         return Preview([], [spans(Tokens(*data), decode)])
     shown = first_records(data, 1) if tokenizer.placeholders else []
     messages = [m for record in shown for m in record.get("messages", ())]

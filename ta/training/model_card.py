@@ -11,7 +11,7 @@ from ta.flags import changed_settings, command_of
 from ta.training.run_folder import Run, versions
 
 
-def model_card(run: Run, prepared: Prepared, figures: dict[str, float]) -> str:
+def model_card(run: Run, prepared: Prepared | None, figures: dict[str, float]) -> str:
     """The card of a run as Markdown; "" where --no-model-card was given.
 
     It holds the base, the counts of the data, the first and the last figures of held-out records,
@@ -19,7 +19,7 @@ def model_card(run: Run, prepared: Prepared, figures: dict[str, float]) -> str:
     """
     if not run.loop.model_card:
         return ""
-    info, config = prepared.info, run.config
+    info, config = prepared.info if prepared else {}, run.config
     base = config.model.adapter_path or config.model.model_path
     lines = ["---", "library_name: transformers", f"base_model: {json.dumps(base)}", "---", ""]
     lines += [f"# {run.folder.name}", "", f"Trained from `{base}` with ta.", ""]
