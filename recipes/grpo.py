@@ -63,6 +63,8 @@ class Config:
     """How often other prompts are drawn, in place of those whose answers are rewarded alike."""
     overlong: Annotated[float | None, Range(0, 1)] = None
     """The share of --max-new-tokens, at its end, in which longer answers lose up to 1."""
+    drop_truncated: bool = False
+    """Do not train on answers that reached --max-new-tokens; in their groups they count."""
     kl_coef: Annotated[float, Range(0)] = 0.0
     """Weight of the KL from the reference; above 0 --reference is opened."""
     kl: Literal["reward", "loss"] = "reward"
@@ -136,6 +138,8 @@ def main(config: Config):
     """Train; returns the folder of the export and the last figures of held-out records."""
     settings = policy_settings(config)
     updates, longest = config.rollouts.updates, config.rollouts.max_new_tokens
+    if config.rollouts.num_answers < 2:
+        raise ValueError("--num-answers 1: answers are compared with each other, give 2 or more")
     if not config.kl_coef and config.reference != ta.ReferenceConfig():
         raise ValueError("--reference and its flags have no effect without --kl-coef: add it")
     config = ta.with_fine_tuned_model(config, "builtin-begun")
@@ -179,7 +183,7 @@ def main(config: Config):
         config.optim, config.model, config.adapter, full=1e-6, adapted=1e-5, builtin=3e-4
     )
     optimizer = ta.adamw(model, optim)
-    pool = ta.rl.RewardPool(config.reward)
+    pool = ta.rl.RewardPool(config.reward, run.device, config.batches.max_tokens_per_micro)
     rollouts = ta.rl.Rollouts(
         run.folder,
         prompts,
@@ -212,6 +216,7 @@ def main(config: Config):
             model.packed,
             ta.rl.figures_of(rows) | rollouts.seconds,
             keep_flat=config.kl_coef > 0,
+            drop_truncated=config.drop_truncated,
         )
 
     def evaluate(done):

@@ -103,6 +103,7 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
     from ta.model.logprobs import token_logprobs as token_logprobs
     from ta.model.new_rows import check_vocabulary as check_vocabulary
     from ta.reference import ReferenceConfig as ReferenceConfig
+    from ta.reference import check_same_vocabulary as check_same_vocabulary
     from ta.reference import check_sync as check_sync
     from ta.reference import learned_tokens as learned_tokens
     from ta.reference import open_reference as open_reference
@@ -157,8 +158,8 @@ NAMES = {  # module: what `import ta` gives of it, loaded on first use
     "ta.generation.score": "class_names_of num_labels_of score",
     "ta.generation.vllm_engine": "VllmConfig check_engine start_vllm",
     "ta.model.new_rows": "check_vocabulary",
-    "ta.reference": "ReferenceConfig check_sync learned_tokens open_reference "
-    "sequence_logps with_cached_reference",
+    "ta.reference": "ReferenceConfig check_same_vocabulary check_sync learned_tokens "
+    "open_reference sequence_logps with_cached_reference",
     "ta.screen": "progress table",
     "ta.training.run_folder": "LoopConfig Run start_run",
     "ta.training.model_card": "model_card",

@@ -266,7 +266,7 @@ def _second_model(
     if path is not None:
         model = dataclasses.replace(model, model_path=path)
         model = dataclasses.replace(model, adapter_path=None)
-        _check_vocabulary(resolve(model).tokenizer, tokenizer)
+        check_same_vocabulary("--ref-path", resolve(model).tokenizer, tokenizer)
     if not same_adapter:
         model, adapter = dataclasses.replace(model, adapter_path=None), AdapterConfig()
     # where the policy's base is frozen it is held in half precision, and so must its copy be
@@ -284,8 +284,8 @@ def _second_model(
     return copy
 
 
-def _check_vocabulary(folder: str, tokenizer: ChatTokenizer) -> None:
-    """ValueError where the tokenizer in `folder` gives other ids than the policy's."""
+def check_same_vocabulary(flag: str, folder: str, tokenizer: ChatTokenizer) -> None:
+    """ValueError where the tokenizer in `folder`, which `flag` named, gives other ids."""
     policy = tokenizer.fast.get_vocab()
     reference = load_tokenizer(folder, TokenizerConfig()).get_vocab()
     declared = {token.text for token in tokenizer.new_tokens}
@@ -294,7 +294,7 @@ def _check_vocabulary(folder: str, tokenizer: ChatTokenizer) -> None:
     differ += [t for t in policy if t not in reference and t not in declared]
     if differ:
         raise ValueError(
-            f"--ref-path {folder} has another vocabulary than the policy ({len(differ)} tokens "
+            f"{flag} {folder} has another vocabulary than the policy ({len(differ)} tokens "
             f"differ, such as {differ[0]!r}), so its log-probabilities are of other tokens: "
             "give a model of the same family"
         )

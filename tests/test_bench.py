@@ -14,6 +14,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 CONTENDERS = {
     "first_token": ["ours"],
+    "grpo": ["ours", "ours, alone"],
     "logprobs": ["ours", "full logits"],
     "mfu": ["1B full", "head"],
     "overhead": ["loop"],

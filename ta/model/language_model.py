@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from ta.data.batch import Batch, lay_out, to_device
 from ta.folders import copy_media
 from ta.model.attention import Documents
-from ta.model.logprobs import Head, cross_entropy_sum, token_logprobs
+from ta.model.logprobs import (
+    Divergence,
+    Head,
+    cross_entropy_sum,
+    divergences,
+    token_logprobs,
+)
 from ta.parallel import rank, world
 
 Mode = Literal["packed", "padded", "native"]
@@ -30,7 +36,7 @@ class LanguageModel(nn.Module):
     `parallel.shard` registers. These methods must not call one another.
     """
 
-    METHODS = ("loss", "logprobs", "scores", "hidden", "outputs")
+    METHODS = ("loss", "logprobs", "scores", "hidden", "outputs", "divergences")
 
     def __init__(self, inner: nn.Module, mode: Mode, autocast: torch.dtype | None = None):
         super().__init__()
@@ -77,6 +83,30 @@ class LanguageModel(nn.Module):
                 return self._native_logprobs(batch, embeds)
             learned = self._hidden(batch, embeds).flatten(0, 1)[batch.learned]  # (M, D)
             return token_logprobs(learned, self._head(), batch.targets)
+
+    def predictions(self, batch: Batch) -> tuple[Tensor, Head]:
+        """(hidden states (M, D) of learned targets, the head that makes logits of them).
+
+        The model is not sharded. ValueError where its head cannot be separated.
+        """
+        if self.mode == "native":
+            raise ValueError(
+                "this model gives log-probabilities of targets and not of all tokens"
+                + (f" ({self.note})" if self.note else "")
+            )
+        with self._arithmetic():
+            batch, embeds = self._inputs(batch)
+            return self._hidden(batch, embeds).flatten(0, 1)[batch.learned], self._head()
+
+    def divergences(
+        self, batch: Batch, teacher: tuple[Tensor, Head], kind: Divergence, beta: float = 0.5
+    ) -> Tensor:
+        """(M,) how far this model is from a teacher's `predictions` at each learned target."""
+        assert self.mode != "native", "the head cannot be separated"
+        with self._arithmetic():
+            batch, embeds = self._inputs(batch)
+            learned = self._hidden(batch, embeds).flatten(0, 1)[batch.learned]  # (M, D)
+            return divergences(learned, self._head(), *teacher, kind, beta)
 
     def scores(self, batch: Batch) -> Tensor:
         """The scores of the classification head for each sequence, (N, C).

@@ -6,9 +6,10 @@ positions, D model width, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,6 +68,47 @@ def token_logprobs(hidden: Tensor, head: Head, targets: Tensor, chunk: int | Non
         chunk or chunk_rows(hidden.device),
         head.compiled,
     )
+
+
+Divergence = Literal["forward", "reverse", "js"]
+
+
+def divergences(
+    hidden: Tensor,
+    head: Head,
+    teacher_hidden: Tensor,
+    teacher_head: Head,
+    kind: Divergence,
+    beta: float = 0.5,
+    chunk: int | None = None,
+) -> Tensor:
+    """A divergence of student q from teacher p over the whole vocabulary at each position -> (M,).
+
+    forward: KL(p || q). reverse: KL(q || p). js: beta KL(p || m) + (1 - beta) KL(q || m) with m =
+    beta p + (1 - beta) q, the generalised Jensen-Shannon divergence of GKD, arXiv 2306.13649 eq. 1.
+
+    hidden (M, D) and teacher_hidden (M, D_t). The teacher gets no gradient. The backward pass
+    computes the logits of each chunk again. Where one head has more rows than the other, as tables
+    are padded, those that both have count.
+    """
+    rows = min(len(head.weight), len(teacher_head.weight))
+    head, teacher_head = _first_rows(head, rows), _first_rows(teacher_head, rows)
+    return _Divergences.apply(
+        hidden,
+        head.weight,
+        head.bias,
+        teacher_hidden.detach(),
+        teacher_head,
+        (head.scale, head.cap),
+        kind,
+        beta,
+        chunk or chunk_rows(hidden.device),
+    )
+
+
+def _first_rows(head: Head, rows: int) -> Head:
+    bias = None if head.bias is None else head.bias[:rows]
+    return head._replace(weight=head.weight[:rows], bias=bias)
 
 
 def sequence_sums(values: Tensor, owners: Tensor, n: int) -> Tensor:
@@ -275,3 +317,68 @@ class _TokenLogprobs(torch.autograd.Function):
         pairs = ((d_hidden, hidden), (d_weight, weight), (d_bias, bias))
         cast = [d.to(x.dtype) if d is not None else None for d, x in pairs]
         return *cast, None, None, None, None, None
+
+
+def _divergence(
+    log_q: Tensor, log_p: Tensor, kind: Divergence, beta: float
+) -> tuple[Tensor, Tensor]:
+    """(chunk,) values, and (chunk, V) their gradients by the student's logits."""
+    q, p = log_q.exp(), log_p.exp()
+    if kind == "forward":
+        return (p * (log_p - log_q)).sum(1), q - p
+    if kind == "reverse":
+        # d value / d q, up to a constant
+        slopes = log_q - log_p
+        values = (q * slopes).sum(1)
+    else:
+        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+        slopes = (1 - beta) * (log_q - log_m)
+        values = beta * (p * (log_p - log_m)).sum(1) + (q * slopes).sum(1)
+    return values, q * (slopes - (q * slopes).sum(1, keepdim=True))
+
+
+class _Divergences(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, other, other_head, shape, kind, beta, chunk):
+        """The values; both softmaxes exist for a chunk at a time, here and in the backward pass."""
+        dtype = _compute_dtype(hidden)
+        ctx.plan = dtype, other_head, shape, kind, beta, chunk
+        ctx.save_for_backward(hidden, weight, bias, other)
+        out = torch.empty(len(hidden), dtype=_wide(hidden.to(dtype)), device=hidden.device)
+        for here, values, _, _ in _Divergences.chunks(ctx, (hidden, weight, bias, other)):
+            out[here] = values
+        return out
+
+    @staticmethod
+    def chunks(ctx, tensors):
+        """For each chunk its rows, values, gradients by logits, and d logits / d raw logits."""
+        hidden, weight, bias, other = tensors
+        dtype, other_head, (scale, cap), kind, beta, chunk = ctx.plan
+        h_all, w, other_weight = (x.to(dtype) for x in (hidden, weight, other_head.weight))
+        for start in range(0, len(h_all), chunk):
+            here = slice(start, start + chunk)
+            logits, slope = _logits(h_all[here], w, bias, scale, cap)
+            teacher, _ = _logits(
+                other[here].to(dtype), other_weight, other_head.bias, *other_head[2:4]
+            )
+            log_q, log_p = logits.log_softmax(1), teacher.log_softmax(1)
+            yield here, *_divergence(log_q, log_p, kind, beta), slope
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        """Gradients by hidden states, weight and bias of the student."""
+        hidden, weight, bias, _ = ctx.saved_tensors
+        dtype, _, (scale, _), *_ = ctx.plan
+        h_all, w = hidden.to(dtype), weight.to(dtype)
+        _, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        d_hidden = torch.empty_like(h_all)
+        d_weight = torch.zeros(w.shape, dtype=_wide(w), device=w.device) if needs_weight else None
+        d_bias = torch.zeros(len(w), dtype=_wide(w), device=w.device) if needs_bias else None
+        for here, _, rows, slope in _Divergences.chunks(ctx, ctx.saved_tensors):
+            rows = rows * (grad[here, None] * scale)
+            rows = rows if slope is None else rows * slope
+            _gradients(rows, h_all[here], w, d_hidden[here], d_weight, d_bias)
+        pairs = ((d_hidden, hidden), (d_weight, weight), (d_bias, bias))
+        cast = [d.to(x.dtype) if d is not None else None for d, x in pairs]
+        return *cast, None, None, None, None, None, None

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors; NAMES says the same
+    from ta.rl.batches import answer_batches as answer_batches
     from ta.rl.batches import figures_of as figures_of
     from ta.rl.batches import kl_of as kl_of
     from ta.rl.batches import report_memory as report_memory
@@ -30,7 +31,7 @@ if TYPE_CHECKING:  # for editors; NAMES says the same
     from ta.rl.settings import RolloutConfig as RolloutConfig
 
 NAMES = {  # module: what `ta.rl` gives of it
-    "ta.rl.batches": "figures_of kl_of report_memory rewards_of rollout_batches",
+    "ta.rl.batches": "answer_batches figures_of kl_of report_memory rewards_of rollout_batches",
     "ta.rl.policy": "advantages k2 k3 log_ratios mismatch_weights policy_loss",
     "ta.rl.rewards": "RewardConfig RewardPool",
     "ta.rl.rollouts": "MismatchWatch Rollouts held_out_prompts prepare_prompts rollout_steps",

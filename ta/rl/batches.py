@@ -168,19 +168,22 @@ def rollout_batches(
     max_tokens: int,
     packed: bool,
     figures: dict[str, float],
+    *,
     keep_flat: bool = False,
+    drop_truncated: bool = False,
 ) -> list[RolloutBatch]:
     """This process's micro-batches of a step: the answers of `rows` with their advantages (P, G).
 
     A group whose advantages are all 0 counts in the divisor and is not computed, unless all groups
-    are so or `keep_flat` says that a KL is learned from it too.
+    are so or `keep_flat` says that a KL is learned from it too. With `drop_truncated` answers that
+    reached their greatest length have no part in the loss.
     """
 
     everyone = [
         [
             k
             for k, answer in enumerate(row["answers"])
-            if not config.drop_truncated or answer["finish"] != "length"
+            if not drop_truncated or answer["finish"] != "length"
         ]
         for row in rows
     ]
@@ -211,6 +214,13 @@ def rollout_batches(
         sampled, old, reference = (token_values(rows, groups, name) for name in names)
         batches.append(RolloutBatch(sequences, sampled, values, old, reference, figures))
     return batches
+
+
+def answer_batches(rows: Sequence[dict], max_tokens: int, packed: bool) -> list[Batch]:
+    """This process's micro-batches of all answers of `rows`, whose tokens weigh 1."""
+    everyone = [range(len(row["answers"])) for row in rows]
+    cut = micro_groups(rows, everyone, max_tokens, packed)
+    return [lay_out_groups(rows, groups, packed) for groups in cut]
 
 
 def token_values(rows: Sequence[dict], groups: Sequence[AnswerGroup], name: str) -> Tensor:

@@ -203,7 +203,7 @@ def work(arguments: Sequence[str]) -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     calls, replies = os.fdopen(int(arguments[0]), "rb"), int(arguments[1])
     os.set_inheritable(calls.fileno(), False), os.set_inheritable(replies, False)
-    functions, own = [_loaded(name) for name in arguments[2:]], os.getpid()
+    functions, own = [_loaded(name) if name else None for name in arguments[2:]], os.getpid()
     os.write(replies, READY)
     for line in calls:
         number, messages, answer, record = json.loads(line)

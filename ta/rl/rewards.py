@@ -19,10 +19,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from ta.command_line import Range
 from ta.rl.reward_functions import BUILTIN, READY
+
+if TYPE_CHECKING:
+    from ta.rl.model_reward import ModelReward
 
 # seconds in which a process must have loaded its functions
 START = 120
@@ -31,8 +34,9 @@ START = 120
 @dataclass(frozen=True)
 class RewardConfig:
     rewards: tuple[str, ...] = ("exact",)
-    """What is rewarded, added up: exact, FILE.py:NAME and others, each with *WEIGHT where that is
-    not 1. A function takes (messages, answer, record) and returns a number or None."""
+    """What is rewarded, added up: FILE.py:NAME, model:FOLDER (a reward model), exact, contains,
+    number, regex:PATTERN, length:N, schema:FILE.json or code, each with *WEIGHT where that is not
+    1. A function takes (messages, answer, record) and returns a number or None."""
     reward_seconds: Annotated[float, Range(0, above=True)] = 10.0
     """Wall-clock limit of one call of a reward function, whose process is then killed."""
     reward_processes: Annotated[int, Range(1)] = 2
@@ -83,10 +87,13 @@ def parse_reward(text: str) -> Reward:
                 f"--rewards {text}: "
                 + (f"there is no file {head}" if not Path(head).is_file() else "give FILE.py:NAME")
             )
+    elif head == "model":
+        if not argument:
+            raise ValueError(f"--rewards {text}: give model:FOLDER")
     elif head not in BUILTIN:
         raise ValueError(
-            f"--rewards {text}: there is no reward {head}; give FILE.py:NAME or one of "
-            f"{', '.join(BUILTIN)}"
+            f"--rewards {text}: there is no reward {head}; give FILE.py:NAME, model:FOLDER or one "
+            f"of {', '.join(BUILTIN)}"
         )
     else:
         try:
@@ -102,17 +109,26 @@ class RewardPool:
     A process that overruns is killed with all that it started, and another takes its place.
     """
 
-    def __init__(self, config: RewardConfig):
+    def __init__(self, config: RewardConfig, device: str = "cpu", max_tokens: int = 8192):
+        """`device` and `max_tokens` (of one forward pass) are those of reward models."""
         self.config = config
         self.rewards = [parse_reward(text) for text in config.rewards]
         # of each function, how often it gave no usable number and that was counted
         self.bad = dict.fromkeys((reward.text for reward in self.rewards), 0)
         self.idle: list[_Process] = []
+        self.models: dict[int, ModelReward] = {}
+        for f, reward in enumerate(self.rewards):
+            if reward.text.startswith("model:"):
+                # torch comes with it
+                from ta.rl.model_reward import ModelReward
+
+                folder = reward.text.removeprefix("model:")
+                self.models[f] = ModelReward(folder, device, max_tokens)
 
     def score(
-        self, chats: Sequence[list[dict]], answers: Sequence[Sequence[str]], records: Sequence[dict]
+        self, records: Sequence[dict], answers: Sequence[Sequence[str]]
     ) -> list[list[list[float | None]]]:
-        """For each chat and answer a list of each function's value, unweighted.
+        """For each record and answer a list of each function's value, unweighted.
 
         ValueError names record, answer and function where a call fails and --on-bad-reward is
         error; otherwise the value is None and `bad` counts it.
@@ -120,11 +136,18 @@ class RewardPool:
         values: list[list[list[float | None]]] = [
             [[None] * len(self.rewards) for _ in group] for group in answers
         ]
+        for f, model in self.models.items():
+            for i, group in enumerate(model.score(records, answers)):
+                for k, (value, fault) in enumerate(group):
+                    values[i][k][f] = value
+                    if fault:
+                        self._fault(f, records[i], i, answers[i][k], fault)
         waiting = deque(
             (i, k, f)
             for i, group in enumerate(answers)
             for k in range(len(group))
             for f in range(len(self.rewards))
+            if f not in self.models
         )
         busy: dict[_Process, tuple[int, int, int]] = {}
         with selectors.DefaultSelector() as selector:
@@ -135,7 +158,7 @@ class RewardPool:
                         process = self.idle.pop() if self.idle else _Process(self.rewards)
                         selector.register(process.replies, selectors.EVENT_READ, process)
                         busy[process] = i, k, f
-                        call = Call(f, chats[i], answers[i][k], records[i])
+                        call = Call(f, records[i]["messages"], answers[i][k], records[i])
                         process.ask(call, self.config.reward_seconds)
                     due = min(process.deadline for process in busy)
                     ready = selector.select(max(0.0, due - time.monotonic()))
@@ -193,8 +216,9 @@ class _Process:
         told, replies = os.pipe()
         # this very file, so that nothing heavy is imported
         command = [sys.executable, "-c", WORKER, str(given), str(replies)]
+        names = ["" if r.text.startswith("model:") else r.text for r in rewards]
         self.process = subprocess.Popen(
-            [*command, *(reward.text for reward in rewards)],
+            [*command, *names],
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr.fileno() if _has_descriptor(sys.stderr) else subprocess.DEVNULL,
             pass_fds=(given, replies),

@@ -97,7 +97,7 @@ def rollout_steps(batches: TrainBatches, updates: int, config: BatchConfig) -> T
             "rollout: give fewer, or more prompts"
         )
     more = updates if config.steps is None else 1
-    return replace(batches, steps=batches.steps * more, heaviest=0)
+    return replace(batches, steps=batches.steps * more)
 
 
 @dataclass
@@ -109,7 +109,8 @@ class Rollouts:
     batches: TrainBatches
     tokenizer: ChatTokenizer
     config: RolloutConfig
-    pool: RewardPool
+    # what rewards the answers; None where they are learned for what they are
+    pool: RewardPool | None = None
     # times that prompts are drawn again, in place of those whose answers are rewarded alike
     resample: int = 0
     # share of max_new_tokens, at its end, in which longer answers lose up to 1
@@ -156,7 +157,8 @@ class Rollouts:
             rows = self._make(model, number, weights)
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             on_rank_zero(lambda: write_atomic(path, "".join(lines)))
-        self._show_extremes(rows, step + 1)
+        if self.pool is not None:
+            self._show_extremes(rows, step + 1)
         self.round, self.rows = number, rows
         return rows
 
@@ -280,7 +282,7 @@ class Rollouts:
     ) -> list[list[tuple[dict[str, float | None], float | None]]]:
         """For each record and answer ({function: its value}, their weighted sum or None)."""
         texts = [[answer.text for answer in group] for group in answers]
-        values = self.pool.score([record["messages"] for record in records], texts, records)
+        values = self.pool.score(records, texts)
         names = [reward.text for reward in self.pool.rewards]
         return [
             [(dict(zip(names, parts, strict=True)), self.pool.total(parts)) for parts in group]
@@ -307,30 +309,38 @@ class Rollouts:
         answers = self._generate(model, ids, settings, keys)
         middle = time.perf_counter()
         records = [self.prompts[i][0] for i in mine]
-        judged = self._rewards(records, answers)
+        judged = self._rewards(records, answers) if self.pool else None
         self.seconds["rollout_seconds"] += middle - start
         self.seconds["reward_seconds"] += time.perf_counter() - middle
         rows = []
-        for i, record, group, values in zip(mine, records, answers, judged, strict=True):
-            shown, rewards, unjudged = [], {}, []
-            for k, (answer, (parts, total)) in enumerate(zip(group, values, strict=True)):
-                if self.overlong:
-                    parts["overlong"] = self._overlong_penalty(answer)
-                    total = None if total is None else total + parts["overlong"]
-                entry = {"id": str(k), "content": answer.text, "finish": answer.finish}
-                entry |= {"tokens": answer.ids, "logprobs": answer.logprobs, "parts": parts}
-                (shown if total is not None else unjudged).append(entry)
-                if total is not None:
-                    rewards[str(k)] = total
-            if shown:
-                row = record | about | {"prompt_tokens": list(self.prompts[i][1])}
-                row |= {"answers": shown, "rewards": rewards}
-                rows.append((i, row | ({"unjudged": unjudged} if unjudged else {})))
+        for place, (i, record, group) in enumerate(zip(mine, records, answers, strict=True)):
+            row = record | about | {"prompt_tokens": list(self.prompts[i][1])}
+            row["answers"] = [
+                {"id": str(k), "content": answer.text, "finish": answer.finish}
+                | {"tokens": answer.ids, "logprobs": answer.logprobs}
+                for k, answer in enumerate(group)
+            ]
+            if judged is None or self._add_rewards(row, judged[place]):
+                rows.append((i, row))
         return rows
 
-    def _overlong_penalty(self, answer: Answer) -> float:
-        longest = self.config.max_new_tokens
-        return overlong_penalty(len(answer.ids), longest, self.overlong * longest)
+    def _add_rewards(self, row: dict, judged: list[tuple[dict, float | None]]) -> bool:
+        """Give a record its rewards; answers without one stand apart. Whether any has one."""
+        longest, row["rewards"], unjudged = self.config.max_new_tokens, {}, []
+        for answer, (parts, total) in zip(row["answers"], judged, strict=True):
+            if self.overlong:
+                size, margin = len(answer["tokens"]), self.overlong * longest
+                parts["overlong"] = overlong_penalty(size, longest, margin)
+                total = None if total is None else total + parts["overlong"]
+            answer["parts"] = parts
+            if total is None:
+                unjudged.append(answer)
+            else:
+                row["rewards"][answer["id"]] = total
+        if unjudged:
+            row["unjudged"] = unjudged
+            row["answers"] = [answer for answer in row["answers"] if answer not in unjudged]
+        return bool(row["answers"])
 
 
 class MismatchWatch:

@@ -10,8 +10,8 @@ from ta.command_line import Range
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    num_answers: Annotated[int, Range(2)] = 8
-    """Answers to each prompt: a group, whose rewards are compared."""
+    num_answers: Annotated[int, Range(1)] = 8
+    """Answers to each prompt."""
     temperature: Annotated[float, Range(0, above=True)] = 1.0
     """The policy is the model at this temperature, in rollouts and in training."""
     max_new_tokens: Annotated[int, Range(1)] = 128
@@ -20,6 +20,3 @@ class RolloutConfig:
     """Answers that are generated at the same time (a memory knob)."""
     updates: Annotated[int, Range(1)] = 1
     """Optimizer steps on the answers of one rollout, each on its share of --batch-size prompts."""
-    drop_truncated: bool = False
-    """Do not train on answers that reached --max-new-tokens; their rewards still count in their
-    groups."""

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from ta.model.logprobs import Head, cross_entropy_sum, sequence_sums, token_logprobs
+from ta.model.logprobs import (
+    Head,
+    cross_entropy_sum,
+    divergences,
+    sequence_sums,
+    token_logprobs,
+)
 
 
 def plain(hidden, head, targets):
@@ -125,3 +131,44 @@ def test_a_second_backward_pass_is_refused():
     (loss * 2).backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="inplace"):
         loss.backward()
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "js"])
+@pytest.mark.parametrize("cap", [None, 5.0])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_divergences_equal_those_of_full_logits(kind, cap, bias, chunk):
+    """In float64, values and gradients, with scales, and with a teacher of another width and a longer table."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    hidden, weight, b = (draw(*shape).requires_grad_() for shape in ((33, 16), (50, 16), (50,)))
+    inputs = [hidden, weight] + [b] * bias
+    head = Head(weight, b if bias else None, 0.7, cap)
+    other, teacher = draw(33, 8), Head(draw(56, 8), draw(56), 0.5)
+    weights, beta = torch.rand(33, generator=generator, dtype=torch.float64), 0.3
+    logits = (hidden @ weight.t() + (b if bias else 0)) * 0.7
+    log_q = (cap * torch.tanh(logits / cap) if cap else logits).log_softmax(-1)
+    log_p = ((other @ teacher.weight[:50].t() + teacher.bias[:50]) * 0.5).log_softmax(-1)
+    q, p = log_q.exp(), log_p.exp()
+    log_m = (beta * p + (1 - beta) * q).log()
+    wanted = {
+        "forward": (p * (log_p - log_q)).sum(-1),
+        "reverse": (q * (log_q - log_p)).sum(-1),
+        "js": beta * (p * (log_p - log_m)).sum(-1) + (1 - beta) * (q * (log_q - log_m)).sum(-1),
+    }[kind]
+    got = divergences(hidden, head, other, teacher, kind, beta, chunk)
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    assert (got > 0).all()
+    gradients = [torch.autograd.grad((x * weights).sum(), inputs) for x in (got, wanted)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "js"])
+def test_no_divergence_from_oneself(kind):
+    torch.manual_seed(0)
+    hidden, head = torch.randn(9, 16, requires_grad=True), Head(torch.randn(50, 16))
+    got = divergences(hidden, head, hidden, head, kind)
+    torch.testing.assert_close(got, torch.zeros(9), rtol=0, atol=1e-5)
+    (grad,) = torch.autograd.grad(got.sum(), hidden)
+    assert grad.abs().max() < 1e-5

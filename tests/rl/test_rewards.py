@@ -79,8 +79,8 @@ def functions(tmp_path, monkeypatch):
 def scores(*rewards, answers=("4", "bad", "5"), record=None, **more):
     pool = RewardPool(RewardConfig(rewards, **{"reward_seconds": 5.0, **more}))
     try:
-        record = {"id": "r7", "reference": "4"} | (record or {})
-        (values,) = pool.score([CHAT], [answers], [record])
+        record = {"id": "r7", "reference": "4", "messages": CHAT} | (record or {})
+        (values,) = pool.score([record], [answers])
         return [pool.total(parts) for parts in values], pool
     finally:
         pool.close()
@@ -316,3 +316,35 @@ def test_a_level_that_is_not_there_is_refused(monkeypatch):
         with pytest.raises(ValueError, match="is not installed"):
             check_level(level)
     check_level.cache_clear()
+
+
+def test_a_reward_model_gives_what_score_gives(tmp_path):
+    """Beside a function; an answer that is too long for it has no reward."""
+    import torch
+    from transformers import LlamaForSequenceClassification
+
+    from ta.builtin.models import tiny_config, tiny_tokenizer
+
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(tiny_config(num_labels=1, pad_token_id=0)).eval()
+    model.save_pretrained(tmp_path / "rm")
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "rm")
+    got, pool = scores(
+        f"model:{tmp_path}/rm*2", "exact", answers=("4", "no", "x y " * 2000), on_bad_reward="none"
+    )
+    for value, answer in zip(got, ("4", "no"), strict=False):
+        chat = [*CHAT, {"role": "assistant", "content": answer}]
+        ids = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=False)
+        with torch.no_grad():
+            wanted = 2 * model(ids).logits.item() + (answer == "4")
+        assert value == pytest.approx(wanted, abs=1e-4)
+    assert got[2] == 0.0 and pool.bad[f"model:{tmp_path}/rm"] == 1
+    with pytest.raises(ValueError, match="tokens are more than the reward model can read"):
+        scores(f"model:{tmp_path}/rm", answers=("x y " * 2000,))
+    with pytest.raises(ValueError, match="no reward model or classifier"):
+        tiny_folder_without_head = tmp_path / "lm"
+        from transformers import LlamaForCausalLM
+
+        LlamaForCausalLM(tiny_config()).save_pretrained(tiny_folder_without_head)
+        scores(f"model:{tiny_folder_without_head}")

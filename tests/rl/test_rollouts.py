@@ -354,10 +354,12 @@ def test_long_answers_lose(grpo):
 
 def test_truncated_answers_may_be_left_out():
     """They then have no part in the loss and in its divisor; in their group they have."""
-    made, config = rows(), RolloutConfig(drop_truncated=True)
+    made, config = rows(), RolloutConfig()
     made[0]["answers"][1]["finish"] = made[2]["answers"][0]["finish"] = "length"
     advantages = torch.tensor([[1.0, -2.0, 0.5], [0.5, 0, 0.5], [2.0, 0.0, -1.0]])
-    (batch,) = rollout_batches(made, advantages, "answers", config, 100, True, {})
+    (batch,) = rollout_batches(
+        made, advantages, "answers", config, 100, True, {}, drop_truncated=True
+    )
     left = [(0, 0), (0, 2), (1, 0), (1, 1), (1, 2), (2, 1), (2, 2)]
     sizes = [len(made[i]["answers"][k]["tokens"]) for i, k in left]
     assert torch.bincount(batch.sequences.owners).tolist() == sizes
@@ -396,8 +398,8 @@ def test_a_step_is_its_formula(preset, updates):
             ):
                 answer[name] = (logps + noise * rng.normal(size=len(logps))).tolist()
     advantages = torch.tensor([[1.0, -2.0, 0.5], [0, 0, 0], [2.0, 0.0, -1.0]], dtype=torch.float64)
-    arguments = (made, advantages, settings["divide"], config.rollouts, 100, True, {}, True)
-    (batch,) = rollout_batches(*arguments)
+    arguments = (made, advantages, settings["divide"], config.rollouts, 100, True, {})
+    (batch,) = rollout_batches(*arguments, keep_flat=True)
     loss, count, figures = page.step(config, settings, MismatchWatch(9), model, batch)
     tokens = sum(len(answer["tokens"]) for row in made for answer in row["answers"])
     assert count == tokens and figures["kl"] > 0
@@ -428,7 +430,7 @@ def test_a_step_is_its_formula(preset, updates):
     [
         (("--updates", 9), "--updates 9 share the --batch-size 8 prompts"),
         (("--ref-path", "x"), "--reference and its flags have no effect without --kl-coef"),
-        (("--num-answers", 1), "--num-answers 1: give a number from 2 up"),
+        (("--num-answers", 1), "--num-answers 1: answers are compared"),
         (("--temperature", 0), "--temperature 0.0: give a number above 0"),
         (("--rewards", "exakt"), "there is no reward exakt"),
         (("--max-new-tokens", 5000), "leave no room for an answer"),

@@ -1,0 +1,146 @@
+"""Distillation: a student learns a teacher's whole distribution at each token of an answer.
+
+    python recipes/distill.py                          # built-in teacher and student
+    python recipes/distill.py --model-path STUDENT --teacher-path TEACHER --data chats.jsonl
+    python recipes/distill.py --no-on-policy ...       # on the answers of the data
+
+On policy (GKD, arXiv 2306.13649) the answers are the student's own, written to
+OUT/rollouts/STEP.jsonl before the update; the answers of the data are then not read. Held-out
+figures are those of the data's answers, on policy too. The divergences stand in
+ta/model/logprobs.py; no tensor of tokens times vocabulary exists.
+
+A record, one line of the file:
+
+    {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Literal
+
+import ta
+from ta import Range
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ta.ModelConfig = ta.ModelConfig()
+    tokenizer: ta.TokenizerConfig = ta.TokenizerConfig()
+    adapter: ta.AdapterConfig = ta.AdapterConfig()
+    compute: ta.ComputeConfig = ta.ComputeConfig()
+    chat: ta.ChatConfig = ta.ChatConfig()
+    data: ta.DataConfig = ta.DataConfig()
+    batches: ta.BatchConfig = ta.BatchConfig()
+    optim: ta.OptimConfig = ta.OptimConfig()
+    loop: ta.LoopConfig = ta.LoopConfig(out="runs/distill")
+    samples: ta.SamplesConfig = ta.SamplesConfig(sample_records=256)
+    rollouts: ta.rl.RolloutConfig = ta.rl.RolloutConfig(num_answers=1)
+    teacher_path: str | None = None
+    """Folder of the teacher (a model, an adapter or a run), of the student's vocabulary. Default:
+    the fine-tuned built-in model."""
+    on_policy: bool = True
+    """Learn on answers that the student samples, not on those of the data."""
+    divergence: Literal["forward", "reverse", "js"] = "forward"
+    """KL(teacher || student), KL(student || teacher), or the generalised Jensen-Shannon."""
+    js_beta: Annotated[float, Range(0, below=1, above=True)] = 0.5
+    """Of js: the share of the teacher in the mixture that both are compared with."""
+
+
+def step(config: Config, teacher, model, batch):
+    """The sum of the divergence over learned tokens, and the weight by which it is divided."""
+    import torch
+
+    with torch.no_grad():
+        predictions = teacher.predictions(batch)
+    values = model.divergences(batch, predictions, config.divergence, config.js_beta)  # (M,)
+    return (values * batch.weights).sum(), batch.weights.sum(), {}
+
+
+def load_teacher(config: Config, model: ta.ModelConfig, tokenizer, device: str):
+    """The teacher, frozen and whole on every process."""
+    ta.check_same_vocabulary("--teacher-path", ta.resolve(model).tokenizer, tokenizer)
+    teacher, _ = ta.wrap(ta.load_for_inference(model, device))
+    teacher.temperature = config.rollouts.temperature
+    return teacher
+
+
+def main(config: Config) -> None:
+    if config.divergence != "js" and config.js_beta != 0.5:
+        raise ValueError("--js-beta has no effect without --divergence js: leave it out")
+    plain = dataclasses.replace(Config().rollouts, temperature=config.rollouts.temperature)
+    if not config.on_policy and config.rollouts != plain:
+        raise ValueError(
+            "--num-answers, --max-new-tokens, --slots and --updates have no effect with "
+            "--no-on-policy: leave them out"
+        )
+    teacher_path = ta.ModelConfig(config.teacher_path or "builtin", dtype=config.model.dtype)
+    teacher_config = ta.with_fine_tuned_model(dataclasses.replace(config, model=teacher_path)).model
+    config = ta.with_fine_tuned_model(config, "builtin-begun")
+    run = ta.start_run(config)
+    tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat, day=run.day)
+    files, val_files = ta.data_or_builtin(config.data.data, config.data.val_data, "practice")
+    asked = (tokenizer, config.chat, config.data, run.seed)
+    prompts = []
+    if config.on_policy:
+        prompts, train_data = ta.rl.prepare_prompts(files, *asked)
+    else:
+        train_data = ta.prepare_chats(files, *asked)
+    val_data = ta.prepare_chats(val_files, *asked)
+    model = ta.load_model(
+        config.model, config.adapter, config.compute, tokenizer, run.device, seed=run.seed
+    )
+    # what the student samples is what it learns
+    model.dropout, model.temperature = False, config.rollouts.temperature
+    model.eval()
+    ta.check_context(model, train_data, val_data)
+    teacher = load_teacher(config, teacher_config, tokenizer, run.device)
+    if "native" in (model.mode, teacher.mode):
+        raise ValueError(
+            f"a head cannot be separated, of which all logits are compared: {model.note}"
+        )
+    slower = max(model.mode, teacher.mode, key=("packed", "padded").index)
+    model.set_mode(slower), teacher.set_mode(slower)
+
+    batches = ta.train_batches(
+        train_data, config.batches, packed=model.packed, default_batch_size=32
+    )
+    updates = config.rollouts.updates
+    batches = ta.rl.rollout_steps(batches, updates, config.batches)
+    val_batches = ta.val_batches(val_data, config.batches, packed=model.packed)
+    optim = ta.with_default_lr(
+        config.optim, config.model, config.adapter, full=1e-5, adapted=1e-4, builtin=1e-3
+    )
+    learn = partial(step, config, teacher)
+    rollouts = ta.rl.Rollouts(run.folder, prompts, batches, tokenizer, config.rollouts)
+
+    def before_step(number, _):
+        rows = rollouts.at(model, number)
+        rows = rows[number % updates :: updates]
+        return ta.rl.answer_batches(rows, config.batches.max_tokens_per_micro, model.packed)
+
+    def evaluate(done):
+        figures = ta.mean_over(model, val_batches, learn)
+        return figures | ta.generate_samples(
+            model, tokenizer, val_data, config.chat, config.samples, run.folder, done, seed=run.seed
+        )
+
+    ta.train(
+        run,
+        model,
+        batches,
+        learn,
+        ta.adamw(model, optim),
+        optim,
+        evaluate=evaluate if val_data else None,
+        before_step=before_step if config.on_policy else None,
+        more_state=rollouts.state if config.on_policy else None,
+        resume_key={"teacher": ta.fingerprint(ta.resolve(teacher_config).base)},
+    )
+    ta.export(model, tokenizer, run.folder / "final")
+
+
+if __name__ == "__main__":
+    ta.cli(main, Config)
