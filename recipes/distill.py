@@ -67,7 +67,8 @@ def load_teacher(config: Config, model: ta.ModelConfig, tokenizer, device: str):
     return teacher
 
 
-def main(config: Config) -> None:
+def main(config: Config):
+    """Distil; returns the folder of the export and the last figures of held-out records."""
     if config.divergence != "js" and config.js_beta != 0.5:
         raise ValueError("--js-beta has no effect without --divergence js: leave it out")
     plain = dataclasses.replace(Config().rollouts, temperature=config.rollouts.temperature)
@@ -122,12 +123,12 @@ def main(config: Config) -> None:
         return ta.rl.answer_batches(rows, config.batches.max_tokens_per_micro, model.packed)
 
     def evaluate(done):
-        figures = ta.mean_over(model, val_batches, learn)
-        return figures | ta.generate_samples(
+        samples = ta.generate_samples(
             model, tokenizer, val_data, config.chat, config.samples, run.folder, done, seed=run.seed
         )
+        return ta.join_figures(ta.mean_over(model, val_batches, learn), samples)
 
-    ta.train(
+    figures = ta.train(
         run,
         model,
         batches,
@@ -139,7 +140,9 @@ def main(config: Config) -> None:
         more_state=rollouts.state if config.on_policy else None,
         resume_key={"teacher": ta.fingerprint(ta.resolve(teacher_config).base)},
     )
-    ta.export(model, tokenizer, run.folder / "final")
+    card = ta.model_card(run, train_data, figures)
+    ta.export(model, tokenizer, run.folder / "final", card=card)
+    return run.folder / "final", figures
 
 
 if __name__ == "__main__":

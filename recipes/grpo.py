@@ -150,7 +150,7 @@ def main(config: Config):
     )
     asked = (tokenizer, config.chat, config.data, run.seed)
     prompts, data = ta.rl.prepare_prompts(files, *asked)
-    held_out = ta.rl.held_out_prompts(val_files, *asked, config.samples)
+    held_out = ta.rl.prepare_prompts(val_files, *asked)[0] if val_files else []
     model = ta.load_model(
         config.model, config.adapter, config.compute, tokenizer, run.device, seed=run.seed
     )
@@ -220,7 +220,19 @@ def main(config: Config):
         )
 
     def evaluate(done):
-        return rollouts.answer_held_out(model, held_out, config.samples, done)
+        samples = ta.generate_samples(
+            model,
+            tokenizer,
+            [ta.rl.with_reference(record) for record, _ in held_out],
+            config.chat,
+            config.samples,
+            run.folder,
+            done,
+            seed=run.seed,
+            reference=reference and reference.of_new,
+        )
+        rewarded = held_out[: config.samples.sample_records]
+        return ta.join_figures(rollouts.held_out_reward(model, rewarded, longest), samples)
 
     ta.rl.report_memory(config.loop, model, batches, optimizer, config.rollouts)
     figures = ta.train(
@@ -230,7 +242,7 @@ def main(config: Config):
         partial(step, config, settings, watch),
         optimizer,
         optim,
-        evaluate=evaluate if held_out else None,
+        evaluate=evaluate if held_out or config.samples.samples_data else None,
         before_step=before_step,
         more_state=rollouts.state | (reference.state if reference else {}),
         resume_key=settings,

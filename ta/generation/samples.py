@@ -308,7 +308,9 @@ def _rows(samples: Sequence[Sample], step: int, settings: str) -> list[dict]:
 
 def _last_answers(path: Path, step: int) -> dict[str, str]:
     """{row: answer} of the last evaluation before `step`."""
-    rows = [row for row in read_json_lines(path) if row["step"] < step] if path.exists() else []
+    rows = read_json_lines(path) if path.exists() else []
+    # rollouts stand there too
+    rows = [row for row in rows if row["step"] < step and "row" in row]
     last = max((row["step"] for row in rows), default=0)
     return {row.get("row", ""): row["answer"] for row in rows if row["step"] == last}
 

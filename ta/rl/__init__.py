@@ -25,16 +25,16 @@ if TYPE_CHECKING:  # for editors; NAMES says the same
     from ta.rl.rewards import RewardPool as RewardPool
     from ta.rl.rollouts import MismatchWatch as MismatchWatch
     from ta.rl.rollouts import Rollouts as Rollouts
-    from ta.rl.rollouts import held_out_prompts as held_out_prompts
     from ta.rl.rollouts import prepare_prompts as prepare_prompts
     from ta.rl.rollouts import rollout_steps as rollout_steps
+    from ta.rl.rollouts import with_reference as with_reference
     from ta.rl.settings import RolloutConfig as RolloutConfig
 
 NAMES = {  # module: what `ta.rl` gives of it
     "ta.rl.batches": "answer_batches figures_of kl_of report_memory rewards_of rollout_batches",
     "ta.rl.policy": "advantages k2 k3 log_ratios mismatch_weights policy_loss",
     "ta.rl.rewards": "RewardConfig RewardPool",
-    "ta.rl.rollouts": "MismatchWatch Rollouts held_out_prompts prepare_prompts rollout_steps",
+    "ta.rl.rollouts": "MismatchWatch Rollouts prepare_prompts rollout_steps with_reference",
     "ta.rl.settings": "RolloutConfig",
 }
 _HOME = {name: module for module, names in NAMES.items() for name in names.split()}

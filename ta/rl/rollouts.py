@@ -26,9 +26,8 @@ from ta.data.prepare import DataConfig, Prepared
 from ta.data.sources import Drops
 from ta.files import append_line, hash_json, read_json_lines, write_atomic
 from ta.generation.generate import generate
-from ta.generation.metrics import measure
 from ta.generation.prompts import read_prompts
-from ta.generation.samples import SamplesConfig, asked_text
+from ta.generation.samples import asked_text
 from ta.generation.settings import Answer, GenerateConfig
 from ta.model.language_model import LanguageModel
 from ta.parallel import gather_objects, on_rank_zero, rank, say, sum_over_ranks, unsharded, world
@@ -36,7 +35,6 @@ from ta.rl.batches import is_flat, lay_out_groups, micro_groups
 from ta.rl.policy import overlong_penalty
 from ta.rl.rewards import RewardPool
 from ta.rl.settings import RolloutConfig
-from ta.screen import table
 
 if TYPE_CHECKING:
     # a record and the token ids of its prompt
@@ -49,15 +47,13 @@ def prepare_prompts(
     chat: ChatConfig,
     data: DataConfig,
     seed: int = 0,
-    cut: bool = False,
 ) -> tuple[list[Prompt], Prepared]:
     """([(record, prompt ids)], the prompts as data from which `train_batches` chooses).
 
-    The answer at the end of a chat is taken off and becomes the record's "reference"; with `cut` a
-    chat ends before a random answer (seeded).
+    The answer at the end of a chat is taken off and becomes the record's "reference".
     """
     drops = Drops(data.on_bad_record, data.max_bad_share)
-    prompts = read_prompts(files, tokenizer, chat, drops, seed, cut)
+    prompts = read_prompts(files, tokenizer, chat, drops, seed)
     if drops.counts:
         say(f"left out: {drops.table()}")
     n, sizes = len(prompts), [len(ids) for _, ids in prompts]
@@ -71,19 +67,12 @@ def prepare_prompts(
     return prompts, Prepared(ids, weights, offsets, origin, {}, info, 1)
 
 
-def held_out_prompts(
-    files: Sequence[str],
-    tokenizer: ChatTokenizer,
-    chat: ChatConfig,
-    data: DataConfig,
-    seed: int,
-    config: SamplesConfig,
-) -> list[Prompt]:
-    """The first prompts of the held-out files, of which --sample-records says how many."""
-    if not files or not config.sample_records:
-        return []
-    asked = (tokenizer, chat, data, seed, config.sample_random_cut)
-    return prepare_prompts(files, *asked)[0][: config.sample_records]
+def with_reference(record: dict) -> dict:
+    """The record of a prompt as the chat that it was, with its right answer where it has one."""
+    if "reference" not in record:
+        return record
+    answer = {"role": "assistant", "content": record["reference"]}
+    return record | {"messages": [*record["messages"], answer]}
 
 
 def rollout_steps(batches: TrainBatches, updates: int, config: BatchConfig) -> TrainBatches:
@@ -171,50 +160,27 @@ class Rollouts:
         ]
         for name, choose in (("best", max), ("worst", min)):
             reward, i, answer = choose(answers, key=lambda entry: entry[0])
-            about = {"step": step, "id": f"{name} rollout", "prompt": _asked(rows[i])}
+            about = {"step": step, "id": f"{name} rollout"}
+            about["prompt"] = asked_text(rows[i]["messages"])
             about |= {"answer": answer["content"], "reference": rows[i].get("reference", "")}
             about |= {"reward": reward, "finish": answer["finish"]}
             append_line(self.run_folder / "samples.jsonl", about)
 
-    def answer_held_out(
-        self, model: LanguageModel, prompts: Sequence[Prompt], config: SamplesConfig, step: int
+    def held_out_reward(
+        self, model: LanguageModel, prompts: Sequence[Prompt], longest: int
     ) -> dict[str, float]:
-        """Answer `prompts` greedily, append the answers to samples.jsonl with their rewards, show
-        some. Returns the mean reward and, where all have a reference, the metrics chosen.
-        """
+        """{"reward": the mean reward of greedy answers of at most `longest` tokens}, or {}."""
         settings = GenerateConfig(
-            max_new_tokens=config.sample_max_new_tokens,
+            max_new_tokens=longest,
             stop_strings=tuple(self.tokenizer.stop_strings),
             slots=self.config.slots,
         )
-        chosen = list(range(len(prompts)))[rank() :: world()]
-        mine = self._generate(model, [prompts[i][1] for i in chosen], settings)
-        judged = self._rewards([prompts[i][0] for i in chosen], mine)
-        found: dict[int, tuple] = {}
-        for share in gather_objects(list(zip(chosen, mine, judged, strict=True))):
-            found |= {i: (group[0], rewards[0][1]) for i, group, rewards in share}
-        answers = [found[i] for i in range(len(prompts))]
-        rows = []
-        for place, ((record, _), (answer, reward)) in enumerate(zip(prompts, answers, strict=True)):
-            about = {"step": step, "id": record.get("id", place), "prompt": _asked(record)}
-            about |= {"answer": answer.text, "reference": record.get("reference", "")}
-            rows.append(about | {"reward": reward, "finish": answer.finish})
-        if rank() == 0:
-            for row in rows:
-                append_line(self.run_folder / "samples.jsonl", row)
-            names = ("prompt", "answer", "reference", "reward")
-            shown = [tuple(row[name] for name in names) for row in rows[: config.sample_show]]
-            say(f"\nsamples at step {step}\n{table(shown, names)}\n")
-        known = [reward for _, reward in answers if reward is not None]
-        figures = {"reward": sum(known) / len(known)} if known else {}
-        references = [record.get("reference") for record, _ in prompts]
-        if all(isinstance(reference, str) for reference in references):
-            texts = [answer.text for answer, _ in answers]
-            logprobs = [answer.logprobs for answer, _ in answers]
-            data = {"predictions": texts, "labels": references, "logprobs": logprobs}
-            data |= {"answers": texts, "references": references}
-            figures |= measure(config.sample_metrics, **data)
-        return figures
+        mine = prompts[rank() :: world()]
+        answers = self._generate(model, [ids for _, ids in mine], settings)
+        judged = self._rewards([record for record, _ in mine], answers)
+        shares = gather_objects([total for ((_, total),) in judged])
+        known = [total for share in shares for total in share if total is not None]
+        return {"reward": sum(known) / len(known)} if known else {}
 
     def _make(self, model: LanguageModel, number: int, weights: int) -> list[dict]:
         """The records of a round; prompts are drawn again until enough groups differ."""
@@ -375,11 +341,6 @@ class MismatchWatch:
                 "sampler may hold other weights or an adapter less, or compute in another dtype, "
                 "or the template of prompts may differ; lower --dtype differences or raise it"
             )
-
-
-def _asked(record: dict) -> str:
-    """The last message of a prompt."""
-    return asked_text(record["messages"])
 
 
 def weights_hash(model: LanguageModel) -> int:
