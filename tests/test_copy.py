@@ -39,7 +39,15 @@ EDITS = {  # what stands in recipes/dpo.py: what stands in the copy
     "    settings = loss_settings(config)\n": "    import torch\n\n    settings = loss_settings(config)\n",
     # another evaluation
     "        samples = ta.generate_samples(\n"
-    "            model, tokenizer, val_data, config.chat, config.samples, run.folder, done, seed=run.seed\n"
+    "            model,\n"
+    "            tokenizer,\n"
+    "            val_data,\n"
+    "            config.chat,\n"
+    "            config.samples,\n"
+    "            run.folder,\n"
+    "            done,\n"
+    "            seed=run.seed,\n"
+    "            reference=reference and reference.of_new,\n"
     "        )\n"
     "        return ta.join_figures(figures, samples)\n": (
         "        weights = [p.detach().double().square().sum() for p in model.parameters()]\n"

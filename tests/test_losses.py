@@ -286,7 +286,7 @@ def test_settings_are_those_given_or_the_published_ones(door):
             with pytest.raises(ValueError, match=words):
                 DPO.loss_settings(config)
     for flags, words in (
-        (("--loss", "dpo"), "sigmoid"),
+        (("--loss", "dppo"), "sigmoid"),
         (("--beta", 0), "above 0"),
         (("--beta", "nan"), "above 0"),
         (("--label-smoothing", 0.5), "0.5"),

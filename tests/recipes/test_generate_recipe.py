@@ -173,7 +173,7 @@ def test_what_decides_an_answer_is_in_its_key(recipe, data, tmp_path):
     other = {
         "dtype": {"model": ta.ModelConfig(dtype="float64")},
         "arguments": {"model": ta.ModelConfig(model_args=("attn_implementation=eager",))},
-        "tokens": {"tokenizer": ta.TokenizerConfig(init_tokens=("<new>",))},
+        "tokens": {"tokenizer": ta.TokenizerConfig(init_tokens=("<new>=a",))},
         "seed": {"generation": GenerateConfig(max_new_tokens=6, seed=1)},
         "system prompt": {"chat": ta.ChatConfig(system_prompt="Be brief.")},
         "engine": {"engine": "vllm"},

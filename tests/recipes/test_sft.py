@@ -244,7 +244,7 @@ def test_bad_flags_and_folders(door, data, tmp_path):
         ((*good, "--model-path", tmp_path / "absent"), "no model folder"),
         ((*good, "--max-tokens", 4), "max_tokens"),
         ((*good, "--role-tags", "user=u"), "assistant"),
-        ((*good, "--learning-rate", "1"), "--learning-rate"),
+        ((*good, "--learning-rates", "1"), "--learning-rate"),
         ((*good, "--out", tmp_path / "other"), "thesis.txt"),
         ((*good, "--system-prompt", "a", "--ignore-system-prompt"), "--ignore-system-prompt"),
         ((*good, "--init-tokens", "x"), "needs a token"),

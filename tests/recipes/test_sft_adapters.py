@@ -113,7 +113,6 @@ def test_ids_beyond_the_embedding_table_are_refused(door, data, tmp_path):
     [
         (("--adapter", "prefix", "--activation-checkpointing"), "checkpointing"),
         (("--lora-rank", 4), "--lora-rank has no effect"),
-        (("--adapter", "prompt", "--init-tokens", "<a>=b"), "new tokens cannot train"),
         (("--resume", "--overwrite"), "one of the two"),
     ],
 )
