@@ -22,7 +22,19 @@ def losses(door, tmp_path, kind, name, rows, *more):
     """The losses of two steps on a file of the rows, and what the run printed."""
     path = tmp_path / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ("--data", path, "--steps", "2", "--batch-size", "2", "--sample-records", "0", *more)
+    flags = (
+        "--data",
+        path,
+        "--steps",
+        "2",
+        "--log-every",
+        "1",
+        "--batch-size",
+        "2",
+        "--sample-records",
+        "0",
+        *more,
+    )
     code, text = door(RECIPES[kind], *flags, "--out", tmp_path / name)
     assert code == 0, text
     records = map(json.loads, open(tmp_path / name / "metrics.jsonl"))
@@ -40,7 +52,7 @@ def test_a_file_of_a_format_trains_as_its_twin(door, tmp_path, name, kind, given
         first = json.loads(open(folder / "train.jsonl").readline())["messages"]
         picture = next(m["content"] for m in first if m.get("type") == "image")
         given, twin = (json.loads(json.dumps(x).replace("cat.png", picture)) for x in (given, twin))
-        more = ("--image-root", folder / "images")
+        more = ("--image-root", folder / "images", "--image-encoder", "builtin")
     ours, text = losses(door, tmp_path, kind, "given", [given, given], *more)
     twins, _ = losses(door, tmp_path, kind, "twin", [twin, twin], *more)
     assert ours == twins and len(ours) == 2 and f"given.jsonl: {name}, 2" in text
