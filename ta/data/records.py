@@ -28,6 +28,7 @@ RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "continue
 # the names under which messages say whether, or with what weight, they are learned: OpenAI's
 # fine-tuning has weight, Axolotl train, others the rest
 LOSS_NAMES = ("loss", "weight", "train", "trainable", "loss_mask")
+REPLACED = frozenset((*LOSS_NAMES, "disable_loss", "type"))
 # where the parts of a message have their text or path
 PART_KEYS = ("content", "text", "image", "image_url", "audio", "path", "url")
 
@@ -282,9 +283,8 @@ def _message(given: object, where: str, types: tuple[str, ...] = ("text",)) -> d
             "message type",
             f"the type of {where} is {_shown(given, 'type')}; this reads {', '.join(types)}",
         )
-    replaced = (*LOSS_NAMES, "disable_loss", "type")
     # an optional key that is null counts as absent
-    message = {key: x for key, x in given.items() if key not in replaced and x is not None}
+    message = {key: x for key, x in given.items() if key not in REPLACED and x is not None}
     names = {"bot": ANSWER, "function": "tool"}
     message |= {"role": names.get(role, role), "content": content}
     _check_fields(message, where)
@@ -296,6 +296,8 @@ def _message(given: object, where: str, types: tuple[str, ...] = ("text",)) -> d
 
 def _loss(given: dict, where: str) -> bool | int | float | None:
     """Whether, or with what weight, a message is learned; None where it does not say."""
+    if REPLACED.isdisjoint(given):
+        return None
     off = given.get("disable_loss")
     if off is not None and not isinstance(off, bool):
         raise BadRecord(
@@ -322,6 +324,9 @@ def _loss(given: dict, where: str) -> bool | int | float | None:
 
 def _check_fields(message: dict, where: str) -> None:
     """Check what a message holds beside its content, in place; null counts as absent."""
+    if len(message) == 2:
+        # a role and a content
+        return
     for key in (*REASONING, "tool_calls", "function_call", "tool_call_id", "name"):
         if key in message and message[key] in (None, []):
             del message[key]

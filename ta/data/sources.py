@@ -253,7 +253,8 @@ def scan(
         if form:
             formats[form] += 1
         family = form.family if form else ""
-        drops.unused.update(data.keys() - USED)
+        if not USED.issuperset(data):
+            drops.unused.update(data.keys() - USED)
         if "id" in data and len(drops.ids) < MAX_IDS:
             if (name := hash(str(data["id"]))) in drops.ids:
                 drops.note(index, line, "id given twice")
