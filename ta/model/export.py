@@ -275,7 +275,8 @@ def gathered(
         return None
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     if hasattr(model, "adapter_facts"):
-        trained.update(saved_tables(model))
+        # rank 0 alone holds the rows of new tokens, which decide
+        trained.update(gather_objects(saved_tables(model))[0])
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     out = {}
     for name, tensor in model.state_dict().items():

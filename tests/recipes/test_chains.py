@@ -202,6 +202,28 @@ def test_a_method_between_changes_nothing_but_what_it_trains(
     assert losses(tmp_path / "c")[0] == pytest.approx(losses(runs[start])[1], abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "flags"),
+    [
+        ("sft", (*BASE, "--adapter", "prompt", *NEW)),
+        ("sft", (*BASE, "--adapter", "lora", *NEW)),
+        ("sft", ("--adapter", "lora")),
+    ],
+)
+def test_one_process_goes_on_from_two(place, runs, forked, tmp_path, recipe, flags):
+    """With rows of new tokens that no adapter weight holds, and with a model that sees."""
+    if BASE[0] not in flags:
+        flags = (*flags, "--model-path", runs["see"])
+    data = (*place.data[recipe], "--batch-size", 4)
+    forked(recipe, *data, *flags, "--lr", "1e-2", "--out", tmp_path / "two", processes=2)
+    sees = runs["see"] in flags
+    assert (tmp_path / "two" / "final" / "media.json").exists() == sees
+    on = ("--model-path", tmp_path / "two", "--out", tmp_path / "one")
+    code, lines = call(recipe, *place.data[recipe], *on)
+    assert code == 0, lines
+    assert losses(tmp_path / "one")[0] == pytest.approx(losses(tmp_path / "two")[1], abs=1e-5)
+
+
 def test_the_index_and_the_encoder_of_rag_go_on(place, runs, tmp_path):
     """Retriever and generator both start where they ended, named by the run alone; its index answers questions."""
     again = ("--model-path", runs["rag"], "--index", runs["rag"], "--out", tmp_path / "again")
