@@ -1,0 +1,152 @@
+"""The exports of each kind of run, read by other programs: transformers here, and another one by the Python in TA_READER_PYTHON.
+
+TA_READER_PYTHON=/envs/transformers4/bin/python python -m pytest tests/model/test_export_readers.py
+"""
+
+import json
+import os
+import subprocess
+
+import pytest
+import torch
+from conftest import ROOT
+from export_reader import read
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from ta.builtin import models
+from ta.builtin.model_folders import tiny_folder
+from ta.chat.tokenizer import load_tokenizer
+from ta.folders import ModelConfig
+from ta.model.export import save_model
+from ta.model.load import load_for_inference
+
+pytestmark = pytest.mark.slow
+OTHER = os.environ.get("TA_READER_PYTHON")
+TEXTS = ["What is 12 plus 3?", "Say  <|im_end|> now", "Größe 你好\n<X>"]
+IDS = [[5, 40, 17], [9, 30, 31, 12, 7]]
+NEW = ("--init-tokens", "<X>=What is")
+LORA = ("--adapter", "lora")
+RUNS = {  # name: (recipe, flags, reader's kind, whether the folder is an adapter)
+    "full": ("sft", (), "causal", False),
+    "new tokens": ("sft", NEW, "causal", False),
+    "lora": ("sft", LORA, "causal", True),
+    "lora, new tokens": ("sft", (*LORA, *NEW), "causal", True),
+    "dora": ("sft", (*LORA, "--use-dora"), "causal", True),
+    "prompt": ("sft", ("--adapter", "prompt"), "causal", True),
+    "p-tuning": ("sft", ("--adapter", "p-tuning"), "causal", True),
+    "prefix": ("sft", ("--adapter", "prefix"), "causal", True),
+    "rm": ("rm", (), "seq_cls", False),
+    "classify": ("classify", ("--num-labels", 2), "seq_cls", False),
+    "merged": ("sft", (*LORA, *NEW), "causal", False),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A model whose rotary positions are not the usual ones, its tokenizer under the name of another class."""
+    path = tmp_path_factory.mktemp("base")
+    scaled = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0}
+    scaled |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    model = models.tiny_model(rope_parameters={"rope_theta": 5e5, **scaled})
+    model.generation_config.eos_token_id = [2, 5]
+    # an adapter's reader needs a base that it can read
+    save_model(model, path)
+    load_tokenizer(tiny_folder()).save_pretrained(path)
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "LlamaTokenizerFast"
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return path
+
+
+def reader(python, **what):
+    """What a Python reads; this one reads in process."""
+    if python is None:
+        return read(**what)
+    command = [python, str(ROOT / "tests" / "export_reader.py"), json.dumps(what)]
+    alone = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, env=alone)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_others_read_what_the_run_computes(forked, door, base, tmp_path, name):
+    recipe, flags, kind, adapter = RUNS[name]
+    data = () if kind == "causal" else data_of(recipe, tmp_path)
+    out = tmp_path / "run"
+    quick = ("--steps", 2, "--lr", 0.01, "--sample-records", 0, "--model-path", base)
+    forked(recipe, *flags, *quick, *data, "--out", out)
+    final = out / "final"
+    if name == "merged":
+        final = tmp_path / "merged"
+        assert door("merge", "--model-path", out / "final", "--out", final)[0] == 0
+    labels = {"rm": 1, "classify": 2}.get(recipe)
+    ours = load_for_inference(ModelConfig(str(final)), num_labels=labels)
+    with torch.no_grad():
+        rows = [ours(input_ids=torch.tensor([row])).logits[0] for row in IDS]
+    want = [row[-1] if kind == "causal" else row for row in rows]
+    raw = Tokenizer.from_file(str(final / "tokenizer.json"))
+    ids = [raw.encode(text, add_special_tokens=False).ids for text in TEXTS]
+    assert (len(raw.encode("<X>").ids) == 1) == ("<X>=What is" in flags)
+    what = {"folder": str(final), "kind": kind, "base": str(base) if adapter else None}
+    for python in dict.fromkeys([None, OTHER]):
+        seen = reader(python, **what, texts=TEXTS, ids=IDS)
+        assert seen["ids"] == ids and seen["dtype"] == "torch.float32", seen["version"]
+        assert seen["chat"] == AutoTokenizer.from_pretrained(base).chat_template
+        if kind == "causal":
+            assert (seen["ends"], seen["strings"]) == ([2, 5], None)
+        gap = max(
+            (torch.tensor(a) - b).abs().max().item()
+            for a, b in zip(seen["logits"], want, strict=True)
+        )
+        assert gap < 1e-4, (seen["version"], gap)
+
+
+def data_of(recipe, path):
+    """Four records for a recipe with a head."""
+    ask = {"role": "user", "content": "Say hi"}
+    answers = [{"role": "assistant", "content": text} for text in ("hi", "no")]
+    records = {
+        "rm": {"prompt": [ask], "chosen": answers[:1], "rejected": answers[1:]},
+        "classify": {"messages": [ask], "label": 1},
+    }
+    (path / "data.jsonl").write_text((json.dumps(records[recipe]) + "\n") * 4)
+    return ("--data", path / "data.jsonl", "--batch-size", 2)
+
+
+ARCHITECTURES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "gpt_neox",
+    "gpt2",
+    "olmo2",
+)
+
+
+@pytest.mark.skipif(not OTHER, reason="TA_READER_PYTHON names no other Python")
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_rotary_positions_of_architectures(tmp_path, kind):
+    """The config that is written gives an older transformers the logits that it gives here."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 64}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "pad_token_id": 0}
+    more = {} if kind == "gpt2" else {"rope_theta": 3e3}
+    config = AutoConfig.for_model(kind, **sizes, **more, max_position_embeddings=128)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    save_model(model, tmp_path)
+    load_tokenizer(tiny_folder()).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings.pop("extra_special_tokens", None)
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ids = [list(range(1, 60))]
+    what = {"folder": str(tmp_path), "kind": "causal", "base": None, "texts": [], "ids": ids}
+    here, there = reader(None, **what), reader(OTHER, **what)
+    gap = (torch.tensor(here["logits"]) - torch.tensor(there["logits"])).abs().max().item()
+    assert gap < 1e-4, (there["version"], gap)
