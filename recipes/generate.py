@@ -207,8 +207,7 @@ def main(config: Config) -> None:
 
     at_once = AT_ONCE if media else len(prompts)
     for name, settings, out in outs:
-        stops = (*settings.stop_strings, *tokenizer.stop_strings)
-        settings = dataclasses.replace(settings, stop_strings=stops)
+        settings = ta.with_stop_strings(settings, tokenizer.stop_strings)
         keys = keys_of(config, settings, prompts, tokenizer, media)
         done = out.done(keys)
         todo = out.share(keys, done)

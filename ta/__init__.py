@@ -67,6 +67,7 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
     from ta.generation.generate import limits_of as limits_of
     from ta.generation.metrics import measure as measure
     from ta.generation.metrics import roc_auc as roc_auc
+    from ta.generation.metrics import spacing_note as spacing_note
     from ta.generation.prompts import read_prompts as read_prompts
     from ta.generation.samples import SamplesConfig as SamplesConfig
     from ta.generation.samples import generate_samples as generate_samples
@@ -74,13 +75,16 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
     from ta.generation.sampling import sample_random as sample_random
     from ta.generation.sampling import sample_rejection as sample_rejection
     from ta.generation.score import class_names_of as class_names_of
+    from ta.generation.score import answer_logprobs as answer_logprobs
     from ta.generation.score import num_labels_of as num_labels_of
+    from ta.generation.score import reward_answers as reward_answers
     from ta.generation.score import score as score
     from ta.generation.settings import Ending as Ending
     from ta.generation.settings import GenerateConfig as GenerateConfig
     from ta.generation.settings import answers_to_json as answers_to_json
     from ta.generation.settings import check_prompts as check_prompts
     from ta.generation.settings import parse_settings as parse_settings
+    from ta.generation.settings import with_stop_strings as with_stop_strings
     from ta.generation.vllm_engine import VllmConfig as VllmConfig
     from ta.generation.vllm_engine import check_engine as check_engine
     from ta.generation.vllm_engine import start_vllm as start_vllm
@@ -148,14 +152,15 @@ NAMES = {  # module: what `import ta` gives of it, loaded on first use
     "ta.model.logprobs": "cross_entropy_sum token_logprobs",
     "ta.model.export": "export",
     "ta.generation.generate": "generate limits_of",
-    "ta.generation.metrics": "measure roc_auc",
+    "ta.generation.metrics": "measure roc_auc spacing_note",
     "ta.generation.samples": "SamplesConfig generate_samples",
     "ta.data.sources": "Drops read_records",
-    "ta.generation.settings": "Ending GenerateConfig answers_to_json check_prompts parse_settings",
+    "ta.generation.settings": "Ending GenerateConfig answers_to_json check_prompts parse_settings "
+    "with_stop_strings",
     "ta.generation.answers_file": "AnswersFile model_key",
     "ta.generation.prompts": "read_prompts",
     "ta.generation.sampling": "sample_best sample_random sample_rejection",
-    "ta.generation.score": "class_names_of num_labels_of score",
+    "ta.generation.score": "answer_logprobs class_names_of num_labels_of reward_answers score",
     "ta.generation.vllm_engine": "VllmConfig check_engine start_vllm",
     "ta.model.new_rows": "check_vocabulary",
     "ta.reference": "ReferenceConfig check_same_vocabulary check_sync learned_tokens "

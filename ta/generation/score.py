@@ -13,6 +13,7 @@ from ta.chat.messages import ANSWER
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.data.loader import split_micro
+from ta.data.prepare import Prepared, sequence
 from ta.folders import ModelConfig, read_folder, resolve
 from ta.generation.vllm_engine import VllmEngine, score_vllm
 from ta.model.adapters import adapter_labels
@@ -135,3 +136,30 @@ def kl_to_reference(
             gap += (ours.double() - reference(batch).double()).sum().item()
     model.train(was_training)
     return gap / max(sum(len(answer) for _, answer in sequences), 1)
+
+
+def answer_logprobs(
+    model: LanguageModel, prepared: Prepared, max_tokens_per_micro: int = 8192
+) -> list[list[float]]:
+    """log p of every learned token of each sequence of prepared data, in nats."""
+    import numpy as np
+    import torch
+
+    from ta.data.batch import lay_out, to_device
+
+    sequences = [sequence(prepared, i) for i in range(len(prepared.offsets) - 1)]
+    device = next(model.parameters()).device
+    rows: list[list[float]] = [[]] * len(sequences)
+    sizes = [len(ids) for ids, _ in sequences]
+    model.eval()
+    for places in split_micro(sizes, max_tokens_per_micro, packed=model.packed)[0]:
+        if not places:
+            continue
+        ids, weights = zip(*(sequences[i] for i in places), strict=True)
+        batch = to_device(lay_out(ids, weights, model.packed), device)
+        with torch.no_grad():
+            logps = model.logprobs(batch).double().cpu()  # (M,)
+        counts = np.bincount(batch.owners.cpu().numpy(), minlength=len(places)).tolist()
+        for i, part in zip(places, logps.split(counts), strict=True):
+            rows[i] = part.tolist()
+    return rows

@@ -74,6 +74,11 @@ class GenerateConfig:
             )
 
 
+def with_stop_strings(config: GenerateConfig, more: Sequence[str]) -> GenerateConfig:
+    """The settings with further stop strings, such as those of a chat template."""
+    return dataclasses.replace(config, stop_strings=(*config.stop_strings, *more))
+
+
 class Answer(NamedTuple):
     """One answer to a prompt."""
 
