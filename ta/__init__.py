@@ -74,8 +74,8 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
     from ta.generation.sampling import sample_best as sample_best
     from ta.generation.sampling import sample_random as sample_random
     from ta.generation.sampling import sample_rejection as sample_rejection
-    from ta.generation.score import class_names_of as class_names_of
     from ta.generation.score import answer_logprobs as answer_logprobs
+    from ta.generation.score import class_names_of as class_names_of
     from ta.generation.score import num_labels_of as num_labels_of
     from ta.generation.score import reward_answers as reward_answers
     from ta.generation.score import score as score
