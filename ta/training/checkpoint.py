@@ -53,13 +53,15 @@ def save(
     more_state: dict[str, torch.Tensor] | None = None,
     damaged: dict[str, str] | None = None,
     logged: dict[str, float] | None = None,
+    pinned: int | None = None,
 ) -> Path:
     """Publish folder/step-N, in place of what stands there, and delete all but the newest `keep`
     whole checkpoints.
 
     `more_state` names further tensors that training changes, such as a reference that follows the
     policy. `damaged` are those of `Found`: as the run passes a step, its damaged checkpoint is
-    replaced or goes, and leaves `damaged`. `logged` is kept as it is. OSError (no room) leaves
+    replaced or goes, and leaves `damaged`. `logged` is kept as it is; the checkpoint of step
+    `pinned` stays. OSError (no room) leaves
     earlier checkpoints as they were.
     """
     from safetensors.torch import save_file
@@ -95,14 +97,18 @@ def save(
             (temporary / "manifest.json").write_text(json.dumps(manifest))
     passed = [name for name in damaged or () if int(name[5:]) <= step]
     if rank() == 0:
-        _prune(folder, step, keep, {*passed} - {target.name})
+        _prune(folder, step, keep, {*passed} - {target.name}, pinned)
     for name in passed:
         del damaged[name]
     return target
 
 
-def _prune(folder: Path, step: int, keep: int, damaged: Collection[str]) -> None:
-    """Delete whole ones beyond the newest `keep`, damaged ones before `step`, and left-overs."""
+def _prune(
+    folder: Path, step: int, keep: int, damaged: Collection[str], pinned: int | None
+) -> None:
+    """Delete whole ones beyond the newest `keep` but that of step `pinned`, damaged ones before
+    `step`, and left-overs.
+    """
     for left in folder.glob(".step-*"):
         clean_up(left.with_name(f"step-{left.name[6:].partition('.')[0]}"))
     whole = []
@@ -113,7 +119,8 @@ def _prune(folder: Path, step: int, keep: int, damaged: Collection[str]) -> None
         elif _number(path) < step and not reason.startswith("format"):
             remove_whole(path)
     for old in whole[keep:] if keep else []:
-        remove_whole(old)
+        if _number(old) != pinned:
+            remove_whole(old)
 
 
 def _optimizer_state(
@@ -151,6 +158,14 @@ def newest(folder: Path) -> Found | None:
             "--overwrite"
         )
     return None
+
+
+def at_step(folder: Path, step: int) -> Found | None:
+    """The checkpoint of a step, or None where it is not there or damaged."""
+    path = folder / f"step-{step:08d}"
+    if _damage(path):
+        return None
+    return Found(path, json.loads((path / "manifest.json").read_text()), {})
 
 
 def load(

@@ -39,7 +39,7 @@ from ta.training.progress import (
     progress_bar,
 )
 from ta.training.report import write_report
-from ta.training.run_folder import Run
+from ta.training.run_folder import Run, best_step
 from ta.training.trackers import open_trackers
 
 if TYPE_CHECKING:
@@ -84,8 +84,10 @@ def train(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     figures: dict[str, float] = {}
     evaluated = {0, batches.steps}
-    if loop.eval_every:
-        evaluated |= set(range(0, batches.steps, loop.eval_every))
+    every = max(20, batches.steps // 10) if loop.eval_every is None else loop.eval_every
+    if every:
+        evaluated |= set(range(0, batches.steps, every))
+    pinned, stale = None, 0
     first, damaged, window = 0, {}, StepSums()
 
     def save(done: int) -> None:
@@ -99,7 +101,14 @@ def train(
             more_state,
             damaged,
             window.state(),
+            pinned,
         )
+
+    def best() -> tuple[int | None, int]:
+        """The step whose evaluation was the best so far, and how many evaluations came since."""
+        if not (loop.keep_best and evaluate):
+            return None, 0
+        return gather_objects(best_step(folder, loop) if rank() == 0 else None)[0]
 
     try:
         if loop.resume:
@@ -115,8 +124,14 @@ def train(
                 figures = figures or _evaluate(stop, evaluate, model, folder, first, trackers)
                 if stop.asked():
                     _end(folder, first, stop)
+            pinned, stale = best()
+            if pinned == first == 0:
+                save(0)
             ready = _on_device(batches, first, device)
             for number in range(first, batches.steps):
+                if loop.patience and stale >= loop.patience:
+                    say(f"stopped at step {number}: no better {loop.keep_best} since {pinned}")
+                    break
                 seed_dropout(batches.seed, number)
                 micro_batches = before_step(number, ready) if before_step else ready
                 sums: dict[str, Any] = {}
@@ -157,6 +172,10 @@ def train(
                 if evaluate and done in evaluated and not stopping:
                     figures = _evaluate(stop, evaluate, model, folder, done, trackers)
                     stopping = stop.asked()
+                    if not stopping:
+                        pinned, stale = best()
+                        if not saved and (pinned == done or stale >= loop.patience > 0):
+                            save(done)
                 if stopping:
                     if not saved:
                         save(done)
@@ -167,8 +186,25 @@ def train(
     except SystemExit:
         run.release()
         raise
+    if pinned is not None:
+        figures = _load_best(run, pinned, model, optimizer, more_state)
     if rank() == 0:
         write_report(folder)
+    return figures
+
+
+def _load_best(run: Run, step: int, model, optimizer, more_state) -> dict[str, float]:
+    """Put the weights of the best evaluation in place; gives its figures."""
+    found = checkpoint.at_step(run.folder / "checkpoints", step)
+    if found is None:
+        raise ValueError(
+            f"the checkpoint of step {step}, the best by {run.loop.keep_best}, is gone or damaged: "
+            "leave --keep-best out to export the last one"
+        )
+    checkpoint.load(found, model, optimizer, more_state)
+    figures = _logged(run.folder, step)
+    value = figures[run.loop.keep_best]
+    say(f"the best {run.loop.keep_best} is {value:.4g}, of step {step}: its weights are exported")
     return figures
 
 

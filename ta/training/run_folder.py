@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -54,8 +55,18 @@ class LoopConfig:
     """Steps between checkpoints; 0 saves at a stop and at the end only."""
     keep: Annotated[int, Range(0)] = 2
     """Checkpoints to keep; 0 keeps all."""
-    eval_every: Annotated[int, Range(0)] = 0
-    """Steps between evaluations; 0 evaluates before and after training only."""
+    eval_every: Annotated[int | None, Range(0)] = None
+    """Steps between evaluations; 0 evaluates before and after training only. Default: a tenth of
+    the steps, and at least 20."""
+    keep_best: str = ""
+    """Figure of the evaluations, such as loss or accuracy, by which the best checkpoint is kept,
+    whatever --keep says, and exported in place of the last one."""
+    best_is: Literal["auto", "lower", "higher"] = "auto"
+    """Which value of --keep-best is better; auto is lower for losses, perplexities and distances
+    (kl), else higher."""
+    patience: Annotated[int, Range(0)] = 0
+    """Evaluations without a better --keep-best after which training ends; 0 goes on to the last
+    step."""
     log_every: Annotated[int, Range(1)] = 10
     """Steps between lines of metrics.jsonl."""
     resume: bool = False
@@ -151,6 +162,52 @@ class Run:
         self.lock = None
 
 
+def check_held_out(config: Any) -> None:
+    """ValueError for settings of evaluation in a run without held-out data, where they do nothing.
+
+    A run without any data of its own has built-in data, held-out records too.
+    """
+    loop, data = config.loop, getattr(config, "data", None)
+    if loop.patience and not loop.keep_best:
+        raise ValueError("--patience waits for a better figure: name it in --keep-best")
+    if loop.best_is != "auto" and not loop.keep_best:
+        raise ValueError(f"--best-is {loop.best_is} says nothing without --keep-best FIGURE")
+    samples = getattr(getattr(config, "samples", None), "samples_data", ())
+    if not getattr(data, "data", ()) or data.val_data or samples:
+        return
+    for name in ("eval_every", "keep_best", "patience"):
+        if value := getattr(loop, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{flag} {value} without held-out data has nothing to evaluate: give --val-data, "
+                f"or leave {flag} out"
+            )
+
+
+def best_step(folder: Path, loop: LoopConfig) -> tuple[int | None, int]:
+    """(step of the best evaluation that is logged, evaluations since); None where none is logged.
+
+    It is a function of metrics.jsonl, so that a resumed run goes on as the first one would have.
+    Of equal values the first is the best. ValueError where the evaluations lack the figure.
+    """
+    name = f"val_{loop.keep_best}"
+    path = folder / "metrics.jsonl"
+    records = list(read_json_lines(path)) if path.exists() else []
+    records = [r for r in records if any(key.startswith("val_") for key in r)]
+    values = [(record["step"], record[name]) for record in records if name in record]
+    if records and not values:
+        known = ", ".join(key.removeprefix("val_") for key in records[-1] if key != "step")
+        raise ValueError(f"--keep-best {loop.keep_best}: the evaluations give {known}; name one")
+    if not values:
+        return None, 0
+    metric = re.split("[@/]", loop.keep_best)[0]
+    low = loop.best_is == "lower" or (
+        loop.best_is == "auto" and metric.startswith(("loss", "perplexity", "kl"))
+    )
+    best = min(range(len(values)), key=lambda i: values[i][1] if low else -values[i][1])
+    return values[best][0], len(values) - 1 - best
+
+
 def start_run(config: Any) -> Run:
     """The run of a recipe's config, checked; nothing is written yet.
 
@@ -160,6 +217,7 @@ def start_run(config: Any) -> Run:
     """
     check_config(config)
     loop = config.loop
+    check_held_out(config)
     sources = resolve(config.model)
     keep_inputs(loop.out, sources)
     adapted = config.adapter.adapter != "none" or sources.adapter is not None

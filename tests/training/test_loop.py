@@ -450,3 +450,84 @@ def test_a_resumed_run_keeps_the_day_it_began(tmp_path):
     run.release()
     assert first_day(run.loop) == date.today().isoformat(), "a new run has its own"
     assert first_day(replace(run.loop, resume=True)) == "2026-03-01"
+
+
+LOSSES = {0: 9.0, 2: 5.0, 4: 3.0, 6: 4.0, 8: 3.0, 10: 3.5, 12: 2.0}  # of evaluations by step
+
+
+def kept_run(folder, model, stop=None, **more):
+    """12 steps with an evaluation every 2, whose losses are LOSSES; killed in the evaluation of step `stop`."""
+
+    def evaluate(done):
+        if done == stop:
+            raise KeyboardInterrupt
+        return {"loss": LOSSES[done], "right": -LOSSES[done]}
+
+    settings = {"eval_every": 2, "keep": 1, "save_every": 3, "keep_best": "loss", **more}
+    batches = batches_of(prepared(), steps=12)
+    optim = OptimConfig(lr=1e-2)
+    return train(model, batches, sft_step, loop(folder, **settings), optim, evaluate=evaluate)
+
+
+@pytest.mark.parametrize("stop", [None, 6, 8, 10, 12])
+@pytest.mark.parametrize("patience", [0, 3])
+def test_the_best_checkpoint_is_kept_and_exported_exactly_on_resume(tmp_path, stop, patience):
+    """The weights are those of the best step of one uninterrupted run; patience counts through a resume."""
+    snapshots, plain = {}, tiny()
+    batches = batches_of(prepared(), steps=12)
+
+    def look(done):
+        snapshots[done] = weights(plain)
+        return {"loss": LOSSES[done]}
+
+    settings = loop(tmp_path / "plain", eval_every=2)
+    train(plain, batches, sft_step, settings, OptimConfig(lr=1e-2), evaluate=look)
+    model, folder, how = tiny(), tmp_path / "run", {"patience": patience}
+    if stop is not None and (stop <= 10 or not patience):
+        with pytest.raises(KeyboardInterrupt):
+            kept_run(folder, model, stop, **how)
+        model = tiny()
+        how["resume"] = True
+    figures = kept_run(folder, model, **how)
+    # of equal losses the first is the best; after 6, 8 and 10 patience is at its end
+    best = 4 if patience else 12
+    assert figures == {"loss": LOSSES[best], "right": -LOSSES[best]}
+    for name, value in weights(model).items():
+        assert torch.equal(value, snapshots[best][name]), name
+    rows = [json.loads(line) for line in open(folder / "metrics.jsonl")]
+    evaluated = [row["step"] for row in rows if "val_loss" in row]
+    assert evaluated == list(range(0, 11 if patience else 13, 2))
+    steps = {int(path.name[5:]) for path in (folder / "checkpoints").iterdir()}
+    assert best in steps and len(steps) <= 2
+    again = kept_run(folder, tiny(), patience=patience, resume=True)
+    assert again == figures
+
+
+def test_the_best_may_be_the_highest_or_the_start(tmp_path):
+    for name, figure, is_, best in (
+        ("a", "loss", "higher", 0),
+        ("b", "right", "auto", 12),
+        ("c", "right", "lower", 0),
+    ):
+        model = tiny()
+        start = weights(model)
+        figures = kept_run(tmp_path / name, model, keep_best=figure, best_is=is_)
+        assert figures["loss"] == LOSSES[best]
+        same = all(torch.equal(x, start[n]) for n, x in weights(model).items())
+        assert same == (best == 0)
+    with pytest.raises(ValueError, match="--keep-best accuracy: the evaluations give loss, right"):
+        kept_run(tmp_path / "d", tiny(), keep_best="accuracy")
+
+
+def test_settings_of_evaluation_without_held_out_data_are_refused(door, tmp_path):
+    data, turns = tmp_path / "a.jsonl", [{"role": "user", "content": "a"}]
+    turns.append({"role": "assistant", "content": "b"})
+    data.write_text(json.dumps({"messages": turns}))
+    for flags, said in (
+        (("--eval-every", "5"), "--eval-every 5 without held-out data has nothing to evaluate"),
+        (("--keep-best", "loss"), "--keep-best loss without held-out data"),
+        (("--patience", "2"), "name it in --keep-best"),
+        (("--best-is", "lower"), "says nothing without --keep-best"),
+    ):
+        code, text = door("sft", "--data", data, "--out", tmp_path / "run", *flags)
+        assert code == 2 and said in text and not (tmp_path / "run").exists()
