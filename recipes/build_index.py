@@ -13,7 +13,6 @@ optional.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -67,7 +66,7 @@ def main(config: Config) -> None:
     if published:
         if config.approximate:
             ta.rag.add_approximate(out)
-        print(f"done: {out}", file=sys.stderr)
+        ta.parallel.tell(f"done: {out}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ta
+from ta.printable import printable
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,18 @@ def of_run(config: Config) -> Config:
             f"--run {config.run} holds no config.json and final model: give the folder of a "
             "finished run, or --model-path"
         )
-    trained = json.loads(path.read_text(encoding="utf-8"))["config"]
-    chat = with_trained(config.chat, trained.get("chat", {}))
-    like = with_trained(config.model, trained.get("model", {}))
-    model = dataclasses.replace(
-        config.model, dtype=like.dtype, trust_remote_code=like.trust_remote_code
-    )
+    try:
+        trained = json.loads(path.read_text(encoding="utf-8"))["config"]
+        chat = with_trained(config.chat, trained.get("chat", {}))
+        like = with_trained(config.model, trained.get("model", {}))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} does not hold the settings of a run: {error!r}") from error
+    if like.trust_remote_code and not config.model.trust_remote_code:
+        raise ValueError(
+            f"--run {config.run} was trained with code that came with its model: add "
+            "--trust-remote-code if you trust it"
+        )
+    model = dataclasses.replace(config.model, dtype=like.dtype)
     if model.model_path == ta.ModelConfig.model_path:
         model = dataclasses.replace(model, model_path=str(final))
     return dataclasses.replace(config, model=model, chat=chat)
@@ -95,7 +102,7 @@ def obey(command: str, messages: list[dict]) -> list[dict]:
         return messages[: asked[-1] + 1]
     if word == "/save" and text:
         ta.append_line(Path(text), {"messages": messages})
-        print(f"written to {text}", file=sys.stderr)
+        ta.parallel.tell(f"written to {text}")
         return messages
     if word != "/help":
         raise ValueError(f"{word}: no such command\n{HELP}")
@@ -124,7 +131,7 @@ class Printer:
     def end(self, text: str, close: str = "\n") -> None:
         """Show the rest of `text`, and `close` after it."""
         if text.startswith(self.shown):
-            print(text[len(self.shown) :], end=close, flush=True)
+            print(printable(text[len(self.shown) :]), end=close, flush=True)
             self.shown = text
 
 
@@ -164,7 +171,7 @@ def main(config: Config) -> None:
                 keys=[len(asked) + (tries << 20)],  # another seed for each question and retry
             )
         except (ValueError, OSError) as error:  # the dialogue goes on without this line
-            print(f"error: {error}", file=sys.stderr)
+            ta.parallel.tell(f"error: {error}")
             continue
         except KeyboardInterrupt:
             print(" (stopped)", file=sys.stderr)

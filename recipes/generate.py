@@ -16,7 +16,6 @@ fields and {"answers": [{"id": "0", "content": "4", "finish": "stop"}], "key": "
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,9 +96,9 @@ def read_data(config: Config, tokenizer, media, device: str) -> list[tuple[dict,
         encode=ta.media.encode_media_prompts if media else ta.encode_prompts,
     )
     for form, n in sum(drops.formats.values(), Counter()).items():
-        print(f"read as {form.name}: {n:,} {form.unit}", file=sys.stderr)
+        ta.parallel.tell(f"read as {form.name}: {n:,} {form.unit}")
     if drops.counts:
-        print(f"left out: {drops.table()}", file=sys.stderr)
+        ta.parallel.tell(f"left out: {drops.table()}")
     if config.retrieval.index and any(map(has_media, prompts)):
         raise ValueError(
             "--index with a model of pictures or sounds: passages are found for text alone; "
@@ -221,9 +220,8 @@ def main(config: Config) -> None:
                     embeds = list(ta.media.embed_media_prompts(*known, chats, ids))
                 answer(config, model, tokenizer, prompts, settings, places, keys, out, embeds)
         if out.publish(keys):
-            print(
-                f"{out.path}: {len(keys):,} records, {len(done):,} of them from before",
-                file=sys.stderr,
+            ta.parallel.tell(
+                f"{out.path}: {len(keys):,} records, {len(done):,} of them from before"
             )
 
 

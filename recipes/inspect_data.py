@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,8 @@ from ta import Range
 from ta.builtin.data_files import NAMES
 from ta.chat.render import Tokens, show, spans
 from ta.data.prepare import Prepared, lengths, read_drops, report
+from ta.printable import printable
+from ta.screen import shown
 
 BAR = 50  # characters
 
@@ -75,7 +78,7 @@ def json_lines(prepared: Prepared) -> Iterator[str]:
         )
         dropped = isinstance(record, str)  # the reason, else its number
         body = {"dropped": record} if dropped else record_of(prepared, record)
-        yield json.dumps(head | {"line": line} | body, ensure_ascii=False)
+        yield json.dumps(head | {"line": line} | body)
 
 
 def record_of(prepared: Prepared, i: int) -> dict:
@@ -107,7 +110,7 @@ def page(prepared: Prepared, examples: int, decode) -> Iterator[str]:
         extras = "".join(f" {name}={values[i]:g}" for name, values in prepared.extras.items())
         place = f"{prepared.info['sources'][source]['path']}:{line}"
         colours = "(green: learned, yellow: with a weight of its own, dim: not learned)"
-        yield f"\n{place}{extras}  {colours}"
+        yield f"\n{printable(place)}{extras}  {colours}"
         for j in range(prepared.k):
             ids, weights = (array.tolist() for array in ta.sequence(prepared, i * prepared.k + j))
             yield show(spans(Tokens(ids, weights), decode))
@@ -150,7 +153,7 @@ def main(config: Config) -> None:
         if not config.json:
             lines = page(prepared, config.examples, tokenizer.fast.decode)
         for line in lines:
-            print(line)
+            print(shown(line, sys.stdout))
 
 
 if __name__ == "__main__":

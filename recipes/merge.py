@@ -153,7 +153,9 @@ def main(config: Config) -> None:
             made_of = {"base": str(inputs[0]), "adapter": str(inputs[1])}
             (folder / MARK).write_text(json.dumps(made_of))
             check_saved(merged, folder)
-    print(f"{base} + {adapter} -> {config.out} ({str(dtype).removeprefix('torch.')}; logits agree)")
+    ta.parallel.tell(
+        f"{base} + {adapter} -> {config.out} ({str(dtype).removeprefix('torch.')}; logits agree)"
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ rewards; with --as-chats, one chat for each; with --as-pairs, a pair of the best
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -143,15 +142,14 @@ def main(config: Config) -> None:
         ta.AnswersFile(config.out, overwrite=config.overwrite)  # none has been written meanwhile
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_atomic(out.path, text)
-    print(f"{out.path}: {len(lines):,} lines", file=sys.stderr)
+    ta.parallel.tell(f"{out.path}: {len(lines):,} lines")
     if repeated:
-        print(
+        ta.parallel.tell(
             f"note: {repeated:,} answers that repeat another one of their record were left out "
-            "(--keep-duplicates keeps them)",
-            file=sys.stderr,
+            "(--keep-duplicates keeps them)"
         )
     if config.as_pairs and without:
-        print(f"note: {without:,} records have no two answers of different reward", file=sys.stderr)
+        ta.parallel.tell(f"note: {without:,} records have no two answers of different reward")
 
 
 if __name__ == "__main__":

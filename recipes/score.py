@@ -15,7 +15,6 @@ A line of the output has the record's fields and {"rewards": {"a": 1.2, "b": -0.
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
@@ -141,10 +140,7 @@ def main(config: Config) -> None:
                 tokens = sum(len(tokens.ids) for tokens in group)
                 out.append(records[i] | result | {"key": keys[i]}, tokens)
     if out.publish(keys):
-        print(
-            f"{out.path}: {len(keys):,} records, {len(done):,} of them from before",
-            file=sys.stderr,
-        )
+        ta.parallel.tell(f"{out.path}: {len(keys):,} records, {len(done):,} of them from before")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def main(config: Config) -> None:
     with locked(out):
         gap = ta.media.export_llava(media, model, tokenizer, out, dtype)
     name = str(dtype).removeprefix("torch.")
-    print(f"{config.model_path} -> {out} ({name}; logits agree to {gap:.1g})")
+    ta.parallel.tell(f"{config.model_path} -> {out} ({name}; logits agree to {gap:.1g})")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 from ta.files import keep_inputs
 from ta.flags import our_words, settings_of, short_help
+from ta.printable import one_line
 
 WRONG_INPUT, NO_ROOM = 2, 3
 NO_MEMORY = (
@@ -171,9 +172,6 @@ def guard(action: Callable[[], Any]) -> int:
 
 def _say(error: object, code: int) -> int:
     rank = os.environ.get("RANK", "0")
-    print(
-        f"error: {error}" if rank == "0" else f"[rank {rank}] error: {error}",
-        file=sys.stderr,
-        flush=True,
-    )
+    where = "" if rank == "0" else f"[rank {rank}] "
+    print(f"{where}error: {one_line(str(error))}", file=sys.stderr, flush=True)
     return code

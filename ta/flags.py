@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from ta.printable import masked
 from ta.recipe_files import RECIPES
 
 EQUAL = {  # flags of other tools, and older names of ours, that mean the same as one of ours
@@ -217,7 +218,7 @@ def command_of(config: Any) -> str:
     start = ["ta", page.stem] if page.parent == RECIPES else ["python", str(page)]
     settings = {setting.name: setting for setting in settings_of(type(config))}
     changed = changed_settings(config).items()
-    words = (word for name, value in changed for word in words_of(settings[name], value))
+    words = masked([word for name, value in changed for word in words_of(settings[name], value)])
     return shlex.join([*start, *words])
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
-from ta.screen import shown
+from ta.printable import printable
 
 if TYPE_CHECKING:
     import torch
@@ -150,9 +150,14 @@ def on_rank_zero(action: Callable):
 
 
 def say(text: str) -> None:
-    """Print on the screen (stderr), once for all processes."""
+    """`tell`, once for all processes; nothing for no text."""
     if rank() == 0 and text:
-        print(shown(text, sys.stderr), file=sys.stderr, flush=True)
+        tell(text)
+
+
+def tell(text: str) -> None:
+    """Print on the screen (stderr), whatever process this is, as `printable` text."""
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def barrier() -> None:

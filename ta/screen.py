@@ -49,7 +49,13 @@ def progress(
             return write
 
     terminal = sys.stderr.isatty()
-    settings = {"total": total, "desc": what, "unit": unit, "initial": done, "disable": not show}
+    settings = {
+        "total": total,
+        "desc": printable(what),
+        "unit": unit,
+        "initial": done,
+        "disable": not show,
+    }
     if terminal:
         return tqdm(**settings, mininterval=0.5, dynamic_ncols=True, **more)
     more.pop("leave", None)

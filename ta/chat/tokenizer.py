@@ -27,6 +27,7 @@ from ta.chat.template import (
 from ta.chat.tokenizer_files import CONTENT_TOKENS, read_tokenizer
 from ta.files import hash_json
 from ta.folders import ModelConfig, local_folder, resolve
+from ta.printable import one_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -552,7 +553,6 @@ def template_of(tokenizer: PreTrainedTokenizerFast, config: ChatConfig, day: str
             "the tokenizer has no chat template; give --prefix-template and --suffix-template (and "
             "--role-tags)"
         )
-    from jinja2 import TemplateError
     from jinja2.meta import find_undeclared_variables
     from transformers.utils.chat_template_utils import (
         _compile_jinja_template,
@@ -574,15 +574,9 @@ def template_of(tokenizer: PreTrainedTokenizerFast, config: ChatConfig, day: str
                 add_generation_prompt=opened,
                 **named | dict(arguments),
             )
-        except (
-            TemplateError,
-            TypeError,
-            KeyError,
-            IndexError,
-            AttributeError,
-            ValueError,
-        ) as error:
-            raise ValueError(f"the tokenizer's chat template refuses this chat: {error}") from None
+        except Exception as error:  # a template is a program: it may raise anything
+            why = one_line(str(error), 500) or type(error).__name__
+            raise ValueError(f"the tokenizer's chat template refuses this chat: {why}") from None
         return texts[0]
 
     @lru_cache(maxsize=1)

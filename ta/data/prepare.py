@@ -67,6 +67,7 @@ from ta.files import (
     writing,
 )
 from ta.parallel import say as say_once
+from ta.printable import one_line
 from ta.screen import progress
 
 if TYPE_CHECKING:
@@ -406,7 +407,7 @@ def report(info: dict[str, Any]) -> list[str]:
         fields = ", ".join(f"{name} ({count:,})" for name, count in unused[:FIELDS])
         more = f" and {len(unused) - FIELDS} more" if len(unused) > FIELDS else ""
         lines.append(f"  note: fields that are kept and not used: {fields}{more}")
-    return lines
+    return [one_line(line) for line in lines]
 
 
 def source_hash(path: str, notes: Path) -> str:

@@ -29,7 +29,7 @@ def parsed(pairs: tuple[str, ...]) -> dict[str, Any]:
         if not separator or not key.isidentifier():
             raise ValueError(f"--model-args {pair!r} is not of the form key=value")
         if key in FLAGS:
-            raise ValueError(f"--model-args {pair}: give {FLAGS[key]} instead")
+            raise ValueError(f"--model-args {key}=...: give {FLAGS[key]} instead")
         try:
             out[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import json
 from typing import Any
 
 from ta.data.prepare import Prepared
 from ta.files import read_json_lines
 from ta.flags import changed_settings, command_of
+from ta.printable import masked, one_line
 from ta.training.run_folder import Run, versions
 
 
@@ -22,12 +24,14 @@ def model_card(run: Run, prepared: Prepared | None, figures: dict[str, float]) -
     info, config = prepared.info if prepared else {}, run.config
     base = config.model.adapter_path or config.model.model_path
     lines = ["---", "library_name: transformers", f"base_model: {json.dumps(base)}", "---", ""]
-    lines += [f"# {run.folder.name}", "", f"Trained from `{base}` with ta.", ""]
+    lines += [f"# {_cell(run.folder.name)}", "", f"Trained from {_cell(base)} with ta.", ""]
     if "tokens" in info:
         share = 100 * info["learned_tokens"] / max(info["tokens"], 1)
         lines += ["## Data", "", "| source | records used |", "|---|---|"]
         sources = info["sources"]
-        lines += [f"| {s['source']} | {s['used']:,} of {s['records']:,} |" for s in sources]
+        counts = (f"{s['used']:,} of {s['records']:,}" for s in sources)
+        names = (_cell(s["source"]) for s in sources)
+        lines += [f"| {name} | {n} |" for name, n in zip(names, counts, strict=True)]
         lines += ["", f"{info['tokens']:,} tokens, {share:.0f} % of them learned.", ""]
     if figures:
         first = _first_figures(run)
@@ -39,7 +43,8 @@ def model_card(run: Run, prepared: Prepared | None, figures: dict[str, float]) -
         ]
         lines += [""]
     lines += ["## Settings that differ from the defaults", "", "| setting | value |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in changed_settings(config).items()]
+    changed = masked(changed_settings(config))
+    lines += [f"| {name} | {_cell(value)} |" for name, value in changed.items()]
     lines += ["", "## Again", "", "```sh", command_of(config), "```", ""]
     lines += [", ".join(f"{name} {number}" for name, number in versions().items()), ""]
     return "\n".join(lines)
@@ -51,6 +56,11 @@ def _first_figures(run: Run) -> dict[str, float]:
     records = read_json_lines(path) if path.exists() else []
     evaluated = (r for r in records if any(name.startswith("val_") for name in r))
     return next(evaluated, {})
+
+
+def _cell(value: Any) -> str:
+    """A value as text that is no markup, on one line."""
+    return html.escape(one_line(str(value), 400), quote=False).replace("|", "\\|")
 
 
 def _shown(value: Any) -> str:

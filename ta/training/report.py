@@ -6,16 +6,19 @@ Colours follow the reader's light or dark setting; figures appear at the pointer
 
 from __future__ import annotations
 
+import html
 import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from html import escape
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ta.files import read_json_lines, write_atomic
+from ta.printable import printable
+
+LONGEST = 4000  # characters of one text
 
 Curve = list[tuple[float, float]]  # (step, value)
 
@@ -66,8 +69,8 @@ def page(
         'content="width=device-width, initial-scale=1">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src '
         "'unsafe-inline'\">"
-        f"<title>{escape(name)}</title><style>{STYLE}</style></head><body>"
-        f"<header><h1>{escape(name)}</h1>{headline(settings, metrics)}</header>"
+        f"<title>{safe(name)}</title><style>{STYLE}</style></head><body>"
+        f"<header><h1>{safe(name)}</h1>{headline(settings, metrics)}</header>"
         f"<main>{body}</main></body></html>\n"
     )
 
@@ -86,7 +89,7 @@ def headline(settings: dict, metrics: Sequence[dict]) -> str:
         points = curves.get("held out")
         if points:
             was = f" <span>from {number(points[0][1])}</span>" if len(points) > 1 else ""
-            tiles += f"<div><b>{number(points[-1][1])}</b>{was}<br>{escape(title)}, held out</div>"
+            tiles += f"<div><b>{number(points[-1][1])}</b>{was}<br>{safe(title)}, held out</div>"
     return f'<p>{" · ".join(parts)}</p><div class="tiles">{tiles}</div>'
 
 
@@ -116,6 +119,11 @@ def charts_of(metrics: Sequence[dict]) -> dict[str, dict[str, Curve]]:
         curves = charts[title]
         out[title] = {name: curves[name] for name in ("training", "held out") if name in curves}
     return out
+
+
+def safe(text: str) -> str:
+    """The text for HTML: nothing in it is markup, moves letters or is long."""
+    return html.escape(printable(text, LONGEST))
 
 
 def thin(points: Curve, most: int = POINTS) -> Curve:
@@ -182,7 +190,7 @@ def chart(title: str, curves: dict[str, Curve]) -> str:
     def up(y: float) -> float:
         return round(floor - (scale(y) - bottom) / height * (floor - TOP), 1)
 
-    out = [f'<text class="title" x="{LEFT}" y="14">{escape(title)}{", logarithmic" * far}</text>']
+    out = [f'<text class="title" x="{LEFT}" y="14">{safe(title)}{", logarithmic" * far}</text>']
     out += [
         f'<path class="rule" d="M{LEFT} {up(y)}H{right}"/><text x="{LEFT - 6}" y="{up(y) + 4}" '
         f'class="y">{number(y)}</text>'
@@ -218,7 +226,7 @@ def chart(title: str, curves: dict[str, Curve]) -> str:
             f'y="14">{label}</text></g></g>'
         )
     keys = "".join(f'<span class="{name.replace(" ", "-")}">{name}</span>' for name in curves)
-    frame = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}"'
+    frame = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{safe(title)}"'
     return f"<figure><svg {frame}>{''.join(out)}</svg><figcaption>{keys}</figcaption></figure>"
 
 
@@ -252,7 +260,7 @@ def sample_table(samples: Sequence[dict]) -> str:
             for key, _, side in moving
         ]
         rows.append("<tr>" + "".join(cells) + "</tr>")
-    top = "<tr>" + "".join(f"<th>{escape(str(text))}</th>" for text in head) + "</tr>"
+    top = "<tr>" + "".join(f"<th>{safe(str(text))}</th>" for text in head) + "</tr>"
     shown, folded = (
         f"<div class='wide'><table>{top}{''.join(part)}</table></div>"
         for part in (rows[:SHOWN], rows[SHOWN:])
@@ -271,7 +279,7 @@ def cell(value: Any, right: Any = None) -> str:
     else:
         shown = value if isinstance(value, str) else json.dumps(value)
     correct = right is not None and str(value).strip() == str(right).strip()
-    return f"<td{' class=ok' if correct else ''}>{escape(shown)}</td>"
+    return f"<td{' class=ok' if correct else ''}>{safe(shown)}</td>"
 
 
 def settings_tables(settings: dict) -> str:
@@ -282,7 +290,7 @@ def settings_tables(settings: dict) -> str:
 
     def grid(groups: dict[str, dict | None]) -> str:
         tables = [
-            f"<div><h3>{escape(name)}</h3>{html_table((), group.items())}</div>"
+            f"<div><h3>{safe(name)}</h3>{html_table((), group.items())}</div>"
             for name, group in groups.items()
             if group
         ]
@@ -293,7 +301,7 @@ def settings_tables(settings: dict) -> str:
     groups["this recipe"] = {
         name: value for name, value in config.items() if not isinstance(value, dict)
     }
-    command = f"<pre>{escape(settings['command'])}</pre>" if settings.get("command") else ""
+    command = f"<pre>{safe(settings['command'])}</pre>" if settings.get("command") else ""
     main = grid(
         {
             "fixed for this run": settings.get("identity"),
@@ -307,7 +315,7 @@ def settings_tables(settings: dict) -> str:
 
 def html_table(head: Iterable[str], rows: Iterable[tuple]) -> str:
     """An HTML table with an optional header."""
-    top = "".join(f"<th>{escape(text)}</th>" for text in head)
+    top = "".join(f"<th>{safe(text)}</th>" for text in head)
     body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
     return f"<table>{top and f'<tr>{top}</tr>'}{body}</table>"
 

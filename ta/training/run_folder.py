@@ -28,6 +28,7 @@ from ta.files import (
 from ta.flags import command_of
 from ta.folders import fingerprint, resolve
 from ta.model.arguments import check_quantize
+from ta.printable import masked
 from ta.training.trackers import check_trackers
 
 # what a run writes into its folder; config.json has MARKS, by which the folder is known as ours, so
@@ -137,7 +138,7 @@ class Run:
         """
         if parallel.rank():
             return
-        config = dataclasses.asdict(self.config) if self.config else {}
+        config = masked(dataclasses.asdict(self.config)) if self.config else {}
         about = {"command": self.config and command_of(self.config), "config": config}
         about |= {
             "versions": versions(),
@@ -292,7 +293,7 @@ def resume_key(run: Run, batches: Any, optimizer: Any, optim: Any, more: dict[st
         key["model"] = fingerprint(sources.base, model.hub)
         key["adapter_path"] = model.adapter_path
         key["adapter_content"] = sources.adapter and fingerprint(sources.adapter)
-        key["dtype"], key["model_args"] = model.dtype, list(model.model_args)
+        key["dtype"], key["model_args"] = model.dtype, masked(model.model_args)
         key["quantize"] = config.compute.quantize
         for name in (setting.name for setting in dataclasses.fields(config)):
             value = getattr(config, name)
