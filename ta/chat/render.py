@@ -124,6 +124,9 @@ def render_chat(
         joins = glued and not border, glued and not apart
         rendered.append(_pieces(span, weight, weights, glued, *joins))
         border = apart or any(part.owner is not None for part in span.body)
+        if border and glued and template.border.search(span.suffix):
+            # the token that ends an answer keeps it apart
+            border = False
     return rendered
 
 
@@ -201,17 +204,16 @@ def _units(
                     yield Unit(message, text, weight, starts_text)
                     text, starts_text = "", False
                 strip = False
-            weight = piece.weight
             for part in _split_special(piece, vocabulary, known):
                 if isinstance(part, str):
                     text += part.lstrip(SPACE) if strip and not text else part
-                    message, strip = i, strip and not text
+                    message, weight, strip = i, piece.weight, strip and not text
                     continue
                 strip_left, strip = vocabulary.strips.get(part, (False, False))
                 text = text.rstrip(SPACE) if strip_left else text
                 if text:
                     yield Unit(message, text, weight, starts_text)
-                yield Unit(i, part, weight)
+                yield Unit(i, part, piece.weight)
                 text, starts_text = "", spaced and vocabulary.start_after_special
     if text:
         yield Unit(message, text, weight, starts_text)
