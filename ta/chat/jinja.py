@@ -516,6 +516,9 @@ def _unwritten(chat: Marked, places: list[Place], notes: list[str]) -> dict[int,
             if any(id(label) in often for label in labels):
                 raise ValueError(f"the chat template writes {who} twice")
             beside = any(place.label.message == i for place in places)
+            if not written and chat.roles[i] == SYSTEM:
+                notes.append("the system message is left out by the chat template")
+                continue
             if not written and not (chat.roles[i] == ANSWER and beside):
                 raise ValueError(f"the chat template writes {who} not at all, or not in its place")
             if not written:
@@ -690,8 +693,9 @@ def _common(alone: str, within: str, border: re.Pattern[str]) -> int:
     end, seen = 0, False
     for mine, other in zip(border.split(alone), border.split(within), strict=False):
         if mine != other:
-            # the last text before a mark or behind a token that the other lacks
-            end += len(mine) if other.startswith(mine) else 0
+            # the last text before a mark or before a token that the other lacks
+            short = min(mine, other, key=len)
+            end += len(short) if mine.startswith(other) or other.startswith(mine) else 0
             break
         end, seen = end + len(mine), seen or bool(border.fullmatch(mine))
     return end if seen else 0
