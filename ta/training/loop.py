@@ -116,7 +116,7 @@ def train(
         run.record(key)
         if rank() == 0 and "folder" in batches.prepared.info:
             write_drops(batches.prepared, str(folder / "drops.jsonl"))
-        trackers = open_trackers(loop.log, folder) if rank() == 0 else []
+        trackers = open_trackers(loop.log, folder, first, run.settings()) if rank() == 0 else []
         model.train()
         with Signals() as stop, progress_bar(batches.steps, first, rank() == 0) as bar:
             if evaluate and first in evaluated:

@@ -35,7 +35,7 @@ from ta.training.trackers import check_trackers
 # it is the first that is written and none goes without being written anew
 RUN_NAMES = (
     *("checkpoints", "final", "metrics.jsonl", "samples.jsonl", "drops.jsonl", "report.html"),
-    *("non_finite.jsonl", "rollouts", "tensorboard", "wandb", "config.json"),
+    *("non_finite.jsonl", "rollouts", "tensorboard", "wandb", "trackers.json", "config.json"),
 )
 MARKS = ("config", "versions", "identity")
 
@@ -101,6 +101,10 @@ class Run:
     @property
     def folder(self) -> Path:
         return Path(self.loop.out)
+
+    def settings(self) -> dict[str, Any]:
+        """The recipe's config as JSON values, secrets masked."""
+        return masked(dataclasses.asdict(self.config)) if self.config else {}
 
     def open(self) -> None:
         """Make the folder, take its lock (rank 0), and delete the run that it holds if asked to.

@@ -1,19 +1,32 @@
-"""Services that get the logged figures; the function of each returns `write(step, figures)`."""
+"""Services that get the logged figures; the function of each returns `write(step, figures)`.
+
+A resumed run goes on in the service's own run, whose name stands in trackers.json of the folder.
+Project, name, entity and tags are read from the service's own environment, such as WANDB_PROJECT,
+WANDB_NAME, WANDB_ENTITY and WANDB_TAGS; without them the project is ta and the name the folder's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+from ta.files import write_atomic
 
 Write = Callable[[int, dict[str, float]], None]
+IDS = "trackers.json"
 
 
-def tensorboard(folder: Path) -> Write:
-    """Event files in the run folder."""
+def tensorboard(folder: Path, first: int, config: Mapping[str, Any]) -> Write:
+    """Event files in the run folder; what an interrupted run wrote after step `first` is purged."""
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(folder / "tensorboard"))
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1 if first else None)
+    if not first:
+        writer.add_text("config", "    " + json.dumps(config, indent=1).replace("\n", "\n    "))
 
     def write(step: int, figures: dict[str, float]) -> None:
         for name, value in figures.items():
@@ -23,27 +36,48 @@ def tensorboard(folder: Path) -> Write:
     return write
 
 
-def wandb(folder: Path) -> Write:
-    """A Weights & Biases run named after the folder; WANDB_MODE=offline keeps it local."""
+def wandb(folder: Path, first: int, config: Mapping[str, Any]) -> Write:
+    """A Weights & Biases run; WANDB_MODE=offline keeps it local."""
     import wandb as service
 
-    run = service.init(project="ta", name=folder.name, dir=str(folder))
+    run = service.init(
+        project=os.environ.get("WANDB_PROJECT", "ta"),
+        name=os.environ.get("WANDB_NAME", folder.name),
+        dir=str(folder),
+        config=dict(config),
+        id=_id(folder, "wandb", first),
+        resume="allow" if first else None,
+    )
+    _keep(folder, "wandb", run.id)
     return lambda step, figures: run.log(figures, step=step)
 
 
-def trackio(folder: Path) -> Write:
-    """A Trackio run named after the folder, kept on this machine."""
+def trackio(folder: Path, first: int, config: Mapping[str, Any]) -> Write:
+    """A Trackio run, kept on this machine."""
     import trackio as service
 
-    run = service.init(project="ta", name=folder.name)
+    run = service.init(
+        project=os.environ.get("TRACKIO_PROJECT", "ta"),
+        name=_id(folder, "trackio", first) or folder.name,
+        config=dict(config),
+        resume="allow" if first else "never",
+    )
+    _keep(folder, "trackio", run.name)
     return lambda step, figures: run.log(figures, step=step)
 
 
-def clearml(folder: Path) -> Write:
-    """A ClearML task named after the folder."""
+def clearml(folder: Path, first: int, config: Mapping[str, Any]) -> Write:
+    """A ClearML task."""
     from clearml import Task
 
-    logger = Task.init(project_name="ta", task_name=folder.name).get_logger()
+    task = Task.init(
+        project_name=os.environ.get("CLEARML_PROJECT", "ta"),
+        task_name=os.environ.get("CLEARML_TASK", folder.name),
+        continue_last_task=_id(folder, "clearml", first) or False,
+    )
+    task.connect_configuration(dict(config), name="config")
+    _keep(folder, "clearml", task.id)
+    logger = task.get_logger()
 
     def write(step: int, figures: dict[str, float]) -> None:
         for name, value in figures.items():
@@ -52,7 +86,19 @@ def clearml(folder: Path) -> Write:
     return write
 
 
-TRACKERS: dict[str, Callable[[Path], Write]] = {
+def _id(folder: Path, service: str, first: int) -> str | None:
+    """The service's name of the run that is resumed; None of a new one."""
+    path = folder / IDS
+    return json.loads(path.read_text()).get(service) if first and path.exists() else None
+
+
+def _keep(folder: Path, service: str, name: str) -> None:
+    path = folder / IDS
+    ids = json.loads(path.read_text()) if path.exists() else {}
+    write_atomic(path, json.dumps(ids | {service: name}))
+
+
+TRACKERS: dict[str, Callable[[Path, int, Mapping[str, Any]], Write]] = {
     "tensorboard": tensorboard,
     "wandb": wandb,
     "trackio": trackio,
@@ -67,6 +113,8 @@ def check_trackers(names: Sequence[str]) -> None:
             raise ValueError(f"--log {name}: the package is not installed: pip install {name}")
 
 
-def open_trackers(names: Sequence[str], folder: Path) -> list[Write]:
-    """The write functions of the services in `names`."""
-    return [TRACKERS[name](folder) for name in names]
+def open_trackers(
+    names: Sequence[str], folder: Path, first: int = 0, config: Mapping[str, Any] | None = None
+) -> list[Write]:
+    """The write functions of the services in `names`, for a run that goes on after step `first`."""
+    return [TRACKERS[name](folder, first, config or {}) for name in names]

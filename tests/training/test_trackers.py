@@ -36,6 +36,36 @@ def test_tensorboard(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("val_loss")] == [(1, 3.0)]
 
 
+def test_tensorboard_holds_each_step_once_after_a_resume(tmp_path):
+    """Stopped after step 7 with a checkpoint of step 4: what came after 4 is purged; the settings are there."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, steps in ((0, range(1, 8)), (4, range(5, 11))):
+        (log,) = open_trackers(["tensorboard"], tmp_path, first, {"loop": {"out": "x"}})
+        for step in steps:
+            log(step, {"loss": float(step)})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(n, n) for n in range(1, 11)]
+    assert events.Tags()["tensors"] == ["config/text_summary"]
+
+
+def test_wandb_goes_on_in_its_run(tmp_path, monkeypatch):
+    """The id of the run and its settings stay through a resume; the project is the environment's."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    ids = []
+    for first in (0, 1):
+        (log,) = open_trackers(["wandb"], tmp_path, first, {"beta": 0.25})
+        log(first + 1, {"loss": 1.0})
+        ids.append((wandb.run.id, wandb.run.project, wandb.run.config["beta"]))
+        wandb.finish()
+    assert ids[0] == ids[1] and ids[0][1:] == ("mine", 0.25)
+    assert json.loads((tmp_path / "trackers.json").read_text()) == {"wandb": ids[0][0]}
+
+
 def test_wandb(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
