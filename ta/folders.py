@@ -160,6 +160,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
 
 
+def _is_pickled(path: str | Path) -> bool:
+    """Whether a folder has weights of the kind that is not read here."""
+    return any(Path(path).glob("*.bin")) and not any(Path(path).glob("*.safetensors"))
+
+
 @contextmanager
 def loading(path: str | Path, kind: str) -> Iterator[None]:
     """ValueError, in one line, for whatever a library raises because `path` is no whole `kind`.
@@ -177,7 +182,8 @@ def loading(path: str | Path, kind: str) -> Iterator[None]:
         why = " ".join(str(error).split())[:200]
         if not isinstance(error, (ImportError, OSError, RuntimeError, ValueError)):
             why = f"{type(error).__name__}: {why}"
-        raise ValueError(f"{path} does not load as {kind}: {why}") from error
+        pickled = "; ta convert makes safetensors of its weights" if _is_pickled(path) else ""
+        raise ValueError(f"{path} does not load as {kind}: {why}{pickled}") from error
 
 
 def model_folder(path: str, hub: bool = False) -> str:
