@@ -40,6 +40,9 @@ class Config:
     rollouts: ta.rl.RolloutConfig = ta.rl.RolloutConfig()
     reward: ta.rl.RewardConfig = ta.rl.RewardConfig()
     reference: ta.ReferenceConfig = ta.ReferenceConfig()
+    vllm: ta.VllmConfig = ta.VllmConfig()
+    engine: Literal["hf", "vllm"] = "hf"
+    """What answers: the model itself, or vLLM in this process, which gets its weights each step."""
     preset: Literal["grpo", "dapo", "dr-grpo", "rloo", "gspo", "cispo"] = "grpo"
     """The published values of the eight settings below, of which each that is given wins."""
     advantage: Literal["grpo", "centred", "rloo", "batch"] | None = None
@@ -134,10 +137,24 @@ def step(config: Config, settings: dict, watch, model, batch):
     return (values * sequences.weights).sum(), len(logps), figures
 
 
+def start_engine(config: Config, model, tokenizer):
+    """A started vLLM for the rollouts, or None where the model itself answers."""
+    if config.engine == "hf":
+        return None
+    if tokenizer.new_tokens or config.vllm.tensor_parallel_size > 1 or model.mode == "native":
+        raise ValueError(
+            "--engine vllm in rollouts takes whole weights on one device: no added tokens, no "
+            "--tensor-parallel-size, no prompt learning; leave them or --engine out"
+        )
+    base = ta.ModelConfig(ta.resolve(config.model).base, dtype=config.model.dtype)
+    return ta.start_vllm(base, tokenizer.fast, config.vllm, rollouts=True)
+
+
 def main(config: Config):
     """Train; returns the folder of the export and the last figures of held-out records."""
     settings = policy_settings(config)
     updates, longest = config.rollouts.updates, config.rollouts.max_new_tokens
+    ta.check_engine(config.engine, config.vllm)
     if config.rollouts.num_answers < 2:
         raise ValueError("--num-answers 1: answers are compared with each other, give 2 or more")
     if not config.kl_coef and config.reference != ta.ReferenceConfig():
@@ -194,6 +211,7 @@ def main(config: Config):
         settings["resample"],
         settings["overlong"],
         logprobs,
+        start_engine(config, model, tokenizer),
     )
     watch = ta.rl.MismatchWatch(config.max_mismatch)
 

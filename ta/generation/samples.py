@@ -326,6 +326,8 @@ def _show(rows: Sequence[dict], earlier: dict[str, str], n: int, settings: str) 
         reward = f"{row['reward']:.3g}" if "reward" in row else ""
         dialogue = whole_dialogue(row["chat"])
         cells.append((dialogue, same, row["answer"], row["reference"] or "", reward))
+    if not cells:
+        return
     # a column without a cell is left out
     kept = [i for i in range(len(header)) if any(row[i] for row in cells)]
     shown = table([[row[i] for i in kept] for row in cells], [header[i] for i in kept])

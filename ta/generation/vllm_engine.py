@@ -97,10 +97,13 @@ def start_vllm(
     seed: int = 0,
     num_labels: int = 0,
     embeds: bool = False,
+    rollouts: bool = False,
 ) -> VllmEngine:
     """Start vLLM on the folders that `model` names, in the dtype that the hf engine would use.
 
-    An adapter is merged into its base or applied at run time. With `num_labels` the model is a
+    With `rollouts` it runs in this process, `put_weights` changes its weights, and
+    log-probabilities are those after temperature. An adapter is merged into its base or applied at
+    run time. With `num_labels` the model is a
     classifier or reward model, for `score`; with `embeds` prompts are given as embeddings.
     ValueError: vLLM is not installed; a tensor-parallel size that the model cannot be cut by; an
     adapter that vLLM cannot apply; a head that it reads otherwise; a model that it does not run.
@@ -126,6 +129,9 @@ def start_vllm(
     check_parallel(settings.get_text_config(decoder=True), config.tensor_parallel_size)
     temporary = tempfile.TemporaryDirectory(prefix="ta-vllm-")
     more, lora = {"enable_prompt_embeds": True} if embeds else {}, None
+    if rollouts:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        more["logprobs_mode"] = "processed_logprobs"
     if num_labels:
         check_head(settings)
         more = {"runner": "pooling"}
@@ -208,6 +214,15 @@ def _start(
         raise ValueError(
             f"vLLM does not run {folder}: {reason.strip()}; --engine hf may"
         ) from error
+
+
+def put_weights(engine: VllmEngine, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Put (name, tensor) in the place of all weights of an engine that was started for rollouts.
+
+    The names are those of the model's folder. What is cached of the old weights is dropped.
+    """
+    engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+    engine.llm.reset_prefix_cache()
 
 
 def _merge(model: ModelConfig, dtype: str, folder: str, num_labels: int) -> str:

@@ -7,9 +7,10 @@ Letters: P prompts, G answers to a prompt, N answers, M tokens of answers.
 
 from __future__ import annotations
 
+import copy
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,8 @@ from ta.generation.generate import generate
 from ta.generation.prompts import read_prompts
 from ta.generation.samples import asked_text
 from ta.generation.settings import Answer, GenerateConfig
+from ta.generation.vllm_engine import VllmEngine, put_weights
+from ta.model.adapters import merge_adapter
 from ta.model.language_model import LanguageModel
 from ta.parallel import gather_objects, on_rank_zero, rank, say, sum_over_ranks, unsharded, world
 from ta.rl.batches import is_flat, lay_out_groups, micro_groups
@@ -107,6 +110,10 @@ class Rollouts:
     # NAME: log p of the tokens of a batch (M,), which the file keeps of each answer as
     # NAME_logprobs
     logprobs: dict[str, Callable[[Batch], Tensor]] = field(default_factory=dict)
+    # a started vLLM that answers with the weights that train; None: the model itself answers
+    engine: VllmEngine | None = None
+    # of the weights that the engine holds
+    engine_weights: int = -1
     # seconds that this process took for the last round, 0 where it was read, for the log
     seconds: dict[str, float] = field(default_factory=dict)
     # the round at hand, and its records
@@ -240,8 +247,16 @@ class Rollouts:
         keys: list[int] | None = None,
     ) -> list[list[Answer]]:
         fast, stops = self.tokenizer.fast, self.tokenizer.stop_ids
-        with unsharded(model):
-            return generate(model, fast, ids, settings, stops, keys=keys)
+        if self.engine is None:
+            with unsharded(model):
+                return generate(model, fast, ids, settings, stops, keys=keys)
+        if (weights := weights_hash(model)) != self.engine_weights:
+            put_weights(self.engine, merged_weights(model))
+            self.engine_weights = weights
+        # vLLM knows no temperature of the model
+        temperature = model.temperature if settings.temperature else 0.0
+        settings = replace(settings, temperature=temperature)
+        return generate(self.engine, fast, ids, settings, stops, keys=keys)
 
     def _rewards(
         self, records: list[dict], answers: list[list[Answer]]
@@ -341,6 +356,16 @@ class MismatchWatch:
                 "sampler may hold other weights or an adapter less, or compute in another dtype, "
                 "or the template of prompts may differ; lower --dtype differences or raise it"
             )
+
+
+def merged_weights(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of all weights of the base; a LoRA adapter is merged into a copy of it."""
+    inner = model.inner
+    if hasattr(inner, "get_base_model"):
+        inner = merge_adapter(copy.deepcopy(inner))
+    # tensors that are tied come once, as in a folder
+    for name, parameter in inner.named_parameters():
+        yield name, parameter.detach()
 
 
 def weights_hash(model: LanguageModel) -> int:
