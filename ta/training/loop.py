@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -87,7 +88,7 @@ def train(
     every = max(20, batches.steps // 10) if loop.eval_every is None else loop.eval_every
     if every:
         evaluated |= set(range(0, batches.steps, every))
-    pinned, stale = None, 0
+    pinned, stale, reported = None, 0, time.monotonic()
     first, damaged, window = 0, {}, StepSums()
 
     def save(done: int) -> None:
@@ -161,6 +162,10 @@ def train(
                     record = join_figures(window.mean(), own)
                     if rank() == 0:
                         _log(folder, record, trackers)
+                        # an evaluation writes the report, where there are evaluations
+                        if not evaluate and time.monotonic() > reported + 30:
+                            write_report(folder)
+                            reported = time.monotonic()
                         bar.set_postfix_str(line(record), refresh=False)
                     window = StepSums()
                 bar.update()

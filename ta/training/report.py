@@ -205,7 +205,9 @@ def chart(title: str, curves: dict[str, Curve]) -> str:
     for name, points in curves.items():
         kind = name.replace(" ", "-")
         path = " ".join(f"{across(x)},{up(y)}" for x, y in points)
-        out.append(f'<polyline class="line {kind}" points="{path}"/>')
+        # two evaluations are two points, and no curve
+        if len(points) > 2 or name == "training":
+            out.append(f'<polyline class="line {kind}" points="{path}"/>')
         if len(points) < 30:
             out += [
                 f'<circle class="{kind}" cx="{across(x)}" cy="{up(y)}" r="2.5"/>' for x, y in points
@@ -240,11 +242,11 @@ def sample_table(samples: Sequence[dict]) -> str:
         return ""
     first, last = min(steps), max(steps)
     before, after = (
-        {s.get("id", s.get("line")): s for s in samples if s.get("step", 0) == step}
+        {s.get("row", s.get("id", s.get("line"))): s for s in samples if s.get("step", 0) == step}
         for step in (first, last)
     )
     names = dict.fromkeys(key for sample in after.values() for key in sample)
-    keys = [key for key in names if key not in ("step", "id", "line")]
+    keys = [key for key in names if key not in ("step", "row", "id", "line", "chat")]
     pairs = [(before.get(name, sample), sample) for name, sample in after.items()]
     changed = [key for key in keys if any(old.get(key) != new.get(key) for old, new in pairs)]
     sides = ((first, before), (last, after))

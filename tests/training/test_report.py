@@ -146,6 +146,29 @@ def test_what_changed_is_shown_from_both_ends_and_right_answers_are_marked():
     assert "<td>0</td><td class=ok>1</td>" in sample_table(classes) and sample_table([]) == ""
 
 
+def test_several_answers_of_a_record_have_a_row_each():
+    rows = [
+        {
+            "step": step,
+            "row": f"warm 0 {k}",
+            "id": "a",
+            "chat": [{"role": "user"}],
+            "answer": f"{step} {k}",
+        }
+        for step in (0, 9)
+        for k in range(3)
+    ]
+    table = sample_table(rows)
+    assert all(f"{step} {k}" in table for step in (0, 9) for k in range(3))
+    assert "chat" not in table and "role" not in table
+
+
+def test_two_evaluations_are_points_and_no_curve():
+    two = chart("loss", {"held out": [(0, 2.5), (10, 1.5)]})
+    three = chart("loss", {"held out": [(0, 2.5), (5, 2.0), (10, 1.5)]})
+    assert "polyline" not in two and two.count('r="2.5"') == 2 and "polyline" in three
+
+
 def test_the_page_is_whole_and_runs_nothing():
     settings = {
         "command": "python sft.py --out 'a b'",
