@@ -194,6 +194,7 @@ def test_a_flag_is_near_its_effect(flag, tmp_path, monkeypatch):
 
     more = [str(tiny_folder()) if word == "TINY" else word for word in more]
     argv = ["x", *more, "--steps", "1", "--sample-records", "0", "--out", str(tmp_path / "run")]
+    argv += ["--cache-dir", str(tmp_path / "cache")]  # nothing is prepared before
     monkeypatch.setattr(sys, "argv", argv)
     sys.setprofile(profile)
     try:
