@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -29,6 +30,27 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 14, 26, 30
 POINTS, ROWS = 300, 64
 # records of the table that are open at once
 SHOWN = 12
+
+
+# what a figure says, in one sentence
+MEANING = {
+    "loss": "What training lowers: the mean over what is learned, for most methods nats a token.",
+    "accuracy": "Share of answers that equal the right one.",
+    "contains": "Share of answers in which the right one stands as whole words.",
+    "perplexity": "How many tokens the model hesitates between: exp of its mean surprise.",
+    "reward": "Mean reward of the answers.",
+    "reward_margin": "How much higher the reward of the better answer is, on average.",
+    "reward_accuracy": "Share of records in which the better answer has the higher reward.",
+    "ranking_accuracy": "Share of pairs whose chosen answer scores higher.",
+    "preference": "Share of pairs in which a desirable answer is rewarded above another; chance is 0.5.",
+    "kl_to_reference": "How far the answers are from the reference model, nats a token.",
+    "rouge_l": "Overlap of words in order with the right answer, 0 to 1.",
+    "recall_at_1": "Share of questions whose gold passage is found first.",
+    "lr": "The learning rate of the step.",
+    "grad_norm": "Length of the gradient before it is clipped; jumps are a warning.",
+    "tokens a second": "Tokens trained on in a second, over all devices.",
+    "memory_gb": "Greatest memory used so far.",
+}
 
 
 def write_report(folder: Path) -> None:
@@ -229,6 +251,8 @@ def chart(title: str, curves: dict[str, Curve]) -> str:
         )
     keys = "".join(f'<span class="{name.replace(" ", "-")}">{name}</span>' for name in curves)
     frame = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{safe(title)}"'
+    about = MEANING.get(re.split("[@/]", title)[0], "")
+    keys += about and f"<br>{about}"
     return f"<figure><svg {frame}>{''.join(out)}</svg><figcaption>{keys}</figcaption></figure>"
 
 

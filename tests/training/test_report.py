@@ -166,6 +166,8 @@ def test_several_answers_of_a_record_have_a_row_each():
 def test_two_evaluations_are_points_and_no_curve():
     two = chart("loss", {"held out": [(0, 2.5), (10, 1.5)]})
     three = chart("loss", {"held out": [(0, 2.5), (5, 2.0), (10, 1.5)]})
+    assert "What training lowers" in two
+    assert "Share of answers that equal" in chart("accuracy@warm/easy", {"held out": [(0, 1.0)]})
     assert "polyline" not in two and two.count('r="2.5"') == 2 and "polyline" in three
 
 
