@@ -42,7 +42,7 @@ MEANING = {
     "reward_margin": "How much higher the reward of the better answer is, on average.",
     "reward_accuracy": "Share of records in which the better answer has the higher reward.",
     "ranking_accuracy": "Share of pairs whose chosen answer scores higher.",
-    "preference": "Share of pairs in which a desirable answer is rewarded above another; chance is 0.5.",
+    "preference": "Share of pairs in which a desirable answer is rewarded above another.",
     "kl_to_reference": "How far the answers are from the reference model, nats a token.",
     "rouge_l": "Overlap of words in order with the right answer, 0 to 1.",
     "recall_at_1": "Share of questions whose gold passage is found first.",
@@ -252,7 +252,7 @@ def chart(title: str, curves: dict[str, Curve]) -> str:
     keys = "".join(f'<span class="{name.replace(" ", "-")}">{name}</span>' for name in curves)
     frame = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{safe(title)}"'
     about = MEANING.get(re.split("[@/]", title)[0], "")
-    keys += about and f"<br>{about}"
+    keys += about and f"<div>{about}</div>"
     return f"<figure><svg {frame}>{''.join(out)}</svg><figcaption>{keys}</figcaption></figure>"
 
 
