@@ -83,13 +83,13 @@ MULTI = [
     answer("Black feathers everywhere."),
 ]
 REASONED = [
-    user("Multiply seven by eight."),
-    answer("Fiftysix.", reasoning_content="Tables say so."),
+    user("Double thirty please."),
+    answer("Sixty exactly.", reasoning_content="Tables say so."),
 ]
 REASONED_MULTI = [
     *REASONED,
-    user("Halve that."),
-    answer("Twentyeight.", reasoning_content="Division gives it."),
+    user("Halve this instead."),
+    answer("Fifteen precisely.", reasoning_content="Division gives it."),
 ]
 CALLED = [
     user("Forecast wanted please."),
@@ -176,7 +176,7 @@ CELLS = {
         {
             "context": REASONED[:1],
             "answer_w": REASONED[1],
-            "answer_l": answer("Fiftyfive.", reasoning_content="Guessing wildly."),
+            "answer_l": answer("Seventy roughly.", reasoning_content="Guessing wildly."),
         },
         "pair",
     ),

@@ -22,7 +22,23 @@ FOLLOWING = answer("White instead, mostly.")
 # templates whose generation marks hold more than a model writes, and what
 KNOWN_MARKS = {
     "qwen2_5": "the header's newline",
+    "deepseekv3": "the token that the answer follows",
+    "deepseek_r1_distill": "the token that the answer follows",
     "gptoss": "the whole header",
+    "muse_glimmer": "the whole header",
+    **dict.fromkeys(
+        (
+            "nemotron_3_nano",
+            "nemotron_3_super",
+            "nemotron_3_ultra",
+            "nemotron_3_5_lightning",
+            "qwen3_5_nothink",
+            "qwen3_5_think",
+            "qwen3_6",
+            "qwen3_8",
+        ),
+        "the <think> that the generation prompt opens",
+    ),
 }
 
 
@@ -152,8 +168,13 @@ def words(text: object) -> list[str]:
 
 def written_words(message: dict) -> dict[str, list[str]]:
     """Of what a message says, part by part, its words."""
-    parts = {"content": words(message.get("content"))}
-    parts["reasoning"] = [word for key in REASONING for word in words(message.get(key))]
+    content = message.get("content")
+    inside, behind = (
+        content.rsplit("</think>", 1) if "</think>" in (content or "") else ("", content)
+    )
+    parts = {"content": words(behind)}
+    reasoning = (inside.replace("<think>", ""), *(message.get(key) for key in REASONING))
+    parts["reasoning"] = [word for text in reasoning for word in words(text)]
     parts["calls"] = [
         word
         for call in message.get("tool_calls", ())
@@ -261,7 +282,8 @@ def _judge_prompt(fast, record, found: Rendering, outcome: Outcome) -> Verdict:
     if text is None:
         return Verdict("wrong", "the template opens no answer here, the data step does")
     theirs = fast(text, add_special_tokens=False)["input_ids"]
-    if ids != theirs:
+    begins = outcome.sequences[1][0][: len(ids)] == ids and fast.decode(ids) == fast.decode(theirs)
+    if ids != theirs and not begins:
         return Verdict("wrong", "prompt ids: " + _difference(fast, ids, text))
     chat = fast(found.text, add_special_tokens=False)["input_ids"]
     if chat[: len(theirs)] == theirs and outcome.sequences[1][0][: len(ids)] != ids:
@@ -350,19 +372,30 @@ def answer_bounds(fast, record, found: Rendering, offsets) -> dict[int, Bounds]:
             may_start = inside[0]
             if start < len(before):
                 must_start = may_start
+        if known and start < len(before):
+            # what is opened is not what is written: learned from the first token that differs
+            both = (fast(t, add_special_tokens=False)["input_ids"] for t in (before, text))
+            if offsets and (same := _common(*both)) < len(offsets):
+                may_start = min(may_start, offsets[same][0])
         end = _common(alone or "", text)
         if end >= last and alone:
             whole = end == len(alone)
             must_end, may_end = (len(alone.rstrip()) if whole else last), end
-            if not whole and (stop := CONTROL.match(text, last)) and stop.end() <= end:
-                must_end = stop.end()
         else:
             following = found.messages[i + 1] if i + 1 < len(found.messages) else {}
             places = _places(text, following, last)
             must_end, may_end = last, places[0] if places else len(text)
         if inside := [(s, e) for s, e in offsets if s < may_end < e]:
             may_end = inside[0][alone is not None and end == len(alone)]
-        bounds[i] = Bounds((must_start, max(must_end, must_start)), (may_start, may_end))
+        if alone and last <= end < len(alone) and (stop := CONTROL.match(text, may_end)):
+            # the token that ends this answer, though another ends it where nothing follows
+            may_end = stop.end()
+        must_end = max(must_end, must_start)
+        others = [word for m in found.messages if m["role"] != "assistant" for word in all_words(m)]
+        if any(must_start <= text.find(word, must_start) < must_end for word in others):
+            # written around a tool's output: judged by its words alone
+            must_end = must_start
+        bounds[i] = Bounds((must_start, must_end), (may_start, may_end))
         behind = max(last, behind)
     return bounds
 
@@ -400,7 +433,7 @@ def _judge_marks(fast, name, record, found: Rendering, training, weights, offset
         piece = found.text[start:end]
         if bool(mark) == bool(weight) or (weight and not piece.strip()):
             continue
-        header = not any(start < b.may[1] and end > b.may[0] for b in bounds)
+        header = not any(start < b.must[1] and end > b.must[0] for b in bounds)
         if not (mark and header and name in KNOWN_MARKS):
             side = "marked by the template, not learned" if mark else "learned, not marked"
             return f"{side}: {piece!r} at {start}, {_near(found.text, start)}"

@@ -132,7 +132,15 @@ def real_tokenizer(name: str) -> PreTrainedTokenizerFast:
         tokens = dict.fromkeys((*real.tokens, *CONTROL.findall(fast.chat_template)))
         absent = [token for token in tokens if token not in fast.get_vocab()]
         fast.add_tokens(
-            [AddedToken(t, special=True, normalized=False, rstrip=real.rstrip) for t in absent]
+            [
+                AddedToken(
+                    token,
+                    special=CONTROL.fullmatch(token) is not None,
+                    normalized=False,
+                    rstrip=real.rstrip,
+                )
+                for token in absent
+            ]
         )
     return fast
 
