@@ -1,6 +1,7 @@
 """How fast are records prepared, and how fast opened again?
 
     python bench/tokenize.py --peer-python PYTHON_WITH_TRL
+    python bench/tokenize.py --agents --peer-python ...     # reasoning, tools, calls, results
     python bench/tokenize.py --again 1000000     # opening so many records again, to a first batch
 
 Chats with masks a CPU-second, of about 1 kB in the built-in tokenizer's ChatML. `ours` is what a
@@ -32,6 +33,67 @@ MARKED = (
     "{% else %}{{ message['content'] ~ '<|im_end|>' }}{% endif %}"
     "{{ '\n' }}{% endfor %}"
 )
+
+AGENT = (
+    "{% if tools %}{{ '<|im_start|>system\n' }}"
+    "{% for tool in tools %}{{ tool | tojson ~ '\n' }}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' ~ message['role'] ~ '\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}"
+    "{% if message['reasoning_content'] %}"
+    "{{ '<think>\n' ~ message['reasoning_content'] ~ '\n</think>\n\n' }}{% endif %}"
+    "{{ message['content'] or '' }}"
+    "{% for call in message['tool_calls'] or [] %}"
+    "{{ '\n<tool_call>\n' ~ call['function'] | tojson ~ '\n</tool_call>' }}{% endfor %}"
+    "{{ '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] ~ '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def records_of(flags: argparse.Namespace) -> list[dict]:
+    """Chats, or with --agents chats with tools, where an answer is reasoned, called and told."""
+    if not flags.agents:
+        return [{"messages": chat} for chat in chats(flags)]
+    properties = {"thing": {"type": "string"}, "place": {"type": "string"}}
+    schema = {"type": "object", "properties": properties, "required": ["thing"]}
+    about = {"name": "look_up", "description": "Finds a thing in a place.", "parameters": schema}
+    tools = [{"type": "function", "function": about}]
+    return [{"messages": agent(chat), "tools": tools} for chat in chats(flags, 4, (12, 12))]
+
+
+def agent(chat: list[dict]) -> list[dict]:
+    """The chat's texts as a question, two calls with reasoning and results, and an answer."""
+    (asked, first, told, second, more, reason, _, last) = (message["content"] for message in chat)
+
+    def called(thought: str, number: int) -> dict:
+        thing, place, *_ = thought.split()
+        call = {"name": "look_up", "arguments": {"thing": thing, "place": place}}
+        calls = [{"type": "function", "id": f"call{number}", "function": call}]
+        return {
+            "role": "assistant",
+            "content": None,
+            "reasoning_content": thought,
+            "tool_calls": calls,
+        }
+
+    return [
+        {"role": "user", "content": asked},
+        called(first, 1),
+        {"role": "tool", "content": told},
+        called(second, 2),
+        {"role": "tool", "content": more},
+        {"role": "assistant", "content": last, "reasoning_content": reason},
+    ]
+
+
+def writer(flags: argparse.Namespace):
+    """The built-in tokenizer with the template of the records."""
+    from ta.builtin import models
+
+    tokenizer = models.tiny_tokenizer()
+    if flags.agents:
+        tokenizer.chat_template = AGENT
+    return tokenizer
 
 
 def chats(flags: argparse.Namespace, turns: int = 3, spoken: tuple[int, int] = (30, 40)) -> list:
@@ -70,11 +132,10 @@ def rate(work, flags) -> dict[str, float]:
 def opened(flags):
     """A function that prepares the file of chats, or opens what was prepared."""
     from ta.chat.template import ChatConfig
-    from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
+    from ta.chat.tokenizer import chat_tokenizer
     from ta.data.prepare import DataConfig, prepare_chats
-    from ta.folders import ModelConfig
 
-    tokenizer = load_chat_tokenizer(ModelConfig(), TokenizerConfig(), ChatConfig())
+    tokenizer = chat_tokenizer(writer(flags), ChatConfig())
     config = DataConfig(cache_dir=f"{flags.folder}/cache")
     return lambda: prepare_chats(
         [f"{flags.folder}/chats.jsonl"],
@@ -121,10 +182,12 @@ def encode_only(flags):
 
 
 def batch(flags):
-    from ta.builtin import models
 
-    tokenizer, records = models.tiny_tokenizer(), chats(flags)
-    texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in records]
+    tokenizer = writer(flags)
+    texts = [
+        tokenizer.apply_chat_template(r["messages"], tools=r.get("tools"), tokenize=False)
+        for r in records_of(flags)
+    ]
     return rate(
         lambda: [
             e.ids for e in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
@@ -163,7 +226,7 @@ def trl(flags) -> dict[str, float]:
     from ta.builtin import models
 
     tokenizer = models.tiny_tokenizer()
-    tokenizer.chat_template = MARKED
+    tokenizer.chat_template = AGENT if flags.agents else MARKED
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -202,16 +265,16 @@ def main(given: argparse.Namespace) -> None:
         "transformers' masks": masks,
         "TRL": trl,
     }
+    if given.agents:
+        contenders = {name: contenders[name] for name in ("ours", "batch", "TRL")}
     contenders = {"again": again} if given.again else contenders
     if given.one:
         compare(contenders, given, "")
         return
     with tempfile.TemporaryDirectory() as given.folder:
         sys.argv += ["--folder", given.folder]
-        lines = [
-            json.dumps({"messages": chat}) + "\n"
-            for chat in (chats(given, 1, (3, 3)) if given.again else chats(given))
-        ]
+        short = [{"messages": chat} for chat in chats(given, 1, (3, 3))] if given.again else None
+        lines = [json.dumps(record) + "\n" for record in short or records_of(given)]
         with open(f"{given.folder}/chats.jsonl", "w") as file:
             for start in range(0, given.again or len(lines), len(lines)):
                 file.writelines(lines[: (given.again or len(lines)) - start])
@@ -231,5 +294,6 @@ if __name__ == "__main__":
     flags.add_argument(
         "--again", type=int, default=0, help="records of the second start; 0 compares preparing"
     )
+    flags.add_argument("--agents", action="store_true", help="chats with reasoning and calls")
     flags.add_argument("--folder", help=argparse.SUPPRESS)
     main(read(flags, records=50))

@@ -46,12 +46,9 @@ def trained(fast, cell: Cell, record: dict, make) -> list[tuple[list[int], list[
     if cell.loss_on == "last":
         messages = record.pop("messages")
         record |= {"prompt": messages[:-1], "completion": messages[-1:]}
-        row = prepared(make("last"), fast, record, packing=False, formatting_func=None)
-        mask = row["completion_mask"]
-    else:
-        row = prepared(make("chat"), fast, record, packing=False, formatting_func=None)
-        mask = row["assistant_masks"]
-    return [(row["input_ids"], [float(m) for m in mask])]
+    kind = "last" if cell.loss_on == "last" else "chat"
+    row = prepared(make(kind), fast, record, packing=False, formatting_func=None)
+    return [(row["input_ids"], [float(label != -100) for label in row["labels"]])]
 
 
 def outcomes(name: str) -> dict[str, dict]:
@@ -82,7 +79,13 @@ def outcomes(name: str) -> dict[str, dict]:
         model = LlamaForCausalLM(config)
         if kind == "pair":
             settings = DPOConfig(**shared, max_steps=1)
-            trainer = DPOTrainer(model, args=settings, train_dataset=data, processing_class=fast)
+            trainer = DPOTrainer(
+                model,
+                LlamaForCausalLM(config),
+                args=settings,
+                train_dataset=data,
+                processing_class=fast,
+            )
         else:
             settings = SFTConfig(**shared, max_steps=1, assistant_only_loss=kind == "chat")
             trainer = SFTTrainer(model, args=settings, train_dataset=data, processing_class=fast)
@@ -109,7 +112,7 @@ def main() -> None:
         if not why_absent(name):
             done[name] = outcomes(name)
             print(name, sum("error" in o for o in done[name].values()), file=sys.stderr)
-    Path(out).write_text(json.dumps(done))
+            Path(out).write_text(json.dumps(done))
 
 
 if __name__ == "__main__":
