@@ -42,6 +42,11 @@ KNOWN_MARKS = {
 }
 
 
+# what follows the generation prompt and yet is not marked: the token that ends a call, and a header
+# that the prompt behind a tool's output does not open
+UNMARKED = {"diffusion_gemma": ("<|tool_response>", "<|turn>", "model")}
+
+
 class Outcome(NamedTuple):
     """What a data step made of a record."""
 
@@ -51,6 +56,8 @@ class Outcome(NamedTuple):
     said: str = ""
     # why there are none
     error: str = ""
+    # whether the weights are a template's own marks, which may hold headers (KNOWN_MARKS)
+    marks: bool = False
 
 
 class Verdict(NamedTuple):
@@ -233,7 +240,8 @@ def _judge_chat(
         return Verdict("wrong", f"{ignored} of the record not written, and nothing said")
     if cell.kind == "prompt":
         return _judge_prompt(fast, record, found, outcome)
-    why = _judge_mask(fast, record, found, learned, weights, offsets)
+    headers = outcome.marks and name in KNOWN_MARKS
+    why = _judge_mask(fast, record, found, learned, weights, offsets, headers)
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not why and training and learned == answers:
         why = _judge_marks(fast, name, record, found, training, weights, offsets)
@@ -318,13 +326,14 @@ def matching_offsets(fast, record, found: Rendering, ids) -> list[tuple[int, int
     return offsets if both == ids else None
 
 
-def _judge_mask(fast, record, found: Rendering, learned, weights, offsets) -> str:
+def _judge_mask(fast, record, found: Rendering, learned, weights, offsets, headers) -> str:
     """What is wrong with the loss weights, or ""."""
     bounds = answer_bounds(fast, record, found, offsets)
     bounds = [bounds[i] for i in learned]
     for (start, end), weight in zip(offsets, weights, strict=True):
         piece = found.text[start:end]
-        if weight and not any(start < b.may[1] and end > b.may[0] for b in bounds) and piece:
+        answer = headers or any(start < b.may[1] and end > b.may[0] for b in bounds)
+        if weight and not answer and piece:
             return f"learned, but no answer: {piece!r} at {start}, {_near(found.text, start)}"
         if not weight and any(b.must[0] <= start and end <= b.must[1] for b in bounds) and piece:
             return f"not learned: {piece!r} at {start}, {_near(found.text, start)}"
@@ -387,13 +396,15 @@ def answer_bounds(fast, record, found: Rendering, offsets) -> dict[int, Bounds]:
             must_end, may_end = last, places[0] if places else len(text)
         if inside := [(s, e) for s, e in offsets if s < may_end < e]:
             may_end = inside[0][alone is not None and end == len(alone)]
-        if alone and last <= end < len(alone) and (stop := CONTROL.match(text, may_end)):
+        ended = end < last or end == len(alone or "") or CONTROL.search(text, last, may_end)
+        if not ended and (stop := CONTROL.match(text, may_end)):
             # the token that ends this answer, though another ends it where nothing follows
             may_end = stop.end()
         must_end = max(must_end, must_start)
-        others = [word for m in found.messages if m["role"] != "assistant" for word in all_words(m)]
+        others = {word for m in found.messages if m is not message for word in all_words(m)}
+        others -= set(all_words(message))
         if any(must_start <= text.find(word, must_start) < must_end for word in others):
-            # written around a tool's output: judged by its words alone
+            # written around what others say: judged by its words alone
             must_end = must_start
         bounds[i] = Bounds((must_start, must_end), (may_start, may_end))
         behind = max(last, behind)
@@ -429,11 +440,12 @@ def _judge_marks(fast, name, record, found: Rendering, training, weights, offset
         return ""  # the marked template writes otherwise, or the weights are those of stretches
     bounds = answer_bounds(fast, record, found, offsets).values()
     marks = marked["assistant_masks"]
-    for (start, end), mark, weight in zip(offsets, marks, weights, strict=True):
-        piece = found.text[start:end]
-        if bool(mark) == bool(weight) or (weight and not piece.strip()):
+    for (start, stop), mark, weight in zip(offsets, marks, weights, strict=True):
+        piece = found.text[start:stop]
+        unmarked = piece.strip() in ("", *UNMARKED.get(name, ()))
+        if bool(mark) == bool(weight) or (weight and unmarked):
             continue
-        header = not any(start < b.must[1] and end > b.must[0] for b in bounds)
+        header = not any(start < b.must[1] and stop > b.must[0] for b in bounds)
         if not (mark and header and name in KNOWN_MARKS):
             side = "marked by the template, not learned" if mark else "learned, not marked"
             return f"{side}: {piece!r} at {start}, {_near(found.text, start)}"

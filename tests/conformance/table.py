@@ -44,7 +44,7 @@ def peer_verdicts(name: str, outcomes: dict[str, dict]) -> dict[str, Verdict]:
     """The same for outcomes that another data step has written."""
     fast, training = real_tokenizer(name), training_source(name)
     return {
-        title: judge(fast, name, CELLS[title], Outcome(**given), training)
+        title: judge(fast, name, CELLS[title], Outcome(**given, marks=True), training)
         for title, given in outcomes.items()
     }
 
