@@ -18,7 +18,6 @@ second file is better than the first, and in which share of the records.
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -194,7 +193,7 @@ def main(config: Config) -> dict:
     inputs = sides if config.perplexity else [[inputs_of(r) for r in side] for side in sides]
     texts = [text for record in inputs[0] for text in record.get("references", ())]
     if note := ta.spacing_note(names, texts):
-        print(note, file=sys.stderr)
+        ta.parallel.tell(note)
 
     rows, figures, seed = [], {}, config.generation.seed
     if config.against:
@@ -223,7 +222,7 @@ def main(config: Config) -> dict:
     whole = {name: plain(found) for name, found in figures.items()}
     text = json.dumps({"figures": whole, "records": records}, ensure_ascii=False, indent=1)
     write_atomic(Path(config.out), text + "\n")
-    print(f"{config.out}: {len(names)} metrics of {counted:,} records", file=sys.stderr)
+    ta.parallel.tell(f"{config.out}: {len(names)} metrics of {counted:,} records")
     return figures
 
 
