@@ -123,6 +123,7 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
     from ta.training.optim import adamw as adamw
     from ta.training.optim import with_default_lr as with_default_lr
     from ta.training.progress import join_figures as join_figures
+    from ta.training.report import comparison as comparison
     from ta.training.run_folder import LoopConfig as LoopConfig
     from ta.training.run_folder import Run as Run
     from ta.training.run_folder import start_run as start_run
@@ -166,6 +167,7 @@ NAMES = {  # module: what `import ta` gives of it, loaded on first use
     "ta.reference": "ReferenceConfig check_same_vocabulary check_sync learned_tokens "
     "open_reference sequence_logps with_cached_reference",
     "ta.screen": "progress table",
+    "ta.training.report": "comparison",
     "ta.training.run_folder": "LoopConfig Run start_run",
     "ta.training.model_card": "model_card",
     "ta.training.loop": "mean_over scores_of train",

@@ -83,6 +83,11 @@ def page(
         "Records left out": html_table(("reason", "records"), reasons) if drops else "",
         "Settings": settings_tables(settings),
     }
+    return whole_page(name, headline(settings, metrics), sections)
+
+
+def whole_page(name: str, head: str, sections: dict[str, str]) -> str:
+    """A page of HTML without scripts that loads nothing; empty sections are left out."""
     body = "".join(
         f"<section><h2>{title}</h2>{text}</section>" for title, text in sections.items() if text
     )
@@ -92,7 +97,7 @@ def page(
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src '
         "'unsafe-inline'\">"
         f"<title>{safe(name)}</title><style>{STYLE}</style></head><body>"
-        f"<header><h1>{safe(name)}</h1>{headline(settings, metrics)}</header>"
+        f"<header><h1>{safe(name)}</h1>{head}</header>"
         f"<main>{body}</main></body></html>\n"
     )
 
@@ -309,9 +314,9 @@ def cell(value: Any, right: Any = None) -> str:
 
 
 def settings_tables(settings: dict) -> str:
-    """The command, the settings that a resume must not change, machine and versions.
+    """The command, the settings that differ from the defaults, machine and versions.
 
-    Every setting follows by group, folded.
+    Those that a resume must not change and every setting by group follow, folded.
     """
 
     def grid(groups: dict[str, dict | None]) -> str:
@@ -328,15 +333,61 @@ def settings_tables(settings: dict) -> str:
         name: value for name, value in config.items() if not isinstance(value, dict)
     }
     command = f"<pre>{safe(settings['command'])}</pre>" if settings.get("command") else ""
+    flat = settings_of_run(settings)
+    changed = {name: flat[name] for name in settings.get("changed", ()) if name in flat}
     main = grid(
         {
-            "fixed for this run": settings.get("identity"),
+            "other than the defaults": changed,
             "machine": settings.get("machine"),
             "versions": settings.get("versions"),
         }
     )
-    every = grid(groups)
+    every = grid({"fixed for this run": settings.get("identity")} | groups)
     return command + main + (every and f"<details><summary>all settings</summary>{every}</details>")
+
+
+def settings_of_run(settings: dict) -> dict[str, Any]:
+    """Every setting of a config.json by its name, without its group."""
+    config = settings.get("config", {})
+    groups = [group for group in config.values() if isinstance(group, dict)]
+    own = {name: value for name, value in config.items() if not isinstance(value, dict)}
+    return {name: value for group in (*groups, own) for name, value in group.items()}
+
+
+def comparison(folders: Sequence[Path]) -> str:
+    """The page of several runs: each figure's curves over each other, the settings that differ.
+
+    A figure is that of held-out records where the runs have it. ValueError for a folder without
+    logs, and for more runs than there are colours.
+    """
+    if not 2 <= len(folders) <= 4:
+        raise ValueError(f"{len(folders)} runs: give 2 to 4 run folders")
+    runs, settings = {}, []
+    for place, folder in enumerate(folders, 1):
+        paths = [folder / "config.json", folder / "metrics.jsonl"]
+        if not all(path.exists() for path in paths):
+            raise ValueError(f"{folder} holds no config.json and metrics.jsonl: give a run folder")
+        runs[f"run {place}"] = charts_of(read_json_lines(paths[1]))
+        settings.append(settings_of_run(json.loads(paths[0].read_text(encoding="utf-8"))))
+    titles = dict.fromkeys(title for charts in runs.values() for title in charts)
+    charts, last = "", []
+    for title in titles:
+        both = {name: found.get(title, {}) for name, found in runs.items()}
+        kind = "held out" if all("held out" in curves for curves in both.values()) else "training"
+        curves = {name: found[kind] for name, found in both.items() if found.get(kind)}
+        if curves:
+            charts += chart(title, curves)
+            ends = [number(curves[name][-1][1]) if name in curves else "" for name in runs]
+            last.append((f"{title}, {kind}", *ends))
+    names = dict.fromkeys(name for values in settings for name in values)
+    rows = [(name, *(values.get(name, "") for values in settings)) for name in names]
+    head = ("", *(f"run {i}: {folder.name}" for i, folder in enumerate(folders, 1)))
+    sections = {
+        "Last figures": html_table(head, last),
+        "Settings that differ": html_table(head, [r for r in rows if len({*map(str, r[1:])}) > 1]),
+        "Curves": f'<div class="grid">{charts}</div>',
+    }
+    return whole_page(" and ".join(folder.name for folder in folders), "", sections)
 
 
 def html_table(head: Iterable[str], rows: Iterable[tuple]) -> str:
@@ -363,12 +414,12 @@ STYLE = """
 :root {
   color-scheme: light dark;
   --back: #fcfcfb; --card: #fff; --ink: #1d2126; --soft: #626973; --edge: #e2e4e8;
-  --a: #2563c9; --b: #c2570c; --ok: #e3f3e6;
+  --a: #2563c9; --b: #c2570c; --c: #1a8a4a; --d: #8b3fc7; --ok: #e3f3e6;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --back: #14161a; --card: #1b1e24; --ink: #e6e8eb; --soft: #9aa1ab; --edge: #30343c;
-    --a: #7ab0ff; --b: #ffa05c; --ok: #1c3a26;
+    --a: #7ab0ff; --b: #ffa05c; --c: #63d491; --d: #c792ff; --ok: #1c3a26;
   }
 }
 body {
@@ -399,16 +450,22 @@ svg .x { text-anchor: middle }
 svg .title { font-size: 13px; font-weight: 600; fill: var(--ink) }
 .rule { stroke: var(--edge) }
 circle { fill: var(--a) }
-circle.held-out { fill: var(--b) }
+circle.held-out, circle.run-2 { fill: var(--b) }
+circle.run-3 { fill: var(--c) }
+circle.run-4 { fill: var(--d) }
 .line { fill: none; stroke: var(--a); stroke-width: 1.7; stroke-linejoin: round }
-.line.held-out { stroke: var(--b) }
+.line.held-out, .line.run-2 { stroke: var(--b) }
+.line.run-3 { stroke: var(--c) }
+.line.run-4 { stroke: var(--d) }
 figcaption { color: var(--soft); padding-left: 44px }
 figcaption span { margin-right: 16px }
 figcaption span::before {
   content: ""; display: inline-block; width: 14px; height: 3px; margin-right: 6px;
   background: var(--a); vertical-align: 3px;
 }
-figcaption .held-out::before { background: var(--b) }
+figcaption .held-out::before, figcaption .run-2::before { background: var(--b) }
+figcaption .run-3::before { background: var(--c) }
+figcaption .run-4::before { background: var(--d) }
 .at rect { fill: transparent }
 .at > g { visibility: hidden }
 .at:hover > g { visibility: visible }

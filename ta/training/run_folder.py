@@ -25,7 +25,7 @@ from ta.files import (
     remove_whole,
     write_atomic,
 )
-from ta.flags import command_of
+from ta.flags import changed_settings, command_of
 from ta.folders import fingerprint, resolve
 from ta.model.arguments import check_quantize
 from ta.printable import masked
@@ -145,6 +145,7 @@ class Run:
         config = masked(dataclasses.asdict(self.config)) if self.config else {}
         about = {"command": self.config and command_of(self.config), "config": config}
         about |= {
+            "changed": sorted(changed_settings(self.config)) if self.config else [],
             "versions": versions(),
             "identity": key,
             "machine": parallel.machine(),

@@ -1,0 +1,35 @@
+"""Compare two to four runs on one page: curves over each other, settings that differ.
+
+python recipes/compare.py --runs runs/a runs/b --out compare.html
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import ta
+from ta.files import write_atomic
+
+
+@dataclass(frozen=True)
+class Config:
+    runs: tuple[str, ...] = ()
+    """Run folders, 2 to 4."""
+    out: str = "compare.html"
+    """File to write."""
+    overwrite: bool = False
+    """Replace an output that exists."""
+
+
+def main(config: Config) -> None:
+    out = Path(config.out)
+    if out.exists() and not config.overwrite:
+        raise ValueError(f"--out {out} exists: give another file, or --overwrite to replace it")
+    write_atomic(out, ta.comparison([Path(run) for run in config.runs]))
+    print(f"done: {out}, open it in a browser", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    ta.cli(main, Config)
