@@ -141,6 +141,11 @@ def start_engine(config: Config, model, tokenizer):
     """A started vLLM for the rollouts, or None where the model itself answers."""
     if config.engine == "hf":
         return None
+    if model.inner.config.get_text_config().tie_word_embeddings:
+        raise ValueError(
+            "--engine vllm: the head of this model is its table of embeddings, and vLLM would go "
+            "on with the old head after an update; give --engine hf"
+        )
     if tokenizer.new_tokens or config.vllm.tensor_parallel_size > 1 or model.mode == "native":
         raise ValueError(
             "--engine vllm in rollouts takes whole weights on one device: no added tokens, no "
