@@ -28,9 +28,13 @@ def test_colours_go_to_terminals_that_want_them(stream, no_color, kept, monkeypa
     monkeypatch.delenv("NO_COLOR", raising=False)
     if no_color is not None:
         monkeypatch.setenv("NO_COLOR", no_color)
-    monkeypatch.setattr(sys, "stderr", stream())
-    say("\x1b[32mlearned\x1b[0m, read")
-    assert sys.stderr.getvalue() == ("\x1b[32mlearned\x1b[0m" if kept else "learned") + ", read\n"
+    text = screen.shown("\x1b[32mlearned\x1b[0m, read", stream())
+    assert text == ("\x1b[32mlearned\x1b[0m" if kept else "learned") + ", read"
+
+
+def test_what_is_said_moves_no_cursor(capsys):
+    say("\x1b[2Jname")
+    assert capsys.readouterr().err == "\\x1b[2Jname\n"
 
 
 def test_a_file_gets_lines_and_a_terminal_a_bar(monkeypatch):

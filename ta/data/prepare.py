@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -66,9 +67,11 @@ from ta.files import (
     write_manifest,
     writing,
 )
+from ta.parallel import rank
 from ta.parallel import say as say_once
-from ta.printable import one_line
+from ta.printable import one_line, printable
 from ta.screen import progress
+from ta.screen import shown as in_colour
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -322,7 +325,7 @@ class Preview(NamedTuple):
     sequences: list[list[tuple[str, float]]]  # of each, its spans of text and weight
 
     def __str__(self) -> str:
-        return "\n".join([*self.report, *map(show, self.sequences)])
+        return "\n".join([printable("\n".join(self.report)), *map(show, self.sequences)])
 
     def _repr_html_(self) -> str:
         """Learned spans are green (amber where the weight is not 1)."""
@@ -359,7 +362,8 @@ def preview(data: Prepared | Tokens | None, tokenizer: ChatTokenizer) -> Preview
         report(data.info),
         [spans(Tokens(i.tolist(), w.tolist()), decode, PREVIEW_TOKENS, names) for i, w in rows],
     )
-    say_once(str(found))
+    if rank() == 0:
+        print(in_colour(str(found), sys.stderr), file=sys.stderr, flush=True)
     return found
 
 
