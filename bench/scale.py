@@ -91,9 +91,9 @@ def records(flags, value: int) -> Figures:
         with open(f"{folder}/chats.jsonl", "w") as file:
             file.writelines(
                 json.dumps({"messages": chat}) + "\n"
-                for chat in chats(SimpleNamespace(records=value))
+                for chat in chats(SimpleNamespace(records=value, agents=False))
             )
-        prepare = opened(SimpleNamespace(folder=folder))
+        prepare = opened(SimpleNamespace(folder=folder, agents=False))
         start = time.process_time()
         prepare()
         middle = time.process_time()

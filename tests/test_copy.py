@@ -101,7 +101,7 @@ def test_a_copied_page_with_a_method_of_its_own_resumes_bit_for_bit(page, tmp_pa
     # the policy is its reference at first: (0 - 3)^2
     assert losses(tmp_path / "whole")[1] == pytest.approx(9.0, abs=1e-5)
     evaluated = [row for row in logged(tmp_path / "whole") if "val_half_loss" in row]
-    assert [set(row) for row in evaluated] == [{"step", "val_half_loss", "val_norm"}] * 2
+    assert [set(row) for row in evaluated] == [{"step", "val_half_loss", "val_norm"}] * 3
     assert evaluated[0]["val_half_loss"] == pytest.approx(4.5, abs=1e-5)
     assert evaluated[1]["val_norm"] != evaluated[0]["val_norm"] > 1
     last = [losses(tmp_path / "whole")[step] for step in range(STEPS - 9, STEPS + 1)]

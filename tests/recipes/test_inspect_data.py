@@ -42,7 +42,10 @@ def json_of(capsys, model, *data, max_tokens=None, kind="chat"):
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def test_the_page_shows_what_is_learned_of_reasoning_and_calls(capsys, tmp_path, model):
+def test_the_page_shows_what_is_learned_of_reasoning_and_calls(
+    capsys, tmp_path, model, monkeypatch
+):
+    monkeypatch.setattr("ta.screen.has_colours", lambda stream: True)
     from test_turns import CHAT, HERMES, OWN, WEATHER
 
     made = tiny_tokenizer()
@@ -153,7 +156,8 @@ def test_the_histogram_counts_every_length():
         )
 
 
-def test_a_page_for_a_person(forked, door, tmp_path, model):
+def test_a_page_for_a_person(forked, door, tmp_path, model, monkeypatch):
+    monkeypatch.setattr("ta.screen.has_colours", lambda stream: True)
     data = write(
         tmp_path / "a.jsonl", *chats("train", 40), {"messages": [{"role": "user", "content": "?"}]}
     )

@@ -68,11 +68,7 @@ def test_the_export_alone_answers_as_the_trained_model_did(forked, flags, place,
     said = forked(
         "multimodal", *flags, "--steps", 3, "--adapter", adapter, "--out", tmp_path / "run"
     )
-    assert (
-        "samples at step 0" in said
-        and "[held_out/00000.png] What colour" in said
-        and "samples at step 3" in said
-    )
+    assert "samples" in said and "held_out/00000.png" in said and "samples at step 3" in said
     final = tmp_path / "run" / "final"
     assert {"media.json", "projectors", "tokenizer.json"} <= {path.name for path in final.iterdir()}
     ask = (
@@ -383,4 +379,4 @@ def test_the_inspector_shows_placeholders(forked, place):
         "builtin",
     )
     said = forked("inspect_data", "--kind", "media", *flags, "--examples", 1)
-    assert "11 of 11 from" in said and said.count("<img>") == 16 * said.count("<MS>") > 0
+    assert "11 of 11 from" in said and said.count("[<img>, 16 tokens]") == said.count("<MS>") > 0

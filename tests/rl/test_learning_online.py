@@ -20,7 +20,7 @@ def accuracies(folder):
 def test_without_a_flag_held_out_exact_match_rises_and_at_random_it_does_not(forked, tmp_path):
     """Of 256 held-out questions; by at least 20 points (49.2 -> 78.9 %)."""
     forked("grpo", "--out", tmp_path / "run", "--sample-show", 0, *SEED)
-    first, last = accuracies(tmp_path / "run")
+    first, *_, last = accuracies(tmp_path / "run")
     assert 0.35 < first < 0.65 and last >= first + 0.2
     curve = [json.loads(line) for line in open(tmp_path / "run/metrics.jsonl")]
     rewards = [row["reward"] for row in curve if "reward" in row]
@@ -33,5 +33,5 @@ def test_without_a_flag_held_out_exact_match_rises_and_at_random_it_does_not(for
     )
     rewards = ("--rewards", f"{tmp_path}/coin.py:toss", "--steps", 60)
     forked("grpo", "--out", tmp_path / "control", "--sample-show", 0, *rewards, *SEED)
-    first, last = accuracies(tmp_path / "control")
+    first, *_, last = accuracies(tmp_path / "control")
     assert last <= first + 0.03

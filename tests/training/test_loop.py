@@ -374,7 +374,7 @@ def test_trackers_get_what_is_logged(tmp_path, monkeypatch):
     monkeypatch.setitem(
         trackers.TRACKERS,
         "tensorboard",
-        lambda folder: lambda step, figures: seen.append((step, figures)),
+        lambda folder, first, config: lambda step, figures: seen.append((step, figures)),
     )
     where = loop(tmp_path, log=("tensorboard",))
     train(tiny(), batches_of(prepared(), steps=3), sft_step, where, OptimConfig(lr=1e-2))
