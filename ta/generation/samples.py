@@ -228,7 +228,7 @@ def generate_samples(
         say(spacing_note(config.sample_metrics, [prompt.reference or "" for prompt in prompts]))
     figures: dict[str, float] = {}
     path = folder / "samples.jsonl"
-    earlier = _last_answers(path, step) if rank() == 0 else {}
+    first, last = _earlier_answers(path, step) if rank() == 0 else ({}, {})
     for name, settings in config.settings(tokenizer.stop_strings).items():
         answers = generate(model, tokenizer.fast, ids, settings, tokenizer.stop_ids, embeds=embeds)
         rewards: list[list[float]] = [[] for _ in prompts]
@@ -242,7 +242,7 @@ def generate_samples(
             rows = _rows(samples, step, name)
             for row in rows:
                 append_line(path, row)
-            _show(rows, earlier, config.sample_show, name)
+            _show(rows, first, last, config.sample_show, name)
         at = name and f"@{name}"
         figures |= {
             f"{metric}{at}": value for metric, value in _figures(config, samples, model, reference)
@@ -306,22 +306,31 @@ def _rows(samples: Sequence[Sample], step: int, settings: str) -> list[dict]:
     return rows
 
 
-def _last_answers(path: Path, step: int) -> dict[str, str]:
-    """{row: answer} of the last evaluation before `step`."""
+def _earlier_answers(path: Path, step: int) -> tuple[dict[str, str], dict[str, str]]:
+    """{row: answer} of the first evaluation and of the last one before `step`."""
     rows = read_json_lines(path) if path.exists() else []
     # rollouts stand there too
     rows = [row for row in rows if row["step"] < step and "row" in row]
-    last = max((row["step"] for row in rows), default=0)
-    return {row.get("row", ""): row["answer"] for row in rows if row["step"] == last}
+    steps = [row["step"] for row in rows]
+    first, last = (
+        {row["row"]: row["answer"] for row in rows if row["step"] == at}
+        for at in (min(steps, default=0), max(steps, default=0))
+    )
+    return first, last
 
 
-def _show(rows: Sequence[dict], earlier: dict[str, str], n: int, settings: str) -> None:
-    """Print some rows; beside an answer that changed since the last evaluation stands the old."""
+def _show(
+    rows: Sequence[dict], first: dict[str, str], last: dict[str, str], n: int, settings: str
+) -> None:
+    """Print some rows, each beside its answer at the first evaluation.
+
+    The title counts the answers that changed since the last one.
+    """
     header = ["question", "before", "answer", "right answer", "reward"]
-    changed = [row for row in rows if earlier.get(row["row"], row["answer"]) != row["answer"]]
+    changed = [row for row in rows if last.get(row["row"], row["answer"]) != row["answer"]]
     cells = []
     for row in rows[:n]:
-        before = earlier.get(row["row"], "")
+        before = first.get(row["row"], "")
         same = "(the same)" if before == row["answer"] else before
         reward = f"{row['reward']:.3g}" if "reward" in row else ""
         dialogue = whole_dialogue(row["chat"])
@@ -332,7 +341,7 @@ def _show(rows: Sequence[dict], earlier: dict[str, str], n: int, settings: str) 
     kept = [i for i in range(len(header)) if any(row[i] for row in cells)]
     shown = table([[row[i] for i in kept] for row in cells], [header[i] for i in kept])
     title = f"samples at step {rows[0]['step']}" + (f", {settings}" if settings else "")
-    title += f", {len(changed)} of {len(rows)} answers changed" if earlier else ""
+    title += f", {len(changed)} of {len(rows)} answers changed since the last time" if last else ""
     say(f"\n{title}\n{shown}\n" if cells else title)
 
 

@@ -162,7 +162,10 @@ def test_settings_sources_and_metrics_of_several_answers(tokenizer, tmp_path, ca
     assert "samples at step 0, warm" in capsys.readouterr().err
     generate_samples(model, tokenizer, None, ChatConfig(), config, tmp_path, 5)
     said = capsys.readouterr().err
-    assert "samples at step 5, warm, 0 of 12 answers changed" in said and "(the same)" in said
+    assert (
+        "samples at step 5, warm, 0 of 12 answers changed since the last time" in said
+        and "(the same)" in said
+    )
     with pytest.raises(ValueError, match="use a name twice"):
         SamplesConfig(sample_settings=("a:beams=2", "a:beams=3")).check()
 
