@@ -5,7 +5,6 @@ python recipes/compare.py --runs runs/a runs/b --out compare.html
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +27,7 @@ def main(config: Config) -> None:
     if out.exists() and not config.overwrite:
         raise ValueError(f"--out {out} exists: give another file, or --overwrite to replace it")
     write_atomic(out, ta.comparison([Path(run) for run in config.runs]))
-    print(f"done: {out}, open it in a browser", file=sys.stderr)
+    ta.parallel.say(f"done: {out}, open it in a browser")
 
 
 if __name__ == "__main__":

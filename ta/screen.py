@@ -100,13 +100,16 @@ def columns(text: str) -> int:
 
 
 def _wrapped(text: str, width: int, most: int) -> list[str]:
-    """The text in lines of at most `width` columns, broken at spaces where there are some."""
+    """The text in lines of at most `width` columns, broken at spaces where there are some.
+
+    Of more than `most` lines the first and the last are kept.
+    """
+    reach = most * width
+    if len(text) > 2 * reach:  # what lies between is never shown
+        text = f"{text[:reach]}\n{text[-reach:]}"
     out = []
     for line in text.split("\n"):
-        while columns(line) > width:
-            cut = len(line)
-            while columns(line[:cut]) > width:
-                cut -= 1
+        while (cut := _fits(line, width)) < len(line):
             space = line.rfind(" ", 1, cut + 1)
             cut = space if space > 0 else max(cut, 1)
             out.append(line[:cut].rstrip())
@@ -115,3 +118,13 @@ def _wrapped(text: str, width: int, most: int) -> list[str]:
     if len(out) > most:
         out = [*out[: most // 2], "…", *out[most // 2 + 1 - most :]]
     return out
+
+
+def _fits(line: str, width: int) -> int:
+    """How many of the first characters take at most `width` columns."""
+    used = 0
+    for place, character in enumerate(line):
+        used += columns(character)
+        if used > width:
+            return place
+    return len(line)

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from ta.builtin.model_folders import pictures_folder, tiny_folder
+from ta.files import dataset_snapshot
 from tests.data.test_formats import TWINS
 
 RECIPES = {
@@ -101,6 +102,7 @@ def test_a_csv_file_and_two_held_out_sources(door, tmp_path):
 def test_hub_names_need_the_flag_or_the_cache(door, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
+    dataset_snapshot.cache_clear()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for more, message in (((), "give --hub to fetch it"), (("--hub",), "the hub does not give it")):
