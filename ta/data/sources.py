@@ -300,7 +300,9 @@ def source_names(paths: Sequence[str]) -> list[str]:
     A source that is given twice gets a number too.
     """
     parts = [PurePath(path.removeprefix(HUB)).parts or (path,) for path in paths]
-    stems = [(*part[:-1], part[-1].partition(".")[0] or part[-1]) for part in parts]
+    stems = []
+    for *folders, name in parts:
+        stems.append((*folders, name.partition(".")[0] or name))
     names = []
     for stem in stems:
         others = {other for other in stems if other != stem}

@@ -134,8 +134,7 @@ def rouge_n(answers: Units, references: Units, n: int = 1) -> float:
         [Counter(_ngrams(units, n)) for units in pair]
         for pair in zip(_words(answers), _words(references), strict=True)
     ]
-    overlaps = ((2 * (a & r).total(), a.total() + r.total()) for a, r in grams)
-    return mean(shared / max(every, 1) for shared, every in overlaps)
+    return mean(2 * (a & r).total() / max(a.total() + r.total(), 1) for a, r in grams)
 
 
 def rouge_l(answers: Units, references: Units) -> float:

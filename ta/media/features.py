@@ -152,7 +152,8 @@ def content_hashes(files: Sequence[Path], notes: Path) -> list[str]:
     except (FileNotFoundError, ValueError):  # no notes, or a damaged file of them
         known = {}
     stamps = [stamp(str(file)) for file in files]
-    new = [i for i, file in enumerate(files) if known.get(str(file), [None])[0] != stamps[i]]
+    stamped = {file: known.get(str(file), [None])[0] for file in files}
+    new = [i for i, file in enumerate(files) if stamped[file] != stamps[i]]
     read = {i: content_hash(files[i]) for i in new[rank() :: world()]}
     hashes = {i: value for part in gather_objects(read) for i, value in part.items()}
     settled = {

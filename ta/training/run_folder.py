@@ -210,7 +210,8 @@ def best_step(folder: Path, loop: LoopConfig) -> tuple[int | None, int]:
     low = loop.best_is == "lower" or (
         loop.best_is == "auto" and metric.startswith(("loss", "perplexity", "kl"))
     )
-    best = min(range(len(values)), key=lambda i: values[i][1] if low else -values[i][1])
+    figures = [figure if low else -figure for _, figure in values]
+    best = figures.index(min(figures))
     return values[best][0], len(values) - 1 - best
 
 
