@@ -13,7 +13,6 @@ from ta.chat.messages import ANSWER
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.data.loader import split_micro
-from ta.data.prepare import Prepared, sequence
 from ta.folders import ModelConfig, read_folder, resolve
 from ta.generation.vllm_engine import VllmEngine, score_vllm
 from ta.model.adapters import adapter_labels
@@ -140,15 +139,16 @@ def kl_to_reference(
 
 
 def answer_logprobs(
-    model: LanguageModel, prepared: Prepared, max_tokens_per_micro: int = 8192
+    model: LanguageModel,
+    sequences: Sequence[tuple[Sequence[int], Sequence[float]]],
+    max_tokens_per_micro: int = 8192,
 ) -> list[list[float]]:
-    """log p of every learned token of each sequence of prepared data, in nats."""
+    """log p of every learned token of each sequence of (token ids, their weights), in nats."""
     import numpy as np
     import torch
 
     from ta.data.batch import lay_out, to_device
 
-    sequences = [sequence(prepared, i) for i in range(len(prepared.offsets) - 1)]
     device = next(model.parameters()).device
     rows: list[list[float]] = [[]] * len(sequences)
     sizes = [len(ids) for ids, _ in sequences]
@@ -157,10 +157,10 @@ def answer_logprobs(
         if not places:
             continue
         ids, weights = zip(*(sequences[i] for i in places), strict=True)
-        batch = to_device(lay_out(ids, weights, model.packed), device)
+        batch = lay_out([np.array(x) for x in ids], [np.array(x) for x in weights], model.packed)
         with torch.no_grad():
-            logps = model.logprobs(batch).double().cpu()  # (M,)
-        counts = np.bincount(batch.owners.cpu().numpy(), minlength=len(places)).tolist()
+            logps = model.logprobs(to_device(batch, device)).double().cpu()  # (M,)
+        counts = np.bincount(batch.owners.numpy(), minlength=len(places)).tolist()
         for i, part in zip(places, logps.split(counts), strict=True):
             rows[i] = part.tolist()
     return rows

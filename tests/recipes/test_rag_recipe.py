@@ -1,12 +1,13 @@
 """rag and generate --index as a user runs them: from passages to named answers, on two processes, across a stop; wrong input in two lines."""
 
 import json
+import math
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from ta.builtin import models
 from ta.rag.embedding_settings import EncoderConfig
@@ -233,3 +234,48 @@ def test_wrong_input_of_answering_from_an_index(door, given, tmp_path):
         code, said = door("generate", *base, *more)
         assert code == 2 and words in said, (more, said)
         assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_evaluate_measures_what_a_passage_adds(door, given, tmp_path):
+    """Of an index of one passage: log p of each answer behind it less that without it, a token, by plain transformers."""
+    passage = {"id": "one", "title": "Keys", "text": "Anna's is red tea."}
+    models.write_jsonl(tmp_path / "passages.jsonl", [passage])
+    encoder = EncoderConfig(encoder_path=str(given / "encoder"))
+    begin_index(tmp_path / "index", [str(tmp_path / "passages.jsonl")], encoder)
+    build_index(tmp_path / "index", "cpu")
+    flags = ("--model-path", given / "model", "--data", f"{given / 'held_out.jsonl'}@4")
+    flags += ("--index", tmp_path / "index", "--num-passages", 1, "--out", tmp_path / "out.json")
+    code, said = door("evaluate", *flags, "--perplexity")
+    assert code == 0, said
+    tokenizer = AutoTokenizer.from_pretrained(given / "model")
+    model = AutoModelForCausalLM.from_pretrained(given / "model").double()
+
+    def learned(messages):
+        ids = tokenizer.apply_chat_template(messages, return_dict=False)
+        asked = tokenizer.apply_chat_template(
+            messages[:-1], add_generation_prompt=True, return_dict=False
+        )
+        with torch.no_grad():
+            logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        return [logps[i - 1, ids[i]].item() for i in range(len(asked), len(ids))]
+
+    found = json.loads((tmp_path / "out.json").read_text())
+    asked = {q["id"]: q["messages"] for q in map(json.loads, open(given / "held_out.jsonl"))}
+    assert len(found["records"]) == 4
+    for record in found["records"]:
+        *before, question, answer = asked[record["id"]]
+        behind = {**question, "content": "Keys\nAnna's is red tea.\n\n" + question["content"]}
+        alone, after = learned([*before, question, answer]), learned([*before, behind, answer])
+        wanted = (sum(after) - sum(alone)) / len(alone)
+        assert record["retrieval_utility"] == [pytest.approx(wanted, abs=1e-4)]
+        assert record["perplexity"] == [pytest.approx(math.exp(-sum(alone) / len(alone)), rel=1e-4)]
+    assert found["figures"]["retrieval_utility"]["value"] == pytest.approx(
+        sum(record["retrieval_utility"][0] for record in found["records"]) / 4
+    )
+    for more, words in (
+        (("--index", tmp_path / "index", "--answers", tmp_path / "out.json"), "--index"),
+        (("--perplexity", "--metrics", "bleu"), "generates nothing"),
+        (("--num-passages", 2), "--index"),
+    ):
+        code, said = door("evaluate", *more, "--out", tmp_path / "none.json")
+        assert code == 2 and words in said, said
