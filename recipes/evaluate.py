@@ -187,7 +187,7 @@ def main(config: Config) -> dict:
         sides = [model_answers(config, tokenizer, device)]
     if config.reward_model:
         sides = [with_rewards(config, side, device) for side in sides]
-    inputs = [[evaluation.inputs_of(record) for record in side] for side in sides]
+    inputs = [[evaluation.metric_inputs(record) for record in side] for side in sides]
     if in_tokens(names):
         inputs = [evaluation.with_tokens(side, tokenizer.fast) for side in inputs]
     references = [text for record in inputs[0] for text in record.get("references", ())]
@@ -198,7 +198,7 @@ def main(config: Config) -> dict:
     print(ta.table(*evaluation.table_of(figures)))
     ids = [record.get("id", place) for place, record in enumerate(sides[0])]
     write_atomic(Path(config.out), evaluation.to_json(figures, inputs, ids))
-    ta.parallel.tell(f"{config.out}: {len(names)} metrics of {len(ids):,} records")
+    ta.parallel.tell(f"{config.out}: figures of {len(ids):,} records")
     return figures
 
 

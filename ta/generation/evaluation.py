@@ -76,7 +76,7 @@ def check_answers(data: dict) -> dict:
     return data | {"answers": answers} | ({} if reference is None else {"reference": reference})
 
 
-def inputs_of(record: Mapping[str, Any]) -> dict[str, Any]:
+def metric_inputs(record: Mapping[str, Any]) -> dict[str, Any]:
     """What the metrics are made of, as far as a record has it.
 
     Beside answers and a reference that is what generate.py writes of passages ("gold" names those

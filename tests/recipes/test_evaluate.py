@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ta.builtin import models
-from ta.generation.evaluation import compare, figure, inputs_of, interval, read_answers
+from ta.generation.evaluation import compare, figure, metric_inputs, interval, read_answers
 from ta.generation.metrics import METRICS
 
 
@@ -170,7 +170,7 @@ def test_answers_that_stand_otherwise(tmp_path):
         {"answers": [{"content": "x"}, {"content": "y"}], "rewards": {"0": 1.0, "1": 2.0}},
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    inputs = [inputs_of(record) for record in read_answers(str(tmp_path / "a.jsonl"))]
+    inputs = [metric_inputs(record) for record in read_answers(str(tmp_path / "a.jsonl"))]
     values = {"accuracy": 1 / 3, "roc_auc": 0, "recall_at_1": 0, "mrr": 0.5, "reward": 1.5}
     for name, value in values.items():
         assert figure(name, inputs if name != "roc_auc" else inputs[1:3]).value == value
