@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ta.builtin import models
-from ta.generation.evaluation import compare, figure, metric_inputs, interval, read_answers
+from ta.generation.evaluation import compare, figure, interval, metric_inputs, read_answers
 from ta.generation.metrics import METRICS
 
 
