@@ -112,7 +112,9 @@ class JinjaTemplate(NamedTuple):
 
     def reasoning_keys(self) -> dict[str, str]:
         """Of each key of reasoning that the template does not read, the one that it reads."""
-        read = [key for key in REASONING if re.search(rf"[.'\"]{key}\b", self.source)]
+        read = [
+            key for key in REASONING if re.search(rf"\.{key}\b|(['\"]){key}\1", self.source)
+        ]
         return {key: read[0] for key in REASONING if read and key not in read}
 
 
@@ -597,8 +599,11 @@ def _border(
 ) -> Border:
     """Where messages i - 1 and i meet in `gap`, the text from the mark before i to the next one."""
     first = anchor.label.message if anchor else 0
-    calls = tuple("tool_calls" in message for message in chat.messages[first : i + 1])
-    key = (chat.roles[first : i + 1], i - first, calls, gap, chat.key)
+    fields = tuple(
+        tuple(name for name, value in message.items() if value)
+        for message in chat.messages[first : i + 1]
+    )
+    key = (chat.roles[first : i + 1], i - first, fields, gap, chat.key)
     border = template.borders.get(key)
     if border is None:
         if len(template.borders) >= MEMORY:

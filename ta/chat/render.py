@@ -87,6 +87,9 @@ class Unit(NamedTuple):
     weight: float
     # the tokenizer may put a space in front
     starts_text: bool = False
+    # of a run over a border, what another message ends with, and its weight
+    head: str = ""
+    head_weight: float = 0.0
 
 
 def render_chat(
@@ -175,10 +178,11 @@ def _encode_texts(
 ) -> dict[tuple[str, bool], list[int]]:
     """The ids of each distinct (text, whether it starts a text) of some chats."""
     texts = dict.fromkeys(
-        (unit.token, unit.starts_text)
+        (text, unit.starts_text)
         for chat in units
         for unit in chat
-        if isinstance(unit.token, str)
+        for text in (unit.token, unit.head)
+        if text and isinstance(text, str)
     )
     ids: dict[tuple[str, bool], list[int]] = {}
     for starts, encode in ((False, vocabulary.encode), (True, vocabulary.encode_start)):
@@ -197,26 +201,29 @@ def _units(
     """
     spaced = vocabulary.encode_start is not None
     text, message, weight, starts_text, strip = "", 0, 0.0, spaced, False
+    head: tuple[str, float] = "", 0.0
     for i, pieces in enumerate(chat):
         for piece in pieces:
             if not piece.joins:
                 if text:
-                    yield Unit(message, text, weight, starts_text)
-                    text, starts_text = "", False
+                    yield Unit(message, text, weight, starts_text, *head)
+                    text, starts_text, head = "", False, ("", 0.0)
                 strip = False
             for part in _split_special(piece, vocabulary, known):
                 if isinstance(part, str):
+                    if text and piece.weight != weight:
+                        head = text, weight
                     text += part.lstrip(SPACE) if strip and not text else part
                     message, weight, strip = i, piece.weight, strip and not text
                     continue
                 strip_left, strip = vocabulary.strips.get(part, (False, False))
                 text = text.rstrip(SPACE) if strip_left else text
                 if text:
-                    yield Unit(message, text, weight, starts_text)
+                    yield Unit(message, text, weight, starts_text, *head)
                 yield Unit(i, part, piece.weight)
-                text, starts_text = "", spaced and vocabulary.start_after_special
+                text, starts_text, head = "", spaced and vocabulary.start_after_special, ("", 0.0)
     if text:
-        yield Unit(message, text, weight, starts_text)
+        yield Unit(message, text, weight, starts_text, *head)
 
 
 def _split_special(
@@ -247,11 +254,15 @@ def special_border(names: frozenset[str]) -> re.Pattern[str]:
 def _join(units: list[Unit], messages: int, ids: dict[tuple[str, bool], list[int]]) -> Tokenized:
     tokens = Tokens([], [])
     lengths = [0] * messages
-    for message, token, weight, starts_text in units:
+    for message, token, weight, starts_text, head, head_weight in units:
         part = [token] if isinstance(token, int) else ids[token, starts_text]
         tokens.ids.extend(part)
         tokens.weights.extend([weight] * len(part))
         lengths[message] += len(part)
+        # where no token stands on both sides of the border, each side has its own weight
+        if head and part[: (size := len(ids[head, starts_text]))] == ids[head, starts_text]:
+            begin = len(tokens.weights) - len(part)
+            tokens.weights[begin : begin + size] = [head_weight] * size
     return Tokenized(tokens, lengths)
 
 

@@ -240,11 +240,15 @@ def _judge_chat(
         return Verdict("wrong", f"{ignored} of the record not written, and nothing said")
     if cell.kind == "prompt":
         return _judge_prompt(fast, record, found, outcome)
+    marks = None
+    if training and learned == [i for i, m in enumerate(messages) if m["role"] == "assistant"]:
+        marks = _marks(fast, record, found, training, weights)
+    if marks and name not in KNOWN_MARKS and marks == [*map(bool, weights)]:
+        return Verdict("right", outcome.said)
     headers = outcome.marks and name in KNOWN_MARKS
     why = _judge_mask(fast, record, found, learned, weights, offsets, headers)
-    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    if not why and training and learned == answers:
-        why = _judge_marks(fast, name, record, found, training, weights, offsets)
+    if not why and marks:
+        why = _judge_marks(fast, name, record, found, marks, weights, offsets)
     return Verdict("wrong", why) if why else Verdict("right", outcome.said)
 
 
@@ -422,8 +426,8 @@ def _last(text: str, message: dict, begin: int) -> int:
     return places[1] if places else begin
 
 
-def _judge_marks(fast, name, record, found: Rendering, training, weights, offsets) -> str:
-    """How the weights differ from the template's own generation marks, or ""."""
+def _marks(fast, record, found: Rendering, training, weights) -> list[bool] | None:
+    """The template's own generation marks of each token; None where it writes other tokens."""
     try:
         marked = fast.apply_chat_template(
             found.messages,
@@ -434,16 +438,20 @@ def _judge_marks(fast, name, record, found: Rendering, training, weights, offset
             **_arguments(record),
         )
     except (TemplateError, TypeError, KeyError, IndexError, AttributeError, ValueError):
-        return ""
+        return None
     ids = fast(found.text, add_special_tokens=False)["input_ids"]
-    if marked["input_ids"] != ids or len(ids) != len(weights):
-        return ""  # the marked template writes otherwise, or the weights are those of stretches
+    # the marked template may write otherwise, or the weights be those of stretches
+    same = marked["input_ids"] == ids and len(ids) == len(weights)
+    return [*map(bool, marked["assistant_masks"])] if same else None
+
+
+def _judge_marks(fast, name, record, found: Rendering, marks, weights, offsets) -> str:
+    """How the weights differ from the template's own generation marks, or ""."""
     bounds = answer_bounds(fast, record, found, offsets).values()
-    marks = marked["assistant_masks"]
     for (start, stop), mark, weight in zip(offsets, marks, weights, strict=True):
         piece = found.text[start:stop]
         unmarked = piece.strip() in ("", *UNMARKED.get(name, ()))
-        if bool(mark) == bool(weight) or (weight and unmarked):
+        if mark == bool(weight) or (weight and unmarked):
             continue
         header = not any(start < b.must[1] and stop > b.must[0] for b in bounds)
         if not (mark and header and name in KNOWN_MARKS):
