@@ -112,9 +112,7 @@ class JinjaTemplate(NamedTuple):
 
     def reasoning_keys(self) -> dict[str, str]:
         """Of each key of reasoning that the template does not read, the one that it reads."""
-        read = [
-            key for key in REASONING if re.search(rf"\.{key}\b|(['\"]){key}\1", self.source)
-        ]
+        read = [key for key in REASONING if re.search(rf"\.{key}\b|(['\"]){key}\1", self.source)]
         return {key: read[0] for key in REASONING if read and key not in read}
 
 
@@ -469,28 +467,27 @@ def _places(
     places, end, home = [], 0, -1
     for start, stop, k in sorted((*span, k) for k, spans in found.items() for span in spans):
         label = labels[k]
-        left = start
-        for piece in reversed(border.split(label.before)):
-            if text.endswith(piece, end, left):
-                left -= len(piece)
-                continue
-            # white space may be stripped
-            while piece.isspace() and text.endswith(piece[-1], end, left):
-                left, piece = left - 1, piece[:-1] or "-"
-            break
-        right = stop
-        for piece in border.split(label.after):
-            if text.startswith(piece, right):
-                right += len(piece)
-                continue
-            while piece.isspace() and text.startswith(piece[0], right):
-                right, piece = right + 1, piece[1:] or "-"
-            break
+        before = [piece[::-1] for piece in reversed(border.split(label.before))]
+        left = start - _reach(text[end:start][::-1], before)
+        right = stop + _reach(text[stop : stop + len(label.after)], border.split(label.after))
         once = len(found[k]) == 1
         home = max(home, label.message) if once else home
         places.append(Place(start, stop, k, label, once, home, left, right))
         end = right
     return places
+
+
+def _reach(text: str, pieces: Sequence[str]) -> int:
+    """How much of `text` the pieces are that it begins with; white space may be stripped."""
+    at = 0
+    for piece in pieces:
+        if not text.startswith(piece, at):
+            stays = piece if piece.isspace() else ""
+            while not text.startswith(stays, at):
+                stays = stays[:-1]
+            return at + len(stays)
+        at += len(piece)
+    return at
 
 
 def _unwritten(chat: Marked, places: list[Place], notes: list[str]) -> dict[int, str]:
@@ -549,49 +546,46 @@ def _borders(
     An answer begins where the generation prompt ends, another message at its text.
     """
     count = len(chat.roles)
-    anchors: list[Place | None] = [None] * count  # the last marked text up to message i
-    nexts = [len(text)] * (count + 1)  # the first marked text from message i on
-    firsts: dict[int, int] = {}
-    for place in places:
-        if place.once and place.label.message >= 0:
-            anchors[place.home] = place
-            firsts.setdefault(place.home, place.left)
-            nexts[place.home] = min(nexts[place.home], place.start)
-    for i in range(1, count):
-        anchors[i] = anchors[i] or anchors[i - 1]
-    for i in reversed(range(count)):
-        nexts[i] = min(nexts[i], nexts[i + 1])
-    ends, begins, faults = [0] * count, [0] * count, [""] * count
+    own = [place for place in places if place.once and place.label.message >= 0]
+    homes = [place.home for place in own]
+    ends, opens, faults = [], [], []
     for i in range(count + opened):
-        anchor = anchors[i - 1] if i else None
-        start, stop = anchor.stop if anchor else 0, nexts[i]
+        at = bisect_left(homes, i)
+        anchor = own[at - 1] if at else None
+        start, stop = anchor.stop if anchor else 0, own[at].start if at < len(own) else len(text)
         border = _border(chat, i, anchor, text[start:stop], template)
+        notes += [border.note] * bool(border.note)
         if i:
-            ends[i - 1] = start + border.end
-            faults[i - 1] = faults[i - 1] or border.end_fault
-        if i < count:
-            answer = chat.roles[i] == ANSWER
-            begins[i] = start + border.open if answer else firsts.get(i, start + border.end)
-            faults[i] = border.open_fault if answer else ""
-        if border.note:
-            notes.append(border.note)
-    if not opened:
-        ends[-1] = len(text)
-    ends = list(accumulate(ends, max))
-    for i in range(count):
-        if chat.roles[i] != ANSWER and i not in firsts:
-            begins[i] = ends[i]
-        begins[i] = min(max(begins[i], ends[i - 1] if i else 0), ends[i])
-    begun = {place.home for place in places if place.once and place.home == place.label.message}
+            ends.append(start + border.end)
+            faults[-1] = faults[-1] or border.end_fault
+        opens.append(start + border.open)
+        if i < count and chat.roles[i] != ANSWER:
+            opens[i] = own[at].left if i in homes[at : at + 1] else len(text)
+        faults.append(border.open_fault)
+    ends = list(accumulate(ends if opened else [*ends, len(text)], max))
+    begins = [
+        min(max(begin, before), end)
+        for begin, before, end in zip(opens, [0, *ends], ends, strict=False)
+    ]
+    for i in _entangled(chat, own, begins, ends):
+        faults[i] = faults[i] or "its text and another message's stand in each other"
+    return ends, begins, faults[:count]
+
+
+def _entangled(
+    chat: Marked, places: list[Place], begins: list[int], ends: list[int]
+) -> Iterator[int]:
+    """The messages of which some text does not stand where the message does."""
+    count = len(ends)
+    begun = {place.home for place in places if place.home == place.label.message}
     for place in places:
         i, there = place.label.message, bisect_right(ends, place.start)
-        early = i == there and place.start < begins[i] and chat.roles[i] == ANSWER
+        answer = chat.roles[i] == ANSWER
+        early = i == there and answer and place.start < begins[i]
         # what an answer says beside its calls may stand behind what they gave
-        behind = i in begun and there < count and chat.roles[i] == ANSWER != chat.roles[there]
-        if place.once and (there != place.home or early or not (i == there or behind)):
-            for out in {i, there}.difference((-1, count)):
-                faults[out] = faults[out] or "its text and another message's stand in each other"
-    return ends, begins, faults
+        behind = i in begun and there < count and answer and chat.roles[there] != ANSWER
+        if there != place.home or early or not (i == there or behind):
+            yield from {i, there}.difference((count,))
 
 
 def _border(

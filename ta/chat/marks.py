@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from ta.chat.messages import REASONING, Message
@@ -16,6 +17,9 @@ from ta.chat.messages import REASONING, Message
 _NONCE = "".join(chr(0xE100 + byte) for byte in secrets.token_bytes(8))
 _OPEN, _CLOSE, _END = "\ue000", "\ue001", "\ue002"
 _DIGITS = str.maketrans("0123456789", "".join(chr(0xE010 + digit) for digit in range(10)))
+# a text without the white space around it
+_CORE = re.compile(r"\S(?:.*\S)?", re.DOTALL)
+NOWHERE: Mapping[str, int] = {}
 _MARK = re.compile(f"([{_OPEN}{_CLOSE}]){_NONCE}([\ue010-\ue019]+){_END}")
 
 
@@ -28,10 +32,10 @@ class Label(NamedTuple):
     field: str
     # of a tool call, its place among the message's calls
     call: int
-    text: str
+    text: str = ""
     # what stands beside it in the same string, without marks of its own
-    before: str
-    after: str
+    before: str = ""
+    after: str = ""
 
 
 class Written(NamedTuple):
@@ -40,6 +44,66 @@ class Written(NamedTuple):
     text: str  # without marks
     places: dict[int, list[tuple[int, int]]]  # label -> where in `text` it stands
     broken: bool  # whether some mark stands without its other half
+
+
+class Marker(NamedTuple):
+    """Puts marks into strings, and remembers the label of each."""
+
+    # finds the tokens and tags that a text may hold
+    border: re.Pattern[str]
+    labels: list[Label]
+
+    def walk(
+        self,
+        value: Any,
+        label: Label,
+        depth: int | None = None,
+        depths: Mapping[str, int] = NOWHERE,
+    ) -> Any:
+        """A value with marks in its strings, as `mark_chat` says of `depth`.
+
+        None marks those that hold a token, and keys that do. `depths` has the depth below some keys
+        of objects whose keys are the template's.
+        """
+        if isinstance(value, str):
+            if depth is None and not self.border.search(value):
+                return value
+            return self._put(value, label, depth or 0)
+        if isinstance(value, list):
+            return [self.walk(item, label, depth, depths) for item in value]
+        if not isinstance(value, dict):
+            return value
+        known = depths and depth is None
+        return {
+            key if known else self.walk(key, label): self.walk(
+                item, label, depths.get(key, depth), depths
+            )
+            for key, item in value.items()
+        }
+
+    def _put(self, text: str, label: Label, depth: int) -> str:
+        out, at = "", 0
+        cores = self._cores(text, depth)
+        for start, stop in cores:
+            before, core = text[at:start], text[start:stop]
+            number = len(self.labels)
+            out += before + _mark(_OPEN, number) + core + _mark(_CLOSE, number)
+            self.labels.append(label._replace(text=core, before=before))
+            at = stop
+        if cores:
+            self.labels[-1] = self.labels[-1]._replace(after=text[at:])
+        return out + text[at:]
+
+    def _cores(self, text: str, depth: int) -> list[tuple[int, int]]:
+        """The stretches of a text that marks go around."""
+        tokens = self.border.finditer(text) if depth else ()
+        edges = [0, *(edge for token in tokens for edge in token.span()), len(text)]
+        found = map(partial(_CORE.search, text), edges[::2], edges[1::2])
+        cores = [core.span() for core in found if core]
+        if depth == 2:
+            thirds = [(stop - start) // 3 for start, stop in cores]
+            cores = [(a + third, b - third) for (a, b), third in zip(cores, thirds, strict=True)]
+        return cores or ([core.span()] if (core := _CORE.search(text)) else [])
 
 
 def mark_chat(
@@ -56,101 +120,28 @@ def mark_chat(
     these (2). `names` marks the names of functions. Other strings are marked where they hold a
     token.
     """
-    labels: list[Label] = []
-
-    def put(text: str, message: int, field: str, call: int, depth: int) -> str:
-        pieces = border.split(text) if depth else [text]
-        if not any(piece.strip() for piece in pieces[::2]):
-            pieces = [text]
-        out, before, first = "", "", len(labels)
-        for place, piece in enumerate(pieces):
-            core = piece.strip()
-            if place % 2 or not core:
-                out, before = out + piece, before + piece
-                continue
-            at = piece.index(core)
-            if depth == 2 and len(core) > 2:
-                at, core = at + len(core) // 3, core[len(core) // 3 : -(len(core) // 3)]
-            out += piece[:at] + _mark(_OPEN, len(labels)) + core + _mark(_CLOSE, len(labels))
-            out += piece[at + len(core) :]
-            labels.append(Label(message, field, call, core, before + piece[:at], ""))
-            before = piece[at + len(core) :]
-        if len(labels) > first:
-            labels[-1] = labels[-1]._replace(after=before)
-        return out
-
-    def risky(value: Any, message: int, field: str) -> Any:
-        """Any other value: its strings are marked where they hold the text of a token."""
-        if isinstance(value, str):
-            return put(value, message, field, 0, 0) if border.search(value) else value
-        if isinstance(value, list):
-            return [risky(item, message, field) for item in value]
-        if isinstance(value, dict):
-            return {
-                risky(key, message, field): risky(item, message, field)
-                for key, item in value.items()
-            }
-        return value
-
-    def leaves(value: Any, message: int, call: int) -> Any:
-        if isinstance(value, str):
-            return put(value, message, "calls", call, 0)
-        if isinstance(value, list):
-            return [leaves(item, message, call) for item in value]
-        if isinstance(value, dict):
-            return {
-                risky(key, message, "calls"): leaves(item, message, call)
-                for key, item in value.items()
-            }
-        return value
-
-    def call_of(value: Any, message: int, call: int) -> Any:
-        marked = {}
-        for key, item in value.items():
-            if key == "function" and isinstance(item, dict):
-                marked[key] = call_of(item, message, call)
-            elif key == "arguments":
-                marked[key] = leaves(item, message, call)
-            elif key == "name" and names and isinstance(item, str):
-                marked[key] = put(item, message, "calls", call, 0)
-            else:
-                marked[key] = risky(item, message, "calls")
-        return marked
-
-    def content_of(value: Any, place: int, depth: int) -> Any:
-        if isinstance(value, str):
-            return put(value, place, "content", 0, depth)
-        if not isinstance(value, list):
-            return risky(value, place, "content")
-        return [
-            {
-                key: put(item, place, "content", 0, depth)
-                if key in ("text", "content") and isinstance(item, str)
-                else risky(item, place, "content")
-                for key, item in part.items()
-            }
-            if isinstance(part, dict)
-            else risky(part, place, "content")
-            for part in value
-        ]
-
-    marked = []
-    for place, message in enumerate(messages):
-        if place not in depths:
-            marked.append(message)
-            continue
-        new = {}
-        for key, value in message.items():
+    marker, marked = Marker(border, []), list(messages)
+    call_depths = {"arguments": 0} | ({"name": 0} if names else {})
+    for place, depth in depths.items():
+        new = marked[place] = dict(messages[place])
+        for key, value in new.items():
+            label = Label(place, key, 0)
             if key == "content":
-                new[key] = content_of(value, place, depths[place])
-            elif key in REASONING and isinstance(value, str):
-                new[key] = put(value, place, "reasoning", 0, depths[place])
+                whole = depth if isinstance(value, str) else None
+                new[key] = marker.walk(value, label, whole, {"text": depth, "content": depth})
+            elif key in REASONING:
+                new[key] = marker.walk(value, label._replace(field="reasoning"), depth)
             elif key == "tool_calls":
-                new[key] = [call_of(call, place, number) for number, call in enumerate(value)]
-            else:
-                new[key] = value if key == "role" else risky(value, place, key)
-        marked.append(new)
-    return marked, {key: risky(value, -1, key) for key, value in arguments.items()}, labels
+                calls = enumerate(value)
+                label = label._replace(field="calls")
+                new[key] = [
+                    marker.walk(call, label._replace(call=number), None, call_depths)
+                    for number, call in calls
+                ]
+            elif key != "role":
+                new[key] = marker.walk(value, label)
+    values = {key: marker.walk(value, Label(-1, key, 0)) for key, value in arguments.items()}
+    return marked, values, marker.labels
 
 
 def _mark(kind: str, label: int) -> str:
