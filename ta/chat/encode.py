@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ta.chat.cut import cut_dialogue
@@ -17,7 +18,7 @@ from ta.chat.messages import (
     strip_trailing_answers,
     with_system,
 )
-from ta.chat.render import Tokenized, Tokens, render_chat, tokenize_chats
+from ta.chat.render import Rendered, Tokenized, Tokens, render_chat, tokenize_chats
 from ta.chat.template import ChatConfig, check_chat_config
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Drop(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """What a method needs of its dialogues, beside what the user's ChatConfig says."""
+    """What a method needs of its dialogues; the rest is as the user's ChatConfig says."""
 
     # which messages are learned; None: as the ChatConfig says
     loss_on: LossOn | None = None
@@ -43,6 +44,16 @@ class Rule(NamedTuple):
     keep_end: bool | None = None
     # whether an answer is opened behind the last message, for generation
     opened: bool = False
+
+    def within(self, config: ChatConfig) -> Rule:
+        """The rule with what the ChatConfig says in place of None."""
+        keep_end = config.keep_end if self.keep_end is None else self.keep_end
+        return Rule(self.loss_on or config.loss_on, keep_end, self.opened)
+
+    @property
+    def end_in_answer(self) -> bool:
+        """Whether what stays of a dialogue ends in an answer."""
+        return not self.opened and self.loss_on != "all"
 
 
 AS_CONFIGURED = Rule()
@@ -81,65 +92,84 @@ def encode_dialogues(
     that are wrong.
     """
     check_chat_config(config)
-    loss_on = rule.loss_on or config.loss_on
-    keep_end = config.keep_end if rule.keep_end is None else rule.keep_end
-    end_in_answer = not rule.opened and loss_on != "all"
+    rule = rule.within(config)
     groups = [[_prepared(dialogue, config) for dialogue in group] for group in dialogues]
-    arguments = arguments or [NO_ARGUMENTS] * len(groups)
-    notes = notes or [[] for _ in groups]
     results: list[list[Tokens] | Drop] = [_useless(group, rule) for group in groups]
-    # the places of the messages that stay in each group
-    kept: dict[int, list[int]] = {}
-    # the groups whose last answer is to be cut
-    cut_answers: set[int] = set()
     texts = {g: group[0][-1] for g, group in enumerate(groups) if group and is_text(group[0])}
     for g, result in zip(texts, _encode_texts(texts.values(), tokenizer, config), strict=True):
         results[g] = result
-    for g, group in enumerate(groups):
-        if g in texts:
-            continue
-        stay = _before_cutting(group, keep_end, end_in_answer)
-        if stay and not (rule.opened and not any(map(is_question, group[0]))):
-            kept[g] = stay
-    while kept:
-        rendered, found = [], {g: [] for g in kept}
-        for g, stay in kept.items():
-            for dialogue in groups[g]:
-                messages = [dialogue[i] for i in stay]
-                weights = loss_weights(messages, loss_on, rule.opened)
-                given = weights, rule.opened, arguments[g], found[g]
-                rendered.append(render_chat(messages, tokenizer.template, *given))
+    arguments = arguments or [NO_ARGUMENTS] * len(groups)
+    jobs = {
+        g: Job(group, arguments[g], stay)
+        for g, group in enumerate(groups)
+        if g not in texts and (stay := _of_use(group, rule))
+    }
+    while jobs:
+        rendered = [chat for job in jobs.values() for chat in job.render(tokenizer, rule)]
         tokenized = iter(tokenize_chats(rendered, tokenizer.vocabulary))
-        too_long: dict[int, list[int]] = {}
-        for g, stay in kept.items():
-            variants = [next(tokenized) for _ in groups[g]]
-            longest = max(variants, key=lambda variant: len(variant.tokens.ids))
-            size, limit = len(longest.tokens.ids), config.max_tokens
-            if limit is None or size <= limit or g in cut_answers:
-                sequences = [Tokens(*(x[:limit] for x in variant.tokens)) for variant in variants]
-                results[g] = _learnable(sequences, rule)
-                found[g] += ["the last answer is cut and teaches no end"] * (g in cut_answers)
-                notes[g] += dict.fromkeys(found[g])
+        for g, job in list(jobs.items()):
+            result = job.fit([next(tokenized) for _ in job.group], config, rule)
+            if result is None:
                 continue
-            # what a template writes once (BOS) counts with the first message; should that message
-            # go, the next round counts again
-            messages = [groups[g][0][i] for i in stay]
-            places = _cut(messages, longest, limit, keep_end, end_in_answer, rule)
-            if config.cut_answer and end_in_answer:
-                ending = _cut_in_answer(messages, longest, limit, keep_end)
-                if ending and len(ending) > len(places):
-                    places = ending
-                    cut_answers.add(g)
-            if places:
-                too_long[g] = [stay[place] for place in places]
-                continue
-            what = "prompt" if rule.opened else "answer" if end_in_answer else "message"
-            results[g] = Drop(
-                f"no {what} fits in max_tokens",
-                f"{size} tokens, and no whole {what} within {limit}",
-            )
-        kept = too_long
+            results[g] = result
+            del jobs[g]
+            if notes and isinstance(result, list):
+                notes[g] += dict.fromkeys(job.notes)
     return results
+
+
+@dataclass
+class Job:
+    """A group of dialogues on its way to token ids."""
+
+    group: Sequence[Chat]
+    arguments: Arguments
+    # the places of the messages that stay
+    stay: list[int]
+    # whether the last answer is cut at the limit
+    cut: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    def render(self, tokenizer: ChatTokenizer, rule: Rule) -> list[Rendered]:
+        """What stays of each dialogue, in pieces."""
+        self.notes = ["the last answer is cut and teaches no end"] * self.cut
+        rendered = []
+        for dialogue in self.group:
+            messages = [dialogue[i] for i in self.stay]
+            weights = loss_weights(messages, rule.loss_on, rule.opened)
+            given = weights, rule.opened, self.arguments, self.notes
+            rendered.append(render_chat(messages, tokenizer.template, *given))
+        return rendered
+
+    def fit(
+        self, variants: Sequence[Tokenized], config: ChatConfig, rule: Rule
+    ) -> list[Tokens] | Drop | None:
+        """The sequences of the group, or why it cannot be used.
+
+        None where they are longer than `max_tokens`: fewer messages stay, to be rendered again.
+        """
+        longest = max(variants, key=lambda variant: len(variant.tokens.ids))
+        size, limit = len(longest.tokens.ids), config.max_tokens
+        sequences = [variant.tokens for variant in variants]
+        if limit is None or size <= limit:
+            return _learnable(sequences, rule)
+        if self.cut:
+            return _learnable([Tokens(x[:limit], w[:limit]) for x, w in sequences], rule)
+        # what a template writes once (BOS) counts with the first message; should that message go,
+        # the next round counts again
+        messages = [self.group[0][i] for i in self.stay]
+        places = _cut(messages, longest, limit, rule)
+        if config.cut_answer and rule.end_in_answer:
+            ending = _cut_in_answer(messages, longest, limit, rule.keep_end)
+            self.cut = len(ending) > len(places)
+            places = ending if self.cut else places
+        self.stay = [self.stay[place] for place in places]
+        if self.stay:
+            return None
+        what = "prompt" if rule.opened else "answer" if rule.end_in_answer else "message"
+        return Drop(
+            f"no {what} fits in max_tokens", f"{size} tokens, and no whole {what} within {limit}"
+        )
 
 
 def _useless(group: Sequence[Chat], rule: Rule) -> Drop:
@@ -185,25 +215,21 @@ def _encode_texts(
     return results
 
 
-def _before_cutting(group: Sequence[Chat], keep_end: bool, end_in_answer: bool) -> list[int]:
+def _of_use(group: Sequence[Chat], rule: Rule) -> list[int]:
     """The places of the messages that are of use, were there no limit on tokens."""
-    roles = [message["role"] for message in group[0]] if group else []
-    if not end_in_answer:
-        return list(range(len(roles)))
-    return cut_dialogue(roles, [0] * len(roles), None, keep_end)
+    messages = group[0] if group else []
+    if rule.opened and not any(map(is_question, messages)):
+        return []
+    if not rule.end_in_answer:
+        return list(range(len(messages)))
+    roles = [message["role"] for message in messages]
+    return cut_dialogue(roles, [0] * len(roles), None, rule.keep_end)
 
 
-def _cut(
-    messages: Chat,
-    tokenized: Tokenized,
-    max_tokens: int,
-    keep_end: bool,
-    end_in_answer: bool,
-    rule: Rule,
-) -> list[int]:
+def _cut(messages: Chat, tokenized: Tokenized, max_tokens: int, rule: Rule) -> list[int]:
     """The places of the messages that stay of a dialogue over `max_tokens`."""
     roles = [message["role"] for message in messages]
-    if keep_end:
+    if rule.keep_end:
         # a question right behind its picture begins what is kept as little as an answer does
         # nor does what a tool gave begin it, when its call is gone
         behind = [False, *("parts" in message for message in messages)]
@@ -212,7 +238,7 @@ def _cut(
                 roles[i] = ANSWER
     lengths = list(tokenized.lengths)
     fixed = lengths.pop() if rule.opened else 0
-    return cut_dialogue(roles, lengths, max_tokens, keep_end, end_in_answer, fixed)
+    return cut_dialogue(roles, lengths, max_tokens, rule.keep_end, rule.end_in_answer, fixed)
 
 
 def _cut_in_answer(
