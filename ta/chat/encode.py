@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -18,7 +18,7 @@ from ta.chat.messages import (
     strip_trailing_answers,
     with_system,
 )
-from ta.chat.render import Rendered, Tokenized, Tokens, render_chat, tokenize_chats
+from ta.chat.render import Piece, Rendered, Tokenized, Tokens, render_chat, tokenize_chats
 from ta.chat.template import ChatConfig, check_chat_config
 
 if TYPE_CHECKING:
@@ -95,20 +95,20 @@ def encode_dialogues(
     rule = rule.within(config)
     groups = [[_prepared(dialogue, config) for dialogue in group] for group in dialogues]
     results: list[list[Tokens] | Drop] = [_useless(group, rule) for group in groups]
-    texts = {g: group[0][-1] for g, group in enumerate(groups) if group and is_text(group[0])}
-    for g, result in zip(texts, _encode_texts(texts.values(), tokenizer, config), strict=True):
-        results[g] = result
     arguments = arguments or [NO_ARGUMENTS] * len(groups)
     jobs = {
         g: Job(group, arguments[g], stay)
         for g, group in enumerate(groups)
-        if g not in texts and (stay := _of_use(group, rule))
+        if (stay := _of_use(group, rule))
     }
     while jobs:
         rendered = [chat for job in jobs.values() for chat in job.render(tokenizer, rule)]
         tokenized = iter(tokenize_chats(rendered, tokenizer.vocabulary))
         for g, job in list(jobs.items()):
-            result = job.fit([next(tokenized) for _ in job.group], config, rule)
+            variants = [next(tokenized) for _ in job.group]
+            if is_text(job.group[0]):
+                _begin_text(variants[0].tokens, tokenizer)
+            result = job.fit(variants, config, rule)
             if result is None:
                 continue
             results[g] = result
@@ -136,6 +136,13 @@ class Job:
         rendered = []
         for dialogue in self.group:
             messages = [dialogue[i] for i in self.stay]
+            if is_text(messages):
+                # special tokens in it are real: all of it is what the model writes
+                end = tokenizer.fast.eos_token or ""
+                text = messages[0]["content"].removesuffix(end) + end
+                weight = message_weight(messages[0], 0, True)
+                rendered.append([[Piece(text, weight, "template")]])
+                continue
             weights = loss_weights(messages, rule.loss_on, rule.opened)
             given = weights, rule.opened, self.arguments, self.notes
             rendered.append(render_chat(messages, tokenizer.template, *given))
@@ -167,6 +174,7 @@ class Job:
         if self.stay:
             return None
         what = "prompt" if rule.opened else "answer" if rule.end_in_answer else "message"
+        what = "text" if is_text(messages) else what
         return Drop(
             f"no {what} fits in max_tokens", f"{size} tokens, and no whole {what} within {limit}"
         )
@@ -186,38 +194,19 @@ def is_text(dialogue: Chat) -> bool:
     return bool(dialogue) and bool(dialogue[-1].get("plain"))
 
 
-def _encode_texts(
-    messages: Iterable[Message], tokenizer: ChatTokenizer, config: ChatConfig
-) -> list[list[Tokens] | Drop]:
-    """Plain texts as the tokenizer itself encodes them, each with the EOS token behind it.
-
-    Special tokens in them are real: all of a text is what the model writes. BOS stands in front
-    where the tokenizer puts it there.
-    """
-    messages = list(messages)
-    if not messages:
-        return []
-    fast = tokenizer.fast
-    end = fast.eos_token or ""
-    texts = [message["content"].removesuffix(end) + end for message in messages]
-    first = fast("")["input_ids"][:1]
-    bos = first if first == [fast.bos_token_id] else []
-    results: list[list[Tokens] | Drop] = []
-    encoded = fast(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    for message, ids in zip(messages, encoded, strict=True):
-        weight = message_weight(message, 0, True)
-        tokens = Tokens(bos + ids, [0.0] * len(bos) + [weight] * len(ids))
-        size, limit = len(tokens.ids), config.max_tokens
-        if limit is not None and size > limit:
-            results.append(Drop("no text fits in max_tokens", f"{size} tokens, more than {limit}"))
-        else:
-            results.append(_learnable([tokens], AS_CONFIGURED))
-    return results
+def _begin_text(tokens: Tokens, tokenizer: ChatTokenizer) -> None:
+    """Put BOS in front, where the tokenizer itself puts it in front of a text."""
+    bos = tokenizer.fast.bos_token_id
+    if tokenizer.fast("")["input_ids"][:1] == [bos]:
+        tokens.ids.insert(0, bos)
+        tokens.weights.insert(0, 0.0)
 
 
 def _of_use(group: Sequence[Chat], rule: Rule) -> list[int]:
     """The places of the messages that are of use, were there no limit on tokens."""
     messages = group[0] if group else []
+    if is_text(messages):
+        return [0]
     if rule.opened and not any(map(is_question, messages)):
         return []
     if not rule.end_in_answer:
@@ -248,6 +237,8 @@ def _cut_in_answer(
 
     Where the latest messages are kept, it is the last answer with what it answers.
     """
+    if is_text(messages):
+        return [0]
     first = next((i for i, m in enumerate(messages) if m["role"] != SYSTEM), len(messages))
     if keep_end:
         asked = max(i for i, message in enumerate(messages) if is_question(message))

@@ -59,7 +59,6 @@ class Vocabulary(NamedTuple):
     content: frozenset[str] = frozenset()
     # those that are real in answers: all but those that would forge turns or pictures
     answer: frozenset[str] = frozenset()
-    bos_id: int | None = None
     # for the start of a text, where the tokenizer puts a space there; None: as `encode`
     encode_start: Encode | None = None
     # whether a text starts again after each special token

@@ -395,7 +395,6 @@ def vocabulary(
         encode=_encoder(_without_prefix(literal)),
         special=special,
         content=frozenset(content_tokens),
-        bos_id=tokenizer.bos_token_id,
         encode_start=_encoder(literal) if begins else None,
         start_after_special=begins == "always",
         strips={

@@ -471,10 +471,8 @@ def _build(
     """Write the arrays and drops.jsonl of `folder` and return their info."""
     kept = [select(source, seed) for source in sources]
     expected = sum(sum(keep) for keep, _ in kept)
-    counts = {"tokens": 0, "learned_tokens": 0, "max_id": -1, "records": 0, "k": 0}
-    counts["media_bytes"] = 0
     used = [0] * len(sources)
-    writers: dict[str, Column] = {}
+    encoder, arrays = Encoder(tokenizer, chat, kind), Arrays(folder)
     drops_file = folder / "drops.jsonl"
     with (
         no_long_collections(),
@@ -484,48 +482,13 @@ def _build(
         drops = Drops(config.on_bad_record, config.max_bad_share, expected, dropped)
         for index, (source, (keep, _)) in enumerate(zip(sources, kept, strict=True)):
             for chunk in chunks(scan(index, source, keep, check, drops)):
-                jobs = []
-                for record, raw in chunk:
-                    data = _with_system(record.data, source.system_prompt)
-                    try:
-                        groups = [kind.dialogues(data, tokenizer)]
-                    except ValueError as error:
-                        drops.bad_record(index, source.path, record.line, error, raw)
-                        continue
-                    if chat.split_turns:
-                        groups = [[turn] for turn in turns_of(groups[0][0])] or groups
-                    given = template_arguments(data)
-                    jobs += [ToEncode(record, raw, group, given, []) for group in groups]
-                groups, given, notes = ([job[field] for job in jobs] for field in (2, 3, 4))
-                try:
-                    results = encode_dialogues(groups, tokenizer, chat, kind.rule, given, notes)
-                except ValueError:
-                    # some record is wrong: encode smaller groups to find it
-                    settings = {"tokenizer": tokenizer, "chat": chat, "rule": kind.rule}
-                    results = pin_errors(partial(_encode, **settings), jobs)
-                done, wrong = [], set()
-                for job, result in zip(jobs, results, strict=True):
-                    record = job.record
-                    if record.line in wrong:
-                        continue
-                    if kind.distinct and isinstance(result, list):
-                        result = drop_equal(result)
-                    if isinstance(result, ValueError):
-                        wrong.add(record.line)
-                        drops.bad_record(index, source.path, record.line, result, job.raw)
-                    elif isinstance(result, Drop):
-                        drops.drop(index, source.path, record.line, result.reason)
-                    else:
-                        for note in job.notes:
-                            drops.note(index, record.line, note)
-                        done.append((record, _encoded(result, record.data, kind, tokenizer, chat)))
+                done = _encode_chunk(chunk, source, encoder, drops)
                 if done:
-                    _append(folder, writers, counts, done)
+                    arrays.append(done)
                 used[index] += len({record.line for record, _ in done})
                 bar.update(len(chunk))
-        for writer in writers.values():
-            writer.close()
-    if not counts["records"]:
+        arrays.close()
+    if not arrays.counts["records"]:
         raise ValueError(
             f"{', '.join(source.path for source in sources)}: all {expected} records are dropped, "
             f"nothing is left to use. By reason: {drops.table()}"
@@ -535,7 +498,7 @@ def _build(
         | {"formats": [f"{form.name}, {n:,} {form.unit}" for form, n in drops.formats[i].items()]}
         for i, (keep, remark) in enumerate(kept)
     ]
-    return counts | {
+    return arrays.counts | {
         "expected": expected,
         "bad": drops.bad,
         "drops": drops.reasons(),
@@ -556,75 +519,127 @@ class ToEncode(NamedTuple):
     notes: list[str]
 
 
-def _encode(
-    jobs: Sequence[ToEncode], tokenizer: ChatTokenizer, chat: ChatConfig, rule: Rule
-) -> list[list[Tokens] | Drop]:
-    for job in jobs:
-        job.notes.clear()
-    groups, given, notes = ([job[field] for job in jobs] for field in (2, 3, 4))
-    return encode_dialogues(groups, tokenizer, chat, rule, given, notes)
+class Encoder(NamedTuple):
+    """How records become sequences."""
+
+    tokenizer: ChatTokenizer
+    chat: ChatConfig
+    kind: Kind
+
+    def jobs(self, record: Record, raw: bytes, system: str | None) -> list[ToEncode]:
+        """The dialogues of one record, with a source's own system prompt."""
+        data = record.data
+        for key in ("messages", "context"):
+            if system and key in data:
+                data = data | {key: with_system(data[key], system)}
+        groups = [self.kind.dialogues(data, self.tokenizer)]
+        if self.chat.split_turns:
+            groups = [[turn] for turn in turns_of(groups[0][0])] or groups
+        given = template_arguments(data)
+        return [ToEncode(record, raw, group, given, []) for group in groups]
+
+    def encode(self, jobs: Sequence[ToEncode]) -> list[list[Tokens] | Drop]:
+        """The sequences of each job; ValueError where one is wrong."""
+        for job in jobs:
+            job.notes.clear()
+        groups, given, notes = ([job[field] for job in jobs] for field in (2, 3, 4))
+        results = encode_dialogues(groups, self.tokenizer, self.chat, self.kind.rule, given, notes)
+        if not self.kind.distinct:
+            return results
+        return [result if isinstance(result, Drop) else drop_equal(result) for result in results]
+
+    def encoded(self, seqs: list[Tokens], record: dict) -> Encoded:
+        """The sequences with what else the method needs of the record."""
+        kind, media = self.kind, None
+        if not kind.learned:
+            seqs = [Tokens(ids, [0.0] * len(ids)) for ids, _ in seqs]
+        if kind.media:
+            keep_end = kind.rule.within(self.chat).keep_end
+            media = kind.media(record, seqs[0].ids, self.tokenizer, keep_end)
+        return Encoded(seqs, kind.extras(record) if kind.extras else {}, media)
 
 
-def _encoded(
-    seqs: list[Tokens], record: dict, kind: Kind, tokenizer: ChatTokenizer, chat: ChatConfig
-) -> Encoded:
-    if not kind.learned:
-        seqs = [Tokens(ids, [0.0] * len(ids)) for ids, _ in seqs]
-    media = None
-    if kind.media:
-        keep_end = chat.keep_end if kind.rule.keep_end is None else kind.rule.keep_end
-        media = kind.media(record, seqs[0].ids, tokenizer, keep_end)
-    return Encoded(seqs, kind.extras(record) if kind.extras else {}, media)
+def _encode_chunk(
+    chunk: list[tuple[Record, bytes]], source: Source, encoder: Encoder, drops: Drops
+) -> list[tuple[Record, Encoded]]:
+    """The records of a chunk that can be used, encoded; the others are counted in `drops`."""
+    jobs: list[ToEncode] = []
+    for record, raw in chunk:
+        try:
+            jobs += encoder.jobs(record, raw, source.system_prompt)
+        except ValueError as error:
+            drops.bad_record(record.source, source.path, record.line, error, raw)
+    done, wrong = [], set()
+    for job, result in zip(jobs, pin_errors(encoder.encode, jobs), strict=True):
+        index, line, data = record = job.record
+        if line in wrong:
+            continue
+        if isinstance(result, ValueError):
+            wrong.add(line)
+            drops.bad_record(index, source.path, line, result, job.raw)
+        elif isinstance(result, Drop):
+            drops.drop(index, source.path, line, result.reason)
+        else:
+            for note in job.notes:
+                drops.note(index, line, note)
+            done.append((record, encoder.encoded(result, data)))
+    return done
 
 
-def _append(
-    folder: Path,
-    writers: dict[str, Column],
-    counts: dict[str, int],
-    done: list[tuple[Record, Encoded]],
-) -> None:
-    """Add the encoded records of one chunk to the columns and to the counts.
+class Arrays:
+    """The arrays of a folder of prepared data while they are written, and their counts."""
 
-    The first chunk opens the columns.
-    """
-    import numpy as np
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.columns: dict[str, Column] = {}
+        names = ("tokens", "learned_tokens", "records", "k", "media_bytes")
+        self.counts = dict.fromkeys(names, 0) | {"max_id": -1}
 
-    first = done[0][1]
-    counts["k"] = counts["k"] or len(first.seqs)
-    assert all(len(encoded.seqs) == counts["k"] for _, encoded in done)
-    assert all(encoded.extras.keys() == first.extras.keys() for _, encoded in done)
-    seqs = [tokens for _, encoded in done for tokens in encoded.seqs]
-    sizes = np.array([len(tokens.ids) for tokens in seqs])
-    assert sizes.min() > 0 and all(len(tokens.weights) == len(tokens.ids) for tokens in seqs)
-    # (tokens of the chunk,) each
-    all_ids = chain.from_iterable(tokens.ids for tokens in seqs)
-    ids = np.fromiter(all_ids, np.int32, sizes.sum())
-    all_weights = chain.from_iterable(tokens.weights for tokens in seqs)
-    weights = np.fromiter(all_weights, np.float32, sizes.sum())
-    columns = {"ids": ids, "weights": weights}
-    columns["offsets"] = counts["tokens"] + np.cumsum(sizes, dtype=np.int64)
-    columns["origin"] = np.array([record[:2] for record, _ in done], np.int32)
-    for name in first.extras:
-        values = [encoded.extras[name] for _, encoded in done]
-        columns[f"extra-{name}"] = np.array(values, np.float64)
-    if first.media is not None:
-        texts = [json.dumps(encoded.media).encode() for _, encoded in done]
-        columns["media"] = np.frombuffer(b"".join(texts), np.uint8)
-        ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
-        columns["media_ends"] = counts["media_bytes"] + ends
-        counts["media_bytes"] += len(columns["media"])
-    if not writers:
+    def append(self, done: list[tuple[Record, Encoded]]) -> None:
+        """Add the encoded records of one chunk; the first chunk opens the columns."""
+        import numpy as np
+
+        counts, first = self.counts, done[0][1]
+        counts["k"] = counts["k"] or len(first.seqs)
+        assert all(len(encoded.seqs) == counts["k"] for _, encoded in done)
+        seqs = [tokens for _, encoded in done for tokens in encoded.seqs]
+        sizes = np.array([len(tokens.ids) for tokens in seqs])
+        assert sizes.min() > 0 and all(len(tokens.weights) == len(tokens.ids) for tokens in seqs)
+        # (tokens of the chunk,) each
+        all_ids = chain.from_iterable(tokens.ids for tokens in seqs)
+        all_weights = chain.from_iterable(tokens.weights for tokens in seqs)
+        columns = {
+            "ids": np.fromiter(all_ids, np.int32, sizes.sum()),
+            "weights": np.fromiter(all_weights, np.float32, sizes.sum()),
+            "offsets": counts["tokens"] + np.cumsum(sizes, dtype=np.int64),
+            "origin": np.array([record[:2] for record, _ in done], np.int32),
+        }
+        for name in first.extras:
+            values = [encoded.extras[name] for _, encoded in done]
+            columns[f"extra-{name}"] = np.array(values, np.float64)
+        if first.media is not None:
+            texts = [json.dumps(encoded.media).encode() for _, encoded in done]
+            columns["media"] = np.frombuffer(b"".join(texts), np.uint8)
+            ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
+            columns["media_ends"] = counts["media_bytes"] + ends
+            counts["media_bytes"] += len(columns["media"])
+        if not self.columns:
+            for name, column in columns.items():
+                path = self.folder / f"{name}.npy"
+                self.columns[name] = Column(path, column.dtype, column.shape[1:])
+            self.columns["offsets"].append(np.zeros(1))
+        assert self.columns.keys() == columns.keys()
         for name, column in columns.items():
-            path = folder / f"{name}.npy"
-            writers[name] = Column(path, column.dtype, column.shape[1:])
-        writers["offsets"].append(np.zeros(1))
-    assert writers.keys() == columns.keys()
-    for name, column in columns.items():
-        writers[name].append(column)
-    counts["tokens"] += len(ids)
-    counts["learned_tokens"] += int(np.count_nonzero(weights))
-    counts["max_id"] = max(counts["max_id"], int(ids.max()))
-    counts["records"] += len(done)
+            self.columns[name].append(column)
+        counts["tokens"] += len(columns["ids"])
+        counts["learned_tokens"] += int(np.count_nonzero(columns["weights"]))
+        counts["max_id"] = max(counts["max_id"], int(columns["ids"].max()))
+        counts["records"] += len(done)
+
+    def close(self) -> None:
+        """Finish the files."""
+        for column in self.columns.values():
+            column.close()
 
 
 def _open(
@@ -654,11 +669,6 @@ def _open(
     media = (arrays["media"], arrays["media_ends"]) if "media" in arrays else None
     columns = [arrays[name] for name in ("ids", "weights", "offsets", "origin")]
     return Prepared(*columns, extras, info, info["k"], media)
-
-
-def _with_system(data: dict, prompt: str | None) -> dict:
-    keys = [key for key in ("messages", "context") if key in data] if prompt else []
-    return data | {key: with_system(data[key], prompt) for key in keys}
 
 
 def _kind_settings(kind: Kind) -> list:

@@ -355,8 +355,8 @@ def pin_errors(many: Callable[[list[dict]], Sequence], records: list[dict]) -> l
     try:
         return list(many(records))
     except ValueError as error:
-        if len(records) == 1:
-            return [error]
+        if len(records) < 2:
+            return [error] * len(records)
     half = len(records) // 2
     return pin_errors(many, records[:half]) + pin_errors(many, records[half:])
 
