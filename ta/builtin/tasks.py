@@ -122,7 +122,7 @@ def _dialogues(
     while made < n:
         dialogue = rng.choices(TASKS, SHARES)[0](rng)
         if _split_of(dialogue.facts) == split:
-            yield f"{kind}-{split}-{seed}-{made}", rng, dialogue
+            yield f"{dialogue.task}-{kind}-{split}-{seed}-{made}", rng, dialogue
             made += 1
 
 
@@ -150,11 +150,11 @@ def _messages(dialogue: Dialogue, rng: random.Random) -> list[dict[str, str]]:
 
 
 def chats(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
-    """n chats {"id", "task", "messages", "answer"}; the messages end with the right "answer"."""
+    """n chats {"id", "messages", "answer"}; the messages end with the right "answer"."""
     records = []
     for name, rng, dialogue in _dialogues("chat", split, n, seed):
         messages = _messages(dialogue, rng)
-        record = {"id": name, "task": dialogue.task, "messages": messages}
+        record = {"id": name, "messages": messages}
         records.append(record | {"answer": messages[-1]["content"]})
     return records
 
@@ -184,15 +184,15 @@ def exact_match(text: str, record: dict[str, Any]) -> bool:
 def _questions(
     kind: str, split: Split, n: int, seed: int
 ) -> Iterator[tuple[dict[str, Any], list[dict[str, str]], random.Random, Turn]]:
-    """n of ({"id", "task"}, messages up to a question, generator, the turn of that question)."""
+    """n of ({"id"}, messages up to a question, generator, the turn of that question)."""
     for name, rng, dialogue in _dialogues(kind, split, n, seed):
         messages = _messages(dialogue, rng)
         turn = dialogue.turns[sum(message["role"] == "assistant" for message in messages) - 1]
-        yield {"id": name, "task": dialogue.task}, messages[:-1], rng, turn
+        yield {"id": name}, messages[:-1], rng, turn
 
 
 def preferences(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
-    """n pairs {"id", "task", "context", "answer_w", "answer_l"}.
+    """n pairs {"id", "context", "answer_w", "answer_l"}.
 
     The right answer stands against a wrong one of the same form.
     """
@@ -216,7 +216,7 @@ def concise(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def labelled(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
-    """n labelled answers {"id", "task", "context", "answer", "is_desirable"}.
+    """n labelled answers {"id", "context", "answer", "is_desirable"}.
 
     About half are right in few words, and these are desirable; a quarter are right in more words,
     a quarter are wrong.
@@ -235,7 +235,7 @@ def _worse(rng: random.Random, turn: Turn) -> str:
 
 
 def candidates(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
-    """n questions {"id", "task", "messages", "answers": [{"id", "content"}], "answer"}.
+    """n questions {"id", "messages", "answers": [{"id", "content"}], "answer"}.
 
     One of the 2 to 4 candidates is the right "answer".
     """

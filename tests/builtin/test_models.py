@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ta.builtin import models, tasks
+from ta.builtin.data_files import SIZES
 from ta.data.records import (
     check_candidates,
     check_chat,
@@ -19,6 +20,7 @@ from ta.data.records import (
     check_pair,
     check_question,
 )
+from ta.data.sources import USED
 
 MAKERS = {
     "chats": (models.chats, check_chat),
@@ -114,7 +116,10 @@ def test_wordy_chats_are_the_same_with_three_of_four_answers_in_more_words():
 
 def test_chats_are_varied():
     records = models.chats("train", 500)
-    assert {record["task"] for record in records} == {"lookup", "repeat", "add"}
+    assert {r["id"].split("-")[0] for r in records} == {"lookup", "repeat", "add"}
+    for kind in SIZES:
+        (record,) = getattr(models, kind)("train", 1)
+        assert USED.issuperset(record), f"a field of {kind} that no method reads"
     roles = [tuple(message["role"] for message in record["messages"]) for record in records]
     assert any(role[0] == "system" for role in roles) and any(
         role.count("user") > 1 for role in roles

@@ -329,12 +329,13 @@ def test_prompts_are_drawn_again_until_enough_groups_differ(grpo, tmp_path):
     """A reward that is flat on two of three prompts: with --resample the file holds groups that differ, and says how many were drawn."""
     (tmp_path / "mine.py").write_text(
         "def spread(messages, answer, record):\n"
-        "    return hash(answer) % 97 if record['task'] == 'add' else 0.5\n"
+        "    return hash(answer) % 97 if record['id'].startswith('add') else 0.5\n"
     )
     plain, drawn = grpo("plain", steps=1), grpo("drawn", "--resample", 8, steps=1)
     (first,), (second,) = rollouts(plain), rollouts(drawn)
     assert len(first) == len(second) == 4
-    assert {row["task"] for row in second} == {"add"} != {row["task"] for row in first}
+    tasks = [{row["id"].split("-")[0] for row in rows} for rows in (first, second)]
+    assert tasks[1] == {"add"} != tasks[0]
     assert second[0]["drawn"] > 4 == first[0]["drawn"]
     steps = [json.loads(line) for line in open(drawn / "metrics.jsonl")]
     assert steps[1]["flat_groups"] == pytest.approx(1 - 4 / second[0]["drawn"])
