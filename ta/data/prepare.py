@@ -84,7 +84,7 @@ FORMAT = 1
 # tokens of a sequence that a preview shows at most
 PREVIEW_TOKENS = 600
 # version of the encoding: raise it when the ids or weights of any record change
-PREPARE_VERSION = 2
+PREPARE_VERSION = 3
 # fields named in the report as not used
 FIELDS = 12
 

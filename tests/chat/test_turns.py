@@ -72,6 +72,18 @@ BEHIND = (
     + END
     + ASKS
 )
+# A call that nothing answers yet ends in a token of its own, behind what is said beside it.
+PENDING = (
+    FOR
+    + "{% if m.role != 'tool' %}{{ '<|im_start|>' ~ m.role ~ '\n' }}"
+    + CALLS
+    + "{% set gave = messages[loop.index:] | selectattr('role', 'equalto', 'tool') | list %}"
+    + "{% for r in gave if m.tool_calls %}{{ '<result>' ~ r.content ~ '</call>' }}{% endfor %}"
+    + "{{ m.content or '' }}{% if m.tool_calls and not gave %}{{ '<result>' }}{% else %}"
+    + "{{ '<|im_end|>\n' }}{% endif %}{% endif %}"
+    + END
+    + ASKS
+)
 WEATHER = {"type": "function", "function": {"name": "weather", "description": "now"}}
 
 
@@ -218,6 +230,9 @@ def test_ends_openings_and_keys_that_differ():
     tokens, notes = notes_of(tokenizer, chat)
     assert learned(made, tokens) == "b<|im_end|><think>e</think>d<|return|>"
     assert notes == ["reasoning_content is given to the chat template as thinking, which it reads"]
+    effort = "{% set told = 'reasoning effort' %}"
+    _, tokenizer = tokenizer_of(effort + RETURNS)
+    assert notes_of(tokenizer, chat) == (tokens, notes), "a word of a text is no key"
     made, tokenizer = tokenizer_of(OPENS)
     tokens, notes = notes_of(tokenizer, [user("a"), answer("<think>\nb</think>c")])
     assert learned(made, tokens) == "c<|im_end|>\n"
@@ -227,6 +242,26 @@ def test_ends_openings_and_keys_that_differ():
     assert learned(made, encode_chat(chat, tokenizer, PLAIN)) == (
         '<call>weather {"b": "c"}</call>says<|im_end|>\ne<|im_end|>\n'
     )
+
+
+def test_what_is_learned_does_not_depend_on_the_chats_before():
+    said = [CHAT[0], {**CHAT[1], "content": "says"}, *CHAT[2:]]
+    for source in (HERMES, BEHIND, PENDING):
+        made, shared = tokenizer_of(source)
+        apart = [encode_chat(chat, tokenizer_of(source)[1], PLAIN) for chat in (CHAT, said)]
+        assert [encode_chat(chat, shared, PLAIN) for chat in (CHAT, said)] == apart
+        assert apart[0].ids == made.apply_chat_template(CHAT, return_dict=False)
+
+
+def test_an_answer_is_learned_to_the_end_of_its_turn_whatever_follows():
+    """The line end behind its last token is its own, though plain text follows on it."""
+    asks = "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    written = "{{ m.role ~ ':' ~ m.content ~ '<|im_end|>\n' }}"
+    made, tokenizer = tokenizer_of(FOR + written + END + asks)
+    chat = messages("u: a", "a: b", "u: c", "a: d")
+    tokens = encode_chat(chat, tokenizer, PLAIN)
+    assert tokens.ids == made.apply_chat_template(chat, return_dict=False)
+    assert learned(made, tokens) == "b<|im_end|>\nd<|im_end|>\n"
 
 
 def test_a_template_gets_the_spelling_that_it_takes():

@@ -448,6 +448,10 @@ def test_plain_text_is_what_the_tokenizer_makes_of_it(make, tokenizer):
         [[{**A, "plain": True}], [{**A, "content": "a b", "plain": True}]], tokenizer, short
     )
     assert len(kept.ids) == 2 and dropped.reason == "no text fits in max_tokens"
+    (cut,) = encode_chats(
+        [[{**A, "content": "a b", "plain": True}]], tokenizer, replace(short, cut_answer=True)
+    )
+    assert cut.ids == tokenizer.fast("a b")["input_ids"]
     assert prompts_of(first_records(prepared, 3), tokenizer, EXPLICIT) == [], "it asks nothing"
 
 

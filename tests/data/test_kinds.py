@@ -13,7 +13,7 @@ from ta.chat.tokenizer import chat_tokenizer
 from ta.data.prepare import KINDS, DataConfig, prepare, sequence
 
 U, A = {"role": "user", "content": "u v"}, {"role": "assistant", "content": "x y"}
-# of what the records of all kinds in this file become, with PREPARE_VERSION 2
+# of what the records of all kinds in this file become, with PREPARE_VERSION 3
 KNOWN = "3d2bb63be4431586f93a9788dd732b2b70088727383515b524d3bc3cd181df01"
 LONG = {"role": "user", "content": "u " * 50}
 EXPLICIT = ChatConfig(
