@@ -97,7 +97,7 @@ def encode_dialogues(
     results: list[list[Tokens] | Drop] = [_useless(group, rule) for group in groups]
     arguments = arguments or [NO_ARGUMENTS] * len(groups)
     jobs = {
-        g: Job(group, arguments[g], stay)
+        g: Fitting(group, arguments[g], stay)
         for g, group in enumerate(groups)
         if (stay := _of_use(group, rule))
     }
@@ -119,7 +119,7 @@ def encode_dialogues(
 
 
 @dataclass
-class Job:
+class Fitting:
     """A group of dialogues on its way to token ids."""
 
     group: Sequence[Chat]

@@ -472,7 +472,7 @@ def _build(
     kept = [select(source, seed) for source in sources]
     expected = sum(sum(keep) for keep, _ in kept)
     used = [0] * len(sources)
-    encoder, arrays = Encoder(tokenizer, chat, kind), Arrays(folder)
+    encoder, arrays = RecordEncoder(tokenizer, chat, kind), Arrays(folder)
     drops_file = folder / "drops.jsonl"
     with (
         no_long_collections(),
@@ -519,7 +519,7 @@ class ToEncode(NamedTuple):
     notes: list[str]
 
 
-class Encoder(NamedTuple):
+class RecordEncoder(NamedTuple):
     """How records become sequences."""
 
     tokenizer: ChatTokenizer
@@ -560,7 +560,7 @@ class Encoder(NamedTuple):
 
 
 def _encode_chunk(
-    chunk: list[tuple[Record, bytes]], source: Source, encoder: Encoder, drops: Drops
+    chunk: list[tuple[Record, bytes]], source: Source, encoder: RecordEncoder, drops: Drops
 ) -> list[tuple[Record, Encoded]]:
     """The records of a chunk that can be used, encoded; the others are counted in `drops`."""
     jobs: list[ToEncode] = []
