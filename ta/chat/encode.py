@@ -102,7 +102,13 @@ def encode_dialogues(
         if (stay := _of_use(group, rule))
     }
     while jobs:
-        rendered = [chat for job in jobs.values() for chat in job.render(tokenizer, rule)]
+        rendered = []
+        for job in jobs.values():
+            job.notes.clear()
+            for dialogue in job.group:
+                messages = [dialogue[i] for i in job.stay]
+                weights = loss_weights(messages, rule.loss_on, rule.opened)
+                rendered.append(job.render(messages, weights, tokenizer, rule.opened))
         tokenized = iter(tokenize_chats(rendered, tokenizer.vocabulary))
         for g, job in list(jobs.items()):
             variants = [next(tokenized) for _ in job.group]
@@ -130,23 +136,17 @@ class Fitting:
     cut: bool = False
     notes: list[str] = field(default_factory=list)
 
-    def render(self, tokenizer: ChatTokenizer, rule: Rule) -> list[Rendered]:
-        """What stays of each dialogue, in pieces."""
-        self.notes = ["the last answer is cut and teaches no end"] * self.cut
-        rendered = []
-        for dialogue in self.group:
-            messages = [dialogue[i] for i in self.stay]
-            if is_text(messages):
-                # special tokens in it are real: all of it is what the model writes
-                end = tokenizer.fast.eos_token or ""
-                text = messages[0]["content"].removesuffix(end) + end
-                weight = message_weight(messages[0], 0, True)
-                rendered.append([[Piece(text, weight, "template")]])
-                continue
-            weights = loss_weights(messages, rule.loss_on, rule.opened)
-            given = weights, rule.opened, self.arguments, self.notes
-            rendered.append(render_chat(messages, tokenizer.template, *given))
-        return rendered
+    def render(
+        self, messages: Chat, weights: list[float], tokenizer: ChatTokenizer, opened: bool
+    ) -> Rendered:
+        """What stays of a dialogue, in pieces."""
+        if not is_text(messages):
+            given = weights, opened, self.arguments, self.notes
+            return render_chat(messages, tokenizer.template, *given)
+        # special tokens in it are real: all of it is what the model writes
+        end = tokenizer.fast.eos_token or ""
+        text = messages[0]["content"].removesuffix(end) + end
+        return [[Piece(text, message_weight(messages[0], 0, True), "template")]]
 
     def fit(
         self, variants: Sequence[Tokenized], config: ChatConfig, rule: Rule
@@ -161,6 +161,7 @@ class Fitting:
         if limit is None or size <= limit:
             return _learnable(sequences, rule)
         if self.cut:
+            self.notes.append("the last answer is cut and teaches no end")
             return _learnable([Tokens(x[:limit], w[:limit]) for x, w in sequences], rule)
         # what a template writes once (BOS) counts with the first message; should that message go,
         # the next round counts again

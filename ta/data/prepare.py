@@ -482,7 +482,13 @@ def _build(
         drops = Drops(config.on_bad_record, config.max_bad_share, expected, dropped)
         for index, (source, (keep, _)) in enumerate(zip(sources, kept, strict=True)):
             for chunk in chunks(scan(index, source, keep, check, drops)):
-                done = _encode_chunk(chunk, source, encoder, drops)
+                jobs = encoder.jobs(chunk, source, drops)
+                try:
+                    results = encode_dialogues(*encoder.inputs(jobs))
+                except ValueError:
+                    # some record is wrong: encode smaller groups to find it
+                    results = pin_errors(lambda some: encode_dialogues(*encoder.inputs(some)), jobs)
+                done = encoder.usable(jobs, results, source, drops)
                 if done:
                     arrays.append(done)
                 used[index] += len({record.line for record, _ in done})
@@ -526,27 +532,59 @@ class RecordEncoder(NamedTuple):
     chat: ChatConfig
     kind: Kind
 
-    def jobs(self, record: Record, raw: bytes, system: str | None) -> list[ToEncode]:
-        """The dialogues of one record, with a source's own system prompt."""
-        data = record.data
-        for key in ("messages", "context"):
-            if system and key in data:
-                data = data | {key: with_system(data[key], system)}
-        groups = [self.kind.dialogues(data, self.tokenizer)]
-        if self.chat.split_turns:
-            groups = [[turn] for turn in turns_of(groups[0][0])] or groups
-        given = template_arguments(data)
-        return [ToEncode(record, raw, group, given, []) for group in groups]
+    def jobs(
+        self, chunk: list[tuple[Record, bytes]], source: Source, drops: Drops
+    ) -> list[ToEncode]:
+        """The dialogues of some records, with a source's own system prompt."""
+        jobs = []
+        for record, raw in chunk:
+            data = record.data
+            for key in ("messages", "context"):
+                if source.system_prompt and key in data:
+                    data = data | {key: with_system(data[key], source.system_prompt)}
+            try:
+                groups = [self.kind.dialogues(data, self.tokenizer)]
+            except ValueError as error:
+                drops.bad_record(record.source, source.path, record.line, error, raw)
+                continue
+            if self.chat.split_turns:
+                groups = [[turn] for turn in turns_of(groups[0][0])] or groups
+            given = template_arguments(data)
+            jobs += [ToEncode(record, raw, group, given, []) for group in groups]
+        return jobs
 
-    def encode(self, jobs: Sequence[ToEncode]) -> list[list[Tokens] | Drop]:
-        """The sequences of each job; ValueError where one is wrong."""
+    def inputs(self, jobs: Sequence[ToEncode]) -> tuple:
+        """What `encode_dialogues` takes; notes of an earlier try are gone."""
         for job in jobs:
             job.notes.clear()
         groups, given, notes = ([job[field] for job in jobs] for field in (2, 3, 4))
-        results = encode_dialogues(groups, self.tokenizer, self.chat, self.kind.rule, given, notes)
-        if not self.kind.distinct:
-            return results
-        return [result if isinstance(result, Drop) else drop_equal(result) for result in results]
+        return groups, self.tokenizer, self.chat, self.kind.rule, given, notes
+
+    def usable(
+        self,
+        jobs: Sequence[ToEncode],
+        results: Sequence[list[Tokens] | Drop | ValueError],
+        source: Source,
+        drops: Drops,
+    ) -> list[tuple[Record, Encoded]]:
+        """The records that can be used, encoded; the others are counted in `drops`."""
+        done, wrong = [], set()
+        for job, result in zip(jobs, results, strict=True):
+            index, line, data = record = job.record
+            if self.kind.distinct and isinstance(result, list):
+                result = drop_equal(result)
+            if line in wrong:
+                continue
+            if isinstance(result, ValueError):
+                wrong.add(line)
+                drops.bad_record(index, source.path, line, result, job.raw)
+            elif isinstance(result, Drop):
+                drops.drop(index, source.path, line, result.reason)
+            else:
+                for note in job.notes:
+                    drops.note(index, line, note)
+                done.append((record, self.encoded(result, data)))
+        return done
 
     def encoded(self, seqs: list[Tokens], record: dict) -> Encoded:
         """The sequences with what else the method needs of the record."""
@@ -557,33 +595,6 @@ class RecordEncoder(NamedTuple):
             keep_end = kind.rule.within(self.chat).keep_end
             media = kind.media(record, seqs[0].ids, self.tokenizer, keep_end)
         return Encoded(seqs, kind.extras(record) if kind.extras else {}, media)
-
-
-def _encode_chunk(
-    chunk: list[tuple[Record, bytes]], source: Source, encoder: RecordEncoder, drops: Drops
-) -> list[tuple[Record, Encoded]]:
-    """The records of a chunk that can be used, encoded; the others are counted in `drops`."""
-    jobs: list[ToEncode] = []
-    for record, raw in chunk:
-        try:
-            jobs += encoder.jobs(record, raw, source.system_prompt)
-        except ValueError as error:
-            drops.bad_record(record.source, source.path, record.line, error, raw)
-    done, wrong = [], set()
-    for job, result in zip(jobs, pin_errors(encoder.encode, jobs), strict=True):
-        index, line, data = record = job.record
-        if line in wrong:
-            continue
-        if isinstance(result, ValueError):
-            wrong.add(line)
-            drops.bad_record(index, source.path, line, result, job.raw)
-        elif isinstance(result, Drop):
-            drops.drop(index, source.path, line, result.reason)
-        else:
-            for note in job.notes:
-                drops.note(index, line, note)
-            done.append((record, encoder.encoded(result, data)))
-    return done
 
 
 class Arrays:
