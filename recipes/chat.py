@@ -101,7 +101,7 @@ def obey(command: str, messages: list[dict]) -> list[dict]:
             raise ValueError("/retry: nothing has been asked yet")
         return messages[: asked[-1] + 1]
     if word == "/save" and text:
-        ta.append_line(Path(text), {"messages": messages})
+        ta.append_line(text, {"messages": messages}, durable=True)
         ta.parallel.tell(f"written to {text}")
         return messages
     if word != "/help":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ta
-from ta.files import write_atomic
+from ta.files import locked_file, write_atomic
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,8 @@ class Config:
 
 def main(config: Config) -> None:
     out = Path(config.out)
-    if out.exists() and not config.overwrite:
-        raise ValueError(f"--out {out} exists: give another file, or --overwrite to replace it")
-    write_atomic(out, ta.comparison([Path(run) for run in config.runs]))
+    with locked_file(out, config.overwrite):
+        write_atomic(out, ta.comparison([Path(run) for run in config.runs]))
     ta.parallel.say(f"done: {out}, open it in a browser")
 
 

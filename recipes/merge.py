@@ -128,7 +128,6 @@ def main(config: Config) -> None:
     from ta.model.export import check_room, check_tokenizer, model_bytes, save_model, stored_dtype
 
     out, inputs = Path(config.out).resolve(), [Path(base).resolve(), Path(adapter).resolve()]
-    check_out(config, [*inputs, media])
     with locked(out):
         check_out(config, [*inputs, media])
         model = load_base(config.model, adapter)

@@ -128,21 +128,20 @@ def main(config: Config) -> None:
         raise ValueError(
             f"--as-pairs takes the best and the worst answer by reward: leave {other} out"
         )
-    out = ta.AnswersFile(config.out, overwrite=config.overwrite)
     lines, repeated, without = [], 0, 0
-    for place, record in enumerate(ta.read_records(config.data, check_candidates)):
-        answers = record.data["answers"]
-        if not config.keep_duplicates:
-            answers = distinct(answers, record.data.get("rewards") or {})
-            repeated += len(record.data["answers"]) - len(answers)
-        made = lines_of(config, place, record.data, answers)
-        without += not made
-        lines += made
-    with locked(out.path):
-        ta.AnswersFile(config.out, overwrite=config.overwrite)  # none has been written meanwhile
+    with locked(config.out):
+        ta.AnswersFile(config.out, overwrite=config.overwrite)  # ValueError where it stands
+        for place, record in enumerate(ta.read_records(config.data, check_candidates)):
+            answers = record.data["answers"]
+            if not config.keep_duplicates:
+                answers = distinct(answers, record.data.get("rewards") or {})
+                repeated += len(record.data["answers"]) - len(answers)
+            made = lines_of(config, place, record.data, answers)
+            without += not made
+            lines += made
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_atomic(out.path, text)
-    ta.parallel.tell(f"{out.path}: {len(lines):,} lines")
+        write_atomic(config.out, text)
+    ta.parallel.tell(f"{config.out}: {len(lines):,} lines")
     if repeated:
         ta.parallel.tell(
             f"note: {repeated:,} answers that repeat another one of their record were left out "

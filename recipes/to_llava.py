@@ -40,24 +40,26 @@ def main(config: Config) -> None:
     from ta.model.export import stored_dtype
 
     out = Path(config.out)
-    if out.exists():
-        raise ValueError(f"--out {out} exists: give a new folder")
-    source = ta.ModelConfig(model_path=config.model_path, dtype="float32", hub=config.hub)
-    files = ta.media.MediaFiles(image_root=".", image_encoder_path=config.image_encoder_path)
-    folders = ta.resolve(source)
-    media = ta.media.reopen_media(folders.media or folders.base, files, (), "cpu", hub=config.hub)
-    if media is None:
-        raise ValueError(
-            f"{config.model_path} has no media.json, so it reads no pictures: "
-            "give RUN/final of recipes/multimodal.py"
-        )
-    ta.media.check_llava(media)
-    tokenizer = ta.load_chat_tokenizer(
-        source, ta.TokenizerConfig(), ta.ChatConfig(), media.placeholders
-    )
-    model = ta.media.media_model_for_inference(media, tokenizer, ta.load_for_inference(source))
-    dtype = getattr(torch, config.export_dtype or "", None) or stored_dtype(folders.base)
     with locked(out):
+        if out.exists():
+            raise ValueError(f"--out {out} exists: give a new folder")
+        source = ta.ModelConfig(model_path=config.model_path, dtype="float32", hub=config.hub)
+        files = ta.media.MediaFiles(image_root=".", image_encoder_path=config.image_encoder_path)
+        folders = ta.resolve(source)
+        media = ta.media.reopen_media(
+            folders.media or folders.base, files, (), "cpu", hub=config.hub
+        )
+        if media is None:
+            raise ValueError(
+                f"{config.model_path} has no media.json, so it reads no pictures: "
+                "give RUN/final of recipes/multimodal.py"
+            )
+        ta.media.check_llava(media)
+        tokenizer = ta.load_chat_tokenizer(
+            source, ta.TokenizerConfig(), ta.ChatConfig(), media.placeholders
+        )
+        model = ta.media.media_model_for_inference(media, tokenizer, ta.load_for_inference(source))
+        dtype = getattr(torch, config.export_dtype or "", None) or stored_dtype(folders.base)
         gap = ta.media.export_llava(media, model, tokenizer, out, dtype)
     name = str(dtype).removeprefix("torch.")
     ta.parallel.tell(f"{config.model_path} -> {out} ({name}; logits agree to {gap:.1g})")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from types import MappingProxyType
@@ -15,6 +17,11 @@ from ta.flags import our_words, settings_of, short_help
 from ta.printable import one_line
 
 WRONG_INPUT, NO_ROOM = 2, 3
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MAKE_ROOM = (
+    "free some and give the same command again, with --resume where it has that flag; what it had "
+    "written before is kept"
+)
 NO_MEMORY = (
     "out of memory: lower --max-tokens-per-micro or --slots, give --activation-checkpointing or "
     "--adapter lora, or use more devices (--dry-run shows what each part takes)"
@@ -154,20 +161,32 @@ def guard(action: Callable[[], Any]) -> int:
         return 0
     try:
         action()
-    except ValueError as error:
-        return _say(error, WRONG_INPUT)
-    except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        return _say(error, NO_ROOM)
-    except OSError as error:
-        return _say(error, NO_ROOM if error.errno in (28, 122, 30) else WRONG_INPUT)
-    except (MemoryError, RuntimeError) as error:
-        # torch has a type of its own, and is not loaded for an answer without it
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
-            raise
-        return _say(NO_MEMORY, NO_ROOM)
     except KeyboardInterrupt:
         return _say("stopped", 130)
+    except Exception as error:
+        if _disk_full(error):
+            return _say(f"no room on the disk ({error}): {MAKE_ROOM}", NO_ROOM)
+        if isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError):
+            return _say(error, NO_ROOM)
+        if isinstance(error, ValueError | OSError):
+            return _say(
+                error, NO_ROOM if getattr(error, "errno", 0) == errno.EROFS else WRONG_INPUT
+            )
+        # torch has a type of its own, and is not loaded for an answer without it
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            return _say(NO_MEMORY, NO_ROOM)
+        raise
     return 0
+
+
+def _disk_full(error: BaseException) -> bool:
+    """Whether a disk without room is the cause; libraries in Rust tell it by text alone."""
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(told[1]) if told else getattr(error, "errno", None)
+    if number in DISK_FULL:
+        return True
+    earlier = error.__cause__ or error.__context__
+    return earlier is not None and _disk_full(earlier)
 
 
 def _say(error: object, code: int) -> int:

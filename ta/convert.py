@@ -131,6 +131,7 @@ def _imagebind(source: Path, target: Path) -> str:
     """The trunks of pictures and sounds of the published ImageBind."""
     from ta.media.imagebind import AUDIO_HUGE, IMAGE_HUGE, convert_checkpoint
 
-    for config in (IMAGE_HUGE, AUDIO_HUGE):
-        convert_checkpoint(source, target / config.modality, config)
+    with publishing(target) as folder:
+        for config in (IMAGE_HUGE, AUDIO_HUGE):
+            convert_checkpoint(source, folder / config.modality, config)
     return f"{target}: image and audio, for --image-encoder-path and --audio-encoder-path"

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 # ns; a file written later than this before its hashing may change again within one clock tick
 SETTLED = 2_000_000_000
+SMALL = 4 << 20  # bytes that are hashed in some 10 ms
 ASIDE = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d{1,9})(@(?P<host>[^@]*))?\.(?P<kind>tmp|old)")
 
 
@@ -81,8 +82,10 @@ def _renamed(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
-def append_line(path: str | Path, record: dict) -> None:
-    """Append one JSON object as a line; a last line that a kill has torn is cut off first."""
+def append_line(path: str | Path, record: dict, durable: bool = False) -> None:
+    """Append one JSON object as a line; a last line that a kill has torn is cut off first. A
+    `durable` line is on the disk, with the name of its file, when this returns.
+    """
     with open(path, "ab+") as file:
         if end := file.tell():
             file.seek(end - 1)
@@ -90,6 +93,9 @@ def append_line(path: str | Path, record: dict) -> None:
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
         file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+    if durable:
+        sync(Path(path))
+        sync(Path(path).parent)
 
 
 def read_json_lines(path: str | Path) -> list[dict]:
@@ -308,7 +314,8 @@ def locked(
 
     Processes that write one output together each give the name of their `share`. Where another
     process holds it, ValueError; or `waiting` is called and the lock waited for. The lock ends with
-    the process, however that ends.
+    the process, however that ends. What killed processes left aside of the output and of its parts
+    is taken away, so nothing of it may be written aside before.
     """
     out = Path(out)
     path = out / ".lock" if inside else out.with_name(f".{out.name}{share and '.'}{share}.lock")
@@ -316,9 +323,20 @@ def locked(
     file, held = _take(path, out, waiting)
     with file:
         try:
+            clean_up(out)
+            clean_up(Parts(out).folder)
             yield held
         finally:
             path.unlink(missing_ok=True)  # while it is held: who waits for it sees that it has gone
+
+
+@contextmanager
+def locked_file(out: str | Path, overwrite: bool) -> Iterator[None]:
+    """Hold the lock of a file to write; ValueError where it exists and is not to be replaced."""
+    with locked(out):
+        if os.path.exists(out) and not overwrite:
+            raise ValueError(f"--out {out} exists: give another file, or --overwrite to replace it")
+        yield
 
 
 def hold_lock(out: str | Path) -> IO[str]:
@@ -458,9 +476,11 @@ class Column:
         self.file.close()
 
 
-def open_arrays(folder: Path) -> tuple[dict[str, ndarray], dict[str, Any]] | str:
+def open_arrays(
+    folder: Path, verify: bool = False
+) -> tuple[dict[str, ndarray], dict[str, Any]] | str:
     """The memory-mapped arrays of a published folder by name, and its info; or what is wrong with
-    it, "" if it is not there.
+    it, "" if it is not there. With `verify` large files too are compared with their hashes.
     """
     import numpy as np
 
@@ -468,10 +488,10 @@ def open_arrays(folder: Path) -> tuple[dict[str, ndarray], dict[str, Any]] | str
         return ""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        for name, size in manifest["sizes"].items():
-            if (found := (folder / name).stat().st_size) != size:
-                return f"{name} has {found} bytes instead of {size}"
-        names = [name for name in manifest["sizes"] if name.endswith(".npy")]
+        for name, known in manifest["files"].items():
+            if why := damage(folder / name, known, verify or None):
+                return why
+        names = [name for name in manifest["files"] if name.endswith(".npy")]
         arrays = {
             name[:-4]: np.asarray(np.load(folder / name, mmap_mode="r", allow_pickle=False))
             for name in names
@@ -504,8 +524,8 @@ def made_once(
 
 def write_manifest(folder: Path, info: dict[str, Any]) -> None:
     """Write the manifest that `open_arrays` checks the files of `folder` against."""
-    sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
-    (folder / "manifest.json").write_text(json.dumps({"sizes": sizes, "info": info}))
+    files = {file.name: digest(file) for file in folder.iterdir()}
+    (folder / "manifest.json").write_text(json.dumps({"files": files, "info": info}))
 
 
 # Data sets on the hub
@@ -577,6 +597,28 @@ def content_hash(path: str | Path, notes: Path | None = None) -> str:
     if before == stamp(path) and time.time_ns() - max(before[1:3]) > SETTLED:
         write_atomic(note, json.dumps({"stamp": before, "sha256": digest}))
     return digest
+
+
+def digest(path: Path) -> dict[str, Any]:
+    """What `damage` compares a file with: {"size", "sha256"}."""
+    return {"size": path.stat().st_size, "sha256": content_hash(path)}
+
+
+def damage(
+    path: Path, known: dict[str, Any], read: bool | None = None, notes: Path | None = None
+) -> str:
+    """How a file differs from its `digest`, or "". Its content is read where `read`; with None,
+    where it is small. `notes` are those of `content_hash`.
+    """
+    if not path.exists():
+        return f"{path.name} is missing"
+    if (size := path.stat().st_size) != known["size"]:
+        return f"{path.name} has {size} bytes instead of {known['size']}"
+    if read is None:
+        read = size <= SMALL
+    if read and content_hash(path, notes) != known["sha256"]:
+        return f"{path.name} does not have the hash in its manifest"
+    return ""
 
 
 def _sha256(path: str | Path) -> str:

@@ -38,7 +38,9 @@ def raises(error):
         (ValueError("--steps 0: give a number from 1 up"), 2, "--steps 0: give a number from 1 up"),
         (FileNotFoundError(errno.ENOENT, "No such file", "a.jsonl"), 2, "a.jsonl"),
         (PermissionError(errno.EACCES, "Permission denied", "out"), 3, "out"),
-        (OSError(errno.ENOSPC, "No space left on device", "out"), 3, "No space left"),
+        (OSError(errno.ENOSPC, "No space left on device", "out"), 3, "no room on the disk"),
+        (Exception("I/O error: File too large (os error 27)"), 3, "give the same command again"),
+        (OSError(errno.EROFS, "Read-only file system", "out"), 3, "Read-only"),
         (torch.OutOfMemoryError("CUDA out of memory"), 3, "--max-tokens-per-micro"),
         (MemoryError(), 3, "--max-tokens-per-micro"),
         (KeyboardInterrupt(), 130, "stopped"),
@@ -54,6 +56,16 @@ def test_one_line_and_an_exit_code(error, code, said, capsys):
 def test_what_a_user_cannot_cause_stays_a_traceback(error):
     with pytest.raises(type(error)):
         guard(raises(error))
+
+
+def test_a_full_disk_behind_another_error_is_told(capsys):
+    def action():
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            raise ValueError("the tokenizer cannot be written") from None
+
+    assert guard(action) == 3 and "no room on the disk" in capsys.readouterr().err
 
 
 def test_nothing_raised_is_success(capsys):

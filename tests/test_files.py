@@ -435,8 +435,8 @@ def write(folder, value=1):
     return {"value": value}
 
 
-def opened(folder):
-    found = open_arrays(folder)
+def opened(folder, verify=False):
+    found = open_arrays(folder, verify)
     return found if isinstance(found, str) else (found[0]["a"].tolist(), found[1])
 
 
@@ -488,6 +488,7 @@ def test_made_once_and_opened_after(tmp_path):
     [
         "a.npy missing",
         "a.npy short",
+        "a.npy flipped",
         "manifest.json missing",
         "manifest.json short",
         "manifest.json null",
@@ -501,9 +502,20 @@ def test_damage_is_said_and_mended(tmp_path, damage):
         (folder / name).unlink()
     else:
         content = (folder / name).read_bytes()
-        (folder / name).write_bytes(b"null" if how == "null" else content[: len(content) // 2])
+        flipped = content[:-1] + bytes([content[-1] ^ 1])
+        new = {"null": b"null", "flipped": flipped, "short": content[: len(content) // 2]}[how]
+        (folder / name).write_bytes(new)
     assert make(folder, 2, lines) == (([[2, 2]] * 4, {"value": 2}), True)
     assert len(lines) == 1 and "damaged" in lines[0] and str(folder) in lines[0]
+
+
+def test_a_large_file_is_compared_with_its_hash_on_a_word(tmp_path, monkeypatch):
+    make(tmp_path / "key")
+    array = tmp_path / "key" / "a.npy"
+    array.write_bytes(array.read_bytes()[:-1] + b"\7")
+    monkeypatch.setattr(files, "SMALL", 0)
+    assert opened(tmp_path / "key")[1] == {"value": 1}
+    assert opened(tmp_path / "key", verify=True) == "a.npy does not have the hash in its manifest"
 
 
 def test_a_failure_leaves_nothing_and_left_overs_go(tmp_path):

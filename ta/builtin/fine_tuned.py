@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +22,8 @@ from ta.builtin.model_folders import (
     SMALL,
     TUNED,
     WORDY,
-    builtin_cache,
     tuned_folder,
+    written,
 )
 from ta.builtin.models import TINY_BATCH, TINY_LR, TINY_STEPS
 from ta.recipe_files import PACKAGE, RECIPES
@@ -117,27 +118,28 @@ def fine_tune(name: str = TUNED) -> None:
         fine_tune(tuning.base)
     steps = tuning.steps
     parallel.say(f"no --model-path: fine-tuning {tuning.description} first, once ({steps} steps)")
-    run = folder.with_name(f"{folder.name}-run-{os.getpid()}")
     files, _ = data_or_builtin((), (), tuning.records)
-    try:
-        _run(
-            "sft",
-            *("--model-path", tuning.base, "--data", *files, "--out", run, "--steps", steps),
-            *("--batch-size", tuning.batch_size, "--lr", tuning.lr, "--log-every", steps),
-        )
-        # another process may have been faster
-        if not folder.exists():
-            os.rename(run / "final", folder)
-    finally:
-        shutil.rmtree(run, ignore_errors=True)
+    flags = ("--model-path", tuning.base, "--data", *files, "--steps", steps)
+    flags += ("--batch-size", tuning.batch_size, "--lr", tuning.lr, "--log-every", steps)
+    _made(folder.name, "sft", *flags)
 
 
 def builtin_index() -> Path:
     """The index of the built-in passages by the built-in encoder; it is built once."""
-    folder = builtin_cache() / "index"
-    if not folder.exists():
-        _run("build_index", "--passages", passages_file(), "--out", folder)
-    return folder
+    return _made("index", "build_index", "--passages", passages_file())
+
+
+def _made(name: str, recipe: str, *flags: object) -> Path:
+    """The built-in folder of that name; where it is not there, a recipe makes it."""
+
+    def make(folder: Path) -> None:
+        with tempfile.TemporaryDirectory() as place:
+            out = Path(place, "out")
+            _run(recipe, *flags, "--out", out)
+            made = out / "final" if (out / "final").exists() else out
+            shutil.copytree(made, folder, dirs_exist_ok=True)
+
+    return written(name, make)
 
 
 def _run(recipe: str, *flags: object) -> None:

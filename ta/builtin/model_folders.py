@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ta.builtin import models, pictures
-from ta.files import cache_folder, publishing
+from ta.files import cache_folder, locked, publishing
 
 # names for --model-path
 TUNED = "builtin-sft"
@@ -74,6 +74,10 @@ def written(name: str, write: Callable[[Path], None]) -> Path:
     folder = builtin_cache() / name
     if not folder.exists():
         # FileExistsError: another process published it first
-        with suppress(FileExistsError), publishing(folder) as temporary:
+        with (
+            locked(folder, waiting=lambda: None),
+            suppress(FileExistsError),
+            publishing(folder) as temporary,
+        ):
             write(temporary)
     return folder

@@ -104,6 +104,9 @@ class DataConfig:
     again (0 to 1)."""
     cache_dir: str = ""
     """Where prepared data is kept. Default: $TA_CACHE, or ta in the user's cache folder."""
+    verify: bool = False
+    """Read all of what was prepared before (and of an index) and compare it with its hashes, not
+    small files alone."""
 
 
 class Kind(NamedTuple):
@@ -661,7 +664,7 @@ def _open(
     Places of records are named by the present files. The reason is "" where the folder does not
     exist, or where it has too many bad records for `config`.
     """
-    opened = open_arrays(folder)
+    opened = open_arrays(folder, config.verify)
     if isinstance(opened, str):
         return opened
     arrays, info = opened

@@ -90,12 +90,9 @@ class FeatureFile:
             )
         if begun != about:
             self.parts.begin(about)
-        made: dict[str, str] = {}
-        for part in sorted(self.parts.keys()):
-            made |= json.loads(self.parts.load(part)[1]["hashes"])
         self.hashes = {
             key: value
-            for key, value in made.items()
+            for key, value in _held(self.parts).items()
             if key in paths and content_hash(paths[key]) == value
         }
 
@@ -289,7 +286,7 @@ def extract(
         )
     skipped: list[tuple[str, str]] = []
     with locked(out):
-        check_absent(Path(out), overwrite)
+        _check_absent(Path(out), overwrite)
         partial = FeatureFile(Path(out), layout, paths, overwrite)
         before = len(partial.hashes)
         batch: list[tuple[str, str, np.ndarray]] = []
@@ -326,13 +323,34 @@ def extract(
 
 
 def check_absent(out: Path, overwrite: bool = False) -> None:
-    """ValueError where something stands at `out`; with `overwrite`, where it is no cache."""
-    if out.exists() and not overwrite:
-        raise ValueError(f"--out {out} exists: give another file, or --overwrite to replace it")
+    """ValueError where something stands at `out`, with `overwrite` where it is no cache, and where
+    another process writes it. What a kill has left beside a finished cache is taken away.
+    """
+    with locked(out):
+        _check_absent(out, overwrite)
+
+
+def _check_absent(out: Path, overwrite: bool) -> None:
+    """`check_absent` under the lock of `out`."""
     if out.exists() and not _is_cache(_opened(out)[1]):
         raise ValueError(
             f"--out {out} is no cache of features, so it is not overwritten: give another file"
         )
+    if out.exists() and not overwrite:
+        parts, made = Parts(out), read_features(out)
+        begun = parts.about()
+        if begun and begun[1] == made.fingerprint and _held(parts).items() <= made.hashes.items():
+            parts.clear()  # the cache holds all of them: it was published before the kill
+        raise ValueError(f"--out {out} exists: give another file, or --overwrite to replace it")
+
+
+def _held(parts: Parts) -> dict[str, str]:
+    """{key: content hash} of what the parts hold; of what was encoded twice the last one counts."""
+    return {
+        key: value
+        for part in sorted(parts.keys())
+        for key, value in json.loads(parts.load(part)[1]["hashes"]).items()
+    }
 
 
 def _is_cache(metadata: Mapping[str, str]) -> bool:

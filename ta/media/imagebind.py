@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ta.files import publishing
 from ta.folders import read_json, read_tensors
 
 
@@ -245,11 +246,10 @@ def convert_checkpoint(checkpoint: str | Path, folder: str | Path, config: Trunk
     weights = convert_weights(published, config.modality)
     with torch.device("meta"):
         _check(Trunk(config), weights, checkpoint)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file(weights, str(Path(folder) / "model.safetensors"))
-    (Path(folder) / "config.json").write_text(
-        json.dumps({"model_type": "imagebind", **asdict(config)}, indent=2) + "\n"
-    )
+    with publishing(folder) as aside:
+        save_file(weights, str(aside / "model.safetensors"))
+        text = json.dumps({"model_type": "imagebind", **asdict(config)}, indent=2) + "\n"
+        (aside / "config.json").write_text(text)
 
 
 def load_trunk(folder: str | Path) -> Trunk:

@@ -22,6 +22,7 @@ from ta.files import (
     cache_folder,
     check_replaceable,
     content_hash,
+    damage,
     locked,
     publishing,
     shares,
@@ -73,13 +74,16 @@ class Index(NamedTuple):
     encoder: str  # folder of that encoder, which embeds the questions too
 
 
-def open_index(path: str | Path, encoder_path: str | None = None, hub: bool = False) -> Index:
+def open_index(
+    path: str | Path, encoder_path: str | None = None, hub: bool = False, verify: bool = False
+) -> Index:
     """The index in a folder, with the encoder it was built with, or a copy of it in `encoder_path`.
 
-    A run of rag.py stands for its index; with `hub` the encoder may be a name on the hub.
+    A run of rag.py stands for its index; with `hub` the encoder may be a name on the hub. With
+    `verify` large files are read and compared with their hashes too.
 
-    ValueError where there is no index, where its encoder is gone or another one, where its passages
-    have changed, and where its file of vectors is damaged.
+    ValueError where there is no index, where its encoder is gone or another one, and where its
+    passages or vectors are not those that were written.
     """
     from safetensors import safe_open
 
@@ -98,7 +102,8 @@ def open_index(path: str | Path, encoder_path: str | None = None, hub: bool = Fa
         settings = EmbeddingSettings(**manifest["reading"])
         PassageSettings(**manifest.get("joining", {}))
         encoder = str((folder / manifest["encoder_path"]).resolve())
-        changed = _passages_changed(folder / PASSAGES, manifest)
+        files = (folder / PASSAGES, folder / VECTORS)
+        changed = [why for path in files if (why := _changed(path, manifest, verify))]
         built_with = manifest["encoder"]
     if encoder_path:
         encoder = encoder_folder(encoder_path, hub)
@@ -106,8 +111,7 @@ def open_index(path: str | Path, encoder_path: str | None = None, hub: bool = Fa
         raise ValueError(f"{path}: its encoder is not at {encoder} any more; give --encoder-path")
     if changed:
         raise ValueError(
-            f"{folder / PASSAGES} has changed since the index was built, or is gone: "
-            "build the index anew"
+            f"{folder} has changed since the index was built ({changed[0]}): build the index anew"
         )
     vectors_file = folder / VECTORS
     with loading(vectors_file, "vectors of an index"), safe_open(vectors_file, "pt") as file:
@@ -131,14 +135,16 @@ def open_index(path: str | Path, encoder_path: str | None = None, hub: bool = Fa
     return Index(folder, vectors, passages, manifest, settings, encoder)
 
 
-def _passages_changed(path: Path, manifest: dict[str, Any]) -> bool:
-    """Whether the file of passages is another one than was embedded; it is read only if need be."""
-    if not path.exists() or stamp(path)[0] != manifest["passages_stamp"][0]:
-        return True
-    if stamp(path)[:2] == manifest["passages_stamp"]:
-        return False
+def _changed(path: Path, manifest: dict[str, Any], verify: bool) -> str:
+    """How a file differs from what was written, or ""."""
+    if f"{path.stem}_stamp" not in manifest:  # the vectors of an index of an earlier version
+        return ""
+    size, changed = manifest[f"{path.stem}_stamp"]
     # a copy has another time of change and the same content
-    return content_hash(path, cache_folder("") / "hashes") != manifest["passages_sha256"]
+    copied = path.exists() and stamp(path)[1] != changed
+    notes = cache_folder("") / "hashes" if copied and not verify else None
+    known = {"size": size, "sha256": manifest[f"{path.stem}_sha256"]}
+    return damage(path, known, verify or copied or None, notes)
 
 
 def begin_index(
@@ -157,38 +163,39 @@ def begin_index(
     """
     import torch
 
-    parts = Parts(out)
     if resume and overwrite:
         raise ValueError(
             "--resume goes on with an index and --overwrite deletes it: give one of the two"
         )
-    begun = parts.about()
-    if _stands(out):
-        if not (overwrite or (resume and begun)):
-            raise ValueError(
-                f"--out {out} exists: give another folder, or --overwrite to build it anew"
-            )
-        check_replaceable(out, "index", MANIFEST, MARKS, NAMES)
-    if begun and not (resume or overwrite):
-        raise ValueError(
-            f"--out {out} was begun and not finished: give --resume to go on, "
-            "or --overwrite to start anew"
-        )
-    folder = encoder_folder(config.encoder_path, config.hub)
-    notes = cache_folder("") / "hashes"
-    settings = embedding_settings(folder, config)
-    parsed = [parse_source(text) for text in sources]
-    made_of = {
-        "format": FORMAT,
-        "encoder": fingerprint(folder),
-        "encoder_path": str(Path(folder).resolve()),
-        "reading": json.loads(json.dumps(settings._asdict())),
-        "width": width_of(folder),
-        "sources": [[source_hash(source.path, notes), *source[1:]] for source in parsed],
-    }
+    parts = Parts(out)
     with ExitStack() as stack:
         for share in sorted({"part-0"} | shares(out)):
             stack.enter_context(locked(out, share=share))
+        begun = parts.about()
+        if _stands(out):
+            if not (overwrite or (resume and begun)):
+                more = "--resume to finish what was begun, " if begun else ""
+                raise ValueError(
+                    f"--out {out} exists: give another folder, {more}or --overwrite to build it "
+                    "anew"
+                )
+            check_replaceable(out, "index", MANIFEST, MARKS, NAMES)
+        elif begun and not (resume or overwrite):
+            raise ValueError(
+                f"--out {out} was begun and not finished: give --resume to go on, "
+                "or --overwrite to start anew"
+            )
+        folder = encoder_folder(config.encoder_path, config.hub)
+        parsed = [parse_source(text) for text in sources]
+        notes = cache_folder("") / "hashes"
+        made_of = {
+            "format": FORMAT,
+            "encoder": fingerprint(folder),
+            "encoder_path": str(Path(folder).resolve()),
+            "reading": json.loads(json.dumps(embedding_settings(folder, config)._asdict())),
+            "width": width_of(folder),
+            "sources": [[source_hash(source.path, notes), *source[1:]] for source in parsed],
+        }
         if resume and begun and OFFSETS in parts.keys():  # noqa: SIM118 no mapping
             if changed := [key for key in made_of if begun[key] != made_of[key]]:
                 raise ValueError(
@@ -196,8 +203,6 @@ def begin_index(
                     "give the same, or --overwrite"
                 )
             return Begun(len(_offsets(parts)) - 1, made_of)
-        if _stands(out) and not (overwrite or begun):
-            raise ValueError(f"--out {out} was written by another process meanwhile")
         parts.begin(made_of)
         try:
             with writing(parts.folder / PASSAGES) as aside:
@@ -314,8 +319,8 @@ def _write(folder: Path, passages: Passages, vectors: Tensor, manifest: dict[str
     shutil.copyfile(passages.path, folder / PASSAGES)
     tensors = {OFFSETS: torch.from_numpy(passages.offsets), "vectors": vectors.float().cpu()}
     save_file({name: x.contiguous() for name, x in tensors.items()}, folder / VECTORS)
-    known = {
-        "passages_sha256": content_hash(folder / PASSAGES),
-        "passages_stamp": stamp(folder / PASSAGES)[:2],
-    }
+    known = {}
+    for path in (folder / PASSAGES, folder / VECTORS):
+        known[f"{path.stem}_stamp"] = stamp(path)[:2]
+        known[f"{path.stem}_sha256"] = content_hash(path)
     (folder / MANIFEST).write_text(json.dumps({**manifest, **known}, indent=2))

@@ -146,6 +146,7 @@ def retrieve_for_prompts(
     chat: ChatConfig,
     device: str,
     hub: bool = False,
+    verify: bool = False,
 ) -> list:
     """Put the passages found before the question of each (record, prompt ids).
 
@@ -155,12 +156,12 @@ def retrieve_for_prompts(
     from ta.rag.embedding import open_encoder
 
     if config.index is None:
-        if config != RetrievalConfig():
+        if config != RetrievalConfig() or verify:
             raise ValueError(
                 "settings of retrieval without --index: give the index too, or leave them out"
             )
         return records
-    index = open_index(config.index, config.encoder_path, hub)
+    index = open_index(config.index, config.encoder_path, hub, verify)
     encoder, encoder_tokenizer = open_encoder(index.encoder, index.embedding_settings, device)
     settings = passage_settings(config, index.manifest)
     retriever = retriever_of(index, encoder_tokenizer, tokenizer, chat, settings, device)

@@ -14,7 +14,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ta.files import clean_up, content_hash, hash_json, remove_whole, sync
+from ta.files import clean_up, damage, digest, hash_json, remove_whole, sync
 from ta.model.export import published
 from ta.parallel import gather_objects, local_rows, rank, world
 
@@ -80,7 +80,7 @@ def save(
         try:
             save_file(tensors, temporary / name)
             sync(temporary / name)
-            entry = {"file": name, "rows": rows, **_digest(temporary / name)}
+            entry = {"file": name, "rows": rows, **digest(temporary / name)}
         except Exception as error:
             # every rank must learn of this first, or the others would wait for one without room
             failure, entry = error, {"failed": f"rank {rank()}: {error}"}
@@ -131,7 +131,7 @@ def _optimizer_state(
 
     tensors, numbers = {}, {}
     for name, parameter in trained(model).items():
-        for key, value in optimizer.state.get(parameter, {}).items():
+        for key, value in sorted(optimizer.state.get(parameter, {}).items()):
             if torch.is_tensor(value) and (value.dim() or key != "step"):
                 tensors[f"{key}/{name}"] = value
             elif value is not None:
@@ -299,19 +299,10 @@ def _damage(path: Path, hashes: bool = True) -> str:
         if manifest["step"] != _number(path):
             return f"its manifest is of step {manifest['step']}"
         for shard in manifest["shards"]:
-            file = path / shard["file"]
-            if not file.exists():
-                return f"{shard['file']} is missing"
-            if file.stat().st_size != shard["size"]:
-                return f"{shard['file']} has {file.stat().st_size} bytes instead of {shard['size']}"
-            if hashes and _digest(file)["sha256"] != shard["sha256"]:
-                return f"{shard['file']} does not have the hash in its manifest"
+            if reason := damage(path / shard["file"], shard, hashes):
+                return reason
     except (FileNotFoundError, NotADirectoryError):
         return "manifest.json is missing"
     except (ValueError, KeyError, TypeError, AttributeError):
         return "manifest.json is damaged"
     return ""
-
-
-def _digest(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": content_hash(path)}

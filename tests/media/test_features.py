@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ta.files import content_hash, locked
+from ta.files import Parts, content_hash, locked
 from ta.media.features import (
     FeatureFile,
     Layout,
+    check_absent,
     check_features,
     content_hashes,
     extract,
@@ -135,6 +136,25 @@ def test_a_killed_run_goes_on_and_a_second_one_is_refused(tmp_path, paths):
     assert extract(out, paths, read, encode, LAYOUT, batch_size=3).encoded == 2
     assert out.read_bytes() == whole.read_bytes()
     assert sorted(os.listdir(tmp_path)) == ["c", "media", "whole"]
+
+
+def test_parts_that_a_kill_left_beside_their_cache_go(tmp_path, paths, monkeypatch):
+    out, parts = tmp_path / "c", tmp_path / ".c.parts"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Parts, "clear", stop_after(0))
+        extract(out, paths, read, encode, LAYOUT)
+    assert out.exists() and parts.exists()
+    with pytest.raises(ValueError, match="exists"):
+        check_absent(out)
+    assert not parts.exists()
+    # what is begun to replace a cache holds more than it, and stays
+    paths["sub/0.png"].write_text("9")
+    with pytest.raises(KeyboardInterrupt):
+        extract(out, paths, read, stop_after(1), LAYOUT, batch_size=3, overwrite=True)
+    with pytest.raises(ValueError, match="exists"):
+        check_absent(out)
+    assert parts.exists()
+    assert extract(out, paths, read, encode, LAYOUT, overwrite=True).encoded == 5
 
 
 def test_a_cache_of_an_earlier_version_is_refused_in_a_line(tmp_path):

@@ -1,6 +1,7 @@
 """Exact search equals a full sort, ties by place; an index that does not fit is refused."""
 
 import json
+import os
 import shutil
 import sys
 
@@ -86,7 +87,7 @@ def test_an_index_is_opened_as_it_was_built_and_after_a_copy(made, index):
     torch.testing.assert_close(first.vectors.norm(dim=1), torch.ones(30))
 
 
-def test_an_index_that_does_not_fit_is_refused(made, index, tmp_path):
+def test_an_index_that_does_not_fit_is_refused(made, index, tmp_path, monkeypatch):
     def refused(words, **more):
         with pytest.raises(ValueError, match=words):
             open_index(index, **more)
@@ -108,11 +109,23 @@ def test_an_index_that_does_not_fit_is_refused(made, index, tmp_path):
     passages = index / "passages.jsonl"
     lines = passages.read_text()
     passages.write_text(lines.replace("cat", "cow", 1))
-    refused("passages.jsonl has changed since the index was built")
+    refused("has changed since the index was built .passages.jsonl does not have the hash")
     passages.write_text(lines[:-1])
-    refused("passages.jsonl has changed")
+    refused("has changed since the index was built .passages.jsonl has")
     passages.write_text(lines)
-    (index / "vectors.safetensors").write_bytes((index / "vectors.safetensors").read_bytes()[:-4])
+    vectors = index / "vectors.safetensors"
+    content, before = vectors.read_bytes(), vectors.stat()
+    vectors.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    refused("has changed since the index was built .vectors.safetensors does not have the hash")
+    monkeypatch.setattr("ta.files.SMALL", 0)  # as if it were large: read on a word, or as a copy
+    refused("vectors.safetensors does not have the hash")
+    os.utime(vectors, ns=(before.st_atime_ns, before.st_mtime_ns))
+    open_index(index)
+    refused("vectors.safetensors does not have the hash", verify=True)
+    vectors.write_bytes(content[:-4])
+    refused("vectors.safetensors has")
+    older = {k: x for k, x in json.loads(text).items() if not k.startswith("vectors")}
+    manifest.write_text(json.dumps(older))
     refused("vectors.safetensors does not load as vectors of an index")
     manifest.unlink()
     refused("no index at")
