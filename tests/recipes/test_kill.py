@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from small import prepared, sft_step, tiny
 
 from ta.data.loader import BatchConfig, train_batches
@@ -17,37 +18,28 @@ from ta.training.optim import OptimConfig, adamw
 from ta.training.run_folder import LoopConfig, Run
 
 STEPS = 12
+pytestmark = pytest.mark.slow
 
 
-def model_of(lora):
-    model = tiny()
-    if lora:
-        from peft import LoraConfig, get_peft_model
-
-        torch.manual_seed(1)
-        model.inner = get_peft_model(
-            model.inner,
-            LoraConfig(target_modules="all-linear", lora_dropout=0.3, fan_in_fan_out=True),
-        )
-    return model
-
-
-def work(folder, lora):
-    """Train to the end, going on from what is there."""
+def work(folder):
+    """Train an adapter with dropout to the end, going on from what is there."""
     config = BatchConfig(steps=STEPS, batch_size=8, max_tokens_per_micro=100)
     run = Run(LoopConfig(out=str(folder), save_every=1, log_every=1, resume=True))
-    model, optim = model_of(lora), OptimConfig(lr=1e-2)
+    model, optim = tiny(), OptimConfig(lr=1e-2)
+    torch.manual_seed(1)
+    lora = LoraConfig(target_modules="all-linear", lora_dropout=0.3, fan_in_fan_out=True)
+    model.inner = get_peft_model(model.inner, lora)
     train(run, model, train_batches(prepared(), config), sft_step, adamw(model, optim), optim)
 
 
-def in_child(folder, lora, before=lambda: None) -> int:
+def in_child(folder, before=lambda: None) -> int:
     """The pid of a new process that works in `folder`, quietly."""
     if pid := os.fork():
         return pid
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         before()
-        work(folder, lora)
+        work(folder)
         os._exit(0)
     finally:
         os._exit(1)
@@ -63,60 +55,43 @@ def outcome(folder):
     return (found.path / "shard-0.safetensors").read_bytes(), losses
 
 
-@pytest.fixture(params=[False, True], ids=["full", "lora"])
-def undisturbed(request, tmp_path):
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
     torch.set_num_threads(1)
-    folder = tmp_path / "whole"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("whole")
     start = time.perf_counter()
-    assert os.waitpid(in_child(folder, request.param), 0)[1] == 0
-    return request.param, time.perf_counter() - start, outcome(folder)
+    assert os.waitpid(in_child(folder), 0)[1] == 0
+    return time.perf_counter() - start, outcome(folder)
 
 
-@pytest.mark.slow
-def test_killed_at_twenty_random_moments(undisturbed, tmp_path):
-    lora, seconds, expected = undisturbed
-    folder, generator, kills = tmp_path / "killed", random.Random(0), 0
-    folder.mkdir()
-    while kills < 20:
-        pid = in_child(folder, lora)
-        time.sleep(generator.uniform(0.1, 0.9) * seconds * 0.7)
+def test_killed_at_random_moments(undisturbed, tmp_path):
+    seconds, expected = undisturbed
+    generator = random.Random(0)
+    for _ in range(8):
+        pid = in_child(tmp_path)
+        time.sleep(generator.uniform(0.05, 0.5) * seconds)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        kills += 1
-        if (
-            folder / "checkpoints" / f"step-{STEPS:08d}"
-        ).exists():  # it came to its end: start over
-            assert outcome(folder) == expected
-            os.rename(folder, tmp_path / f"done-{kills}")
-            folder.mkdir()
-    assert os.waitpid(in_child(folder, lora), 0)[1] == 0
-    assert outcome(folder) == expected
+    assert os.waitpid(in_child(tmp_path), 0)[1] == 0
+    assert outcome(tmp_path) == expected
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("call", ["fsync", "rename", "open"])
-def test_killed_inside_a_save(undisturbed, tmp_path, call):
+def test_killed_inside_a_save(undisturbed, tmp_path):
     """Die at the first, second, ... of the calls that make a save durable."""
-    lora, _, expected = undisturbed
-    folder = tmp_path / "killed"
-    folder.mkdir()
-    for count in (1, 3, 4, 7):
+    for call, count in (("fsync", 1), ("rename", 1), ("open", 7), ("fsync", 4), ("rename", 3)):
 
-        def die(count=count):
-            real, seen = getattr(os, call), 0
+        def die(call=call, count=count):
+            real, left = getattr(os, call), iter(range(count - 1))
 
             def counted(*args, **more):
-                nonlocal seen
-                seen += 1
-                if seen == count:
+                if next(left, None) is None:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return real(*args, **more)
 
             setattr(os, call, counted)
 
-        os.waitpid(in_child(folder, lora, die), 0)
-        found = checkpoint.newest(folder / "checkpoints")
+        assert os.WIFSIGNALED(os.waitpid(in_child(tmp_path, die), 0)[1])
+        found = checkpoint.newest(tmp_path / "checkpoints")
         assert found is None or not found.damaged
-    assert os.waitpid(in_child(folder, lora), 0)[1] == 0
-    assert outcome(folder) == expected
+    assert os.waitpid(in_child(tmp_path), 0)[1] == 0
+    assert outcome(tmp_path) == undisturbed[1]
