@@ -4,9 +4,11 @@
     python recipes/evaluate.py --answers a.jsonl --against b.jsonl --reward-model runs/rm/final
     python recipes/evaluate.py --model-path runs/sft/final --data held_out.jsonl    # answers first
     python recipes/evaluate.py --model-path MODEL --data chats.jsonl --perplexity   # of its answers
+    python recipes/evaluate.py --model-path runs/rag/final --index runs/rag/final/index \\
+        --data questions.jsonl --perplexity     # and how much the passages help: retrieval_utility
 
 A line of answers is what recipes/generate.py and score.py write, or any object with an answer (or
-prediction, output, response) and a reference (or label, target, gold answer) as text:
+prediction, output, response) and a reference (or label, target, gold_answer):
 
     {"id": 1, "answer": "4", "reference": "4"}
 
@@ -17,15 +19,17 @@ second file is better than the first, and in which share of the records.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import ta
 from ta import Range
-from ta.files import locked_file, read_json_lines, write_atomic
+from ta.chat.encode import Drop
+from ta.chat.messages import template_arguments
+from ta.files import locked_file, write_atomic
 from ta.generation import evaluation
+from ta.generation.metrics import METRICS, check_metrics
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Config:
     tokenizer: ta.TokenizerConfig = ta.TokenizerConfig()
     chat: ta.ChatConfig = ta.ChatConfig()
     generation: ta.GenerateConfig = ta.GenerateConfig()
+    retrieval: ta.rag.RetrievalConfig = ta.rag.RetrievalConfig()
     answers: str = ""
     """File of answers to measure. Default: the model answers --data."""
     against: str = ""
@@ -41,11 +46,11 @@ class Config:
     data: tuple[str, ...] = ()
     """Sources of chats that the model answers. Default: built-in held-out chats."""
     perplexity: bool = False
-    """Measure how probable the model finds the answers that stand in --data; nothing is
-    generated."""
+    """Measure how probable the model finds the answers that stand in --data, and with --index how
+    much more probable behind the passages found (retrieval_utility); nothing is generated."""
     metrics: tuple[str, ...] = ("accuracy",)
     """Metrics of ta/generation/metrics.py, such as accuracy, contains, rouge_l, meteor, bleu,
-    length, self_bleu_of_prompt, perplexity."""
+    length, self_bleu_of_prompt, adjusted_distinct_1, perplexity, recall_at_1."""
     reward_model: str = ""
     """Folder of a reward model: the figure reward is the mean reward of the answers."""
     max_tokens_per_micro: Annotated[int, Range(1)] = 8192
@@ -56,62 +61,61 @@ class Config:
     """Replace an output that exists."""
 
 
-# names of fields in files of answers
-ANSWER = ("answer", "prediction", "output", "response", "completion")
-REFERENCE = ("reference", "label", "target", "gold_answer", "expected")
+def metrics_of(config: Config) -> list[str]:
+    """The names of the metrics; ValueError for flags that cannot go together."""
+    if config.against and not config.answers:
+        raise ValueError("--against FILE is compared with --answers FILE: give both")
+    for flag in ("data", "perplexity"):
+        if config.answers and getattr(config, flag):
+            raise ValueError(f"--answers are there, so --{flag} has no effect: leave one out")
+    if config.retrieval != ta.rag.RetrievalConfig() and (
+        config.answers or not config.retrieval.index
+    ):
+        raise ValueError("settings of retrieval are for --data with --index: leave them out")
+    if config.perplexity:
+        if config.reward_model or config.metrics != Config.metrics:
+            raise ValueError("--perplexity generates nothing for other metrics: leave them out")
+        return ["perplexity"] + ["retrieval_utility"] * bool(config.retrieval.index)
+    names = list(dict.fromkeys([*config.metrics, *["reward"] * bool(config.reward_model)]))
+    check_metrics(names, {key for metric in METRICS.values() for key in metric.inputs})
+    if config.against:
+        evaluation.check_comparable(names)
+    named = config.model.model_path != "builtin" or config.tokenizer.tokenizer_path
+    if counted := config.answers and not named and in_tokens(names):
+        raise ValueError(f"metric {counted[0]} counts tokens: name the model in --model-path")
+    return names
 
 
-def read_answers(path: str) -> list[dict]:
-    """The objects of a file; ValueError where there is none or one has no answer."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file; give a file of answers")
-    records = list(read_json_lines(Path(path)))
-    if not records:
-        raise ValueError(f"{path} holds no records")
-    for line, record in enumerate(records, 1):
-        if not texts_of(record):
-            raise ValueError(
-                f"{path}:{line} has no answers: give answers as generate.py writes them, or a text "
-                f"as one of {', '.join(ANSWER)}"
-            )
-    return records
+def in_tokens(names: list[str]) -> list[str]:
+    """The metrics that count tokens, which a tokenizer makes of the answers."""
+    return [name for name in names if "tokens" in METRICS[name].inputs]
 
 
-def texts_of(record: dict) -> list[dict]:
-    """The answers of a record as [{"content", "logprobs"?, "id"?}]."""
-    if record.get("answers"):
-        return record["answers"]
-    given = next((record[name] for name in ANSWER if record.get(name) is not None), None)
-    if isinstance(given, dict):
-        given = given.get("content")
-    return [] if given is None else [{"content": str(given)}]
+def read_data(config: Config, tokenizer) -> list[tuple[dict, list[int]]]:
+    """(record, token ids of its prompt) of every chat of --data."""
+    builtin = "questions" if config.retrieval.index else "chats"
+    files = config.data or ta.data_or_builtin((), (), builtin)[1]
+    drops = ta.Drops()
+    prompts = ta.read_prompts(files, tokenizer, config.chat, drops)
+    if drops.counts:
+        ta.parallel.tell(f"left out: {drops.table()}")
+    return prompts
 
 
-def inputs_of(record: dict) -> dict:
-    """What the metrics are made of, as far as a record has it."""
-    answers = texts_of(record)
-    texts = [answer["content"] for answer in answers]
-    inputs = {"answers": texts, "groups": [texts]}
-    reference = next((record[name] for name in REFERENCE if record.get(name) is not None), None)
-    if reference is not None:
-        right = [str(reference)] * len(texts)
-        inputs |= {"references": right, "predictions": texts, "labels": right}
-    if all("logprobs" in answer for answer in answers):
-        inputs["logprobs"] = [answer["logprobs"] for answer in answers]
-    rewards = record.get("rewards") or {}
-    if rewards and all(str(answer.get("id")) in rewards for answer in answers):
-        inputs["rewards"] = [rewards[str(answer["id"])] for answer in answers]
-    return inputs
+def with_passages(config: Config, prompts, tokenizer, device: str) -> list[tuple[dict, list[int]]]:
+    """The prompts with the passages found for them; without --index as they are."""
+    hub = config.model.hub
+    return ta.rag.retrieve_for_prompts(
+        config.retrieval, prompts, tokenizer, config.chat, device, hub
+    )
 
 
-def answer_data(config: Config) -> list[dict]:
+def model_answers(config: Config, tokenizer, device: str) -> list[dict]:
     """Records with the answers of the model to --data."""
-    device = ta.parallel.pick_device()
-    tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat)
-    files = config.data or ta.data_or_builtin((), (), "chats")[1]
-    prompts = ta.read_prompts(files, tokenizer, config.chat, ta.Drops())
+    prompts = with_passages(config, read_data(config, tokenizer), tokenizer, device)
     model = ta.load_for_inference(config.model, device)
     ids = [tokens for _, tokens in prompts]
+    ta.check_prompts(ids, *ta.limits_of(model))
     settings = ta.with_stop_strings(config.generation, tokenizer.stop_strings)
     answers = ta.generate(model, tokenizer.fast, ids, settings, tokenizer.stop_ids)
     return [
@@ -120,122 +124,86 @@ def answer_data(config: Config) -> list[dict]:
     ]
 
 
-def probabilities(config: Config) -> list[dict]:
-    """For each record of --data the log-probabilities of its answers' tokens under the model."""
-    device = ta.parallel.pick_device()
-    tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat)
-    files = config.data or ta.data_or_builtin((), (), "chats")[1]
-    data = ta.prepare_chats(files, tokenizer, config.chat, ta.DataConfig())
+def given_answers(config: Config, tokenizer, device: str) -> list[dict]:
+    """For each record of --data the log-probabilities of its answers' tokens under the model.
+
+    With an index they are of the last answer, alone and behind the passages found for its question.
+    """
     model, _ = ta.wrap(ta.load_for_inference(config.model, device))
-    logprobs = ta.answer_logprobs(model, data, config.max_tokens_per_micro)
-    return [{"logprobs": [one]} for one in logprobs]
-
-
-def with_rewards(config: Config, records: list[dict]) -> list[dict]:
-    """The records with rewards of the reward model, which needs their messages."""
-    if any("messages" not in record for record in records):
-        raise ValueError("--reward-model needs the messages before each answer: give them")
-    device = ta.parallel.pick_device()
-    chats = [record["messages"] for record in records]
-    texts = [[answer["content"] for answer in texts_of(record)] for record in records]
-    rewards = ta.reward_answers(config.reward_model, chats, texts, device)
-    named = [[{**a, "id": str(i)} for i, a in enumerate(texts_of(record))] for record in records]
+    budget = config.max_tokens_per_micro
+    if not config.retrieval.index:
+        files = config.data or ta.data_or_builtin((), (), "chats")[1]
+        data = ta.prepare_chats(files, tokenizer, config.chat, ta.DataConfig())
+        sequences = [ta.sequence(data, i) for i in range(len(data.origin))]
+        return [{"logprobs": row} for row in ta.answer_logprobs(model, sequences, budget)]
+    prompts = [prompt for prompt in read_data(config, tokenizer) if "reference" in prompt[0]]
+    chats = [record["messages"] for record, _ in prompts]
+    turns = [[{"role": "assistant", "content": record["reference"]}] for record, _ in prompts]
+    arguments = [template_arguments(record) for record, _ in prompts]
+    whole = ta.encode_answers(chats, turns, tokenizer, config.chat, arguments)
+    if dropped := [drop for drop in whole if isinstance(drop, Drop)]:
+        raise ValueError(f"{len(dropped)} answers do not fit ({dropped[0].detail})")
+    rows, found = [], with_passages(config, prompts, tokenizer, device)
+    for asked in (prompts, found):
+        sequences = []
+        for (_, ids), (tokens,) in zip(asked, whole, strict=True):
+            end = [i for i, weight in zip(tokens.ids, tokens.weights, strict=True) if weight]
+            sequences.append((ids + end, [0.0] * len(ids) + [1.0] * len(end)))
+        ta.check_prompts([ids for ids, _ in sequences], *ta.limits_of(model), room=0)
+        rows.append(ta.answer_logprobs(model, sequences, budget))
     return [
-        record | {"answers": answers, "rewards": {str(i): r for i, r in enumerate(group)}}
-        for record, answers, group in zip(records, named, rewards, strict=True)
+        record | {"logprobs": alone, "passage_logprobs": [behind]}
+        for (record, _), alone, behind in zip(found, *rows, strict=True)
     ]
 
 
-def paired(first: list[dict], second: list[dict]) -> list[tuple[dict, dict]]:
-    """The records that both files have, by id, else by messages, else by their place."""
-    for name in ("id", "messages"):
-        keys = [[json.dumps(r.get(name)) for r in records] for records in (first, second)]
-        if all(len(set(some)) == len(some) and "null" not in some for some in keys):
-            other = dict(zip(keys[1], second, strict=True))
-            pairs = [(r, other[k]) for k, r in zip(keys[0], first, strict=True) if k in other]
-            break
-    else:
-        if len(first) != len(second):
-            raise ValueError(
-                f"the files have {len(first)} and {len(second)} records and no ids by which they "
-                "pair up: give each record an id"
-            )
-        pairs = list(zip(first, second, strict=True))
-    if not pairs:
-        raise ValueError("the two files have no record in common: give answers to the same records")
-    return pairs
-
-
-def shown(value: float, low: float | None = None, high: float | None = None) -> str:
-    """0.512 [0.41, 0.62]"""
-    return f"{value:.4g}" + ("" if low is None else f" [{low:.4g}, {high:.4g}]")
+def with_rewards(config: Config, records: list[dict], device: str) -> list[dict]:
+    """The records with rewards of the reward model, which needs their messages."""
+    if any("messages" not in record for record in records):
+        raise ValueError("--reward-model needs the messages before each answer: give them")
+    chats = [record["messages"] for record in records]
+    texts = [[answer["content"] for answer in record["answers"]] for record in records]
+    rewards = ta.reward_answers(config.reward_model, chats, texts, device)
+    return [
+        record | {"rewards": dict(zip((a["id"] for a in record["answers"]), group, strict=True))}
+        for record, group in zip(records, rewards, strict=True)
+    ]
 
 
 def main(config: Config) -> dict:
     """Measure; returns {metric: Figure}, or {metric: Comparison} of two files."""
     with locked_file(config.out, config.overwrite):
-        return measure(config)
+        return measured(config)
 
 
-def measure(config: Config) -> dict:
+def measured(config: Config) -> dict:
     """Measure and write --out; returns what `main` does."""
-    if config.against and not config.answers:
-        raise ValueError("--against FILE is compared with --answers FILE: give both")
-    if config.perplexity and config.answers:
-        raise ValueError("--perplexity is of --data under the model: leave --answers out")
-    names = list(config.metrics) + ["reward"] * bool(config.reward_model)
-    names = ["perplexity"] if config.perplexity else list(dict.fromkeys(names))
-    if config.against:
-        pairs = paired(read_answers(config.answers), read_answers(config.against))
-        sides = [[pair[k] for pair in pairs] for k in (0, 1)]
-    elif config.answers:
-        sides = [read_answers(config.answers)]
+    names, device = metrics_of(config), ta.parallel.pick_device()
+    if in_tokens(names) or not config.answers:
+        config = ta.with_trained_builtin(config)
+        tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat)
+    if config.answers:
+        files = [config.answers, *[config.against] * bool(config.against)]
+        sides = evaluation.paired([evaluation.read_answers(file) for file in files])
+    elif config.perplexity:
+        sides = [given_answers(config, tokenizer, device)]
     else:
-        sides = [probabilities(config) if config.perplexity else answer_data(config)]
-    if config.reward_model and not config.perplexity:
-        sides = [with_rewards(config, side) for side in sides]
-    inputs = sides if config.perplexity else [[inputs_of(r) for r in side] for side in sides]
-    texts = [text for record in inputs[0] for text in record.get("references", ())]
-    if note := ta.spacing_note(names, texts):
-        ta.parallel.tell(note)
+        sides = [model_answers(config, tokenizer, device)]
+    if config.reward_model:
+        sides = [with_rewards(config, side, device) for side in sides]
+    inputs = [[evaluation.metric_inputs(record) for record in side] for side in sides]
+    if in_tokens(names):
+        inputs = [evaluation.with_tokens(side, tokenizer.fast) for side in inputs]
+    references = [text for record in inputs[0] for text in record.get("references", ())]
+    ta.parallel.say(ta.spacing_note(names, references))
 
-    rows, figures, seed = [], {}, config.generation.seed
-    if config.against:
-        header = ("metric", "first", "second", "second - first", "second better in")
-        for name in names:
-            figures[name] = found = evaluation.compare(name, *inputs, seed)
-            gap, wins = (shown(*x[:3]) for x in (found.difference, found.wins))
-            rows.append((name, shown(found.first), shown(found.second), gap, wins))
-        counted = found.difference.records
-    else:
-        header = ("metric", "value [95 %]", "records")
-        for name in names:
-            figures[name] = found = evaluation.figure(name, inputs[0], seed)
-            rows.append((name, shown(*found[:3]), found.records))
-        counted = len(inputs[0])
-    print(ta.table(rows, header))
-    each = {name: [evaluation.values_of(name, side) for side in inputs] for name in names}
-    records = [
-        {"id": record.get("id", i)}
-        | {
-            name: [side[i] if side[i] == side[i] else None for side in of]
-            for name, of in each.items()
-        }
-        for i, record in enumerate(sides[0])
-    ]
-    whole = {name: plain(found) for name, found in figures.items()}
-    text = json.dumps({"figures": whole, "records": records}, ensure_ascii=False, indent=1)
-    write_atomic(Path(config.out), text + "\n")
-    ta.parallel.tell(f"{config.out}: {len(names)} metrics of {counted:,} records")
+    measure = evaluation.compare if config.against else evaluation.figure
+    figures = {name: measure(name, *inputs, config.generation.seed) for name in names}
+    print(ta.table(*evaluation.table_of(figures)))
+    ids = [record.get("id", place) for place, record in enumerate(sides[0])]
+    write_atomic(Path(config.out), evaluation.to_json(figures, inputs, ids))
+    ta.parallel.tell(f"{config.out}: figures of {len(ids):,} records")
     return figures
-
-
-def plain(found) -> dict:
-    """A Figure or Comparison as JSON values; nan is null."""
-    return {
-        name: plain(value) if hasattr(value, "_asdict") else None if value != value else value
-        for name, value in found._asdict().items()
-    }
 
 
 if __name__ == "__main__":

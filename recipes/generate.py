@@ -58,8 +58,6 @@ class Config:
     """Stop at a record that cannot be read or answered, or count and leave it out."""
     max_bad_share: Annotated[float, Range(0, 1)] = 0.01
     """With skip: more bad records than this share are an error again."""
-    verify: bool = False
-    """Read all of the --index and compare it with its hashes, not small files alone."""
     resume: bool = False
     """Go on where a stopped run left off: answers that are there are kept."""
     overwrite: bool = False
@@ -107,8 +105,7 @@ def read_data(config: Config, tokenizer, media, device: str) -> list[tuple[dict,
             "leave it out"
         )
     return ta.rag.retrieve_for_prompts(
-        *(config.retrieval, prompts, tokenizer, config.chat, device),
-        *(config.model.hub, config.verify),
+        config.retrieval, prompts, tokenizer, config.chat, device, config.model.hub
     )
 
 

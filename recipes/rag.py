@@ -75,7 +75,7 @@ def main(config: Config):
         config.retrieval.index or ta.rag.builtin_index(),
         config.retrieval.encoder_path,
         config.model.hub,
-        config.data.verify,
+        config.retrieval.verify_index,
     )
     encoder, encoder_tokenizer = ta.rag.open_encoder(
         index.encoder, index.embedding_settings, run.device, config.model.dtype, to_shard=True

@@ -105,8 +105,8 @@ class DataConfig:
     cache_dir: str = ""
     """Where prepared data is kept. Default: $TA_CACHE, or ta in the user's cache folder."""
     verify: bool = False
-    """Read all of what was prepared before (and of an index) and compare it with its hashes, not
-    small files alone."""
+    """Read all of what was prepared before and compare it with its hashes, not small files
+    alone."""
 
 
 class Kind(NamedTuple):

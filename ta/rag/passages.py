@@ -54,6 +54,8 @@ class RetrievalConfig:
     approximate: bool = False
     """Search the approximate index (build_index --approximate; needs faiss): faster on millions of
     passages, and now and then misses one."""
+    verify_index: bool = False
+    """Read all of the index and compare it with its hashes, not small files alone."""
     separator: str | None = None
     """Text after each passage; a token of --init-tokens may stand in it. Default: what rag.py
     trained with, or a blank line."""

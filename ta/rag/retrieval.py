@@ -146,7 +146,6 @@ def retrieve_for_prompts(
     chat: ChatConfig,
     device: str,
     hub: bool = False,
-    verify: bool = False,
 ) -> list:
     """Put the passages found before the question of each (record, prompt ids).
 
@@ -156,12 +155,12 @@ def retrieve_for_prompts(
     from ta.rag.embedding import open_encoder
 
     if config.index is None:
-        if config != RetrievalConfig() or verify:
+        if config != RetrievalConfig():
             raise ValueError(
                 "settings of retrieval without --index: give the index too, or leave them out"
             )
         return records
-    index = open_index(config.index, config.encoder_path, hub, verify)
+    index = open_index(config.index, config.encoder_path, hub, config.verify_index)
     encoder, encoder_tokenizer = open_encoder(index.encoder, index.embedding_settings, device)
     settings = passage_settings(config, index.manifest)
     retriever = retriever_of(index, encoder_tokenizer, tokenizer, chat, settings, device)
