@@ -12,6 +12,7 @@ letter, so that groups differ though nothing is learned. CPU seconds a step, wit
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 try:
     from harness import compare, parser, read
@@ -57,69 +58,51 @@ def train_ours(flags, shared: bool = True) -> dict[str, float]:
     import json
 
     import ta
-    from recipes.grpo import Config, policy_settings, step
+    from recipes import grpo
     from ta.files import read_json_lines
     from ta.rl import batches as layout
+    from ta.training import loop
 
-    if not shared:
-        whole = layout.groups_of
-        layout.groups_of = lambda rows, chosen, most, packed: whole(rows, chosen, most, False)
+    whole = layout.groups_of
+
+    def apart(rows, chosen, most, packed):
+        return whole(rows, chosen, most, False)
+
     starts, ends, updated = [], [], []
-    with tempfile.TemporaryDirectory() as name:
+
+    def timed(function, before: list, after: list):
+        def run(*arguments):
+            before.append(time.process_time())
+            made = function(*arguments)
+            after.append(time.process_time())
+            return made
+
+        return run
+
+    with (
+        patch.object(ta.rl.Rollouts, "at", timed(ta.rl.Rollouts.at, starts, ends)),
+        patch.object(loop, "update", timed(loop.update, [], updated)),
+        patch.object(layout, "groups_of", whole if shared else apart),
+        tempfile.TemporaryDirectory() as name,
+    ):
         folder = Path(name)
         write_model(folder / "model", flags)
         (folder / "reward.py").write_text(REWARD)
         records = [json.dumps({"messages": chat}) + "\n" for chat in chats(flags)]
         (folder / "prompts.jsonl").write_text("".join(records))
-        config = Config(
+        sizes = {"batch_size": flags.prompts, "max_tokens_per_micro": flags.micro}
+        config = grpo.Config(
             model=ta.ModelConfig(model_path=str(folder / "model")),
-            batches=ta.BatchConfig(steps=flags.steps, batch_size=flags.prompts),
+            data=ta.DataConfig(data=(str(folder / "prompts.jsonl"),)),
+            batches=ta.BatchConfig(steps=flags.steps, **sizes),
             optim=ta.OptimConfig(lr=3e-4, schedule="constant", warmup=0),
             loop=ta.LoopConfig(out=str(folder / "run"), log_every=1),
             rollouts=ta.rl.RolloutConfig(max_new_tokens=16),
             reward=ta.rl.RewardConfig((f"{folder}/reward.py:letters",), reward_processes=1),
-            preset="dapo",
-            resample=0,
-            overlong=0.0,
+            policy=ta.rl.PolicyConfig("dapo", resample=0, overlong=0.0),
         )
-        settings = policy_settings(config)
-        run = ta.start_run(config)
-        tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat)
-        prompts, data = ta.rl.prepare_prompts(
-            (str(folder / "prompts.jsonl"),), tokenizer, config.chat, config.data
-        )
-        model = ta.load_model(config.model, config.adapter, config.compute, tokenizer)
-        model.dropout = False
-        batches = ta.train_batches(data, config.batches, packed=model.packed)
-        pool = ta.rl.RewardPool(config.reward)
-        rollouts = ta.rl.Rollouts(run.folder, prompts, batches, tokenizer, config.rollouts, pool)
-        watch = ta.rl.MismatchWatch(1.0)
-
-        def before_step(number, _):
-            starts.append(time.process_time())
-            rows = rollouts.at(model, number)
-            advantages = ta.rl.advantages(ta.rl.rewards_of(rows), settings["advantage"])
-            made = ta.rl.rollout_batches(
-                rows,
-                advantages,
-                settings["divide"],
-                config.rollouts,
-                flags.micro,
-                True,
-                ta.rl.figures_of(rows),
-                keep_flat=True,
-            )
-            ends.append(time.process_time())
-            return made
-
-        def learn(model, batch):
-            return step(config, settings, watch, model, batch)
-
-        optimizer = ta.adamw(model, config.optim)
-        optimizer.register_step_post_hook(lambda *_: updated.append(time.process_time()))
-        ta.train(run, model, batches, learn, optimizer, config.optim, before_step=before_step)
-        pool.close()
-        rewards = read_json_lines(run.folder / "metrics.jsonl")
+        grpo.main(config)
+        rewards = read_json_lines(folder / "run/metrics.jsonl")
     n = flags.steps - 1
     answer = sum(b - a for a, b in zip(starts[1:], ends[1:], strict=True)) / n
     update = sum(b - a for a, b in zip(ends[1:], updated[1:], strict=True)) / n

@@ -84,8 +84,8 @@ def run():
     return start
 
 
-@pytest.fixture
-def forked(tmp_path):
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory):
     """Run a recipe in new processes that have all imports already: forked("sft", "--steps", 2, processes=2, code=0) -> what they printed.
 
     `before(rank)` runs in each process first.
@@ -93,6 +93,8 @@ def forked(tmp_path):
     import judged
 
     from ta.command_line import cli
+
+    folder = tmp_path_factory.mktemp("forked")
 
     def start(
         recipe: str, *flags, processes: int = 1, code: int = 0, before=lambda rank: None
@@ -103,7 +105,7 @@ def forked(tmp_path):
             before(rank)
             cli(module.main, settings_of(module), [str(flag) for flag in flags])
 
-        said = tmp_path / f"said-{len(list(tmp_path.glob('said-*')))}"
+        said = folder / f"said-{len(list(folder.iterdir()))}"
         codes = together(main, processes, said)
         text = said.read_text(errors="replace")
         assert codes == [code] * processes, f"exit codes {codes}\n{text[-5000:]}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -37,6 +36,11 @@ if TYPE_CHECKING:
     Encode = Callable[[Sequence[list[dict]], ChatTokenizer, ChatConfig, Sequence[dict]], list]
     # (model, chats, their prompts) -> embeddings (L, D) of each prompt
     Embed = Callable[[LanguageModel, Sequence[list[dict]], Sequence[list[int]]], Iterable[Tensor]]
+    # (model, prompts, settings) -> the answers to each and their rewards
+    Respond = Callable[
+        [LanguageModel, list["Prompt"], GenerateConfig],
+        tuple[list[list[Answer]], list[list[float | None]]],
+    ]
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,8 @@ class SamplesConfig:
     """Records of each source that are answered; 0 turns samples off."""
     sample_show: Annotated[int, Range(0)] = 6
     """Answers shown on the screen at each evaluation; all are kept in samples.jsonl."""
-    sample_max_new_tokens: Annotated[int, Range(1)] = 64
-    """Tokens of an answer at most."""
+    sample_max_new_tokens: Annotated[int | None, Range(1)] = None
+    """Tokens of an answer at most. Default: 64; in grpo.py --max-new-tokens."""
     sample_settings: tuple[str, ...] = ()
     """Settings of generation, each name:key=value,... as in generate.py; figures carry the name.
     Example: beams:beams=4 warm:temperature=0.8,num_answers=4. Default: the most probable tokens."""
@@ -75,7 +79,8 @@ class SamplesConfig:
 
         ValueError for a name that comes twice.
         """
-        default = GenerateConfig(self.sample_max_new_tokens, stop_strings=tuple(stop_strings))
+        longest = self.sample_max_new_tokens or 64
+        default = GenerateConfig(longest, stop_strings=tuple(stop_strings))
         named = [parse_settings(text, default) for text in self.sample_settings]
         if len(dict(named)) < len(named):
             raise ValueError("--sample-settings use a name twice: give each its own name")
@@ -106,7 +111,7 @@ class Sample(NamedTuple):
 
     prompt: Prompt
     answers: list[Answer]
-    rewards: list[float]
+    rewards: list[float | None]
 
 
 def dialogue_of(record: dict) -> list[dict]:
@@ -202,14 +207,15 @@ def generate_samples(
     encode: Encode = encode_prompts,
     embed: Embed | None = None,
     reference: Callable[[Batch], Tensor] | None = None,
+    respond: Respond | None = None,
 ) -> dict[str, float]:
     """Answer some records, append the answers to samples.jsonl, show some, and measure them.
 
     Returns the metrics chosen: NAME over all answers, NAME@SETTINGS where settings have names, and
     NAME/SOURCE beside it where there are several sources. `encode` makes token ids of chats, and
     `embed` embeddings of prompts, where records hold more than text. `reference` gives the (N,)
-    log-probabilities of sequences for kl_to_reference. {} where there is nothing to answer or where
-    the model is a classifier.
+    log-probabilities of sequences for kl_to_reference. `respond` answers and rewards in place of
+    the model. {} where there is nothing to answer or where the model is a classifier.
     """
     given = data is not None and (hasattr(data, "origin") or len(data) > 0)
     if not (given or config.samples_data) or not config.sample_records or not model.generates:
@@ -230,8 +236,12 @@ def generate_samples(
     path = folder / "samples.jsonl"
     first, last = _earlier_answers(path, step) if rank() == 0 else ({}, {})
     for name, settings in config.settings(tokenizer.stop_strings).items():
-        answers = generate(model, tokenizer.fast, ids, settings, tokenizer.stop_ids, embeds=embeds)
-        rewards: list[list[float]] = [[] for _ in prompts]
+        stops = tokenizer.stop_ids
+        if respond is not None:
+            answers, rewards = respond(model, prompts, settings)
+        else:
+            answers = generate(model, tokenizer.fast, ids, settings, stops, embeds=embeds)
+            rewards = [[] for _ in prompts]
         if config.sample_reward_model:
             texts = [[answer.text for answer in group] for group in answers]
             device = next(model.parameters()).device
@@ -257,8 +267,8 @@ def generate_samples(
 
 def _figures(config: SamplesConfig, samples: Sequence[Sample], model, reference) -> list[tuple]:
     """(name, value) of each metric; those of references are over the answers that have one."""
-    names = [*config.sample_metrics, *["reward"] * bool(config.sample_reward_model)]
-    names = list(dict.fromkeys(names))
+    rewards = [x for sample in samples for x in sample.rewards if x is not None]
+    names = list(dict.fromkeys([*config.sample_metrics, *["reward"] * bool(rewards)]))
     pairs = [(s.prompt, answer) for s in samples for answer in s.answers]
     compared = [(p, answer) for p, answer in pairs if p.reference is not None]
     data: dict[str, Any] = {
@@ -266,7 +276,7 @@ def _figures(config: SamplesConfig, samples: Sequence[Sample], model, reference)
         "tokens": [answer.ids for _, answer in pairs],
         "logprobs": [answer.logprobs for _, answer in pairs],
         "groups": [[answer.text for answer in s.answers] for s in samples],
-        "rewards": list(chain.from_iterable(s.rewards for s in samples)),
+        "rewards": rewards,
         "vocab_size": model.inner.get_input_embeddings().weight.shape[0],
     }
     right = {
@@ -299,7 +309,7 @@ def _rows(samples: Sequence[Sample], step: int, settings: str) -> list[dict]:
             row |= {"chat": prompt.chat, "answer": answer.text, "reference": prompt.reference}
             row |= {"source": prompt.source} if prompt.source else {}
             row |= {"settings": settings} if settings else {}
-            row |= {"reward": rewards[k]} if rewards else {}
+            row |= {"reward": rewards[k]} if rewards and rewards[k] is not None else {}
             if "passages" in prompt.record:
                 row["passages"] = prompt.record["passages"]
             rows.append(row | {"finish": answer.finish})

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # for editors; NAMES says the same
     from ta.rl.batches import report_memory as report_memory
     from ta.rl.batches import rewards_of as rewards_of
     from ta.rl.batches import rollout_batches as rollout_batches
+    from ta.rl.engines import start_engine as start_engine
     from ta.rl.policy import advantages as advantages
     from ta.rl.policy import k2 as k2
     from ta.rl.policy import k3 as k3
@@ -28,14 +29,16 @@ if TYPE_CHECKING:  # for editors; NAMES says the same
     from ta.rl.rollouts import prepare_prompts as prepare_prompts
     from ta.rl.rollouts import rollout_steps as rollout_steps
     from ta.rl.rollouts import with_reference as with_reference
+    from ta.rl.settings import PolicyConfig as PolicyConfig
     from ta.rl.settings import RolloutConfig as RolloutConfig
 
 NAMES = {  # module: what `ta.rl` gives of it
     "ta.rl.batches": "answer_batches figures_of kl_of report_memory rewards_of rollout_batches",
     "ta.rl.policy": "advantages k2 k3 log_ratios mismatch_weights policy_loss",
     "ta.rl.rewards": "RewardConfig RewardPool",
+    "ta.rl.engines": "start_engine",
     "ta.rl.rollouts": "MismatchWatch Rollouts prepare_prompts rollout_steps with_reference",
-    "ta.rl.settings": "RolloutConfig",
+    "ta.rl.settings": "PolicyConfig RolloutConfig",
 }
 _HOME = {name: module for module, names in NAMES.items() for name in names.split()}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,10 +18,12 @@ from ta.data.loader import TrainBatches, split_micro
 from ta.data.prepare import lengths
 from ta.model.language_model import LanguageModel, base_model
 from ta.parallel import rank, say, world
-from ta.rl.policy import Divide, token_weights
-from ta.rl.settings import RolloutConfig
+from ta.rl.policy import token_weights
+from ta.rl.settings import PolicyConfig, RolloutConfig
 from ta.training.memory import memory_report
 from ta.training.run_folder import LoopConfig
+
+NAMES = ("logprobs", "trainer_logprobs", "reference_logprobs")
 
 
 class RolloutBatch(NamedTuple):
@@ -32,27 +34,44 @@ class RolloutBatch(NamedTuple):
 
     # N answers; a prompt stands once for its answers where batches are packed
     sequences: Batch
-    # (M,) log p of each token when it was sampled
-    sampled: Tensor
     # (M,) of the answer of each token
     advantage: Tensor
+    # (M,) log p of each token when it was sampled
+    sampled: Tensor
     # (M,) log p by the policy before the first of several updates; empty where there is one
     old: Tensor
     # (M,) log p by the reference; empty where there is none
     reference: Tensor
-    # figures of the whole step, for the log
-    figures: dict[str, float]
+    # figures of the whole step, for the log; a tuple is a quotient
+    figures: dict[str, float | tuple[float, float]]
+
+    def logged(self) -> dict[str, Any]:
+        """The figures as sums over the tokens of this micro-batch."""
+        m = len(self.sampled)
+        return {
+            name: [(value[0] * m, value[1] * m)] if isinstance(value, tuple) else value * m
+            for name, value in self.figures.items()
+        }
+
+
+def own(values: Sequence[float | None]) -> list[float]:
+    """The values of tokens that the policy sampled; those of a tool have none."""
+    return [value for value in values if value is not None]
 
 
 def rewards_of(rows: Sequence[dict]) -> Tensor:
     """(P, G) rewards of the answers of each record; NaN where it has fewer answers than others."""
+    return _table(rows, lambda row, answer: row["rewards"][answer["id"]])
 
-    most = max(len(row["answers"]) for row in rows)
-    table = torch.full((len(rows), most), math.nan)
-    for place, row in enumerate(rows):
-        values = [row["rewards"][answer["id"]] for answer in row["answers"]]
-        table[place, : len(values)] = torch.tensor(values)
-    return table
+
+def kl_of(rows: Sequence[dict]) -> Tensor:
+    """(P, G) sums over the tokens of answers of k1 = log pi - log ref, as they were sampled."""
+    return _table(rows, lambda _, answer: sum(own(answer[NAMES[0]])) - sum(own(answer[NAMES[2]])))
+
+
+def _table(rows: Sequence[dict], value: Callable[[dict, dict], float]) -> Tensor:
+    groups = [torch.tensor([value(row, answer) for answer in row["answers"]]) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(groups, batch_first=True, padding_value=math.nan)
 
 
 def is_flat(row: dict) -> bool:
@@ -60,36 +79,23 @@ def is_flat(row: dict) -> bool:
     return min(row["rewards"].values()) == max(row["rewards"].values())
 
 
-def kl_of(rows: Sequence[dict]) -> Tensor:
-    """(P, G) sums over the tokens of answers of k1 = log pi - log ref, as they were sampled."""
-
-    most = max(len(row["answers"]) for row in rows)
-    table = torch.zeros(len(rows), most)
-    for place, row in enumerate(rows):
-        for k, answer in enumerate(row["answers"]):
-            table[place, k] = sum(answer["logprobs"]) - sum(answer["reference_logprobs"])
-    return table
-
-
 def figures_of(rows: Sequence[dict]) -> dict[str, float]:
     """Means over the answers of a round, for the log."""
     answers = [answer for row in rows for answer in row["answers"]]
-    rewards = [list(row["rewards"].values()) for row in rows]
-    flat = [value for group in rewards for value in group]
-    mean = sum(flat) / len(flat)
-    tokens = sum(len(answer["tokens"]) for answer in answers)
+    rewards = np.array([value for row in rows for value in row["rewards"].values()])
+    logprobs = [x for answer in answers for x in own(answer["logprobs"])]
     figures = {
-        "reward": mean,
-        "reward_std": math.sqrt(sum((value - mean) ** 2 for value in flat) / len(flat)),
+        "reward": rewards.mean().item(),
+        "reward_std": rewards.std().item(),
         # of all that were drawn
         "flat_groups": 1 - sum(not is_flat(row) for row in rows) / rows[0]["drawn"],
-        "length": tokens / len(answers),
+        "length": len(logprobs) / len(answers),
         "truncated": sum(answer["finish"] == "length" for answer in answers) / len(answers),
-        "entropy": -sum(sum(answer["logprobs"]) for answer in answers) / tokens,
+        "entropy": -sum(logprobs) / len(logprobs),
     }
     if len(names := answers[0]["parts"]) > 1:
         for name in names:
-            known = [a["parts"][name] for a in answers if a["parts"][name] is not None]
+            known = own([answer["parts"][name] for answer in answers])
             figures[f"reward {name}"] = sum(known) / max(1, len(known))
     return figures
 
@@ -129,9 +135,8 @@ def micro_groups(
     """This process's micro-batches of the chosen answers; every process gets as many."""
     groups = groups_of(rows, chosen, max_tokens, packed)
     sizes = [
-        len(rows[group.row]["prompt_tokens"])
-        + sum(len(rows[group.row]["answers"][k]["tokens"]) for k in group.answers)
-        for group in groups
+        len(rows[row]["prompt_tokens"]) + sum(len(rows[row]["answers"][k]["tokens"]) for k in some)
+        for row, some in groups
     ]
     by_rank = split_micro(sizes, max_tokens, world(), packed)
     return [[groups[i] for i in places] for places in by_rank[rank()]]
@@ -145,17 +150,17 @@ def lay_out_groups(
 ) -> Batch:
     """One Batch of the answers of some groups behind their prompts; a prompt stands once a group.
 
-    weight(row, answer) is that of each token of an answer; it is not 0.
+    weight(row, answer) is that of each token that the answer sampled; it is not 0. What a tool
+    wrote is not learned.
     """
     ids, weights, shared = [], [], []
     for row, answers in groups:
         prompt = rows[row]["prompt_tokens"]
         for place, k in enumerate(answers):
-            tokens = rows[row]["answers"][k]["tokens"]
-            ids.append(np.array(prompt + tokens))
-            learned = np.zeros(len(ids[-1]), np.float32)
-            learned[len(prompt) :] = weight(row, k)
-            weights.append(learned)
+            answer = rows[row]["answers"][k]
+            sampled = [logprob is not None for logprob in answer["logprobs"]]
+            ids.append(np.array(prompt + answer["tokens"]))
+            weights.append(np.array([0.0] * len(prompt) + sampled, np.float32) * weight(row, k))
             shared.append(len(prompt) if packed and place else 0)
     return lay_out(ids, weights, packed, shared)
 
@@ -163,56 +168,52 @@ def lay_out_groups(
 def rollout_batches(
     rows: Sequence[dict],
     advantages: Tensor,
-    divide: Divide,
-    config: RolloutConfig,
+    policy: PolicyConfig,
+    longest: int,
     max_tokens: int,
     packed: bool,
-    figures: dict[str, float],
-    *,
-    keep_flat: bool = False,
-    drop_truncated: bool = False,
+    figures: dict[str, float | tuple[float, float]],
 ) -> list[RolloutBatch]:
     """This process's micro-batches of a step: the answers of `rows` with their advantages (P, G).
 
     A group whose advantages are all 0 counts in the divisor and is not computed, unless all groups
-    are so or `keep_flat` says that a KL is learned from it too. With `drop_truncated` answers that
-    reached their greatest length have no part in the loss.
+    are so or a KL is learned from it too. With policy.drop_truncated answers that reached their
+    `longest` length have no part in the loss.
     """
-
     everyone = [
         [
             k
             for k, answer in enumerate(row["answers"])
-            if not drop_truncated or answer["finish"] != "length"
+            if not policy.drop_truncated or answer["finish"] != "length"
         ]
         for row in rows
     ]
     taught = [
-        answers if keep_flat or values.any() else []
+        answers if policy.kl_coef or values.any() else []
         for answers, values in zip(everyone, advantages, strict=True)
     ]
     # a step needs a token, also where it has nothing to learn
     rest = next((i for i, answers in enumerate(everyone) if answers), None)
     if not any(taught) and rest is not None:
         taught[rest] = everyone[rest][:1]
-    sizes_of = [[len(answer["tokens"]) for answer in row["answers"]] for row in rows]
+    sizes = [[len(own(answer["logprobs"])) for answer in row["answers"]] for row in rows]
     answers = sum(map(len, everyone))
-    tokens = sum(sizes_of[row][k] for row, chosen in enumerate(everyone) for k in chosen)
-    # tokens that are computed, by whose number the loop divides
-    kept = sum(sizes_of[row][k] for row, chosen in enumerate(taught) for k in chosen)
-    longest = config.max_new_tokens
+    # tokens of the step, and those that are computed, by whose number the loop divides
+    tokens, kept = (
+        sum(sizes[row][k] for row, chosen in enumerate(some) for k in chosen)
+        for some in (everyone, taught)
+    )
     shares = [
-        token_weights(torch.tensor(sizes), divide, answers, tokens, longest) * kept
-        for sizes in sizes_of
+        token_weights(torch.tensor(group), policy.divide, answers, tokens, longest) * kept
+        for group in sizes
     ]
     batches = []
     for groups in micro_groups(rows, taught, max_tokens, packed):
         sequences = lay_out_groups(rows, groups, packed, lambda row, k: shares[row][k].item())
         of_answer = [advantages[row, k] for row, chosen in groups for k in chosen]
         values = torch.stack(of_answer)[sequences.owners] if of_answer else torch.zeros(0)
-        names = ("logprobs", "trainer_logprobs", "reference_logprobs")
-        sampled, old, reference = (token_values(rows, groups, name) for name in names)
-        batches.append(RolloutBatch(sequences, sampled, values, old, reference, figures))
+        logps = (token_values(rows, groups, name) for name in NAMES)
+        batches.append(RolloutBatch(sequences, values, *logps, figures))
     return batches
 
 
@@ -224,15 +225,12 @@ def answer_batches(rows: Sequence[dict], max_tokens: int, packed: bool) -> list[
 
 
 def token_values(rows: Sequence[dict], groups: Sequence[AnswerGroup], name: str) -> Tensor:
-    """(M,) float32 values of the tokens of the groups' answers, from each answer's list `name`.
+    """(M,) float32 values of the sampled tokens of the groups' answers, from their lists `name`.
 
     (0,) where answers have no such list.
     """
-
-    values = [
-        x for row, answers in groups for k in answers for x in rows[row]["answers"][k].get(name, ())
-    ]
-    return torch.tensor(values, dtype=torch.float32)
+    lists = (rows[row]["answers"][k].get(name, ()) for row, answers in groups for k in answers)
+    return torch.tensor([x for values in lists for x in own(values)], dtype=torch.float32)
 
 
 def report_memory(

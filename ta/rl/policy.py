@@ -72,7 +72,7 @@ def log_ratios(logps: Tensor, old: Tensor, owners: Tensor, n: int, level: Level)
 
 
 def policy_loss(
-    logps: Tensor, log_ratio: Tensor, advantage: Tensor, *, low: float, high: float, clip: Clip
+    logps: Tensor, log_ratio: Tensor, advantage: Tensor, low: float, high: float, clip: Clip
 ) -> tuple[Tensor, Tensor]:
     """((M,) losses, (M,) bool whether clipping took away the gradient or changed the weight).
 

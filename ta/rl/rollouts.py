@@ -7,11 +7,11 @@ Letters: P prompts, G answers to a prompt, N answers, M tokens of answers.
 
 from __future__ import annotations
 
-import copy
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,20 +28,20 @@ from ta.data.sources import Drops
 from ta.files import append_line, hash_json, read_json_lines, write_atomic
 from ta.generation.generate import generate
 from ta.generation.prompts import read_prompts
-from ta.generation.samples import asked_text
+from ta.generation.samples import Prompt, asked_text
 from ta.generation.settings import Answer, GenerateConfig
 from ta.generation.vllm_engine import VllmEngine, put_weights
-from ta.model.adapters import merge_adapter
 from ta.model.language_model import LanguageModel
 from ta.parallel import gather_objects, on_rank_zero, rank, say, sum_over_ranks, unsharded, world
 from ta.rl.batches import is_flat, lay_out_groups, micro_groups
+from ta.rl.engines import merged_weights, weights_hash
 from ta.rl.policy import overlong_penalty
 from ta.rl.rewards import RewardPool
-from ta.rl.settings import RolloutConfig
+from ta.rl.settings import PolicyConfig, RolloutConfig
 
 if TYPE_CHECKING:
     # a record and the token ids of its prompt
-    Prompt = tuple[dict, list[int]]
+    Question = tuple[dict, list[int]]
 
 
 def prepare_prompts(
@@ -50,7 +50,7 @@ def prepare_prompts(
     chat: ChatConfig,
     data: DataConfig,
     seed: int = 0,
-) -> tuple[list[Prompt], Prepared]:
+) -> tuple[list[Question], Prepared]:
     """([(record, prompt ids)], the prompts as data from which `train_batches` chooses).
 
     The answer at the end of a chat is taken off and becomes the record's "reference".
@@ -97,16 +97,14 @@ class Rollouts:
     """The rollouts of a run, by round: one round of answers serves one or more updates."""
 
     run_folder: Path
-    prompts: Sequence[Prompt]
+    prompts: Sequence[Question]
     batches: TrainBatches
     tokenizer: ChatTokenizer
     config: RolloutConfig
+    # with all its values filled in
+    policy: PolicyConfig = PolicyConfig().filled()
     # what rewards the answers; None where they are learned for what they are
     pool: RewardPool | None = None
-    # times that prompts are drawn again, in place of those whose answers are rewarded alike
-    resample: int = 0
-    # share of max_new_tokens, at its end, in which longer answers lose up to 1
-    overlong: float = 0.0
     # NAME: log p of the tokens of a batch (M,), which the file keeps of each answer as
     # NAME_logprobs
     logprobs: dict[str, Callable[[Batch], Tensor]] = field(default_factory=dict)
@@ -114,15 +112,14 @@ class Rollouts:
     engine: VllmEngine | None = None
     # of the weights that the engine holds
     engine_weights: int = -1
-    # seconds that this process took for the last round, 0 where it was read, for the log
-    seconds: dict[str, float] = field(default_factory=dict)
-    # the round at hand, and its records
-    round: int = -1
-    rows: list[dict] = field(default_factory=list)
+    # of what this process did at the last step, for the log; a tuple is a quotient
+    figures: dict[str, float | tuple[float, float]] = field(default_factory=dict)
+    # the records of the rounds at hand
+    held: dict[int, list[dict]] = field(default_factory=dict)
 
     def __post_init__(self):
-        # of the weights that made the round at hand; a checkpoint holds it
-        self.made_by = torch.zeros(1, dtype=torch.int64)
+        # of the weights that made an even and an odd round; a checkpoint holds it
+        self.made_by = torch.zeros(2, dtype=torch.int64)
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -132,30 +129,48 @@ class Rollouts:
     def at(self, model: LanguageModel, step: int) -> list[dict]:
         """The records of the round of `step` (from 0): read where they are there, else made.
 
-        ValueError where other weights made those that are there.
+        With config.ahead the last update of a round makes the next one too, before it changes the
+        weights. ValueError where other weights made the records that are there.
         """
         number, update = divmod(step, self.config.updates)
-        self.seconds = {"rollout_seconds": 0.0, "reward_seconds": 0.0}
-        if number == self.round:
-            return self.rows
-        if not update:
-            self.made_by[0] = weights_hash(model)
-        weights = int(self.made_by)
-        path = self.run_folder / "rollouts" / f"{number:06}.jsonl"
+        last = update == self.config.updates - 1 and step + 1 < self.batches.steps
+        self.figures = {"rollout_seconds": 0.0, "reward_seconds": 0.0}
+        self.figures["rollout_tokens_per_second"] = (0.0, 0.0)
+        ahead = [number + 1] * (self.config.ahead and last)
+        for n in (number, *ahead):
+            # records of the weights that now train; others were made by those that are noted
+            fresh = n > number or (not update and not (self.config.ahead and number))
+            if n not in self.held:
+                self.held[n] = self._round(model, n, fresh)
+        self.held = {n: rows for n, rows in self.held.items() if n >= number}
+        if self.pool is not None and not update:
+            self._show_extremes(self.held[number], step + 1)
+        return self.held[number]
+
+    def _round(self, model: LanguageModel, number: int, fresh: bool) -> list[dict]:
+        """The records of a round, from its file, which is written first where it is not there."""
+        now = weights_hash(model)
+        if fresh:
+            self.made_by[number % 2] = now
+        path, weights = (
+            self.run_folder / "rollouts" / f"{number:06}.jsonl",
+            self.made_by[number % 2],
+        )
         rows = gather_objects(read_json_lines(path) if rank() == 0 else None)[0]
         if any(row["weights"] != weights for row in rows):
             raise ValueError(
                 f"{path} was made by other weights than those that now train: delete it and the "
                 "files of later steps to make them anew"
             )
+        if not rows and now != weights:
+            raise ValueError(
+                f"{path} is gone, and the weights that made it too: delete the newest checkpoint "
+                "to go on from one before it, or start anew with --overwrite"
+            )
         if not rows:
-            assert not update, "the first update of a round has written its file"
-            rows = self._make(model, number, weights)
+            rows = self._make(model, number, now)
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             on_rank_zero(lambda: write_atomic(path, "".join(lines)))
-        if self.pool is not None:
-            self._show_extremes(rows, step + 1)
-        self.round, self.rows = number, rows
         return rows
 
     def _show_extremes(self, rows: Sequence[dict], step: int) -> None:
@@ -173,30 +188,26 @@ class Rollouts:
             about |= {"reward": reward, "finish": answer["finish"]}
             append_line(self.run_folder / "samples.jsonl", about)
 
-    def held_out_reward(
-        self, model: LanguageModel, prompts: Sequence[Prompt], longest: int
-    ) -> dict[str, float]:
-        """{"reward": the mean reward of greedy answers of at most `longest` tokens}, or {}."""
-        settings = GenerateConfig(
-            max_new_tokens=longest,
-            stop_strings=tuple(self.tokenizer.stop_strings),
-            slots=self.config.slots,
-        )
+    def respond(
+        self, model: LanguageModel, prompts: Sequence[Prompt], settings: GenerateConfig
+    ) -> tuple[list[list[Answer]], list[list[float | None]]]:
+        """Answers to held-out prompts and their rewards; each process answers its share."""
         mine = prompts[rank() :: world()]
-        answers = self._generate(model, [ids for _, ids in mine], settings)
-        judged = self._rewards([record for record, _ in mine], answers)
-        shares = gather_objects([total for ((_, total),) in judged])
-        known = [total for share in shares for total in share if total is not None]
-        return {"reward": sum(known) / len(known)} if known else {}
+        answers = self._generate(model, [prompt.ids for prompt in mine], settings)
+        records = [prompt.record | {"messages": prompt.chat} for prompt in mine]
+        rewards = [[total for _, total in group] for group in self._judge(records, answers)]
+        gathered = _in_turn(gather_objects(list(zip(answers, rewards, strict=True))))
+        return [part for part, _ in gathered], [part for _, part in gathered]
 
     def _make(self, model: LanguageModel, number: int, weights: int) -> list[dict]:
         """The records of a round; prompts are drawn again until enough groups differ."""
         about = {"step": number, "weights": weights}
         wanted, rows, spare, drawn = self.batches.batch_size, [], [], 0
-        for attempt in range(self.resample + 1):
+        resample = self.policy.resample
+        for attempt in range(resample + 1):
             found = self._drawn(model, number + attempt * self.batches.steps, about)
             drawn, spare = drawn + len(found), spare or found
-            rows += [row for row in found if not self.resample or not is_flat(row)]
+            rows += [row for row in found if not resample or not is_flat(row)]
             if len(rows) >= min(wanted, len(found)):
                 break
         if not drawn:
@@ -206,20 +217,18 @@ class Rollouts:
             self._add_logprobs(model, rows, f"{name}_logprobs", function)
         return rows
 
-    def _drawn(self, model: LanguageModel, place: int, about: dict) -> list[dict]:
+    def _drawn(self, model: LanguageModel, draw: int, about: dict) -> list[dict]:
         """The records of one draw; each process answers its share of the prompts and judges it."""
-        chosen = [int(i) for i in self.batches.records(place)]
-        error, rows = None, []
+        chosen, error, rows = self.batches.records(draw).tolist(), None, []
         try:
-            rows = self._rollouts_of(model, chosen[rank() :: world()], place, about)
+            rows = self._rollouts_of(model, chosen[rank() :: world()], draw, about)
         except ValueError as raised:
             error = raised
         shares = gather_objects((rows, error))
         for _, failed in shares:
             if failed is not None:
                 raise failed
-        by_record = {i: row for share, _ in shares for i, row in share}
-        return [by_record[i] for i in chosen if i in by_record]
+        return [row for row in _in_turn([share for share, _ in shares]) if row["answers"]]
 
     def _add_logprobs(
         self, model: LanguageModel, rows: list[dict], name: str, function: Callable
@@ -230,14 +239,13 @@ class Rollouts:
         for groups in micro_groups(rows, everyone, self.batches.max_tokens, model.packed):
             batch = to_device(lay_out_groups(rows, groups, model.packed), device)
             with torch.no_grad():
-                values = function(batch).tolist()
+                values = iter(function(batch).tolist())
             for row, answers in groups:
                 for k in answers:
-                    size = len(rows[row]["answers"][k]["tokens"])
-                    found.append((row, k, values[:size]))
-                    del values[:size]
-        for row, k, values in (entry for share in gather_objects(found) for entry in share):
-            rows[row]["answers"][k][name] = values
+                    sampled = rows[row]["answers"][k]["logprobs"]
+                    found.append((row, k, [x if x is None else next(values) for x in sampled]))
+        for row, k, logprobs in (entry for share in gather_objects(found) for entry in share):
+            rows[row]["answers"][k][name] = logprobs
 
     def _generate(
         self,
@@ -254,27 +262,25 @@ class Rollouts:
             put_weights(self.engine, merged_weights(model))
             self.engine_weights = weights
         # vLLM knows no temperature of the model
-        temperature = model.temperature if settings.temperature else 0.0
+        temperature = settings.temperature * model.temperature
         settings = replace(settings, temperature=temperature)
         return generate(self.engine, fast, ids, settings, stops, keys=keys)
 
-    def _rewards(
-        self, records: list[dict], answers: list[list[Answer]]
-    ) -> list[list[tuple[dict[str, float | None], float | None]]]:
+    def _judge(self, records: Sequence[dict], answers: Sequence[Sequence[Answer]]) -> list:
         """For each record and answer ({function: its value}, their weighted sum or None)."""
         texts = [[answer.text for answer in group] for group in answers]
-        values = self.pool.score(records, texts)
         names = [reward.text for reward in self.pool.rewards]
         return [
             [(dict(zip(names, parts, strict=True)), self.pool.total(parts)) for parts in group]
-            for group in values
+            for group in self.pool.score(records, texts)
         ]
 
     def _rollouts_of(
-        self, model: LanguageModel, mine: list[int], place: int, about: dict
-    ) -> list[tuple[int, dict]]:
-        """(prompt, its record with answers and rewards) of those of `mine` with a reward."""
-        config, ids = self.config, [self.prompts[i][1] for i in mine]
+        self, model: LanguageModel, mine: list[int], draw: int, about: dict
+    ) -> list[dict]:
+        """The records of the prompts `mine` with their answers and rewards."""
+        config = self.config
+        records, ids = ([self.prompts[i][part] for i in mine] for part in (0, 1))
         settings = GenerateConfig(
             max_new_tokens=config.max_new_tokens,
             # the model has the temperature already
@@ -285,33 +291,40 @@ class Rollouts:
             slots=config.slots,
         )
         # an answer depends on the seed, the draw, the record and the answer's number alone
-        keys = [place * len(self.prompts) + i for i in mine]
+        keys = [draw * len(self.prompts) + i for i in mine]
         start = time.perf_counter()
         answers = self._generate(model, ids, settings, keys)
-        middle = time.perf_counter()
-        records = [self.prompts[i][0] for i in mine]
-        judged = self._rewards(records, answers) if self.pool else None
-        self.seconds["rollout_seconds"] += middle - start
-        self.seconds["reward_seconds"] += time.perf_counter() - middle
+        seconds = time.perf_counter() - start
         rows = []
-        for place, (i, record, group) in enumerate(zip(mine, records, answers, strict=True)):
-            row = record | about | {"prompt_tokens": list(self.prompts[i][1])}
+        for record, prompt, group in zip(records, ids, answers, strict=True):
+            row = record | about | {"prompt_tokens": list(prompt)}
             row["answers"] = [
                 {"id": str(k), "content": answer.text, "finish": answer.finish}
                 | {"tokens": answer.ids, "logprobs": answer.logprobs}
                 for k, answer in enumerate(group)
             ]
-            if judged is None or self._add_rewards(row, judged[place]):
-                rows.append((i, row))
+            rows.append(row)
+        if self.pool is not None:
+            for row, judged in zip(rows, self._judge(records, answers), strict=True):
+                self._add_rewards(row, judged)
+        tokens = sum(len(answer.ids) for group in answers for answer in group)
+        self._count(seconds, time.perf_counter() - start - seconds, tokens)
         return rows
 
-    def _add_rewards(self, row: dict, judged: list[tuple[dict, float | None]]) -> bool:
-        """Give a record its rewards; answers without one stand apart. Whether any has one."""
-        longest, row["rewards"], unjudged = self.config.max_new_tokens, {}, []
+    def _count(self, rollout: float, reward: float, tokens: int) -> None:
+        self.figures["rollout_seconds"] += rollout
+        self.figures["reward_seconds"] += reward
+        before = self.figures["rollout_tokens_per_second"]
+        self.figures["rollout_tokens_per_second"] = before[0] + tokens, before[1] + rollout
+
+    def _add_rewards(self, row: dict, judged: list[tuple[dict, float | None]]) -> None:
+        """Give a record its rewards; answers without one stand apart."""
+        longest, overlong = self.config.max_new_tokens, self.policy.overlong
+        row["rewards"], unjudged = {}, []
         for answer, (parts, total) in zip(row["answers"], judged, strict=True):
-            if self.overlong:
-                size, margin = len(answer["tokens"]), self.overlong * longest
-                parts["overlong"] = overlong_penalty(size, longest, margin)
+            if overlong:
+                margin = overlong * longest
+                parts["overlong"] = overlong_penalty(len(answer["tokens"]), longest, margin)
                 total = None if total is None else total + parts["overlong"]
             answer["parts"] = parts
             if total is None:
@@ -321,7 +334,11 @@ class Rollouts:
         if unjudged:
             row["unjudged"] = unjudged
             row["answers"] = [answer for answer in row["answers"] if answer not in unjudged]
-        return bool(row["answers"])
+
+
+def _in_turn(shares: Sequence[Sequence]) -> list:
+    """What the processes made of x[rank :: world], in the order of x."""
+    return [x for some in zip_longest(*shares) for x in some if x is not None]
 
 
 class MismatchWatch:
@@ -336,10 +353,11 @@ class MismatchWatch:
         self.large = 0
         self.parts: list[Tensor] = []
 
-    def add(self, gaps: Tensor) -> None:
-        """Note the differences (M,) of a micro-batch."""
-        sums = (gaps.abs().sum(), gaps.new_tensor(len(gaps)))
-        self.parts.append(torch.stack(sums).double())
+    def add(self, gaps: Tensor) -> Tensor:
+        """Note the differences (M,) of a micro-batch; gives the sum of their sizes."""
+        total = gaps.abs().sum()
+        self.parts.append(torch.stack([total, gaps.new_tensor(len(gaps))]).double())
+        return total
 
     def check(self) -> None:
         """Close a step, on all processes. ValueError at the third large one in a row."""
@@ -353,31 +371,6 @@ class MismatchWatch:
             raise ValueError(
                 f"log-probabilities of sampled tokens differ by {mean:.3g} nats on average between "
                 f"sampler and trainer, in three steps more than --max-mismatch {self.most:g}: the "
-                "sampler may hold other weights or an adapter less, or compute in another dtype, "
-                "or the template of prompts may differ; lower --dtype differences or raise it"
+                "sampler may hold other weights or an adapter less or compute in another dtype, or "
+                "with --ahead 1 the learning rate may be large; mend it, lower --lr, or raise it"
             )
-
-
-def merged_weights(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of all weights of the base; a LoRA adapter is merged into a copy of it."""
-    inner = model.inner
-    if hasattr(inner, "get_base_model"):
-        inner = merge_adapter(copy.deepcopy(inner))
-    # tensors that are tied come once, as in a folder
-    for name, parameter in inner.named_parameters():
-        yield name, parameter.detach()
-
-
-def weights_hash(model: LanguageModel) -> int:
-    """A hash of the bits of all weights that train, the same on any number of processes."""
-    names, sums = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            sharded = hasattr(parameter, "to_local")
-            local = parameter.detach().to_local() if sharded else parameter.detach()
-            kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
-            counted = local.contiguous().view(kind).sum(dtype=torch.int64)
-            sums.append(counted if sharded or rank() == 0 else torch.zeros_like(counted))
-            names.append(name)
-    totals = sum_over_ranks(torch.stack(sums))
-    return int(hash_json([names, totals.tolist()])[:15], 16)

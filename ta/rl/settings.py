@@ -1,9 +1,9 @@
-"""What rollouts are asked for."""
+"""What rollouts are asked for, and what a policy learns from them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 from ta.command_line import Range
 
@@ -20,3 +20,72 @@ class RolloutConfig:
     """Answers that are generated at the same time (a memory knob)."""
     updates: Annotated[int, Range(1)] = 1
     """Optimizer steps on the answers of one rollout, each on its share of --batch-size prompts."""
+    ahead: Annotated[int, Range(0, 1)] = 0
+    """1 makes the next rollout before the last update on this one, by weights that are one step
+    old, which --mismatch corrects. It saves time where another device answers (--engine URL)."""
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    preset: Literal["grpo", "dapo", "dr-grpo", "rloo", "gspo", "cispo"] = "grpo"
+    """The published values of the eight settings below, of which each that is given wins."""
+    advantage: Literal["grpo", "centred", "rloo", "batch"] | None = None
+    """By how much an answer is better: reward minus the mean of its group, over the standard
+    deviation of the group (grpo), as it is (centred), minus the mean of the others (rloo), or over
+    the standard deviation of the step (batch)."""
+    level: Literal["token", "sequence"] | None = None
+    """Whether the ratio of new to old probability is that of a token or the geometric mean of its
+    answer."""
+    divide: Literal["tokens", "answers", "constant"] | None = None
+    """The loss is a mean over the tokens of a step, over its answers of the means over their
+    tokens, or a sum over answers times --max-new-tokens."""
+    clip_ratio: Literal["objective", "weight"] | None = None
+    """A ratio out of bounds takes the gradient away (PPO), or is a weight that stays in bounds
+    (CISPO)."""
+    clip_low: Annotated[float | None, Range(0, 1)] = None
+    """A ratio counts from 1 - this."""
+    clip_high: Annotated[float | None, Range(0)] = None
+    """A ratio counts up to 1 + this."""
+    resample: Annotated[int | None, Range(0)] = None
+    """How often other prompts are drawn, in place of those whose answers are rewarded alike."""
+    overlong: Annotated[float | None, Range(0, 1)] = None
+    """The share of --max-new-tokens, at its end, in which longer answers lose up to 1."""
+    drop_truncated: bool = False
+    """Do not train on answers that reached --max-new-tokens; in their groups they count."""
+    kl_coef: Annotated[float, Range(0)] = 0.0
+    """Weight of the KL from the reference; above 0 --reference is opened."""
+    kl: Literal["reward", "loss"] = "reward"
+    """Where it counts: log pi - log ref in the reward (k1), or half its square in the loss (k2)."""
+    mismatch: Literal["none", "truncate", "mask"] = "truncate"
+    """Weights by which the tokens of a sampler that differs count: trainer's probability over
+    sampler's, up to a bound, or 0 outside of it."""
+    mismatch_bound: Annotated[float, Range(1, above=True)] = 2.0
+    """That bound."""
+    max_mismatch: Annotated[float, Range(0)] = 0.1
+    """The run stops after three steps in which log-probabilities of sampler and trainer differ by
+    more than this on average."""
+
+    def filled(self) -> PolicyConfig:
+        """With the values of the preset where none is given."""
+        values = DEFAULTS | PRESETS[self.preset]
+        return replace(self, **{k: v for k, v in values.items() if getattr(self, k) is None})
+
+
+DEFAULTS = {
+    "advantage": "grpo", "level": "token", "divide": "answers", "clip_ratio": "objective",
+    "clip_low": 0.2, "clip_high": 0.2, "resample": 0, "overlong": 0.0,
+}  # fmt: skip
+PRESETS = {
+    # arXiv 2402.03300, without its KL
+    "grpo": {},
+    # arXiv 2503.14476, which draws without end
+    "dapo": {"divide": "tokens", "clip_high": 0.28, "resample": 3, "overlong": 0.2},
+    # arXiv 2503.20783
+    "dr-grpo": {"advantage": "centred", "divide": "constant"},
+    # arXiv 2402.14740
+    "rloo": {"advantage": "rloo", "level": "sequence"},
+    # arXiv 2507.18071
+    "gspo": {"level": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
+    # arXiv 2506.13585, the bound of arXiv 2510.13786
+    "cispo": {"divide": "tokens", "clip_ratio": "weight", "clip_low": 1.0, "clip_high": 4.0},
+}

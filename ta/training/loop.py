@@ -135,6 +135,7 @@ def train(
                     break
                 seed_dropout(batches.seed, number)
                 micro_batches = before_step(number, ready) if before_step else ready
+                begun = time.perf_counter()
                 sums: dict[str, Any] = {}
                 for batch in micro_batches:
                     loss, count, metrics = step(model, batch)
@@ -154,6 +155,8 @@ def train(
                 norm = update(optimizer, parameters, lr, scale, optim.clip, total["loss"])
                 if not math.isfinite(norm):
                     _stop_non_finite(run, number, total, model, batches, micro_batches)
+                if before_step:
+                    total["update_seconds"] = time.perf_counter() - begun
                 window.add(total)
                 done = number + 1
                 last = done == batches.steps

@@ -36,6 +36,9 @@ class StepSums:
             "learned_tokens": int(self.sums["learned"]),
             "seconds": round(time.perf_counter() - self.start, 4),
         }
+        if update := self.sums["update_seconds"]:
+            sizes["update_seconds"] = round(update, 4)
+            sizes["update_tokens_per_second"] = round(self.sums["tokens"] / update, 1)
         return join_figures(means(self.sums), sizes)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -12,6 +13,7 @@ from judged import recipe
 from small import tiny
 
 from ta.builtin.model_folders import tiny_folder
+from ta.builtin.models import practice, write_jsonl
 from ta.data.batch import lay_out
 from ta.data.records import check_candidates
 from ta.data.sources import read_records
@@ -23,8 +25,9 @@ from ta.rl.batches import (
     rollout_batches,
     token_values,
 )
-from ta.rl.rollouts import MismatchWatch, weights_hash
-from ta.rl.settings import RolloutConfig
+from ta.rl.engines import weights_hash
+from ta.rl.rollouts import MismatchWatch
+from ta.rl.settings import PolicyConfig
 
 
 def rows(prompts=(5, 3, 8), answers=((4, 2, 3), (1, 6, 2), (5, 5, 1)), seed=0):
@@ -105,12 +108,12 @@ def test_tokens_of_the_file_are_those_that_train():
 @pytest.mark.parametrize("packed", [True, False])
 def test_the_loss_does_not_depend_on_the_cut(divide, packed):
     """Summed over micro-batches of 100, 14 and 13 tokens, and equal to the formula written out."""
-    model, made, ten = tiny(dtype=torch.float64), rows(), RolloutConfig(max_new_tokens=10)
+    model, made, policy = tiny(dtype=torch.float64), rows(), PolicyConfig(divide=divide)
     model.set_mode("packed" if packed else "padded")
     advantages = torch.tensor([[1.0, -2.0, 0.5], [0, 0, 0], [2.0, 0.0, -1.0]])
     found = []
     for budget in (100, 14, 13):
-        batches = rollout_batches(made, advantages, divide, ten, budget, packed, {})
+        batches = rollout_batches(made, advantages, policy, 10, budget, packed, {})
         count = sum(len(batch.sequences.learned) for batch in batches)
         sums = [
             (model.logprobs(b.sequences) * b.advantage * b.sequences.weights).sum() for b in batches
@@ -131,7 +134,7 @@ def test_the_loss_does_not_depend_on_the_cut(divide, packed):
 
 
 def test_a_step_without_a_lesson_has_a_loss_of_zero():
-    batches = rollout_batches(rows(), torch.zeros(3, 3), "tokens", RolloutConfig(), 100, True, {})
+    batches = rollout_batches(rows(), torch.zeros(3, 3), PolicyConfig().filled(), 9, 100, True, {})
     assert sum(len(batch.advantage) for batch in batches) == 4 and not batches[0].advantage.any()
 
 
@@ -158,19 +161,29 @@ def spread(messages, answer, record):
 """
 
 
-@pytest.fixture
-def grpo(forked, tmp_path):
+@pytest.fixture(scope="module")
+def grpo(forked, tmp_path_factory):
     """A run of grpo.py on the random tiny model with a reward that differs between answers."""
-    (tmp_path / "mine.py").write_text(REWARD)
+    folder = tmp_path_factory.mktemp("grpo")
+    (folder / "mine.py").write_text(REWARD)
+    write_jsonl(folder / "train.jsonl", practice("train", 48))
+    write_jsonl(folder / "held_out.jsonl", practice("held_out", 2))
 
     def start(name, *more, steps=3, told=False, **how):
-        flags = ("--model-path", tiny_folder(), "--rewards", f"{tmp_path}/mine.py:spread")
+        flags = ("--model-path", tiny_folder(), "--rewards", f"{folder}/mine.py:spread")
+        flags += ("--data", folder / "train.jsonl", "--val-data", folder / "held_out.jsonl")
         flags += ("--steps", steps, "--batch-size", 4, "--num-answers", 4, "--max-new-tokens", 6)
-        flags += ("--sample-records", 4, "--save-every", 1, "--lr", 1e-3, "--keep", 0)
-        said = forked("grpo", *flags, "--out", tmp_path / name, *more, **how)
-        return said if told else tmp_path / name
+        flags += ("--save-every", 1, "--lr", 1e-3, "--keep", 0)
+        said = forked("grpo", *flags, "--out", folder / name, *more, **how)
+        return said if told else folder / name
 
     return start
+
+
+@pytest.fixture(scope="module")
+def whole(grpo):
+    """Three steps without a kill."""
+    return grpo("whole")
 
 
 def story(folder):
@@ -207,60 +220,75 @@ def die_at(place, count):
 
 
 SEVERAL = ("--updates", 2, "--kl-coef", 0.1, "--kl", "loss", "--resample", 1, "--overlong", 0.5)
+# rollouts that are there after a kill at each place of the storm
+MADE = {(): (0, 0, 2, 2), SEVERAL: (0, 0, 1, 1), ("--ahead", 1): (0, 1, 3, 3)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [(), SEVERAL], ids=["plain", "several"])
-def test_killed_anywhere_and_resumed_it_is_the_same_run(grpo, more):
-    """In the rollout, in the reward, between file and update, and in a checkpoint; also twice.
+@pytest.mark.parametrize("more", MADE, ids=["plain", "several", "ahead"])
+def test_killed_anywhere_and_resumed_it_is_the_same_run(grpo, whole, more):
+    """One run, killed in the rollout, in the reward, between file and update, and in a checkpoint.
 
-    Also with two updates a rollout, so that a checkpoint stands between them.
+    Also with two updates a rollout, so that a checkpoint stands between them, and with rollouts
+    made a step ahead.
     """
     import ta.rl.rollouts as module
     import ta.training.loop as loop
     from ta.rl.rewards import RewardPool
     from ta.training import checkpoint
 
-    whole = grpo("whole", *more)
-    expected = story(whole)
-    assert len(expected[1]) == 3
-    places = {
-        "rollout": (module, "generate"),
-        "reward": (RewardPool, "score"),
-        "update": (loop, "update"),
-        "checkpoint": (checkpoint, "_digest"),
-    }
-    for name, place in places.items():
-        # held-out prompts are answered and judged once before step 1, and once more at the end
-        count = 2 if name in ("update", "checkpoint") else 3
-        folder = grpo(name, *more, code=-signal.SIGKILL, before=die_at(place, count))
-        made = len(rollouts(folder))
-        assert made == (1 if more or name not in ("update", "checkpoint") else 2)
-        if name in ("update", "checkpoint"):
-            grpo(name, *more, "--resume", code=-signal.SIGKILL, before=die_at(place, 1))
-        grpo(name, *more, "--resume")
-        assert story(folder) == expected, name
-        assert rollouts(folder) == rollouts(whole), name
+    undisturbed = grpo("-".join(map(str, more)), *more) if more else whole
+    assert len(story(undisturbed)[1]) == 3
+    name, made, resume = "killed" + "-".join(map(str, more)), [], ()
+    # held-out prompts are answered and judged first; a resume hashes the checkpoint that it loads
+    for place, count in (
+        ((module, "generate"), 2),
+        ((RewardPool, "score"), 2 + ("--ahead" in more)),
+        ((loop, "update"), 2),
+        ((checkpoint, "_digest"), 2),
+    ):
+        folder = grpo(name, *more, *resume, code=-signal.SIGKILL, before=die_at(place, count))
+        made.append(len(rollouts(folder)))
+        resume = ("--resume",)
+    assert tuple(made) == MADE[more]
+    grpo(name, *more, "--resume")
+    assert story(folder) == story(undisturbed)
+    assert rollouts(folder) == rollouts(undisturbed)
 
 
 @pytest.mark.slow
-def test_rollouts_of_other_weights_are_refused(grpo, tmp_path):
-    one, other = grpo("one", steps=2), grpo("other", "--seed", 1, steps=2)
-    path = one / "rollouts/000001.jsonl"
-    path.write_bytes((other / "rollouts/000001.jsonl").read_bytes())
-    (one / "checkpoints/step-00000002").rename(tmp_path / "gone")
-    said = grpo("one", "--resume", steps=2, code=2, told=True)
-    assert f"{path} was made by other weights" in said
+def test_rollouts_made_a_step_ahead_are_of_older_weights(grpo, whole):
+    """Their first two rounds are of the first weights; the mismatch is what one step has changed."""
+    ahead = grpo("--ahead-1", "--ahead", 1, "--overwrite")
+    first, second, third = ([row["weights"] for row in made] for made in rollouts(ahead))
+    assert first[0] == second[0] != third[0]
+    assert rollouts(ahead)[0] == rollouts(whole)[0] and rollouts(ahead)[1] != rollouts(whole)[1]
+    mismatches = [row[-1] for row in story(ahead)[1]]
+    assert mismatches[0] < 1e-5 < 1e-3 < min(mismatches[1:])
+    assert max(row[-1] for row in story(whole)[1]) < 1e-5
+
+
+@pytest.mark.slow
+def test_rollouts_of_other_weights_and_those_that_are_gone_are_refused(grpo, whole):
+    copied = shutil.copytree(whole, whole.with_name("copied"))
+    path = copied / "rollouts/000002.jsonl"
+    shutil.rmtree(copied / "checkpoints/step-00000003")
+    path.write_text(path.read_text().replace('"weights": ', '"weights": 1'))
+    assert f"{path} was made by other weights" in grpo("copied", "--resume", code=2, told=True)
     path.unlink()
-    grpo("one", "--resume", steps=2)
-    assert story(one) == story(grpo("again", steps=2))
+    grpo("copied", "--resume")
+    assert story(copied) == story(whole)
+    ahead = grpo("gone", "--ahead", 1, steps=2)
+    shutil.rmtree(ahead / "checkpoints/step-00000002")
+    (ahead / "rollouts/000001.jsonl").unlink()
+    said = grpo("gone", "--ahead", 1, "--resume", steps=2, code=2, told=True)
+    assert "000001.jsonl is gone, and the weights that made it too" in said
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_same_rollouts_and_losses(grpo):
-    one, two = grpo("one"), grpo("two", processes=2)
-    rounds = zip(rollouts(one), rollouts(two), strict=True)
-    for number, (a, b) in enumerate(rounds):
+def test_two_processes_give_the_same_rollouts_and_losses(grpo, whole):
+    two = grpo("two", processes=2)
+    for number, (a, b) in enumerate(zip(rollouts(whole), rollouts(two), strict=True)):
         for row, other in zip(a, b, strict=True):
             assert row["prompt_tokens"] == other["prompt_tokens"]
             for answer, same in zip(row["answers"], other["answers"], strict=True):
@@ -268,22 +296,44 @@ def test_two_processes_give_the_same_rollouts_and_losses(grpo):
                 # rounding is all that differs at first, and what Adam makes of it later
                 near = pytest.approx(same["logprobs"], abs=1e-3 if number else 1e-5)
                 assert answer["logprobs"] == near
-    np.testing.assert_allclose(story(one)[1], story(two)[1], rtol=1e-2, atol=1e-4)
-    np.testing.assert_allclose(story(one)[1][0], story(two)[1][0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(story(whole)[1], story(two)[1], rtol=1e-2, atol=1e-4)
+    np.testing.assert_allclose(story(whole)[1][0], story(two)[1][0], rtol=1e-4, atol=1e-5)
+    held_out = [json.loads(open(folder / "metrics.jsonl").readline()) for folder in (whole, two)]
+    assert held_out[0] == held_out[1] and "val_reward" in held_out[0]
 
 
 @pytest.mark.slow
-def test_micro_batches_change_no_figure_and_a_file_is_a_list_of_candidates(grpo):
-    one = grpo("one", steps=2)
-    small = grpo("small", "--max-tokens-per-micro", 64, "--slots", 3, steps=2)
-    np.testing.assert_allclose(story(one)[1][0], story(small)[1][0], rtol=1e-4, atol=1e-5)
-    records = list(read_records([str(one / "rollouts/000000.jsonl")], check_candidates))
+def test_micro_batches_change_no_figure_and_a_file_is_a_list_of_candidates(grpo, whole):
+    small = grpo("small", "--max-tokens-per-micro", 64, "--slots", 3)
+    np.testing.assert_allclose(story(whole)[1][0], story(small)[1][0], rtol=1e-4, atol=1e-5)
+    records = list(read_records([str(whole / "rollouts/000000.jsonl")], check_candidates))
     assert len(records) == 4
     for record in records:
         assert len(record.data["answers"]) == len(record.data["rewards"]) == 4
         assert record.data["messages"][-1]["role"] == "user" and record.data["reference"]
     seen = [answer["tokens"] for record in records for answer in record.data["answers"]]
     assert len({tuple(tokens) for tokens in seen}) > 4, "answers are drawn, not repeated"
+
+
+@pytest.mark.slow
+def test_each_step_logs_its_parts_and_its_best_and_worst_answer(whole):
+    steps = [json.loads(line) for line in open(whole / "metrics.jsonl")]
+    for row in (row for row in steps if "loss" in row):
+        seconds = row["rollout_seconds"] + row["reward_seconds"] + row["update_seconds"]
+        assert 0 < row["update_seconds"] < seconds < row["seconds"]
+        made = row["length"] * 16 / row["rollout_seconds"]
+        assert row["rollout_tokens_per_second"] == pytest.approx(made)
+        trained = row["tokens"] / row["update_seconds"]
+        assert row["update_tokens_per_second"] == pytest.approx(trained, rel=1e-2)
+    shown = [json.loads(line) for line in open(whole / "samples.jsonl")]
+    held_out = [row for row in shown if "row" in row]
+    mean = sum(row["reward"] for row in held_out[:2]) / 2
+    assert len(held_out) == 4 and mean == steps[0]["val_reward"], "answered once"
+    for number, made in enumerate(rollouts(whole)):
+        best, worst = [row for row in shown if row["step"] == number + 1 and "row" not in row]
+        rewards = [x for row in made for x in row["rewards"].values()]
+        assert (best["reward"], worst["reward"]) == (max(rewards), min(rewards))
+        assert (best["id"], worst["id"]) == ("best rollout", "worst rollout")
 
 
 @pytest.mark.slow
@@ -307,7 +357,7 @@ def test_weights_changed_behind_the_samplers_back_are_seen_and_stop_the_run(grpo
 
         module.generate = other
 
-    said = grpo("run", steps=6, code=2, before=before, told=True)
+    said = grpo("changed", steps=6, code=2, before=before, told=True)
     assert "between sampler and trainer, in three steps more than --max-mismatch 0.1" in said
 
 
@@ -325,27 +375,24 @@ def test_a_mismatch_must_be_large_three_times_in_a_row():
 
 
 @pytest.mark.slow
-def test_prompts_are_drawn_again_until_enough_groups_differ(grpo, tmp_path):
-    """A reward that is flat on two of three prompts: with --resample the file holds groups that differ, and says how many were drawn."""
+def test_prompts_are_drawn_again_until_enough_groups_differ(grpo, whole, tmp_path):
+    """A reward that is flat on two of three prompts: with --resample the file holds groups that differ, and says how many were drawn.
+
+    Of long answers the penalty is a part of the reward.
+    """
     (tmp_path / "mine.py").write_text(
         "def spread(messages, answer, record):\n"
-        "    return hash(answer) % 97 if record['id'].startswith('add') else 0.5\n"
+        "    return sum(map(ord, answer)) % 97 if record['id'].startswith('add') else 0.5\n"
     )
-    plain, drawn = grpo("plain", steps=1), grpo("drawn", "--resample", 8, steps=1)
-    (first,), (second,) = rollouts(plain), rollouts(drawn)
-    assert len(first) == len(second) == 4
-    tasks = [{row["id"].split("-")[0] for row in rows} for rows in (first, second)]
-    assert tasks[1] == {"add"} != tasks[0]
-    assert second[0]["drawn"] > 4 == first[0]["drawn"]
+    flags = ("--resample", 8, "--overlong", 0.5, "--rewards", f"{tmp_path}/mine.py:spread")
+    drawn = grpo("drawn", *flags, steps=1)
+    (second,) = rollouts(drawn)
+    assert len(second) == 4 and second[0]["drawn"] > 4 == rollouts(whole)[0][0]["drawn"]
+    assert {row["id"].partition("-")[0] for row in second} == {"add"}
     steps = [json.loads(line) for line in open(drawn / "metrics.jsonl")]
     assert steps[1]["flat_groups"] == pytest.approx(1 - 4 / second[0]["drawn"])
     assert len({tuple(row["prompt_tokens"]) for row in second}) == 4
-
-
-@pytest.mark.slow
-def test_long_answers_lose(grpo):
-    (made,) = rollouts(grpo("run", "--overlong", 0.5, steps=1))
-    for row in made:
+    for row in second:
         for answer in row["answers"]:
             # of 6 tokens the last 3 count
             penalty = -max(0, len(answer["tokens"]) - 3) / 3
@@ -355,12 +402,10 @@ def test_long_answers_lose(grpo):
 
 def test_truncated_answers_may_be_left_out():
     """They then have no part in the loss and in its divisor; in their group they have."""
-    made, config = rows(), RolloutConfig()
+    made, policy = rows(), PolicyConfig(divide="answers", drop_truncated=True)
     made[0]["answers"][1]["finish"] = made[2]["answers"][0]["finish"] = "length"
     advantages = torch.tensor([[1.0, -2.0, 0.5], [0.5, 0, 0.5], [2.0, 0.0, -1.0]])
-    (batch,) = rollout_batches(
-        made, advantages, "answers", config, 100, True, {}, drop_truncated=True
-    )
+    (batch,) = rollout_batches(made, advantages, policy, 9, 100, True, {})
     left = [(0, 0), (0, 2), (1, 0), (1, 1), (1, 2), (2, 1), (2, 2)]
     sizes = [len(made[i]["answers"][k]["tokens"]) for i, k in left]
     assert torch.bincount(batch.sequences.owners).tolist() == sizes
@@ -378,32 +423,23 @@ PRESETS = ("grpo", "dapo", "dr-grpo", "rloo", "gspo", "cispo")
 def test_a_step_is_its_formula(preset, updates):
     """The loss of the recipe's step against the formula token by token in float64, with a KL in the loss and weights of a mismatch."""
     page, model, made = recipe("grpo"), tiny(dtype=torch.float64), rows()
-    config = page.Config(
-        preset=preset,
-        kl_coef=0.3,
-        kl="loss",
-        mismatch_bound=1.1,
-        rollouts=RolloutConfig(max_new_tokens=10, updates=updates),
-    )
-    settings = page.policy_settings(config)
+    policy = PolicyConfig(preset, kl_coef=0.3, kl="loss", mismatch_bound=1.1).filled()
     rng = np.random.default_rng(1)
     for row in made:
         for answer in row["answers"]:
             ids = np.array(row["prompt_tokens"] + answer["tokens"])
             learned = (np.arange(len(ids)) >= len(row["prompt_tokens"])).astype(np.float32)
             logps = model.logprobs(lay_out([ids], [learned])).detach().numpy()
-            for name, noise in (
-                ("logprobs", 0.2),
-                ("trainer_logprobs", 0.3),
-                ("reference_logprobs", 1),
-            ):
+            noises = {"logprobs": 0.2, "reference_logprobs": 1}
+            if updates == 2:
+                noises["trainer_logprobs"] = 0.3
+            for name, noise in noises.items():
                 answer[name] = (logps + noise * rng.normal(size=len(logps))).tolist()
     advantages = torch.tensor([[1.0, -2.0, 0.5], [0, 0, 0], [2.0, 0.0, -1.0]], dtype=torch.float64)
-    arguments = (made, advantages, settings["divide"], config.rollouts, 100, True, {})
-    (batch,) = rollout_batches(*arguments, keep_flat=True)
-    loss, count, figures = page.step(config, settings, MismatchWatch(9), model, batch)
+    (batch,) = rollout_batches(made, advantages, policy, 10, 100, True, {"reward": 2.0})
+    loss, count, figures = page.step(policy, MismatchWatch(9), model, batch)
     tokens = sum(len(answer["tokens"]) for row in made for answer in row["answers"])
-    assert count == tokens and figures["kl"] > 0
+    assert count == tokens and figures["kl"] > 0 and figures["reward"] == 2 * tokens
     total = 0.0
     for i, row in enumerate(made):
         for k, answer in enumerate(row["answers"]):
@@ -411,14 +447,14 @@ def test_a_step_is_its_formula(preset, updates):
             now = model.logprobs(lay_out_groups(made, [AnswerGroup(i, (k,))], True)).tolist()
             old = answer["trainer_logprobs"] if updates == 2 else now
             gaps = [a - b for a, b in zip(now, old, strict=True)]
-            if settings["level"] == "sequence":
+            if policy.level == "sequence":
                 gaps = [sum(gaps) / n] * n
-            divisor = {"tokens": tokens, "answers": 9 * n, "constant": 9 * 10}[settings["divide"]]
+            divisor = {"tokens": tokens, "answers": 9 * n, "constant": 9 * 10}[policy.divide]
             for t in range(n):
                 ratio = math.exp(gaps[t])
-                bounded = min(max(ratio, 1 - settings["clip_low"]), 1 + settings["clip_high"])
+                bounded = min(max(ratio, 1 - policy.clip_low), 1 + policy.clip_high)
                 value = -min(ratio * advantage, bounded * advantage)
-                if settings["clip_ratio"] == "weight":
+                if policy.clip_ratio == "weight":
                     value = -bounded * advantage * now[t]
                 value *= min(1.1, math.exp(old[t] - answer["logprobs"][t]))
                 value += 0.3 * ratio * (now[t] - answer["reference_logprobs"][t]) ** 2 / 2
