@@ -73,6 +73,8 @@ def main(config: Config):
         raise ValueError("--num-answers 1: answers are compared with each other, give 2 or more")
     if not policy.kl_coef and config.reference != ta.ReferenceConfig():
         raise ValueError("--reference and its flags have no effect without --kl-coef: add it")
+    if config.reference.reference == "cached":
+        raise ValueError("--reference cached: answers are not known before training, give frozen")
     config = ta.with_fine_tuned_model(config, "builtin-begun")
     run = ta.start_run(config)
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat, day=run.day)

@@ -136,7 +136,8 @@ def test_two_processes_give_the_losses_and_the_export_of_one(
         )
     one, two = (logged(tmp_path / str(n)) for n in (1, 2))
     for a, b in zip(one, two, strict=True):
-        for key in a.keys() - {"seconds", "memory_gb", "val_accuracy", "val_reward_accuracy"}:
+        passing = {key for key in a if "second" in key}
+        for key in a.keys() - passing - {"memory_gb", "val_accuracy", "val_reward_accuracy"}:
             assert a[key] == pytest.approx(b[key], rel=2e-3, abs=2e-4), key
     files = "adapter_model.safetensors" if "--adapter" in more else "model.safetensors"
     one, two = (load_file(tmp_path / str(n) / "final" / files) for n in (1, 2))

@@ -22,7 +22,7 @@ def test_held_out_exact_match_rises_and_at_random_it_does_not(forked, tmp_path):
     (tmp_path / "coin.py").write_text(
         "import random\n\ndef toss(messages, answer, record):\n    return random.random() < 0.5\n"
     )
-    flags = ("--model-path", "builtin-begun", "--batch-size", 16, "--max-new-tokens", 16, *SEED)
+    flags = ("--batch-size", 16, "--max-new-tokens", 16, *SEED)
     flags += ("--data", tmp_path / "data.jsonl", "--val-data", tmp_path / "val.jsonl")
     flags += ("--eval-every", 0, "--sample-show", 0, "--lr", 3e-4)
     runs = {"right": ("--steps", 60), "coin": ("--steps", 20)}

@@ -467,6 +467,7 @@ def test_a_step_is_its_formula(preset, updates):
     [
         (("--updates", 9), "--updates 9 share the --batch-size 8 prompts"),
         (("--ref-path", "x"), "--reference and its flags have no effect without --kl-coef"),
+        (("--kl-coef", 0.1, "--reference", "cached"), "answers are not known before training"),
         (("--num-answers", 1), "--num-answers 1: answers are compared"),
         (("--temperature", 0), "--temperature 0.0: give a number above 0"),
         (("--rewards", "exakt"), "there is no reward exakt"),
@@ -474,6 +475,8 @@ def test_a_step_is_its_formula(preset, updates):
     ],
 )
 def test_what_cannot_be_is_refused(door, tmp_path, flags, message):
-    more = ("--model-path", tiny_folder(), "--batch-size", 8, "--out", tmp_path / "run")
+    write_jsonl(tmp_path / "chats.jsonl", practice("train", 8))
+    more = ("--model-path", tiny_folder(), "--data", tmp_path / "chats.jsonl", "--batch-size", 8)
+    more += ("--out", tmp_path / "run")
     code, said = door("grpo", *more, *flags)
     assert code == 2 and message in said and not (tmp_path / "run").exists()
