@@ -39,6 +39,7 @@ SPEAKERS = {
     "function_call": "function_call",
 }
 MEDIA = re.compile(r"<(image|audio)>")
+WORDS = re.compile(r".*\s", re.DOTALL)
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -131,12 +132,15 @@ def from_completion(data: dict) -> dict:
 
     Only the completion is learned: earlier answers, in the prompt, get `"loss": false`.
     """
+    for key in ("prompt", "completion"):
+        if not isinstance(data[key], str | list):
+            what = f"{key} is {named(data[key])}; give text or messages"
+            raise BadRecord(f"{key} is not text", what)
     prompt = [
         {**message, "loss": False} if _answers(message) else message
         for message in _messages_of(data["prompt"], "user")
     ]
-    completion = data["completion"]
-    answers = _messages_of(completion, ANSWER)
+    answers = _messages_of(data["completion"], ANSWER)
     return {**_without(data, "prompt", "completion"), "messages": [*prompt, *answers]}
 
 
@@ -175,12 +179,6 @@ def from_preference(data: dict) -> dict:
             "chosen and rejected differ before their last message; give both the same beginning",
         )
     prompt, start = data.get("prompt"), starts[0]
-    if prompt is None and not start and isinstance(data.get("chosen"), str):
-        raise BadRecord(
-            "no prompt",
-            "chosen and rejected are text and there is no prompt; give the question as prompt, or "
-            "whole dialogues as messages",
-        )
     context = start if prompt is None else _messages_of(prompt, "user")
     if start and (not isinstance(context, list) or start[-len(context) :] != context):
         raise BadRecord(
@@ -192,6 +190,23 @@ def from_preference(data: dict) -> dict:
     if "margin" in data:
         rest.setdefault("precomputed_margin", data["margin"])
     return {**rest, **answers, "context": start or context}
+
+
+def from_shared_text(data: dict) -> dict:
+    """TRL's implicit prompt: the whole words with which both chosen and rejected begin."""
+    texts = [data["chosen"].rstrip(), data["rejected"].rstrip()]
+    pairs = enumerate(zip(*texts, strict=False))
+    same = next((i for i, (a, b) in pairs if a != b), min(map(len, texts)))
+    asked = WORDS.match(texts[0], 0, same)
+    if not asked or not asked[0].strip():
+        raise BadRecord(
+            "no prompt",
+            "chosen and rejected are text, there is no prompt, and they do not begin alike; give "
+            "the question as prompt, or whole dialogues as messages",
+        )
+    chosen, rejected = (text[asked.end() :] for text in texts)
+    asked = asked[0].strip()
+    return from_preference({**data, "prompt": asked, "chosen": chosen, "rejected": rejected})
 
 
 def from_dialogue_texts(data: dict) -> dict:
@@ -353,9 +368,9 @@ def _is_text(data: dict) -> bool:
     return isinstance(data.get("text"), str)
 
 
-def _texts(data: dict) -> bool:
+def _texts(data: dict, begin: str = "") -> bool:
     both = [data.get(key) for key in ("chosen", "rejected")]
-    return all(isinstance(text, str) and text.startswith("\n\nHuman:") for text in both)
+    return all(isinstance(text, str) and text.startswith(begin) for text in both)
 
 
 LLAVA = Format("LLaVA", "conversations", "turns", _pictured, from_turns)
@@ -385,7 +400,20 @@ ALPACA_PAIRS = Format(
     _has("instruction", "chosen", "rejected"),
     from_instruction_pairs,
 )
-HH = Format("HH dialogues as text", "pairs", "HH", _texts, from_dialogue_texts)
+HH = Format(
+    "HH dialogues as text",
+    "pairs",
+    "HH",
+    lambda data: _texts(data, "\n\nHuman:"),
+    from_dialogue_texts,
+)
+SHARED_TEXT = Format(
+    "pairs of texts that begin with their prompt",
+    "pairs",
+    "preference",
+    lambda data: data.get("prompt") is None and _texts(data),
+    from_shared_text,
+)
 PREFERENCE = Format(
     "TRL preference",
     "pairs",
@@ -422,7 +450,7 @@ UNPAIRED = Format(
     from_unpaired,
 )
 
-PAIR_FORMATS = (TURN_PAIRS, ALPACA_PAIRS, HH, PREFERENCE, PREFERRED)
+PAIR_FORMATS = (TURN_PAIRS, ALPACA_PAIRS, HH, SHARED_TEXT, PREFERENCE, PREFERRED)
 LABELLED_FORMATS = (TURNS_LABELLED, ALPACA_LABELLED, UNPAIRED)
 CHAT_FORMATS = (LLAVA, SHAREGPT, ALPACA, COMPLETION)
 # of each checker: the field of a canonical record, and the formats that are converted for it

@@ -80,6 +80,22 @@ TWINS = [
     ("TRL preference", "pair", {"chosen": [U, A], "rejected": [U, B]}, PAIR),
     ("TRL preference", "pair", {"prompt": "q r", "chosen": [U, A], "rejected": [U, B]}, PAIR),
     (
+        "pairs of texts that begin with their prompt",
+        "pair",
+        {"chosen": "q r a", "rejected": "q r b\n"},
+        PAIR,
+    ),
+    (
+        "pairs of texts that begin with their prompt",
+        "pair",
+        {"chosen": "q\nsame", "rejected": "q\nsame more"},
+        {
+            "context": [{**U, "content": "q"}],
+            "answer_w": {**A, "content": "same"},
+            "answer_l": {**B, "content": "same more"},
+        },
+    ),
+    (
         "TRL preference",
         "pair",
         {"prompt": "q r", "chosen": [S, U, A], "rejected": [S, U, B], "margin": 2},
@@ -230,7 +246,7 @@ WRONG = [
     (
         "pair",
         {"chosen": "a", "rejected": "b"},
-        "chosen and rejected are text and there is no prompt; give the question",
+        "are text, there is no prompt, and they do not begin alike; give the question",
     ),
     ("pair", {"chosen": [U, A], "rejected": [A]}, "differ before"),
     (
