@@ -6,7 +6,8 @@
     ta help                   this page; ta help TOPIC reads a chapter of the guide
     ta doctor                 versions, devices, extras, memory and disk
     ta from-turbo s.json      the command for a settings file of turbo-alignment
-    ta convert FROM OUT       pickled weights and SentencePiece tokenizers to what is read here
+    ta convert FROM OUT       pickled weights, SentencePiece tokenizers and tables of pictures to
+                              what is read here
 
 `python -m ta` is the same command, also for torchrun: `torchrun -m ta sft ...`.
 """

@@ -1,21 +1,36 @@
 """Pickled weights of other programs -> safetensors, tokenizer.model -> tokenizer.json.
 
+Tables that hold pictures and sounds -> records.jsonl and files.
+
 Only tensors are unpickled (torch.load with weights_only); nothing in a file is run.
 """
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ta.files import publishing, write_atomic
+from ta.data.readers import read_rows
+from ta.files import HUB, publishing, write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PICKLED = (".bin", ".pt", ".pth")
 MODALITIES = ("image", "audio")
+TABLES = (".parquet", ".arrow")
+# the first bytes of pictures and sounds, and the endings of their files
+SIGNS = {
+    b"\x89PNG": ".png",
+    b"\xff\xd8\xff": ".jpg",
+    b"GIF8": ".gif",
+    b"BM": ".bmp",
+    b"II*\x00": ".tif",
+    b"MM\x00*": ".tif",
+}
+RIFF = {b"WEBP": ".webp", b"WAVE": ".wav"}
 
 
 def convert(given: str, out: str) -> str:
@@ -25,14 +40,20 @@ def convert(given: str, out: str) -> str:
     other files as they were; one with tokenizer.model and no tokenizer.json gets one. A file of
     projectors (modality_adapters.pt of turbo-alignment, or one projector's state dict) becomes
     OUT/image.safetensors and OUT/audio.safetensors; the published imagebind_huge.pth becomes the
-    folders OUT/image and OUT/audio. ValueError where there is nothing to convert, where a file is
-    no checkpoint of weights alone, and where `out` exists.
+    folders OUT/image and OUT/audio. A table (parquet or Arrow: a file, a folder, FOLDER/SPLIT or
+    hf:OWNER/NAME/SPLIT) becomes OUT/records.jsonl with the pictures and sounds of its cells in
+    OUT/media. ValueError where there is nothing to convert, where a file is no checkpoint of
+    weights alone, and where `out` exists.
     """
     source, target = Path(given), Path(out)
-    if not source.exists():
-        raise ValueError(f"{given}: no such file or folder")
     if target.exists():
         raise ValueError(f"{out} exists: give a new folder")
+    folder = source if source.is_dir() else source.parent
+    inside = folder.rglob("*") if folder == source or not source.exists() else [source]
+    if given.startswith(HUB) or any(path.suffix in TABLES for path in inside):
+        return _table(given, target)
+    if not source.exists():
+        raise ValueError(f"{given}: no such file or folder")
     if source.is_dir():
         return _folder(source, target)
     if source.suffix not in PICKLED:
@@ -70,6 +91,31 @@ def save_weights(weights: dict[str, Tensor], path: Path) -> None:
         str(path),
         metadata={"format": "pt"},
     )
+
+
+def _table(source: str, target: Path) -> str:
+    """A table whose cells hold pictures and sounds: as JSON lines, with the cells as files."""
+    kept: dict[str, str] = {}
+    with publishing(target) as folder:
+        (folder / "media").mkdir()
+
+        def keep(data: bytes) -> str:
+            name = hashlib.sha256(data).hexdigest()[:32]
+            if name not in kept:
+                endings = (end for begin, end in SIGNS.items() if data.startswith(begin))
+                ending = RIFF.get(data[8:12]) if data[:4] == b"RIFF" else next(endings, None)
+                if ending is None:
+                    raise ValueError(
+                        f"{source}: a cell holds bytes that begin with {data[:4]!r}, which are no "
+                        "picture or sound known here"
+                    )
+                kept[name] = f"media/{name}{ending}"
+                (folder / kept[name]).write_bytes(data)
+            return kept[name]
+
+        with open(folder / "records.jsonl", "wb") as file:
+            count = sum(file.write(row + b"\n") > 0 for _, row in read_rows(source, keep))
+    return f"{target}: records.jsonl with {count:,} records, {len(kept):,} files in media"
 
 
 def _folder(source: Path, target: Path) -> str:

@@ -8,12 +8,17 @@ import types
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ta import __main__ as command
 from ta.builtin.model_folders import tiny_folder
 from ta.convert import convert, load_pickled
+from ta.data.jsonl import parse_record
+from ta.data.readers import read_rows
+from ta.data.records import check_media
+from ta.data.sources import canonical
 from ta.media.projectors import load_projector, make_projector
 
 
@@ -137,3 +142,38 @@ def test_a_sentencepiece_tokenizer(tmp_path):
     fast = PreTrainedTokenizerFast.from_pretrained(tmp_path / "new")
     for text in words[::97]:
         assert fast.encode(text, add_special_tokens=False) == plain.encode(text)
+
+
+def test_a_table_with_pictures(tmp_path):
+    """The struct of bytes and path that datasets writes: records.jsonl reads, with files beside it."""
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    Image.new("RGB", (2, 2)).save(tmp_path / "x.png")
+    png, wav = (tmp_path / "x.png").read_bytes(), b"RIFF\0\0\0\0WAVEfmt "
+    asked = [{"from": "human", "value": "<image>what?"}, {"from": "gpt", "value": "a"}]
+    rows = [
+        {"conversations": asked, "image": [{"bytes": png, "path": "../x.png"}], "audio": None},
+        {"conversations": asked, "image": [{"bytes": png, "path": None}], "audio": None},
+        {"conversations": asked, "image": [{"bytes": None, "path": "y.png"}], "audio": wav},
+    ]
+    (tmp_path / "set").mkdir()
+    table = tmp_path / "set" / "train.parquet"
+    parquet.write_table(pa.Table.from_pylist(rows), table)
+    with pytest.raises(ValueError, match=r"train.parquet:1: a cell holds bytes.*ta convert .* OUT"):
+        list(read_rows(str(table)))
+    for i, given in enumerate((table, tmp_path / "set", tmp_path / "set" / "train")):
+        said = convert(str(given), str(tmp_path / f"new{i}"))
+        assert said.endswith("records.jsonl with 3 records, 2 files in media")
+    records = [parse_record(raw) for _, raw in read_rows(str(tmp_path / "new0" / "records.jsonl"))]
+    first, second, third = records
+    (path,) = first["image"]
+    assert first == second and (tmp_path / "new0" / path).read_bytes() == png
+    assert (tmp_path / "new0" / third["audio"]).read_bytes() == wav
+    third.pop("audio")
+    assert canonical(first, check_media)[0]["messages"][0]["content"][0]["content"] == path
+    assert canonical(third, check_media)[0]["messages"][0]["content"][0]["content"] == "y.png"
+    parquet.write_table(pa.table({"text": ["a"], "raw": [b"?"]}), tmp_path / "bad.parquet")
+    with pytest.raises(ValueError, match=r"bad.parquet: a cell holds bytes that begin with b'\?'"):
+        convert(str(tmp_path / "bad.parquet"), str(tmp_path / "bad"))
+    assert not (tmp_path / "bad").exists()

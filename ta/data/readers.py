@@ -115,36 +115,41 @@ def _ending(file: str) -> str:
     return max((ending for ending in ENDINGS if file.endswith(ending)), key=len, default="")
 
 
-def read_rows(path: str) -> Iterator[tuple[int, bytes]]:
+# the path that takes the place of bytes in a table, and of the name that stands beside them
+Keep = Callable[[bytes], str]
+
+
+def read_rows(path: str, keep: Keep | None = None) -> Iterator[tuple[int, bytes]]:
     """Stream (1-based number, JSON bytes) of the records of a source's path.
 
     The number is that of the line where a record begins in JSON and CSV files, and of the row in
     parquet and Arrow files; in a folder it goes on from file to file. What a file is, its first
-    bytes tell, or for CSV its name. ValueError for a file that cannot be read, and for one without
-    records.
+    bytes tell, or for CSV its name. `keep` takes the bytes of pictures and sounds in parquet and
+    Arrow files and gives the path that stands in their place. ValueError for a file that cannot be
+    read, and for one without records.
     """
     number = 0
     for file in files_of(path):
         before = number
-        for place, raw in _reader(file)(file):
+        for place, raw in _reader(file, keep)(file):
             number = before + place
             yield number, raw
     if not number:
         raise ValueError(f"{path}: empty, no record in it; give one with records")
 
 
-def _reader(file: str) -> Callable[[str], Iterator[tuple[int, bytes]]]:
+def _reader(file: str, keep: Keep | None) -> Callable[[str], Iterator[tuple[int, bytes]]]:
     regular_file(file)
     with open(file, "rb") as start:
         first = start.read(6)
     if file.endswith((".csv", ".csv.gz")):
         return _csv_rows
     if first.startswith(b"PAR1"):
-        return partial(_arrow_rows, kind="parquet")
+        return partial(_arrow_rows, kind="parquet", keep=keep)
     if first == b"ARROW1":
-        return partial(_arrow_rows, kind="file")
+        return partial(_arrow_rows, kind="file", keep=keep)
     if first.startswith(b"\xff\xff\xff\xff"):
-        return partial(_arrow_rows, kind="stream")
+        return partial(_arrow_rows, kind="stream", keep=keep)
     return _list_rows if _is_list(file) else read_lines
 
 
@@ -260,7 +265,7 @@ def _cell(name: str, cell: str) -> Any:
         return cell
 
 
-def _arrow_rows(path: str, kind: str) -> Iterator[tuple[int, bytes]]:
+def _arrow_rows(path: str, kind: str, keep: Keep | None) -> Iterator[tuple[int, bytes]]:
     """(row from 1, JSON bytes) of the rows of a parquet or Arrow file.
 
     Rows of such files have every key that some row has. A key that is null is therefore left out,
@@ -274,7 +279,7 @@ def _arrow_rows(path: str, kind: str) -> Iterator[tuple[int, bytes]]:
             f"{path}: parquet and Arrow files are read with pyarrow, which is not installed; "
             'give pip install "ta[data]" (or pyarrow), or save the records as .jsonl'
         ) from None
-    number = 0
+    number, some = 0, 16 if keep else ROWS
     try:
         if kind == "parquet":
             batches = parquet.ParquetFile(path).iter_batches(batch_size=ROWS)
@@ -284,27 +289,31 @@ def _arrow_rows(path: str, kind: str) -> Iterator[tuple[int, bytes]]:
             file = ipc.open_file(pa.memory_map(path))
             batches = map(file.get_batch, range(file.num_record_batches))
         for batch in batches:
-            for start in range(0, len(batch), ROWS):
-                for row in batch.slice(start, ROWS).to_pylist():
+            for start in range(0, len(batch), some):
+                for row in batch.slice(start, some).to_pylist():
                     number += 1
-                    yield number, _json(_present(row))
+                    yield number, _json(_present(row, keep))
     except TypeError as error:
         raise ValueError(
-            f"{path}:{number}: {error}; save pictures and sounds as files and give their paths"
+            f"{path}:{number}: {error}; ta convert {path} OUT saves pictures and sounds as files"
         ) from None
     except (pa.ArrowException, OSError) as error:
         why = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: not a sound {kind} file ({why}); write it again") from None
 
 
-def _present(value: Any) -> Any:
-    """The value without null keys, at any depth."""
+def _present(value: Any, keep: Keep | None) -> Any:
+    """The value without null keys, and with paths for bytes if `keep`, at any depth."""
     if isinstance(value, list):
-        return [_present(item) for item in value]
+        return [_present(item, keep) for item in value]
+    if keep and isinstance(value, bytes):
+        return keep(value)
     if not isinstance(value, dict):
         return value
+    if keep and value.keys() == {"bytes", "path"} and value["bytes"] is not None:
+        return keep(value["bytes"])
     return {
-        key: _present(item)
+        key: _present(item, keep)
         for key, item in value.items()
         if (item is not None or key == "content")
         and not (isinstance(item, float) and math.isnan(item))

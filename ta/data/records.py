@@ -408,7 +408,8 @@ def _part(given: object, where: str, types: tuple[str, ...]) -> dict:
     part = given if isinstance(given, dict) else {}
     kind = "image" if part.get("type") == "image_url" else part.get("type")
     content = next((part[key] for key in PART_KEYS if part.get(key) is not None), None)
-    content = content.get("url") if isinstance(content, dict) else content
+    if isinstance(content, dict):
+        content = content.get("url") or content.get("path")
     if kind in ("image", "audio") and kind not in types and isinstance(content, str):
         raise BadRecord(
             f"{kind} where only text is read",

@@ -150,6 +150,8 @@ WRONG = [
     ("check_chat", {"messages": [{**U, "tool_calls": [{"name": "f"}]}, A]}, "only an answer"),
     ("check_chat", {"messages": [U, {**A, "reasoning": 1}]}, "reasoning of messages"),
     ("check_question", {"messages": [U, A], "tools": [{"name": "f"}]}, "answered from passages"),
+    ("check_question", {"messages": [U, A], "documents": [{"text": "d"}]}, "has documents for the"),
+    ("check_question", {"messages": [U, A], "chat_template_kwargs": {"x": 1}}, "has x for the"),
     ("check_chat", {"messages": {"role": "user"}}, "an object of 1"),
     ("check_chat", {"messages": ["q"]}, r"messages\[0\] is text"),
     ("check_chat", {"messages": [U]}, "no message of role assistant .roles: user."),
