@@ -393,6 +393,22 @@ def write_drops(prepared: Prepared, path: str) -> None:
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
+def summary(prepared: Prepared) -> dict[str, Any]:
+    """Records, tokens, sources and drops as `report` says them, and percentiles of lengths."""
+    names = ("records", "tokens", "learned_tokens", "sources", "drops")
+    shares = (0, 5, 25, 50, 75, 95, 99, 100)
+    sizes = np.percentile(lengths(prepared), shares, method="lower").tolist()
+    sources = [
+        {name: source[name] for name in ("source", "used", "records")}
+        for source in prepared.info["sources"]
+    ]
+    return {
+        **{name: prepared.info[name] for name in names},
+        "sources": sources,
+        "lengths": {f"{share} %": int(size) for share, size in zip(shares, sizes, strict=True)},
+    }
+
+
 def report(info: dict[str, Any]) -> list[str]:
     """Lines for a person: records of each source, share of learned tokens, drops with reasons."""
     share = 100 * info["learned_tokens"] / max(info["tokens"], 1)

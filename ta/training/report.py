@@ -6,17 +6,22 @@ Colours follow the reader's light or dark setting; figures appear at the pointer
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import json
 import math
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import SequenceMatcher
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ta.files import read_json_lines, write_atomic
+from ta.generation.metrics import METRICS
+from ta.generation.text_metrics import UNSPACED, plain, words
 from ta.printable import printable
 
 LONGEST = 4000  # characters of one text
@@ -26,26 +31,43 @@ Curve = list[tuple[float, float]]  # (step, value)
 # a chart and its margins, in SVG units
 WIDTH, HEIGHT = 460, 230
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 26, 30
-# greatest number of points of a curve, and of records of the table
+# greatest number of points of a curve, and of records of one group of samples
 POINTS, ROWS = 300, 64
-# records of the table that are open at once
-SHOWN = 12
+# records of a group that are open at once
+SHOWN = 6
+# pixels of a picture's longer side
+PICTURE = 160
+# seconds between two looks at the page of a run that goes on
+LIVE = 60
 
-
-# what a figure says, in one sentence
+# what a figure says, in one sentence, where no metric of ta/generation/metrics.py has its name
 MEANING = {
     "loss": "What training lowers: the mean over what is learned, for most methods nats a token.",
-    "accuracy": "Share of answers that equal the right one.",
-    "contains": "Share of answers in which the right one stands as whole words.",
     "perplexity": "How many tokens the model hesitates between: exp of its mean surprise.",
     "reward": "Mean reward of the answers.",
     "reward_margin": "How much higher the reward of the better answer is, on average.",
     "reward_accuracy": "Share of records in which the better answer has the higher reward.",
+    "reward_chosen": "Mean reward of the chosen answers.",
+    "reward_rejected": "Mean reward of the rejected answers.",
+    "reward_desirable": "Mean reward of the desirable answers.",
+    "reward_undesirable": "Mean reward of the other answers.",
+    "reward_gap": "How much higher the chosen answer scores, on average.",
+    "reward_std": "Spread of the rewards; where it is 0 there is nothing to learn.",
+    "reward_seconds": "Seconds that the rewards of a round took.",
+    "rollout_seconds": "Seconds that the answers of a round took.",
     "ranking_accuracy": "Share of pairs whose chosen answer scores higher.",
     "preference": "Share of pairs in which a desirable answer is rewarded above another.",
+    "logp_chosen": "Mean log-probability of the chosen answers; where it falls, so do answers.",
+    "logp_rejected": "Mean log-probability of the rejected answers.",
+    "logp": "Mean log-probability of the answers.",
+    "kl": "How far the model is from its reference, in nats.",
     "kl_to_reference": "How far the answers are from the reference model, nats a token.",
-    "rouge_l": "Overlap of words in order with the right answer, 0 to 1.",
-    "recall_at_1": "Share of questions whose gold passage is found first.",
+    "flat_groups": "Share of prompts whose answers all have one reward and teach nothing.",
+    "truncated": "Share of answers that were cut at the longest length.",
+    "entropy": "Surprise of the sampled tokens, nats each; near 0 all answers are alike.",
+    "clipped": "Share of tokens whose probability moved further than the clip allows.",
+    "mismatch": "Distance between the sampler's and the trainer's log-probabilities.",
+    "best_weight": "Weight of the passage that counts most, on average; 1 means one decides.",
     "lr": "The learning rate of the step.",
     "grad_norm": "Length of the gradient before it is clipped; jumps are a warning.",
     "tokens a second": "Tokens trained on in a second, over all devices.",
@@ -53,15 +75,34 @@ MEANING = {
 }
 
 
-def write_report(folder: Path) -> None:
-    """Write folder/report.html from config.json and the logs metrics, samples and drops (.jsonl).
+def meaning(title: str) -> str:
+    """What a figure says, in one sentence; "" of one that a copied recipe adds."""
+    name = title if title in MEANING else re.split("[@/ ]", title)[0]
+    name = re.sub(r"_of_prompt$|_characters$", "", re.sub(r"^recall_at_\d+$", "recall_at_5", name))
+    if name in MEANING or name not in METRICS:
+        return MEANING.get(name, "")
+    function = METRICS[name].function
+    text = getattr(function, "func", function).__doc__
+    return " ".join(text.partition("\n\n")[0].split())
 
-    Files that do not exist are left out.
+
+def write_report(folder: Path, live: bool = False) -> None:
+    """Write folder/report.html from config.json and the logs metrics and samples (.jsonl).
+
+    Files that do not exist are left out. `live` is of a run that goes on: a browser reads the page
+    again now and then.
     """
+    metrics, samples = (
+        read_json_lines(folder / f"{name}.jsonl") for name in ("metrics", "samples")
+    )
+    text = page(folder.resolve().name, read_settings(folder), metrics, samples, live)
+    write_atomic(folder / "report.html", text)
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The object of config.json; {} where there is none."""
     path = folder / "config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    logs = [read_json_lines(folder / f"{name}.jsonl") for name in ("metrics", "samples", "drops")]
-    write_atomic(folder / "report.html", page(folder.resolve().name, settings, *logs))
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def page(
@@ -69,33 +110,35 @@ def page(
     settings: dict,
     metrics: Sequence[dict],
     samples: Sequence[dict],
-    drops: Sequence[dict],
+    live: bool = False,
 ) -> str:
     """The whole page.
 
     `settings` is the object of config.json; the others are the lines of the logs.
     """
     charts = "".join(chart(title, curves) for title, curves in charts_of(metrics).items())
-    reasons = Counter(drop.get("reason", "?") for drop in drops).most_common()
+    steps = sorted({sample.get("step", 0) for sample in samples})
+    sides = {f"step {step:,}": answers_at(samples, step) for step in (*steps[:1], *steps[1:][-1:])}
     sections = {
         "Curves": charts and f'<div class="grid">{charts}</div>',
-        "Held-out records, before and after": sample_table(samples),
-        "Records left out": html_table(("reason", "records"), reasons) if drops else "",
+        "Held-out records, before and after": sample_cards(sides, settings.get("pictures", "")),
+        "Records of training": records_table(settings.get("records", {})),
         "Settings": settings_tables(settings),
     }
-    return whole_page(name, headline(settings, metrics), sections)
+    return whole_page(name, headline(settings, metrics), sections, live)
 
 
-def whole_page(name: str, head: str, sections: dict[str, str]) -> str:
+def whole_page(name: str, head: str, sections: dict[str, str], live: bool = False) -> str:
     """A page of HTML without scripts that loads nothing; empty sections are left out."""
     body = "".join(
         f"<section><h2>{title}</h2>{text}</section>" for title, text in sections.items() if text
     )
+    again = f'<meta http-equiv="refresh" content="{LIVE}">' * live
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-        'content="width=device-width, initial-scale=1">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src '
-        "'unsafe-inline'\">"
+        f'content="width=device-width, initial-scale=1">{again}'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        "style-src 'unsafe-inline'\">"
         f"<title>{safe(name)}</title><style>{STYLE}</style></head><body>"
         f"<header><h1>{safe(name)}</h1>{head}</header>"
         f"<main>{body}</main></body></html>\n"
@@ -256,61 +299,158 @@ def chart(title: str, curves: dict[str, Curve]) -> str:
         )
     keys = "".join(f'<span class="{name.replace(" ", "-")}">{name}</span>' for name in curves)
     frame = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{safe(title)}"'
-    about = MEANING.get(re.split("[@/]", title)[0], "")
-    keys += about and f"<div>{about}</div>"
+    about = meaning(title)
+    keys += about and f"<div>{safe(about)}</div>"
     return f"<figure><svg {frame}>{''.join(out)}</svg><figcaption>{keys}</figcaption></figure>"
 
 
-def sample_table(samples: Sequence[dict]) -> str:
-    """The records of the first and the last evaluation side by side.
+def answers_at(samples: Sequence[dict], step: int) -> dict[Any, dict]:
+    """{name of a record and its answer: the sample} of one evaluation."""
+    return {
+        sample.get("row", sample.get("id", sample.get("line"))): sample
+        for sample in samples
+        if sample.get("step", 0) == step
+    }
 
-    A field that did not change has one column, a field that changed has two.
+
+# what stands in a card's dialogue or heading, and not among its fields
+APART = {"step", "row", "id", "line", "chat", "prompt", "text", "answer", "predicted"}
+APART |= {"reference", "label"}
+
+
+def sample_cards(sides: Mapping[str, dict[Any, dict]], pictures: str = "") -> str:
+    """The same records at several steps or of several runs, {title of a side: its samples}.
+
+    A card has the dialogue, the answers side by side with what is right in colour, and the right
+    answer. Cards of answers that became wrong come first. `pictures` is the folder below which
+    pictures lie.
     """
-    steps = [s.get("step", 0) for s in samples]
-    if not steps:
+    groups: dict[tuple, list] = {}
+    for name in list(sides.values())[-1] if sides else ():
+        found = [side.get(name, {}) for side in sides.values()]
+        groups.setdefault(tuple(map(is_right, found)), []).append((name, found))
+    out, words_of = [], {True: "right", False: "wrong", None: "not compared"}
+    # wrong now before right now, and what has changed first
+    for key in sorted(groups, key=lambda key: (key[-1] is not False, key[0] is key[-1])):
+        cards = [card(name, list(sides), found, pictures) for name, found in groups[key][:ROWS]]
+        if any(x is not None for x in key):
+            said = ", ".join(f"{words_of[x]} {title}" for x, title in zip(key, sides, strict=True))
+            out.append(f"<h3>{said}: {len(groups[key]):,}</h3>")
+        out += cards[:SHOWN]
+        if more := cards[SHOWN:]:
+            folded = f"<summary>{len(more)} more</summary>{''.join(more)}"
+            out.append(f"<details>{folded}</details>")
+    return "".join(out)
+
+
+def is_right(sample: dict) -> bool | None:
+    """Whether an answer, a class or a ranking is the right one; None where nothing says what is."""
+    if "scores" in sample:
+        return sample["scores"][0] > sample["scores"][1]
+    right = sample.get("reference", sample.get("label"))
+    said = sample.get("answer", sample.get("predicted"))
+    return None if right is None or said is None else plain(str(said)) == plain(str(right))
+
+
+def card(name: Any, titles: Sequence[str], found: Sequence[dict], pictures: str) -> str:
+    """One record: its dialogue and fields, and what each side says."""
+    newest = found[-1]
+    chat = newest.get("chat") or [{"content": newest.get("prompt", newest.get("text", ""))}]
+    keys = [key for key in newest if key not in APART]
+    moving = [key for key in keys if any(side.get(key) != newest[key] for side in found)]
+    right = newest.get("reference", newest.get("label"))
+    still = {key: newest[key] for key in keys if key not in moving}
+    sides = ""
+    for title, side in zip(titles, found, strict=True):
+        said = side.get("answer", side.get("predicted", ""))
+        fields = html_table((), [(key, side.get(key)) for key in moving])
+        ok = ' class="ok"' * (is_right(side) is True)
+        sides += f"<div{ok}><h4>{safe(title)}</h4><p>{marked(str(said), right)}</p>{fields}</div>"
+    about = html_table((), [("record", newest.get("id", newest.get("line", name))), *still.items()])
+    wanted = "" if right is None else f"<p><b>right answer</b> {safe(str(right))}</p>"
+    messages = "".join(message_html(message, pictures) for message in chat)
+    return (
+        f'<article><div><div class="chat">{messages}</div>{wanted}{about}</div>'
+        f'<div class="sides">{sides}</div></article>'
+    )
+
+
+def message_html(message: dict, pictures: str) -> str:
+    """A message with its role; pictures are shown, other media named."""
+    content, parts = message.get("content"), []
+    for part in content if isinstance(content, list) else [message]:
+        text, kind = str(part.get("content") or ""), part.get("type", "text")
+        shown = picture(str(Path(pictures) / text)) if pictures and kind == "image" else ""
+        named = text if kind == "text" else f"[{kind} {text}]"
+        parts.append(f'<img alt="{safe(named)}" src="{shown}">' if shown else safe(named))
+    more = [f"{key}: {message[key]}" for key in ("reasoning_content", "tool_calls") if key in message]
+    text = "\n".join([*map(safe, more), *parts])
+    role = message.get("role", "")
+    return f"<p>{role and f'<b>{safe(role)}</b> '}{text}</p>"
+
+
+@lru_cache(512)
+def picture(path: str) -> str:
+    """A small copy of a picture as a data URL; "" where it cannot be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.thumbnail((PICTURE, PICTURE))
+            kept = io.BytesIO()
+            image.convert("RGB").save(kept, "JPEG", quality=85)
+    except (OSError, ValueError, Image.DecompressionBombError):
         return ""
-    first, last = min(steps), max(steps)
-    before, after = (
-        {s.get("row", s.get("id", s.get("line"))): s for s in samples if s.get("step", 0) == step}
-        for step in (first, last)
-    )
-    names = dict.fromkeys(key for sample in after.values() for key in sample)
-    keys = [key for key in names if key not in ("step", "row", "id", "line", "chat")]
-    pairs = [(before.get(name, sample), sample) for name, sample in after.items()]
-    changed = [key for key in keys if any(old.get(key) != new.get(key) for old, new in pairs)]
-    sides = ((first, before), (last, after))
-    moving = [(key, step, side) for key in changed for step, side in sides]
-    still = [key for key in keys if key not in changed]
-    head = ("record", *still, *(f"{key}, step {step:,}" for key, step, _ in moving))
-    rows = []
-    for name, sample in list(after.items())[:ROWS]:
-        right = sample.get("reference", sample.get("label"))
-        cells = [cell(name), *(cell(sample.get(key)) for key in still)]
-        cells += [
-            cell(side.get(name, {}).get(key), right if key in ("answer", "predicted") else None)
-            for key, _, side in moving
-        ]
-        rows.append("<tr>" + "".join(cells) + "</tr>")
-    top = "<tr>" + "".join(f"<th>{safe(str(text))}</th>" for text in head) + "</tr>"
-    shown, folded = (
-        f"<div class='wide'><table>{top}{''.join(part)}</table></div>"
-        for part in (rows[:SHOWN], rows[SHOWN:])
-    )
-    if len(rows) <= SHOWN:
-        return shown
-    return f"{shown}<details><summary>{len(rows) - SHOWN} more</summary>{folded}</details>"
+    return "data:image/jpeg;base64," + base64.b64encode(kept.getvalue()).decode()
 
 
-def cell(value: Any, right: Any = None) -> str:
-    """A table cell; a value that equals the right answer is marked."""
+def marked(answer: str, right: Any = None) -> str:
+    """The answer as HTML; its words that stand in the right one, in that order, are in colour."""
+    pieces = rf"\s+|{UNSPACED.pattern}|(?:(?!{UNSPACED.pattern})\S)+"
+    said, wanted = (
+        re.findall(pieces, printable(str(text), LONGEST)) for text in (answer, right or "")
+    )
+    keys = [[" ".join(words(piece)) for piece in side] for side in (said, wanted)]
+    places = [[i for i, key in enumerate(side) if key] for side in keys]
+    own, other = ([side[i] for i in at] for side, at in zip(keys, places, strict=True))
+    blocks = SequenceMatcher(None, own, other, autojunk=False).get_matching_blocks()
+    out = list(map(html.escape, said))
+    for start, _, size in blocks:
+        for place in places[0][start : start + size]:
+            out[place] = f"<mark>{out[place]}</mark>"
+    return "".join(out)
+
+
+def cell(value: Any) -> str:
+    """A table cell."""
     if value is None:
         shown = "–"
     elif isinstance(value, float):
         shown = number(value)
     else:
         shown = value if isinstance(value, str) else json.dumps(value)
-    correct = right is not None and str(value).strip() == str(right).strip()
-    return f"<td{' class=ok' if correct else ''}>{safe(shown)}</td>"
+    return f"<td>{safe(shown)}</td>"
+
+
+def records_table(records: Mapping[str, Any]) -> str:
+    """Sources, percentiles of lengths and what was left out, of config.json's "records"."""
+    if not records:
+        return ""
+    sources = [(s["source"], s["used"], s["records"]) for s in records["sources"]]
+    lengths = records["lengths"]
+    left = [(why, x["count"], ", ".join(x["first"])) for why, x in records["drops"].items()]
+    share = records["learned_tokens"] / max(records["tokens"], 1)
+    said = (
+        f"{records['records']:,} records, {records['tokens']:,} tokens, {share:.0%} of them learned."
+    )
+    if lengths:
+        said += f" Half of the records have at most {lengths['50 %']:,} tokens."
+    tables = [
+        html_table(("source", "used", "records"), sources),
+        lengths and html_table(["tokens a record", *lengths], [("", *lengths.values())]),
+        html_table(("left out", "records", "the first"), left) if left else "",
+    ]
+    return f"<p>{said}</p>" + "".join(f"<div class='wide'>{table}</div>" for table in tables if table)
 
 
 def settings_tables(settings: dict) -> str:
@@ -362,13 +502,19 @@ def comparison(folders: Sequence[Path]) -> str:
     """
     if not 2 <= len(folders) <= 4:
         raise ValueError(f"{len(folders)} runs: give 2 to 4 run folders")
-    runs, settings = {}, []
+    runs, settings, sides = {}, [], {}
     for place, folder in enumerate(folders, 1):
         paths = [folder / "config.json", folder / "metrics.jsonl"]
         if not all(path.exists() for path in paths):
             raise ValueError(f"{folder} holds no config.json and metrics.jsonl: give a run folder")
         runs[f"run {place}"] = charts_of(read_json_lines(paths[1]))
-        settings.append(settings_of_run(json.loads(paths[0].read_text(encoding="utf-8"))))
+        settings.append(settings_of_run(own := read_settings(folder)))
+        samples = read_json_lines(folder / "samples.jsonl")
+        last_step = max((sample.get("step", 0) for sample in samples), default=0)
+        sides[f"run {place}"] = answers_at(samples, last_step)
+    asked = [{(name, s.get("prompt")) for name, s in side.items()} for side in sides.values()]
+    same = {name for name, _ in set.intersection(*asked)}
+    sides = {run: {name: side[name] for name in side if name in same} for run, side in sides.items()}
     titles = dict.fromkeys(title for charts in runs.values() for title in charts)
     charts, last = "", []
     for title in titles:
@@ -386,6 +532,7 @@ def comparison(folders: Sequence[Path]) -> str:
         "Last figures": html_table(head, last),
         "Settings that differ": html_table(head, [r for r in rows if len({*map(str, r[1:])}) > 1]),
         "Curves": f'<div class="grid">{charts}</div>',
+        "Held-out records, side by side": sample_cards(sides, own.get("pictures", "")),
     }
     return whole_page(" and ".join(folder.name for folder in folders), "", sections)
 
@@ -428,7 +575,7 @@ body {
 }
 h1 { font-size: 26px; margin: 0 }
 h2 { font-size: 18px; margin: 36px 0 12px }
-h3 { font-size: 14px; margin: 0 0 6px; color: var(--soft) }
+h3 { font-size: 14px; margin: 18px 0 8px; color: var(--soft) }
 header p { margin: 4px 0 16px; color: var(--soft) }
 summary { cursor: pointer; color: var(--soft); padding: 8px 0 }
 figure, pre, .tiles div {
@@ -473,11 +620,34 @@ figcaption .run-4::before { background: var(--d) }
 .at text { text-anchor: end; fill: var(--ink) }
 table { border-collapse: collapse; width: 100% }
 th { color: var(--soft); font-weight: 600 }
-.ok { background: var(--ok) }
-.wide { overflow-x: auto }
 td, th {
   border-bottom: 1px solid var(--edge); padding: 5px 6px;
-  text-align: left; vertical-align: top; min-width: 84px;
+  text-align: left; vertical-align: top;
 }
-td, pre { white-space: pre-wrap; overflow-wrap: anywhere }
+td:first-child { color: var(--soft); white-space: nowrap }
+td, pre, article p { white-space: pre-wrap; overflow-wrap: anywhere }
+.wide { overflow-x: auto; margin-top: 12px }
+.wide td { white-space: nowrap }
+article {
+  display: grid; grid-template-columns: minmax(0, 2fr) minmax(0, 3fr); gap: 14px;
+  background: var(--card); border: 1px solid var(--edge); border-radius: 8px;
+  padding: 12px 14px; margin: 0 0 12px; font-size: 13px;
+}
+article p { margin: 0 0 6px }
+article p b { color: var(--soft); font-weight: 600 }
+article h4 { margin: 0 0 4px; color: var(--soft); font-weight: 600 }
+article td { border: 0; padding: 1px 8px 1px 0; color: var(--soft); font-size: 12px }
+.chat { max-height: 340px; overflow-y: auto }
+.chat img { display: block; margin: 4px 0; border-radius: 4px; max-width: 100% }
+.sides { display: grid; gap: 10px; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr) }
+.sides > div { border: 1px solid var(--edge); border-radius: 6px; padding: 8px 10px }
+.sides .ok { background: var(--ok); border-color: transparent }
+mark { background: var(--ok); color: inherit; border-radius: 3px; padding: 0 2px }
+@media (max-width: 640px) {
+  body { padding: 16px 12px 40px }
+  article { grid-template-columns: minmax(0, 1fr) }
+  svg text { font-size: 14px }
+  svg .title { font-size: 16px }
+  figcaption { padding-left: 0 }
+}
 """
