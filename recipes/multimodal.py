@@ -64,6 +64,8 @@ def main(config: Config):
         folder=ta.resolve(config.model).media,
         hub=config.model.hub,
     )
+    if "image" in media:
+        run.pictures = media["image"].root
     tokenizer = ta.load_chat_tokenizer(
         config.model, config.tokenizer, config.chat, media.placeholders, run.day
     )

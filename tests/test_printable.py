@@ -127,14 +127,17 @@ ATTACKS = [
 
 def hostile_page():
     """A report whose every part is hostile."""
-    metrics, samples, drops = [], [], []
+    metrics, samples = [], []
     for i, attack in enumerate(ATTACKS):
         metrics += [{"step": i, f"val_{attack}": 1.0, attack: 2.0, "loss": 1.0, "seconds": 1}]
+        part = {"type": "image", "content": attack}
+        chat = [{"role": attack, "content": [part, part | {"type": attack}], "tool_calls": attack}]
+        sample = {"id": attack, "prompt": attack, attack: attack, "reference": [attack]}
+        answers = (attack, f"{attack} {attack}")
         samples += [
-            {"step": step, "id": attack, "prompt": attack, attack: attack, "reference": [attack]}
-            for step in (0, 9)
+            sample | {"step": step, "answer": answer} | ({"chat": chat} if i % 2 else {})
+            for step, answer in zip((0, 9), answers, strict=True)
         ]
-        drops += [{"reason": attack}]
     inner = {attack: attack for attack in ATTACKS} | {"list": ATTACKS, "deep": {"a": ATTACKS}}
     settings = {
         "command": " ".join(ATTACKS),
@@ -142,8 +145,15 @@ def hostile_page():
         "identity": {**inner, "steps": 9},
         "machine": inner,
         "versions": inner,
+        "pictures": ATTACKS[0],
+        "records": {
+            **dict.fromkeys(("records", "tokens", "learned_tokens"), 1),
+            "sources": [{"source": " ".join(ATTACKS), "used": 1, "records": 1}],
+            "lengths": {"50 %": 1},
+            "drops": {attack: {"count": 1, "first": ATTACKS} for attack in ATTACKS},
+        },
     }
-    return page(" ".join(ATTACKS), settings, metrics, samples, drops)
+    return page(" ".join(ATTACKS), settings, metrics, samples)
 
 
 def test_a_report_of_hostile_text_runs_loads_and_moves_nothing():

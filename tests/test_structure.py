@@ -224,7 +224,7 @@ def test_a_recipe_imports_no_recipe():
 HOMES = {
     "peft": "ta.model",
     "vllm": "ta.generation",
-    "PIL": ("ta.media", "ta.builtin"),
+    "PIL": ("ta.media", "ta.builtin", "ta.training.report"),
     "tyro": "ta.command_line",
     "faiss": "ta.rag",
     "pyarrow": "ta.data",

@@ -395,9 +395,12 @@ def write_drops(prepared: Prepared, path: str) -> None:
 
 def summary(prepared: Prepared) -> dict[str, Any]:
     """Records, tokens, sources and drops as `report` says them, and percentiles of lengths."""
+    import numpy as np
+
     names = ("records", "tokens", "learned_tokens", "sources", "drops")
-    shares = (0, 5, 25, 50, 75, 95, 99, 100)
-    sizes = np.percentile(lengths(prepared), shares, method="lower").tolist()
+    shares = {"least": 0} | {f"{share} %": share for share in (5, 25, 50, 75, 95, 99)}
+    shares |= {"most": 100}
+    sizes = np.percentile(lengths(prepared), [*shares.values()], method="lower").tolist()
     sources = [
         {name: source[name] for name in ("source", "used", "records")}
         for source in prepared.info["sources"]
@@ -405,7 +408,7 @@ def summary(prepared: Prepared) -> dict[str, Any]:
     return {
         **{name: prepared.info[name] for name in names},
         "sources": sources,
-        "lengths": {f"{share} %": int(size) for share, size in zip(shares, sizes, strict=True)},
+        "lengths": dict(zip(shares, map(int, sizes), strict=True)),
     }
 
 

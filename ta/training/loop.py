@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ta.data.batch import batch_of, to_device
 from ta.data.loader import TrainBatches, collate_chats, micro_batches
-from ta.data.prepare import Prepared, write_drops
+from ta.data.prepare import Prepared, summary, write_drops
 from ta.files import append_line, read_json_lines
 from ta.parallel import gather_objects, on_rank_zero, rank, say, seed_dropout, sum_over_ranks, world
 from ta.training import checkpoint, run_folder
@@ -114,8 +114,9 @@ def train(
     try:
         if loop.resume:
             first, damaged, window = _resume(run, model, optimizer, key, more_state)
-        run.record(key)
-        if rank() == 0 and "folder" in batches.prepared.info:
+        known = "folder" in batches.prepared.info
+        run.record(key, summary(batches.prepared) if known else {})
+        if rank() == 0 and known:
             write_drops(batches.prepared, str(folder / "drops.jsonl"))
         trackers = open_trackers(loop.log, folder, first, run.settings()) if rank() == 0 else []
         model.train()
@@ -165,9 +166,8 @@ def train(
                     record = join_figures(window.mean(), own)
                     if rank() == 0:
                         _log(folder, record, trackers)
-                        # an evaluation writes the report, where there are evaluations
-                        if not evaluate and time.monotonic() > reported + 30:
-                            write_report(folder)
+                        if time.monotonic() > reported + 30:
+                            write_report(folder, live=True)
                             reported = time.monotonic()
                         bar.set_postfix_str(line(record), refresh=False)
                     window = StepSums()
@@ -332,7 +332,7 @@ def _evaluate(
         return {}
     if rank() == 0:
         _log(folder, {"step": step, **{f"val_{k}": v for k, v in figures.items()}}, trackers)
-        write_report(folder)
+        write_report(folder, live=True)
         text = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
         say(f"step {step}: {text}" if step else f"before training: {text}")
     return figures

@@ -334,7 +334,7 @@ def sample_cards(sides: Mapping[str, dict[Any, dict]], pictures: str = "") -> st
     for key in sorted(groups, key=lambda key: (key[-1] is not False, key[0] is key[-1])):
         cards = [card(name, list(sides), found, pictures) for name, found in groups[key][:ROWS]]
         if any(x is not None for x in key):
-            said = ", ".join(f"{words_of[x]} {title}" for x, title in zip(key, sides, strict=True))
+            said = ", ".join(f"{title} {words_of[x]}" for x, title in zip(key, sides, strict=True))
             out.append(f"<h3>{said}: {len(groups[key]):,}</h3>")
         out += cards[:SHOWN]
         if more := cards[SHOWN:]:
@@ -363,10 +363,11 @@ def card(name: Any, titles: Sequence[str], found: Sequence[dict], pictures: str)
     sides = ""
     for title, side in zip(titles, found, strict=True):
         said = side.get("answer", side.get("predicted", ""))
-        fields = html_table((), [(key, side.get(key)) for key in moving])
-        ok = ' class="ok"' * (is_right(side) is True)
-        sides += f"<div{ok}><h4>{safe(title)}</h4><p>{marked(str(said), right)}</p>{fields}</div>"
-    about = html_table((), [("record", newest.get("id", newest.get("line", name))), *still.items()])
+        fields = fields_html({key: side.get(key) for key in moving})
+        ok = is_right(side) is True
+        text = safe(str(said)) if ok else marked(str(said), right)
+        sides += f"<div{' class=ok' * ok}><h4>{safe(title)}</h4><p>{text}</p>{fields}</div>"
+    about = fields_html({"record": newest.get("id", newest.get("line", name))} | still)
     wanted = "" if right is None else f"<p><b>right answer</b> {safe(str(right))}</p>"
     messages = "".join(message_html(message, pictures) for message in chat)
     return (
@@ -380,10 +381,12 @@ def message_html(message: dict, pictures: str) -> str:
     content, parts = message.get("content"), []
     for part in content if isinstance(content, list) else [message]:
         text, kind = str(part.get("content") or ""), part.get("type", "text")
-        shown = picture(str(Path(pictures) / text)) if pictures and kind == "image" else ""
+        url = picture(str(Path(pictures) / text)) if pictures and kind == "image" else ""
         named = text if kind == "text" else f"[{kind} {text}]"
-        parts.append(f'<img alt="{safe(named)}" src="{shown}">' if shown else safe(named))
-    more = [f"{key}: {message[key]}" for key in ("reasoning_content", "tool_calls") if key in message]
+        parts.append(f'<img alt="{safe(named)}" src="{url}">' if url else safe(named))
+    more = [
+        f"{key}: {message[key]}" for key in ("reasoning_content", "tool_calls") if key in message
+    ]
     text = "\n".join([*map(safe, more), *parts])
     role = message.get("role", "")
     return f"<p>{role and f'<b>{safe(role)}</b> '}{text}</p>"
@@ -421,36 +424,38 @@ def marked(answer: str, right: Any = None) -> str:
     return "".join(out)
 
 
-def cell(value: Any) -> str:
-    """A table cell."""
+def fields_html(fields: Mapping[str, Any]) -> str:
+    """Names and values on a line."""
+    return (
+        f"<small>{' · '.join(f'{safe(key)} {value_html(fields[key])}' for key in fields)}</small>"
+    )
+
+
+def value_html(value: Any) -> str:
+    """A value as HTML."""
     if value is None:
-        shown = "–"
-    elif isinstance(value, float):
-        shown = number(value)
-    else:
-        shown = value if isinstance(value, str) else json.dumps(value)
-    return f"<td>{safe(shown)}</td>"
+        return "–"
+    if isinstance(value, float):
+        return number(value)
+    return safe(value if isinstance(value, str) else json.dumps(value))
 
 
 def records_table(records: Mapping[str, Any]) -> str:
     """Sources, percentiles of lengths and what was left out, of config.json's "records"."""
     if not records:
         return ""
-    sources = [(s["source"], s["used"], s["records"]) for s in records["sources"]]
+    sources = [(s["source"], f"{s['used']:,}", f"{s['records']:,}") for s in records["sources"]]
     lengths = records["lengths"]
     left = [(why, x["count"], ", ".join(x["first"])) for why, x in records["drops"].items()]
     share = records["learned_tokens"] / max(records["tokens"], 1)
-    said = (
-        f"{records['records']:,} records, {records['tokens']:,} tokens, {share:.0%} of them learned."
+    said = f"{records['records']:,} records, {records['tokens']:,} tokens, {share:.0%} learned; "
+    said += f"half of the records have at most {lengths['50 %']:,} tokens."
+    return (
+        f"<p>{said}</p>"
+        + wide_table(("source", "used", "records"), sources)
+        + wide_table(("percentile", *lengths), [("tokens a record", *lengths.values())])
+        + wide_table(("left out", "records", "the first"), left)
     )
-    if lengths:
-        said += f" Half of the records have at most {lengths['50 %']:,} tokens."
-    tables = [
-        html_table(("source", "used", "records"), sources),
-        lengths and html_table(["tokens a record", *lengths], [("", *lengths.values())]),
-        html_table(("left out", "records", "the first"), left) if left else "",
-    ]
-    return f"<p>{said}</p>" + "".join(f"<div class='wide'>{table}</div>" for table in tables if table)
 
 
 def settings_tables(settings: dict) -> str:
@@ -514,7 +519,9 @@ def comparison(folders: Sequence[Path]) -> str:
         sides[f"run {place}"] = answers_at(samples, last_step)
     asked = [{(name, s.get("prompt")) for name, s in side.items()} for side in sides.values()]
     same = {name for name, _ in set.intersection(*asked)}
-    sides = {run: {name: side[name] for name in side if name in same} for run, side in sides.items()}
+    sides = {
+        run: {name: side[name] for name in side if name in same} for run, side in sides.items()
+    }
     titles = dict.fromkeys(title for charts in runs.values() for title in charts)
     charts, last = "", []
     for title in titles:
@@ -523,14 +530,15 @@ def comparison(folders: Sequence[Path]) -> str:
         curves = {name: found[kind] for name, found in both.items() if found.get(kind)}
         if curves:
             charts += chart(title, curves)
-            ends = [number(curves[name][-1][1]) if name in curves else "" for name in runs]
-            last.append((f"{title}, {kind}", *ends))
+            ends = [curves[name][-1][1] if name in curves else None for name in runs]
+            gap = [ends[1] - ends[0]] if len(ends) == 2 and None not in ends else []
+            last.append((f"{title}, {kind}", *ends, *gap))
     names = dict.fromkeys(name for values in settings for name in values)
     rows = [(name, *(values.get(name, "") for values in settings)) for name in names]
     head = ("", *(f"run {i}: {folder.name}" for i, folder in enumerate(folders, 1)))
     sections = {
-        "Last figures": html_table(head, last),
-        "Settings that differ": html_table(head, [r for r in rows if len({*map(str, r[1:])}) > 1]),
+        "Last figures": wide_table([*head, *["run 2 - run 1"] * (len(runs) == 2)], last),
+        "Settings that differ": wide_table(head, [r for r in rows if len({*map(str, r[1:])}) > 1]),
         "Curves": f'<div class="grid">{charts}</div>',
         "Held-out records, side by side": sample_cards(sides, own.get("pictures", "")),
     }
@@ -540,8 +548,13 @@ def comparison(folders: Sequence[Path]) -> str:
 def html_table(head: Iterable[str], rows: Iterable[tuple]) -> str:
     """An HTML table with an optional header."""
     top = "".join(f"<th>{safe(text)}</th>" for text in head)
-    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    body = "".join(f"<tr>{''.join(f'<td>{value_html(x)}</td>' for x in row)}</tr>" for row in rows)
     return f"<table>{top and f'<tr>{top}</tr>'}{body}</table>"
+
+
+def wide_table(head: Iterable[str], rows: Sequence[tuple]) -> str:
+    """An HTML table that moves sideways where there is no room; "" without rows."""
+    return f"<div class='wide'>{html_table(head, rows)}</div>" if rows else ""
 
 
 def number(value: float) -> str:
@@ -572,6 +585,7 @@ STYLE = """
 body {
   margin: 0 auto; max-width: 1180px; padding: 24px 20px 60px;
   background: var(--back); color: var(--ink); font: 15px/1.45 system-ui, sans-serif;
+  overflow-wrap: anywhere;
 }
 h1 { font-size: 26px; margin: 0 }
 h2 { font-size: 18px; margin: 36px 0 12px }
@@ -624,10 +638,10 @@ td, th {
   border-bottom: 1px solid var(--edge); padding: 5px 6px;
   text-align: left; vertical-align: top;
 }
-td:first-child { color: var(--soft); white-space: nowrap }
-td, pre, article p { white-space: pre-wrap; overflow-wrap: anywhere }
+td:first-child { color: var(--soft); min-width: 110px }
+td, pre, article p { white-space: pre-wrap }
 .wide { overflow-x: auto; margin-top: 12px }
-.wide td { white-space: nowrap }
+.wide td { overflow-wrap: break-word }
 article {
   display: grid; grid-template-columns: minmax(0, 2fr) minmax(0, 3fr); gap: 14px;
   background: var(--card); border: 1px solid var(--edge); border-radius: 8px;
@@ -636,10 +650,13 @@ article {
 article p { margin: 0 0 6px }
 article p b { color: var(--soft); font-weight: 600 }
 article h4 { margin: 0 0 4px; color: var(--soft); font-weight: 600 }
-article td { border: 0; padding: 1px 8px 1px 0; color: var(--soft); font-size: 12px }
+small { color: var(--soft); font-size: 12px }
 .chat { max-height: 340px; overflow-y: auto }
 .chat img { display: block; margin: 4px 0; border-radius: 4px; max-width: 100% }
-.sides { display: grid; gap: 10px; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr) }
+.sides {
+  display: grid; gap: 10px; align-items: start;
+  grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr);
+}
 .sides > div { border: 1px solid var(--edge); border-radius: 6px; padding: 8px 10px }
 .sides .ok { background: var(--ok); border-color: transparent }
 mark { background: var(--ok); color: inherit; border-radius: 3px; padding: 0 2px }

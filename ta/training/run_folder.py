@@ -96,6 +96,8 @@ class Run:
     seed: int = 0
     # the day it began, YYYY-MM-DD: chat templates that write the date keep it on a resume
     day: str = ""
+    # folder below which the pictures of its records lie, for the report
+    pictures: str = ""
     lock: Any = field(default=None, repr=False)
 
     @property
@@ -135,8 +137,9 @@ class Run:
         path = self.folder / "config.json"
         return json.loads(path.read_text(encoding="utf-8"))["identity"] if path.exists() else None
 
-    def record(self, key: dict[str, Any]) -> None:
-        """Write config.json (rank 0); `key` holds the settings that must not differ on a resume.
+    def record(self, key: dict[str, Any], records: dict[str, Any]) -> None:
+        """Write config.json (rank 0); `key` holds the settings that must not differ on a resume,
+        and `records` says what there is to learn from.
 
         No other file may be written before: by this one a folder is known as ours.
         """
@@ -148,6 +151,8 @@ class Run:
             "changed": sorted(changed_settings(self.config)) if self.config else [],
             "versions": versions(),
             "identity": key,
+            "records": records,
+            "pictures": self.pictures,
             "machine": parallel.machine(),
             "day": self.day,
         }

@@ -14,6 +14,9 @@ def run(folder, lr, losses, held_out=True):
     key = "val_loss" if held_out else "loss"
     lines = [json.dumps({"step": step, key: loss}) for step, loss in enumerate(losses)]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    same = {"step": 2, "id": "a", "prompt": "p", "answer": f"{losses[-1]}", "reference": "1.5"}
+    samples = [same, same | {"id": "b", "prompt": str(lr)}]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(x) + "\n" for x in samples))
     return folder
 
 
@@ -22,7 +25,12 @@ def test_the_page_names_what_differs_and_ends(tmp_path, door):
     b = run(tmp_path / "b", 2e-3, [3, 2.5, 1.25])
     text = comparison([a, b])
     assert "<td>lr</td><td>0.001</td><td>0.002</td>" in text.replace(" class=n", "")
-    assert "clip" not in text and "<td>loss, held out</td><td>1.5</td><td>1.25</td>" in text
+    assert (
+        "clip" not in text
+        and "<td>loss, held out</td><td>1.5</td><td>1.25</td><td>-0.25</td>" in text
+    )
+    # a record of the same name whose question differs is no common one
+    assert text.count("<article>") == 1 and "run 1 right, run 2 wrong: 1" in text
     assert "run 1: &lt;a&gt;" in text and "<a>" not in text and "<script" not in text
     assert text.count('class="line run-1"') == text.count('class="line run-2"') == 1
     out = tmp_path / "c.html"

@@ -446,7 +446,7 @@ def test_a_resumed_run_keeps_the_day_it_began(tmp_path):
     run = Run(LoopConfig(out=str(tmp_path / "run")), day="2026-03-01")
     assert first_day(run.loop) == date.today().isoformat()
     run.open()
-    run.record({})
+    run.record({}, {})
     run.release()
     assert first_day(run.loop) == date.today().isoformat(), "a new run has its own"
     assert first_day(replace(run.loop, resume=True)) == "2026-03-01"

@@ -1,20 +1,28 @@
 """The report of a run folder: curves, answers, settings in one file without scripts, whatever the logs hold."""
 
+import base64
+import io
 import json
 import math
+import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from PIL import Image
 
+from ta.generation.metrics import METRICS as METRICS_OF_ANSWERS
 from ta.training.report import (
+    answers_at,
     chart,
     charts_of,
     log_ticks,
+    marked,
+    meaning,
     page,
-    sample_table,
+    sample_cards,
     thin,
     ticks,
     write_report,
@@ -125,49 +133,87 @@ def test_a_long_curve_is_thinned_by_means(values):
         )
 
 
-def test_what_changed_is_shown_from_both_ends_and_right_answers_are_marked():
-    table = sample_table(SAMPLES)
-    assert (
-        "<th>record</th><th>prompt</th><th>reference</th><th>answer, step 0</th><th>answer, step 20</th>"
-        in table
+def cards(samples, pictures=""):
+    steps = sorted({sample["step"] for sample in samples})
+    return sample_cards({f"step {n}": answers_at(samples, n) for n in steps}, pictures)
+
+
+def test_answers_stand_side_by_side_and_what_is_right_is_in_colour():
+    """Groups by what became of the answers, wrong ones first; of a wrong answer the words that are right are marked."""
+    text = cards(SAMPLES)
+    assert Tags(text).bad == [] and "<script" not in text and "&lt;script&gt;" in text
+    assert re.findall("<h3>(.*?)</h3>", text) == [
+        "step 0 wrong, step 20 right: 1",
+        "step 0 right, step 20 right: 1",
+    ]
+    assert text.count("class=ok") == 3 and "right answer</b> 2" in text
+    worse = cards(
+        [SAMPLES[3] | {"step": 0}, SAMPLES[1] | {"step": 20, "answer": "5"}, *SAMPLES[2:3]]
     )
-    assert (
-        table.count("class=ok") == 3
-        and "<td class=ok> 2</td>" in table
-        and "&lt;script&gt;" in table
+    assert worse.index("step 0 right, step 20 wrong: 1") < worse.index("step 20 right")
+    assert marked("The cat: sat <b> down", "a cat sat") == (
+        "The <mark>cat:</mark> <mark>sat</mark> &lt;b&gt; down"
     )
-    assert "more</summary>" not in table and "8 more" in sample_table(
-        [{"step": 0, "id": i, "text": "x"} for i in range(20)]
-    )
+    assert marked("\u6211\u5728", "\u6211") == "<mark>\u6211</mark>\u5728" and marked("a") == "a"
+    many = [
+        {"step": s, "id": i, "answer": "x", "reference": "y"} for s in (0, 9) for i in range(20)
+    ]
+    assert "14 more</summary>" in cards(many) and cards([]) == ""
+
+
+def test_classes_and_rankings_are_compared_too():
     classes = [
         {"step": s, "line": 3, "text": "t", "label": 1, "predicted": p, "probabilities": [0.5, 0.5]}
         for s, p in ((0, 0), (9, 1))
     ]
-    assert "<td>0</td><td class=ok>1</td>" in sample_table(classes) and sample_table([]) == ""
+    pairs = [
+        {"step": s, "line": 1, "prompt": "p", "chosen": "c", "rejected": "r", "scores": scores}
+        for s, scores in ((0, [0.5, 0.5]), (9, [2.0, -1.0]))
+    ]
+    for samples in (classes, pairs):
+        text = cards(samples)
+        assert "step 0 wrong, step 9 right: 1" in text and text.count("class=ok") == 1
+    assert "probabilities" in cards(classes) and "scores [2.0, -1.0]" in cards(pairs)
 
 
-def test_several_answers_of_a_record_have_a_row_each():
+def test_several_answers_of_a_record_have_a_card_each_with_the_whole_dialogue():
+    chat = [
+        {"role": "user", "content": "first <i>"},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]},
+        {"role": "user", "content": [{"type": "text", "content": "second"}]},
+    ]
     rows = [
-        {
-            "step": step,
-            "row": f"warm 0 {k}",
-            "id": "a",
-            "chat": [{"role": "user"}],
-            "answer": f"{step} {k}",
-        }
+        {"step": step, "row": f"warm 0 {k}", "id": "a", "chat": chat, "answer": f"{step} {k}"}
         for step in (0, 9)
         for k in range(3)
     ]
-    table = sample_table(rows)
-    assert all(f"{step} {k}" in table for step in (0, 9) for k in range(3))
-    assert "chat" not in table and "role" not in table
+    text = cards(rows)
+    assert Tags(text).bad == [] and text.count("<article>") == 3
+    assert all(f"{step} {k}" in text for step in (0, 9) for k in range(3))
+    assert "first &lt;i&gt;" in text and "look" in text and "second" in text
+
+
+def test_pictures_stand_in_the_page_and_what_is_no_picture_is_named(tmp_path):
+    Image.new("RGB", (900, 300), "red").save(tmp_path / "red.png")
+    (tmp_path / "no.png").write_text("<svg onload=x>")
+    chat = [{"role": "user", "type": "image", "content": name} for name in ("red.png", "no.png")]
+    chat += [{"role": "user", "type": "audio", "content": '"><script>.wav'}]
+    text = cards([{"step": 0, "id": 1, "chat": chat, "answer": "red"}], str(tmp_path))
+    shown = re.findall('src="data:image/jpeg;base64,([^"]*)"', text)
+    assert Image.open(io.BytesIO(base64.b64decode(shown[0]))).size == (160, 53)
+    assert len(shown) == 1 and "[image no.png]" in text and "<script" not in text
+
+
+def test_every_figure_has_a_sentence():
+    assert [name for name in METRICS_OF_ANSWERS if not 20 < len(meaning(name)) < 200] == []
+    assert meaning("accuracy@warm/easy") == meaning("accuracy") and meaning("recall_at_3/set")
+    assert meaning("reward brief") == meaning("reward") and meaning("mine") == ""
 
 
 def test_two_evaluations_are_points_and_no_curve():
     two = chart("loss", {"held out": [(0, 2.5), (10, 1.5)]})
     three = chart("loss", {"held out": [(0, 2.5), (5, 2.0), (10, 1.5)]})
     assert "What training lowers" in two
-    assert "Share of answers that equal" in chart("accuracy@warm/easy", {"held out": [(0, 1.0)]})
     assert "polyline" not in two and two.count('r="2.5"') == 2 and "polyline" in three
 
 
@@ -176,21 +222,33 @@ def test_the_page_is_whole_and_runs_nothing():
         "command": "python sft.py --out 'a b'",
         "config": {"loop": {"out": "<x>"}, "beta": 0.1},
         "identity": {"steps": 40},
+        "records": {
+            "records": 38,
+            "tokens": 400,
+            "learned_tokens": 100,
+            "sources": [{"source": "<a>.jsonl", "used": 38, "records": 40}],
+            "lengths": {"least": 3, "50 %": 9, "most": 31},
+            "drops": {"too long": {"count": 2, "first": ["a.jsonl:3"]}},
+        },
     }
-    text = page("<run>", settings, METRICS, SAMPLES, [{"reason": "too long", "line": 3}] * 2)
-    assert Tags(text).bad == [] and "default-src 'none'" in text
+    text = page("<run>", settings, METRICS, SAMPLES)
+    assert Tags(text).bad == [] and "default-src 'none'" in text and "refresh" not in text
+    assert 'http-equiv="refresh"' in page("<run>", settings, METRICS, SAMPLES, live=True)
     for shown in (
         "&lt;run&gt;",
         "step 20 of 40",
         "1 s of training",
         "1.5</b> <span>from 2.5",
         "sft.py --out",
-        "too long</td><td>2",
+        "too long</td><td>2</td><td>a.jsonl:3",
+        "25% learned",
+        "<th>least</th><th>50 %</th><th>most</th>",
+        "&lt;a&gt;.jsonl",
         "beta",
         "&lt;x&gt;",
     ):
         assert shown in text, shown
-    assert Tags(page("new", {}, [], [], [])).bad == []
+    assert Tags(page("new", {}, [], [])).bad == []
 
 
 @pytest.mark.parametrize("names", [(), ("metrics",), ("config", "samples")])
@@ -202,9 +260,6 @@ def test_a_folder_that_lacks_files_has_a_report(tmp_path, names):
     }
     for name in names:
         (tmp_path / (name + (".json" if name == "config" else ".jsonl"))).write_text(texts[name])
-    (tmp_path / "drops.jsonl").write_bytes(b'{"reason": "bad text", "text": "\xff"}\n')
     write_report(tmp_path)
     text = (tmp_path / "report.html").read_text()
-    assert (
-        Tags(text).bad == [] and "bad text" in text and ("held out" in text) == ("metrics" in names)
-    )
+    assert Tags(text).bad == [] and ("held out" in text) == ("metrics" in names)
