@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from ta.folders import read_json
+from ta.folders import loading, read_json
 
 if TYPE_CHECKING:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -295,32 +295,37 @@ def read_preprocessing(folder: str | Path, default: Preprocessing) -> Preprocess
             f"{path}: {kind} (do_pad={given.get('do_pad')}) is not known here; CLIP's and SigLIP's "
             "image processors are"
         )
+    with loading(path, "the settings of an image processor"):
+        return _preprocessing(given, default)
+
+
+def _preprocessing(given: dict[str, Any], default: Preprocessing) -> Preprocessing:
     mean, std = given.get("image_mean", default.mean), given.get("image_std", default.std)
     normalises = given.get("do_normalize", True) and mean is not None
     crops = given.get("do_center_crop", default.crop is not None)
+    rescales, factor = given.get("do_rescale", True), given.get("rescale_factor", 1 / 255)
     return Preprocessing(
-        size=_edge(given.get("size", default.size), path) if given.get("do_resize", True) else None,
-        crop=_pair(given.get("crop_size", default.crop), path) if crops else None,
+        size=_edge(given.get("size", default.size)) if given.get("do_resize", True) else None,
+        crop=_pair(given.get("crop_size", default.crop)) if crops else None,
         mean=_channels(mean) if normalises else None,
         std=_channels(std) if normalises else None,
         resample=int(given.get("resample", default.resample)),
-        scale=float(given.get("rescale_factor", 1 / 255))
-        if given.get("do_rescale", True)
-        else None,
+        scale=float(factor) if rescales else None,
     )
 
 
 def _channels(values: float | Sequence[float]) -> tuple[float, ...]:
-    return (float(values),) * 3 if isinstance(values, int | float) else tuple(values)
+    red, green, blue = (values,) * 3 if isinstance(values, int | float) else values
+    return float(red), float(green), float(blue)
 
 
-def _edge(size: object, path: Path) -> int | tuple[int, int]:
+def _edge(size: object) -> int | tuple[int, int]:
     if isinstance(size, dict) and set(size) == {"shortest_edge"}:
         return int(size["shortest_edge"])
-    return size if isinstance(size, int) else _pair(size, path)
+    return size if isinstance(size, int) else _pair(size)
 
 
-def _pair(size: object, path: Path) -> tuple[int, int]:
+def _pair(size: object) -> tuple[int, int]:
     if isinstance(size, int):
         return size, size
     if isinstance(size, dict) and set(size) == {"height", "width"}:
@@ -328,6 +333,5 @@ def _pair(size: object, path: Path) -> tuple[int, int]:
     if isinstance(size, Sequence) and len(size) == 2:
         return int(size[0]), int(size[1])
     raise ValueError(
-        f"{path}: size {size!r} is not understood; give a number, shortest_edge, or height and "
-        "width"
+        f"size {size!r} is not understood; give a number, shortest_edge, or height and width"
     )

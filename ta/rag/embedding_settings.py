@@ -59,14 +59,15 @@ def embedding_settings(folder: str, config: EncoderConfig) -> EmbeddingSettings:
     not applied here (the vectors would be others), and for a length that the encoder cannot read.
     """
     pooling, normalize, with_prompt = _pooling_of(folder)
-    texts = _json(folder, "config_sentence_transformers.json") or {}
-    prompts = texts.get("prompts") or {}
-    default_prompt = prompts.get(texts.get("default_prompt_name"), "")
-    reading = _json(folder, "sentence_bert_config.json") or {}
-    limit = reading.get("max_seq_length") or math.inf
-    if not reading.get("max_seq_length"):
-        limit = (_json(folder, "tokenizer_config.json") or {}).get("model_max_length") or limit
-    limit = int(min(limit, max_positions(folder)))
+    texts, reading = "config_sentence_transformers.json", "sentence_bert_config.json"
+    prompts = _value(folder, texts, "prompts", dict) or {}
+    if not all(isinstance(text, str) for text in prompts.values()):
+        raise ValueError(f"{folder}/{texts}: prompts holds what is no text; mend it")
+    default_prompt = prompts.get(_value(folder, texts, "default_prompt_name", str), "")
+    limit = _value(folder, reading, "max_seq_length", int | float) or _value(
+        folder, "tokenizer_config.json", "model_max_length", int | float
+    )
+    limit = int(min(limit or math.inf, max_positions(folder)))
 
     def chosen(by_user: Any, by_folder: Any) -> Any:
         return by_folder if by_user is None else by_user
@@ -79,7 +80,7 @@ def embedding_settings(folder: str, config: EncoderConfig) -> EmbeddingSettings:
             config.passage_prefix, prompts.get("passage", prompts.get("document", default_prompt))
         ),
         max_tokens=chosen(config.encoder_max_tokens, limit),
-        lower_case=bool(reading.get("do_lower_case")),
+        lower_case=bool(_value(folder, reading, "do_lower_case", bool)),
     )
     if not with_prompt and (settings.query_prefix or settings.passage_prefix):
         raise ValueError(
@@ -105,7 +106,7 @@ def max_positions(folder: str) -> int:
     from transformers import AutoModel
 
     config = model_config(folder)
-    with torch.device("meta"):
+    with loading(folder, "a text encoder"), torch.device("meta"):
         model = AutoModel.from_config(config)
     for name, module in model.named_modules():
         first = getattr(module, "padding_idx", None)
@@ -119,7 +120,9 @@ def _pooling_of(folder: str) -> tuple[Any, bool, bool]:
     tokens of a prefix take part.
     """
     modules = _json(folder, "modules.json", list) or []
-    names = [module["type"].rpartition(".")[2] for module in modules]
+    with loading(f"{folder}/modules.json", "the layers of a text encoder"):
+        names = [module["type"].rpartition(".")[2] for module in modules]
+        paths = [module["path"] for module in modules]
     if unknown := set(names) - {"Transformer", "Pooling", "Normalize"}:
         raise ValueError(
             f"{folder}: modules.json has a {min(unknown)} layer, which is not applied here: "
@@ -128,10 +131,11 @@ def _pooling_of(folder: str) -> tuple[Any, bool, bool]:
     normalize = "Normalize" in names or not modules
     if "Pooling" not in names:
         return "mean", normalize, True
-    config = _json(folder, f"{modules[names.index('Pooling')]['path']}/config.json") or {}
+    file = f"{paths[names.index('Pooling')]}/config.json"
+    config = _json(folder, file) or {}
     modes = [key for key, on in config.items() if key.startswith("pooling_mode") and on]
-    if "pooling_mode" in config:
-        modes = [config["pooling_mode"]]
+    if mode := _value(folder, file, "pooling_mode", str):
+        modes = [mode]
     if len(modes) != 1 or POOLINGS.get(modes[0], modes[0]) not in POOLINGS.values():
         raise ValueError(
             f"{folder}: pooling by {' and '.join(modes) or 'nothing'} is not known: "
@@ -187,3 +191,14 @@ def model_config(folder: str) -> Any:
 def _json(folder: str, name: str, kind: type = dict) -> Any:
     path = Path(folder) / name
     return read_json(path, kind) if path.exists() else None
+
+
+def _value(folder: str, name: str, key: str, kind: Any) -> Any:
+    """The value of a key in a JSON file, None where it is absent or null.
+
+    ValueError where it is not of a `kind`.
+    """
+    value = (_json(folder, name) or {}).get(key)
+    if not isinstance(value, kind | None):
+        raise ValueError(f"{folder}/{name}: {key} cannot be {value!r}; mend it")
+    return value

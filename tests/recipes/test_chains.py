@@ -318,6 +318,8 @@ def flags_for(place, recipe, flag):
         candidates = {"messages": [message], "answers": [{"id": "a", "content": "red"}]}
         write_jsonl(place.folder / "candidates.jsonl", [candidates])
         return ("--data", place.folder / "candidates.jsonl")
+    if recipe in ("rm", "classify"):
+        return (*place.data[recipe], *STILL)
     if recipe == "multimodal":
         clip = flag == "--image-encoder-path"
         return (*place.data[recipe], "--image-encoder", "clip" if clip else "builtin")
@@ -435,11 +437,22 @@ USED = {  # recipe, flag: the kinds that are used; all others are refused
 
 @pytest.mark.parametrize(("recipe", "flag"), USED)
 def test_what_may_stand_behind_a_path_flag(place, kinds, tmp_path, recipe, flag):
-    """Each kind of folder is used, or refused in one line."""
+    """Each kind of folder is used, or refused in one line; a new head stands on the body that was given."""
     flags = flags_for(place, recipe, flag)
     for kind, folder in kinds.items():
         code, lines = call(recipe, *flags, flag, folder, "--out", tmp_path / kind)
         if kind in USED[recipe, flag]:
             assert code == 0, (kind, lines)
+            if recipe in ("rm", "classify") and kind in WHOLE:
+                given, kept = body(folder), body(tmp_path / kind)
+                assert given.keys() == kept.keys() and len(kept) > 10
+                assert all(torch.equal(tensor, kept[name]) for name, tensor in given.items())
         else:
             assert refusal(code, lines), (kind, code, lines)
+
+
+def body(folder):
+    """The weights of a model's folder, or of a run, without those of its head."""
+    final = folder / "final" if (folder / "final").exists() else folder
+    tensors = load_file(final / "model.safetensors")
+    return {name: t for name, t in tensors.items() if name.startswith("model.")}
