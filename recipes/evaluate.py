@@ -117,7 +117,15 @@ def model_answers(config: Config, tokenizer, device: str) -> list[dict]:
     ids = [tokens for _, tokens in prompts]
     ta.check_prompts(ids, *ta.limits_of(model))
     settings = ta.with_stop_strings(config.generation, tokenizer.stop_strings)
-    answers = ta.generate(model, tokenizer.fast, ids, settings, tokenizer.stop_ids)
+    with ta.progress(len(ids), "answers", "record") as bar:
+        answers = ta.generate(
+            model,
+            tokenizer.fast,
+            ids,
+            settings,
+            tokenizer.stop_ids,
+            on_answer=lambda *_: bar.update(),
+        )
     return [
         record | {"answers": ta.answers_to_json(group, "tokens")}
         for (record, _), group in zip(prompts, answers, strict=True)

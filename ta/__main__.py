@@ -1,13 +1,13 @@
 """The command `ta`: run a recipe, copy one to edit, look at this machine.
 
-    ta                        the recipes, a line each
-    ta sft --data chats.jsonl the same as python recipes/sft.py --data chats.jsonl
-    ta copy dpo my_method.py  a recipe to edit
-    ta help                   this page; ta help TOPIC reads a chapter of the guide
-    ta doctor                 versions, devices, extras, memory and disk
-    ta from-turbo s.json      the command for a settings file of turbo-alignment
-    ta convert FROM OUT       pickled weights, SentencePiece tokenizers and tables of pictures to
-                              what is read here
+    ta                       the recipes, a line each
+    ta sft --data c.jsonl    the same as python recipes/sft.py --data c.jsonl
+    ta sft --help            the flags of a recipe
+    ta copy dpo mine.py      a recipe to edit
+    ta help TOPIC            a chapter of the guide
+    ta doctor                versions, devices, extras, memory and disk
+    ta from-turbo s.json     the command for a settings file of turbo-alignment
+    ta convert FROM OUT      pickled weights, tokenizers, tables: to what is read here
 
 `python -m ta` is the same command, also for torchrun: `torchrun -m ta sft ...`.
 """
@@ -20,75 +20,88 @@ import re
 import runpy
 import shutil
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
 from ta.command_line import guard
 from ta.convert import convert
-from ta.files import write_atomic
+from ta.files import cache_folder, write_atomic
+from ta.folders import read_json
 from ta.from_turbo import from_turbo, script
 from ta.recipe_files import PACKAGE, RECIPES, recipe_names
+from ta.screen import hanging, wrapped_page
 
 GUIDE = PACKAGE / "guide"
-EXTRAS = {  # package: what it adds
-    "vllm": "--engine vllm",
-    "bitsandbytes": "--quantize 4bit and 8bit",
-    "faiss": "--approximate search",
-    "pyarrow": "data in parquet and arrow files",
-    "tensorboard": "--log tensorboard",
-    "wandb": "--log wandb",
-    "trackio": "--log trackio",
-    "clearml": "--log clearml",
+EXTRAS = {  # module: what to install, what it adds
+    "vllm": ("ta[vllm]", "--engine vllm"),
+    "bitsandbytes": ("ta[quantize]", "--quantize 4bit and 8bit"),
+    "faiss": ("ta[faiss]", "--approximate search"),
+    "pyarrow": ("ta[data]", "data in parquet and arrow files"),
+    "sentencepiece": ("ta[convert]", "ta convert of a tokenizer.model"),
+    "tensorboard": ("tensorboard", "--log tensorboard"),
+    "wandb": ("wandb", "--log wandb"),
+    "trackio": ("trackio", "--log trackio"),
+    "clearml": ("clearml", "--log clearml"),
 }
 
 
 def main() -> None:
     """Run the command that sys.argv names; exit code 2 where there is none of that name."""
-    name, *rest = sys.argv[1:] or ["help"]
-    commands = {"copy": copy, "doctor": doctor, "from-turbo": turbo, "convert": converted}
-    commands |= dict.fromkeys(("help", "-h", "--help"), usage)
+    name, *words = sys.argv[1:] or ["help"]
+    raise SystemExit(guard(lambda: run(name, words)))
+
+
+def run(name: str, words: list[str]) -> None:
+    """Run a recipe or a command; ValueError for what is none, and for words it does not take."""
+    commands: dict[str, tuple[Callable[..., None], str]] = {
+        "copy": (copy, "RECIPE FILE.py"),
+        "from-turbo": (turbo, "SETTINGS.json"),
+        "convert": (converted, "FROM OUT"),
+        "doctor": (doctor, ""),
+    }
     if name in recipe_names():
-        page = str(RECIPES / f"{name}.py")
-        sys.argv = [page, *rest]
-        runpy.run_path(page, run_name="__main__")
-    elif name in commands:
-        raise SystemExit(guard(lambda: commands[name](*rest)))
+        sys.argv = [str(RECIPES / f"{name}.py"), *words]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    elif name in ("help", "-h", "--help"):
+        usage(words)
+    elif name not in commands:
+        raise ValueError(f"ta {name}: no such command; ta alone lists them")
     else:
-        raise SystemExit(guard(lambda: unknown(name)))
+        action, takes = commands[name]
+        if len(words) != len(takes.split()):
+            raise ValueError(f"give: ta {name} {takes}".rstrip())
+        action(*words)
 
 
-def usage(*words: str) -> None:
-    """Print a chapter of the guide, or the commands and the recipes, a line each.
+def usage(words: list[str]) -> None:
+    """Print a chapter of the guide, or the commands and the recipes.
 
-    ValueError for a chapter that does not exist.
+    A terminal gets it in its own width, a file or a pipe as it is written. ValueError for a chapter
+    that does not exist.
     """
     topics = {path.stem: path for path in sorted(GUIDE.glob("*.md"))}
     if words:
-        if words[0] not in topics:
-            raise ValueError(f"ta help {words[0]}: give one of {', '.join(topics)}")
+        if len(words) > 1 or words[0] not in topics:
+            flags = f"ta {words[0]} --help shows its flags; " * (words[0] in recipe_names())
+            raise ValueError(f"ta help {' '.join(words)}: {flags}give one of {', '.join(topics)}")
         text = re.sub(r"<!-- .* -->\n", "", topics[words[0]].read_text(encoding="utf-8"))
-        return print(text)
-    print(f"{__doc__}\nThe guide: {', '.join(topics)}\n\nThe recipes:\n")
-    width = max(map(len, recipe_names()))
+        return print(wrapped_page(text) if sys.stdout.isatty() else text)
     columns = shutil.get_terminal_size().columns
+    print(wrapped_page(f"{__doc__}\nThe guide: {', '.join(topics)}\n\nThe recipes:\n"))
+    width = max(map(len, recipe_names()))
     for name in recipe_names():
         text = (RECIPES / f"{name}.py").read_text(encoding="utf-8")
-        first = " ".join(text.split('"""')[1].split("\n\n")[0].split())
-        line = f"    {name.ljust(width)}  {first}"
-        print(line if len(line) <= columns else line[: columns - 1] + "…")
+        first = text.split('"""')[1].split("\n\n")[0]
+        print(hanging(first, columns, width + 6, f"    {name.ljust(width)}  "))
 
 
-def unknown(name: str) -> None:
-    """ValueError for a command that does not exist."""
-    raise ValueError(f"ta {name}: no such command; ta alone lists them")
-
-
-def copy(*words: str) -> None:
+def copy(name: str, path: str) -> None:
     """Write a recipe to a file of the user's. ValueError where the file exists."""
-    if len(words) != 2 or words[0] not in recipe_names():
-        raise ValueError(f"give: ta copy RECIPE FILE.py, with one of {', '.join(recipe_names())}")
-    name, file = words[0], Path(words[1])
+    if name not in recipe_names():
+        raise ValueError(f"ta copy {name}: give one of {', '.join(recipe_names())}")
+    file = Path(path)
     if file.exists():
         raise ValueError(f"{file} exists: give a new file")
     text = (RECIPES / f"{name}.py").read_text(encoding="utf-8")
@@ -96,33 +109,23 @@ def copy(*words: str) -> None:
     print(f"{file}: edit it, then run python {file} (its settings: python {file} --help)")
 
 
-def turbo(*words: str) -> None:
+def turbo(path: str) -> None:
     """Print the commands for a settings file of turbo-alignment; write records that stand in it.
 
     ValueError where the file cannot be read or is none of theirs, and where records would replace
     a file that exists.
     """
-    if len(words) != 1:
-        raise ValueError("give: ta from-turbo SETTINGS.json")
-    try:
-        settings = json.loads(Path(words[0]).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{words[0]} is not JSON ({error})") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{words[0]} holds no settings: give an object")
-    made = from_turbo(settings)
+    made = from_turbo(read_json(Path(path)))
     for name, records in made.files.items():
         if Path(name).exists():
-            raise ValueError(f"{name} exists, and the records of {words[0]} would replace it")
+            raise ValueError(f"{name} exists, and the records of {path} would replace it")
         write_atomic(Path(name), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
     print(script(made))
 
 
-def converted(*words: str) -> None:
+def converted(source: str, out: str) -> None:
     """Convert a file or folder of another program. ValueError where it cannot be."""
-    if len(words) != 2:
-        raise ValueError("give: ta convert FROM OUT")
-    print(convert(*words))
+    print(convert(source, out))
 
 
 def doctor() -> None:
@@ -141,12 +144,24 @@ def doctor() -> None:
     else:
         print("  no GPU: arithmetic is float32 on the CPU; models of more than 1B will be slow")
     vector = torch.backends.cpu.get_cpu_capability()
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    disk = shutil.disk_usage(".").free / 2**30
-    print(f"  {os.cpu_count()} CPU cores ({vector}), {memory:.0f} GiB memory, {disk:.0f} GiB disk")
+    print(f"  {os.cpu_count()} CPU cores ({vector})")
+    print("free")
+    print(f"  {_free_memory() / 2**30:.0f} GiB memory")
+    print(f"  {shutil.disk_usage('.').free / 2**30:.0f} GiB disk of this folder")
+    print(f"prepared data and built-in models: {cache_folder('')}")
     print("extras")
-    for name, use in EXTRAS.items():
-        print(f"  {name} {_version(name) or ('present' if find_spec(name) else 'missing')}: {use}")
+    for name, (package, use) in EXTRAS.items():
+        missing = f'missing (pip install "{package}")'
+        print(f"  {name} {(_version(name) or 'there') if find_spec(name) else missing}: {use}")
+
+
+def _free_memory() -> int:
+    """Bytes of memory that a program may still take; where Linux does not say so, all there are."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+        return 1024 * int(re.search(r"MemAvailable: +(\d+)", text)[1])
+    except (OSError, TypeError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _version(package: str) -> str:

@@ -9,11 +9,12 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple, get_type_hints
 
 from ta.files import keep_inputs
-from ta.flags import our_words, settings_of, short_help
+from ta.flags import our_words, settings_of, short_help, start_of
 from ta.printable import one_line
 
 WRONG_INPUT, NO_ROOM = 2, 3
@@ -89,7 +90,8 @@ def cli(main: Callable[[Any], Any], config_class: type, argv: list[str] | None =
         import tyro
 
         flat = (tyro.conf.OmitArgPrefixes,)
-        config = tyro.cli(config_class, args=words, description=doc, config=flat)
+        prog = " ".join(start_of(config_class))
+        config = tyro.cli(config_class, prog=prog, description=doc, args=words, config=flat)
         check_config(config)
         check_inputs(config)
         main(config)
@@ -161,17 +163,19 @@ def guard(action: Callable[[], Any]) -> int:
         return 0
     try:
         action()
-    except KeyboardInterrupt:
-        return _say("stopped", 130)
+    except KeyboardInterrupt as stop:
+        return _say(f"stopped{stop}", 130, "")
     except Exception as error:
         if _disk_full(error):
             return _say(f"no room on the disk ({error}): {MAKE_ROOM}", NO_ROOM)
+        text = str(error)
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            text = f"{error.filename}: {error.strerror}"
         if isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError):
-            return _say(error, NO_ROOM)
+            return _say(text, NO_ROOM)
         if isinstance(error, ValueError | OSError):
-            return _say(
-                error, NO_ROOM if getattr(error, "errno", 0) == errno.EROFS else WRONG_INPUT
-            )
+            code = NO_ROOM if getattr(error, "errno", 0) == errno.EROFS else WRONG_INPUT
+            return _say(text, code)
         # torch has a type of its own, and is not loaded for an answer without it
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             return _say(NO_MEMORY, NO_ROOM)
@@ -189,8 +193,17 @@ def _disk_full(error: BaseException) -> bool:
     return earlier is not None and _disk_full(earlier)
 
 
-def _say(error: object, code: int) -> int:
+@contextmanager
+def when_stopped(kept: Callable[[], str]) -> Iterator[None]:
+    """On Ctrl-C the last line on the screen says what `kept` gives: what is there, how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f": {kept()}") from None
+
+
+def _say(text: str, code: int, kind: str = "error: ") -> int:
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f"[rank {rank}] "
-    print(f"{where}error: {one_line(str(error))}", file=sys.stderr, flush=True)
+    print(f"{where}{kind}{one_line(text)}", file=sys.stderr, flush=True)
     return code

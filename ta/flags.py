@@ -8,7 +8,6 @@ import json
 import shlex
 import shutil
 import sys
-import textwrap
 import tomllib
 import types
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 
 from ta.printable import masked
 from ta.recipe_files import RECIPES
+from ta.screen import hanging, wrapped_page
 
 EQUAL = {  # flags of other tools, and older names of ours, that mean the same as one of ours
     "--cherry-records": "--sample-records",
@@ -214,12 +214,16 @@ def words_of(setting: Setting, value: Any) -> list[str]:
 
 def command_of(config: Any) -> str:
     """The command that gives a run with this config again."""
-    page = Path(getattr(sys.modules[type(config).__module__], "__file__", None) or "RECIPE.py")
-    start = ["ta", page.stem] if page.parent == RECIPES else ["python", str(page)]
     settings = {setting.name: setting for setting in settings_of(type(config))}
     changed = changed_settings(config).items()
     words = masked([word for name, value in changed for word in words_of(settings[name], value)])
-    return shlex.join([*start, *words])
+    return shlex.join([*start_of(type(config)), *words])
+
+
+def start_of(config_class: type) -> list[str]:
+    """The words that start the recipe of a config class: ta sft, or python my_page.py."""
+    page = Path(getattr(sys.modules[config_class.__module__], "__file__", None) or "RECIPE.py")
+    return ["ta", page.stem] if page.parent == RECIPES else ["python", str(page)]
 
 
 def short_help(config_class: type, doc: str, docs: Callable[[type], dict[str, str]]) -> str:
@@ -227,8 +231,8 @@ def short_help(config_class: type, doc: str, docs: Callable[[type], dict[str, st
 
     `docs` gives of a config class what each field means.
     """
-    width = shutil.get_terminal_size().columns
-    lines = [doc, "", "flags (all of them: --help-all):"]
+    width = max(40, min(shutil.get_terminal_size().columns, 100))
+    lines = [wrapped_page(doc, width), "", "flags (all of them: --help-all):"]
     for setting in settings_of(config_class):
         if setting.name not in COMMON.split() and setting.owner is not config_class:
             continue
@@ -238,10 +242,7 @@ def short_help(config_class: type, doc: str, docs: Callable[[type], dict[str, st
         tail = f" (default: {shown})" if shown not in ("", "None", "False", "True") else ""
         text = docs(setting.owner).get(setting.name, "") + tail
         lines.append(f"  {setting.flag} {_kind(hint)}".rstrip())
-        indent = " " * 6
-        lines += textwrap.wrap(
-            text, max(40, min(width, 100)), initial_indent=indent, subsequent_indent=indent
-        )
+        lines += [hanging(text, width, 6, " " * 6)] if text else []
     config = "Settings from a file: config.json of a run, JSON or TOML. Flags after it win."
     return "\n".join([*lines, "  --config FILE", "      " + config])
 

@@ -186,6 +186,22 @@ def loading(path: str | Path, kind: str) -> Iterator[None]:
         raise ValueError(f"{path} does not load as {kind}: {why}{pickled}") from error
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers says nothing but errors, and shows no bars of its own."""
+    from transformers import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def model_folder(path: str, hub: bool = False) -> str:
     """The folder to load; "builtin" is written to the cache once, and with `hub` a name is fetched.
 

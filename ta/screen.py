@@ -6,8 +6,10 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 import unicodedata
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from typing import IO, Any
 
 from ta.printable import printable
@@ -48,7 +50,6 @@ def progress(
 
             return write
 
-    terminal = sys.stderr.isatty()
     settings = {
         "total": total,
         "desc": printable(what),
@@ -56,7 +57,10 @@ def progress(
         "initial": done,
         "disable": not show,
     }
-    if terminal:
+    if sys.stderr.isatty():
+        # with a postfix, which tells how fast it goes, there is room for both in 80 columns
+        if total:
+            more["bar_format"] = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
         return tqdm(**settings, mininterval=0.5, dynamic_ncols=True, **more)
     more.pop("leave", None)
     more["delay"] = max(more.get("delay", 0), LINE_EVERY)
@@ -65,11 +69,12 @@ def progress(
     return Lines(**settings, mininterval=LINE_EVERY, miniters=1, bar_format=plain, **more)
 
 
-def table(rows: Iterable[Sequence], header: Sequence[str], width: int = 0, lines: int = 8) -> str:
+def table(rows: Iterable[Sequence], header: Sequence[str], width: int = 0, lines: int = 6) -> str:
     """A plain-text table as wide as the terminal, or `width` columns.
 
     The widest columns give way first; a cell goes on over several lines, of which at most `lines`
-    are shown, from its beginning and its end. What could move a cursor is written out.
+    are shown, from its beginning and its end. An empty line stands between rows of several lines.
+    What could move a cursor is written out.
     """
     width = width or shutil.get_terminal_size((120, 24)).columns
     cells = [[printable(str(cell)).expandtabs(2) for cell in row] for row in (header, *rows)]
@@ -79,18 +84,57 @@ def table(rows: Iterable[Sequence], header: Sequence[str], width: int = 0, lines
     ]
     while sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > 8:
         widths[widths.index(max(widths))] -= 1
-    out = []
+    blocks = []
     for row in cells:
         wrapped = [_wrapped(cell, w, lines) for cell, w in zip(row, widths, strict=True)]
-        for i in range(max(map(len, wrapped))):
-            parts = [part[i] if i < len(part) else "" for part in wrapped]
+        block = []
+        for parts in zip_longest(*wrapped, fillvalue=""):
             padded = [
                 part + " " * (w - columns(part)) for part, w in zip(parts, widths, strict=True)
             ]
-            out.append("  ".join(padded).rstrip())
-        if len(out) == max(map(len, wrapped)) and row is cells[0]:
-            out.append("  ".join("-" * w for w in widths))
-    return "\n".join(out)
+            block.append("  ".join(padded).rstrip())
+        blocks.append("\n".join(block))
+    blocks[0] += "\n" + "  ".join("-" * w for w in widths)
+    between = "\n\n" if any("\n" in block for block in blocks[1:]) else "\n"
+    return blocks[0] + "\n" + between.join(blocks[1:])
+
+
+def wrapped_page(text: str, width: int = 0) -> str:
+    """A page of Markdown as wide as the terminal, at most 100 columns, or `width` columns.
+
+    Paragraphs and items are wrapped between words and tables drawn; code stays as it is.
+    """
+    width = width or min(shutil.get_terminal_size().columns, 100)
+    out = []
+    for code, rest in re.findall(r"(?ms)(^```.*?^```\n)|(.+?)(?=^```|\Z)", text):
+        parts = re.split(r"(\A\n+|\n{2,}|\n\Z)", rest)
+        out += [code, *(_block(part, width) if part.strip() else part for part in parts)]
+    return "".join(out)
+
+
+def _block(block: str, width: int) -> str:
+    """What stands between two empty lines, wrapped."""
+    if block.startswith("|"):
+        cells = [re.split(r" +\| +", line.strip("| ")) for line in block.split("\n")]
+        return table(cells[2:], cells[0], width)
+    if block.startswith(("    ", "#")):
+        return block
+    items = re.split(r"\n(?=\* |- |\d+\. )", block)
+    return "\n".join(
+        hanging(item, width, 2 * bool(re.match(r"[*-] |\d+\. ", item))) for item in items
+    )
+
+
+def hanging(text: str, width: int, indent: int, begin: str = "") -> str:
+    """A paragraph behind `begin`, wrapped between words; further lines are indented."""
+    return textwrap.fill(
+        " ".join(text.split()),
+        width,
+        initial_indent=begin,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def columns(text: str) -> int:

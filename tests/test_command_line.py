@@ -44,12 +44,13 @@ def raises(error):
         (torch.OutOfMemoryError("CUDA out of memory"), 3, "--max-tokens-per-micro"),
         (MemoryError(), 3, "--max-tokens-per-micro"),
         (KeyboardInterrupt(), 130, "stopped"),
+        (KeyboardInterrupt(": 3 are kept"), 130, "stopped: 3 are kept"),
     ],
 )
 def test_one_line_and_an_exit_code(error, code, said, capsys):
     assert guard(raises(error)) == code
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and said in lines[0] and lines[0].startswith("error: ")
+    assert len(lines) == 1 and said in lines[0] and lines[0].startswith("error: ") == (code != 130)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), KeyError("x"), AssertionError()])

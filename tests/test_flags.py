@@ -161,7 +161,8 @@ def test_the_command_lists_and_copies_recipes(tmp_path, monkeypatch, capsys):
     assert mine.read_text() == original.replace("recipes/dpo.py", str(mine))
     assert ta(monkeypatch, "copy", "dpo", str(mine)) == 2
     assert "exists: give a new file" in capsys.readouterr().err
-    for words in (["copy", "dpo"], ["copy", "nothing", "a.py"], ["nothing"]):
+    wrong = (["copy", "dpo"], ["copy", "nothing", "a.py"], ["nothing"], ["doctor", "x"])
+    for words in (*wrong, ["help", "data", "x"], ["help", "sft"], ["from-turbo", "gone.json"]):
         assert ta(monkeypatch, *words) == 2
     assert ta(monkeypatch, "sft", "--help") == 0
 

@@ -7,7 +7,7 @@ import pytest
 
 from ta import screen
 from ta.parallel import say
-from ta.screen import columns, table
+from ta.screen import columns, table, wrapped_page
 
 
 class Terminal(io.StringIO):
@@ -83,3 +83,19 @@ def test_a_table_fits_the_terminal_and_shows_both_ends_of_a_cell():
         )
     assert table([("a", "b")], ("x", "longer"), 40) == "x  longer\n-  ------\na  b"
     assert columns("北e\u0301") == 3
+
+
+def test_rows_of_several_lines_stand_apart():
+    assert table([("a\nb", "c"), ("d", "e")], ("x", "y"), 40) == "x  y\n-  -\na  c\nb\n\nd  e"
+
+
+def test_a_page_is_wrapped_between_words_and_code_stays():
+    code = "```sh\nta sft --data a-very-long-name.jsonl\n\nta chat\n```\n"
+    text = f"# Title\n\nOne two three\nfour five `six-seven`.\n\n* first item here\n* second\n\n{code}\n"
+    text += "| name | what it is |\n|---|---|\n| a | one two three four |\n\n    indented code that is long\n"
+    assert wrapped_page(text, 20) == (
+        "# Title\n\nOne two three four\nfive `six-seven`.\n\n* first item here\n* second\n\n"
+        f"{code}\nname  what it is\n----  --------------\na     one two three\n      four\n\n"
+        "    indented code that is long\n"
+    )
+    assert wrapped_page("* one two three four", 12) == "* one two\n  three four"

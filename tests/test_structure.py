@@ -26,7 +26,8 @@ MODULES = {
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 TOWER = (  # a module imports its own folder and what stands above it here, types included
     ("ta.recipe_files", "ta.printable"),
-    ("ta.flags", "ta.from_turbo", "ta.screen", "ta.files"),
+    ("ta.screen",),
+    ("ta.flags", "ta.from_turbo", "ta.files"),
     ("ta.command_line", "ta.parallel", "ta.losses"),
     ("ta.builtin",),
     ("ta.folders",),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ta.chat.tokenizer import tokenizer_settings
+from ta.command_line import when_stopped
 from ta.files import append_line, locked, read_json_lines, shares, write_atomic
 from ta.folders import ModelConfig, fingerprint, resolve
 from ta.parallel import rank, world
@@ -102,7 +103,14 @@ class AnswersFile:
             show = self.rank == 0 and total > 0
             self.bar = stack.enter_context(progress(total, name, "record", show=show))
             self.seconds, self.tokens = time.perf_counter(), 0
+            stack.enter_context(when_stopped(lambda: self._kept(total)))
             yield self
+
+    def _kept(self, total: int) -> str:
+        return (
+            f"{self.bar.n:,} of {total:,} records are kept beside {self.path}; "
+            "the same command with --resume goes on"
+        )
 
     def append(self, record: dict, tokens: int = 0) -> None:
         """Add an object, for which `tokens` were computed.

@@ -20,7 +20,7 @@ from ta.generation.prompts import asked, read_prompts
 from ta.generation.score import kl_to_reference, reward_answers
 from ta.generation.settings import GenerateConfig, parse_settings
 from ta.parallel import rank, say
-from ta.screen import table
+from ta.screen import progress, table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -235,12 +235,22 @@ def generate_samples(
     figures: dict[str, float] = {}
     path = folder / "samples.jsonl"
     first, last = _earlier_answers(path, step) if rank() == 0 else ({}, {})
-    for name, settings in config.settings(tokenizer.stop_strings).items():
-        stops = tokenizer.stop_ids
+    named = config.settings(tokenizer.stop_strings)
+    show = {"show": rank() == 0, "delay": 2, "leave": False}
+    bar = progress(len(named) * len(ids), "samples", "answer", **show)
+    for name, settings in named.items():
         if respond is not None:
             answers, rewards = respond(model, prompts, settings)
         else:
-            answers = generate(model, tokenizer.fast, ids, settings, stops, embeds=embeds)
+            answers = generate(
+                model,
+                tokenizer.fast,
+                ids,
+                settings,
+                tokenizer.stop_ids,
+                on_answer=lambda *_: bar.update(),
+                embeds=embeds,
+            )
             rewards = [[] for _ in prompts]
         if config.sample_reward_model:
             texts = [[answer.text for answer in group] for group in answers]
@@ -262,6 +272,7 @@ def generate_samples(
             own = [sample for sample in samples if sample.prompt.source == source]
             measured = _figures(config, own, model, reference)
             figures |= {f"{metric}{at}/{source}": value for metric, value in measured}
+    bar.close()
     return figures
 
 

@@ -21,6 +21,7 @@ from ta.chat.template import ChatConfig, export_template
 from ta.chat.tokenizer import ChatTokenizer, disagreement, unlearned_end
 from ta.chat.tokenizer_files import save_tokenizer
 from ta.files import publishing
+from ta.folders import quiet
 from ta.model.adapters import save_adapter, saved_tables
 from ta.model.language_model import LanguageModel, base_model
 from ta.parallel import gather_objects, on_rank_zero, rank, say, world
@@ -177,7 +178,8 @@ def save_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None =
             key = (tensor.data_ptr(), tensor.shape)
             known.setdefault(key, tensor.to(dtype))
             state[name] = known[key]
-    model.save_pretrained(folder, state_dict=state, max_shard_size=MAX_FILE)
+    with quiet():
+        model.save_pretrained(folder, state_dict=state, max_shard_size=MAX_FILE)
     file = folder / "config.json"
     settings = _with_dtype(json.loads(file.read_text()), str(dtype).removeprefix("torch."))
     file.write_text(json.dumps(_for_older(model.config, settings), indent=2) + "\n")

@@ -6,14 +6,13 @@ that need it are imported late.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ta.data.loader import name_of
-from ta.folders import ModelConfig, loading, read_folder, read_json, resolve
+from ta.folders import ModelConfig, loading, quiet, read_folder, read_json, resolve
 from ta.model.adapters import KINDS as ADAPTERS
 from ta.model.adapters import (
     PROMPT_LEARNING,
@@ -285,7 +284,7 @@ def from_pretrained(kind: Any, folder: str, **arguments: Any) -> tuple[PreTraine
     Weights are read from safetensors alone; transformers' own table of tensors that do not fit is
     not printed, because `check_tensors` says more in one line.
     """
-    with _without_warnings():
+    with quiet():
         return kind.from_pretrained(
             folder,
             use_safetensors=True,
@@ -325,18 +324,6 @@ def check_tensors(
             )
 
 
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    from transformers import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-
-
 # settings that say nothing where nothing is sampled, and those where no beams are searched
 SAMPLING = (
     "temperature",
@@ -368,7 +355,7 @@ def check_generation(folder: str, config: GenerationConfig) -> None:
             "(nothing is sampled, or no beams are searched) and are left out of what is exported"
         )
     try:
-        with _without_warnings():
+        with quiet():
             config.validate(strict=True)
     except ValueError as error:
         what = " ".join(str(error).split())[:200]

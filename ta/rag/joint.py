@@ -23,7 +23,7 @@ from ta.data.loader import collate_chats, name_of, split_micro
 from ta.data.prepare import QUESTIONS
 from ta.data.records import check_question
 from ta.data.sources import Drops, parse_source, read_records
-from ta.folders import fingerprint
+from ta.folders import fingerprint, quiet
 from ta.generation.metrics import measure, recall_at_k
 from ta.losses import rag_loss
 from ta.model.export import gathered, whole
@@ -88,7 +88,8 @@ class RagModel(LanguageModel):
         if rank() or self.retriever is None:
             return
         retriever, index, encoder = self.retriever, self.index, folder / "encoder"
-        whole(self.encoder.model, state).save_pretrained(encoder)
+        with quiet():
+            whole(self.encoder.model, state).save_pretrained(encoder)
         retriever.encoder_tokenizer.save_pretrained(encoder)
         save_embedding_settings(encoder, retriever.embedding_settings)
         changed = {

@@ -66,7 +66,7 @@ def save(
     """
     from safetensors.torch import save_file
 
-    target = folder / f"step-{step:08d}"
+    target = folder_of(folder, step)
     states, numbers = _optimizer_state(model, optimizer)
     tensors, rows = {}, {}
     for name, tensor in (trained(model) | (more_state or {}) | states).items():
@@ -160,9 +160,14 @@ def newest(folder: Path) -> Found | None:
     return None
 
 
+def folder_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands in the folder of checkpoints."""
+    return folder / f"step-{step:08d}"
+
+
 def at_step(folder: Path, step: int) -> Found | None:
     """The checkpoint of a step, or None where it is not there or damaged."""
-    path = folder / f"step-{step:08d}"
+    path = folder_of(folder, step)
     if _damage(path):
         return None
     return Found(path, json.loads((path / "manifest.json").read_text()), {})

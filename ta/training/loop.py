@@ -21,11 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ta.command_line import when_stopped
 from ta.data.batch import batch_of, to_device
 from ta.data.loader import TrainBatches, collate_chats, micro_batches
 from ta.data.prepare import Prepared, summary, write_drops
 from ta.files import append_line, read_json_lines
 from ta.parallel import gather_objects, on_rank_zero, rank, say, seed_dropout, sum_over_ranks, world
+from ta.screen import progress
 from ta.training import checkpoint, run_folder
 from ta.training.memory import check_disk, memory_report
 from ta.training.optim import OptimConfig, lr_at, update
@@ -111,6 +113,7 @@ def train(
             return None, 0
         return gather_objects(best_step(folder, loop) if rank() == 0 else None)[0]
 
+    kept = f"--resume goes on from the newest of {folder / 'checkpoints'}"
     try:
         if loop.resume:
             first, damaged, window = _resume(run, model, optimizer, key, more_state)
@@ -120,7 +123,11 @@ def train(
             write_drops(batches.prepared, str(folder / "drops.jsonl"))
         trackers = open_trackers(loop.log, folder, first, run.settings()) if rank() == 0 else []
         model.train()
-        with Signals() as stop, progress_bar(batches.steps, first, rank() == 0) as bar:
+        with (
+            when_stopped(lambda: kept),
+            Signals() as stop,
+            progress_bar(batches.steps, first, rank() == 0) as bar,
+        ):
             if evaluate and first in evaluated:
                 figures = _logged(folder, first)
                 figures = figures or _evaluate(stop, evaluate, model, folder, first, trackers)
@@ -259,7 +266,9 @@ def mean_over(model: nn.Module, batches: Iterable, step: Step) -> dict[str, floa
     model.eval()
     sums: dict[str, dict[str, Any]] = {}
     with torch.no_grad():
-        for batch in batches:
+        for batch in progress(
+            None, "evaluate", "part", iterable=batches, show=rank() == 0, delay=2, leave=False
+        ):
             leave_if_asked()
             batch = to_device(batch, device)
             loss, count, metrics = step(model, batch)
@@ -342,7 +351,8 @@ def _end(folder: Path, step: int, stop: Signals) -> None:
     """End the program after a signal, with a word on how to go on."""
     if rank() == 0:
         write_report(folder)
-    at = f"after step {step}, which is in {folder / 'checkpoints'}" if step else "before step 1"
+    kept = checkpoint.folder_of(folder / "checkpoints", step)
+    at = f"after step {step}, which is in {kept}" if step else "before step 1"
     say(f"stopped {at}: the same command with --resume goes on")
     raise SystemExit(128 + (stop.received or signal.SIGTERM))
 
