@@ -88,7 +88,9 @@ def read_folder(path: str, hub: bool = False) -> Folder:
     config = read_json(folder / "config.json")
     with loading(folder / "config.json", "the settings of a model"):
         head = any("SequenceClassification" in name for name in config.get("architectures") or ())
-    return Folder(str(folder), "classifier" if head else "model", None, config, media)
+        found = Folder(str(folder), "classifier" if head else "model", None, config, media)
+        assert not head or found.num_labels > 0, "num_labels"
+    return found
 
 
 def resolve(config: ModelConfig) -> Sources:
@@ -150,6 +152,18 @@ def read_json(path: Path, kind: type = dict) -> Any:
             f"{path} holds a {type(data).__name__}, not settings: give a complete folder"
         )
     return data
+
+
+def value_of(path: Path, key: str, kind: Any, many: bool = False) -> Any:
+    """The value of a key in a JSON file; None where it is absent or null, or there is no file.
+
+    ValueError where it is not of the type `kind`, or, with `many`, a list of such.
+    """
+    value = read_json(path).get(key) if path.exists() else None
+    values = value if many and isinstance(value, list) else [value]
+    if value is not None and not all(isinstance(one, kind) for one in values):
+        raise ValueError(f"{path}: {key} cannot be {value!r}; mend it")
+    return value
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 The file's fields are those of its docs/GUIDE.md and of its settings classes
 (github.com/turbo-llm/turbo-alignment). What a field left out there meant is carried over
-as well: sampling among the 50 most probable tokens, and 15 new tokens.
+as well: sampling among the 50 most probable tokens, 15 new tokens, the defaults of its trainer.
 """
 
 from __future__ import annotations
@@ -29,6 +29,22 @@ TRAINER = {  # of trainer_settings: the flag that takes the same value
     "undesirable_weight": "--undesirable-weight",
     "beta": "--beta",
 }
+TRAINER_DEFAULTS = {
+    "learning_rate": 3e-4,
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 32,
+    "lr_scheduler_type": "cosine",
+    "warmup_ratio": 0.0,
+    "adam_beta2": 0.999,
+    "eval_steps": 150,
+    "save_steps": 150,
+    "logging_steps": 5,
+    "save_total_limit": 1,
+    "bf16": False,
+    "fp16": True,
+    "load_best_model_at_end": True,
+}
 LOSS = {"beta", "label_smoothing", "gamma", "alpha", "delta", "penalty"}  # of loss_settings
 PEFT = {
     "r": "--lora-rank",
@@ -40,19 +56,22 @@ PEFT = {
     "prompt_tuning_init_text": "--prompt-init-text",
     "encoder_hidden_size": "--p-tuning-hidden",
 }
-ADAPTERS = {
-    "LORA": "lora",
-    "PREFIX_TUNING": "prefix",
-    "PROMPT_TUNING": "prompt",
-    "P_TUNING": "p-tuning",
+ADAPTERS = {  # its name here, and what was meant by fields left out there
+    "LORA": (
+        "lora",
+        {"r": 16, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj"]},
+    ),
+    "PREFIX_TUNING": ("prefix", {}),
+    "PROMPT_TUNING": ("prompt", {"num_virtual_tokens": 32}),
+    "P_TUNING": ("p-tuning", {"num_virtual_tokens": 32}),
 }
-GENERATION = {
-    "max_new_tokens": "--max-new-tokens",
-    "max_tokens": "--max-new-tokens",
-    "num_beams": "--beams",
-    "num_return_sequences": "--num-answers",
-    "n": "--num-answers",
-    "repetition_penalty": "--repetition-penalty",
+GENERATION = {  # the setting of ours
+    "max_new_tokens": "max_new_tokens",
+    "max_tokens": "max_new_tokens",
+    "num_beams": "beams",
+    "num_return_sequences": "num_answers",
+    "n": "num_answers",
+    "repetition_penalty": "repetition_penalty",
 }
 PROJECTORS = {"llava": "mlp", "mlp": "mlp", "c_abs": "c_abstractor", "c_abstractor": "c_abstractor"}
 METRICS = {
@@ -99,7 +118,7 @@ REASONS = {  # of fields without a counterpart: why
     "adam_epsilon": "AdamW's epsilon is 1e-8; another stands in a copy of the recipe",
     "deepspeed": "torchrun shards weights over its processes; there is nothing to set",
     "fsdp": "torchrun shards weights over its processes; there is nothing to set",
-    "load_best_model_at_end": "the last weights are exported",
+    "threshold": "any better figure counts, however little better it is",
     "is_pickle": "encode the pictures once with preprocess_images and give --image-features",
     "index_path": "an index is made anew by build_index",
     "project_name": "the service's own environment sets it",
@@ -275,7 +294,8 @@ def _model(fields: Fields, path: str, out: Commands) -> list[str]:
         kind = str(peft.pop("name", peft.pop("peft_type", "LORA"))).upper()
         if kind not in ADAPTERS:
             raise ValueError(f"{path}.peft_settings.name {kind}: {', '.join(ADAPTERS)} are here")
-        flags += ["--adapter", ADAPTERS[kind]]
+        adapter, defaults = ADAPTERS[kind]
+        flags, peft = [*flags, "--adapter", adapter], defaults | peft
         for name in ("use_dora", "use_rslora"):
             flags += _given("--" + name.replace("_", "-"), peft.pop(name, None))
         for name, flag in PEFT.items():
@@ -331,7 +351,7 @@ def _train(fields: Fields, out: Commands) -> None:
     if recipe == "multimodal":
         flags += _media(fields, "train_dataset_settings", out)
         fields.under("val_dataset_settings")
-    flags += _trainer(fields, recipe, out)
+    flags += _trainer(fields, recipe, bool(held_out), out)
     flags += _samples(fields, recipe, out)
     services = [
         service
@@ -339,29 +359,36 @@ def _train(fields: Fields, out: Commands) -> None:
         if fields.has(settings)
     ]
     flags += _given("--log", services or None)
-    flags += _given("--seed", fields.take("seed"))
-    out.commands.append([recipe, *flags, *_given("--out", fields.take("log_path"))])
+    flags += _given("--seed", fields.take("seed", 42))
+    out.commands.append([recipe, *flags, "--out", fields.take("log_path", "train_output")])
 
 
-def _trainer(fields: Fields, recipe: str, out: Commands) -> list[str]:
-    """The flags of trainer_settings."""
+def _trainer(fields: Fields, recipe: str, evaluated: bool, out: Commands) -> list[str]:
+    """The flags of trainer_settings, and of early stopping."""
     given = fields.under("trainer_settings")
     loss = {n.removeprefix("loss_settings."): v for n, v in given.items() if "loss_settings." in n}
     sync = {n.rsplit(".")[-1]: v for n, v in given.items() if n.startswith("sync_ref_settings.")}
     given = {name: value for name, value in given.items() if "." not in name}
-    steps = given.pop("gradient_accumulation_steps", 1)
-    size = given.pop("per_device_train_batch_size", 1) * steps
+    if given.get("warmup_steps"):
+        given["warmup_ratio"] = None
+    if given.get("max_steps", -1) > 0:
+        given["num_train_epochs"] = None
+    given = TRAINER_DEFAULTS | given
+    size = given.pop("per_device_train_batch_size") * given.pop("gradient_accumulation_steps")
     out.notes.append(f"--batch-size {size} is of one device: multiply by how many there were")
     flags = ["--batch-size", str(size)]
     for name, flag in TRAINER.items():
         if given.get(name) is not None and given.get(name) != -1:
             flags += _given(flag, given.pop(name))
-    schedule = str(given.pop("lr_scheduler_type", "linear")).replace("_with_warmup", "")
-    flags += ["--schedule", schedule]
-    if given.pop("fp16", False):
+    flags += ["--schedule", str(given.pop("lr_scheduler_type")).replace("_with_warmup", "")]
+    half, brain = given.pop("fp16"), given.pop("bf16")
+    if half and not brain:
         out.notes.append("fp16: float16 is not trained here; bfloat16 needs no loss scaling")
-        given["bf16"] = True
-    flags += ["--dtype", "bfloat16"] if given.pop("bf16", False) else []
+    flags += ["--dtype", "bfloat16"] if half or brain else []
+    stops = fields.has("early_stopping_settings")
+    patience = fields.take("early_stopping_settings.patience", 1)
+    if (given.pop("load_best_model_at_end") and evaluated) or stops:
+        flags += ["--keep-best", "loss", *(["--patience", str(patience)] if stops else [])]
     flags += _given("--activation-checkpointing", given.pop("gradient_checkpointing", None))
     if recipe == "classify":
         alpha = loss.pop("alpha", None)
@@ -386,25 +413,34 @@ def _samples(fields: Fields, recipe: str, out: Commands) -> list[str]:
     path = "cherry_pick_settings"
     if not fields.has(path):
         return ["--sample-records", "0"]
-    data = f"{path}.dataset_settings"
-    count = fields.take(f"{data}.sources.0.num_samples")
-    flags = _given("--sample-records", count)
+    data, answers = f"{path}.dataset_settings", recipe not in ("rm", "classify")
+    places = range(fields.count(f"{data}.sources"))
+    counts = [fields.values.get(f"{data}.sources.{place}.num_samples") for place in places]
+    # without a count all records of a source are meant
+    flags = ["--sample-records", str(max((10**6 if n is None else n for n in counts), default=0))]
     if fields.take(f"{data}.random_cut"):
         flags += ["--sample-random-cut"]
-    flags += _given(
-        "--sample-max-new-tokens",
-        fields.take(f"{path}.generator_transformers_settings.max_new_tokens"),
-    )
+    sources = _sources(fields, data, out)
+    if answers:
+        flags += _given("--samples-data", sources or None)
+        settings = _generation(
+            fields,
+            f"{path}.generator_transformers_settings",
+            f"{path}.custom_generation_settings",
+            out,
+        )
+        words = ",".join(f"{name}={value!r}" for name, value in settings.items())
+        flags += ["--sample-settings", f"picked:{words}"]
+    else:
+        out.notes.append(f"{path}: the first held-out records are scored, not {' '.join(sources)}")
     names: list[str] = []
     for place in range(fields.count(f"{path}.metric_settings")):
         kind = fields.under(f"{path}.metric_settings.{place}").get("type")
         names += METRICS.get(kind, ())
         if kind not in METRICS:
             out.notes.append(f"{path}.metric_settings: {kind} is not measured while training")
-    flags += _given("--sample-metrics", names if recipe not in ("rm", "classify") else None)
     fields.under(path)
-    out.notes.append(f"{path}: samples are the first held-out records, answered greedily")
-    return flags
+    return flags + _given("--sample-metrics", names if answers else None)
 
 
 def _media(fields: Fields, data: str, out: Commands) -> list[str]:
@@ -484,32 +520,38 @@ def _inference(fields: Fields, out: Commands) -> None:
             file = f"{save}/answers-{place}{name}.jsonl"
             recipe = ["score", *(["--kind", "class"] if kind == "classification" else [])]
             if not scores:
-                answer = _generation(fields, f"{path}.generation_settings.{number}", out)
-                recipe = ["generate", *answer]
+                group = f"{path}.generation_settings.{number}"
+                vllm = fields.under(f"{group}.vllm_settings")
+                fields.values |= {f"{group}.transformers_settings.{k}": v for k, v in vllm.items()}
+                removed = fields.take(f"{group}.custom_settings.remove_prompt", True)
+                answer = _generation(
+                    fields, f"{group}.transformers_settings", f"{group}.custom_settings", out
+                )
+                recipe = ["generate", *([] if removed else ["--with-prompt"])]
+                for name, value in answer.items():
+                    no = "no-" if value is False else ""
+                    words = list(value) if isinstance(value, tuple) else value
+                    recipe += _given(f"--{no}{name.replace('_', '-')}", words is False or words)
             out.commands.append([*recipe, *flags, "--out", file])
 
 
-def _generation(fields: Fields, path: str, out: Commands) -> list[str]:
-    """The flags of one of the settings of generation, with the defaults they had."""
-    given = fields.under(f"{path}.transformers_settings") | fields.under(f"{path}.vllm_settings")
+def _generation(fields: Fields, path: str, custom_path: str, out: Commands) -> dict[str, Any]:
+    """One of the settings of generation as settings of ours, with the defaults they had."""
+    given, custom = fields.under(path), fields.under(custom_path)
     given.setdefault("max_new_tokens", given.pop("max_tokens", 15))
-    custom = fields.under(f"{path}.custom_settings")
-    flags = [w for name, flag in GENERATION.items() for w in _given(flag, given.pop(name, None))]
-    stops = given.pop("stop_strings", None) or custom.get("generation_eos_token")
-    flags += _given("--stop-strings", stops)
-    beams = "--beams" in flags and flags[flags.index("--beams") + 1] != "1"
-    samples = given.pop("do_sample", True)
+    settings = {ours: given.pop(name) for name, ours in GENERATION.items() if name in given}
+    stops = given.pop("stop_strings", None) or custom.get("generation_eos_token", "</s>")
+    settings["stop_strings"] = (stops,) if isinstance(stops, str) else tuple(stops)
     temperature, top_p = given.pop("temperature", 1.0), given.pop("top_p", 1.0)
-    top_k = given.pop("top_k", 50)
-    if samples and beams:
+    samples, top_k = given.pop("do_sample", True), given.pop("top_k", 50)
+    if samples and settings.get("beams", 1) > 1:
         out.notes.append(f"{path}: beams search and do not sample here")
     elif samples:
-        flags += ["--temperature", str(temperature), "--top-k", str(top_k)]
-        flags += ["--top-p", str(top_p)] if top_p != 1 else []
-    flags += [] if custom.get("skip_special_tokens", True) else ["--no-skip-special-tokens"]
-    flags += [] if custom.get("remove_prompt", True) else ["--with-prompt"]
+        settings |= {"temperature": temperature, "top_k": top_k}
+        settings |= {"top_p": top_p} if top_p != 1 else {}
+    settings |= {} if custom.get("skip_special_tokens", True) else {"skip_special_tokens": False}
     fields.values |= {f"{path}.{name}": value for name, value in given.items()}
-    return flags
+    return settings
 
 
 def _sampling(fields: Fields, out: Commands) -> None:

@@ -45,7 +45,8 @@ def base(name="llama", new=(), seed=0, head=AutoModelForCausalLM, dtype=torch.fl
     )
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(0, 0.3)
+            # drawn in float32: some versions of torch draw other numbers in bfloat16
+            parameter.copy_(torch.empty(parameter.shape).normal_(0, 0.3))
     set_rows(model, [NewToken(str(i), i, (1, 2, i - 15), True) for i in new])
     return model.eval()
 

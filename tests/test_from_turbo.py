@@ -133,6 +133,56 @@ def test_fine_tuning_with_an_adapter_and_new_tokens():
     assert "adam_epsilon = 1e-06" in said and "project_name" in said and "optim " not in said
 
 
+def test_what_a_field_left_out_meant_is_carried_over():
+    settings = training("chat", model_settings__peft_settings={"name": "LORA"})
+    settings["trainer_settings"] = {}
+    config = only(settings)[1]
+    assert (config.optim.lr, config.optim.warmup, config.optim.beta2) == (3e-4, 0, 0.999)
+    assert (config.batches.batch_size, config.batches.epochs) == (128, 3)
+    assert (config.loop.eval_every, config.loop.save_every, config.loop.keep) == (150, 150, 1)
+    assert (config.loop.keep_best, config.loop.patience) == ("loss", 0)
+    adapter = config.adapter
+    assert (adapter.lora_rank, adapter.lora_alpha, adapter.lora_dropout) == (16, 16, 0.05)
+    assert adapter.lora_targets == ("q_proj", "v_proj") and config.model.dtype == "bfloat16"
+    settings["trainer_settings"] = {"load_best_model_at_end": False, "max_steps": 7, "bf16": True}
+    config = only(settings)[1]
+    assert config.loop.keep_best == "" and (config.batches.steps, config.batches.epochs) == (7, 1)
+
+
+def test_cherry_picks_and_early_stopping():
+    """The records picked, all of them, answered by the settings given; the best weights are exported."""
+    picked = {
+        "dataset_settings": dataset("chat", "picked.jsonl", random_cut=True),
+        "generator_transformers_settings": {
+            "num_beams": 3,
+            "do_sample": False,
+            "stop_strings": "E",
+        },
+        "custom_generation_settings": {"skip_special_tokens": False},
+        "metric_settings": [{"type": "length"}, {"type": "rouge"}, {"type": "kl"}],
+    }
+    settings = training(
+        "chat", cherry_pick_settings=picked, early_stopping_settings={"patience": 4}
+    )
+    _, config, notes = only(settings)
+    samples = config.samples
+    assert samples.samples_data == ("picked.jsonl",) and samples.sample_random_cut
+    (answers,) = samples.settings(()).values()
+    assert (answers.beams, answers.max_new_tokens, answers.temperature) == (3, 15, 0)
+    assert answers.stop_strings == ("E",) and not answers.skip_special_tokens
+    assert samples.sample_metrics == ("length", "rouge_1", "rouge_l")
+    assert samples.sample_records >= 10**6 and any("kl is not measured" in note for note in notes)
+    assert (config.loop.keep_best, config.loop.patience) == ("loss", 4)
+    picked["dataset_settings"]["sources"][0] = {"records_path": "p.jsonl", "num_samples": 5}
+    picked["generator_transformers_settings"] = {}
+    settings["early_stopping_settings"]["threshold"] = 0.1
+    _, config, notes = only(settings)
+    assert config.samples.samples_data == ("p.jsonl@5",) and config.samples.sample_records == 5
+    (answers,) = config.samples.settings(()).values()
+    assert (answers.temperature, answers.top_k, answers.stop_strings) == (1, 50, ("</s>",))
+    assert any(note.startswith("early_stopping_settings.threshold = 0.1: ") for note in notes)
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [

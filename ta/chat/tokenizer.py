@@ -26,7 +26,7 @@ from ta.chat.template import (
 )
 from ta.chat.tokenizer_files import CONTENT_TOKENS, read_tokenizer
 from ta.files import hash_json
-from ta.folders import ModelConfig, local_folder, resolve
+from ta.folders import ModelConfig, local_folder, resolve, value_of
 from ta.printable import one_line
 
 if TYPE_CHECKING:
@@ -685,8 +685,8 @@ def known_ends(model: ModelConfig, size: int) -> tuple[list[int], list[str]]:
     ]
     for file in files:
         if file.is_file():
-            settings = json.loads(file.read_text(encoding="utf-8"))
-            ends, texts = settings.get("eos_token_id"), settings.get("stop_strings") or []
+            ends = value_of(file, "eos_token_id", int, many=True)
+            texts = value_of(file, "stop_strings", str, many=True) or []
             ends = ends if isinstance(ends, list) else [ends]
             texts = [texts] if isinstance(texts, str) else texts
             return [id for id in ends if id is not None and id < size], texts

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ta.folders import value_of
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -42,6 +44,9 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
     if not (folder / "tokenizer.json").exists():
         return _by_class(folder)
+    # read by our own code, and by none of transformers
+    value_of(folder / "tokenizer_config.json", "tokenizer_class", str)
+    value_of(folder / "tokenizer_config.json", CONTENT_TOKENS, str, many=True)
     fast = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
     if "eos_token" not in _settings(folder) and fast.eos_token is None:
         known, words = _by_class(folder), fast.get_vocab()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ta.folders import loading, read_json, read_tensors
+from ta.folders import loading, read_json, read_tensors, value_of
 from ta.model.new_rows import resize, tables
 
 if TYPE_CHECKING:
@@ -395,6 +395,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
             f"{folder / CONFIG}: an adapter of type {config.get('peft_type')!r}; known are "
             f"{', '.join(READABLE)}"
         )
+    value_of(folder / CONFIG, "modules_to_save", str, many=True)
+    if config.get("alora_invocation_tokens"):
+        raise ValueError(f"{folder / CONFIG}: aLoRA is not applied here; give a plain LoRA adapter")
     return config
 
 
@@ -408,7 +411,10 @@ def read_facts(path: str | Path) -> Facts:
         return Facts({}, {})
     base = read_json(folder / BASE)
     kinds = {"name": str, "architecture": str, "task": str, "vocabulary": int, "sample": dict}
-    if not all(isinstance(base.get(name), kind) for name, kind in kinds.items()):
+    whole = all(isinstance(base.get(name), kind) for name, kind in kinds.items())
+    rows = base["sample"].values() if whole else ()
+    whole = whole and all(isinstance(row, list) for row in rows)
+    if not whole or not all(isinstance(x, int | float) for row in rows for x in row):
         raise ValueError(
             f"{folder / BASE} is not complete: save the adapter again, or remove that file to load "
             "without knowing its base"
@@ -429,10 +435,9 @@ def adapter_labels(path: str | Path) -> dict[str, Any]:
 
     facts = read_facts(path).base
     if "num_labels" in facts:
-        return {
-            "num_labels": facts["num_labels"],
-            "id2label": {int(key): label for key, label in facts["id2label"].items()},
-        }
+        number = value_of(Path(path) / BASE, "num_labels", int)
+        names = value_of(Path(path) / BASE, "id2label", dict).items()
+        return {"num_labels": number, "id2label": {int(key): label for key, label in names}}
     weights = Path(path) / WEIGHTS
     with loading(weights, "a complete safetensors file"), safe_open(weights, "pt") as file:
         sizes = [

@@ -244,7 +244,7 @@ def stored_dtype(folder: str | Path) -> torch.dtype:
     settings = json.loads((Path(folder) / "config.json").read_text())
     parts = [settings, settings.get("text_config") or {}]
     names = [part.get(key) for part in parts for key in ("dtype", "torch_dtype")]
-    named = [getattr(torch, name, None) for name in names if name]
+    named = [getattr(torch, name, None) for name in names if isinstance(name, str)]
     for file in [] if named else sorted(Path(folder).glob("*.safetensors"))[:1]:
         with safe_open(file, "pt") as tensors:
             named = [tensors.get_tensor(name).dtype for name in list(tensors.keys())[:1]]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ta.data.loader import name_of
-from ta.folders import ModelConfig, loading, quiet, read_folder, read_json, resolve
+from ta.folders import ModelConfig, loading, quiet, read_folder, resolve, value_of
 from ta.model.adapters import KINDS as ADAPTERS
 from ta.model.adapters import (
     PROMPT_LEARNING,
@@ -270,8 +270,7 @@ def load_base(
         check_tensors(folder, info)
     if loaded.can_generate():
         # transformers would go on without a file that it cannot read
-        if (Path(folder) / "generation_config.json").exists():
-            read_json(Path(folder) / "generation_config.json")
+        value_of(Path(folder) / "generation_config.json", "num_beams", int)
         check_generation(folder, loaded.generation_config)
     if quantize != "none":
         return loaded.eval()

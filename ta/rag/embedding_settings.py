@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ta.folders import loading, read_json
+from ta.folders import loading, read_json, value_of
 
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
 POOLINGS = {  # what sentence-transformers calls them in 1_Pooling/config.json
@@ -59,13 +59,14 @@ def embedding_settings(folder: str, config: EncoderConfig) -> EmbeddingSettings:
     not applied here (the vectors would be others), and for a length that the encoder cannot read.
     """
     pooling, normalize, with_prompt = _pooling_of(folder)
-    texts, reading = "config_sentence_transformers.json", "sentence_bert_config.json"
-    prompts = _value(folder, texts, "prompts", dict) or {}
+    texts = Path(folder) / "config_sentence_transformers.json"
+    reading = Path(folder) / "sentence_bert_config.json"
+    prompts = value_of(texts, "prompts", dict) or {}
     if not all(isinstance(text, str) for text in prompts.values()):
-        raise ValueError(f"{folder}/{texts}: prompts holds what is no text; mend it")
-    default_prompt = prompts.get(_value(folder, texts, "default_prompt_name", str), "")
-    limit = _value(folder, reading, "max_seq_length", int | float) or _value(
-        folder, "tokenizer_config.json", "model_max_length", int | float
+        raise ValueError(f"{texts}: prompts holds what is no text; mend it")
+    default_prompt = prompts.get(value_of(texts, "default_prompt_name", str), "")
+    limit = value_of(reading, "max_seq_length", int | float) or value_of(
+        Path(folder) / "tokenizer_config.json", "model_max_length", int | float
     )
     limit = int(min(limit or math.inf, max_positions(folder)))
 
@@ -80,7 +81,7 @@ def embedding_settings(folder: str, config: EncoderConfig) -> EmbeddingSettings:
             config.passage_prefix, prompts.get("passage", prompts.get("document", default_prompt))
         ),
         max_tokens=chosen(config.encoder_max_tokens, limit),
-        lower_case=bool(_value(folder, reading, "do_lower_case", bool)),
+        lower_case=bool(value_of(reading, "do_lower_case", bool)),
     )
     if not with_prompt and (settings.query_prefix or settings.passage_prefix):
         raise ValueError(
@@ -134,7 +135,7 @@ def _pooling_of(folder: str) -> tuple[Any, bool, bool]:
     file = f"{paths[names.index('Pooling')]}/config.json"
     config = _json(folder, file) or {}
     modes = [key for key, on in config.items() if key.startswith("pooling_mode") and on]
-    if mode := _value(folder, file, "pooling_mode", str):
+    if mode := value_of(Path(folder) / file, "pooling_mode", str):
         modes = [mode]
     if len(modes) != 1 or POOLINGS.get(modes[0], modes[0]) not in POOLINGS.values():
         raise ValueError(
@@ -191,14 +192,3 @@ def model_config(folder: str) -> Any:
 def _json(folder: str, name: str, kind: type = dict) -> Any:
     path = Path(folder) / name
     return read_json(path, kind) if path.exists() else None
-
-
-def _value(folder: str, name: str, key: str, kind: Any) -> Any:
-    """The value of a key in a JSON file, None where it is absent or null.
-
-    ValueError where it is not of a `kind`.
-    """
-    value = (_json(folder, name) or {}).get(key)
-    if not isinstance(value, kind | None):
-        raise ValueError(f"{folder}/{name}: {key} cannot be {value!r}; mend it")
-    return value
