@@ -1,6 +1,7 @@
 """Models from folders: what a run left is where the next one starts, and every tensor is accounted for."""
 
 import json
+import random
 import shutil
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small import prepared, tiny
 
-from ta.builtin.model_folders import tiny_folder
+from ta.builtin.model_folders import builtin_encoder, tiny_folder
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.data.batch import lay_out
@@ -24,6 +25,8 @@ from ta.model.load import (
     load_for_inference,
     load_model,
 )
+from ta.rag.embedding import open_encoder
+from ta.rag.embedding_settings import EncoderConfig, embedding_settings, save_embedding_settings
 
 
 def opened(config, adapter=None, tokens=(), **more):
@@ -144,6 +147,71 @@ def test_a_damaged_model_is_one_line(tmp_path, damage):
         with pytest.raises(ValueError, match=DAMAGES[damage]) as error:
             load_base(ModelConfig(str(tmp_path / "m")), task)
         assert str(tmp_path / "m") in str(error.value) and "\n" not in str(error.value)
+
+
+KEYS = {  # what stands in the JSON files of a folder and is read, here or by a library
+    "base": {
+        "config.json": "architectures id2label num_labels dtype hidden_size hidden_act vocab_size",
+        "generation_config.json": "eos_token_id stop_strings num_beams temperature pad_token_id",
+        "tokenizer_config.json": "tokenizer_class content_tokens eos_token model_max_length",
+        "special_tokens_map.json": "pad_token additional_special_tokens",
+    },
+    "adapter": {
+        "adapter_config.json": "peft_type r target_modules modules_to_save task_type "
+        "base_model_name_or_path alora_invocation_tokens trainable_token_indices",
+        "base.json": "name task vocabulary sample",
+    },
+    "encoder": {
+        "config.json": "hidden_size hidden_act max_position_embeddings dtype vocab_size",
+        "tokenizer_config.json": "model_max_length tokenizer_class pad_token",
+        "sentence_bert_config.json": "max_seq_length do_lower_case",
+        "config_sentence_transformers.json": "prompts default_prompt_name",
+        "1_Pooling/config.json": "pooling_mode include_prompt",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A folder of each kind of KEYS."""
+    folder = tmp_path_factory.mktemp("folders")
+    shutil.copytree(tiny_folder(), folder / "base")
+    export(*opened(ModelConfig(), AdapterConfig(adapter="lora")), folder / "adapter")
+    shutil.copytree(builtin_encoder(), folder / "encoder")
+    settings = embedding_settings(str(folder / "encoder"), EncoderConfig())
+    save_embedding_settings(folder / "encoder", settings)
+    return folder
+
+
+def read_all(kind, folder):
+    """What a command reads of a folder."""
+    if kind == "encoder":
+        open_encoder(str(folder), embedding_settings(str(folder), EncoderConfig()))
+    else:
+        opened(ModelConfig(str(folder)))
+
+
+@pytest.mark.parametrize(("kind", "file"), [(kind, file) for kind in KEYS for file in KEYS[kind]])
+def test_values_of_wrong_types_are_one_line(folders, kind, file):
+    """Any value at any key loads or is refused; one is also put in place of the whole file."""
+    path, draw = folders / kind / file, random.Random(f"{kind} {file}")
+    whole = path.read_text() if path.exists() else None
+    values = ["abc", 7, -1, 1.5, [], ["a"], [1], {}, {"a": 1}, True]
+    cases = [("", draw.choice(["abc", 7, ["a"]]))]
+    cases += [(key, value) for key in KEYS[kind][file].split() for value in draw.sample(values, 2)]
+    refused = 0
+    for key, value in cases:
+        path.write_text(json.dumps(json.loads(whole or "{}") | {key: value} if key else value))
+        try:
+            read_all(kind, folders / kind)
+        except ValueError as error:
+            refused += 1
+            said = str(error)
+            assert any(words in said for words in (str(folders / kind), "the tokenizer has ids"))
+            assert "\n" not in said and len(said) < 500, (key, value)
+    path.unlink() if whole is None else path.write_text(whole)
+    assert refused
+    read_all(kind, folders / kind)
 
 
 def test_arguments_that_transformers_refuses_are_one_line():
