@@ -25,6 +25,7 @@ class Config:
     chat: ta.ChatConfig = ta.ChatConfig()
     data: ta.DataConfig = ta.DataConfig()
     batches: ta.BatchConfig = ta.BatchConfig()
+    context: ta.ContextConfig = ta.ContextConfig()
     optim: ta.OptimConfig = ta.OptimConfig()
     loop: ta.LoopConfig = ta.LoopConfig(out="runs/sft")
     samples: ta.SamplesConfig = ta.SamplesConfig()
@@ -49,14 +50,16 @@ def main(config: Config):
         config.model, config.adapter, config.compute, tokenizer, run.device, seed=run.seed
     )
     ta.check_context(model, train_data, val_data)
+    parts = ta.row_parts(config.context, model)
 
     batches = ta.train_batches(
         train_data,
         config.batches,
         packed=model.packed,
         default_batch_size=8 if config.model.model_path == "builtin" else 64,
+        parts=parts,
     )
-    val_batches = ta.val_batches(val_data, config.batches, packed=model.packed)
+    val_batches = ta.val_batches(val_data, config.batches, packed=model.packed, parts=parts)
     optim = ta.with_default_lr(
         config.optim, config.model, config.adapter, full=2e-5, adapted=2e-4, builtin=1.5e-3
     )

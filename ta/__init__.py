@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
     from ta.data.batch import Batch as Batch
     from ta.data.batch import lay_out as lay_out
     from ta.data.loader import BatchConfig as BatchConfig
+    from ta.data.loader import ContextConfig as ContextConfig
     from ta.data.loader import check_margins as check_margins
     from ta.data.loader import collate_chats as collate_chats
     from ta.data.loader import collate_classes as collate_classes
@@ -41,6 +42,7 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
     from ta.data.loader import labelled_collate as labelled_collate
     from ta.data.loader import labels_of as labels_of
     from ta.data.loader import read_ahead as read_ahead
+    from ta.data.loader import row_parts as row_parts
     from ta.data.loader import source_rows as source_rows
     from ta.data.loader import train_batches as train_batches
     from ta.data.loader import val_batches as val_batches
@@ -144,8 +146,9 @@ NAMES = {  # module: what `import ta` gives of it, loaded on first use
     "prepare_pairs prepare_questions preview sequence",
     "ta.files": "append_line",
     "ta.data.batch": "Batch lay_out",
-    "ta.data.loader": "BatchConfig check_margins collate_chats collate_classes collate_pairs "
-    "labelled_collate labels_of read_ahead source_rows train_batches val_batches",
+    "ta.data.loader": "BatchConfig ContextConfig check_margins collate_chats collate_classes "
+    "collate_pairs labelled_collate labels_of read_ahead row_parts source_rows train_batches "
+    "val_batches",
     "ta.model.adapters": "AdapterConfig load_adapter logits_agree merge_adapter probe_logits",
     "ta.model.load": "ComputeConfig cast_parameters check_context load_base load_for_inference "
     "load_model",

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import TYPE_CHECKING
 
 from ta.printable import printable
@@ -106,6 +107,15 @@ def close() -> None:
 
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+@cache
+def row_group(parts: int):
+    """The process group of the `parts` processes that share this one's rows; all must ask."""
+    import torch
+
+    ranks = [range(first, first + parts) for first in range(0, world(), parts)]
+    return [torch.distributed.new_group(list(own)) for own in ranks][rank() // parts]
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

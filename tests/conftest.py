@@ -8,6 +8,7 @@ import traceback
 from pathlib import Path
 
 import pytest
+import warm
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -54,27 +55,18 @@ def run():
         timeout: float = 300,
         **environment,
     ):
-        command = [sys.executable]
-        if processes > 1:
-            command += [
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                f"--nproc-per-node={processes}",
-            ]
-        command += [str(ROOT / "recipes" / f"{recipe}.py"), *map(str, flags)]
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            cwd=ROOT,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-                **environment,
-            },
-        )
+        page = [str(ROOT / "recipes" / f"{recipe}.py"), *map(str, flags)]
+        paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        env = {**os.environ, "PYTHONPATH": paths, **environment}
+        if processes == 1 and not environment:
+            done = warm.run(page, ROOT, env, timeout)
+        else:
+            torchrun = ["-m", "torch.distributed.run", "--standalone"]
+            torchrun += [f"--nproc-per-node={processes}"]
+            command = [sys.executable, *(torchrun if processes > 1 else []), *page]
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=env
+            )
         if code is not None:
             assert done.returncode == code, (
                 f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"

@@ -94,6 +94,7 @@ def losses(out):
     return {row["step"]: row["loss"] for row in logged(out) if "loss" in row}
 
 
+@pytest.mark.slow
 def test_a_copied_page_with_a_method_of_its_own_resumes_bit_for_bit(page, tmp_path):
     run = start(page, tmp_path / "whole")
     said = run.communicate(timeout=300)[1]

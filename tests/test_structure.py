@@ -4,6 +4,7 @@ import ast
 import contextlib
 import functools
 import io
+import json
 import re
 import runpy
 import subprocess
@@ -51,6 +52,11 @@ def level(module: str) -> int:
 
 
 @functools.cache
+def nodes(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+@functools.cache
 def imports(module: str) -> frozenset[str]:
     """The modules of ta that a module imports anywhere, for types too."""
     found = set()
@@ -91,7 +97,7 @@ def test_our_own_modules_are_imported_at_the_top():
     heavy = {name for name in MODULES if imports_heavy(name)}
     late = []
     for module, path in MODULES.items():
-        for function in ast.walk(ast.parse(path.read_text())):
+        for function in nodes(path):
             if not isinstance(function, ast.FunctionDef):
                 continue
             for node in ast.walk(function):
@@ -154,7 +160,7 @@ def test_every_flag_named_in_a_string_exists():
     old = {*EQUAL, *SETTING, *OURS}
     wrong = []
     for path in [*MODULES.values(), *RECIPES]:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             text = isinstance(node, ast.Constant) and isinstance(node.value, str)
             if text and "color-scheme" not in node.value:
                 for flag in re.findall(
@@ -211,7 +217,7 @@ def test_a_flag_is_near_its_effect(flag, tmp_path, monkeypatch):
 def test_a_recipe_imports_no_recipe():
     names = {path.stem for path in RECIPES}
     for path in RECIPES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             modules = (
                 [a.name for a in node.names]
                 if isinstance(node, ast.Import)
@@ -236,7 +242,7 @@ HOMES = {
 def test_each_foreign_package_has_one_home(package):
     users = set()
     for name, path in MODULES.items():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             names = (
                 [a.name for a in node.names]
                 if isinstance(node, ast.Import)
@@ -249,9 +255,12 @@ def test_each_foreign_package_has_one_home(package):
     assert all(user.startswith(HOMES[package]) for user in users), users
 
 
+HEAVY = ("torch", "transformers", "peft", "numpy", "vllm", "PIL")
+
+
 def heavy_after(code: str) -> set[str]:
     """Which heavy packages a fresh interpreter holds after `code`."""
-    check = f"import sys\n{code}\nprint(*(m for m in ('torch', 'transformers', 'peft', 'numpy', 'vllm', 'PIL') if m in sys.modules))"
+    check = f"import sys\n{code}\nprint(*(m for m in {HEAVY!r} if m in sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT, check=True
     )
@@ -267,29 +276,40 @@ def test_chat_needs_no_torch():
     )
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
-def test_help_answers_without_anything_heavy(path):
-    code = f"""
-        import contextlib, io, runpy
-        sys.path.insert(0, {str(ROOT)!r})
-        sys.argv = ["x", "--help"]
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-            runpy.run_path({str(path)!r}, run_name="__main__")
-    """
-    assert heavy_after(textwrap.dedent(code)) == set()
-
-
 @functools.cache
-def flags_of(path: Path) -> list[str]:
+def helps() -> dict[str, dict]:
+    """Of each recipe: what --help-all prints, and the heavy packages that are loaded then."""
+    code = f"""
+        import contextlib, io, json, runpy, sys
+        found = {{}}
+        for path in {[str(path) for path in RECIPES]!r}:
+            sys.argv = [path, "--help-all"]
+            text = io.TextIOWrapper(io.BytesIO(), "utf-8")
+            with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+                runpy.run_path(path, run_name="__main__")
+            heavy = [m for m in {HEAVY!r} if m in sys.modules]
+            text.flush()
+            found[path] = {{"text": text.buffer.getvalue().decode(), "heavy": heavy}}
+        print(json.dumps(found))
+    """
     done = subprocess.run(
-        [sys.executable, str(path), "--help-all"],
+        [sys.executable, "-c", textwrap.dedent(code)],
         capture_output=True,
         text=True,
         cwd=ROOT,
         check=True,
         env={"PYTHONPATH": str(ROOT), "COLUMNS": "200"},
     )
-    return re.findall(r"│ (--[a-z][a-z0-9-]*)", done.stdout)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_help_answers_without_anything_heavy(path):
+    assert helps()[str(path)]["heavy"] == []
+
+
+def flags_of(path: Path) -> list[str]:
+    return re.findall(r"│ (--[a-z][a-z0-9-]*)", helps()[str(path)]["text"])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # On a GPU a row has a multiple of COLUMNS columns and of DOCUMENTS documents, so that kernels meet
@@ -71,6 +72,8 @@ class Batch(NamedTuple):
     cuts: Cuts | None = None
     # name of the source of its records, where held-out records have several
     source: str = ""
+    # which part of the row's columns this process holds, and of how many; `lengths` are the row's
+    part: tuple[int, int] = (0, 1)
 
     @property
     def packed(self) -> bool:
@@ -129,6 +132,33 @@ def lay_out(
         torch.from_numpy(starts + sizes - 1),
         tuple(sizes.tolist()),
         tuple(shared) if any(shared) else (),
+    )
+
+
+def part_of(batch: Batch, index: int, parts: int) -> Batch:
+    """Part `index` of a packed row that is cut into `parts` of as many columns, with its targets.
+
+    Attention puts the row together again. The row is filled up to a multiple of COLUMNS a part.
+    """
+    if parts == 1:
+        return batch
+    assert batch.packed and not batch.prefixes
+    wide = batch.tokens.shape[1]
+    columns = -(-wide // (COLUMNS * parts)) * COLUMNS
+    first = index * columns
+    own = (batch.learned >= first) & (batch.learned < first + columns)
+    tokens, positions = (
+        F.pad(x, (0, columns * parts - wide))[:, first : first + columns]
+        for x in (batch.tokens, batch.positions)
+    )
+    return batch._replace(
+        tokens=tokens,
+        positions=positions,
+        learned=batch.learned[own] - first,
+        targets=batch.targets[own],
+        weights=batch.weights[own],
+        owners=batch.owners[own],
+        part=(index, parts),
     )
 
 

@@ -44,6 +44,41 @@ class BatchConfig:
     """Seed of data order, choices among records, new weights and dropout."""
 
 
+@dataclass(frozen=True)
+class ContextConfig:
+    """For sequences that do not fit on one device."""
+
+    context_parallel: Annotated[int, Range(1)] = 1
+    """Processes that share each row: each holds its part of the columns, and in attention its part
+    of the heads (Ulysses). A micro-batch has this many times --max-tokens-per-micro."""
+
+
+def row_parts(config: ContextConfig, model) -> int:
+    """The number of processes that share each row of the model's batches.
+
+    ValueError where the processes, the heads or the layout of batches cannot be divided so.
+    """
+    n = config.context_parallel
+    if n == 1:
+        return 1
+    if world() % n:
+        raise ValueError(
+            f"--context-parallel {n} needs a multiple of {n} processes and there are {world()}: "
+            f"start it by torchrun --nproc-per-node {n}"
+        )
+    if not model.packed:
+        raise ValueError(
+            f"--context-parallel {n} divides packed rows, which this model or adapter does not "
+            "take: leave it out"
+        )
+    if model.heads % n:
+        raise ValueError(
+            f"--context-parallel {n} does not divide the model's {model.heads} attention heads: "
+            "give a number that does"
+        )
+    return n
+
+
 def collate_chats(prepared: Prepared, records: Sequence[int], packed: bool) -> Batch:
     """One Batch of the given records, all k sequences of each.
 
@@ -75,11 +110,18 @@ class TrainBatches:
     collate: Collate = collate_chats
     # the step with the most tokens, which changes places with the first one
     heaviest: int = 0
+    # processes that share a row
+    parts: int = 1
 
     def at(self, step: int) -> list:
         """This process's micro-batches of `step` (from 0); at least one, as on every process."""
         return micro_batches(
-            self.prepared, self.records(step), self.max_tokens, self.packed, self.collate
+            self.prepared,
+            self.records(step),
+            self.max_tokens,
+            self.packed,
+            self.collate,
+            self.parts,
         )
 
     def records(self, step: int) -> np.ndarray:
@@ -99,14 +141,16 @@ def train_batches(
     packed: bool = True,
     collate: Collate = collate_chats,
     default_batch_size: int = 64,
+    parts: int = 1,
 ) -> TrainBatches:
-    """T    assert prepared is not None, "recipes train on built-in data where none is given"
-    he batches of a run: --batch-size records a step, cut by --max-tokens-per-micro.
+    """The batches of a run: --batch-size records a step, cut by --max-tokens-per-micro.
 
-        The step of the first pass that has the most tokens comes first, so that memory runs out at
-        once or not at all. ValueError where the longest record does not fit into one micro-batch.
+    The step of the first pass that has the most tokens comes first, so that memory runs out at
+    once or not at all. With `parts`, that many processes share each row (see `row_parts`).
+    ValueError where the longest record does not fit into one micro-batch.
     """
-    check_budget(prepared, config.max_tokens_per_micro)
+    assert prepared is not None, "recipes train on built-in data where none is given"
+    check_budget(prepared, config.max_tokens_per_micro, parts)
     batch_size = default_batch_size if config.batch_size is None else config.batch_size
     n = len(prepared.origin)
     steps = config.steps if config.steps is not None else steps_in(n, batch_size, config.epochs)
@@ -119,6 +163,7 @@ def train_batches(
         packed,
         collate,
         heaviest_step(lengths(prepared), batch_size, config.seed, steps),
+        parts,
     )
 
 
@@ -153,6 +198,7 @@ def val_batches(
     *,
     packed: bool = True,
     collate: Collate = collate_chats,
+    parts: int = 1,
 ) -> list:
     """This process's share of all records, as batches; every process gets as many. [] for None.
 
@@ -165,11 +211,11 @@ def val_batches(
     if prepared is None:
         return []
     limit = config.max_tokens_per_micro
-    check_budget(prepared, limit)
+    check_budget(prepared, limit, parts)
     batches = []
     sources = source_rows(prepared) or {"": np.arange(len(prepared.origin))}
     for name, records in sources.items():
-        made = micro_batches(prepared, records, limit, packed, collate)
+        made = micro_batches(prepared, records, limit, packed, collate, parts)
         batches += [with_source(batch, name) for batch in made] if name else made
     return batches
 
@@ -186,15 +232,25 @@ def source_rows(prepared: Prepared) -> dict[str, np.ndarray]:
 
 
 def micro_batches(
-    prepared: Prepared, records: np.ndarray, max_tokens: int, packed: bool, collate: Collate
+    prepared: Prepared,
+    records: np.ndarray,
+    max_tokens: int,
+    packed: bool,
+    collate: Collate,
+    parts: int = 1,
 ) -> list:
     """This process's share of `records`, in batches of at most `max_tokens` tokens each.
 
-    Every process gets the same number of batches.
+    Every process gets the same number of batches. With `parts`, as many processes that follow one
+    another hold the parts of the same rows.
     """
+    from ta.data.batch import part_of
+
     sizes = prepared.offsets[(records + 1) * prepared.k] - prepared.offsets[records * prepared.k]
-    by_rank = split_micro(sizes.tolist(), max_tokens, world(), packed)
-    return [collate(prepared, records[places], packed) for places in by_rank[rank()]]
+    by_rank = split_micro(sizes.tolist(), max_tokens * parts, world() // parts, packed)
+    group, index = divmod(rank(), parts)
+    made = [collate(prepared, records[places], packed) for places in by_rank[group]]
+    return [part_of(batch, index, parts) for batch in made] if parts > 1 else made
 
 
 def steps_in(n: int, batch_size: int, epochs: float) -> int:
@@ -301,11 +357,14 @@ def name_of(prepared: Prepared, record: int) -> str:
     return f"{prepared.info['sources'][source]['path']}:{line}"
 
 
-def check_budget(prepared: Prepared, max_tokens_per_micro: int) -> None:
-    """ValueError where the longest record does not fit into one micro-batch."""
+def check_budget(prepared: Prepared, max_tokens_per_micro: int, parts: int = 1) -> None:
+    """ValueError where the longest record does not fit into one micro-batch.
+
+    A micro-batch lies on `parts` processes, each of which holds --max-tokens-per-micro.
+    """
     sizes = lengths(prepared)
     longest = int(sizes.argmax())
-    if sizes[longest] > max_tokens_per_micro:
+    if sizes[longest] > max_tokens_per_micro * parts:
         raise ValueError(
             f"{name_of(prepared, longest)} has {sizes[longest]} tokens, more than "
             f"--max-tokens-per-micro {max_tokens_per_micro} fits: "

@@ -228,8 +228,8 @@ def generate_samples(
     prompts = all_prompts(data, tokenizer, chat, config, seed, encode)
     if not prompts:
         return {}
-    ids = [prompt.ids for prompt in prompts]
-    embeds = list(embed(model, [p.chat for p in prompts], ids)) if embed else None
+    ids, chats = [prompt.ids for prompt in prompts], [prompt.chat for prompt in prompts]
+    embeds = list(embed(model, chats, ids)) if embed else None
     if step == 0:
         say(spacing_note(config.sample_metrics, [prompt.reference or "" for prompt in prompts]))
     figures: dict[str, float] = {}
@@ -255,7 +255,6 @@ def generate_samples(
         if config.sample_reward_model:
             texts = [[answer.text for answer in group] for group in answers]
             device = next(model.parameters()).device
-            chats = [prompt.chat for prompt in prompts]
             rewards = reward_answers(config.sample_reward_model, chats, texts, device)
         samples = [Sample(*fields) for fields in zip(prompts, answers, rewards, strict=True)]
         if rank() == 0:
@@ -263,21 +262,27 @@ def generate_samples(
             for row in rows:
                 append_line(path, row)
             _show(rows, first, last, config.sample_show, name)
-        at = name and f"@{name}"
-        figures |= {
-            f"{metric}{at}": value for metric, value in _figures(config, samples, model, reference)
-        }
-        sources = dict.fromkeys(prompt.source for prompt in prompts)
-        for source in sources if len(sources) > 1 else ():
-            own = [sample for sample in samples if sample.prompt.source == source]
-            measured = _figures(config, own, model, reference)
-            figures |= {f"{metric}{at}/{source}": value for metric, value in measured}
+        end = f"@{name}" if name else ""
+        for source, own in _by_source(samples).items():
+            for metric, value in _figures(config, own, model, reference).items():
+                figures[f"{metric}{end}{source}"] = value
     bar.close()
     return figures
 
 
-def _figures(config: SamplesConfig, samples: Sequence[Sample], model, reference) -> list[tuple]:
-    """(name, value) of each metric; those of references are over the answers that have one."""
+def _by_source(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
+    """All samples under "", and where there are several sources those of each under /SOURCE."""
+    groups = {"": list(samples)}
+    if len({sample.prompt.source for sample in samples}) > 1:
+        for sample in samples:
+            groups.setdefault(f"/{sample.prompt.source}", []).append(sample)
+    return groups
+
+
+def _figures(
+    config: SamplesConfig, samples: Sequence[Sample], model, reference
+) -> dict[str, float]:
+    """The figure of each metric; those of references are over the answers that have one."""
     rewards = [x for sample in samples for x in sample.rewards if x is not None]
     names = list(dict.fromkeys([*config.sample_metrics, *["reward"] * bool(rewards)]))
     pairs = [(s.prompt, answer) for s in samples for answer in s.answers]
@@ -302,7 +307,7 @@ def _figures(config: SamplesConfig, samples: Sequence[Sample], model, reference)
             values[name] = kl_to_reference(model, reference, ids)
         else:
             values |= measure([name], **right) if needs_reference(name) else measure([name], **data)
-    return [(name, value) for name, value in values.items() if value == value]
+    return {name: value for name, value in values.items() if value == value}
 
 
 def needs_reference(name: str) -> bool:

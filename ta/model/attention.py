@@ -6,13 +6,14 @@ heads, T columns, D head width, N documents.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ta.data.batch import Cuts, leads
+from ta.parallel import row_group
 
 NAME = "ta"
 
@@ -28,6 +29,8 @@ class Documents:
     lengths: tuple[int, ...]
     prefixes: tuple[int, ...] = ()
     cuts: Cuts | None = None
+    # processes that hold a part of the row's columns each
+    parts: int = 1
 
 
 def document_attention(
@@ -64,6 +67,11 @@ def document_attention(
     if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
         # rotary embeddings may have widened query and key
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    if documents is not None and documents.parts > 1:
+        whole = replace(documents, parts=1)
+        rows = _whole_rows(query, key, value, documents.parts)
+        out, _ = document_attention(module, *rows, None, scaling, dropout, whole, **kwargs)
+        return _own_columns(out, documents.parts), None
     window = kwargs.get("sliding_window") or 0
     dropout = dropout if module.training else 0.0
     cuts = documents.cuts if documents is not None else None
@@ -74,6 +82,39 @@ def document_attention(
         out = _causal(query, *_repeated(query, key, value), scaling, dropout, window)
         return out.transpose(1, 2).contiguous(), None
     return _by_document(query, key, value, documents, scaling, dropout, window), None
+
+
+@torch.compiler.disable
+def _whole_rows(query: Tensor, key: Tensor, value: Tensor, parts: int) -> list[Tensor]:
+    """Own columns of all heads -> all columns of own heads.
+
+    (1, H, T / parts, D) -> (1, H / parts, T, D), as in Ulysses (Jacobs et al. 2023). Keys and
+    values are repeated where they have too few heads.
+    """
+    if key.shape[1] % parts:
+        key, value = _repeated(query, key, value)
+    out = []
+    for x in (query, key, value):
+        _, heads, columns, width = x.shape
+        by_heads = x[0].reshape(parts, heads // parts, columns, width)
+        by_columns = _exchange(by_heads, parts)  # (parts, H / parts, T / parts, D)
+        out.append(by_columns.transpose(0, 1).reshape(1, heads // parts, -1, width))
+    return out
+
+
+@torch.compiler.disable
+def _own_columns(x: Tensor, parts: int) -> Tensor:
+    """The way back: (1, T, H / parts, D) -> (1, T / parts, H, D)."""
+    _, columns, heads, width = x.shape
+    by_heads = _exchange(x[0].reshape(parts, columns // parts, heads, width), parts)
+    return by_heads.transpose(0, 1).reshape(1, columns // parts, parts * heads, width)
+
+
+def _exchange(x: Tensor, parts: int) -> Tensor:
+    """x (parts, ...): part i goes to process i of the row; what comes from i stands at i."""
+    from torch.distributed._functional_collectives import all_to_all_single_autograd
+
+    return all_to_all_single_autograd(x.contiguous(), None, None, row_group(parts))
 
 
 # code that depends on lengths would be compiled again for every batch

@@ -139,6 +139,11 @@ class LanguageModel(nn.Module):
         return self.mode == "packed"
 
     @property
+    def heads(self) -> int:
+        """Query heads of a block's attention."""
+        return base_model(self.inner).config.get_text_config().num_attention_heads
+
+    @property
     def generates(self) -> bool:
         """Whether this is a language model, not a classifier."""
         return base_model(self.inner).get_output_embeddings() is not None
@@ -174,7 +179,11 @@ class LanguageModel(nn.Module):
         tokens, positions = batch.tokens, batch.positions
         lengths, prefixes = batch.lengths, batch.prefixes
         cuts = None if self.mode == "native" else batch.cuts
-        if cuts is not None and (rest := cuts.columns - tokens.shape[1]):
+        parts = batch.part[1]
+        if parts > 1:
+            rest = tokens.shape[1] * parts - sum(lengths)
+            lengths = (*lengths, rest) if rest else lengths
+        elif cuts is not None and (rest := cuts.columns - tokens.shape[1]):
             tokens, positions = F.pad(tokens, (0, rest)), F.pad(positions, (0, rest))
             embeds = F.pad(embeds, (0, 0, 0, rest)) if embeds is not None else None
             lengths, prefixes = (*(lengths or (1,)), rest), (*prefixes, 0) if prefixes else ()
@@ -186,7 +195,7 @@ class LanguageModel(nn.Module):
         if self.mode == "native":
             inputs["attention_mask"] = _real(batch)
         else:
-            inputs["documents"] = Documents(lengths, prefixes, cuts)
+            inputs["documents"] = Documents(lengths, prefixes, cuts, parts)
         return base.base_model(**inputs, position_ids=positions, use_cache=False).last_hidden_state
 
     def _head(self) -> Head:

@@ -84,14 +84,9 @@ def train(
     key = run_folder.resume_key(run, batches, optimizer, optim, resume_key or {})
     run.open()
     device = next(model.parameters()).device
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    figures: dict[str, float] = {}
-    evaluated = {0, batches.steps}
-    every = max(20, batches.steps // 10) if loop.eval_every is None else loop.eval_every
-    if every:
-        evaluated |= set(range(0, batches.steps, every))
-    pinned, stale, reported = None, 0, time.monotonic()
     first, damaged, window = 0, {}, StepSums()
+    held_out = _HeldOut(run, model, evaluate, batches.steps)
+    reported = time.monotonic()
 
     def save(done: int) -> None:
         checkpoint.save(
@@ -104,14 +99,8 @@ def train(
             more_state,
             damaged,
             window.state(),
-            pinned,
+            held_out.best,
         )
-
-    def best() -> tuple[int | None, int]:
-        """The step whose evaluation was the best so far, and how many evaluations came since."""
-        if not (loop.keep_best and evaluate):
-            return None, 0
-        return gather_objects(best_step(folder, loop) if rank() == 0 else None)[0]
 
     kept = f"--resume goes on from the newest of {folder / 'checkpoints'}"
     try:
@@ -128,18 +117,15 @@ def train(
             Signals() as stop,
             progress_bar(batches.steps, first, rank() == 0) as bar,
         ):
-            if evaluate and first in evaluated:
-                figures = _logged(folder, first)
-                figures = figures or _evaluate(stop, evaluate, model, folder, first, trackers)
-                if stop.asked():
-                    _end(folder, first, stop)
-            pinned, stale = best()
-            if pinned == first == 0:
+            if held_out.start(first, stop, trackers):
+                _end(folder, first, stop)
+            if held_out.best == first == 0:
                 save(0)
             ready = _on_device(batches, first, device)
             for number in range(first, batches.steps):
-                if loop.patience and stale >= loop.patience:
-                    say(f"stopped at step {number}: no better {loop.keep_best} since {pinned}")
+                if held_out.exhausted:
+                    since = f"no better {loop.keep_best} since {held_out.best}"
+                    say(f"stopped at step {number}: {since}")
                     break
                 seed_dropout(batches.seed, number)
                 micro_batches = before_step(number, ready) if before_step else ready
@@ -160,7 +146,7 @@ def train(
                     )
                 lr = lr_at(number, batches.steps, optim)
                 scale = world() / total["count"]
-                norm = update(optimizer, parameters, lr, scale, optim.clip, total["loss"])
+                norm = update(optimizer, lr, scale, optim.clip, total["loss"])
                 if not math.isfinite(norm):
                     _stop_non_finite(run, number, total, model, batches, micro_batches)
                 if before_step:
@@ -173,10 +159,10 @@ def train(
                     record = join_figures(window.mean(), own)
                     if rank() == 0:
                         _log(folder, record, trackers)
+                        bar.set_postfix_str(line(record), refresh=False)
                         if time.monotonic() > reported + 30:
                             write_report(folder, live=True)
                             reported = time.monotonic()
-                        bar.set_postfix_str(line(record), refresh=False)
                     window = StepSums()
                 bar.update()
                 stopping = total["stop"] > 0 or (world() == 1 and stop.received > 0)
@@ -184,16 +170,11 @@ def train(
                 if saved:
                     save(done)
                     stopping = stop.asked()
-                if evaluate and done in evaluated and not stopping:
-                    figures = _evaluate(stop, evaluate, model, folder, done, trackers)
-                    stopping = stop.asked()
-                    if not stopping:
-                        pinned, stale = best()
-                        if not saved and (pinned == done or stale >= loop.patience > 0):
-                            save(done)
-                if stopping:
-                    if not saved:
+                if done in held_out.due and not stopping:
+                    stopping = held_out.look(done, stop, trackers)
+                    if not saved and (stopping or held_out.best == done or held_out.exhausted):
                         save(done)
+                if stopping:
                     _end(folder, done, stop)
     except ValueError:
         run.forget()
@@ -201,11 +182,64 @@ def train(
     except SystemExit:
         run.release()
         raise
-    if pinned is not None:
-        figures = _load_best(run, pinned, model, optimizer, more_state)
+    figures = held_out.figures
+    if held_out.best is not None:
+        figures = _load_best(run, held_out.best, model, optimizer, more_state)
     if rank() == 0:
         write_report(folder)
     return figures
+
+
+class _HeldOut:
+    """The evaluations of a run: when they are due, the last figures, and the best step so far."""
+
+    def __init__(self, run: Run, model: nn.Module, evaluate, steps: int):
+        self.run, self.model, self.evaluate = run, model, evaluate
+        every = run.loop.eval_every
+        every = max(20, steps // 10) if every is None else every
+        due = {0, steps, *range(0, steps, every or steps)}
+        self.due = due if evaluate else set()
+        self.figures: dict[str, float] = {}
+        # the step of the best evaluation, where that is asked for, and how many came since
+        self.best, self.since = None, 0
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether --patience evaluations brought nothing better."""
+        return 0 < self.run.loop.patience <= self.since
+
+    def start(self, step: int, stop: Signals, trackers: list) -> bool:
+        """Take the figures that were logged at the step, or make them; as look()."""
+        if step in self.due:
+            self.figures = _logged(self.run.folder, step)
+            if not self.figures:
+                return self.look(step, stop, trackers)
+        self._find_best()
+        return False
+
+    def look(self, step: int, stop: Signals, trackers: list) -> bool:
+        """Make, log and print the figures of a step; whether a signal asks to stop."""
+        folder = self.run.folder
+        figures: dict[str, float] | None = None
+        with stop.evaluation():
+            figures = self.evaluate(step)
+        self.model.train()
+        # a signal leaves the evaluation without figures
+        self.figures = figures or {}
+        if figures is not None and rank() == 0:
+            _log(folder, {"step": step, **{f"val_{k}": v for k, v in figures.items()}}, trackers)
+            write_report(folder, live=True)
+            text = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
+            say(f"step {step}: {text}" if step else f"before training: {text}")
+        if stop.asked():
+            return True
+        self._find_best()
+        return False
+
+    def _find_best(self) -> None:
+        if self.run.loop.keep_best and self.evaluate:
+            found = best_step(self.run.folder, self.run.loop) if rank() == 0 else None
+            self.best, self.since = gather_objects(found)[0]
 
 
 def _load_best(run: Run, step: int, model, optimizer, more_state) -> dict[str, float]:
@@ -233,7 +267,9 @@ def _on_device(batches: TrainBatches, number: int, device) -> list:
 def add_sums(sums: dict[str, Any], loss, count, batch, metrics: dict[str, Any]) -> None:
     """Add one micro-batch to the sums, without waiting for values on a device."""
     inner = batch_of(batch)
-    sizes = {"tokens": sum(inner.lengths), "learned": len(inner.learned)}
+    # the first of the processes that share a row counts its tokens
+    tokens = 0 if inner.part[0] else sum(inner.lengths)
+    sizes = {"tokens": tokens, "learned": len(inner.learned)}
     values = {"loss": loss, "count": count, **sizes}
     for name in sorted(metrics):
         if not isinstance(metrics[name], list):
@@ -327,24 +363,6 @@ def _logged(folder: Path, step: int) -> dict[str, float]:
         return {}
 
     return gather_objects(read() if rank() == 0 else None)[0]
-
-
-def _evaluate(
-    stop: Signals, evaluate, model, folder: Path, step: int, trackers: list
-) -> dict[str, float]:
-    """Run `evaluate`, log its figures and print them; {} where a signal ends it."""
-    figures: dict[str, float] | None = None
-    with stop.evaluation():
-        figures = evaluate(step)
-    model.train()
-    if figures is None:
-        return {}
-    if rank() == 0:
-        _log(folder, {"step": step, **{f"val_{k}": v for k, v in figures.items()}}, trackers)
-        write_report(folder, live=True)
-        text = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
-        say(f"step {step}: {text}" if step else f"before training: {text}")
-    return figures
 
 
 def _end(folder: Path, step: int, stop: Signals) -> None:

@@ -110,7 +110,6 @@ def adamw(
 
 def update(
     optimizer: torch.optim.Optimizer,
-    parameters: list,
     lr: float,
     scale: float,
     clip: float,
@@ -123,6 +122,7 @@ def update(
     """
     import torch
 
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
     norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item() * scale
