@@ -73,13 +73,12 @@ class Span(NamedTuple):
 
 
 class Skeleton(NamedTuple):
-    """The text of a template around the contents of n messages that have nothing else."""
+    """What a template writes around the contents of n messages that have nothing else."""
 
     texts: tuple[str, ...]  # n + 1: before each content, and after the last
-    opens: tuple[int, ...]  # n: where in texts[i] the body of message i begins
-    ends: tuple[int, ...]  # n: where in texts[i + 1] the suffix of message i ends
-    faults: tuple[str, ...]  # n: why a message's borders are not known, or ""
-    notes: tuple[str, ...]
+    spans: list[Span]  # one a message, whose body ends in its content; and the opened answer
+    notes: list[str]
+    frames: dict  # the caller's own, by what its messages weigh
 
 
 class Border(NamedTuple):
@@ -109,11 +108,8 @@ class JinjaTemplate(NamedTuple):
     borders: dict[tuple, Border]
     # what the generation prompt writes behind a question, by arguments
     opening: Callable[[str], str]
-
-    def reasoning_keys(self) -> dict[str, str]:
-        """Of each key of reasoning that the template does not read, the one that it reads."""
-        read = [key for key in REASONING if re.search(rf"\.{key}\b|(['\"]){key}\1", self.source)]
-        return {key: read[0] for key in REASONING if read and key not in read}
+    # of each key of reasoning that the template does not read, the one that it reads
+    reasoning_keys: Mapping[str, str]
 
 
 def jinja_template(
@@ -143,9 +139,10 @@ def jinja_template(
             return opened[len(asked) :]
         return opened[_common(asked, opened, border) :]
 
-    return JinjaTemplate(
-        render, tags, source, border, _finder([*names, *TAGS]), reads, {}, {}, opening
-    )
+    read = [key for key in REASONING if re.search(rf"\.{key}\b|(['\"]){key}\1", source)]
+    keys = {key: read[0] for key in REASONING if read and key not in read}
+    tokens = _finder([*names, *TAGS])
+    return JinjaTemplate(render, tags, source, border, tokens, reads, {}, {}, opening, keys)
 
 
 def _finder(names: Sequence[str]) -> re.Pattern[str]:
@@ -167,16 +164,13 @@ def split_jinja(
     where the template cannot write the chat, or leaves out what a message says.
     """
     notes = [] if notes is None else notes
-    tags = template.role_tags
-    given = [_given(message, tags) for message in messages]
-    for key, own in template.reasoning_keys().items():
+    if plain := plain_contents(messages, template, opened, arguments):
+        return _filled(*plain, messages, notes)
+    given = [_given(message, template.role_tags) for message in messages]
+    for key, own in template.reasoning_keys.items():
         if any(key in message for message in given):
             notes.append(f"{key} is given to the chat template as {own}, which it reads")
             given = [{own if k == key else k: v for k, v in m.items()} for m in given]
-    if not arguments and all(_is_plain(message) for message in messages):
-        spans = _by_skeleton(given, messages, template, opened, notes)
-        if spans:
-            return spans
     unread = [name for name in arguments if name not in template.reads()]
     error = None
     for spelled, how in _spellings(given):
@@ -259,15 +253,17 @@ def _dumped(value: Any) -> Any:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _by_skeleton(
-    given: list[Message],
-    messages: Sequence[Message],
-    template: JinjaTemplate,
-    opened: bool,
-    notes: list[str],
-) -> list[Span] | None:
-    """The spans of messages that have contents only; None where the template looks at these."""
-    roles = tuple(message["role"] for message in messages)
+def plain_contents(
+    messages: Sequence[Message], template: JinjaTemplate, opened: bool, arguments: Arguments
+) -> tuple[Skeleton, list[str]] | None:
+    """The skeleton of messages that have contents only, and the contents as they are written.
+
+    None for other messages, and where the template looks at contents.
+    """
+    roles = tuple([message["role"] for message in messages])
+    known = template.role_tags.keys() >= {*roles}
+    if arguments or not known or not all(map(_is_plain, messages)):
+        return None
     skeleton = template.skeletons.get((roles, opened))
     if skeleton is None:
         if len(template.skeletons) >= MEMORY:
@@ -279,21 +275,21 @@ def _by_skeleton(
         template.skeletons[roles, opened] = skeleton
     if isinstance(skeleton, str):
         return None
+    given = [_given(message, template.role_tags) for message in messages]
     contents = _contents(template.render(given, opened, {}), skeleton.texts, given)
-    if contents is None:
-        return None
-    texts, starts, spans = skeleton.texts, (0, *skeleton.ends), []
-    for i, content in enumerate(contents):
-        begin, split = starts[i], skeleton.opens[i]
-        by = "answer" if roles[i] == ANSWER else "other"
-        body = content_parts(content, messages[i].get("parts"), by)
-        if split < len(texts[i]):
-            body = (Part(texts[i][split:], "template"), *body)
-        prefix = (Part(texts[i][begin:split], "template"),) if split > begin else ()
-        spans.append(Span(prefix, body, texts[i + 1][: skeleton.ends[i]], skeleton.faults[i]))
-    if opened:
-        spans.append(Span((Part(texts[-1][starts[-1] :], "template"),), (), ""))
+    return contents and (skeleton, contents)
+
+
+def _filled(
+    skeleton: Skeleton, contents: list[str], messages: Sequence[Message], notes: list[str]
+) -> list[Span]:
+    """The spans of a skeleton with contents of their own."""
     notes += skeleton.notes
+    spans = skeleton.spans[:]
+    for i, content in enumerate(contents):
+        *lead, x = spans[i].body
+        parts = content_parts(content, messages[i].get("parts"), x.by)
+        spans[i] = spans[i]._replace(body=(*lead, *parts))
     return spans
 
 
@@ -302,20 +298,20 @@ def _skeleton(roles: tuple[str, ...], template: JinjaTemplate, opened: bool) -> 
     named = [{"role": role, "content": "x"} for role in roles]
     notes: list[str] = []
     spans = _split(given, named, template, opened, {}, notes)
-    texts, opens, ends, faults, before = [], [], [], [], ""
-    for span in spans[: len(roles)]:
-        kinds = [part.by for part in (*span.prefix, *span.body)]
-        if kinds.count("template") != len(kinds) - 1 or not span.body or kinds[-1] == "template":
+    texts, before = [], ""
+    for i, span in enumerate(spans):
+        parts = (*span.prefix, *span.body)
+        if i < len(roles):
+            *parts, content = parts or [None]
+            if not content or content.by == "template":
+                raise ValueError("the contents do not stand one behind another")
+        if any(part.by != "template" for part in parts):
             raise ValueError("the contents do not stand one behind another")
-        ends.append(len(before))
-        before += "".join(part.text for part in span.prefix)
-        opens.append(len(before))
-        texts.append(before + "".join(part.text for part in span.body[:-1]))
-        before = span.suffix
-        faults.append(span.fault)
-    ends = [*ends[1:], len(before)]
-    texts.append(before + "".join(p.text for span in spans[len(roles) :] for p in span.prefix))
-    return Skeleton(tuple(texts), tuple(opens), tuple(ends), tuple(faults), tuple(notes))
+        before += "".join(part.text for part in parts)
+        if i < len(roles):
+            texts.append(before)
+            before = span.suffix
+    return Skeleton((*texts, before), spans, notes, {})
 
 
 def _contents(text: str, texts: tuple[str, ...], messages: Sequence[Message]) -> list[str] | None:
@@ -405,7 +401,7 @@ def _split(
     borders = _borders(chat, places, template, opened, text, notes)
     for i, fault in _unwritten(chat, places, notes).items():
         borders[2][i] = fault
-    return _spans(chat, places, borders, media, text)
+    return _spans(chat, places, borders, media, text, opened)
 
 
 def _marked(
@@ -706,6 +702,7 @@ def _spans(
     borders: tuple[list[int], list[int], list[str]],
     media: Mapping[int, Sequence],
     text: str,
+    opened: bool,
 ) -> list[Span]:
     ends, begins, faults = borders
     stretches: list[tuple[int, Part]] = []  # of the whole text: where it starts, what it is
@@ -742,6 +739,6 @@ def _spans(
         suffix = last.text if last.by == "template" and last.owner is None else ""
         spans.append(Span(within(before, begin), body[: len(body) - bool(suffix)], suffix, fault))
         before = end
-    if before < len(text):
+    if opened:
         spans.append(Span(within(before, len(text)), (), ""))
     return spans

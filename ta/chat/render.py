@@ -8,7 +8,14 @@ from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
-from ta.chat.jinja import NO_ARGUMENTS, Arguments, JinjaTemplate, Span, Writer
+from ta.chat.jinja import (
+    NO_ARGUMENTS,
+    Arguments,
+    JinjaTemplate,
+    Span,
+    Writer,
+    plain_contents,
+)
 from ta.chat.messages import ANSWER, Chat, message_weight
 from ta.chat.template import Template, split_chat
 from ta.printable import printable
@@ -18,6 +25,8 @@ Rendered = list[list["Piece"]]  # the pieces of each message, in order
 
 # chats that are encoded by one call of the tokenizer
 GROUP = 128
+# weights of the messages of one skeleton that are remembered
+FRAMES = 256
 # equal tokens in a row that are shown as one with their number
 RUN = 8
 
@@ -110,7 +119,33 @@ def render_chat(
     if weights is None:
         weights = [message_weight(m, i, m["role"] == ANSWER) for i, m in enumerate(messages)]
     glued = isinstance(template, JinjaTemplate)
-    spans = split_chat(messages, template, opened, arguments, notes)
+    plain = glued and plain_contents(messages, template, opened, arguments)
+    if not plain or not all(plain[1]) or any("parts" in message for message in messages):
+        spans = split_chat(messages, template, opened, arguments, notes)
+        return _in_pieces(spans, messages, template, weights)
+    # the same but for contents: what is around them is written once
+    skeleton, contents = plain
+    key = tuple(weights)
+    frame = skeleton.frames.get(key)
+    if frame is None:
+        if len(skeleton.frames) >= FRAMES:
+            skeleton.frames.clear()
+        frame = _in_pieces(skeleton.spans, messages, template, weights)
+        skeleton.frames[key] = frame
+    if notes is not None:
+        notes += skeleton.notes
+    rendered = [*map(list.copy, frame)]
+    for span, pieces, content in zip(skeleton.spans, rendered, contents, strict=False):
+        at = len(span.prefix) + len(span.body) - 1
+        _, weight, by, joins = pieces[at]
+        pieces[at] = Piece(content, weight, by, joins)
+    return rendered
+
+
+def _in_pieces(
+    spans: Sequence[Span], messages: Chat, template: Template, weights: Sequence[float]
+) -> Rendered:
+    glued = isinstance(template, JinjaTemplate)
     rendered, border = [], False
     for i, span in enumerate(spans):
         role, weight = ANSWER, 0.0
