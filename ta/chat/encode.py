@@ -68,11 +68,14 @@ def loss_weights(messages: Chat, loss_on: LossOn, opened: bool = False) -> list[
     still to come. ValueError for a `loss` that is no weight.
     """
     last = len(messages) - (not opened)
-    weights = []
-    for i, message in enumerate(messages):
-        learned = {"answers": message["role"] == ANSWER, "last": i == last, "all": True}[loss_on]
-        weights.append(message_weight(message, i, learned))
-    return weights
+    return [
+        message_weight(
+            message,
+            i,
+            loss_on == "all" or (message["role"] == ANSWER if loss_on == "answers" else i == last),
+        )
+        for i, message in enumerate(messages)
+    ]
 
 
 def encode_dialogues(
@@ -94,13 +97,14 @@ def encode_dialogues(
     check_chat_config(config)
     rule = rule.within(config)
     groups = [[_prepared(dialogue, config) for dialogue in group] for group in dialogues]
-    results: list[list[Tokens] | Drop] = [_useless(group, rule) for group in groups]
     arguments = arguments or [NO_ARGUMENTS] * len(groups)
-    jobs = {
-        g: Fitting(group, arguments[g], stay)
-        for g, group in enumerate(groups)
-        if (stay := _of_use(group, rule))
-    }
+    results: dict[int, list[Tokens] | Drop] = {}
+    jobs = {}
+    for g, group in enumerate(groups):
+        if stay := _of_use(group, rule):
+            jobs[g] = Fitting(group, arguments[g], stay)
+        else:
+            results[g] = _useless(group, rule)
     while jobs:
         rendered = []
         for job in jobs.values():
@@ -121,7 +125,7 @@ def encode_dialogues(
             del jobs[g]
             if notes and isinstance(result, list):
                 notes[g] += dict.fromkeys(job.notes)
-    return results
+    return [results[g] for g in range(len(groups))]
 
 
 @dataclass

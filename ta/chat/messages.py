@@ -30,12 +30,13 @@ def message_weight(message: Message, place: int, default: bool) -> float:
     ValueError where its own `loss` is neither a bool nor a finite number from 0.
     """
     loss = False if message.get("disable_loss") else message.get("loss")
-    weight = default if loss is None else loss
-    if not isinstance(weight, bool | int | float) or not (math.isfinite(weight) and weight >= 0):
+    if loss is None:
+        return float(default)
+    if not isinstance(loss, bool | int | float) or not (math.isfinite(loss) and loss >= 0):
         raise ValueError(
             f"message {place + 1} has loss {loss!r}; give true, false or a finite weight >= 0"
         )
-    return float(weight)
+    return float(loss)
 
 
 def last_question(messages: Chat) -> int | None:

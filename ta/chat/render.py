@@ -86,18 +86,12 @@ class Tokenized(NamedTuple):
     lengths: list[int]
 
 
-class Unit(NamedTuple):
-    """One special token, or a run of text that the tokenizer encodes as a whole."""
-
-    # place of the message where it ends
-    message: int
-    token: int | str
-    weight: float
-    # the tokenizer may put a space in front
-    starts_text: bool = False
-    # of a run over a border, what another message ends with, and its weight
-    head: str = ""
-    head_weight: float = 0.0
+# a text that the tokenizer encodes as a whole, and whether it may put a space in front
+Run = tuple[str, bool]
+# of a run over a border: what another message ends with, and its weight
+Head = tuple[Run, float]
+# (place of the message where it ends, special token or run, weight, head)
+Unit = tuple[int, int | Run, float, Head | None]
 
 
 def render_chat(
@@ -199,65 +193,59 @@ def tokenize_chats(chats: Sequence[Rendered], vocabulary: Vocabulary) -> list[To
     done = []
     for start in range(0, len(chats), GROUP):
         group = chats[start : start + GROUP]
-        units = [list(_units(chat, vocabulary, known)) for chat in group]
-        ids = _encode_texts(units, vocabulary)
-        done += [
-            _join(chat, len(messages), ids) for chat, messages in zip(units, group, strict=True)
-        ]
+        runs: dict[Run, list[int]] = {}
+        units = [_units(chat, vocabulary, known, runs) for chat in group]
+        for starts, encode in ((False, vocabulary.encode), (True, vocabulary.encode_start)):
+            keys = [run for run in runs if run[1] == starts]
+            if keys:
+                runs |= zip(keys, encode([text for text, _ in keys]), strict=True)
+        done += [_join(chat, len(pieces), runs) for chat, pieces in zip(units, group, strict=True)]
     return done
 
 
-def _encode_texts(
-    units: list[list[Unit]], vocabulary: Vocabulary
-) -> dict[tuple[str, bool], list[int]]:
-    """The ids of each distinct (text, whether it starts a text) of some chats."""
-    texts = dict.fromkeys(
-        (text, unit.starts_text)
-        for chat in units
-        for unit in chat
-        for text in (unit.token, unit.head)
-        if text and isinstance(text, str)
-    )
-    ids: dict[tuple[str, bool], list[int]] = {}
-    for starts, encode in ((False, vocabulary.encode), (True, vocabulary.encode_start)):
-        keys = [key for key in texts if key[1] == starts]
-        if keys:
-            ids |= zip(keys, encode([text for text, _ in keys]), strict=True)
-    return ids
-
-
 def _units(
-    chat: Rendered, vocabulary: Vocabulary, known: dict[str, list[int | str]]
-) -> Iterator[Unit]:
+    chat: Rendered,
+    vocabulary: Vocabulary,
+    known: dict[str, list[int | str]],
+    runs: dict[Run, list[int]],
+) -> list[Unit]:
     """The chat cut where the tokenizer must not merge: at special tokens and between pieces.
 
-    `known` remembers how control texts are split.
+    `known` remembers how control texts are split; `runs` gets each run that is to be encoded.
     """
+    units: list[Unit] = []
     spaced = vocabulary.encode_start is not None
-    text, message, weight, starts_text, strip = "", 0, 0.0, spaced, False
-    head: tuple[str, float] = "", 0.0
+    text, message, weight, starts_text, strip, head = "", 0, 0.0, spaced, False, None
+
+    def end_run() -> None:
+        run = text, starts_text
+        runs[run] = []
+        units.append((message, run, weight, head))
+
     for i, pieces in enumerate(chat):
         for piece in pieces:
             if not piece.joins:
                 if text:
-                    yield Unit(message, text, weight, starts_text, *head)
-                    text, starts_text, head = "", False, ("", 0.0)
+                    end_run()
+                    text, starts_text, head = "", False, None
                 strip = False
             for part in _split_special(piece, vocabulary, known):
                 if isinstance(part, str):
                     if text and piece.weight != weight:
-                        head = text, weight
+                        head = (text, starts_text), weight
+                        runs[text, starts_text] = []
                     text += part.lstrip(SPACE) if strip and not text else part
                     message, weight, strip = i, piece.weight, strip and not text
                     continue
                 strip_left, strip = vocabulary.strips.get(part, (False, False))
                 text = text.rstrip(SPACE) if strip_left else text
                 if text:
-                    yield Unit(message, text, weight, starts_text, *head)
-                yield Unit(i, part, piece.weight)
-                text, starts_text, head = "", spaced and vocabulary.start_after_special, ("", 0.0)
+                    end_run()
+                units.append((i, part, piece.weight, None))
+                text, starts_text, head = "", spaced and vocabulary.start_after_special, None
     if text:
-        yield Unit(message, text, weight, starts_text, *head)
+        end_run()
+    return units
 
 
 def _split_special(
@@ -285,18 +273,24 @@ def special_border(names: frozenset[str]) -> re.Pattern[str]:
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})" if names else "((?!))")
 
 
-def _join(units: list[Unit], messages: int, ids: dict[tuple[str, bool], list[int]]) -> Tokenized:
-    tokens = Tokens([], [])
+def _join(units: list[Unit], messages: int, runs: Mapping[Run, list[int]]) -> Tokenized:
+    ids, weights = tokens = Tokens([], [])
     lengths = [0] * messages
-    for message, token, weight, starts_text, head, head_weight in units:
-        part = [token] if isinstance(token, int) else ids[token, starts_text]
-        tokens.ids.extend(part)
-        tokens.weights.extend([weight] * len(part))
-        lengths[message] += len(part)
+    for message, token, weight, head in units:
+        if isinstance(token, int):
+            ids.append(token)
+            weights.append(weight)
+            lengths[message] += 1
+            continue
+        part = runs[token]
+        size = len(part)
+        ids += part
+        weights += [weight] * size
+        lengths[message] += size
         # where no token stands on both sides of the border, each side has its own weight
-        if head and part[: (size := len(ids[head, starts_text]))] == ids[head, starts_text]:
-            begin = len(tokens.weights) - len(part)
-            tokens.weights[begin : begin + size] = [head_weight] * size
+        if head and part[: len(runs[head[0]])] == runs[head[0]]:
+            begin = len(ids) - size
+            weights[begin : begin + len(runs[head[0]])] = [head[1]] * len(runs[head[0]])
     return Tokenized(tokens, lengths)
 
 

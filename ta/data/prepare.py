@@ -515,6 +515,8 @@ def _build(
                     arrays.append(done)
                 used[index] += len({record.line for record, _ in done})
                 bar.update(len(chunk))
+                # gone before the next chunk, so that no collection walks through them
+                del chunk, jobs, results, done
         arrays.close()
     if not arrays.counts["records"]:
         raise ValueError(

@@ -29,6 +29,8 @@ RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "continue
 # fine-tuning has weight, Axolotl train, others the rest
 LOSS_NAMES = ("loss", "weight", "train", "trainable", "loss_mask")
 REPLACED = frozenset((*LOSS_NAMES, "disable_loss", "type"))
+# other names of roles
+ROLES = {"bot": ANSWER, "function": "tool"}
 # where the parts of a message have their text or path
 PART_KEYS = ("content", "text", "image", "image_url", "audio", "path", "url")
 
@@ -264,6 +266,9 @@ def _message(given: object, where: str, types: tuple[str, ...] = ("text",)) -> d
             f"the role of {where} is {_shown(given, 'role')}; give a name such as user or "
             "assistant",
         )
+    role = ROLES.get(role, role)
+    if isinstance(content, str) and len(given) == 2:
+        return {"role": role, "content": content}
     if isinstance(content, list) and content:
         content = [
             _part(part, f"{where}.content[{place}]", types) for place, part in enumerate(content)
@@ -285,8 +290,7 @@ def _message(given: object, where: str, types: tuple[str, ...] = ("text",)) -> d
         )
     # an optional key that is null counts as absent
     message = {key: x for key, x in given.items() if key not in REPLACED and x is not None}
-    names = {"bot": ANSWER, "function": "tool"}
-    message |= {"role": names.get(role, role), "content": content}
+    message |= {"role": role, "content": content}
     _check_fields(message, where)
     if kind:
         message["type"] = kind
@@ -324,9 +328,6 @@ def _loss(given: dict, where: str) -> bool | int | float | None:
 
 def _check_fields(message: dict, where: str) -> None:
     """Check what a message holds beside its content, in place; null counts as absent."""
-    if len(message) == 2:
-        # a role and a content
-        return
     for key in (*REASONING, "tool_calls", "function_call", "tool_call_id", "name"):
         if key in message and message[key] in (None, []):
             del message[key]
