@@ -41,7 +41,7 @@ from ta.training.progress import (
     memory,
     progress_bar,
 )
-from ta.training.report import write_report
+from ta.training.report import before_and_after, write_report
 from ta.training.run_folder import Run, best_step
 from ta.training.trackers import open_trackers
 
@@ -187,6 +187,7 @@ def train(
         figures = _load_best(run, held_out.best, model, optimizer, more_state)
     if rank() == 0:
         write_report(folder)
+        say(before_and_after(folder, figures))
     return figures
 
 
@@ -227,7 +228,10 @@ class _HeldOut:
         # a signal leaves the evaluation without figures
         self.figures = figures or {}
         if figures is not None and rank() == 0:
-            _log(folder, {"step": step, **{f"val_{k}": v for k, v in figures.items()}}, trackers)
+            samples = read_json_lines(folder / "samples.jsonl") if trackers else []
+            samples = [sample for sample in samples if sample["step"] == step]
+            named = {f"val_{name}": value for name, value in figures.items()}
+            _log(folder, {"step": step, **named}, trackers, samples)
             write_report(folder, live=True)
             text = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
             say(f"step {step}: {text}" if step else f"before training: {text}")
@@ -375,10 +379,11 @@ def _end(folder: Path, step: int, stop: Signals) -> None:
     raise SystemExit(128 + (stop.received or signal.SIGTERM))
 
 
-def _log(folder: Path, record: dict[str, float], trackers: list) -> None:
+def _log(folder: Path, record: dict[str, float], trackers: list, samples: list = ()) -> None:
     append_line(folder / "metrics.jsonl", record)
     for write in trackers:
-        write(record["step"], {key: value for key, value in record.items() if key != "step"})
+        figures = {key: value for key, value in record.items() if key != "step"}
+        write(record["step"], figures, samples)
 
 
 def _changes(loop, where: Path, before: dict, key: dict[str, Any], older: bool) -> list[str]:

@@ -62,6 +62,7 @@ MEANING = {
     "logp": "Mean log-probability of the answers.",
     "kl": "How far the model is from its reference, in nats.",
     "kl_to_reference": "How far the answers are from the reference model, nats a token.",
+    "rollout_tokens_per_second": "Tokens of the answers of a round, in a second.",
     "flat_groups": "Share of prompts whose answers all have one reward and teach nothing.",
     "truncated": "Share of answers that were cut at the longest length.",
     "entropy": "Surprise of the sampled tokens, nats each; near 0 all answers are alike.",
@@ -161,6 +162,22 @@ def headline(settings: dict, metrics: Sequence[dict]) -> str:
             was = f" <span>from {number(points[0][1])}</span>" if len(points) > 1 else ""
             tiles += f"<div><b>{number(points[-1][1])}</b>{was}<br>{safe(title)}, held out</div>"
     return f'<p>{" · ".join(parts)}</p><div class="tiles">{tiles}</div>'
+
+
+def before_and_after(folder: Path, figures: Mapping[str, float]) -> str:
+    """A line for a person: the held-out figures before training, and `figures`, those after it.
+
+    Figures of single sources are left to the report; "" without an evaluation before training.
+    """
+    metrics = read_json_lines(folder / "metrics.jsonl")
+    first = next((record for record in metrics if record["step"] == 0), {})
+    changes = [
+        f"{name} {number(first[f'val_{name}'])} -> {number(value)}"
+        for name, value in figures.items()
+        if f"val_{name}" in first and "/" not in name
+    ]
+    said = f"held out, before -> after training: {', '.join(changes)}"
+    return f"{said}; answers in {folder / 'report.html'}" if changes else ""
 
 
 def charts_of(metrics: Sequence[dict]) -> dict[str, dict[str, Curve]]:

@@ -82,7 +82,9 @@ class LoopConfig:
     model_card: bool = True
     """Write README.md into the export: what the model is and how it came to be."""
     log: tuple[Literal["tensorboard", "wandb", "trackio", "clearml"], ...] = ()
-    """Services that get the figures of metrics.jsonl too."""
+    """Services that get figures, settings and samples too; project, name, entity and tags are in
+    their own environment: WANDB_PROJECT, WANDB_NAME, WANDB_ENTITY, WANDB_TAGS, TRACKIO_PROJECT,
+    CLEARML_PROJECT, CLEARML_TASK, CLEARML_TAGS."""
 
 
 @dataclass

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from small import prepared, sft_step, tiny
 
 from ta.data.loader import BatchConfig, collate_chats, train_batches, val_batches
+from ta.files import append_line
 from ta.training import checkpoint
 from ta.training import loop as training_loop
 from ta.training.loop import mean_over
@@ -374,12 +375,21 @@ def test_trackers_get_what_is_logged(tmp_path, monkeypatch):
     monkeypatch.setitem(
         trackers.TRACKERS,
         "tensorboard",
-        lambda folder, first, config: lambda step, figures: seen.append((step, figures)),
+        lambda folder, first, config: lambda *given: seen.append(given),
     )
     where = loop(tmp_path, log=("tensorboard",))
-    train(tiny(), batches_of(prepared(), steps=3), sft_step, where, OptimConfig(lr=1e-2))
-    assert [step for step, _ in seen] == [1, 2, 3]
-    assert [f["loss"] for _, f in seen] == [value for _, value in losses(tmp_path)]
+
+    def evaluate(done):
+        append_line(tmp_path / "samples.jsonl", {"step": done, "answer": f"a{done}"})
+        return {"figure": 1.0}
+
+    settings = {"optim": OptimConfig(lr=1e-2), "evaluate": evaluate}
+    train(tiny(), batches_of(prepared(), steps=3), sft_step, where, **settings)
+    assert [(step, [x["answer"] for x in rows]) for step, _, rows in seen] == [
+        *((0, ["a0"]), (1, []), (2, []), (3, []), (3, ["a3"]))
+    ]
+    named = [f["loss"] for _, f, _ in seen if "loss" in f]
+    assert named == [value for _, value in losses(tmp_path)]
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install wandb"):
         trackers.check_trackers(["wandb"])
