@@ -38,6 +38,7 @@ class Config:
     samples: ta.SamplesConfig = ta.SamplesConfig(sample_records=256)
     rollouts: ta.rl.RolloutConfig = ta.rl.RolloutConfig()
     reward: ta.rl.RewardConfig = ta.rl.RewardConfig()
+    tools: ta.rl.ToolConfig = ta.rl.ToolConfig()
     policy: ta.rl.PolicyConfig = ta.rl.PolicyConfig()
     reference: ta.ReferenceConfig = ta.ReferenceConfig()
     vllm: ta.VllmConfig = ta.VllmConfig()
@@ -80,7 +81,8 @@ def main(config: Config):
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat, day=run.day)
     sources = config.data.data, config.data.val_data
     files, val_files = ta.data_or_builtin(*sources, "practice", config.model.hub)
-    asked = (tokenizer, config.chat, config.data, run.seed)
+    tools = ta.rl.open_tools(config.tools, tokenizer, config.reward.reward_processes)
+    asked = (tokenizer, config.chat, config.data, run.seed, tools.schemas if tools else ())
     prompts, data = ta.rl.prepare_prompts(files, *asked)
     held_out = ta.rl.prepare_prompts(val_files, *asked)[0] if val_files else []
     setup = config.model, config.adapter, config.compute
@@ -110,7 +112,7 @@ def main(config: Config):
     ta.rl.report_memory(config.loop, model, batches, optimizer, config.rollouts)
     pool = ta.rl.RewardPool(config.reward, run.device, batches.max_tokens)
     engine = ta.rl.start_engine(config.engine, config.vllm, config.model, model, tokenizer)
-    made_of = (prompts, batches, tokenizer, config.rollouts, policy, pool, logprobs, engine)
+    made_of = (prompts, batches, tokenizer, config.rollouts, policy, pool, logprobs, engine, tools)
     rollouts = ta.rl.Rollouts(run.folder, *made_of)
     watch = ta.rl.MismatchWatch(policy.max_mismatch)
     most = config.samples.sample_max_new_tokens or longest
@@ -156,7 +158,7 @@ def main(config: Config):
         more_state=rollouts.state | (reference.state if reference else {}),
         resume_key=asdict(policy),
     )
-    pool.close()
+    rollouts.close()
     ta.export(model, tokenizer, run.folder / "final", card=ta.model_card(run, data, figures))
     return run.folder / "final", figures
 

@@ -54,19 +54,22 @@ def read_prompts(
     seed: int = 0,
     cut: bool = False,
     encode: Encode = encode_prompts,
+    tools: Sequence[dict] = (),
 ) -> list[tuple[dict, list[int]]]:
     """(record, token ids of its prompt) of every chat that can be answered.
 
     The others go to `drops`; ValueError where none is left. A record's messages end where its
     prompt does (before a random answer with `cut`, seeded); the answer that was taken off is its
     "reference". Where there are several sources, "file" is the name of the record's. `encode` makes
-    token ids of chats, where these hold more than text.
+    token ids of chats, where these hold more than text. `tools` are those of records without.
     """
     sources = [parse_source(path) for path in paths]
     check = partial(check_media, need_answer=False) if tokenizer.placeholders else check_prompt
     records = list(read_records(paths, check, drops, seed))
     names = source_names([source.path for source in sources])
     for n, record in enumerate(records):
+        if tools:
+            record.data.setdefault("tools", list(tools))
         if len(sources) > 1:
             record.data["file"] = names[record.source]
         generator = random.Random(f"{seed} {n}") if cut else None

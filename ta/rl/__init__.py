@@ -31,6 +31,8 @@ if TYPE_CHECKING:  # for editors; NAMES says the same
     from ta.rl.rollouts import with_reference as with_reference
     from ta.rl.settings import PolicyConfig as PolicyConfig
     from ta.rl.settings import RolloutConfig as RolloutConfig
+    from ta.rl.settings import ToolConfig as ToolConfig
+    from ta.rl.tools import open_tools as open_tools
 
 NAMES = {  # module: what `ta.rl` gives of it
     "ta.rl.batches": "answer_batches figures_of kl_of report_memory rewards_of rollout_batches",
@@ -38,7 +40,8 @@ NAMES = {  # module: what `ta.rl` gives of it
     "ta.rl.rewards": "RewardConfig RewardPool",
     "ta.rl.engines": "start_engine",
     "ta.rl.rollouts": "MismatchWatch Rollouts prepare_prompts rollout_steps with_reference",
-    "ta.rl.settings": "PolicyConfig RolloutConfig",
+    "ta.rl.tools": "open_tools",
+    "ta.rl.settings": "PolicyConfig RolloutConfig ToolConfig",
 }
 _HOME = {name: module for module, names in NAMES.items() for name in names.split()}
 

@@ -93,6 +93,10 @@ def figures_of(rows: Sequence[dict]) -> dict[str, float]:
         "truncated": sum(answer["finish"] == "length" for answer in answers) / len(answers),
         "entropy": -sum(logprobs) / len(logprobs),
     }
+    if "turns" in answers[0]:
+        results = [m for answer in answers for m in answer["turns"] if m["role"] == "tool"]
+        figures["tool_calls"] = len(results) / len(answers)
+        figures["failed_calls"] = sum(a["failed_calls"] for a in answers) / max(1, len(results))
     if len(names := answers[0]["parts"]) > 1:
         for name in names:
             known = own([answer["parts"][name] for answer in answers])

@@ -1,23 +1,15 @@
-"""The built-in reward functions, and the process in which reward functions are called.
-
-Everything here is plain Python, so that such a process starts at once.
-"""
+"""The built-in reward functions, and those of files."""
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import json
-import math
-import os
 import re
-import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from functools import partial
-from numbers import Real
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ta.rl.json_schema import check_schema, follows
@@ -29,10 +21,6 @@ NUMBER = re.compile(r"[-+]?(?:\d+(?:,\d{3})+|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?
 CODE_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.S)
 # seconds that an answer's code and its tests may take together
 CODE_SECONDS = 5.0
-# what a process says once it has loaded its functions
-READY = b"ready\n"
-# most characters of an error that are reported
-SHOWN = 500
 
 
 def field_text(record: dict, name: str) -> str:
@@ -158,59 +146,16 @@ def load_reward(text: str) -> RewardFunction:
     head, _, argument = text.partition(":")
     if head in BUILTIN:
         return BUILTIN[head](argument)
-    folder = str(Path(head).resolve().parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)  # the file may import its neighbours, as when it is run
-    spec = importlib.util.spec_from_file_location(Path(head).stem, head)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(function := getattr(module, argument, None)):
+    if not callable(function := getattr(load_file(head), argument, None)):
         raise ValueError(f"{head} has no function {argument}")
     return function
 
 
-def judged(value: Any) -> tuple[float | None, str]:
-    """(a function's value, what is wrong with it): a finite number or None is right."""
-    if value is None:
-        return None, ""
-    if not isinstance(value, Real):
-        return None, f"returned {value!r:.80} of type {type(value).__name__}, no number"
-    if not math.isfinite(value):
-        return None, f"returned {value}, no finite number"
-    return float(value), ""
-
-
-def _loaded(name: str) -> RewardFunction:
-    """The function of that name, or one that raises what loading it has raised."""
-    try:
-        return load_reward(name)
-    except Exception as error:
-        return partial(_raise, error)
-
-
-def _raise(error: Exception, *_: Any) -> None:
-    raise error
-
-
-def work(arguments: Sequence[str]) -> None:
-    """Answer calls, one JSON line each, until no more come: the main function of a process.
-
-    `arguments` are the file descriptors of calls and of replies, and the names of the functions.
-    What a function prints does not reach the replies.
-    """
-    with suppress(OSError, AttributeError):
-        # end with the process that asks, however that ends (PR_SET_PDEATHSIG of Linux)
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    calls, replies = os.fdopen(int(arguments[0]), "rb"), int(arguments[1])
-    os.set_inheritable(calls.fileno(), False), os.set_inheritable(replies, False)
-    functions, own = [_loaded(name) if name else None for name in arguments[2:]], os.getpid()
-    os.write(replies, READY)
-    for line in calls:
-        number, messages, answer, record = json.loads(line)
-        try:
-            value, fault = judged(functions[number](messages, answer, record))
-        except BaseException as error:  # also SystemExit: the call has failed, whatever it raised
-            value, fault = None, f"raised {type(error).__name__}: {error}"
-        if os.getpid() != own:
-            os._exit(0)  # a process that the function forked and that came back here
-        os.write(replies, json.dumps([value, fault[:SHOWN]]).encode() + b"\n")
+def load_file(path: str) -> ModuleType:
+    """The module of a file of Python, which may import its neighbours, as when it is run."""
+    if (folder := str(Path(path).resolve().parent)) not in sys.path:
+        sys.path.insert(0, folder)
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

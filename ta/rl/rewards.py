@@ -7,28 +7,18 @@ text names it: NAME, NAME:ARGUMENT or FILE.py:NAME, with *WEIGHT behind it where
 
 from __future__ import annotations
 
-import json
-import os
-import selectors
-import signal
-import subprocess
-import sys
-import time
-from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from ta.command_line import Range
-from ta.rl.reward_functions import BUILTIN, READY
+from ta.rl.function_pool import FunctionPool
+from ta.rl.reward_functions import BUILTIN
 
 if TYPE_CHECKING:
     from ta.rl.model_reward import ModelReward
-
-# seconds in which a process must have loaded its functions
-START = 120
 
 
 @dataclass(frozen=True)
@@ -63,15 +53,6 @@ class Reward(NamedTuple):
     weight: float
 
 
-class Call(NamedTuple):
-    """One answer to be judged by one function."""
-
-    function: int
-    messages: list[dict]
-    answer: str
-    record: dict
-
-
 def parse_reward(text: str) -> Reward:
     """The reward that a text names; ValueError for one that does not exist."""
     name, star, weight = text.rpartition("*")
@@ -104,10 +85,7 @@ def parse_reward(text: str) -> Reward:
 
 
 class RewardPool:
-    """Processes that run reward functions; each has one call at a time and a limit on its time.
-
-    A process that overruns is killed with all that it started, and another takes its place.
-    """
+    """The functions of --rewards, in processes that can be killed, and reward models."""
 
     def __init__(self, config: RewardConfig, device: str = "cpu", max_tokens: int = 8192):
         """`device` and `max_tokens` (of one forward pass) are those of reward models."""
@@ -115,7 +93,9 @@ class RewardPool:
         self.rewards = [parse_reward(text) for text in config.rewards]
         # of each function, how often it gave no usable number and that was counted
         self.bad = dict.fromkeys((reward.text for reward in self.rewards), 0)
-        self.idle: list[_Process] = []
+        names = ["" if r.text.startswith("model:") else r.text for r in self.rewards]
+        limits = config.reward_processes, config.reward_seconds, "--reward-seconds"
+        self.functions = FunctionPool(names, *limits)
         self.models: dict[int, ModelReward] = {}
         for f, reward in enumerate(self.rewards):
             if reward.text.startswith("model:"):
@@ -142,44 +122,20 @@ class RewardPool:
                     values[i][k][f] = value
                     if fault:
                         self._fault(f, records[i], i, answers[i][k], fault)
-        waiting = deque(
+        places = [
             (i, k, f)
             for i, group in enumerate(answers)
             for k in range(len(group))
             for f in range(len(self.rewards))
             if f not in self.models
-        )
-        busy: dict[_Process, tuple[int, int, int]] = {}
-        with selectors.DefaultSelector() as selector:
-            try:
-                while waiting or busy:
-                    while waiting and len(busy) < self.config.reward_processes:
-                        i, k, f = waiting.popleft()
-                        process = self.idle.pop() if self.idle else _Process(self.rewards)
-                        selector.register(process.replies, selectors.EVENT_READ, process)
-                        busy[process] = i, k, f
-                        call = Call(f, records[i]["messages"], answers[i][k], records[i])
-                        process.ask(call, self.config.reward_seconds)
-                    due = min(process.deadline for process in busy)
-                    ready = selector.select(max(0.0, due - time.monotonic()))
-                    done = {key.data for key, _ in ready}
-                    late = {p for p in busy if p.deadline <= time.monotonic()} - done
-                    for process in done | late:
-                        i, k, f = busy.pop(process)
-                        selector.unregister(process.replies)
-                        value, fault = process.reply() if process in done else (None, "")
-                        if process in late:
-                            process.kill()
-                            seconds = self.config.reward_seconds
-                            fault = f"took longer than --reward-seconds {seconds:g}"
-                        if process.alive:
-                            self.idle.append(process)
-                        if fault:
-                            self._fault(f, records[i], i, answers[i][k], fault)
-                        values[i][k][f] = value
-            finally:
-                for process in busy:
-                    process.kill()
+        ]
+        calls = [(f, [records[i]["messages"], answers[i][k], records[i]]) for i, k, f in places]
+        with closing(self.functions.run(calls)) as results:
+            for place, value, fault in results:
+                i, k, f = places[place]
+                values[i][k][f] = value
+                if fault:
+                    self._fault(f, records[i], i, answers[i][k], fault)
         return values
 
     def _fault(self, f: int, record: dict, i: int, answer: str, fault: str) -> None:
@@ -200,73 +156,3 @@ class RewardPool:
             if value is not None
         ]
         return sum(known) if known else None
-
-    def close(self) -> None:
-        """End the processes."""
-        for process in self.idle:
-            process.kill()
-        self.idle.clear()
-
-
-class _Process:
-    """One process of the pool, at the head of a process group of its own."""
-
-    def __init__(self, rewards: Sequence[Reward]):
-        given, asked = os.pipe()
-        told, replies = os.pipe()
-        # this very file, so that nothing heavy is imported
-        command = [sys.executable, "-c", WORKER, str(given), str(replies)]
-        names = ["" if r.text.startswith("model:") else r.text for r in rewards]
-        self.process = subprocess.Popen(
-            [*command, *names],
-            stdin=subprocess.DEVNULL,
-            stdout=sys.stderr.fileno() if _has_descriptor(sys.stderr) else subprocess.DEVNULL,
-            pass_fds=(given, replies),
-            start_new_session=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
-        os.close(given), os.close(replies)
-        self.calls, self.replies = os.fdopen(asked, "wb"), os.fdopen(told, "rb")
-        self.deadline, self.alive = 0.0, True
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.replies, selectors.EVENT_READ)
-            if not selector.select(START) or self.replies.readline() != READY:
-                self.kill()
-                raise ValueError(
-                    f"the functions of --rewards {' '.join(reward.text for reward in rewards)} "
-                    f"did not load within {START} seconds, or ended their process"
-                )
-
-    def ask(self, call: Call, seconds: float) -> None:
-        """Send a call, which must be answered within so many seconds."""
-        self.deadline = time.monotonic() + seconds
-        with suppress(BrokenPipeError):  # a process that has ended answers nothing, which is said
-            self.calls.write(json.dumps(call).encode() + b"\n")
-            self.calls.flush()
-
-    def reply(self) -> tuple[float | None, str]:
-        """(value, fault) of the call; the fault is empty where the value counts."""
-        line = self.replies.readline()
-        if not line.endswith(b"\n"):
-            self.kill()
-            return None, "its process ended without an answer"
-        value, fault = json.loads(line)
-        return value, fault
-
-    def kill(self) -> None:
-        """End the process and all that it started."""
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.calls.raw.close(), self.replies.close()
-        self.alive = False
-
-
-def _has_descriptor(stream: Any) -> bool:
-    try:
-        return stream.fileno() >= 0
-    except (AttributeError, OSError, ValueError):
-        return False
-
-
-WORKER = "import sys; from ta.rl.reward_functions import work; work(sys.argv[1:])"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -33,11 +34,12 @@ from ta.generation.settings import Answer, GenerateConfig
 from ta.generation.vllm_engine import VllmEngine, put_weights
 from ta.model.language_model import LanguageModel
 from ta.parallel import gather_objects, on_rank_zero, rank, say, sum_over_ranks, unsharded, world
-from ta.rl.batches import is_flat, lay_out_groups, micro_groups
+from ta.rl.batches import is_flat, lay_out_groups, micro_groups, own
 from ta.rl.engines import merged_weights, weights_hash
 from ta.rl.policy import overlong_penalty
 from ta.rl.rewards import RewardPool
 from ta.rl.settings import PolicyConfig, RolloutConfig
+from ta.rl.tools import Talk, Tools
 
 if TYPE_CHECKING:
     # a record and the token ids of its prompt
@@ -50,13 +52,15 @@ def prepare_prompts(
     chat: ChatConfig,
     data: DataConfig,
     seed: int = 0,
+    tools: Sequence[dict] = (),
 ) -> tuple[list[Question], Prepared]:
     """([(record, prompt ids)], the prompts as data from which `train_batches` chooses).
 
-    The answer at the end of a chat is taken off and becomes the record's "reference".
+    The answer at the end of a chat is taken off and becomes the record's "reference". `tools` are
+    those of records that have none.
     """
     drops = Drops(data.on_bad_record, data.max_bad_share)
-    prompts = read_prompts(files, tokenizer, chat, drops, seed)
+    prompts = read_prompts(files, tokenizer, chat, drops, seed, tools=tools)
     if drops.counts:
         say(f"left out: {drops.table()}")
     n, sizes = len(prompts), [len(ids) for _, ids in prompts]
@@ -110,6 +114,8 @@ class Rollouts:
     logprobs: dict[str, Callable[[Batch], Tensor]] = field(default_factory=dict)
     # a started vLLM that answers with the weights that train; None: the model itself answers
     engine: VllmEngine | None = None
+    # what answers may call
+    tools: Tools | None = None
     # of the weights that the engine holds
     engine_weights: int = -1
     # of what this process did at the last step, for the log; a tuple is a quotient
@@ -173,6 +179,12 @@ class Rollouts:
             on_rank_zero(lambda: write_atomic(path, "".join(lines)))
         return rows
 
+    def close(self) -> None:
+        """End the processes of rewards and tools."""
+        for part in (self.pool, self.tools):
+            if part is not None:
+                part.functions.close()
+
     def _show_extremes(self, rows: Sequence[dict], step: int) -> None:
         """Add the best and the worst answer of a round to samples.jsonl."""
         if rank():
@@ -193,9 +205,11 @@ class Rollouts:
     ) -> tuple[list[list[Answer]], list[list[float | None]]]:
         """Answers to held-out prompts and their rewards; each process answers its share."""
         mine = prompts[rank() :: world()]
-        answers = self._generate(model, [prompt.ids for prompt in mine], settings)
         records = [prompt.record | {"messages": prompt.chat} for prompt in mine]
-        rewards = [[total for _, total in group] for group in self._judge(records, answers)]
+        ids, keys = [prompt.ids for prompt in mine], range(len(mine))
+        talks = self._talks(model, records, ids, settings, keys)
+        rewards = [[total for _, total in group] for group in self._judge(records, talks)]
+        answers = [[talk.last for talk in group] for group in talks]
         gathered = _in_turn(gather_objects(list(zip(answers, rewards, strict=True))))
         return [part for part, _ in gathered], [part for _, part in gathered]
 
@@ -247,17 +261,38 @@ class Rollouts:
         for row, k, logprobs in (entry for share in gather_objects(found) for entry in share):
             rows[row]["answers"][k][name] = logprobs
 
+    def _talks(
+        self,
+        model: LanguageModel,
+        records: Sequence[dict],
+        ids: list[list[int]],
+        settings: GenerateConfig,
+        keys: Sequence[int],
+    ) -> list[list[Talk]]:
+        """Answers to the prompts `ids` of records, with the calls that they make."""
+        longest, one = settings.max_new_tokens, replace(settings, num_answers=1)
+
+        def ask(ids: list[list[int]], keys: list[int], room: int) -> list[Answer]:
+            found = self._generate(model, ids, replace(one, max_new_tokens=room), keys)
+            return [answer for (answer,) in found]
+
+        # processes may take unequal numbers of turns
+        with unsharded(model) if self.engine is None else nullcontext():
+            answers = self._generate(model, ids, settings, keys)
+            if self.tools is None:
+                return [[Talk(a.ids, a.logprobs, a) for a in group] for group in answers]
+            return self.tools.converse(records, ids, answers, ask, longest, keys)
+
     def _generate(
         self,
         model: LanguageModel,
         ids: list[list[int]],
         settings: GenerateConfig,
-        keys: list[int] | None = None,
+        keys: Sequence[int],
     ) -> list[list[Answer]]:
         fast, stops = self.tokenizer.fast, self.tokenizer.stop_ids
         if self.engine is None:
-            with unsharded(model):
-                return generate(model, fast, ids, settings, stops, keys=keys)
+            return generate(model, fast, ids, settings, stops, keys=keys)
         if (weights := weights_hash(model)) != self.engine_weights:
             put_weights(self.engine, merged_weights(model))
             self.engine_weights = weights
@@ -266,14 +301,19 @@ class Rollouts:
         settings = replace(settings, temperature=temperature)
         return generate(self.engine, fast, ids, settings, stops, keys=keys)
 
-    def _judge(self, records: Sequence[dict], answers: Sequence[Sequence[Answer]]) -> list:
+    def _judge(self, records: Sequence[dict], talks: Sequence[Sequence[Talk]]) -> list:
         """For each record and answer ({function: its value}, their weighted sum or None)."""
-        texts = [[answer.text for answer in group] for group in answers]
-        names = [reward.text for reward in self.pool.rewards]
-        return [
-            [(dict(zip(names, parts, strict=True)), self.pool.total(parts)) for parts in group]
-            for group in self.pool.score(records, texts)
+        flat = [
+            (record | {"messages": [*record["messages"], *talk.turns]}, talk.last.text)
+            for record, group in zip(records, talks, strict=True)
+            for talk in group
         ]
+        values = self.pool.score([record for record, _ in flat], [[text] for _, text in flat])
+        names = [reward.text for reward in self.pool.rewards]
+        found = iter(
+            (dict(zip(names, parts, strict=True)), self.pool.total(parts)) for (parts,) in values
+        )
+        return [[next(found) for _ in group] for group in talks]
 
     def _rollouts_of(
         self, model: LanguageModel, mine: list[int], draw: int, about: dict
@@ -293,21 +333,22 @@ class Rollouts:
         # an answer depends on the seed, the draw, the record and the answer's number alone
         keys = [draw * len(self.prompts) + i for i in mine]
         start = time.perf_counter()
-        answers = self._generate(model, ids, settings, keys)
+        talks = self._talks(model, records, ids, settings, keys)
         seconds = time.perf_counter() - start
         rows = []
-        for record, prompt, group in zip(records, ids, answers, strict=True):
+        for record, prompt, group in zip(records, ids, talks, strict=True):
             row = record | about | {"prompt_tokens": list(prompt)}
             row["answers"] = [
-                {"id": str(k), "content": answer.text, "finish": answer.finish}
-                | {"tokens": answer.ids, "logprobs": answer.logprobs}
-                for k, answer in enumerate(group)
+                {"id": str(k), "content": talk.last.text, "finish": talk.last.finish}
+                | {"tokens": talk.ids, "logprobs": talk.logprobs}
+                | ({"turns": talk.turns, "failed_calls": talk.failed} if self.tools else {})
+                for k, talk in enumerate(group)
             ]
             rows.append(row)
         if self.pool is not None:
-            for row, judged in zip(rows, self._judge(records, answers), strict=True):
+            for row, judged in zip(rows, self._judge(records, talks), strict=True):
                 self._add_rewards(row, judged)
-        tokens = sum(len(answer.ids) for group in answers for answer in group)
+        tokens = sum(len(own(talk.logprobs)) for group in talks for talk in group)
         self._count(seconds, time.perf_counter() - start - seconds, tokens)
         return rows
 

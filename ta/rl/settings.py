@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Literal
 
 from ta.command_line import Range
@@ -23,6 +24,25 @@ class RolloutConfig:
     ahead: Annotated[int, Range(0, 1)] = 0
     """1 makes the next rollout before the last update on this one, by weights that are one step
     old, which --mismatch corrects. It saves time where another device answers (--engine URL)."""
+
+
+@dataclass(frozen=True)
+class ToolConfig:
+    tools: str | None = None
+    """FILE.py, whose functions answers may call; an answer goes on behind what they return."""
+    max_turns: Annotated[int, Range(2)] = 4
+    """Turns of an answer at most, each but the last with calls."""
+    tool_seconds: Annotated[float, Range(0, above=True)] = 10.0
+    """Wall-clock limit of one call, whose process is then killed; the model is told so."""
+
+    def check(self) -> None:
+        """ValueError for a file that is not there, and for settings of no tools."""
+        if self.tools is not None and not Path(self.tools).is_file():
+            raise ValueError(f"--tools {self.tools}: there is no such file")
+        if self.tools is None and self != ToolConfig():
+            raise ValueError(
+                "--max-turns and --tool-seconds have no effect without --tools FILE.py"
+            )
 
 
 @dataclass(frozen=True)

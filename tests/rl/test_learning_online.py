@@ -1,4 +1,4 @@
-"""What recipes/grpo.py teaches: held-out exact match rises, with a reward that says nothing it does not.
+"""What recipes/grpo.py teaches: held-out answers do what is rewarded, and with a reward that says nothing they do not.
 
 In brackets what was seen with seeds 0, 1 and 2 on processors with AVX-512, with AVX2 and with neither.
 """
@@ -8,36 +8,44 @@ import os
 
 import pytest
 
+from ta.builtin.model_folders import tiny_folder
 from ta.builtin.models import practice, write_jsonl
 
 pytestmark = pytest.mark.slow
 SEED = ("--seed", os.environ.get("TA_TEST_SEED", "0"))
+REWARDS = """
+import random
+
+def letters(messages, answer, record):
+    return answer.count("x") / max(1, len(answer))
+
+def coin(messages, answer, record):
+    return random.random() < 0.5
+"""
 
 
-def test_held_out_exact_match_rises_and_at_random_it_does_not(forked, tmp_path):
-    """Of 117 held-out questions for one of several things."""
-    for name, split, n in (("data", "train", 2000), ("val", "held_out", 256)):
-        chats = [record for record in practice(split, n) if record["id"].startswith("lookup")]
-        write_jsonl(tmp_path / f"{name}.jsonl", chats)
-    (tmp_path / "coin.py").write_text(
-        "import random\n\ndef toss(messages, answer, record):\n    return random.random() < 0.5\n"
-    )
-    flags = ("--batch-size", 16, "--max-new-tokens", 16, *SEED)
-    flags += ("--data", tmp_path / "data.jsonl", "--val-data", tmp_path / "val.jsonl")
-    flags += ("--eval-every", 0, "--sample-show", 0, "--lr", 3e-4)
-    runs = {"right": ("--steps", 60), "coin": ("--steps", 20)}
-    runs["coin"] += ("--rewards", f"{tmp_path}/coin.py:toss")
-    found = {}
-    for name, more in runs.items():
-        forked("grpo", *flags, *more, "--out", tmp_path / name)
-        found[name] = [json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")]
-    (first, last), (before, after) = (
-        [row["val_accuracy"] for row in rows if "val_accuracy" in row] for rows in found.values()
-    )
-    print("SEEN", first, last, before, after, os.environ.get("ATEN_CPU_CAPABILITY"), SEED)
-    assert 0.6 < first == before < 0.85 and last >= first + 0.1
-    assert after <= before + 0.04
-    rewards = [row["reward"] for row in found["right"] if "reward" in row]
-    assert sum(rewards[-15:]) / 15 > sum(rewards[:15]) / 15 + 0.05
-    page = (tmp_path / "right/report.html").read_text()
+def test_held_out_answers_do_what_is_rewarded_and_not_what_is_not(forked, tmp_path):
+    """The share of one letter, from a random model: 0.02 ->"""
+    write_jsonl(tmp_path / "train.jsonl", practice("train", 192))
+    write_jsonl(tmp_path / "held_out.jsonl", practice("held_out", 32))
+    (tmp_path / "mine.py").write_text(REWARDS)
+    flags = ("--model-path", tiny_folder(), "--lr", 5e-3, "--steps", 24, "--batch-size", 8, *SEED)
+    flags += ("--data", tmp_path / "train.jsonl", "--val-data", tmp_path / "held_out.jsonl")
+    flags += ("--max-new-tokens", 8, "--eval-every", 0, "--sample-show", 0)
+    shares = {}
+    for name in ("letters", "coin"):
+        out = ("--rewards", f"{tmp_path}/mine.py:{name}", "--out", tmp_path / name)
+        forked("grpo", *flags, *out)
+        rows = [json.loads(line) for line in open(tmp_path / name / "samples.jsonl")]
+        for step in (0, 24):
+            answers = [row["answer"] for row in rows if row["step"] == step and "row" in row]
+            found = [answer.count("x") / max(1, len(answer)) for answer in answers]
+            shares[name, step] = sum(found) / len(found)
+    print("SEEN", shares, os.environ.get("ATEN_CPU_CAPABILITY"), SEED)
+    assert shares["letters", 0] == shares["coin", 0] < 0.02
+    assert shares["letters", 24] > 0.15 and shares["coin", 24] < 0.08
+    steps = [json.loads(line) for line in open(tmp_path / "letters/metrics.jsonl")]
+    held_out = [row["val_reward"] for row in steps if "val_reward" in row]
+    assert held_out == pytest.approx([shares["letters", 0], shares["letters", 24]])
+    page = (tmp_path / "letters/report.html").read_text()
     assert "best rollout" in page and "worst rollout" in page

@@ -6,9 +6,10 @@ import time
 import pytest
 
 from ta.rl.json_schema import check_schema, follows
-from ta.rl.reward_functions import judged, last_number, load_reward
+from ta.rl.reward_functions import last_number, load_reward
 from ta.rl.rewards import RewardConfig, RewardPool, parse_reward
 from ta.rl.sandbox import run_python
+from ta.rl.worker import judged
 
 CHAT = [{"role": "user", "content": "2 + 2?"}]
 
@@ -83,7 +84,7 @@ def scores(*rewards, answers=("4", "bad", "5"), record=None, **more):
         (values,) = pool.score([record], [answers])
         return [pool.total(parts) for parts in values], pool
     finally:
-        pool.close()
+        pool.functions.close()
 
 
 def test_weighted_sums_in_the_order_of_the_answers(functions):

@@ -1,0 +1,236 @@
+"""Tools in rollouts: answers that call functions go on behind what the functions return.
+
+What a template writes around a result is appended as ids; nothing of an answer is encoded again,
+and nothing that a tool wrote is learned.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ta.chat.messages import ANSWER, template_arguments
+from ta.chat.render import render_chat, tokenize_chats
+from ta.chat.tokenizer import ChatTokenizer
+from ta.files import hash_json
+from ta.generation.settings import Answer
+from ta.rl.function_pool import FunctionPool
+from ta.rl.settings import ToolConfig
+from ta.rl.worker import TOOLS
+
+if TYPE_CHECKING:
+    # (token ids of prompts, their keys, most tokens) -> an answer to each
+    Ask = Callable[[list[list[int]], list[int], int], list[Answer]]
+
+DECODER = json.JSONDecoder()
+# a call and its result, by which a template shows how it writes calls
+NAME, ARGUMENTS = "tool_name", {"argument": "value"}
+
+
+class Call(NamedTuple):
+    """A function that an answer calls."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+class CallForm(NamedTuple):
+    """How a template writes calls: JSON behind some text, with the keys of name and arguments."""
+
+    before: str
+    name: str
+    arguments: str
+
+
+@dataclass
+class Talk:
+    """An answer to a prompt, with the results of the calls that it made."""
+
+    # behind the prompt, results included
+    ids: list[int]
+    # of each id; None where a tool or the template wrote it
+    logprobs: list[float | None]
+    # the last turn
+    last: Answer
+    # the messages before it: answers with calls, and results
+    turns: list[dict] = field(default_factory=list)
+    # calls that raised, took too long, or named no tool
+    failed: int = 0
+
+
+def open_tools(config: ToolConfig, tokenizer: ChatTokenizer, processes: int) -> Tools | None:
+    """The tools of a file, which run in so many processes; None where there is none."""
+    return None if config.tools is None else Tools(config, tokenizer, processes)
+
+
+class Tools:
+    """The functions of a file, which answers may call.
+
+    ValueError for a file that does not load, and for a template that writes no calls as JSON.
+    """
+
+    def __init__(self, config: ToolConfig, tokenizer: ChatTokenizer, processes: int):
+        self.tokenizer, self.max_turns = tokenizer, config.max_turns
+        limits = processes, config.tool_seconds, "--tool-seconds"
+        self.functions = FunctionPool([TOOLS + config.tools], *limits)
+        ((_, schemas, fault),) = self.functions.run([(0, ["", {}])])
+        if fault or not schemas:
+            raise ValueError(f"--tools {config.tools}: {fault or 'it has no function'}")
+        # what chat templates are told of them
+        self.schemas: list[dict] = schemas
+        try:
+            self.form = call_form(tokenizer, schemas)
+        except ValueError as error:
+            raise ValueError(f"--tools {config.tools}: {error}") from error
+
+    def calls_in(self, text: str) -> tuple[str, list[Call]]:
+        """(the text before the first call, the calls) of an answer; one that is no JSON is none."""
+        before, name, arguments = self.form
+        places = [(m.start(), m.end()) for m in re.finditer(re.escape(before) + r"\s*", text)]
+        calls = []
+        try:
+            for _, start in places if before else places[:1]:
+                value, end = DECODER.raw_decode(text, start)
+                if not before and text[end:].strip():
+                    return text, []
+                for one in value if isinstance(value, list) else [value]:
+                    calls.append(Call(one[name], dict(one[arguments])))
+        except (ValueError, KeyError, TypeError):
+            return text, []
+        return text[: places[0][0]] if calls else text, calls
+
+    def converse(
+        self,
+        records: Sequence[dict],
+        prompts: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[Answer]],
+        ask: Ask,
+        longest: int,
+        keys: Sequence[int],
+    ) -> list[list[Talk]]:
+        """The first answers to each prompt, gone on with until none calls a tool.
+
+        Also until `max_turns`, and until `longest` tokens, those of results included: a result for
+        which there is no room ends an answer. `ask` answers the prompts of further turns, whose
+        sampling depends on the prompt's key, the answer's number, and the turn.
+        """
+        talks = [[Talk(a.ids, list(a.logprobs), a) for a in group] for group in answers]
+        for turn in range(1, self.max_turns):
+            live = []
+            for i, group in enumerate(talks):
+                for k, talk in enumerate(group):
+                    text = self._text(talk.last.ids[:-1])
+                    said, calls = self.calls_in(text) if talk.last.finish == "stop" else ("", [])
+                    if calls:
+                        live.append((i, k, talk, said, calls))
+            results = self._results([calls for *_, calls in live])
+            asked = []
+            for (i, k, talk, said, calls), given in zip(live, results, strict=True):
+                talk.failed += sum(bool(fault) for _, fault in given)
+                talk.turns += messages_of(said, calls, [text for text, _ in given], turn)
+                more = self._behind(records[i], talk.turns, len(calls))
+                if len(talk.ids) + len(more) >= longest:
+                    talk.last = talk.last._replace(finish="length")
+                    continue
+                talk.ids = talk.ids + more
+                talk.logprobs += [None] * len(more)
+                key = int(hash_json([keys[i], k, turn])[:15], 16)
+                asked.append((talk, [*prompts[i], *talk.ids], key))
+            if not asked:
+                break
+            room = max(longest - len(talk.ids) for talk, _, _ in asked)
+            ids, numbers = [ids for _, ids, _ in asked], [key for *_, key in asked]
+            for (talk, _, _), answer in zip(asked, ask(ids, numbers, room), strict=True):
+                talk.last = self._cut(answer, longest - len(talk.ids))
+                talk.ids = talk.ids + talk.last.ids
+                talk.logprobs += talk.last.logprobs
+        return talks
+
+    def _results(self, groups: Sequence[Sequence[Call]]) -> list[list[tuple[str, str]]]:
+        """(what the model is told, fault) of each call."""
+        flat = [call for calls in groups for call in calls]
+        told = [("", "")] * len(flat)
+        for place, text, fault in self.functions.run([(0, list(call)) for call in flat]):
+            told[place] = (f"error: {fault}" if fault else text), fault
+        results = iter(told)
+        return [[next(results) for _ in calls] for calls in groups]
+
+    def _behind(self, record: dict, turns: Sequence[dict], results: int) -> list[int]:
+        """The ids that the template writes between the end of the last answer and the next one."""
+        return ids_behind(
+            self.tokenizer, [*record["messages"], *turns], results, template_arguments(record)
+        )
+
+    def _cut(self, answer: Answer, room: int) -> Answer:
+        if len(answer.ids) <= room:
+            return answer
+        text = self._text(answer.ids[:room], skip_special_tokens=True)
+        return Answer(answer.ids[:room], text, "length", answer.logprobs[:room])
+
+    def _text(self, ids: list[int], **more: bool) -> str:
+        return self.tokenizer.fast.decode(ids, clean_up_tokenization_spaces=False, **more)
+
+
+def messages_of(
+    said: str, calls: Sequence[Call], results: Sequence[str], turn: int = 1
+) -> list[dict]:
+    """An answer with calls and their results, as messages of a chat."""
+    # some templates ask for ids of nine letters or digits
+    names = [f"{1000 * turn + n:09}" for n in range(len(calls))]
+    asked = [
+        {"id": name, "type": "function", "function": call._asdict()}
+        for name, call in zip(names, calls, strict=True)
+    ]
+    return [
+        {"role": ANSWER, "content": said.strip(), "tool_calls": asked},
+        *(
+            {"role": "tool", "name": call.name, "tool_call_id": name, "content": text}
+            for name, call, text in zip(names, calls, results, strict=True)
+        ),
+    ]
+
+
+def ids_behind(
+    tokenizer: ChatTokenizer, messages: Sequence[dict], results: int, arguments: dict
+) -> list[int]:
+    """The ids between the end token of the answer that called and the next answer.
+
+    `messages` end with that answer and so many `results`. ValueError where no token ends it.
+    """
+    weights = [0.0] * len(messages)
+    rendered = render_chat(messages, tokenizer.template, weights, True, arguments)
+    (found,) = tokenize_chats([rendered], tokenizer.vocabulary)
+    last = len(messages) - results
+    start, end = sum(found.lengths[: last - 1]), sum(found.lengths[:last])
+    ids = found.tokens.ids
+    ends = [place for place in range(start, end) if ids[place] in tokenizer.stop_ids]
+    if not ends:
+        raise ValueError("the chat template ends no answer by a token that stops it")
+    return ids[ends[-1] + 1 :]
+
+
+def call_form(tokenizer: ChatTokenizer, schemas: Sequence[dict]) -> CallForm:
+    """How the template writes a call; ValueError where it is not as JSON."""
+    messages = [{"role": "user", "content": "x"}, *messages_of("", [Call(NAME, ARGUMENTS)], ["x"])]
+    arguments = {"tools": list(schemas)}
+    ids_behind(tokenizer, messages, 1, arguments)
+    *_, answer, _, opened = render_chat(messages, tokenizer.template, [0.0] * 3, True, arguments)
+    text, header = ("".join(piece.text for piece in pieces) for pieces in (answer, opened))
+    text = text.removeprefix(header)
+    for start in (place for place, letter in enumerate(text) if letter in "[{"):
+        try:
+            value, _ = DECODER.raw_decode(text, start)
+        except ValueError:
+            continue
+        call = value[0] if isinstance(value, list) and value else value
+        keys = {json.dumps(x): key for key, x in call.items()} if isinstance(call, dict) else {}
+        if json.dumps(NAME) in keys and json.dumps(ARGUMENTS) in keys:
+            names = keys[json.dumps(NAME)], keys[json.dumps(ARGUMENTS)]
+            return CallForm(text[:start].strip(), *names)
+    raise ValueError(
+        f"the chat template writes calls as {text[:80]!r}, and calls in JSON alone are read: give "
+        "a template such as Qwen3's or Llama 3.1's"
+    )

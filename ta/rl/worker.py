@@ -1,0 +1,127 @@
+"""The process in which functions of users are called: rewards and tools.
+
+Everything here is plain Python, so that such a process starts at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import json
+import math
+import os
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from numbers import Real
+from typing import Any
+
+from ta.rl.reward_functions import load_file, load_reward
+
+# what a process says once it has loaded its functions
+READY = b"ready\n"
+# most characters of an error that are reported
+SHOWN = 500
+# in front of the path of a file of tools
+TOOLS = "tools:"
+# types of JSON by the annotations of parameters
+TYPES = {
+    "str": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "array",
+    "dict": "object",
+}  # fmt: skip
+
+
+def judged(value: Any) -> tuple[float | None, str]:
+    """(a reward, what is wrong with it): a finite number or None is right."""
+    if value is None:
+        return None, ""
+    if not isinstance(value, Real):
+        return None, f"returned {value!r:.80} of type {type(value).__name__}, no number"
+    if not math.isfinite(value):
+        return None, f"returned {value}, no finite number"
+    return float(value), ""
+
+
+def load_tools(path: str) -> Callable[[str, dict], Any]:
+    """call(name, arguments) of the functions of a file; of no name it gives their schemas."""
+    module = load_file(path)
+    tools = {
+        name: value
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and name[0] != "_"
+    }
+
+    def call(name: str, arguments: dict) -> Any:
+        if not name:
+            return [schema_of(tool) for tool in tools.values()]
+        if name not in tools:
+            raise ValueError(f"there is no tool {name}")
+        value = tools[name](**arguments)
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+    return call
+
+
+def schema_of(tool: Callable) -> dict:
+    """What a chat template is told of a function: its name, docstring and parameters.
+
+    A parameter whose annotation is no type of JSON may be anything.
+    """
+    parameters = inspect.signature(tool).parameters.values()
+    # annotations may be texts
+    kinds = {p.name: getattr(p.annotation, "__name__", str(p.annotation)) for p in parameters}
+    known = {name: {"type": TYPES[kind]} if kind in TYPES else {} for name, kind in kinds.items()}
+    needed = [p.name for p in parameters if p.default is p.empty]
+    about = {"name": tool.__name__, "description": inspect.getdoc(tool) or ""}
+    about["parameters"] = {"type": "object", "properties": known, "required": needed}
+    return {"type": "function", "function": about}
+
+
+def load_function(name: str) -> Callable[..., tuple[Any, str]]:
+    """The function of that name, which gives (value, fault), or one that raises what loading has.
+
+    A reward, as `load_reward` knows it, or TOOLS with the path of a file.
+    """
+    try:
+        if name.startswith(TOOLS):
+            tools = load_tools(name.removeprefix(TOOLS))
+            return lambda *arguments: (tools(*arguments), "")
+        reward = load_reward(name)
+        return lambda *arguments: judged(reward(*arguments))
+    except Exception as error:
+        return partial(_raise, error)
+
+
+def _raise(error: Exception, *_: Any) -> None:
+    raise error
+
+
+def work(arguments: Sequence[str]) -> None:
+    """Answer calls, one JSON line each, until no more come: the main function of a process.
+
+    `arguments` are the file descriptors of calls and of replies, and the names of the functions.
+    What a function prints does not reach the replies.
+    """
+    with suppress(OSError, AttributeError):
+        # end with the process that asks, however that ends (PR_SET_PDEATHSIG of Linux)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    calls, replies = os.fdopen(int(arguments[0]), "rb"), int(arguments[1])
+    os.set_inheritable(calls.fileno(), False), os.set_inheritable(replies, False)
+    functions, own = [load_function(name) if name else None for name in arguments[2:]], os.getpid()
+    os.write(replies, READY)
+    for line in calls:
+        number, given = json.loads(line)
+        try:
+            value, fault = functions[number](*given)
+        except BaseException as error:  # also SystemExit: the call has failed, whatever it raised
+            value, fault = None, f"raised {type(error).__name__}: {error}"
+        if os.getpid() != own:
+            os._exit(0)  # a process that the function forked and that came back here
+        _write_all(replies, json.dumps([value, fault[:SHOWN]]).encode() + b"\n")
+
+
+def _write_all(descriptor: int, line: bytes) -> None:
+    """Write a line that may be longer than a pipe takes at once."""
+    while line:
+        line = line[os.write(descriptor, line) :]
