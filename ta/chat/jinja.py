@@ -495,30 +495,29 @@ def _unwritten(chat: Marked, places: list[Place], notes: list[str]) -> dict[int,
     faults: dict[int, str] = {}
     there = {id(place.label) for place in places}
     often = {id(place.label) for place in places if not place.once}
+    speak = {place.label.message for place in places}
     last = max((i for i, role in enumerate(chat.roles) if role == ANSWER), default=-1)
-    texts: dict[tuple[int, str, int], list[Label]] = {}
+    texts: dict[tuple[int, str, int], set[int]] = {}
     for label in chat.labels:
-        texts.setdefault((label.message, label.field, label.call), []).append(label)
+        if label.message >= 0:
+            texts.setdefault((label.message, label.field, label.call), set()).add(id(label))
     for (i, field, call), labels in texts.items():
         who = f"message {i + 1} ({chat.roles[i]})"
-        written = [label for label in labels if id(label) in there]
-        if i < 0 or (len(written) == len(labels) and field != "content"):
+        if field == "content" and labels & often:
+            raise ValueError(f"the chat template writes {who} twice")
+        if labels <= there:
             continue
-        if field == "calls" and not written:
+        absent = labels.isdisjoint(there)
+        if field == "calls" and absent:
             faults[i] = f"it leaves out tool call {call + 1}"
             notes.append("a tool call of an answer that is not learned is left out by the template")
-        if field == "content":
-            if any(id(label) in often for label in labels):
-                raise ValueError(f"the chat template writes {who} twice")
-            beside = any(place.label.message == i for place in places)
-            if not written and chat.roles[i] == SYSTEM:
-                notes.append("the system message is left out by the chat template")
-                continue
-            if not written and not (chat.roles[i] == ANSWER and beside):
+        elif field == "content" and absent and chat.roles[i] == SYSTEM:
+            notes.append("the system message is left out by the chat template")
+        elif field == "content" and absent:
+            if chat.roles[i] != ANSWER or i not in speak:
                 raise ValueError(f"the chat template writes {who} not at all, or not in its place")
-            if not written:
-                notes.append("the content of an answer with calls is left out by the template")
-        if field in ("content", "reasoning") and len(written) < len(labels):
+            notes.append("the content of an answer with calls is left out by the template")
+        elif field in ("content", "reasoning"):
             key = next((k for k in REASONING if k in chat.messages[i]), "reasoning in the content")
             notes.append(
                 f"{key} of an earlier answer is left out, as the chat template does when more "

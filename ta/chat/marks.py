@@ -16,11 +16,13 @@ from ta.chat.messages import REASONING, Message
 
 _NONCE = "".join(chr(0xE100 + byte) for byte in secrets.token_bytes(8))
 _OPEN, _CLOSE, _END = "\ue000", "\ue001", "\ue002"
-_DIGITS = str.maketrans("0123456789", "".join(chr(0xE010 + digit) for digit in range(10)))
+_SIGNS = "".join(chr(0xE010 + digit) for digit in range(10))
+_DIGITS = str.maketrans("0123456789", _SIGNS)
+_NUMBERS = str.maketrans(_SIGNS, "0123456789")
 # a text without the white space around it
 _CORE = re.compile(r"\S(?:.*\S)?", re.DOTALL)
 NOWHERE: Mapping[str, int] = {}
-_MARK = re.compile(f"([{_OPEN}{_CLOSE}]){_NONCE}([\ue010-\ue019]+){_END}")
+_MARK = re.compile(f"([{_OPEN}{_CLOSE}]){_NONCE}([{_SIGNS}]+){_END}")
 
 
 class Label(NamedTuple):
@@ -159,7 +161,7 @@ def read_marks(text: str) -> Written:
         clean.append(text[at : mark.start()])
         size += mark.start() - at
         at = mark.end()
-        label = int("".join(chr(ord(digit) - 0xE010 + 48) for digit in mark[2]))
+        label = int(mark[2].translate(_NUMBERS))
         if mark[1] == _OPEN:
             broken = broken or label in begun
             begun[label] = size
