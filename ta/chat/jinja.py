@@ -300,14 +300,12 @@ def _skeleton(roles: tuple[str, ...], template: JinjaTemplate, opened: bool) -> 
     spans = _split(given, named, template, opened, {}, notes)
     texts, before = [], ""
     for i, span in enumerate(spans):
-        parts = (*span.prefix, *span.body)
-        if i < len(roles):
-            *parts, content = parts or [None]
-            if not content or content.by == "template":
-                raise ValueError("the contents do not stand one behind another")
-        if any(part.by != "template" for part in parts):
+        parts = [*span.prefix, *span.body]
+        content = parts.pop() if span.body else None
+        absent = i < len(roles) and (content is None or content.by == "template")
+        if absent or any(part.by != "template" for part in parts):
             raise ValueError("the contents do not stand one behind another")
-        before += "".join(part.text for part in parts)
+        before += "".join([part.text for part in parts])
         if i < len(roles):
             texts.append(before)
             before = span.suffix
