@@ -334,6 +334,14 @@ def test_a_result_is_not_left_without_its_call():
     assert encode_chat(chat, tokenizer, ChatConfig(max_tokens=limit, keep_end=True)) == short
 
 
+def test_a_prompt_is_cut_where_a_template_opens_nothing():
+    _, tokenizer = tokenizer_of(HERMES.removesuffix(ASKS))
+    chat = [*CHAT, user("and now?")]
+    limit = len(encode_prompt(chat, tokenizer, PLAIN)) - 1
+    cut = encode_prompt(chat, tokenizer, ChatConfig(max_tokens=limit))
+    assert cut == encode_prompt(chat[4:], tokenizer, PLAIN)
+
+
 def test_the_last_answer_can_be_cut():
     made, tokenizer = tokenizer_of(HERMES)
     chat = messages("u: a", "a: b", "u: c", "a: " + "word " * 30)
