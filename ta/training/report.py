@@ -54,6 +54,7 @@ MEANING = {
     "reward_gap": "How much higher the chosen answer scores, on average.",
     "reward_std": "Spread of the rewards; where it is 0 there is nothing to learn.",
     "reward_seconds": "Seconds that the rewards of a round took.",
+    "update_tokens_per_second": "Tokens trained on in a second, without rollouts and evaluations.",
     "rollout_seconds": "Seconds that the answers of a round took.",
     "ranking_accuracy": "Share of pairs whose chosen answer scores higher.",
     "preference": "Share of pairs in which a desirable answer is rewarded above another.",
@@ -187,7 +188,7 @@ def charts_of(metrics: Sequence[dict]) -> dict[str, dict[str, Curve]]:
     """
     charts: dict[str, dict[str, Curve]] = {}
     for record in metrics:
-        sizes = ("step", "tokens", "learned_tokens", "seconds")
+        sizes = ("step", "tokens", "learned_tokens", "seconds", "update_seconds")
         values = {key: value for key, value in record.items() if key not in sizes}
         if record.get("seconds"):
             values["tokens a second"] = record.get("tokens", 0) / record["seconds"]
@@ -196,7 +197,7 @@ def charts_of(metrics: Sequence[dict]) -> dict[str, dict[str, Curve]]:
                 curves = charts.setdefault(key.removeprefix("val_"), {})
                 name = "held out" if key.startswith("val_") else "training"
                 curves.setdefault(name, []).append((record.get("step", 0), value))
-    last = ("lr", "grad_norm", "tokens a second", "memory_gb")
+    last = ("lr", "grad_norm", "tokens a second", "update_tokens_per_second", "memory_gb")
 
     def place(title: str) -> tuple[bool, int]:
         return title != "loss", last.index(title) + 1 if title in last else 0
