@@ -283,6 +283,7 @@ def test_a_sharded_model_gives_the_same_answers(run, tmp_path):
     assert [s["step"] for s in two] == [0] * 6 + [1] * 6 + [2] * 6 and all(
         a["step"] <= b["step"] for a, b in pairwise(two)
     )
-    assert "answer, step 2" in (tmp_path / "2" / "report.html").read_text()
+    page = (tmp_path / "2" / "report.html").read_text()
+    assert "step 0" in page and "step 2" in page
     settings = json.loads((tmp_path / "2" / "config.json").read_text())
     assert settings["machine"]["processes"] == 2 and settings["identity"]["steps"] == 2
