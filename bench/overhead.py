@@ -32,7 +32,7 @@ def paired(flags: argparse.Namespace) -> dict[str, float]:
 
     from ta.data.loader import BatchConfig, train_batches
     from ta.training.loop import train
-    from ta.training.optim import OptimConfig, adamw
+    from ta.training.optim import OptimConfig, make_optimizer
     from ta.training.run_folder import LoopConfig, Run
 
     sizes = BatchConfig(batch_size=8, max_tokens_per_micro=4096, steps=flags.steps + 1)
@@ -72,7 +72,15 @@ def paired(flags: argparse.Namespace) -> dict[str, float]:
     optim = OptimConfig(lr=1e-4, schedule="constant", warmup=0)
     with tempfile.TemporaryDirectory() as out:
         run = Run(LoopConfig(out=out))
-        train(run, model, batches, sft_step, adamw(model, optim), optim, before_step=before_step)
+        train(
+            run,
+            model,
+            batches,
+            sft_step,
+            make_optimizer(model, optim),
+            optim,
+            before_step=before_step,
+        )
     times = torch.tensor(rows[20:] or rows, dtype=torch.float64) * 1000  # (steps, 3, 2)
     ours, bare, laying = times.unbind(1)
     return {

@@ -176,7 +176,7 @@ def train_timed(
 
     from ta.parallel import gather_objects
     from ta.training.loop import train
-    from ta.training.optim import OptimConfig, adamw
+    from ta.training.optim import OptimConfig, make_optimizer
     from ta.training.run_folder import LoopConfig, Run
 
     marks: list[float] = []
@@ -194,7 +194,7 @@ def train_timed(
     with tempfile.TemporaryDirectory() as mine:
         run = Run(LoopConfig(out=gather_objects(mine)[0]))
         try:
-            train(run, model, batches, step, adamw(model, optim), optim, before_step=mark)
+            train(run, model, batches, step, make_optimizer(model, optim), optim, before_step=mark)
         except StopIteration:
             pass
     return marks

@@ -177,7 +177,7 @@ def main(config: Config):
         model,
         batches,
         learn,
-        ta.adamw(model, optim),
+        ta.make_optimizer(model, optim),
         optim,
         evaluate=evaluate if val_data else None,
     )

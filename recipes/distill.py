@@ -133,7 +133,7 @@ def main(config: Config):
         model,
         batches,
         learn,
-        ta.adamw(model, optim),
+        ta.make_optimizer(model, optim),
         optim,
         evaluate=evaluate if val_data else None,
         before_step=before_step if config.on_policy else None,

@@ -256,7 +256,7 @@ def main(config: Config):
         model,
         batches,
         learn,
-        ta.adamw(model, optim),
+        ta.make_optimizer(model, optim),
         optim,
         evaluate=evaluate if val_data or config.samples.samples_data else None,
         before_step=before_step,

@@ -108,7 +108,7 @@ def main(config: Config):
     optim = ta.with_default_lr(
         config.optim, config.model, config.adapter, full=1e-6, adapted=1e-5, builtin=3e-4
     )
-    optimizer = ta.adamw(model, optim)
+    optimizer = ta.make_optimizer(model, optim)
     ta.rl.report_memory(config.loop, model, batches, optimizer, config.rollouts)
     pool = ta.rl.RewardPool(config.reward, run.device, batches.max_tokens)
     engine = ta.rl.start_engine(config.engine, config.vllm, config.model, model, tokenizer)

@@ -110,7 +110,7 @@ def main(config: Config):
         config.optim, config.model, config.adapter, full=2e-5, adapted=2e-4, builtin=8e-4
     )
     projector_lr = ta.media.projector_lr(config.media, media, config.model.model_path, optim.lr)
-    optimizer = ta.adamw(model, optim, {"projectors.": projector_lr / optim.lr})
+    optimizer = ta.make_optimizer(model, optim, {"projectors.": projector_lr / optim.lr})
     learn = partial(step, media)
 
     def evaluate(done):

@@ -134,7 +134,7 @@ def main(config: Config):
     optim = ta.with_default_lr(
         config.optim, config.model, config.adapter, full=2e-5, adapted=2e-4, builtin=1e-3
     )
-    optimizer = ta.adamw(model, optim, {"encoder.": encoder_lr / optim.lr})
+    optimizer = ta.make_optimizer(model, optim, {"encoder.": encoder_lr / optim.lr})
     learn = partial(ta.rag.rag_step, scale)
     with_passages = partial(
         ta.rag.with_passages,

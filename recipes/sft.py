@@ -92,7 +92,7 @@ def main(config: Config):
         model,
         batches,
         step,
-        ta.adamw(model, optim),
+        ta.make_optimizer(model, optim),
         optim,
         evaluate=evaluate if val_data or config.samples.samples_data else None,
     )

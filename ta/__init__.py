@@ -122,7 +122,7 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
     from ta.training.loop import train as train
     from ta.training.model_card import model_card as model_card
     from ta.training.optim import OptimConfig as OptimConfig
-    from ta.training.optim import adamw as adamw
+    from ta.training.optim import make_optimizer as make_optimizer
     from ta.training.optim import with_default_lr as with_default_lr
     from ta.training.progress import join_figures as join_figures
     from ta.training.report import comparison as comparison
@@ -175,7 +175,7 @@ NAMES = {  # module: what `import ta` gives of it, loaded on first use
     "ta.training.model_card": "model_card",
     "ta.training.loop": "mean_over scores_of train",
     "ta.training.progress": "join_figures",
-    "ta.training.optim": "OptimConfig adamw with_default_lr",
+    "ta.training.optim": "OptimConfig make_optimizer with_default_lr",
 }
 MODULES = ("losses", "media", "parallel", "rag", "rl")  # given whole
 _HOME = {name: module for module, names in NAMES.items() for name in names.split()}

@@ -33,7 +33,7 @@ EDITS = {  # what stands in recipes/dpo.py: what stands in the copy
         '        case "cal_dpo":\n'
     ),
     # another optimizer
-    "        ta.adamw(model, optim),\n": (
+    "        ta.make_optimizer(model, optim),\n": (
         "        torch.optim.SGD(model.parameters(), lr=optim.lr, momentum=0.9),\n"
     ),
     "    settings = loss_settings(config)\n": "    import torch\n\n    settings = loss_settings(config)\n",

@@ -18,7 +18,7 @@ from ta import parallel
 from ta.data.loader import BatchConfig, train_batches
 from ta.training import checkpoint
 from ta.training.loop import train
-from ta.training.optim import OptimConfig, adamw
+from ta.training.optim import OptimConfig, make_optimizer
 from ta.training.run_folder import LoopConfig, Run
 
 STEPS = 8
@@ -56,7 +56,7 @@ def work(folder, lora, stop=None):
         model,
         train_batches(prepared(), config),
         sft_step,
-        adamw(model, optim),
+        make_optimizer(model, optim),
         optim,
         before_step=before_step,
     )
@@ -80,7 +80,7 @@ def state(folder):
 def save_again(folder, target, lora, rank):
     """Load the newest checkpoint on this number of processes and save it elsewhere."""
     model = model_of(lora)
-    optimizer = adamw(model, OptimConfig(lr=1e-2))
+    optimizer = make_optimizer(model, OptimConfig(lr=1e-2))
     step = checkpoint.load(checkpoint.newest(folder), model, optimizer)
     checkpoint.save(target, step, model, optimizer, {})
 

@@ -37,7 +37,7 @@ from ta.reference import (
     with_cached_reference,
 )
 from ta.training.loop import train
-from ta.training.optim import OptimConfig, adamw
+from ta.training.optim import OptimConfig, make_optimizer
 from ta.training.run_folder import LoopConfig, Run
 
 LN2 = float(np.float32(math.log(2)))
@@ -202,7 +202,7 @@ def run_synced(folder, every=2, alpha=0.5, steps=5, stop=None, resume=False):
         policy,
         batches,
         learn(),
-        adamw(policy, optim),
+        make_optimizer(policy, optim),
         optim,
         before_step=before_step,
         more_state=ref.state,

@@ -3,7 +3,7 @@
 A folder step-N holds shard-R.safetensors of every rank R and manifest.json with sizes and hashes,
 its own too; one rename publishes it. Sharded tensors are cut along their first dimension; a
 checkpoint of any number of processes loads on any other number. Any optimizer's state is stored:
-tensors as KEY/NAME, numbers in the manifest.
+tensors as KEY/NAME, those of which a tensor is made as KEY.PART/NAME, numbers in the manifest.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ta.files import clean_up, damage, digest, hash_json, remove_whole, sync
 from ta.model.export import published
 from ta.parallel import gather_objects, local_rows, rank, world
+from ta.training.optim import set_lr
 
 if TYPE_CHECKING:
     import torch
@@ -132,7 +133,11 @@ def _optimizer_state(
     tensors, numbers = {}, {}
     for name, parameter in trained(model).items():
         for key, value in sorted(optimizer.state.get(parameter, {}).items()):
-            if torch.is_tensor(value) and (value.dim() or key != "step"):
+            if hasattr(value, "__tensor_flatten__") and not hasattr(value, "to_local"):
+                # a moment in 8 bits: its codes, their scales and what they stand for
+                for part in value.__tensor_flatten__()[0]:
+                    tensors[f"{key}.{part}/{name}"] = getattr(value, part)
+            elif torch.is_tensor(value) and (value.dim() or key != "step"):
                 tensors[f"{key}/{name}"] = value
             elif value is not None:
                 numbers.setdefault(name, {})[key] = float(value)
@@ -197,9 +202,16 @@ def load(
         )
     for name, tensor in wanted.items():
         shards.copy_to(tensor, name)
-    for full in shards.names - stored:
+    states = sorted(shards.names - stored)
+    if any("." in full.partition("/")[0] for full in states):
+        _make_state(optimizer)
+    for full in states:
         key, _, name = full.partition("/")
+        key, _, part = key.partition(".")
         parameter = parameters[name]
+        if part:
+            shards.copy_to(getattr(optimizer.state[parameter][key], part), full)
+            continue
         shape = shards.shape(full)
         like_parameter = shape == list(parameter.shape)
         state = torch.zeros_like(parameter) if like_parameter else parameter.new_zeros(shape)
@@ -216,6 +228,20 @@ def load(
             number = torch.tensor(value, dtype=torch.float32, device=device)
             optimizer.state[parameter][key] = number
     return step
+
+
+def _make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer make its own state, by a step that moves nothing."""
+    import torch
+
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    set_lr(optimizer, [0.0] * len(rates))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    set_lr(optimizer, rates)
 
 
 class Shards:

@@ -19,9 +19,17 @@ KEPT_WIDTHS = 13
 KEPT_HIDDEN = 4
 
 
-def moments_of(optimizer: torch.optim.Optimizer) -> int:
-    """How many tensors of a parameter's size an optimizer keeps for it."""
-    return 2 if "betas" in optimizer.defaults else 1 if optimizer.defaults.get("momentum") else 0
+def moments_of(optimizer: torch.optim.Optimizer) -> float:
+    """The bytes of an optimizer's moments for each byte of the weights that it moves."""
+    weights = moments = 0
+    # torchao's optimizers hold a moment in one byte
+    eight_bits = hasattr(optimizer, "block_size")
+    for group in optimizer.param_groups:
+        count = 2 if "betas" in group else 1 if group.get("momentum") else 0
+        for parameter in group["params"]:
+            weights += _size(parameter)
+            moments += count * (parameter.numel() if eight_bits else _size(parameter))
+    return moments / weights
 
 
 def check_disk(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from ta.command_line import Range
 from ta.folders import ModelConfig, resolve
+from ta.parallel import blocks, world
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,12 @@ class OptimConfig:
     """AdamW's decay of the second moment."""
     clip: Annotated[float, Range(0)] = 1.0
     """Greatest global gradient norm; 0 does not clip."""
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """adamw8bit holds its moments in 8 bits (needs torchao). muon makes the updates of the blocks'
+    matrices orthogonal (Jordan et al. 2024) and as large as AdamW's, which moves the rest."""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """Type in which trained weights and gradients are held. bfloat16 takes half the memory: updates
+    are rounded up or down at random, right on average (needs adamw8bit and --dtype bfloat16)."""
 
 
 def with_default_lr(
@@ -98,14 +105,57 @@ def parameter_groups(
     ]
 
 
-def adamw(
+def make_optimizer(
     model: nn.Module, config: OptimConfig, lr_scales: dict[str, float] | None = None
 ) -> torch.optim.Optimizer:
-    """AdamW over the weights that train (see `parameter_groups`)."""
+    """The optimizer of --optimizer over the weights that train (see `parameter_groups`).
+
+    With --weights bfloat16 these weights are cast, in place. ValueError where torchao is not there
+    or the weights are sharded, which its moments in 8 bits are not.
+    """
     import torch
 
+    rounded = config.weights == "bfloat16"
+    if rounded and not (config.optimizer == "adamw8bit" and model.half_precision):
+        raise ValueError("--weights bfloat16 needs --optimizer adamw8bit and --dtype bfloat16")
     groups = parameter_groups(model, config.weight_decay, lr_scales)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+    betas = config.beta1, config.beta2
+    if config.optimizer == "muon":
+        from ta.training.muon import MuonAndAdamW
+
+        return MuonAndAdamW(groups, _of_blocks(model), config.lr, betas)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
+    if world() > 1:
+        raise ValueError(
+            "--optimizer adamw8bit does not shard its moments over processes: give another, or "
+            "train on one process"
+        )
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError(
+            f"--optimizer adamw8bit needs torchao (pip install torchao): {error}"
+        ) from error
+    for group in groups if rounded else ():
+        for parameter in group["params"]:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return AdamW8bit(groups, lr=config.lr, betas=betas, bf16_stochastic_round=rounded)
+
+
+def _of_blocks(model: nn.Module) -> set[int]:
+    """The ids of the parameters in transformer blocks."""
+    return {id(parameter) for block in blocks(model) for parameter in block.parameters()}
+
+
+def set_lr(optimizer: torch.optim.Optimizer, rates: list[float]) -> None:
+    """Set the learning rate of each group of parameters."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if hasattr(group["lr"], "fill_"):
+            # torchao's compiled code reads it there
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def update(
@@ -130,8 +180,7 @@ def update(
         return math.nan
     factor = scale * (min(1.0, clip / (norm + 1e-6)) if clip else 1.0)
     torch._foreach_mul_(grads, factor)
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
+    set_lr(optimizer, [lr * group.get("lr_scale", 1.0) for group in optimizer.param_groups])
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

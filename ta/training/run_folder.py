@@ -282,6 +282,7 @@ COMPARED_OTHERWISE = [
     "batches",
     "chat",
     "compute",
+    "context",
     "data",
     "loop",
     "media",
@@ -317,8 +318,9 @@ def resume_key(run: Run, batches: Any, optimizer: Any, optim: Any, more: dict[st
     key |= {"steps": batches.steps, "batch_size": batches.batch_size, "seed": batches.seed}
     plain = (bool, int, float, str, tuple, list)
     settings = {k: v for k, v in optimizer.defaults.items() if isinstance(v, plain) and k != "lr"}
-    key |= {"optimizer": type(optimizer).__name__, "optimizer_settings": settings}
-    key |= {**dataclasses.asdict(optim), **more}
+    # float32, the default of --weights, stands in no older key
+    key |= {k: v for k, v in dataclasses.asdict(optim).items() if v != "float32"}
+    key |= {"optimizer": type(optimizer).__name__, "optimizer_settings": settings, **more}
     return {name: value for name, value in key.items() if value is not None}
 
 

@@ -14,7 +14,7 @@ from small import prepared, sft_step, tiny
 from ta.data.loader import BatchConfig, train_batches
 from ta.training import checkpoint
 from ta.training.loop import train
-from ta.training.optim import OptimConfig, adamw
+from ta.training.optim import OptimConfig, make_optimizer
 from ta.training.run_folder import LoopConfig, Run
 
 STEPS = 12
@@ -29,7 +29,9 @@ def work(folder):
     torch.manual_seed(1)
     lora = LoraConfig(target_modules="all-linear", lora_dropout=0.3, fan_in_fan_out=True)
     model.inner = get_peft_model(model.inner, lora)
-    train(run, model, train_batches(prepared(), config), sft_step, adamw(model, optim), optim)
+    train(
+        run, model, train_batches(prepared(), config), sft_step, make_optimizer(model, optim), optim
+    )
 
 
 def in_child(folder, before=lambda: None) -> int:

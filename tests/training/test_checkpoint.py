@@ -10,14 +10,14 @@ from small import prepared, sft_step, tiny
 
 from ta.data.loader import BatchConfig, val_batches
 from ta.training import checkpoint
-from ta.training.optim import OptimConfig, adamw
+from ta.training.optim import OptimConfig, make_optimizer
 
 
 @pytest.fixture
 def trained(tmp_path):
     """A model after two steps, its optimizer, and checkpoints of both steps."""
     model = tiny()
-    optimizer = adamw(model, OptimConfig(lr=1e-2))
+    optimizer = make_optimizer(model, OptimConfig(lr=1e-2))
     (batch,) = val_batches(prepared(), BatchConfig(max_tokens_per_micro=10_000))
     for step in (1, 2):
         sft_step(model, batch)[0].backward()
@@ -30,7 +30,7 @@ def trained(tmp_path):
 def test_load_gives_back_every_bit(trained):
     model, optimizer, folder = trained
     other = tiny(seed=5)
-    fresh = adamw(other, OptimConfig(lr=1e-2))
+    fresh = make_optimizer(other, OptimConfig(lr=1e-2))
     found = checkpoint.newest(folder)
     assert found.path.name == "step-00000002" and checkpoint.load(found, other, fresh) == 2
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
@@ -181,7 +181,7 @@ def test_other_tensors_are_refused(trained):
     found = checkpoint.newest(folder)
     wider = tiny(n_layer=3)
     with pytest.raises(ValueError, match="trains other tensors"):
-        checkpoint.load(found, wider, adamw(wider, OptimConfig(lr=1e-3)))
+        checkpoint.load(found, wider, make_optimizer(wider, OptimConfig(lr=1e-3)))
 
 
 def test_manifest_is_plain_json_and_nothing_is_pickled(trained):

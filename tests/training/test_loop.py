@@ -20,7 +20,7 @@ from ta.files import append_line
 from ta.training import checkpoint
 from ta.training import loop as training_loop
 from ta.training.loop import mean_over
-from ta.training.optim import OptimConfig, adamw, lr_at
+from ta.training.optim import OptimConfig, lr_at, make_optimizer
 from ta.training.run_folder import LoopConfig, Run, first_day
 
 
@@ -31,7 +31,7 @@ def batches_of(data, steps=6, batch_size=8, budget=64, **more):
 
 def train(model, batches, step, run, optim, optimizer=None, **more):
     """`train` with AdamW."""
-    optimizer = optimizer or adamw(model, optim)
+    optimizer = optimizer or make_optimizer(model, optim)
     return training_loop.train(run, model, batches, step, optimizer, optim, **more)
 
 
@@ -274,7 +274,7 @@ def test_evaluation_is_the_token_mean_over_all_records():
 
 def test_decay_is_for_matrices_and_scales_for_named_parts():
     model = tiny()
-    optimizer = adamw(model, OptimConfig(lr=1.0, weight_decay=0.1), {"inner.lm_head": 0.5})
+    optimizer = make_optimizer(model, OptimConfig(lr=1.0, weight_decay=0.1), {"inner.lm_head": 0.5})
     names = {id(p): n for n, p in model.named_parameters()}
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -286,7 +286,7 @@ def test_decay_is_for_matrices_and_scales_for_named_parts():
 def test_nothing_to_train_is_an_error():
     model = tiny().requires_grad_(False)
     with pytest.raises(ValueError, match="nothing to train"):
-        adamw(model, OptimConfig(lr=1e-3))
+        make_optimizer(model, OptimConfig(lr=1e-3))
 
 
 def test_a_record_longer_than_the_budget_names_its_line():
@@ -309,7 +309,7 @@ def test_a_dry_run_tells_memory_and_changes_nothing(tmp_path, capsys):
 
     model, data = tiny(), prepared()
     size = sum(p.numel() for p in model.parameters()) * 4 / 1e9
-    optimizer = adamw(model, OptimConfig(lr=1e-2))
+    optimizer = make_optimizer(model, OptimConfig(lr=1e-2))
     small, large = (
         estimate(model, batches_of(data, budget=budget), optimizer) for budget in (40, 160)
     )
@@ -327,15 +327,19 @@ def test_a_dry_run_tells_memory_and_changes_nothing(tmp_path, capsys):
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("kind", ["SGD", "Adafactor", "RMSprop"])
+@pytest.mark.parametrize("kind", ["SGD", "Adafactor", "RMSprop", "MuonAndAdamW", "AdamW8bit"])
 def test_any_optimizer_resumes_bitwise(tmp_path, kind):
     """Its state is in the checkpoint, whatever it keeps; another kind is refused."""
+    if kind == "AdamW8bit":
+        pytest.importorskip("torchao")
+    data, optim = prepared(), OptimConfig(lr=1e-2, warmup=0)
     make = {
         "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9),
         "Adafactor": lambda model: torch.optim.Adafactor(model.parameters(), lr=1e-2),
         "RMSprop": lambda model: torch.optim.RMSprop(model.parameters(), lr=1e-3, momentum=0.5),
+        "MuonAndAdamW": lambda model: make_optimizer(model, replace(optim, optimizer="muon")),
+        "AdamW8bit": lambda model: make_optimizer(model, replace(optim, optimizer="adamw8bit")),
     }[kind]
-    data, optim = prepared(), OptimConfig(lr=1e-2, warmup=0)
 
     def interrupt(done, micro_batches):
         if done == 3:
@@ -361,7 +365,7 @@ def test_any_optimizer_resumes_bitwise(tmp_path, kind):
     whole = run("whole")
     run("cut", interrupt)
     with pytest.raises(ValueError, match=f"optimizer was '{kind}' and is 'AdamW'"):
-        run("cut", resume=True, optimizer=lambda model: adamw(model, optim))
+        run("cut", resume=True, optimizer=lambda model: make_optimizer(model, optim))
     resumed = run("cut", resume=True)
     for (name, a), b in zip(weights(whole).items(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), name

@@ -30,7 +30,7 @@ for adapter, recompute in (("none", False), ("lora", False), ("none", True)):
     compute = ta.ComputeConfig(activation_checkpointing=recompute)
     model = ta.load_model(ta.ModelConfig(), ta.AdapterConfig(adapter=adapter), compute, tokenizer)
     batches = ta.train_batches(data, config)
-    optimizer = ta.adamw(model, ta.OptimConfig(lr=1e-4))
+    optimizer = ta.make_optimizer(model, ta.OptimConfig(lr=1e-4))
     told = estimate(model, batches, optimizer)
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)

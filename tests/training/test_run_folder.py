@@ -9,7 +9,7 @@ from small import prepared, sft_step, tiny
 from ta.data.loader import BatchConfig, train_batches
 from ta.files import hold_lock
 from ta.training.loop import train
-from ta.training.optim import OptimConfig, adamw
+from ta.training.optim import OptimConfig, make_optimizer
 from ta.training.run_folder import LoopConfig, Run, check_out
 
 
@@ -20,7 +20,7 @@ def trained(folder, steps=2, **more):
     batches = train_batches(
         prepared(), BatchConfig(steps=steps, batch_size=8, max_tokens_per_micro=100)
     )
-    train(run, model, batches, sft_step, adamw(model, optim), optim)
+    train(run, model, batches, sft_step, make_optimizer(model, optim), optim)
     run.release()
 
 

@@ -11,7 +11,7 @@ from small import prepared, sft_step, tiny
 from ta.data.loader import BatchConfig, train_batches, val_batches
 from ta.files import append_line
 from ta.training.loop import mean_over, train
-from ta.training.optim import OptimConfig, adamw
+from ta.training.optim import OptimConfig, make_optimizer
 from ta.training.run_folder import LoopConfig, Run
 
 STEPS, EVERY = 6, 3
@@ -62,7 +62,7 @@ class Story:
             model,
             batches,
             step,
-            adamw(model, optim),
+            make_optimizer(model, optim),
             optim,
             evaluate=evaluate,
             before_step=before_step,

@@ -1,0 +1,129 @@
+"""Optimizers that --optimizer names: each against what it is made of."""
+
+import signal
+
+import pytest
+import torch
+from conftest import together
+from small import prepared, sft_step, tiny
+
+from ta import parallel
+from ta.data.loader import collate_chats
+from ta.parallel import blocks
+from ta.training.optim import OptimConfig, make_optimizer, update
+
+
+def stepped(model, config, batch, steps=3):
+    """The model after some steps on one batch, and the losses before each."""
+    optimizer = make_optimizer(model, config)
+    curve = []
+    for _ in range(steps):
+        loss, count, _ = sft_step(model, batch)
+        loss.backward()
+        curve.append(loss.item() / float(count))
+        update(optimizer, config.lr, 1 / float(count), config.clip, loss.item())
+    return model, curve
+
+
+BATCH = collate_chats(prepared(16, learn=1.0), range(16), True)
+
+
+def test_muon_moves_matrices_of_blocks_and_adamw_the_rest():
+    """Each half is torch's own optimizer, alone on its half."""
+    config = OptimConfig(lr=1e-2, weight_decay=0.1, optimizer="muon")
+    ours, _ = stepped(tiny(dtype=torch.float64), config, BATCH)
+    theirs = tiny(dtype=torch.float64)
+    own = {id(p) for block in blocks(theirs) for p in block.parameters() if p.dim() == 2}
+    halves = [p for p in theirs.parameters() if id(p) in own]
+    tables = [theirs.inner.transformer.wte.weight, theirs.inner.transformer.wpe.weight]
+    head = [theirs.inner.lm_head.weight]
+    taken = {id(p) for p in (*halves, *head)}
+    rest = [p for p in theirs.parameters() if id(p) not in taken]
+    assert len(halves) == 8 and all(any(p is q for q in rest) for p in tables)
+    muon = torch.optim.Muon(halves, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    # decay is for matrices, not for embeddings and vectors
+    adamw = torch.optim.AdamW(
+        [{"params": rest, "weight_decay": 0.0}, {"params": head, "weight_decay": 0.1}],
+        lr=1e-2,
+        betas=(0.9, 0.95),
+    )
+    for _ in range(3):
+        loss, count, _ = sft_step(theirs, BATCH)
+        (loss / count).backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        muon.step(), adamw.step()
+        theirs.zero_grad()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_processes_update_as_one(optimizer, tmp_path):
+    config = OptimConfig(lr=1e-3, optimizer=optimizer)
+    whole, _ = stepped(tiny(dtype=torch.float64), config, BATCH, steps=2)
+
+    def main(rank):
+        signal.alarm(100)
+        model = tiny(dtype=torch.float64)
+        device = parallel.init()
+        if rank:
+            model.to("meta")
+        parallel.shard(model, device, half=False)
+        stepped(model, config, BATCH, steps=2)
+        full = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+        if not rank:
+            torch.save(full, tmp_path / "full.pt")
+        parallel.close()
+
+    codes = together(main, 2, tmp_path / "said")
+    assert codes == [0, 0], (tmp_path / "said").read_text()[-3000:]
+    full = torch.load(tmp_path / "full.pt")
+    for name, wanted in whole.named_parameters():
+        # an orthogonal update is computed in bfloat16, whose rounding differs (0.05)
+        gap = (full[name] - wanted).norm() / (
+            wanted - dict(tiny(dtype=torch.float64).named_parameters())[name]
+        ).norm()
+        assert gap < (0.15 if optimizer == "muon" else 1e-6), name
+
+
+@pytest.mark.slow
+def test_moments_in_8_bits_learn_as_those_in_32():
+    pytest.importorskip("torchao")
+    _, plain = stepped(tiny(), OptimConfig(lr=3e-3), BATCH, steps=40)
+    _, small = stepped(tiny(), OptimConfig(lr=3e-3, optimizer="adamw8bit"), BATCH, steps=40)
+    assert plain[-1] < 0.6 * plain[0]
+    assert small[-1] == pytest.approx(plain[-1], rel=0.1)
+
+
+@pytest.mark.slow
+def test_weights_in_bfloat16_are_rounded_right_on_average():
+    """Updates of a thirtieth of the distance to the next number would all be lost by rounding to the nearest."""
+    pytest.importorskip("torchao")
+    model = tiny()
+    model.half_precision = True
+    config = OptimConfig(lr=1e-4, clip=0, optimizer="adamw8bit", weights="bfloat16")
+    head = model.inner.lm_head.weight
+    with torch.no_grad():
+        head.fill_(1.0)
+    optimizer = make_optimizer(model, config)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    torch.manual_seed(0)
+    for _ in range(20):
+        optimizer.step()
+    moved = 1 - model.inner.lm_head.weight.float().mean().item()
+    # below 1 the numbers lie 2^-8 apart
+    assert moved == pytest.approx(20 * config.lr, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (OptimConfig(lr=1.0, weights="bfloat16"), "--optimizer adamw8bit"),
+        (OptimConfig(lr=1.0, weights="bfloat16", optimizer="adamw8bit"), "--dtype bfloat16"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(config, said):
+    with pytest.raises(ValueError, match=said):
+        make_optimizer(tiny(dtype=torch.float64), config)
