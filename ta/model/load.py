@@ -27,6 +27,7 @@ from ta.model.adapters import (
 from ta.model.arguments import parsed, quantization
 from ta.model.new_rows import check_vocabulary, set_rows
 from ta.parallel import (
+    blocks,
     compile_blocks,
     gather_objects,
     rank,
@@ -68,6 +69,9 @@ class ComputeConfig:
     """Recompute each block in the backward pass: less memory, about a third more time."""
     compile: bool = False
     """torch.compile each block; pays on accelerators after a minute of compiling."""
+    float8: bool = False
+    """Multiply the blocks' matrices in float8 with a scale a tensor (Micikevicius et al. 2022).
+    Needs torchao and bfloat16; pays with --compile on GPUs that multiply float8."""
     deterministic: bool = False
     """Only operations that give the same bits in every run, so that a resumed run equals a whole
     one on a GPU as it does on CPU; slower there."""
@@ -361,6 +365,24 @@ def check_generation(folder: str, config: GenerationConfig) -> None:
         raise ValueError(f"{folder}/generation_config.json cannot be: {what}; mend it") from None
 
 
+def multiply_in_float8(model: LanguageModel) -> None:
+    """Let the linear layers of every block multiply in float8, forward and backward, in place.
+
+    Layers whose sides are no multiples of 16 stay, as the hardware asks. Weights keep their type.
+    ValueError without torchao and for a model that does not compute in bfloat16.
+    """
+    if not model.half_precision:
+        raise ValueError("--float8 rounds what bfloat16 computes: give --dtype bfloat16")
+    try:
+        from torchao.float8 import convert_to_float8_training
+    except ImportError as error:
+        raise ValueError(f"--float8 needs torchao (pip install torchao): {error}") from error
+    for block in blocks(model):
+        convert_to_float8_training(
+            block, module_filter_fn=lambda layer, name: not any(n % 16 for n in layer.weight.shape)
+        )
+
+
 def is_half(model: ModelConfig, device: str) -> bool:
     """Whether the forward pass runs in bfloat16."""
     return model.dtype == "bfloat16" or (model.dtype == "auto" and str(device).startswith("cuda"))
@@ -470,6 +492,8 @@ def _place(
     wrapper.half_precision, wrapper.recomputed = half, compute.activation_checkpointing
     if half:
         round_frozen(wrapper)
+    if compute.float8:
+        multiply_in_float8(wrapper)
     if compute.compile:
         compile_blocks(wrapper)
     if compute.activation_checkpointing:
