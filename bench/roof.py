@@ -9,7 +9,7 @@ attention), the bytes that it reads and writes over the memory's rate, and FLOOR
 all operations between two products as one kernel that reads and writes only what others have made
 or need: a lower bound of what a compiler can reach. The device waits where the host needs longer
 to launch the kernels: a step takes the longer of the two times. AdamW moves 40 bytes a trained
-weight (gradient norm, scaling and update).
+weight (gradient norm, scaling and update); with moments in 8 bits and all else in bfloat16 16.
 
 The rates are ceilings that `bench/gpu.py` measured apart from training on one H200. `share` is of
 989 TFLOP/s, for the FLOPs that the documents ask for (`bench/mfu.py` counts the same).
@@ -295,11 +295,13 @@ def step(
     compiled: bool = False,
     casts: bool = False,
     checkpointing: bool = False,
+    small: bool = False,
     dpo: str = "",
 ) -> Figures:
     """Milliseconds, share and GiB of one step of --tokens of chats, or of 12 pairs for DPO.
 
     `dpo` says how prompts lie: "shared" or "twice". `casts` leaves norms and adapters as they come.
+    `small` is --optimizer adamw8bit --weights bfloat16.
     """
     from ta.data.batch import lay_out
 
@@ -324,6 +326,8 @@ def step(
     inner = meta_model(size, adapted)
     with as_on_a_gpu():
         model = fake_model(inner, casts, checkpointing)
+        for parameter in model.parameters() if small else ():
+            parameter.data = parameter.data.to(torch.bfloat16)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         batch = on_device(batch)
@@ -335,7 +339,10 @@ def step(
             else:
                 model.loss(batch).backward()
     spent = times(flags, trace.operations, compiled, trained)
-    return figures(spent, wanted, sum(batch.lengths), weights + trace.peak + 8 * trained)
+    if small:
+        spent["adamw_ms"] *= 16 / 40
+    moments = (2 if small else 8) * trained
+    return figures(spent, wanted, sum(batch.lengths), weights + trace.peak + moments)
 
 
 def head(flags, compiled: bool = False) -> Figures:
@@ -370,6 +377,9 @@ LINES = {
     ),
     "8B full, checkpointing, compiled": partial(
         step, size="8B", tokens=8192, checkpointing=True, compiled=True
+    ),
+    "8B full, checkpointing, small": partial(
+        step, size="8B", tokens=8192, checkpointing=True, small=True
     ),
     "DPO 1B LoRA": partial(step, size="1B", tokens=0, adapted=True, dpo="shared"),
     "DPO 1B LoRA, prompts twice": partial(step, size="1B", tokens=0, adapted=True, dpo="twice"),
