@@ -186,7 +186,7 @@ def save_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None =
 
 
 def _with_dtype(settings: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """Settings that name `dtype` wherever they name one."""
+    """Settings that name `dtype` wherever they name one, and no folder of this machine."""
     return {
         key: _with_dtype(value, dtype)
         if isinstance(value, dict)
@@ -194,6 +194,7 @@ def _with_dtype(settings: dict[str, Any], dtype: str) -> dict[str, Any]:
         if key == "dtype" and value
         else value
         for key, value in settings.items()
+        if key != "_name_or_path"
     }
 
 

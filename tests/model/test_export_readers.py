@@ -1,16 +1,13 @@
-"""The exports of each kind of run, read by other programs: transformers here, and another one by the Python in TA_READER_PYTHON.
+"""The exports of each kind of run, read by other programs: transformers here, another one by the Python in TA_READER_PYTHON, and vLLM by that in TA_VLLM_PYTHON.
 
-TA_READER_PYTHON=/envs/transformers4/bin/python python -m pytest tests/model/test_export_readers.py
+TA_READER_PYTHON=/envs/transformers4/bin/python TA_VLLM_PYTHON=/envs/vllm/bin/python python -m pytest tests/model/test_export_readers.py
 """
 
 import json
-import os
-import subprocess
 
 import pytest
 import torch
-from conftest import ROOT
-from export_reader import read
+from export_reader import OTHER, VLLM, asked
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -22,11 +19,17 @@ from ta.model.export import save_model
 from ta.model.load import load_for_inference
 
 pytestmark = pytest.mark.slow
-OTHER = os.environ.get("TA_READER_PYTHON")
 TEXTS = ["What is 12 plus 3?", "Say  <|im_end|> now", "Größe 你好\n<X>"]
 IDS = [[5, 40, 17], [9, 30, 31, 12, 7]]
 NEW = ("--init-tokens", "<X>=What is")
 LORA = ("--adapter", "lora")
+REFUSED = {  # what vLLM does not take as an adapter at run time, in its words: merge it, or answer by transformers
+    "lora, new tokens": "TrainableTokens",
+    "dora": "DoRA",
+    "prompt": "peft",
+    "p-tuning": "peft",
+    "prefix": "peft",
+}
 RUNS = {  # name: (recipe, flags, reader's kind, whether the folder is an adapter)
     "full": ("sft", (), "causal", False),
     "new tokens": ("sft", NEW, "causal", False),
@@ -59,17 +62,6 @@ def base(tmp_path_factory):
     return path
 
 
-def reader(python, **what):
-    """What a Python reads; this one reads in process."""
-    if python is None:
-        return read(**what)
-    command = [python, str(ROOT / "tests" / "export_reader.py"), json.dumps(what)]
-    alone = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(command, capture_output=True, text=True, env=alone)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.mark.parametrize("name", RUNS)
 def test_others_read_what_the_run_computes(forked, door, base, tmp_path, name):
     recipe, flags, kind, adapter = RUNS[name]
@@ -90,12 +82,17 @@ def test_others_read_what_the_run_computes(forked, door, base, tmp_path, name):
     ids = [raw.encode(text, add_special_tokens=False).ids for text in TEXTS]
     assert (len(raw.encode("<X>").ids) == 1) == ("<X>=What is" in flags)
     what = {"folder": str(final), "kind": kind, "base": str(base) if adapter else None}
-    for python in dict.fromkeys([None, OTHER]):
-        seen = reader(python, **what, texts=TEXTS, ids=IDS)
+    for python in dict.fromkeys([None, OTHER, VLLM]):
+        refused = REFUSED.get(name, "") if python and python == VLLM else ""
+        seen = asked(python, refused, **what, texts=TEXTS, ids=IDS)
+        if refused:
+            continue
         assert seen["ids"] == ids and seen["dtype"] == "torch.float32", seen["version"]
         assert seen["chat"] == AutoTokenizer.from_pretrained(base).chat_template
         if kind == "causal":
             assert (seen["ends"], seen["strings"]) == ([2, 5], None)
+        if seen["version"].startswith("vLLM") and kind == "causal":
+            want = [row.log_softmax(-1) for row in want]
         gap = max(
             (torch.tensor(a) - b).abs().max().item()
             for a, b in zip(seen["logits"], want, strict=True)
@@ -147,6 +144,6 @@ def test_rotary_positions_of_architectures(tmp_path, kind):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     ids = [list(range(1, 60))]
     what = {"folder": str(tmp_path), "kind": "causal", "base": None, "texts": [], "ids": ids}
-    here, there = reader(None, **what), reader(OTHER, **what)
+    here, there = asked(None, **what), asked(OTHER, **what)
     gap = (torch.tensor(here["logits"]) - torch.tensor(there["logits"])).abs().max().item()
     assert gap < 1e-4, (there["version"], gap)

@@ -4,8 +4,10 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from export_reader import OTHER, asked
 from safetensors.torch import load_file, save_file
 from test_encoders import save_clip, save_siglip
 
@@ -310,6 +312,13 @@ def test_llava_layout_gives_equal_logits(forked, door, flags, place, tmp_path):
         LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava").eval(),
         AutoTokenizer.from_pretrained(tmp_path / "llava"),
     )
+    image = model.config.image_token_index
+    ids = [[1, *[image] * model.config.image_seq_length, 2, 3]]
+    what = {"folder": str(tmp_path / "llava"), "kind": "llava", "base": None, "ids": ids}
+    here, *others = (asked(p, **what, texts=["hi"]) for p in dict.fromkeys([None, OTHER]))
+    for other in others:
+        assert other["ids"] == here["ids"] and other["chat"] == here["chat"]
+        assert np.allclose(other["logits"], here["logits"], atol=1e-4), other["version"]
     forked("generate", "--model-path", tmp_path / "run" / "final", "--data", place / "held_out.jsonl", "--image-root", place / "images",
            "--max-new-tokens", 6, "--out", tmp_path / "a.jsonl", "--with-prompt", "--no-skip-special-tokens")  # fmt: skip
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
