@@ -633,7 +633,9 @@ def _border_of(
     end, end_fault = 0, ""
     if i:
         try:
-            end, end_fault = _end(tail, gap, template, chat)
+            # a message without a text of its own stands between others' texts
+            own = anchor is not None and anchor.home == i - 1
+            end, end_fault = _end(tail, gap, template, chat, own)
         except ValueError as error:
             end_fault = str(error)
     if not answer:
@@ -662,7 +664,11 @@ def _border_of(
 
 
 def _end(
-    tail: Callable[[bool], str | None], gap: str, template: JinjaTemplate, chat: Marked
+    tail: Callable[[bool], str | None],
+    gap: str,
+    template: JinjaTemplate,
+    chat: Marked,
+    own: bool,
 ) -> tuple[int, str]:
     """Where in `gap` the message before it ends, and why that is a guess, or ""."""
     alone = tail(False)
@@ -675,7 +681,7 @@ def _end(
         if gap.startswith(followed):
             return len(followed), ""
     end = _common(alone or "", gap, template.border)
-    if end:
+    if end and own:
         return end, ""
     return 0, f"{alone!r} ends it alone, {gap!r} when more follows"
 

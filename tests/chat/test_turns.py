@@ -264,6 +264,17 @@ def test_an_answer_is_learned_to_the_end_of_its_turn_whatever_follows():
     assert learned(made, tokens) == "b<|im_end|>\nd<|im_end|>\n"
 
 
+def test_an_empty_answer_is_not_left_without_its_end():
+    always = HERMES.replace("m.reasoning_content and loop", "loop")
+    always = always.replace("m.reasoning_content ~", "(m.reasoning_content or '') ~")
+    made, tokenizer = tokenizer_of(always)
+    chat = [user("a"), answer(""), user("c"), answer("d", reasoning_content="e")]
+    with pytest.raises(ValueError, match=r"message 2 \(assistant\) is to be learned, but the chat"):
+        encode_chat(chat, tokenizer, PLAIN)
+    quiet = encode_chat([chat[0], {**chat[1], "loss": False}, *chat[2:]], tokenizer, PLAIN)
+    assert learned(made, quiet) == "<think>\ne\n</think>\nd<|im_end|>\n"
+
+
 def test_a_template_gets_the_spelling_that_it_takes():
     items = HERMES.replace(
         "(c.function.arguments | tojson)", "c.function.arguments.items() | list | tojson"
