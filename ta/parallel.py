@@ -89,6 +89,8 @@ def init() -> str:
     """Join the process group where torchrun started this process; returns its device."""
     import torch
 
+    # rows of other lengths in each step would leave holes; CUDA reads it when it starts
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     device = pick_device()
     cuda = device != "cpu"
     if cuda:

@@ -205,7 +205,9 @@ def load_for_inference(
 
     sources = resolve(model)
     task: Task = "causal" if num_labels is None else "seq_cls"
-    loaded: Any = load_base(model, task, num_labels or 1, device, whole=True)
+    # an adapter is merged before it is rounded
+    half = is_half(model, device) and sources.adapter is None
+    loaded: Any = load_base(model, task, num_labels or 1, device, whole=True, half=half)
     if sources.adapter is not None:
         adapted = load_adapter(loaded, sources.adapter)
         loaded = adapted if is_prompt_learning(adapted) else merge_adapter(adapted)
@@ -222,12 +224,14 @@ def load_base(
     *,
     quantize: Literal["none", "8bit", "4bit"] = "none",
     whole: bool = False,
+    half: bool = False,
 ) -> PreTrainedModel:
     """The transformers model of a ModelConfig without its adapter, on `device`, in eval mode.
 
-    Weights are float32 (float64 where asked). Where several processes train together, rank 0 has
-    the weights on the CPU and the others have shapes only, unless `whole`. ValueError for a folder
-    that does not load, or whose tensors are not those of the model.
+    Weights are float32 (float64 where asked), with `half` bfloat16 as soon as they are read. Where
+    several processes train together, rank 0 has the weights on the CPU and the others have shapes
+    only, unless `whole`. ValueError for a folder that does not load, or whose tensors are not those
+    of the model.
     """
     import torch
     import transformers
@@ -249,6 +253,7 @@ def load_base(
         arguments.pop("attn_implementation")
     auto = getattr(transformers, CLASSES[task])
     dtype = torch.float64 if model.dtype == "float64" else torch.float32
+    dtype = torch.bfloat16 if half else dtype
     options = {"trust_remote_code": model.trust_remote_code, "local_files_only": not model.hub}
     with loading(folder, NAMES[task]):
         if rank() and not whole:

@@ -1,9 +1,10 @@
 """Checkpoints that are complete or absent: trained tensors and optimizer state in shards.
 
-A folder step-N holds shard-R.safetensors of every rank R and manifest.json with sizes and hashes,
-its own too; one rename publishes it. Sharded tensors are cut along their first dimension; a
-checkpoint of any number of processes loads on any other number. Any optimizer's state is stored:
-tensors as KEY/NAME, those of which a tensor is made as KEY.PART/NAME, numbers in the manifest.
+A folder step-N holds shard-R.safetensors of every rank R (shard-R-1 and so on of a large one) and
+manifest.json with sizes and hashes, its own too; one rename publishes it. Sharded tensors are cut
+along their first dimension; a checkpoint of any number of processes loads on any other number. Any
+optimizer's state is stored: tensors as KEY/NAME, those of which a tensor is made as KEY.PART/NAME,
+numbers in the manifest.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 FORMAT = 2
+# bytes of a file, about
+FILE_SIZE = 4_000_000_000
 # format 1 held AdamW's two moments only, cut like their parameters
 READABLE = (1, 2)
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -75,17 +78,20 @@ def save(
         if local is not None:
             rows[name] = {"start": start, "rows": len(local) if local.dim() else 1, "shape": whole}
             tensors[name] = local.contiguous()
-    name = f"shard-{rank()}.safetensors"
     with published(target) as temporary:
-        failure = None
+        failure, own = None, []
         try:
-            save_file(tensors, temporary / name)
-            sync(temporary / name)
-            entry = {"file": name, "rows": rows, **digest(temporary / name)}
+            for number, names in enumerate(_shares(tensors)):
+                path = temporary / f"shard-{rank()}{f'-{number}' * bool(number)}.safetensors"
+                # the copies on the host are those of one file
+                save_file({name: tensors[name] for name in names}, path)
+                sync(path)
+                kept = {name: rows[name] for name in names}
+                own.append({"file": path.name, "rows": kept, **digest(path)})
         except Exception as error:
             # every rank must learn of this first, or the others would wait for one without room
-            failure, entry = error, {"failed": f"rank {rank()}: {error}"}
-        entries = gather_objects(entry)
+            failure, own = error, [{"failed": f"rank {rank()}: {error}"}]
+        entries = [entry for entries in gather_objects(own) for entry in entries]
         if failed := [e["failed"] for e in entries if "failed" in e]:
             if isinstance(failure, OSError):
                 raise failure
@@ -102,6 +108,18 @@ def save(
     for name in passed:
         del damaged[name]
     return target
+
+
+def _shares(tensors: dict[str, torch.Tensor]) -> list[list[str]]:
+    """The names, in files of about FILE_SIZE bytes; one file where there is nothing."""
+    files, size = [[]], 0
+    for name, tensor in tensors.items():
+        size += tensor.numel() * tensor.element_size()
+        if size > FILE_SIZE and files[-1]:
+            files.append([])
+            size = tensor.numel() * tensor.element_size()
+        files[-1].append(name)
+    return files
 
 
 def _prune(

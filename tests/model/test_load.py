@@ -274,3 +274,28 @@ def test_a_cast_leaves_rotary_frequencies_alone():
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert before and all(torch.equal(b, before[name]) for name, b in model.named_buffers())
     assert any(b.dtype == torch.float32 for _, b in model.named_buffers())
+
+
+def test_inference_reads_in_its_own_type(tmp_path, monkeypatch):
+    """Weights are never float32 on the way to bfloat16, and the same as when they are rounded after; an adapter is merged first."""
+    from transformers import PreTrainedModel
+
+    from ta.model import load
+
+    folder = tiny_folder()
+    asked = []
+    kept = PreTrainedModel.from_pretrained.__func__
+
+    def noted(cls, *args, dtype=None, **more):
+        asked.append(dtype)
+        return kept(cls, *args, dtype=dtype, **more)
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(noted))
+    half = load.load_for_inference(ModelConfig(str(folder), dtype="bfloat16"))
+    rounded = load.load_base(ModelConfig(str(folder)))
+    cast_parameters(rounded, torch.bfloat16)
+    assert asked == [torch.bfloat16, torch.float32]
+    buffers = zip(half.named_buffers(), rounded.buffers(), strict=True)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for (_, a), b in buffers)
+    for (name, a), b in zip(half.named_parameters(), rounded.parameters(), strict=True):
+        assert a.dtype == torch.bfloat16 and torch.equal(a, b), name

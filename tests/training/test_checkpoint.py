@@ -41,6 +41,25 @@ def test_load_gives_back_every_bit(trained):
         )
 
 
+def test_a_large_one_is_cut_into_files(trained, monkeypatch):
+    """Each of about FILE_SIZE bytes; every bit comes back, and one file that is damaged is seen."""
+    model, optimizer, folder = trained
+    monkeypatch.setattr(checkpoint, "FILE_SIZE", 20_000)
+    path = checkpoint.save(folder, 3, model, optimizer, {"data": "x"})
+    files = sorted(file.name for file in path.glob("*.safetensors"))
+    assert len(files) > 5 and files[0].startswith("shard-0") and "shard-0.safetensors" in files
+    largest = max(p.numel() * 4 for p in model.parameters())
+    assert max((path / file).stat().st_size for file in files) < 20_000 + largest + 5_000
+    other = tiny(seed=5)
+    fresh = make_optimizer(other, OptimConfig(lr=1e-2))
+    assert checkpoint.load(checkpoint.newest(folder), other, fresh) == 3
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(optimizer.state[a]["exp_avg"], fresh.state[b]["exp_avg"])
+    (path / files[3]).unlink()
+    assert checkpoint.newest(folder).path.name == "step-00000002"
+
+
 DAMAGE = {
     "truncated": (
         lambda p: (p / "shard-0.safetensors").write_bytes(
