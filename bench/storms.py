@@ -312,7 +312,8 @@ class Storm:
 
     def full_disk(self) -> bool:
         """No file grows over a random size: one line that says what to do, then the right output."""
-        out, size = self.fresh(), int(10 ** self.random.uniform(1, 5.5))
+        largest = max(map(len, self.right.values()))
+        out, size = self.fresh(), int(largest ** self.random.uniform(0.3, 1))
         code, said = self.begin(out, before=full_at(size)).end()
         told = code == 3 and "Traceback" not in said and "no room on the disk" in said
         if code and not told:

@@ -6,19 +6,17 @@ import dataclasses
 import errno
 import math
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple, get_type_hints
 
-from ta.files import keep_inputs
+from ta.files import full_disk, keep_inputs
 from ta.flags import our_words, settings_of, short_help, start_of
 from ta.printable import one_line
 
 WRONG_INPUT, NO_ROOM = 2, 3
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MAKE_ROOM = (
     "free some and give the same command again, with --resume where it has that flag; what it had "
     "written before is kept"
@@ -166,7 +164,7 @@ def guard(action: Callable[[], Any]) -> int:
     except KeyboardInterrupt as stop:
         return _say(f"stopped{stop}", 130, "")
     except Exception as error:
-        if _disk_full(error):
+        if full_disk(error):
             return _say(f"no room on the disk ({error}): {MAKE_ROOM}", NO_ROOM)
         text = str(error)
         if isinstance(error, OSError) and error.filename and error.strerror:
@@ -181,16 +179,6 @@ def guard(action: Callable[[], Any]) -> int:
             return _say(NO_MEMORY, NO_ROOM)
         raise
     return 0
-
-
-def _disk_full(error: BaseException) -> bool:
-    """Whether a disk without room is the cause; libraries in Rust tell it by text alone."""
-    told = re.search(r"\(os error (\d+)\)", str(error))
-    number = int(told[1]) if told else getattr(error, "errno", None)
-    if number in DISK_FULL:
-        return True
-    earlier = error.__cause__ or error.__context__
-    return earlier is not None and _disk_full(earlier)
 
 
 @contextmanager

@@ -70,23 +70,47 @@ def _renamed(path: Path) -> Iterator[Path]:
     """`writing` in a folder that is there, without looking for left-overs."""
     aside = _aside(path)
     try:
-        aside.unlink(missing_ok=True)
-        aside.touch()
-        mode = aside.stat().st_mode
-        yield aside
-        os.chmod(aside, mode & 0o777)
-        sync(aside)
-        os.replace(aside, path)
+        with _room_for(path):
+            aside.unlink(missing_ok=True)
+            aside.touch()
+            mode = aside.stat().st_mode
+            yield aside
+            os.chmod(aside, mode & 0o777)
+            sync(aside)
+            os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def full_disk(error: BaseException) -> int:
+    """The errno of a disk without room where that is the cause of an error, else 0. Libraries in
+    Rust tell it by text alone.
+    """
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(told[1]) if told else getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return number
+    earlier = error.__cause__ or error.__context__
+    return full_disk(earlier) if earlier else 0
+
+
+@contextmanager
+def _room_for(path: str | Path) -> Iterator[None]:
+    """Name `path` in the error of a full disk, whichever library met it."""
+    try:
+        yield
+    except Exception as error:
+        if (number := full_disk(error)) and not getattr(error, "filename", None):
+            raise OSError(number, os.strerror(number), str(path)) from error
+        raise
 
 
 def append_line(path: str | Path, record: dict, durable: bool = False) -> None:
     """Append one JSON object as a line; a last line that a kill has torn is cut off first. A
     `durable` line is on the disk, with the name of its file, when this returns.
     """
-    with open(path, "ab+") as file:
+    with _room_for(path), open(path, "ab+") as file:
         if end := file.tell():
             file.seek(end - 1)
             if file.read(1) != b"\n":
@@ -134,9 +158,10 @@ def publishing(folder: str | Path, replace: bool = False) -> Iterator[Path]:
         raise FileExistsError(errno.EEXIST, "this exists already", str(folder))
     aside, old = _aside(folder), _aside(folder, "old")
     try:
-        aside.mkdir()
-        yield aside
-        _sync_tree(aside)
+        with _room_for(folder):
+            aside.mkdir()
+            yield aside
+            _sync_tree(aside)
         if replace:
             with suppress(FileNotFoundError):
                 os.rename(folder, old)

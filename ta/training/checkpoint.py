@@ -15,7 +15,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ta.files import clean_up, damage, digest, hash_json, remove_whole, sync
+from ta.files import clean_up, damage, digest, full_disk, hash_json, remove_whole, sync
 from ta.model.export import published
 from ta.parallel import gather_objects, local_rows, rank, world
 from ta.training.optim import set_lr
@@ -90,13 +90,14 @@ def save(
                 own.append({"file": path.name, "rows": kept, **digest(path)})
         except Exception as error:
             # every rank must learn of this first, or the others would wait for one without room
-            failure, own = error, [{"failed": f"rank {rank()}: {error}"}]
+            failure = error
+            own = [{"failed": f"rank {rank()}: {error}", "errno": full_disk(error)}]
         entries = [entry for entries in gather_objects(own) for entry in entries]
-        if failed := [e["failed"] for e in entries if "failed" in e]:
-            if isinstance(failure, OSError):
+        if failed := [e for e in entries if "failed" in e]:
+            if failure is not None and not full_disk(failure):
                 raise failure
-            reason = f"checkpoint of step {step} not written, earlier ones are kept ({failed[0]})"
-            raise OSError(errno.ENOSPC, reason)
+            reason = f"not written, earlier ones are kept ({failed[0]['failed']})"
+            raise OSError(failed[0]["errno"] or errno.EIO, reason, str(target)) from failure
         if rank() == 0:
             manifest = {"format": FORMAT, "step": step, "world": world(), "identity": identity}
             manifest |= {"optimizer": numbers, "shards": entries, "logged": logged}
