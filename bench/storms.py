@@ -25,6 +25,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -95,9 +96,10 @@ def commands(given: Path) -> dict[str, Command]:
     pictures = ("--root", given / "pictures", "--workers", 0, "--batch-size", 4)
     passages = ("--passages", given / "passages.jsonl", "--encoder-path", given / "encoder")
     answers = ("--answers", given / "answers.jsonl", "--metrics", "accuracy", "rouge_l")
+    answering = ("--max-new-tokens", 8, "--slots", 5)
     again = ("--resume",)
     every = (
-        Command("generate", "a.jsonl", (*model, *chats, "--max-new-tokens", 8), again),
+        Command("generate", "a.jsonl", (*model, *chats, *answering), again),
         Command("score", "s.jsonl", scored, again),
         Command("preprocess_images", "c.safetensors", pictures),
         Command("build_index", "index", passages, again),
@@ -122,7 +124,9 @@ class Started(NamedTuple):
 
 
 def start(work: Callable[[], object], before: Callable[[], None] = lambda: None) -> Started:
-    """A fork that does `before`, then `work`."""
+    """A fork that does `before`, then `work`, in at most five minutes."""
+    import tqdm.auto
+
     reading, writing = os.pipe()
     if pid := os.fork():
         os.close(writing)
@@ -132,6 +136,9 @@ def start(work: Callable[[], object], before: Callable[[], None] = lambda: None)
         os.dup2(writing, 1), os.dup2(writing, 2)
         sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+        for bars in (tqdm.tqdm, tqdm.auto.tqdm):  # their own lock is one of all forks: killed
+            bars.set_lock(threading.RLock())  # with it, a process would stop all others
+        signal.alarm(300)
         before()
         work()
         code = 0
@@ -155,25 +162,29 @@ def command(recipe: str, *flags: object) -> Callable[[], None]:
     return partial(cli, module.main, settings_of(module), [str(flag) for flag in flags])
 
 
-def replace_calls(replaced: Callable[[str, Callable], Callable]) -> None:
-    """Put replaced(name, call) in the place of each of CALLS."""
+def on_calls(before: Callable[[str, tuple], None]) -> None:
+    """Have before(name, arguments) called ahead of each of CALLS."""
+
+    def patch(name: str, real: Callable) -> None:
+        def call(*given, **more):
+            before(name, given)
+            return real(*given, **more)
+
+        setattr(os, name, call)
+
     for name in CALLS:
-        setattr(os, name, replaced(name, getattr(os, name)))
+        patch(name, getattr(os, name))
 
 
 def dying_at(count: int) -> Callable[[], None]:
     """Makes a process kill itself at its count-th call of CALLS."""
     left = iter(range(count))
 
-    def replaced(name: str, real: Callable) -> Callable:
-        def call(*rest, **more):
-            if next(left, None) is None:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*rest, **more)
+    def die(name: str, given: tuple) -> None:
+        if next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-        return call
-
-    return partial(replace_calls, replaced)
+    return partial(on_calls, die)
 
 
 def full_at(size: int) -> Callable[[], None]:
@@ -185,25 +196,21 @@ def watched(log: Path) -> Callable[[], None]:
     """Makes a process write its calls of CALLS to `log`: what it syncs, and all that it renames."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
-    def state(path: str | Path | int) -> list[int]:
+    def state(path: str | Path | int) -> tuple[int, int]:
         found = os.stat(path)
-        return [found.st_ino, found.st_mtime_ns]
+        return found.st_ino, found.st_mtime_ns
 
-    def replaced(name: str, real: Callable) -> Callable:
-        def call(first, *rest, **more):
-            told = [name]
-            if name == "fsync":
-                told.append(state(first))
-            elif name in ("rename", "replace"):
-                under = Path(first).rglob("*") if Path(first).is_dir() else ()
-                told += [str(rest[0]), [state(path) for path in (first, *under)]]
-                told.append(state(Path(rest[0]).parent)[0])
-            os.write(file, json.dumps(told).encode() + b"\n")
-            return real(first, *rest, **more)
+    def tell(name: str, given: tuple) -> None:
+        told = ()
+        if name == "fsync":
+            told = state(given[0])
+        elif name in ("rename", "replace"):
+            old, new = map(Path, given)
+            moved = [state(path) for path in (old, *old.rglob("*"))]
+            told = str(new), moved, new.parent.stat().st_ino
+        os.write(file, json.dumps([name, *told]).encode() + b"\n")
 
-        return call
-
-    return partial(replace_calls, replaced)
+    return partial(on_calls, tell)
 
 
 def not_durable(log: Path, out: Path) -> list[str]:
@@ -215,7 +222,7 @@ def not_durable(log: Path, out: Path) -> list[str]:
     synced, named, waiting, wrong = {}, set(), {}, []
     for name, *told in map(json.loads, log.read_text().splitlines()):
         if name == "fsync":
-            inode, changed = told[0]
+            inode, changed = told
             synced[inode] = changed
             waiting.pop(inode, None)
         elif name in ("rename", "replace") and not ASIDE.fullmatch(Path(told[0]).name):
@@ -234,14 +241,16 @@ def not_durable(log: Path, out: Path) -> list[str]:
 
 
 def outcome(out: Path) -> dict[str, object]:
-    """{file: bytes}; of logs and manifests without what tells times, of settings nothing."""
+    """{file: bytes}; of logs and manifests without what tells times, of settings the name."""
     paths = [out] if out.is_file() else sorted(path for path in out.rglob("*") if path.is_file())
     found: dict[str, object] = {"left over": [p.name for p in out.parent.iterdir() if p != out]}
     for path in paths:
-        if path.name not in (".lock", "report.html") and path != out / "config.json":
-            timed = path.name in ("metrics.jsonl", "manifest.json")
-            content = path.read_bytes()
-            found[str(path.relative_to(out.parent))] = TIMES.sub(b"", content) if timed else content
+        content = path.read_bytes()
+        if path.name in (".lock", "report.html") or path == out / "config.json":
+            content = b""
+        elif path.name in ("metrics.jsonl", "manifest.json"):
+            content = TIMES.sub(b"", content)
+        found[str(path.relative_to(out.parent))] = content
     return found
 
 

@@ -59,7 +59,8 @@ class Config:
     max_bad_share: Annotated[float, Range(0, 1)] = 0.01
     """With skip: more bad records than this share are an error again."""
     resume: bool = False
-    """Go on where a stopped run left off: answers that are there are kept."""
+    """Go on where a stopped run left off: answers that are there are kept. Log-probabilities of the
+    others can differ in their last digits from those of a run that was not stopped."""
     overwrite: bool = False
     """Replace an output that exists."""
 

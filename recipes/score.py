@@ -124,21 +124,25 @@ def main(config: Config) -> None:
     scored_by = [model_key, config.kind, config.engine]
     keys = [hash_json([scored_by, i, record])[:16] for i, record in enumerate(records)]
     done = out.done(keys)
-    todo = out.share(keys, done)
+    mine = out.share(keys)
+    blocks = [mine[start : start + AT_ONCE] for start in range(0, len(mine), AT_ONCE)]
+    # what is scored beside a sequence moves the last bits of its score, so a block is scored whole
+    todo = [block for block in blocks if any(keys[i] not in done for i in block)]
 
-    sequences = [sequences_of(config, tokenizer, records[i]) for i in todo]
+    sequences = {i: sequences_of(config, tokenizer, records[i]) for block in todo for i in block}
     model = load_scorer(config, tokenizer, num_labels, device)
-    every = [tokens.ids for group in sequences for tokens in group]
+    every = [tokens.ids for group in sequences.values() for tokens in group]
     ta.check_prompts(every, *ta.limits_of(model), room=0)
-    with out.writing(len(todo), "score"):
-        for start in range(0, len(todo), AT_ONCE):
-            groups = sequences[start : start + AT_ONCE]
-            flat = [tokens for group in groups for tokens in group]
+    with out.writing(len(out.share(keys, done)), "score"):
+        for block in todo:
+            flat = [tokens for i in block for tokens in sequences[i]]
             scores = iter(ta.score(model, flat, config.max_tokens_per_micro))
-            for i, group in zip(todo[start : start + AT_ONCE], groups, strict=True):
+            for i in block:
+                group = sequences[i]
                 result = result_of(config, names, records[i], [next(scores) for _ in group])
-                tokens = sum(len(tokens.ids) for tokens in group)
-                out.append(records[i] | result | {"key": keys[i]}, tokens)
+                if keys[i] not in done:
+                    tokens = sum(len(tokens.ids) for tokens in group)
+                    out.append(records[i] | result | {"key": keys[i]}, tokens)
     if out.publish(keys):
         ta.parallel.tell(f"{out.path}: {len(keys):,} records, {len(done):,} of them from before")
 

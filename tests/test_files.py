@@ -244,7 +244,7 @@ def test_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))  # and in the system's own words
     try:
-        with pytest.raises(OSError, match="too large: .*/f.$"):
+        with pytest.raises(OSError, match=r"too large: .*/f.$"):
             write_atomic(tmp_path / "f", "x" * (1 << 17))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

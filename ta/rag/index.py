@@ -169,7 +169,7 @@ def begin_index(
         )
     parts = Parts(out)
     with ExitStack() as stack:
-        for share in sorted({"part-0"} | shares(out)):
+        for share in sorted({"", "part-0"} | shares(out)):
             stack.enter_context(locked(out, share=share))
         begun = parts.about()
         if _stands(out):
