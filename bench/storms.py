@@ -25,7 +25,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -125,8 +124,6 @@ class Started(NamedTuple):
 
 def start(work: Callable[[], object], before: Callable[[], None] = lambda: None) -> Started:
     """A fork that does `before`, then `work`, in at most five minutes."""
-    import tqdm.auto
-
     reading, writing = os.pipe()
     if pid := os.fork():
         os.close(writing)
@@ -136,8 +133,6 @@ def start(work: Callable[[], object], before: Callable[[], None] = lambda: None)
         os.dup2(writing, 1), os.dup2(writing, 2)
         sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-        for bars in (tqdm.tqdm, tqdm.auto.tqdm):  # their own lock is one of all forks: killed
-            bars.set_lock(threading.RLock())  # with it, a process would stop all others
         signal.alarm(300)
         before()
         work()

@@ -4,16 +4,21 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import traceback
 from pathlib import Path
 
 import pytest
+import tqdm.auto
 import warm
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 ROOT = Path(__file__).parent.parent
+# the lock of progress bars is by default one of all forks: killed with it, one would stop the others
+for bars in (tqdm.tqdm, tqdm.auto.tqdm):
+    bars.set_lock(threading.RLock())
 
 
 def pytest_collection_modifyitems(items):

@@ -65,8 +65,7 @@ def save(
     `more_state` names further tensors that training changes, such as a reference that follows the
     policy. `damaged` are those of `Found`: as the run passes a step, its damaged checkpoint is
     replaced or goes, and leaves `damaged`. `logged` is kept as it is; the checkpoint of step
-    `pinned` stays. OSError (no room) leaves
-    earlier checkpoints as they were.
+    `pinned` stays. OSError (no room) leaves earlier checkpoints as they were.
     """
     from safetensors.torch import save_file
 
