@@ -3,6 +3,7 @@
     python recipes/distill.py                          # built-in teacher and student
     python recipes/distill.py --model-path STUDENT --teacher-path TEACHER --data chats.jsonl
     python recipes/distill.py --no-on-policy ...       # on the answers of the data
+    python recipes/distill.py --teacher-url http://HOST:8000 --divergence reverse ...
 
 On policy (GKD, arXiv 2306.13649) the answers are the student's own, written to
 OUT/rollouts/STEP.jsonl before the update; the answers of the data are then not read. Held-out
@@ -41,6 +42,8 @@ class Config:
     teacher_path: str | None = None
     """Folder of the teacher (a model, an adapter or a run), of the student's vocabulary. Default:
     the fine-tuned built-in model."""
+    teacher_url: str | None = None
+    """A vLLM server as the teacher, which gives the log-probabilities of sampled tokens alone."""
     on_policy: bool = True
     """Learn on answers that the student samples, not on those of the data."""
     divergence: Literal["forward", "reverse", "js"] = "forward"
@@ -59,11 +62,27 @@ def step(config: Config, teacher, model, batch):
     return (values * batch.weights).sum(), batch.weights.sum(), {}
 
 
-def load_teacher(config: Config, model: ta.ModelConfig, tokenizer, device: str):
-    """The teacher, frozen and whole on every process."""
-    ta.check_same_vocabulary("--teacher-path", ta.resolve(model).tokenizer, tokenizer)
-    teacher, _ = ta.wrap(ta.load_for_inference(model, device))
+def sampled_step(model, batch):
+    """The same of reverse, of the tokens that the student sampled alone.
+
+    Half the squared gap of the log-probabilities has in the mean the gradient of the KL.
+    """
+    logps = model.logprobs(batch.sequences)  # (M,)
+    kl = ta.rl.k3(logps, batch.reference).detach().sum()
+    return ta.rl.k2(logps, batch.reference).sum(), len(logps), {"kl": kl}
+
+
+def load_teacher(config: Config, path: ta.ModelConfig, tokenizer, model):
+    """The teacher, frozen and whole on every process, which computes as the student does."""
+    ta.check_same_vocabulary("--teacher-path", ta.resolve(path).tokenizer, tokenizer)
+    teacher, _ = ta.wrap(ta.load_for_inference(path, next(model.parameters()).device))
     teacher.temperature = config.rollouts.temperature
+    if "native" in (model.mode, teacher.mode):
+        raise ValueError(
+            f"a head cannot be separated, of which all logits are compared: {model.note}"
+        )
+    slower = max(model.mode, teacher.mode, key=("packed", "padded").index)
+    model.set_mode(slower), teacher.set_mode(slower)
     return teacher
 
 
@@ -74,11 +93,20 @@ def main(config: Config):
     plain = dataclasses.replace(Config().rollouts, temperature=config.rollouts.temperature)
     if not config.on_policy and config.rollouts != plain:
         raise ValueError(
-            "--num-answers, --max-new-tokens, --slots and --updates have no effect with "
+            "--num-answers, --max-new-tokens, --slots, --updates and --ahead have no effect with "
             "--no-on-policy: leave them out"
         )
-    teacher_path = ta.ModelConfig(config.teacher_path or "builtin", dtype=config.model.dtype)
-    teacher_config = ta.with_fine_tuned_model(dataclasses.replace(config, model=teacher_path)).model
+    sampled = config.teacher_url is not None
+    if sampled and not (config.divergence == "reverse" and config.rollouts.temperature == 1):
+        raise ValueError(
+            "--teacher-url tells of sampled tokens alone, at temperature 1: give --divergence "
+            "reverse, and leave --temperature out"
+        )
+    if sampled and (config.teacher_path or not config.on_policy):
+        raise ValueError("--teacher-url: leave --teacher-path and --no-on-policy out")
+    path = ta.ModelConfig(config.teacher_path or "builtin", dtype=config.model.dtype)
+    if not sampled:
+        path = ta.with_fine_tuned_model(dataclasses.replace(config, model=path)).model
     config = ta.with_fine_tuned_model(config, "builtin-begun")
     run = ta.start_run(config)
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat, day=run.day)
@@ -97,13 +125,13 @@ def main(config: Config):
     model.dropout, model.temperature = False, config.rollouts.temperature
     model.eval()
     ta.check_context(model, train_data, val_data)
-    teacher = load_teacher(config, teacher_config, tokenizer, run.device)
-    if "native" in (model.mode, teacher.mode):
-        raise ValueError(
-            f"a head cannot be separated, of which all logits are compared: {model.note}"
-        )
-    slower = max(model.mode, teacher.mode, key=("packed", "padded").index)
-    model.set_mode(slower), teacher.set_mode(slower)
+    logprobs = {}
+    if sampled:
+        teacher = ta.open_server(config.teacher_url, "--teacher-url", tokenizer)
+        logprobs["reference"], learn, key = teacher.logprobs, sampled_step, config.teacher_url
+    else:
+        teacher = load_teacher(config, path, tokenizer, model)
+        learn, key = partial(step, config, teacher), ta.fingerprint(ta.resolve(path).base)
 
     batches = ta.train_batches(
         train_data, config.batches, packed=model.packed, default_batch_size=32
@@ -114,19 +142,21 @@ def main(config: Config):
     optim = ta.with_default_lr(
         config.optim, config.model, config.adapter, full=1e-5, adapted=1e-4, builtin=1e-3
     )
-    learn = partial(step, config, teacher)
-    rollouts = ta.rl.Rollouts(run.folder, prompts, batches, tokenizer, config.rollouts)
+    made_of = (prompts, batches, tokenizer, config.rollouts)
+    rollouts = ta.rl.Rollouts(run.folder, *made_of, logprobs=logprobs)
 
     def before_step(number, _):
         rows = rollouts.at(model, number)
         rows = rows[number % updates :: updates]
-        return ta.rl.answer_batches(rows, config.batches.max_tokens_per_micro, model.packed)
+        return ta.rl.answer_batches(rows, batches.max_tokens, model.packed, with_values=sampled)
 
     def evaluate(done):
         samples = ta.generate_samples(
             model, tokenizer, val_data, config.chat, config.samples, run.folder, done, seed=run.seed
         )
-        return ta.join_figures(ta.mean_over(model, val_batches, learn), samples)
+        # a server tells nothing of answers that the student did not sample
+        figures = {} if sampled else ta.mean_over(model, val_batches, learn)
+        return ta.join_figures(figures, samples)
 
     figures = ta.train(
         run,
@@ -138,7 +168,7 @@ def main(config: Config):
         evaluate=evaluate if val_data else None,
         before_step=before_step if config.on_policy else None,
         more_state=rollouts.state if config.on_policy else None,
-        resume_key={"teacher": ta.fingerprint(ta.resolve(teacher_config).base)},
+        resume_key={"teacher": key},
     )
     card = ta.model_card(run, train_data, figures)
     ta.export(model, tokenizer, run.folder / "final", card=card)

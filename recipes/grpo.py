@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Literal
 
 import ta
 
@@ -42,8 +41,9 @@ class Config:
     policy: ta.rl.PolicyConfig = ta.rl.PolicyConfig()
     reference: ta.ReferenceConfig = ta.ReferenceConfig()
     vllm: ta.VllmConfig = ta.VllmConfig()
-    engine: Literal["hf", "vllm"] = "hf"
-    """What answers: the model itself, or vLLM in this process, which gets its weights each step."""
+    engine: str = "hf"
+    """What answers: the model itself (hf), vLLM in this process (vllm), or a vLLM server (a URL)
+    that sees the files of --out; vLLM gets the weights after each update."""
 
 
 def step(policy: ta.rl.PolicyConfig, watch, model, batch):
@@ -111,7 +111,8 @@ def main(config: Config):
     optimizer = ta.make_optimizer(model, optim)
     ta.rl.report_memory(config.loop, model, batches, optimizer, config.rollouts)
     pool = ta.rl.RewardPool(config.reward, run.device, batches.max_tokens)
-    engine = ta.rl.start_engine(config.engine, config.vllm, config.model, model, tokenizer)
+    handed = run.folder / "rollouts" / "weights"
+    engine = ta.rl.start_engine(config.engine, config.vllm, config.model, model, tokenizer, handed)
     made_of = (prompts, batches, tokenizer, config.rollouts, policy, pool, logprobs, engine, tools)
     rollouts = ta.rl.Rollouts(run.folder, *made_of)
     watch = ta.rl.MismatchWatch(policy.max_mismatch)
@@ -130,7 +131,8 @@ def main(config: Config):
         part = slice(number % updates, None, updates)
         figures = ta.rl.figures_of(rows) | rollouts.figures
         limits = longest, batches.max_tokens, model.packed
-        return ta.rl.rollout_batches(rows[part], advantages[part], policy, *limits, figures)
+        made = ta.rl.rollout_batches(rows[part], advantages[part], policy, *limits, figures)
+        return ta.rl.InTime(made, rollouts)
 
     def evaluate(done):
         return ta.generate_samples(

@@ -90,6 +90,7 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
     from ta.generation.vllm_engine import VllmConfig as VllmConfig
     from ta.generation.vllm_engine import check_engine as check_engine
     from ta.generation.vllm_engine import start_vllm as start_vllm
+    from ta.generation.vllm_server import open_server as open_server
     from ta.model.adapters import AdapterConfig as AdapterConfig
     from ta.model.adapters import load_adapter as load_adapter
     from ta.model.adapters import logits_agree as logits_agree
@@ -165,6 +166,7 @@ NAMES = {  # module: what `import ta` gives of it, loaded on first use
     "ta.generation.prompts": "read_prompts",
     "ta.generation.sampling": "sample_best sample_random sample_rejection",
     "ta.generation.score": "answer_logprobs class_names_of num_labels_of reward_answers score",
+    "ta.generation.vllm_server": "open_server",
     "ta.generation.vllm_engine": "VllmConfig check_engine start_vllm",
     "ta.model.new_rows": "check_vocabulary",
     "ta.reference": "ReferenceConfig check_same_vocabulary check_sync learned_tokens "

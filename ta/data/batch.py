@@ -162,6 +162,18 @@ def part_of(batch: Batch, index: int, parts: int) -> Batch:
     )
 
 
+def sequences_of(batch: Batch) -> list[list[int]]:
+    """The token ids of each sequence of a batch, with the prefix that it shares."""
+    if not batch.packed:
+        rows = zip(batch.tokens.tolist(), batch.lengths, strict=True)
+        return [row[:length] for row, length in rows]
+    row, sizes = batch.tokens[0].tolist(), np.asarray(batch.lengths)
+    starts = np.cumsum(sizes) - sizes
+    prefixes = np.asarray(batch.prefixes or (0,) * len(sizes))
+    places = zip(starts, sizes, starts[leads(prefixes)], prefixes, strict=True)
+    return [row[lead : lead + prefix] + row[at : at + n] for at, n, lead, prefix in places]
+
+
 def leads(prefixes) -> np.ndarray:
     """(N,) for each document the one that holds its prefix.
 

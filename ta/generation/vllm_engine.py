@@ -54,22 +54,22 @@ class VllmConfig:
     """Merge the adapter into its base first, or let vLLM apply it at run time (plain LoRA only)."""
 
 
-def check_engine(
-    engine: Literal["hf", "vllm"], config: VllmConfig, settings: Iterable[GenerateConfig] = ()
-) -> None:
-    """ValueError where vLLM's settings are given to the other engine.
+def check_engine(engine: str, config: VllmConfig, settings: Iterable[GenerateConfig] = ()) -> None:
+    """ValueError where vLLM's settings are given to another engine (hf, or the URL of a server).
 
     Also where torchrun started several processes of vLLM, and for `settings` of generation that
     vLLM would change.
     """
-    if engine == "vllm" and world() > 1:
+    if engine not in ("hf", "vllm") and not engine.startswith(("http://", "https://")):
+        raise ValueError(f"--engine {engine}: give hf, vllm, or the URL of a vLLM server")
+    if engine != "hf" and world() > 1:
         raise ValueError(
             "vLLM starts its own processes: run it without torchrun, with --tensor-parallel-size"
         )
     for generation in settings if engine == "vllm" else ():
         refuse_settings(generation)
     for own in dataclasses.fields(config):
-        if engine == "hf" and getattr(config, own.name) != own.default:
+        if engine != "vllm" and getattr(config, own.name) != own.default:
             raise ValueError(
                 f"--{own.name.replace('_', '-')} is a setting of vLLM: add --engine vllm, "
                 "or leave it out"
@@ -87,6 +87,15 @@ class VllmEngine:
     lora: Any = None
     # the temporary folder of merged weights and tokenizer, deleted with the engine
     folder: Any = field(default=None, repr=False)
+
+    def put_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Put (name, tensor) in the place of all weights of an engine started for rollouts.
+
+        The names are those of the model's folder, a tied head's beside its table's. What is cached
+        of the old weights is dropped.
+        """
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        self.llm.reset_prefix_cache()
 
 
 def start_vllm(
@@ -216,15 +225,6 @@ def _start(
         ) from error
 
 
-def put_weights(engine: VllmEngine, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Put (name, tensor) in the place of all weights of an engine that was started for rollouts.
-
-    The names are those of the model's folder. What is cached of the old weights is dropped.
-    """
-    engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
-    engine.llm.reset_prefix_cache()
-
-
 def _merge(model: ModelConfig, dtype: str, folder: str, num_labels: int) -> str:
     """Write the model with its adapter merged in float32 into `folder`, in `dtype`."""
     import torch
@@ -286,28 +286,34 @@ def _sample(engine, prompts, limits, config, stop_ids, numbers) -> Generated:
     requests, parameters = [], []
     for prompt, limit, number in zip(prompts, limits, numbers, strict=True):
         for k in range(config.num_answers):
-            seed = hashlib.blake2b(f"{config.seed} {number} {k}".encode(), digest_size=4).digest()
+            given = sampling_of(config, limit, stop_ids, number, k)
             requests.append(prompt)
-            parameters.append(
-                SamplingParams(
-                    max_tokens=limit,
-                    temperature=config.temperature,
-                    top_p=config.top_p,
-                    top_k=config.top_k,
-                    repetition_penalty=config.repetition_penalty,
-                    seed=int.from_bytes(seed) if config.temperature else None,
-                    stop=list(config.stop_strings),
-                    stop_token_ids=sorted(stop_ids),
-                    ignore_eos=True,  # the ids given end an answer, and no others
-                    detokenize=bool(config.stop_strings),
-                    skip_special_tokens=False,
-                    logprobs=0,
-                )
-            )
+            parameters.append(SamplingParams(**given, detokenize=bool(config.stop_strings)))
     done = engine.llm.generate(requests, parameters, lora_request=engine.lora, use_tqdm=False)
     answers = [_answer_of(request.outputs[0]) for request in done]
     n = config.num_answers
     return [answers[i : i + n] for i in range(0, len(answers), n)]
+
+
+def sampling_of(
+    config: GenerateConfig, limit: int, stop_ids: Collection[int], number: int, k: int
+) -> dict[str, Any]:
+    """vLLM's parameters for answer `k` of at most `limit` tokens to a prompt seeded by `number`."""
+    seed = hashlib.blake2b(f"{config.seed} {number} {k}".encode(), digest_size=4).digest()
+    return {
+        "max_tokens": limit,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "top_k": config.top_k,
+        "repetition_penalty": config.repetition_penalty,
+        "seed": int.from_bytes(seed) if config.temperature else None,
+        "stop": list(config.stop_strings),
+        "stop_token_ids": sorted(stop_ids),
+        # the ids given end an answer, and no others
+        "ignore_eos": True,
+        "skip_special_tokens": False,
+        "logprobs": 0,
+    }
 
 
 def _search(engine, prompts, limits, config, stop_ids, numbers) -> Generated:

@@ -221,11 +221,21 @@ def rollout_batches(
     return batches
 
 
-def answer_batches(rows: Sequence[dict], max_tokens: int, packed: bool) -> list[Batch]:
-    """This process's micro-batches of all answers of `rows`, whose tokens weigh 1."""
+def answer_batches(
+    rows: Sequence[dict], max_tokens: int, packed: bool, with_values: bool = False
+) -> list:
+    """This process's micro-batches of all answers of `rows`, whose tokens weigh 1.
+
+    Each is a Batch, or a RolloutBatch without advantages where the values of tokens are asked for.
+    """
     everyone = [range(len(row["answers"])) for row in rows]
-    cut = micro_groups(rows, everyone, max_tokens, packed)
-    return [lay_out_groups(rows, groups, packed) for groups in cut]
+    batches = []
+    for groups in micro_groups(rows, everyone, max_tokens, packed):
+        batches.append(lay_out_groups(rows, groups, packed))
+        if with_values:
+            values = (token_values(rows, groups, name) for name in NAMES)
+            batches[-1] = RolloutBatch(batches[-1], torch.zeros(0), *values, {})
+    return batches
 
 
 def token_values(rows: Sequence[dict], groups: Sequence[AnswerGroup], name: str) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator
-from typing import Literal
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,29 +14,36 @@ from ta.chat.tokenizer import ChatTokenizer
 from ta.files import hash_json
 from ta.folders import ModelConfig, resolve
 from ta.generation.vllm_engine import VllmConfig, VllmEngine, start_vllm
+from ta.generation.vllm_server import VllmServer, open_server
 from ta.model.adapters import merge_adapter
 from ta.model.language_model import LanguageModel
 from ta.parallel import rank, sum_over_ranks
 
+Engine = VllmEngine | VllmServer
+
 
 def start_engine(
-    engine: Literal["hf", "vllm"],
+    engine: str,
     vllm: VllmConfig,
     config: ModelConfig,
     model: LanguageModel,
     tokenizer: ChatTokenizer,
-) -> VllmEngine | None:
+    folder: Path,
+) -> Engine | None:
     """A started vLLM for the rollouts of a model that was loaded from `config`; None for hf.
 
-    ValueError where it could not get the weights.
+    `engine` may be the URL of a server, which reads weights from `folder`. ValueError where it
+    could not get the weights.
     """
     if engine == "hf":
         return None
     if tokenizer.new_tokens or vllm.tensor_parallel_size > 1 or model.mode == "native":
         raise ValueError(
-            "--engine vllm in rollouts takes whole weights on one device: no added tokens, no "
-            "--tensor-parallel-size, no prompt learning; leave them or --engine out"
+            f"--engine {engine} in rollouts takes whole weights: no added tokens, no prompt "
+            "learning, and no --tensor-parallel-size; leave them or --engine out"
         )
+    if engine != "vllm":
+        return open_server(engine, "--engine", tokenizer, folder)
     base = dataclasses.replace(config, model_path=resolve(config).base, adapter_path=None)
     return start_vllm(base, tokenizer.fast, vllm, rollouts=True)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -31,15 +32,22 @@ from ta.generation.generate import generate
 from ta.generation.prompts import read_prompts
 from ta.generation.samples import Prompt, asked_text
 from ta.generation.settings import Answer, GenerateConfig
-from ta.generation.vllm_engine import VllmEngine, put_weights
+from ta.generation.vllm_server import VllmServer
 from ta.model.language_model import LanguageModel
 from ta.parallel import gather_objects, on_rank_zero, rank, say, sum_over_ranks, unsharded, world
 from ta.rl.batches import is_flat, lay_out_groups, micro_groups, own
-from ta.rl.engines import merged_weights, weights_hash
+from ta.rl.engines import Engine, merged_weights, weights_hash
 from ta.rl.policy import overlong_penalty
 from ta.rl.rewards import RewardPool
 from ta.rl.settings import PolicyConfig, RolloutConfig
 from ta.rl.tools import Talk, Tools
+
+Figures = dict[str, float | tuple[float, float]]
+NOTHING: Figures = {
+    "rollout_seconds": 0.0,
+    "reward_seconds": 0.0,
+    "rollout_tokens_per_second": (0.0, 0.0),
+}
 
 if TYPE_CHECKING:
     # a record and the token ids of its prompt
@@ -113,19 +121,22 @@ class Rollouts:
     # NAME_logprobs
     logprobs: dict[str, Callable[[Batch], Tensor]] = field(default_factory=dict)
     # a started vLLM that answers with the weights that train; None: the model itself answers
-    engine: VllmEngine | None = None
+    engine: Engine | None = None
     # what answers may call
     tools: Tools | None = None
     # of the weights that the engine holds
     engine_weights: int = -1
-    # of what this process did at the last step, for the log; a tuple is a quotient
-    figures: dict[str, float | tuple[float, float]] = field(default_factory=dict)
+    # of what making the round at hand took, for the log, and of the next one; a tuple is a quotient
+    figures: Figures = field(default_factory=NOTHING.copy)
+    counted: Figures = field(default_factory=NOTHING.copy)
     # the records of the rounds at hand
     held: dict[int, list[dict]] = field(default_factory=dict)
 
     def __post_init__(self):
         # of the weights that made an even and an odd round; a checkpoint holds it
         self.made_by = torch.zeros(2, dtype=torch.int64)
+        # a round that a server makes while a step trains
+        self.thread, self.coming = ThreadPoolExecutor(1), None
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -135,33 +146,34 @@ class Rollouts:
     def at(self, model: LanguageModel, step: int) -> list[dict]:
         """The records of the round of `step` (from 0): read where they are there, else made.
 
-        With config.ahead the last update of a round makes the next one too, before it changes the
-        weights. ValueError where other weights made the records that are there.
+        With config.ahead the last update of a round makes the next one too, by the weights that it
+        changes afterwards. ValueError where other weights made the records that are there.
         """
         number, update = divmod(step, self.config.updates)
-        last = update == self.config.updates - 1 and step + 1 < self.batches.steps
-        self.figures = {"rollout_seconds": 0.0, "reward_seconds": 0.0}
-        self.figures["rollout_tokens_per_second"] = (0.0, 0.0)
-        ahead = [number + 1] * (self.config.ahead and last)
-        for n in (number, *ahead):
-            # records of the weights that now train; others were made by those that are noted
-            fresh = n > number or (not update and not (self.config.ahead and number))
-            if n not in self.held:
-                self.held[n] = self._round(model, n, fresh)
-        self.held = {n: rows for n, rows in self.held.items() if n >= number}
+        self.join()
+        # a round that was made ahead, or is read between its updates, is of the weights noted
+        self._hold(model, number, fresh=not update and not (self.config.ahead and number))
+        self.held = {number: self.held[number]}
+        self.figures, self.counted = self.counted, NOTHING.copy()
+        last = update == self.config.updates - 1
+        if self.config.ahead and last and step + 1 < self.batches.steps:
+            self._hold(model, number + 1, fresh=True, later=True)
         if self.pool is not None and not update:
             self._show_extremes(self.held[number], step + 1)
         return self.held[number]
 
-    def _round(self, model: LanguageModel, number: int, fresh: bool) -> list[dict]:
-        """The records of a round, from its file, which is written first where it is not there."""
+    def _hold(self, model: LanguageModel, number: int, fresh: bool, later: bool = False) -> None:
+        """Have the records of a round, from its file, which is written first where it is not there.
+
+        With `later` a server makes them while this step trains, up to `join`.
+        """
+        if number in self.held:
+            return
         now = weights_hash(model)
         if fresh:
             self.made_by[number % 2] = now
-        path, weights = (
-            self.run_folder / "rollouts" / f"{number:06}.jsonl",
-            self.made_by[number % 2],
-        )
+        weights = int(self.made_by[number % 2])
+        path = self.run_folder / "rollouts" / f"{number:06}.jsonl"
         rows = gather_objects(read_json_lines(path) if rank() == 0 else None)[0]
         if any(row["weights"] != weights for row in rows):
             raise ValueError(
@@ -173,11 +185,34 @@ class Rollouts:
                 f"{path} is gone, and the weights that made it too: delete the newest checkpoint "
                 "to go on from one before it, or start anew with --overwrite"
             )
-        if not rows:
-            rows = self._make(model, number, now)
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-            on_rank_zero(lambda: write_atomic(path, "".join(lines)))
-        return rows
+        if rows:
+            self.held[number] = rows
+            return
+        self._hand_over(model, now)
+        # log-probabilities are of the weights that the update changes
+        if later and isinstance(self.engine, VllmServer) and not self.logprobs:
+            self.coming = self.thread.submit(self._write, model, number, now, path)
+        else:
+            self._write(model, number, now, path)
+
+    def _write(self, model: LanguageModel, number: int, weights: int, path: Path) -> None:
+        """Make the records of a round and their file."""
+        rows = self._make(model, number, weights)
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        on_rank_zero(lambda: write_atomic(path, "".join(lines)))
+        self.held[number] = rows
+
+    def join(self) -> None:
+        """Wait for the round that is being made: no update may come before its file is there."""
+        if self.coming is not None:
+            self.coming.result()
+            self.coming = None
+
+    def _hand_over(self, model: LanguageModel, weights: int) -> None:
+        """Give the engine the weights of the model, unless it has them."""
+        if self.engine is not None and weights != self.engine_weights:
+            self.engine.put_weights(merged_weights(model))
+            self.engine_weights = weights
 
     def close(self) -> None:
         """End the processes of rewards and tools."""
@@ -207,6 +242,7 @@ class Rollouts:
         mine = prompts[rank() :: world()]
         records = [prompt.record | {"messages": prompt.chat} for prompt in mine]
         ids, keys = [prompt.ids for prompt in mine], range(len(mine))
+        self._hand_over(model, weights_hash(model))
         talks = self._talks(model, records, ids, settings, keys)
         rewards = [[total for _, total in group] for group in self._judge(records, talks)]
         answers = [[talk.last for talk in group] for group in talks]
@@ -293,12 +329,11 @@ class Rollouts:
         fast, stops = self.tokenizer.fast, self.tokenizer.stop_ids
         if self.engine is None:
             return generate(model, fast, ids, settings, stops, keys=keys)
-        if (weights := weights_hash(model)) != self.engine_weights:
-            put_weights(self.engine, merged_weights(model))
-            self.engine_weights = weights
         # vLLM knows no temperature of the model
         temperature = settings.temperature * model.temperature
         settings = replace(settings, temperature=temperature)
+        if isinstance(self.engine, VllmServer):
+            return self.engine.generate(fast, ids, settings, stops, keys)
         return generate(self.engine, fast, ids, settings, stops, keys=keys)
 
     def _judge(self, records: Sequence[dict], talks: Sequence[Sequence[Talk]]) -> list:
@@ -353,10 +388,10 @@ class Rollouts:
         return rows
 
     def _count(self, rollout: float, reward: float, tokens: int) -> None:
-        self.figures["rollout_seconds"] += rollout
-        self.figures["reward_seconds"] += reward
-        before = self.figures["rollout_tokens_per_second"]
-        self.figures["rollout_tokens_per_second"] = before[0] + tokens, before[1] + rollout
+        count, before = self.counted, self.counted["rollout_tokens_per_second"]
+        count["rollout_seconds"] += rollout
+        count["reward_seconds"] += reward
+        count["rollout_tokens_per_second"] = before[0] + tokens, before[1] + rollout
 
     def _add_rewards(self, row: dict, judged: list[tuple[dict, float | None]]) -> None:
         """Give a record its rewards; answers without one stand apart."""
@@ -375,6 +410,18 @@ class Rollouts:
         if unjudged:
             row["unjudged"] = unjudged
             row["answers"] = [answer for answer in row["answers"] if answer not in unjudged]
+
+
+class InTime(list):
+    """The micro-batches of a step, at whose end the round that is being made is waited for."""
+
+    def __init__(self, batches: Sequence, rollouts: Rollouts):
+        super().__init__(batches)
+        self.rollouts = rollouts
+
+    def __iter__(self) -> Iterator:
+        yield from super().__iter__()
+        self.rollouts.join()
 
 
 def _in_turn(shares: Sequence[Sequence]) -> list:

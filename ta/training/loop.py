@@ -132,6 +132,7 @@ def train(
                 begun = time.perf_counter()
                 sums: dict[str, Any] = {}
                 for batch in micro_batches:
+                    batch = to_device(batch, device)
                     loss, count, metrics = step(model, batch)
                     loss.backward()
                     add_sums(sums, loss, count, batch, metrics)

@@ -32,7 +32,6 @@ def test_after_an_update_greedy_answers_are_the_trainers(tied, tmp_path):
     import ta
     from ta.generation.generate import generate
     from ta.generation.settings import GenerateConfig
-    from ta.generation.vllm_engine import put_weights
     from ta.rl.engines import merged_weights, start_engine
 
     write_model(tmp_path, tied)
@@ -43,14 +42,14 @@ def test_after_an_update_greedy_answers_are_the_trainers(tied, tmp_path):
         for kind in ("none", "lora")
     )
     small = ta.VllmConfig(kv_cache_gb=0.06, max_model_len=200)
-    engine = start_engine("vllm", small, config, plain, tokenizer)
+    engine = start_engine("vllm", small, config, plain, tokenizer, tmp_path)
     prompts, greedy = [[5, 6, 7, 8], [9, 10, 11]] * 2, GenerateConfig(max_new_tokens=12)
     seen = []
     for model in (plain, plain, lora, lora):
         with torch.no_grad():
             for weights in (p for p in model.parameters() if p.requires_grad):
                 weights.add_(0.1 * torch.randn_like(weights))
-        put_weights(engine, merged_weights(model))
+        engine.put_weights(merged_weights(model))
         wanted, got = (
             [answer for (answer,) in generate(who, tokenizer.fast, prompts, greedy, [2])]
             for who in (model, engine)
