@@ -81,7 +81,7 @@ def main(config: Config):
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat, day=run.day)
     sources = config.data.data, config.data.val_data
     files, val_files = ta.data_or_builtin(*sources, "practice", config.model.hub)
-    tools = ta.rl.open_tools(config.tools, tokenizer, config.reward.reward_processes)
+    tools = ta.rl.open_tools(config.tools, tokenizer, config.reward)
     asked = (tokenizer, config.chat, config.data, run.seed, tools.schemas if tools else ())
     prompts, data = ta.rl.prepare_prompts(files, *asked)
     held_out = ta.rl.prepare_prompts(val_files, *asked)[0] if val_files else []

@@ -154,6 +154,7 @@ def test_every_flag_named_in_a_string_exists():
         "--help",
         "--help-all",
         "--config",
+        "--logprobs-mode",
         "--no",
         *("--tmpfs", "--dev", "--chdir", "--unshare-all", "--die-with-parent", "--ro-bind"),
     }

@@ -27,9 +27,9 @@ class FunctionPool:
     A process that overruns is killed with all that it started, and another takes its place.
     """
 
-    def __init__(self, names: Sequence[str], processes: int, seconds: float, flag: str):
-        """`names` are those of `worker.load_function`; `flag` gives the `seconds` of a call."""
-        self.names, self.processes, self.seconds, self.flag = names, processes, seconds, flag
+    def __init__(self, names: Sequence[str], processes: int, seconds: float):
+        """`names` are those of `worker.load_function`; a call may take so many seconds."""
+        self.names, self.processes, self.seconds = names, processes, seconds
         self.idle: list[_Process] = []
 
     def run(self, calls: Sequence[tuple[int, list]]) -> Iterator[tuple[int, Any, str]]:
@@ -56,7 +56,8 @@ class FunctionPool:
                         selector.unregister(process.replies)
                         if process in late:
                             process.kill()
-                            value, fault = None, f"took longer than {self.flag} {self.seconds:g}"
+                            fault = f"took longer than --reward-seconds {self.seconds:g}"
+                            value = None
                         else:
                             value, fault = process.reply()
                         if process.alive:

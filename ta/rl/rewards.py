@@ -28,9 +28,9 @@ class RewardConfig:
     number, regex:PATTERN, length:N, schema:FILE.json or code, each with *WEIGHT where that is not
     1. A function takes (messages, answer, record) and returns a number or None."""
     reward_seconds: Annotated[float, Range(0, above=True)] = 10.0
-    """Wall-clock limit of one call of a reward function, whose process is then killed."""
+    """Wall-clock limit of one call of a reward function or tool, whose process is then killed."""
     reward_processes: Annotated[int, Range(1)] = 2
-    """Processes in which reward functions run."""
+    """Processes in which reward functions run, and as many for tools."""
     on_bad_reward: Literal["error", "none"] = "error"
     """Stop where a function raises, takes too long or returns no finite number, or count the answer
     as one without a reward."""
@@ -94,8 +94,7 @@ class RewardPool:
         # of each function, how often it gave no usable number and that was counted
         self.bad = dict.fromkeys((reward.text for reward in self.rewards), 0)
         names = ["" if r.text.startswith("model:") else r.text for r in self.rewards]
-        limits = config.reward_processes, config.reward_seconds, "--reward-seconds"
-        self.functions = FunctionPool(names, *limits)
+        self.functions = FunctionPool(names, config.reward_processes, config.reward_seconds)
         self.models: dict[int, ModelReward] = {}
         for f, reward in enumerate(self.rewards):
             if reward.text.startswith("model:"):

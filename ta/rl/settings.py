@@ -32,17 +32,13 @@ class ToolConfig:
     """FILE.py, whose functions answers may call; an answer goes on behind what they return."""
     max_turns: Annotated[int, Range(2)] = 4
     """Turns of an answer at most, each but the last with calls."""
-    tool_seconds: Annotated[float, Range(0, above=True)] = 10.0
-    """Wall-clock limit of one call, whose process is then killed; the model is told so."""
 
     def check(self) -> None:
         """ValueError for a file that is not there, and for settings of no tools."""
         if self.tools is not None and not Path(self.tools).is_file():
             raise ValueError(f"--tools {self.tools}: there is no such file")
         if self.tools is None and self != ToolConfig():
-            raise ValueError(
-                "--max-turns and --tool-seconds have no effect without --tools FILE.py"
-            )
+            raise ValueError(f"--max-turns {self.max_turns} has no effect without --tools FILE.py")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from ta.chat.tokenizer import ChatTokenizer
 from ta.files import hash_json
 from ta.generation.settings import Answer
 from ta.rl.function_pool import FunctionPool
+from ta.rl.rewards import RewardConfig
 from ta.rl.settings import ToolConfig
 from ta.rl.worker import TOOLS
 
@@ -61,9 +62,9 @@ class Talk:
     failed: int = 0
 
 
-def open_tools(config: ToolConfig, tokenizer: ChatTokenizer, processes: int) -> Tools | None:
-    """The tools of a file, which run in so many processes; None where there is none."""
-    return None if config.tools is None else Tools(config, tokenizer, processes)
+def open_tools(config: ToolConfig, tokenizer: ChatTokenizer, limits: RewardConfig) -> Tools | None:
+    """The tools of a file, which have the limits of rewards; None where there is none."""
+    return None if config.tools is None else Tools(config, tokenizer, limits)
 
 
 class Tools:
@@ -72,10 +73,10 @@ class Tools:
     ValueError for a file that does not load, and for a template that writes no calls as JSON.
     """
 
-    def __init__(self, config: ToolConfig, tokenizer: ChatTokenizer, processes: int):
+    def __init__(self, config: ToolConfig, tokenizer: ChatTokenizer, limits: RewardConfig):
         self.tokenizer, self.max_turns = tokenizer, config.max_turns
-        limits = processes, config.tool_seconds, "--tool-seconds"
-        self.functions = FunctionPool([TOOLS + config.tools], *limits)
+        names = [TOOLS + config.tools]
+        self.functions = FunctionPool(names, limits.reward_processes, limits.reward_seconds)
         ((_, schemas, fault),) = self.functions.run([(0, ["", {}])])
         if fault or not schemas:
             raise ValueError(f"--tools {config.tools}: {fault or 'it has no function'}")

@@ -16,6 +16,7 @@ from ta.chat.encode import encode_prompt
 from ta.data.batch import lay_out
 from ta.generation.settings import Answer
 from ta.rl.batches import figures_of, groups_of, lay_out_groups, token_values
+from ta.rl.rewards import RewardConfig
 from ta.rl.settings import ToolConfig
 from ta.rl.tools import Call, Talk, Tools, ids_behind, messages_of
 
@@ -64,7 +65,7 @@ def folder(tmp_path_factory):
 def tools(folder):
     config = ta.ModelConfig(str(folder / "model"))
     tokenizer = ta.load_chat_tokenizer(config, ta.TokenizerConfig(), ta.ChatConfig())
-    made = Tools(ToolConfig(str(folder / "tools.py"), 3, 1.0), tokenizer, 1)
+    made = Tools(ToolConfig(str(folder / "tools.py"), 3), tokenizer, RewardConfig((), 1.0, 1))
     yield made
     made.functions.close()
 
@@ -145,7 +146,7 @@ def test_an_answer_goes_on_behind_its_results(tools):
         (call("weather", city="Oslo"), "error: raised KeyError: 'Oslo'"),
         (call("weather", town="Rome"), "error: raised TypeError: weather() got an unexpected"),
         (call("_hidden"), "error: raised ValueError: there is no tool _hidden"),
-        (call("sleep"), "error: took longer than --tool-seconds 1"),
+        (call("sleep"), "error: took longer than --reward-seconds 1"),
         (call("weather", city="Rome", days=2), '["sunny", "sunny"]'),
     ],
 )
@@ -198,7 +199,7 @@ def test_a_template_without_calls_in_json_is_refused(door, tmp_path):
             "tools.py: the tokenizer's chat template refuses this chat",
         ),
         (("--tools", tmp_path / "none.py"), "there is no such file"),
-        (("--tool-seconds", 3), "have no effect without --tools"),
+        (("--max-turns", 3), "has no effect without --tools"),
     ):
         code, said = door("grpo", *flags, *more)
         assert code == 2 and message in said
