@@ -202,6 +202,12 @@ def check_candidates(data: dict) -> dict:
                 "content is not text",
                 f"answer {place + 1} is {named(answer)} without text content; give {{id, content}}",
             )
+        if answer.get("turns"):
+            raise BadRecord(
+                "answer with turns",
+                f"answer {place + 1} was given after calls of tools, which a list of candidates "
+                "does not hold; leave it out",
+            )
         name = answer.get("id", place)
         answers.append({**answer, "id": str(place if name is None else name)})
     names = [answer["id"] for answer in answers]

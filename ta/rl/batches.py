@@ -18,7 +18,7 @@ from ta.data.loader import TrainBatches, split_micro
 from ta.data.prepare import lengths
 from ta.model.language_model import LanguageModel, base_model
 from ta.parallel import rank, say, world
-from ta.rl.policy import token_weights
+from ta.rl.policy import k1, token_weights
 from ta.rl.settings import PolicyConfig, RolloutConfig
 from ta.training.memory import memory_report
 from ta.training.run_folder import LoopConfig
@@ -65,8 +65,13 @@ def rewards_of(rows: Sequence[dict]) -> Tensor:
 
 
 def kl_of(rows: Sequence[dict]) -> Tensor:
-    """(P, G) sums over the tokens of answers of k1 = log pi - log ref, as they were sampled."""
-    return _table(rows, lambda _, answer: sum(own(answer[NAMES[0]])) - sum(own(answer[NAMES[2]])))
+    """(P, G) sums over the tokens of answers of k1, as they were sampled."""
+
+    def kl(_: dict, answer: dict) -> float:
+        logps, reference = (torch.tensor(own(answer[name])) for name in (NAMES[0], NAMES[2]))
+        return k1(logps, reference).sum().item()
+
+    return _table(rows, kl)
 
 
 def _table(rows: Sequence[dict], value: Callable[[dict, dict], float]) -> Tensor:

@@ -38,7 +38,8 @@ sys.stdout.write("\\n" + sign)
 def run_python(code: str, tests: str, seconds: float, level: str) -> bool:
     """Whether `tests`, run after `code` in one namespace, come to their end without raising.
 
-    Both together may take `seconds` on the clock.
+    Both together may take `seconds` on the clock. Code that means to deceive tests can, as it runs
+    in their process.
     """
     sign = secrets.token_hex(16)
     given = f"{json.dumps(code)}\n{json.dumps([tests, sign])}\n"

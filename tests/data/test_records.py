@@ -196,6 +196,11 @@ WRONG = [
     ("check_candidates", {"messages": [U], "answers": []}, "a list of 0"),
     (
         "check_candidates",
+        {"messages": [U], "answers": [{"content": "x", "turns": [U]}]},
+        "answer 1 was given after calls of tools",
+    ),
+    (
+        "check_candidates",
         {"messages": [U], "answers": [{"id": 1}]},
         "answer 1 is an object without text",
     ),

@@ -25,7 +25,7 @@ def coin(messages, answer, record):
 
 
 def test_held_out_answers_do_what_is_rewarded_and_not_what_is_not(forked, tmp_path):
-    """The share of one letter, from a random model: 0.02 ->"""
+    """The share of one letter, from a random model: 0.004 -> [0.25 to 1.0], by a coin [0.0]."""
     write_jsonl(tmp_path / "train.jsonl", practice("train", 192))
     write_jsonl(tmp_path / "held_out.jsonl", practice("held_out", 32))
     (tmp_path / "mine.py").write_text(REWARDS)
@@ -41,7 +41,6 @@ def test_held_out_answers_do_what_is_rewarded_and_not_what_is_not(forked, tmp_pa
             answers = [row["answer"] for row in rows if row["step"] == step and "row" in row]
             found = [answer.count("x") / max(1, len(answer)) for answer in answers]
             shares[name, step] = sum(found) / len(found)
-    print("SEEN", shares, os.environ.get("ATEN_CPU_CAPABILITY"), SEED)
     assert shares["letters", 0] == shares["coin", 0] < 0.02
     assert shares["letters", 24] > 0.15 and shares["coin", 24] < 0.08
     steps = [json.loads(line) for line in open(tmp_path / "letters/metrics.jsonl")]
