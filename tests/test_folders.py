@@ -4,11 +4,13 @@ import json
 import shutil
 
 import pytest
-from test_encoders import save_clip
+from huggingface_hub import constants
+from test_audio import write_wav
+from test_encoders import save_clip, save_whisper
 
 from ta.builtin.model_folders import builtin_encoder, tiny_folder
 from ta.builtin.pictures import write_pictures
-from ta.folders import ModelConfig, read_folder, resolve
+from ta.folders import ModelConfig, _downloaded, read_folder, resolve
 
 
 def folder(path, **files):
@@ -83,58 +85,86 @@ def test_what_is_no_model_is_refused(tmp_path):
         resolve(ModelConfig(str(tmp_path / "torn")))
 
 
-def cached(hub, name, folder):
-    """Put a folder into a hub's cache under me/NAME."""
-    kept = hub / f"models--me--{name}"
-    shutil.copytree(folder, kept / "snapshots" / "0123abcd")
-    (kept / "refs").mkdir()
-    (kept / "refs" / "main").write_text("0123abcd")
+@pytest.fixture
+def hub(tmp_path, monkeypatch, door):
+    """A hub's cache without network: (put a folder into it under me/NAME, run a recipe in this process)."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    _downloaded.cache_clear()
+
+    def put(name, folder):
+        kept = tmp_path / "hub" / f"models--me--{name}"
+        shutil.copytree(folder, kept / "snapshots" / "0123abcd")
+        (kept / "refs").mkdir()
+        (kept / "refs" / "main").write_text("0123abcd")
+
+    def run(recipe, *flags, code=0):
+        ended, said = door(recipe, *flags)
+        assert ended == code, said
+        return said
+
+    yield put, run
+    _downloaded.cache_clear()
+
+
+def chats(folder):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "cup"}]
+    (folder / "chats.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 2)
+    return folder / "chats.jsonl"
+
+
+STEPS = ("--steps", 1, "--batch-size", 2, "--sample-records", 0)
 
 
 @pytest.mark.slow
-def test_encoders_and_tokenizers_may_be_names_of_the_hub(tmp_path, run):
-    for name, folder in (("text", builtin_encoder()), ("tiny", tiny_folder())):
-        cached(tmp_path / "hub", name, folder)
+def test_encoders_and_tokenizers_may_be_names_of_the_hub(tmp_path, hub):
+    put, run = hub
+    put("text", builtin_encoder())
+    put("tiny", tiny_folder())
     save_clip(tmp_path / "clip", whole=False)
-    cached(tmp_path / "hub", "clip", tmp_path / "clip")
-    where = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    put("clip", tmp_path / "clip")
+    save_whisper(tmp_path / "whisper")
+    put("whisper", tmp_path / "whisper")
     (tmp_path / "p.jsonl").write_text('{"text": "cat"}\n')
     index = ("--passages", tmp_path / "p.jsonl", "--out", tmp_path / "index")
-    run("build_index", *index, "--encoder-path", "me/text", "--hub", **where)
-    said = run("build_index", *index, "--encoder-path", "me/text", "--overwrite", code=2, **where)
-    assert "no model folder at me/text" in said.stderr and "--hub" in said.stderr
+    run("build_index", *index, "--encoder-path", "me/text", "--hub")
+    said = run("build_index", *index, "--encoder-path", "me/text", "--overwrite", code=2)
+    assert "no model folder at me/text" in said and "--hub" in said
     write_pictures(tmp_path / "pictures", 4, 2)
-    sees = ("--image-encoder", "clip", "--image-encoder-path", "me/clip", "--hub")
-    data = ("--data", tmp_path / "pictures" / "train.jsonl")
-    data += ("--image-root", tmp_path / "pictures" / "images")
-    steps = ("--steps", 1, "--batch-size", 2, "--sample-records", 0)
-    run("multimodal", *data, *sees, *steps, "--out", tmp_path / "see", **where)
-    # its media.json says where the encoder is, so that nothing is named again
-    on = ("--model-path", tmp_path / "see", *data, *steps, "--out", tmp_path / "on")
-    run("multimodal", *on)
     root = tmp_path / "pictures" / "images"
-    encode = ("--root", root, "--encoder", "clip", "--encoder-path", "me/clip", "--workers", 0)
-    run("preprocess_images", *encode, "--hub", "--out", tmp_path / "f.safetensors", **where)
+    data = ("--data", tmp_path / "pictures" / "train.jsonl", "--image-root", root, *STEPS)
+    sees = ("--image-encoder", "clip", "--image-encoder-path", "me/clip", "--hub")
+    run("multimodal", *data, *sees, "--out", tmp_path / "see")
+    # its media.json says where the encoder is, so that nothing is named again
+    run("multimodal", "--model-path", tmp_path / "see", *data, "--out", tmp_path / "on")
+    put("see", tmp_path / "see" / "final")
+    run("to_llava", "--model-path", "me/see", "--hub", "--out", tmp_path / "llava")
+    assert "no model folder at me/see" in run(
+        "to_llava", "--model-path", "me/see", "--out", tmp_path / "x", code=2
+    )
+    (tmp_path / "sounds").mkdir()
+    write_wav(tmp_path / "sounds" / "a.wav", [0.0, 0.5] * 400)
+    for name, folder in (("clip", root), ("whisper", tmp_path / "sounds")):
+        encode = ("--root", folder, "--encoder", name, "--encoder-path", f"me/{name}", "--hub")
+        run("preprocess_images", *encode, "--workers", 0, "--out", tmp_path / f"{name}.safetensors")
     named = ("--model-path", tiny_folder(), "--tokenizer-path", "me/tiny", "--hub")
-    run("sft", *named, *steps, "--out", tmp_path / "sft", **where)
+    run("sft", *named, "--data", chats(tmp_path), *STEPS, "--out", tmp_path / "sft")
 
 
 @pytest.mark.slow
-def test_a_name_of_the_hub_is_a_folder_from_then_on(tmp_path, run):
+def test_a_name_of_the_hub_is_a_folder_from_then_on(tmp_path, hub):
     """From a filled cache without network: to train on, to go on with an adapter, and to answer."""
-    cached(tmp_path / "hub", "tiny", tiny_folder())
-    where = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    named = ("--model-path", "me/tiny", "--hub")
-    steps = ("--steps", 1, "--sample-records", 0)
-    run("sft", *named, *steps, "--adapter", "lora", "--out", tmp_path / "lora", **where)
+    put, run = hub
+    put("tiny", tiny_folder())
+    named = ("--model-path", "me/tiny", "--hub", "--data", chats(tmp_path))
+    run("sft", *named, *STEPS, "--adapter", "lora", "--out", tmp_path / "lora")
     on = ("--adapter-path", tmp_path / "lora" / "final")
-    run("sft", *named, *on, *steps, "--out", tmp_path / "on", **where)
+    run("sft", *named, *on, *STEPS, "--out", tmp_path / "on")
     # what is exported says where its base is
     ask = ("--data", tmp_path / "ask.jsonl", "--max-new-tokens", 2)
     (tmp_path / "ask.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
-    for i, model in enumerate((("--model-path", tmp_path / "on"), (*named, *on))):
-        run("generate", *model, *ask, "--out", tmp_path / f"answers{i}.jsonl", **where)
-    said = run("sft", "--model-path", "me/other", "--hub", code=2, **where).stderr.splitlines()
+    for i, model in enumerate((("--model-path", tmp_path / "on"), (*named[:3], *on))):
+        run("generate", *model, *ask, "--out", tmp_path / f"answers{i}.jsonl")
+    said = run("sft", "--model-path", "me/other", "--hub", code=2).splitlines()
     assert len(said) == 1 and said[0].startswith("error: me/other is no folder, and the hub")
-    said = run("sft", "--model-path", "me/tiny", code=2, **where).stderr
+    said = run("sft", "--model-path", "me/tiny", code=2)
     assert "no model folder at me/tiny" in said and "--hub" in said

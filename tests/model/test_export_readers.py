@@ -24,7 +24,7 @@ IDS = [[5, 40, 17], [9, 30, 31, 12, 7]]
 NEW = ("--init-tokens", "<X>=What is")
 LORA = ("--adapter", "lora")
 REFUSED = {  # what vLLM does not take as an adapter at run time, in its words: merge it, or answer by transformers
-    "lora, new tokens": "TrainableTokens",
+    "lora, new tokens": "unsupported LoRA weight",
     "dora": "DoRA",
     "prompt": "peft",
     "p-tuning": "peft",
