@@ -699,7 +699,13 @@ def merge_adapter(model: PeftModel, tolerance: float | None = None) -> PreTraine
             "and changes no weight of the base; "
             "serve the base with the adapter, or train LoRA"
         )
-    before, base = probe_logits(model), model.get_base_model()
+    base = model.get_base_model()
+    if getattr(base, "is_quantized", False):
+        raise ValueError(
+            f"{base.name_or_path!r} holds weights of few bits, to which an update cannot be added: "
+            "give the model that it was made of in --model-path, the adapter in --adapter-path"
+        )
+    before = probe_logits(model)
     dtype = base.get_input_embeddings().weight.dtype
     tied = base.config.get_text_config().tie_word_embeddings
     if tied and (head := base.get_output_embeddings()) is not None:

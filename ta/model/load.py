@@ -128,7 +128,12 @@ def load_model(
         # an adapter brings its own new tokens
         adapted = load_adapter(loaded, sources.adapter, trainable=True)
         check_vocabulary(tokenizer.fast, loaded)
-    if adapted is loaded and compute.quantize == "none":
+    if adapted is loaded and getattr(loaded, "is_quantized", False):
+        raise ValueError(
+            f"{sources.base} holds weights of few bits, which cannot be trained: give --adapter "
+            "lora, or the model that it was made of"
+        )
+    if adapted is loaded:
         loaded.requires_grad_(True)
     ready = _place(adapted, compute, device, is_half(model, device), around, sources.media)
     idle = "" if adapter.adapter in ("none", "lora") else idle_rows(tokenizer, adapter.adapter)
@@ -247,6 +252,8 @@ def load_base(
         )
     arguments = {"attn_implementation": register(), **parsed(model.model_args)}
     arguments |= quantization(quantize, is_half(model, device), device)
+    if read_folder(folder).config.get("quantization_config"):
+        arguments["device_map"] = {"": device}
     if task == "seq_cls":
         arguments["num_labels"] = num_labels
     if task == "encoder" and arguments["attn_implementation"] == "ta":
@@ -281,7 +288,8 @@ def load_base(
         # transformers would go on without a file that it cannot read
         value_of(Path(folder) / "generation_config.json", "num_beams", int)
         check_generation(folder, loaded.generation_config)
-    if quantize != "none":
+    if getattr(loaded, "is_quantized", False):
+        # it stands where it was loaded
         return loaded.eval()
     return loaded.to(device if whole or world() == 1 else "cpu").eval()
 

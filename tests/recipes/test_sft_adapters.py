@@ -1,12 +1,18 @@
 """Every adapter trains through recipes/sft.py, exports, and answers from its folder; what cannot work is refused at the door."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import ta
 from ta.builtin import models
+from ta.builtin.model_folders import tiny_folder
+from ta.chat.tokenizer import load_tokenizer
+from ta.model.adapters import load_adapter, merge_adapter
+from ta.model.load import load_base
 
 KINDS = {
     "lora": ("--lora-rank", 4, "--init-tokens", "<sep>=the end"),
@@ -130,6 +136,14 @@ def test_a_quantized_base_is_refused_where_it_cannot_work(door, data, tmp_path, 
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "cannot be sharded over 2 processes" in door("sft", *flags, "--adapter", "lora")[1]
     monkeypatch.delenv("WORLD_SIZE")
+    stored = tmp_path / "stored"
+    shutil.copytree(tiny_folder(), stored)
+    settings = json.loads((stored / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (stored / "config.json").write_text(json.dumps(settings))
+    # without the package; with it, because nothing of such a model trains
+    said = door("sft", *flags[:4], "--model-path", stored)[1]
+    assert said.startswith(f"error: {stored} ") and ("bitsandbytes" in said or "lora" in said)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert 'pip install "ta[quantize]"' in door("sft", *flags, "--adapter", "lora")[1]
 
@@ -158,6 +172,13 @@ def test_a_quantized_base_trains_an_adapter_for_the_whole_one(door, data, tmp_pa
     assert code == 0 and losses[-1] < losses[0] - 1, said
     base = tmp_path / "base"
     models.write_tiny(base)
+    whole = load_base(ta.ModelConfig(str(base)), quantize=bits)
+    whole.save_pretrained(tmp_path / "few")
+    load_tokenizer(base).save_pretrained(tmp_path / "few")
+    code, said = door("sft", *flags[:2], "--model-path", tmp_path / "few", "--out", tmp_path / "x")
+    assert code == 2 and "few bits, which cannot be trained: give --adapter lora" in said
+    with pytest.raises(ValueError, match="holds weights of few bits, to which an update cannot"):
+        merge_adapter(load_adapter(whole, out / "final"))
     more = ("--model-path", base, "--adapter-path", out / "final", "--out", tmp_path / "merged")
     assert door("merge", *more)[0] == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.float32
