@@ -261,17 +261,13 @@ def prepare(
     settings |= tokenizer_settings(tokenizer, chat)
     fingerprint = hash_json([FORMAT, choices, seed if chosen else None, settings])
     key = hash_json([fingerprint, PREPARE_VERSION, _kind_settings(kind)])
-    check = kind.check
-    if kind.answer_optional and chat.loss_on == "all":
-        check = partial(check, need_answer=False)
-    if kind.labels:
-        check = partial(check, labels=kind.labels)
+    encoder = RecordEncoder(tokenizer, chat, kind)
     folder, made = cache / "prepared" / key, False
     opened = partial(_open, folder, sources, texts, data)
     if isinstance(prepared := opened(), str):
         with made_once(folder, opened, say) as temporary:
             if made := temporary is not None:
-                info = _build(temporary, sources, tokenizer, chat, data, seed, kind, check)
+                info = _build(temporary, sources, encoder, data, seed)
                 if stamps != [_stamps(source.path) for source in sources]:
                     raise ValueError(
                         f"{', '.join(source.path for source in sources)}: changed while being "
@@ -282,7 +278,7 @@ def prepare(
             raise OSError(f"{folder}: what was just written cannot be read ({prepared})")
     prepared.info["cached"] = not made
     _check_equal(prepared.info, data)
-    return prepared._replace(check=check)
+    return prepared._replace(check=encoder.check)
 
 
 prepare_chats = partial(prepare, kind=CHATS)
@@ -481,20 +477,13 @@ def _check_equal(info: dict[str, Any], config: DataConfig) -> None:
 
 
 def _build(
-    folder: Path,
-    sources: list[Source],
-    tokenizer: ChatTokenizer,
-    chat: ChatConfig,
-    config: DataConfig,
-    seed: int,
-    kind: Kind,
-    check: Check,
+    folder: Path, sources: list[Source], encoder: RecordEncoder, config: DataConfig, seed: int
 ) -> dict:
     """Write the arrays and drops.jsonl of `folder` and return their info."""
     kept = [select(source, seed) for source in sources]
     expected = sum(sum(keep) for keep, _ in kept)
     used = [0] * len(sources)
-    encoder, arrays = RecordEncoder(tokenizer, chat, kind), Arrays(folder)
+    arrays = Arrays(folder)
     drops_file = folder / "drops.jsonl"
     with (
         no_long_collections(),
@@ -503,7 +492,7 @@ def _build(
     ):
         drops = Drops(config.on_bad_record, config.max_bad_share, expected, dropped)
         for index, (source, (keep, _)) in enumerate(zip(sources, kept, strict=True)):
-            for chunk in chunks(scan(index, source, keep, check, drops)):
+            for chunk in chunks(scan(index, source, keep, encoder.check, drops)):
                 jobs = encoder.jobs(chunk, source, drops)
                 try:
                     results = encode_dialogues(*encoder.inputs(jobs))
@@ -555,6 +544,16 @@ class RecordEncoder(NamedTuple):
     tokenizer: ChatTokenizer
     chat: ChatConfig
     kind: Kind
+
+    @property
+    def check(self) -> Check:
+        """The kind's checker, with what it is to know."""
+        kind, more = self.kind, {}
+        if kind.answer_optional and self.chat.loss_on == "all":
+            more["need_answer"] = False
+        if kind.labels:
+            more["labels"] = kind.labels
+        return partial(kind.check, **more) if more else kind.check
 
     def jobs(
         self, chunk: list[tuple[Record, bytes]], source: Source, drops: Drops
