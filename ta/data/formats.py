@@ -38,6 +38,7 @@ SPEAKERS = {
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
     "function_call": "function_call",
 }
+ALPACA_FIELDS = ("instruction", "input", "output", "system", "history")
 MEDIA = re.compile(r"<(image|audio)>")
 WORDS = re.compile(r".*\s", re.DOTALL)
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -105,24 +106,21 @@ def from_instruction(data: dict) -> dict:
 
     The question is the instruction and, where there is one, the input on the next line.
     """
-    rest = _without(data, "instruction", "input", "output", "system", "history")
-    asked = _asked(data)
+    rest, asked = _without(data, *ALPACA_FIELDS), _asked(data)
     answer = [] if data.get("output") is None else [{"role": ANSWER, "content": data["output"]}]
     return _with_tools({**rest, "messages": [*asked, *answer]})
 
 
 def from_instruction_pairs(data: dict) -> dict:
     """Alpaca with preferences: chosen and rejected in place of output."""
-    rest = _without(
-        data, "instruction", "input", "output", "system", "history", "chosen", "rejected"
-    )
+    rest = _without(data, *ALPACA_FIELDS, "chosen", "rejected")
     answers = {"answer_w": data["chosen"], "answer_l": data["rejected"]}
     return {**rest, "context": _asked(data), **answers}
 
 
 def from_instruction_labelled(data: dict) -> dict:
     """Alpaca with a KTO tag: `kto_tag` says whether the output is good."""
-    rest = _without(data, "instruction", "input", "output", "system", "history", "kto_tag")
+    rest = _without(data, *ALPACA_FIELDS, "kto_tag")
     labelled = {"answer": data.get("output"), "is_desirable": data["kto_tag"]}
     return {**rest, "context": _asked(data), **labelled}
 
