@@ -189,11 +189,11 @@ def ours(
     flops = counted(model, steps[2:], adapted)
     model, note = wrap(lora(model) if adapted else model, autocast=torch.bfloat16)
     assert model.mode == "packed", note
-    parallel.round_frozen(model)
+    parallel.frozen_to_bfloat16(model)
     if compiled and device() == "cuda":
         parallel.compile_blocks(model)
     if checkpointing:
-        parallel.recompute(model)
+        parallel.checkpoint_activations(model)
     marks = train_timed(
         model,
         flags.steps,

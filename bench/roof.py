@@ -248,9 +248,9 @@ def fake_model(inner: torch.nn.Module, casts: bool, checkpointing: bool):
     model = LanguageModel(inner, "packed", torch.bfloat16)
     if not casts:
         without_casts(model)
-    parallel.round_frozen(model)
+    parallel.frozen_to_bfloat16(model)
     if checkpointing:
-        parallel.recompute(model)
+        parallel.checkpoint_activations(model)
     return model.train()
 
 

@@ -139,7 +139,7 @@ def main(config: Config) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing and history; some systems lack it)
 
-    config = ta.with_trained_builtin(of_run(config))
+    config = ta.prefer_trained_builtin(of_run(config))
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat)
     model = ta.load_for_inference(config.model, ta.parallel.pick_device())
     stops = (*config.generation.stop_strings, *tokenizer.stop_strings)

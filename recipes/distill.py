@@ -106,8 +106,8 @@ def main(config: Config):
         raise ValueError("--teacher-url: leave --teacher-path and --no-on-policy out")
     path = ta.ModelConfig(config.teacher_path or "builtin", dtype=config.model.dtype)
     if not sampled:
-        path = ta.with_fine_tuned_model(dataclasses.replace(config, model=path)).model
-    config = ta.with_fine_tuned_model(config, "builtin-begun")
+        path = ta.train_builtin_first(dataclasses.replace(config, model=path)).model
+    config = ta.train_builtin_first(config, "builtin-begun")
     run = ta.start_run(config)
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat, day=run.day)
     files, val_files = ta.data_or_builtin(config.data.data, config.data.val_data, "practice")

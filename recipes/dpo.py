@@ -152,7 +152,7 @@ def preference_loss(loss: str, settings: dict, policy, ref, batch):
 def step(loss: str, settings: dict, model, batch):
     """The sum of the loss over pairs, the number of pairs, and sums for the log."""
     logps = batch.both(partial(ta.sequence_logps, model))  # (P, 2)
-    tokens = batch.both(ta.learned_tokens)  # (P, 2)
+    tokens = batch.both(ta.count_learned)  # (P, 2)
     policy = ta.losses.Pair(*logps.unbind(1), *tokens.unbind(1))
     ref = None if loss in WITHOUT_REFERENCE else ta.losses.Pair(*batch.reference.unbind(1))
     values = preference_loss(loss, settings, policy, ref, batch)  # (P,)
@@ -182,7 +182,7 @@ def main(config: Config):
             f"--loss {config.loss} has no reference: leave --reference, --ref-path, --sync-every "
             "and --sync-alpha out"
         )
-    config = ta.with_fine_tuned_model(config, "builtin-wordy")
+    config = ta.train_builtin_first(config, "builtin-wordy")
     run = ta.start_run(config)
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat, day=run.day)
     files, val_files = ta.data_or_builtin(
@@ -219,7 +219,7 @@ def main(config: Config):
         collate=ta.collate_pairs,
         default_batch_size=32 if config.model.model_path.startswith("builtin") else 64,
     )
-    ta.check_sync(config.reference, batches.steps)
+    ta.note_sync(config.reference, batches.steps)
     val_batches = ta.val_batches(
         val_data, config.batches, packed=model.packed, collate=ta.collate_pairs
     )

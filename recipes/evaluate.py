@@ -188,7 +188,7 @@ def measured(config: Config) -> dict:
     """Measure and write --out; returns what `main` does."""
     names, device = metrics_of(config), ta.parallel.pick_device()
     if in_tokens(names) or not config.answers:
-        config = ta.with_trained_builtin(config)
+        config = ta.prefer_trained_builtin(config)
         tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat)
     if config.answers:
         files = [config.answers, *[config.against] * bool(config.against)]

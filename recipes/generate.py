@@ -184,7 +184,7 @@ def answer(config: Config, model, tokenizer, prompts, settings, places, keys, ou
 
 
 def main(config: Config) -> None:
-    config = ta.with_trained_builtin(config)
+    config = ta.prefer_trained_builtin(config)
     # each process works on its own share and waits for no other
     device = ta.parallel.pick_device()
     named = named_settings(config)

@@ -76,7 +76,7 @@ def main(config: Config):
         raise ValueError("--reference and its flags have no effect without --kl-coef: add it")
     if config.reference.reference == "cached":
         raise ValueError("--reference cached: answers are not known before training, give frozen")
-    config = ta.with_fine_tuned_model(config, "builtin-begun")
+    config = ta.train_builtin_first(config, "builtin-begun")
     run = ta.start_run(config)
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat, day=run.day)
     sources = config.data.data, config.data.val_data

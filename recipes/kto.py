@@ -114,7 +114,7 @@ def preference(model, batches) -> dict[str, float]:
 
 def main(config: Config):
     """Train; returns the folder of the export and the last figures of held-out records."""
-    config = ta.with_fine_tuned_model(config, "builtin-wordy")
+    config = ta.train_builtin_first(config, "builtin-wordy")
     run = ta.start_run(config)
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat, day=run.day)
     files, val_files = ta.data_or_builtin(
@@ -138,7 +138,7 @@ def main(config: Config):
         collate=collate,
         default_batch_size=64,
     )
-    ta.check_sync(config.reference, batches.steps)
+    ta.note_sync(config.reference, batches.steps)
     val_batches = []
     if val_data:
         val_data, collate = with_collate(config, reference, val_data, model)

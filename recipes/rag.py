@@ -69,7 +69,7 @@ def main(config: Config):
             "note: with one candidate a question the encoder has nothing to learn from; "
             "give --num-passages 2 or more, or --in-batch"
         )
-    config = ta.with_fine_tuned_model(config, "builtin-reader")
+    config = ta.train_builtin_first(config, "builtin-reader")
     run = ta.start_run(config)
     index = ta.rag.open_index(
         config.retrieval.index or ta.rag.builtin_index(),

@@ -77,7 +77,7 @@ def show_pairs(config: Config, run, tokenizer, model, pairs, done: int) -> None:
 
 def main(config: Config):
     """Train; returns the folder of the export and the last figures of held-out records."""
-    config = ta.with_fine_tuned_model(config)
+    config = ta.train_builtin_first(config)
     run = ta.start_run(config)
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat, day=run.day)
     files, val_files = ta.data_or_builtin(

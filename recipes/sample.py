@@ -66,12 +66,12 @@ def choose(config: Config, place: int, answers: list[dict], rewards: dict) -> li
     """
     seed = f"{config.seed}-{place}"
     if config.method == "random":
-        return [answers[i] for i in ta.sample_random(len(answers), config.n, seed=seed)]
+        return [answers[i] for i in ta.choose_random(len(answers), config.n, seed=seed)]
     values = rewards_of(config, place, answers, rewards)
     chosen = (
-        ta.sample_best(values, config.n)
+        ta.choose_best(values, config.n)
         if config.method == "best"
-        else ta.sample_rejection(values, config.n, seed=seed, beta=config.beta)
+        else ta.choose_rejection(values, config.n, seed=seed, beta=config.beta)
     )
     return [answers[i] for i in sorted(chosen, key=lambda i: -values[i])]
 
@@ -93,7 +93,7 @@ def pairs_of(config: Config, place: int, answers: list[dict], rewards: dict) -> 
     There are at most --n of them, and none of equal rewards.
     """
     values = rewards_of(config, place, answers, rewards)
-    order = ta.sample_best(values, len(values))
+    order = ta.choose_best(values, len(values))
     turns = [{"role": "assistant", "content": answers[i]["content"]} for i in order]
     pairs = []
     for k in range(min(config.n, len(order) // 2)):

@@ -14,8 +14,8 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
     from ta import rag as rag
     from ta import rl as rl
     from ta.builtin.data_files import data_or_builtin as data_or_builtin
-    from ta.builtin.fine_tuned import with_fine_tuned_model as with_fine_tuned_model
-    from ta.builtin.fine_tuned import with_trained_builtin as with_trained_builtin
+    from ta.builtin.fine_tuned import prefer_trained_builtin as prefer_trained_builtin
+    from ta.builtin.fine_tuned import train_builtin_first as train_builtin_first
     from ta.chat.cut import cut_dialogue as cut_dialogue
     from ta.chat.encode import encode_answers as encode_answers
     from ta.chat.encode import encode_chat as encode_chat
@@ -65,6 +65,9 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
     from ta.folders import resolve as resolve
     from ta.generation.answers_file import AnswersFile as AnswersFile
     from ta.generation.answers_file import model_key as model_key
+    from ta.generation.candidates import choose_best as choose_best
+    from ta.generation.candidates import choose_random as choose_random
+    from ta.generation.candidates import choose_rejection as choose_rejection
     from ta.generation.generate import generate as generate
     from ta.generation.generate import limits_of as limits_of
     from ta.generation.metrics import measure as measure
@@ -73,9 +76,6 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
     from ta.generation.prompts import read_prompts as read_prompts
     from ta.generation.samples import SamplesConfig as SamplesConfig
     from ta.generation.samples import generate_samples as generate_samples
-    from ta.generation.sampling import sample_best as sample_best
-    from ta.generation.sampling import sample_random as sample_random
-    from ta.generation.sampling import sample_rejection as sample_rejection
     from ta.generation.score import answer_logprobs as answer_logprobs
     from ta.generation.score import class_names_of as class_names_of
     from ta.generation.score import num_labels_of as num_labels_of
@@ -111,8 +111,8 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
     from ta.model.new_rows import check_vocabulary as check_vocabulary
     from ta.reference import ReferenceConfig as ReferenceConfig
     from ta.reference import check_same_vocabulary as check_same_vocabulary
-    from ta.reference import check_sync as check_sync
-    from ta.reference import learned_tokens as learned_tokens
+    from ta.reference import count_learned as count_learned
+    from ta.reference import note_sync as note_sync
     from ta.reference import open_reference as open_reference
     from ta.reference import sequence_logps as sequence_logps
     from ta.reference import with_cached_reference as with_cached_reference
@@ -135,7 +135,7 @@ NAMES = {  # module: what `import ta` gives of it, loaded on first use
     "ta.command_line": "Range cli",
     "ta.folders": "ModelConfig copy_media fingerprint resolve",
     "ta.builtin.data_files": "data_or_builtin",
-    "ta.builtin.fine_tuned": "with_fine_tuned_model with_trained_builtin",
+    "ta.builtin.fine_tuned": "train_builtin_first prefer_trained_builtin",
     "ta.chat.template": "ChatConfig",
     "ta.chat.render": "render_chat tokenize_with_loss_mask",
     "ta.chat.cut": "cut_dialogue",
@@ -164,12 +164,12 @@ NAMES = {  # module: what `import ta` gives of it, loaded on first use
     "with_stop_strings",
     "ta.generation.answers_file": "AnswersFile model_key",
     "ta.generation.prompts": "read_prompts",
-    "ta.generation.sampling": "sample_best sample_random sample_rejection",
+    "ta.generation.candidates": "choose_best choose_random choose_rejection",
     "ta.generation.score": "answer_logprobs class_names_of num_labels_of reward_answers score",
     "ta.generation.vllm_server": "open_server",
     "ta.generation.vllm_engine": "VllmConfig check_engine start_vllm",
     "ta.model.new_rows": "check_vocabulary",
-    "ta.reference": "ReferenceConfig check_same_vocabulary check_sync learned_tokens "
+    "ta.reference": "ReferenceConfig check_same_vocabulary note_sync count_learned "
     "open_reference sequence_logps with_cached_reference",
     "ta.screen": "progress table",
     "ta.training.report": "comparison",

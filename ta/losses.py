@@ -1,4 +1,7 @@
-"""Every loss and its metrics: pure functions with formula and source; the caller sums and divides.
+"""Losses of preferences, scores, classes and retrieval: pure functions with formula and source.
+
+The caller sums and divides. Cross-entropy of tokens and distances to a teacher stand in
+ta/model/logprobs.py, the losses of online reinforcement learning in ta/rl/policy.py.
 
 A preference loss gives one value a pair, (P,). Letters of their formulas: w chosen, l rejected;
 pi_x and rho_x the policy's and the reference's log-probability of answer x, a sum over its tokens;

@@ -30,7 +30,7 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def same_bits() -> None:
+def deterministic_operations() -> None:
     """Allow only torch operations that give the same bits each time; torch refuses the others."""
     import torch
 
@@ -206,7 +206,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return out
 
 
-def recompute(model: nn.Module) -> None:
+def checkpoint_activations(model: nn.Module) -> None:
     """Activation checkpointing of every block, in place.
 
     A block keeps its inputs; the backward pass computes the rest again.
@@ -219,7 +219,7 @@ def recompute(model: nn.Module) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def round_frozen(model: nn.Module) -> None:
+def frozen_to_bfloat16(model: nn.Module) -> None:
     """Hold every frozen float32 weight in bfloat16, in place.
 
     This halves their memory, and no pass has to cast them.
@@ -234,10 +234,10 @@ def round_frozen(model: nn.Module) -> None:
 def compile_blocks(model: nn.Module) -> None:
     """torch.compile every block, and on CUDA the head, in place, for passes over documents.
 
-    Apply it before `recompute` and `shard`. All blocks share their code, which is compiled once for
-    rows of any length: one variant for training (two where an adapter's first block needs no
-    gradient of its input) and one for passes without gradients. Generation gives its blocks no
-    documents; it runs uncompiled and uses none of the variants that torch allows.
+    Apply it before `checkpoint_activations` and `shard`. All blocks share their code, which is
+    compiled once for rows of any length: one variant for training (two where an adapter's first
+    block needs no gradient of its input) and one for passes without gradients. Generation gives its
+    blocks no documents; it runs uncompiled and uses none of the variants that torch allows.
     """
     from functools import partial
 

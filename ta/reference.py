@@ -121,7 +121,7 @@ def sequence_logps(model: LanguageModel, batch: Batch) -> Tensor:
     return sequence_sums(model.logprobs(batch), batch.owners, len(batch.ends))
 
 
-def learned_tokens(batch: Batch) -> Tensor:
+def count_learned(batch: Batch) -> Tensor:
     """(N,) the number of learned tokens of each sequence."""
     import torch
 
@@ -405,7 +405,7 @@ def _write_table(path: Path, table: Tensor) -> None:
     write_atomic(path, save({"logps": table.contiguous()}))
 
 
-def check_sync(config: ReferenceConfig, steps: int) -> None:
+def note_sync(config: ReferenceConfig, steps: int) -> None:
     """Print a note where a run of `steps` steps never updates its synced reference."""
     if config.reference == "synced" and config.sync_every >= steps:
         say(

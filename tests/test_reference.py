@@ -30,9 +30,9 @@ from ta.reference import (
     Reference,
     ReferenceConfig,
     adapter_off_logps,
-    check_sync,
     choose_reference,
     frozen_logps,
+    note_sync,
     open_reference,
     with_cached_reference,
 )
@@ -294,7 +294,7 @@ def test_a_reference_that_never_follows_is_said(capsys):
         (ReferenceConfig("synced", sync_every=100), 101, False),
         (ReferenceConfig(), 100, False),
     ):
-        check_sync(config, steps)
+        note_sync(config, steps)
         assert ("never follows" in capsys.readouterr().err) == said
 
 

@@ -74,7 +74,7 @@ FINE_TUNINGS = {
 }
 
 
-def with_fine_tuned_model(config: Any, name: str = TUNED) -> Any:
+def train_builtin_first(config: Any, name: str = TUNED) -> Any:
     """The config, with a fine-tuned built-in model in place of the random one.
 
     Preferences among answers need a model that answers; passages need a model that reads them. A
@@ -91,7 +91,7 @@ def with_fine_tuned_model(config: Any, name: str = TUNED) -> Any:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, model_path=name))
 
 
-def with_trained_builtin(config: Any) -> Any:
+def prefer_trained_builtin(config: Any) -> Any:
     """The config, with the fine-tuned built-in model in place of the random one, if there is one.
 
     Otherwise a line says that the answers of the random one mean nothing.

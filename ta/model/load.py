@@ -28,12 +28,12 @@ from ta.model.arguments import parsed, quantization
 from ta.model.new_rows import check_vocabulary, set_rows
 from ta.parallel import (
     blocks,
+    checkpoint_activations,
     compile_blocks,
+    deterministic_operations,
+    frozen_to_bfloat16,
     gather_objects,
     rank,
-    recompute,
-    round_frozen,
-    same_bits,
     say,
     shard,
     world,
@@ -112,7 +112,7 @@ def load_model(
             "merge it with recipes/merge.py and give the merged folder"
         )
     if compute.deterministic:
-        same_bits()
+        deterministic_operations()
     if num_labels is None:
         loaded, head = load_base(model, device=device, quantize=compute.quantize), ""
     else:
@@ -504,13 +504,13 @@ def _place(
     wrapper.note = note
     wrapper.half_precision, wrapper.recomputed = half, compute.activation_checkpointing
     if half:
-        round_frozen(wrapper)
+        frozen_to_bfloat16(wrapper)
     if compute.float8:
         multiply_in_float8(wrapper)
     if compute.compile:
         compile_blocks(wrapper)
     if compute.activation_checkpointing:
-        recompute(wrapper)
+        checkpoint_activations(wrapper)
     if world() > 1:
         wrapper.autocast = None
         shard(wrapper, device, half)

@@ -379,7 +379,7 @@ def test_all_blocks_and_batches_share_one_compiled_graph(kind, monkeypatch):
 
         model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
     wrapper, _ = wrap(model, autocast=torch.bfloat16)
-    parallel.round_frozen(wrapper)
+    parallel.frozen_to_bfloat16(wrapper)
     plain = [block.forward for block in parallel.blocks(wrapper)]
     parallel.compile_blocks(wrapper)
     compiled = [block.forward for block in parallel.blocks(wrapper)]
@@ -392,7 +392,7 @@ def test_all_blocks_and_batches_share_one_compiled_graph(kind, monkeypatch):
             for block, forward in zip(parallel.blocks(wrapper), forwards, strict=True):
                 block.forward = forward
             if kind == "recomputed":
-                parallel.recompute(wrapper)
+                parallel.checkpoint_activations(wrapper)
             wrapper.train()
             wrapper.zero_grad()
             wrapper.loss(batch).backward()

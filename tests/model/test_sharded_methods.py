@@ -46,7 +46,7 @@ def root_of(kind):
     if kind == "native":
         root = wrap(add_adapter(root.inner, AdapterConfig(adapter="prompt")))[0]
     if kind == "checkpointed":
-        parallel.recompute(root)
+        parallel.checkpoint_activations(root)
     torch.manual_seed(1)
     if kind == "media":
         projectors = {"image": torch.nn.Linear(5, 32).double()}

@@ -76,8 +76,8 @@ def test_what_cannot_be_is_said_and_the_dialogue_goes_on(talk, line, said):
 def test_an_untrained_model_is_named_and_a_trained_one_used(monkeypatch, tmp_path, capsys):
     config = judged.recipe("chat").Config()
     monkeypatch.setattr(fine_tuned, "tuned_folder", lambda name: tmp_path / "none")
-    assert fine_tuned.with_trained_builtin(config) == config
+    assert fine_tuned.prefer_trained_builtin(config) == config
     assert "has learned nothing" in capsys.readouterr().err
     monkeypatch.setattr(fine_tuned, "tuned_folder", lambda name: tmp_path)
-    assert fine_tuned.with_trained_builtin(config).model.model_path == "builtin-sft"
+    assert fine_tuned.prefer_trained_builtin(config).model.model_path == "builtin-sft"
     assert str(tmp_path) in capsys.readouterr().err

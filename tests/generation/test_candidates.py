@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ta.generation.sampling import sample_best, sample_random, sample_rejection
+from ta.generation.candidates import choose_best, choose_random, choose_rejection
 
 rewards_lists = st.lists(st.floats(-1e6, 1e6) | st.sampled_from([0.0, 1.0]), max_size=12)
 
@@ -59,7 +59,7 @@ def rso_probability(order, rewards, beta):
 def test_one_pass_accepts_with_the_published_probability():
     """Two candidates: with p = exp((r - r_max) / beta), the worse one comes first when it stands first (1/2) and is accepted (p)."""
     runs, p = 20000, math.exp(-1 / 0.5)
-    measured = frequencies(lambda seed: sample_rejection([3.0, 2.0], 1, seed=seed), runs)
+    measured = frequencies(lambda seed: choose_rejection([3.0, 2.0], 1, seed=seed), runs)
     near(measured, {(1,): p / 2, (0,): 1 - p / 2}, runs)
 
 
@@ -71,7 +71,7 @@ def test_frequencies_equal_the_algorithm_enumerated():
         }
         assert math.isclose(sum(expected.values()), 1)
         near(
-            frequencies(lambda seed, n=n: sample_rejection(rewards, n, seed=seed, beta=beta), runs),
+            frequencies(lambda seed, n=n: choose_rejection(rewards, n, seed=seed, beta=beta), runs),
             expected,
             runs,
         )
@@ -80,7 +80,7 @@ def test_frequencies_equal_the_algorithm_enumerated():
     }
     with pytest.raises(AssertionError):  # the comparison can fail
         near(
-            frequencies(lambda seed: sample_rejection(rewards, 1, seed=seed, beta=beta), runs),
+            frequencies(lambda seed: choose_rejection(rewards, 1, seed=seed, beta=beta), runs),
             wrong,
             runs,
         )
@@ -89,7 +89,7 @@ def test_frequencies_equal_the_algorithm_enumerated():
 def test_random_is_uniform():
     runs = 8000
     near(
-        frequencies(lambda seed: sample_random(4, 2, seed=seed), runs),
+        frequencies(lambda seed: choose_random(4, 2, seed=seed), runs),
         dict.fromkeys(permutations(range(4), 2), 1 / 12),
         runs,
     )
@@ -97,13 +97,13 @@ def test_random_is_uniform():
 
 def test_temperature_limits():
     rewards = [1.0, 5.0, 3.0, 4.0]
-    assert sample_best(rewards, 3) == [1, 3, 2] and sample_best([2.0, 2.0, 1.0], 2) == [0, 1]
+    assert choose_best(rewards, 3) == [1, 3, 2] and choose_best([2.0, 2.0, 1.0], 2) == [0, 1]
     assert all(
-        sample_rejection(rewards, 3, seed=seed, beta=1e-9) == [1, 3, 2] for seed in range(20)
+        choose_rejection(rewards, 3, seed=seed, beta=1e-9) == [1, 3, 2] for seed in range(20)
     )
     runs = 8000
     near(
-        frequencies(lambda seed: sample_rejection(rewards, 1, seed=seed, beta=1e9), runs),
+        frequencies(lambda seed: choose_rejection(rewards, 1, seed=seed, beta=1e9), runs),
         {(i,): 0.25 for i in range(4)},
         runs,
     )
@@ -112,15 +112,15 @@ def test_temperature_limits():
 @given(rewards_lists, st.integers(0, 15), st.integers(), st.floats(1e-3, 1e3))
 def test_n_different_candidates_whenever_they_exist(rewards, n, seed, beta):
     picks = {
-        "random": sample_random(len(rewards), n, seed=seed),
-        "best": sample_best(rewards, n),
-        "rejection": sample_rejection(rewards, n, seed=seed, beta=beta),
+        "random": choose_random(len(rewards), n, seed=seed),
+        "best": choose_best(rewards, n),
+        "rejection": choose_rejection(rewards, n, seed=seed, beta=beta),
     }
     for chosen in picks.values():
         assert len(chosen) == len(set(chosen)) == min(n, len(rewards)) and set(chosen) <= set(
             range(len(rewards))
         )
-    assert picks["rejection"] == sample_rejection(
+    assert picks["rejection"] == choose_rejection(
         rewards, n, seed=seed, beta=beta
     )  # the seed decides
     assert all(
@@ -128,14 +128,14 @@ def test_n_different_candidates_whenever_they_exist(rewards, n, seed, beta):
         for i in picks["best"]
         for j in set(range(len(rewards))) - set(picks["best"])
     )
-    longer = sample_rejection(rewards, n + 1, seed=seed, beta=beta)
+    longer = choose_rejection(rewards, n + 1, seed=seed, beta=beta)
     assert (
         longer[: len(picks["rejection"])] == picks["rejection"]
     )  # what was accepted stays accepted
     shifted = [
         r + 64.0 for r in map(float, map(round, rewards))
     ]  # only differences of rewards matter
-    assert sample_rejection(shifted, n, seed=seed, beta=beta) == sample_rejection(
+    assert choose_rejection(shifted, n, seed=seed, beta=beta) == choose_rejection(
         [r - 64.0 for r in shifted], n, seed=seed, beta=beta
     )
 
@@ -144,16 +144,16 @@ def test_seeds_differ_and_the_global_generator_is_untouched():
     import random
 
     state = random.getstate()
-    draws = {tuple(sample_rejection([0.0] * 6, 3, seed=f"7-{record}")) for record in range(30)}
-    draws |= {tuple(sample_random(6, 3, seed=f"7-{record}")) for record in range(30)}
+    draws = {tuple(choose_rejection([0.0] * 6, 3, seed=f"7-{record}")) for record in range(30)}
+    draws |= {tuple(choose_random(6, 3, seed=f"7-{record}")) for record in range(30)}
     assert len(draws) > 20 and random.getstate() == state
 
 
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: sample_rejection([1.0], 1, seed=0, beta=0.0),
-        lambda: sample_rejection([1.0], 1, seed=0, beta=math.nan),
+        lambda: choose_rejection([1.0], 1, seed=0, beta=0.0),
+        lambda: choose_rejection([1.0], 1, seed=0, beta=math.nan),
     ],
 )
 def test_refuses_a_temperature_of_nothing(call):
@@ -163,13 +163,13 @@ def test_refuses_a_temperature_of_nothing(call):
 
 def test_refuses_other_nonsense():
     for bad in (math.nan, math.inf, -math.inf):
-        for call in (lambda r: sample_best(r, 1), lambda r: sample_rejection(r, 1, seed=0)):
+        for call in (lambda r: choose_best(r, 1), lambda r: choose_rejection(r, 1, seed=0)):
             with pytest.raises(ValueError, match="reward 1 is"):
                 call([0.0, bad])
     for call in (
-        lambda: sample_random(3, -1, seed=0),
-        lambda: sample_best([1.0], -1),
-        lambda: sample_rejection([1.0], -1, seed=0),
+        lambda: choose_random(3, -1, seed=0),
+        lambda: choose_best([1.0], -1),
+        lambda: choose_rejection([1.0], -1, seed=0),
     ):
         with pytest.raises(ValueError, match="0 or more"):
             call()

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from random import Random
 
 
-def sample_random(count: int, n: int, *, seed: int | str) -> list[int]:
+def choose_random(count: int, n: int, *, seed: int | str) -> list[int]:
     """`n` of `count` candidates, every choice and every order being equally likely."""
     return Random(seed).sample(range(count), _within(n, count))
 
 
-def sample_best(rewards: Sequence[float], n: int) -> list[int]:
+def choose_best(rewards: Sequence[float], n: int) -> list[int]:
     """The `n` candidates of highest reward, the highest first.
 
     Of equal rewards the earlier candidate.
@@ -25,7 +25,7 @@ def sample_best(rewards: Sequence[float], n: int) -> list[int]:
     return sorted(range(len(rewards)), key=lambda i: -rewards[i])[: _within(n, len(rewards))]
 
 
-def sample_rejection(
+def choose_rejection(
     rewards: Sequence[float], n: int, *, seed: int | str, beta: float = 0.5
 ) -> list[int]:
     """Statistical rejection sampling, algorithm 1 of arXiv 2309.06657 (RSO), whose beta is 0.5.
@@ -34,7 +34,7 @@ def sample_rejection(
     beta), r_max being the highest reward that was in the pool when the pass began. The accepted
     leave the pool; it ends with the n-th. The best one left is accepted in every pass, so it always
     ends. A pass goes through the pool in a random order, so that the place in the file is worth
-    nothing. beta towards 0 is `sample_best`, a large beta is `sample_random`.
+    nothing. beta towards 0 is `choose_best`, a large beta is `choose_random`.
     """
     if not beta > 0:
         raise ValueError(
