@@ -162,6 +162,9 @@ def guard(action: Callable[[], Any]) -> int:
     try:
         action()
     except KeyboardInterrupt as stop:
+        if sys.stderr.isatty():
+            # the terminal has written ^C, perhaps behind a bar
+            print(file=sys.stderr)
         return _say(f"stopped{stop}", 130, "")
     except Exception as error:
         if full_disk(error):

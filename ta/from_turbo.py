@@ -429,7 +429,11 @@ def _samples(fields: Fields, recipe: str, out: Commands) -> list[str]:
             f"{path}.custom_generation_settings",
             out,
         )
-        words = ",".join(f"{name}={value!r}" for name, value in settings.items())
+        settings["stop_strings"] = list(settings["stop_strings"])
+        words = ",".join(
+            f"{name}=({json.dumps(value)[1:-1]},)" if isinstance(value, list) else f"{name}={value}"
+            for name, value in settings.items()
+        )
         flags += ["--sample-settings", f"picked:{words}"]
     else:
         out.notes.append(f"{path}: the first held-out records are scored, not {' '.join(sources)}")

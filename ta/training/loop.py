@@ -118,7 +118,7 @@ def train(
             progress_bar(batches.steps, first, rank() == 0) as bar,
         ):
             if held_out.start(first, stop, trackers):
-                _end(folder, first, stop)
+                _end(folder, first, stop, bar)
             if held_out.best == first == 0:
                 save(0)
             ready = _on_device(batches, first, device)
@@ -176,7 +176,7 @@ def train(
                     if not saved and (stopping or held_out.best == done or held_out.exhausted):
                         save(done)
                 if stopping:
-                    _end(folder, done, stop)
+                    _end(folder, done, stop, bar)
     except ValueError:
         run.forget()
         raise
@@ -370,8 +370,9 @@ def _logged(folder: Path, step: int) -> dict[str, float]:
     return gather_objects(read() if rank() == 0 else None)[0]
 
 
-def _end(folder: Path, step: int, stop: Signals) -> None:
+def _end(folder: Path, step: int, stop: Signals, bar: Any) -> None:
     """End the program after a signal, with a word on how to go on."""
+    bar.close()
     if rank() == 0:
         write_report(folder)
     kept = checkpoint.folder_of(folder / "checkpoints", step)

@@ -135,7 +135,7 @@ def progress_bar(steps: int, first: int, show: bool):
 def line(record: dict[str, float]) -> str:
     """A logged step as one short line."""
     speed = record["learned_tokens"] / max(record["seconds"], 1e-9)
-    figures = f"loss {record['loss']:.4f}, lr {record['lr']:.1e}, {speed:,.0f} learned tok/s"
+    figures = f"loss {record['loss']:.4f}, lr {record['lr']:.1e}, {speed:,.0f} tok/s"
     return f"{figures}, {record['memory_gb']:.1f} GB"
 
 
