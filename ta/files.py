@@ -196,6 +196,13 @@ def clean_up(path: Path) -> None:
             remove(left)
 
 
+def clean_inside(folder: Path) -> None:
+    """`clean_up` for all that stands in a folder of ours."""
+    left = [ASIDE.fullmatch(path.name) for path in folder.glob(".*")]
+    for name in {found["name"] for found in left if found}:
+        clean_up(folder / name)
+
+
 def _aside(path: Path, kind: str = "tmp") -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}@{platform.node()}.{kind}")
 
@@ -330,12 +337,11 @@ def keep_inputs(out: str | Path, inputs: Iterable[str | Path | None]) -> None:
 def locked(
     out: str | Path,
     *,
-    inside: bool = False,
     share: str = "",
     waiting: Callable[[], None] | None = None,
 ) -> Iterator[bool]:
-    """Hold the lock of an output: `.NAME.lock` beside it, or `.lock` inside a folder; gives False
-    where the file system knows no locks.
+    """Hold the lock of an output: `.NAME.lock` beside it; gives False where the file system knows
+    no locks.
 
     Processes that write one output together each give the name of their `share`. Where another
     process holds it, ValueError; or `waiting` is called and the lock waited for. The lock ends with
@@ -343,7 +349,7 @@ def locked(
     is taken away, so nothing of it may be written aside before.
     """
     out = Path(out)
-    path = out / ".lock" if inside else out.with_name(f".{out.name}{share and '.'}{share}.lock")
+    path = out.with_name(f".{out.name}{share and '.'}{share}.lock")
     _make_folder(path.parent)
     file, held = _take(path, out, waiting)
     with file:

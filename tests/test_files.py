@@ -348,11 +348,9 @@ def test_a_second_process_is_refused_in_a_line(tmp_path):
         assert in_child(lambda: try_lock(out.with_name("other"))) == "True"
         assert in_child(lambda: try_lock(out, share="1")) == "True"
     assert os.listdir(out.parent) == [] and in_child(lambda: try_lock(out)) == "True"
-    with locked(out.parent, inside=True):
-        assert "being written" in in_child(lambda: hold_lock(out.parent))
     with hold_lock(out.parent):
-        assert "being written" in in_child(lambda: try_lock(out.parent, inside=True))
-    assert in_child(lambda: try_lock(out.parent, inside=True)) == "True"
+        assert "being written" in in_child(lambda: hold_lock(out.parent))
+    assert "being written" not in in_child(lambda: hold_lock(out.parent))
 
 
 def test_a_lock_ends_with_its_process(tmp_path):

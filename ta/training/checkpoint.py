@@ -15,7 +15,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ta.files import clean_up, damage, digest, full_disk, hash_json, remove_whole, sync
+from ta.files import clean_inside, damage, digest, full_disk, hash_json, remove_whole, sync
 from ta.model.export import published
 from ta.parallel import gather_objects, local_rows, rank, world
 from ta.training.optim import set_lr
@@ -128,8 +128,7 @@ def _prune(
     """Delete whole ones beyond the newest `keep` but that of step `pinned`, damaged ones before
     `step`, and left-overs.
     """
-    for left in folder.glob(".step-*"):
-        clean_up(left.with_name(f"step-{left.name[6:].partition('.')[0]}"))
+    clean_inside(folder)
     whole = []
     for path in _checkpoints(folder):
         reason = "damaged" if path.name in damaged else _damage(path, hashes=False)

@@ -16,6 +16,7 @@ from ta import parallel
 from ta.command_line import Range, check_config
 from ta.files import (
     ASIDE,
+    clean_inside,
     clean_up,
     hold_lock,
     is_ours,
@@ -126,6 +127,8 @@ class Run:
         check_out(self.loop)  # no other process has written it meanwhile
         for name in RUN_NAMES:
             clean_up(self.folder / name)
+        for name in ("checkpoints", "rollouts"):
+            clean_inside(self.folder / name)
         if self.loop.overwrite:
             for name in RUN_NAMES[:-1]:
                 remove_whole(self.folder / name)

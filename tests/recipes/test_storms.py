@@ -75,6 +75,9 @@ def test_what_other_commands_publish_is_on_the_disk_before_it_has_its_name(place
     names = {p["id"] for p in models.passages()[:60]}
     asked = [q for q in models.questions("train", 1000) if q["gold"][0] in names][:8]
     models.write_jsonl(place / "asked.jsonl", asked)
+    models.write_jsonl(place / "pairs.jsonl", models.concise("train", 8))
+    models.write_jsonl(place / "practice.jsonl", models.practice("train", 8))
+    (place / "mine.py").write_text("def spread(prompt, answer, record):\n    return len(answer)\n")
     (place / "pickled").mkdir()
     torch.save({"a": torch.ones(2)}, place / "pickled" / "pytorch_model.bin")
     torch.save({"0.weight": torch.ones(2, 2)}, place / "projector.pt")
@@ -103,6 +106,11 @@ def test_what_other_commands_publish_is_on_the_disk_before_it_has_its_name(place
         recipe("build_index", *index, "--out", out / "index")
         asked = ("--data", place / "asked.jsonl", "--index", out / "index", "--num-passages", 2)
         recipe("rag", *model, *asked, *quick, "--out", out / "rag")
+        pairs = ("--data", place / "pairs.jsonl", "--reference", "cached")
+        recipe("dpo", *model, *pairs, *quick, "--out", out / "dpo")
+        rewards = ("--rewards", f"{place}/mine.py:spread", "--data", place / "practice.jsonl")
+        drawn = ("--num-answers", 4, "--max-new-tokens", 6)
+        recipe("grpo", *model, *rewards, *quick, *drawn, "--out", out / "grpo")
         ta_command.copy("sft", str(out / "mine.py"))
         ta_command.converted(str(place / "pickled"), str(out / "converted"))
         ta_command.converted(str(place / "projector.pt"), str(out / "projectors"))

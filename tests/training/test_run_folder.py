@@ -85,7 +85,10 @@ def test_left_overs_of_a_kill_do_not_bar_the_way_and_go(tmp_path):
     (tmp_path / f".checkpoints.{dead}@{host}.tmp").mkdir()
     (tmp_path / f".final.{dead}@{host}.tmp").mkdir()
     (tmp_path / f".metrics.jsonl.{dead}@{host}.tmp").touch()
+    kept = set((tmp_path / "checkpoints").iterdir())
+    (tmp_path / "checkpoints" / f".step-00000001.{dead}@{host}.tmp").mkdir()
     trained(tmp_path, resume=True)
+    assert set((tmp_path / "checkpoints").iterdir()) == kept
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {".lock", "checkpoints", "config.json", "metrics.jsonl", "report.html"}
 
