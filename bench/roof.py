@@ -239,7 +239,7 @@ def meta_model(size: str, adapted: bool = False):
     return lora(model) if adapted else model
 
 
-def fake_model(inner: torch.nn.Module, casts: bool, checkpointing: bool):
+def fake_model(inner: torch.nn.Module, casts: bool, checkpointing: bool, kept: bool):
     """A LanguageModel of fake weights as it is trained on a GPU; inside `as_on_a_gpu`."""
     from ta import parallel
     from ta.model.language_model import LanguageModel
@@ -250,7 +250,7 @@ def fake_model(inner: torch.nn.Module, casts: bool, checkpointing: bool):
         without_casts(model)
     parallel.frozen_to_bfloat16(model)
     if checkpointing:
-        parallel.checkpoint_activations(model)
+        parallel.checkpoint_activations(model, kept)
     return model.train()
 
 
@@ -295,13 +295,14 @@ def step(
     compiled: bool = False,
     casts: bool = False,
     checkpointing: bool = False,
+    kept: bool = False,
     small: bool = False,
     dpo: str = "",
 ) -> Figures:
     """Milliseconds, share and GiB of one step of --tokens of chats, or of 12 pairs for DPO.
 
     `dpo` says how prompts lie: "shared" or "twice". `casts` leaves norms and adapters as they come.
-    `small` is --optimizer adamw8bit --weights bfloat16.
+    `kept` is --keep-products, `small` --optimizer adamw8bit --weights bfloat16.
     """
     from ta.data.batch import lay_out
 
@@ -325,7 +326,7 @@ def step(
 
     inner = meta_model(size, adapted)
     with as_on_a_gpu():
-        model = fake_model(inner, casts, checkpointing)
+        model = fake_model(inner, casts, checkpointing, kept)
         for parameter in model.parameters() if small else ():
             parameter.data = parameter.data.to(torch.bfloat16)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -380,6 +381,9 @@ LINES = {
     ),
     "8B full, checkpointing, small": partial(
         step, size="8B", tokens=8192, checkpointing=True, small=True
+    ),
+    "8B full, products kept, small": partial(
+        step, size="8B", tokens=8192, checkpointing=True, kept=True, small=True
     ),
     "DPO 1B LoRA": partial(step, size="1B", tokens=0, adapted=True, dpo="shared"),
     "DPO 1B LoRA, prompts twice": partial(step, size="1B", tokens=0, adapted=True, dpo="twice"),

@@ -206,17 +206,33 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return out
 
 
-def checkpoint_activations(model: nn.Module) -> None:
+def checkpoint_activations(model: nn.Module, keep_products: bool = False) -> None:
     """Activation checkpointing of every block, in place.
 
-    A block keeps its inputs; the backward pass computes the rest again.
+    A block keeps its inputs, with `keep_products` also the results of matrix products and attention
+    (selective checkpointing, Korthikanti et al. 2022); the backward pass computes the rest again.
     """
     from functools import partial
 
-    from torch.utils.checkpoint import checkpoint
+    import torch
+    import torch.nn.attention.varlen  # it registers its operation
+    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+    aten = torch.ops.aten
+    kept = [
+        aten.mm.default,
+        aten.addmm.default,
+        aten.bmm.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.torch_attn._varlen_attn.default,
+    ]
+    more = {"context_fn": partial(create_selective_checkpoint_contexts, kept)}
     for block in blocks(model):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        again = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = partial(again, **more) if keep_products else again
 
 
 def frozen_to_bfloat16(model: nn.Module) -> None:

@@ -67,6 +67,9 @@ class ComputeConfig:
     found out at the start and padded instead."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
+    keep_products: bool = False
+    """With --activation-checkpointing keep the results of products and attention: little is then
+    computed twice, and less memory is saved. Not with --compile."""
     compile: bool = False
     """torch.compile each block; pays on accelerators after a minute of compiling."""
     float8: bool = False
@@ -104,6 +107,10 @@ def load_model(
     """
     from ta.model.export import check_export
 
+    if compute.keep_products and (compute.compile or not compute.activation_checkpointing):
+        raise ValueError(
+            "--keep-products goes with --activation-checkpointing and without --compile"
+        )
     sources = resolve(model)
     check_adapter(adapter, sources.adapter, checkpointing=compute.activation_checkpointing)
     if sources.adapter and (added := [t.text for t in tokenizer.new_tokens if t.added]):
@@ -510,7 +517,7 @@ def _place(
     if compute.compile:
         compile_blocks(wrapper)
     if compute.activation_checkpointing:
-        checkpoint_activations(wrapper)
+        checkpoint_activations(wrapper, compute.keep_products)
     if world() > 1:
         wrapper.autocast = None
         shard(wrapper, device, half)

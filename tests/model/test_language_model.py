@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from ta import parallel
 from ta.data.batch import lay_out
 from ta.model.attention import register
 from ta.model.language_model import base_model, self_check, wrap
@@ -363,8 +364,6 @@ def test_all_blocks_and_batches_share_one_compiled_graph(kind, monkeypatch):
     import kernel  # noqa: F401
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    from ta import parallel
-
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter, fullgraph=True))
@@ -411,3 +410,35 @@ def test_all_blocks_and_batches_share_one_compiled_graph(kind, monkeypatch):
     # the first is traced again once its constants are known; before the first adapter nothing
     # asks for gradients, so that its block differs
     assert counts[0] == counts[-1] <= (4 if kind == "lora" else 3)
+
+
+def test_kept_products_are_not_computed_again():
+    """Selective checkpointing: the gradients of plain training, and as many products and attentions; without it more."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = str(func)
+            heavy = "mm." in name or ("attention" in name and "backward" not in name)
+            self.calls = getattr(self, "calls", 0) + heavy
+            return func(*args, **(kwargs or {}))
+
+    ids = [np.arange(3, 3 + n) for n in (11, 7)]
+    batch = lay_out(ids, [np.ones(len(x), np.float32) for x in ids])
+    found = {}
+    for kind in ("plain", "kept", "again"):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+        config = AutoConfig.for_model("llama", vocab_size=64, num_hidden_layers=2, **sizes)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=register())
+        wrapper, _ = wrap(model)
+        if kind != "plain":
+            parallel.checkpoint_activations(wrapper, keep_products=kind == "kept")
+        wrapper.train()
+        with Counted() as counted:
+            wrapper.loss(batch).backward()
+        found[kind] = counted.calls, [p.grad for p in wrapper.parameters()]
+    assert found["plain"][0] == found["kept"][0] < found["again"][0]
+    for kind in ("kept", "again"):
+        for a, b in zip(found["plain"][1], found[kind][1], strict=True):
+            assert torch.equal(a, b)
