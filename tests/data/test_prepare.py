@@ -2,10 +2,10 @@
 
 import importlib.util
 import json
+import mmap
 import os
 import subprocess
 import sys
-import time
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -290,7 +290,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path, monkeypatch):
     many = Vocabulary(lambda texts: [[1] * 250 for _ in texts])
     letters.tokenizer = letters.tokenizer._replace(vocabulary=many)
     peaks = []
-    for n in (500, 3000):
+    for n in (500, 1500):
         path = write(tmp_path / f"{n}.jsonl", [f"{i}" * 50 for i in range(n)])
         tracemalloc.start()
         made([path], letters=letters)
@@ -318,17 +318,14 @@ def test_two_processes_at_once_end_well(tmp_path):
 
 
 def test_opening_again_reads_no_data(tmp_path):
-    """A million records open in milliseconds: nothing that grows with the data is read."""
-    path = write(tmp_path / "a.jsonl", [str(i) for i in range(20_000)])
+    """Whatever their number: arrays are mapped, and no record is encoded again."""
+    path = write(tmp_path / "a.jsonl", [str(i) for i in range(200)])
     letters = Letters()
     for _ in range(2):
-        made([path], letters=letters)
-    best = 1.0
-    for _ in range(5):
-        start = time.process_time()
         prepared = made([path], letters=letters)
-        best = min(best, time.process_time() - start)
-    assert prepared.info["cached"] and best < 0.02 and len(letters.seen) == 20_000
+    assert prepared.info["cached"] and len(letters.seen) == 200
+    arrays = prepared.ids, prepared.weights, prepared.offsets, prepared.origin
+    assert all(isinstance(array.base, np.memmap | mmap.mmap) for array in arrays)
 
 
 def test_a_later_version_of_the_code_prepares_anew(tmp_path, monkeypatch):
