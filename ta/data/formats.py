@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from ta.chat.messages import ANSWER, SYSTEM
 from ta.data.jsonl import BadRecord, named
 from ta.data.records import (
+    PART_KEYS,
     Check,
     check_candidates,
     check_chat,
@@ -39,6 +40,7 @@ SPEAKERS = {
     "function_call": "function_call",
 }
 ALPACA_FIELDS = ("instruction", "input", "output", "system", "history")
+MEDIA_FIELDS = ("image", "images", "audio", "audios")
 MEDIA = re.compile(r"<(image|audio)>")
 WORDS = re.compile(r".*\s", re.DOTALL)
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -64,24 +66,30 @@ def from_turns(data: dict) -> dict:
     `<image>` in a turn is the place of the next picture of `image` (a path or a list of them).
     A turn may also be {role, content}. Keys of a turn beside these stay.
     """
-    rest = _without(data, "conversations", "system", "image", "images", "audio", "audios")
+    rest = _without(data, "conversations", "system")
     messages = [_turn(turn, i) for i, turn in enumerate(data["conversations"])]
     if data.get("system"):
         messages.insert(0, {"role": SYSTEM, "content": data["system"]})
-    media = {
-        "image": _paths(data, "image") + _paths(data, "images"),
-        "audio": _paths(data, "audio") + _paths(data, "audios"),
-    }
+    return _with_tools(from_pictured({**rest, "messages": messages}))
+
+
+def from_pictured(data: dict) -> dict:
+    """TRL's and LLaVA's pictures: {"messages", "images"}, and places for them in the messages.
+
+    A place is `<image>` in a text, or a part {"type": "image"}; files are taken in order.
+    """
+    media = {kind: _paths(data, kind) + _paths(data, f"{kind}s") for kind in ("image", "audio")}
+    messages = data["messages"]
     if any(media.values()):
         messages = [_with_media(message, media) for message in messages]
-        for kind, left in media.items():
-            if left:
-                raise BadRecord(
-                    f"{kind} without a place",
-                    f"{len(left)} of the record's {kind} files have no <{kind}> in a turn; give "
-                    "each its place",
-                )
-    return _with_tools({**rest, "messages": messages})
+    for kind, left in media.items():
+        if left:
+            raise BadRecord(
+                f"{kind} without a place",
+                f"{len(left)} of the record's {kind} files have no <{kind}> in a turn; give each "
+                "its place",
+            )
+    return {**_without(data, *MEDIA_FIELDS), "messages": messages}
 
 
 def from_turn_pairs(data: dict) -> dict:
@@ -286,23 +294,43 @@ def _paths(data: dict, key: str) -> list:
 
 
 def _with_media(message: dict, media: dict[str, list]) -> dict:
-    """The message with a part for each `<image>` and `<audio>`, whose files are taken in order."""
-    content = message.get("content")
-    if not isinstance(content, str) or not MEDIA.search(content):
+    """The message with a file for each of its places, whose files are taken in order."""
+    if not _has_places(message):
         return message
-    parts = []
-    for i, text in enumerate(MEDIA.split(content)):
-        if i % 2 == 0:
-            # the line end beside a picture belongs to the mark
-            parts += [{"type": "text", "content": text.strip("\n")}] if text.strip("\n") else []
-        elif media[text]:
-            parts.append({"type": text, "content": media[text].pop(0)})
-        else:
-            raise BadRecord(
-                f"{text} without a file",
-                f"a turn has more <{text}> than the record has {text} files; give a file for each",
-            )
+    given, parts = message["content"], []
+    if isinstance(given, str):
+        texts = enumerate(MEDIA.split(given))
+        # the line end beside a picture belongs to the mark
+        given = [
+            {"type": text} if i % 2 else {"type": "text", "content": text.strip("\n")}
+            for i, text in texts
+            if i % 2 or text.strip("\n")
+        ]
+    for part in given:
+        if _is_place(part):
+            kind = part["type"]
+            if not media[kind]:
+                raise BadRecord(
+                    f"{kind} without a file",
+                    f"a turn has more <{kind}> than the record has {kind} files; give a file for "
+                    "each",
+                )
+            part = {"type": kind, "content": media[kind].pop(0)}
+        parts.append(part)
     return {**message, "content": parts}
+
+
+def _is_place(part: Any) -> bool:
+    """Whether a part of a message is the place of a picture or a sound, which stands elsewhere."""
+    known = isinstance(part, dict) and part.get("type") in ("image", "audio")
+    return known and not any(part.get(key) for key in PART_KEYS)
+
+
+def _has_places(message: Any) -> bool:
+    content = message.get("content") if isinstance(message, dict) else None
+    if isinstance(content, str):
+        return MEDIA.search(content) is not None
+    return isinstance(content, list) and any(map(_is_place, content))
 
 
 def _asked(data: dict) -> list[dict]:
@@ -359,7 +387,17 @@ def _turns(data: dict) -> bool:
 
 
 def _pictured(data: dict) -> bool:
-    return _turns(data) and any(data.get(key) for key in ("image", "images", "audio", "audios"))
+    return _turns(data) and any(map(data.get, MEDIA_FIELDS))
+
+
+def _places_apart(data: dict) -> bool:
+    """Whether messages have places for pictures that stand in a field of the record."""
+    messages = data.get("messages")
+    return (
+        isinstance(messages, list)
+        and any(map(data.get, MEDIA_FIELDS))
+        and any(map(_has_places, messages))
+    )
 
 
 def _is_text(data: dict) -> bool:
@@ -372,6 +410,7 @@ def _texts(data: dict, begin: str = "") -> bool:
 
 
 LLAVA = Format("LLaVA", "conversations", "turns", _pictured, from_turns)
+PICTURED = Format("messages with pictures apart", "conversations", "", _places_apart, from_pictured)
 SHAREGPT = Format("ShareGPT", "conversations", "turns", _turns, from_turns)
 ALPACA = Format("Alpaca", "instructions", "Alpaca", _has("instruction"), from_instruction)
 COMPLETION = Format(
@@ -455,7 +494,7 @@ CHAT_FORMATS = (LLAVA, SHAREGPT, ALPACA, COMPLETION)
 FORMATS: dict[Check, tuple[str, tuple[Format, ...]]] = {
     check_chat: ("messages", (*CHAT_FORMATS, TEXT)),
     check_prompt: ("messages", (*CHAT_FORMATS, PROMPT)),
-    check_media: ("messages", (*CHAT_FORMATS, PROMPT)),
+    check_media: ("messages", (PICTURED, *CHAT_FORMATS, PROMPT)),
     check_question: ("messages", (*CHAT_FORMATS, PROMPT)),
     check_class: ("messages", (*CHAT_FORMATS, TEXT_LABEL, PROMPT)),
     check_candidates: ("messages", (*CHAT_FORMATS, PROMPT)),
@@ -474,7 +513,7 @@ def format_of(data: dict, check: Check) -> Format | None:
     while isinstance(check, partial):
         check = check.func
     own, formats = FORMATS.get(check, ("", ()))
-    if own in data or not own:
+    if not own or (own in data and not (PICTURED in formats and PICTURED.holds(data))):
         return None
     for others, recipes in READERS.items():
         found = next((form for form in others if form.holds(data)), None)

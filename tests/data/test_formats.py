@@ -35,6 +35,9 @@ human, gpt = {"from": "human", "value": "q r"}, {"from": "gpt", "value": "a"}
 other = {"from": "gpt", "value": "b"}
 OFF = {"messages": [U, {**A, "loss": False}, U, A]}
 
+PARTS = [{"type": "image", "content": "cat.png"}, {"type": "text", "content": "q r"}]
+PICTURED = {"messages": [{"role": "user", "content": PARTS}, A]}
+
 # name of the format, checker, a record of the format, the canonical record that it stands for
 TWINS = [
     ("ShareGPT", "chat", {"conversations": [human, gpt]}, CHAT),
@@ -135,18 +138,19 @@ TWINS = [
             "image": "cat.png",
             "conversations": [{"from": "human", "value": "<image>\nq r"}, gpt],
         },
+        PICTURED,
+    ),
+    (
+        "messages with pictures apart",
+        "media",
         {
             "messages": [
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "image", "content": "cat.png"},
-                        {"type": "text", "content": "q r"},
-                    ],
-                },
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q r"}]},
                 A,
-            ]
+            ],
+            "images": ["cat.png"],
         },
+        PICTURED,
     ),
 ]
 CHECKS = {
@@ -206,6 +210,11 @@ def test_pictures_take_their_places_in_order():
     assert paths == [["1.png", "2.png", " which?"], ["and ", "3.png"]]
     plain = formats.from_turns({"conversations": turns})
     assert plain["messages"][2]["content"] == "and <image>", "no pictures: text"
+    whole = {**PICTURED, "images": ["cat.png"]}
+    assert canonical(whole, records.check_media) == (whole, None), "no place for it: kept"
+    parts = {**PICTURED, "messages": [{"role": "user", "content": [{"type": "image"}] * 2}, A]}
+    with pytest.raises(BadRecord, match="more <image> than the record has image files"):
+        canonical({**parts, "images": ["cat.png"]}, records.check_media)
 
 
 WRONG = [
