@@ -62,10 +62,9 @@ def main(config: Config) -> None:
             config.max_tokens_per_pass,
             bar.update,
             begun,
+            config.approximate,
         )
     if published:
-        if config.approximate:
-            ta.rag.add_approximate(out)
         ta.parallel.tell(f"done: {out}")
 
 

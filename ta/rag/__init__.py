@@ -28,7 +28,6 @@ if TYPE_CHECKING:  # for editors; NAMES says the same
     from ta.rag.retrieval import prompts_with_passages as prompts_with_passages
     from ta.rag.retrieval import retrieve_for_prompts as retrieve_for_prompts
     from ta.rag.retrieval import retriever_of as retriever_of
-    from ta.rag.search import add_approximate as add_approximate
     from ta.rag.search import need_faiss as need_faiss
 
 NAMES = {  # module: what `ta.rag` gives of it
@@ -39,7 +38,7 @@ NAMES = {  # module: what `ta.rag` gives of it
     "ta.rag.index": "begin_index build_index open_index",
     "ta.rag.passages": "RetrievalConfig passage_settings",
     "ta.rag.retrieval": "prompts_with_passages retrieve_for_prompts retriever_of",
-    "ta.rag.search": "add_approximate need_faiss",
+    "ta.rag.search": "need_faiss",
     "ta.rag.joint": "RANKED RagModel question_collate rag_step reembedded retrieval_figures "
     "with_passages",
 }

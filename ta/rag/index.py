@@ -43,6 +43,7 @@ from ta.rag.passages import (
     text_of,
     write_passages,
 )
+from ta.rag.search import APPROXIMATE, write_approximate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,7 +103,7 @@ def open_index(
         settings = EmbeddingSettings(**manifest["reading"])
         PassageSettings(**manifest.get("joining", {}))
         encoder = str((folder / manifest["encoder_path"]).resolve())
-        files = (folder / PASSAGES, folder / VECTORS)
+        files = [folder / name for name in (PASSAGES, VECTORS, APPROXIMATE)]
         changed = [why for path in files if (why := _changed(path, manifest, verify))]
         built_with = manifest["encoder"]
     if encoder_path:
@@ -137,7 +138,7 @@ def open_index(
 
 def _changed(path: Path, manifest: dict[str, Any], verify: bool) -> str:
     """How a file differs from what was written, or ""."""
-    if f"{path.stem}_stamp" not in manifest:  # the vectors of an index of an earlier version
+    if f"{path.stem}_stamp" not in manifest:  # no such file, or vectors of an earlier version
         return ""
     size, changed = manifest[f"{path.stem}_stamp"]
     # a copy has another time of change and the same content
@@ -227,10 +228,11 @@ def build_index(
     max_tokens: int = 8192,
     advance: Callable[[int], None] = lambda n: None,
     begun: Begun | None = None,
+    approximate: bool = False,
 ) -> bool:
     """Embed this process's blocks of what `begin_index` wrote, except those already on the disk.
 
-    True where this call published the index. `advance(n)` is called when the vectors of n more
+    With `approximate` an index of faiss stands beside the vectors. True where this call published the index. `advance(n)` is called when the vectors of n more
     passages are on the disk, first with those of an earlier run. ValueError where another process
     builds these blocks, or has begun anew since this one has `begun`.
     """
@@ -263,7 +265,7 @@ def build_index(
             )
             parts.save(f"{block:08}", {"vectors": vectors.float().cpu().contiguous()})
             advance(len(blocks[block]))
-    return _publish(out, parts, -(-n // BLOCK))
+    return _publish(out, parts, -(-n // BLOCK), approximate)
 
 
 def _offsets(parts: Parts) -> np.ndarray:
@@ -277,7 +279,7 @@ def _done(parts: Parts, total: int) -> set[int]:
     return {int(key) for key in parts.keys() if key != OFFSETS}  # noqa: SIM118 no mapping
 
 
-def _publish(out: Path, parts: Parts, total: int) -> bool:
+def _publish(out: Path, parts: Parts, total: int, approximate: bool) -> bool:
     """Write the index if all blocks are there; the process that ends last does it.
 
     False where blocks are missing or another process has written it.
@@ -299,9 +301,11 @@ def _publish(out: Path, parts: Parts, total: int) -> bool:
             parts.drop(f"{block:08}")
         with publishing(out, replace=True) as aside:
             passages = Passages(parts.folder / PASSAGES, _offsets(parts))
-            vectors = np.load(whole, mmap_mode="c")
+            vectors = torch.from_numpy(np.load(whole, mmap_mode="c"))
             about.pop("sources")
-            _write(aside, passages, torch.from_numpy(vectors), about)
+            if approximate:
+                write_approximate(aside / APPROXIMATE, vectors)
+            _write(aside, passages, vectors, about)
         parts.clear()
     return True
 
@@ -320,7 +324,7 @@ def _write(folder: Path, passages: Passages, vectors: Tensor, manifest: dict[str
     tensors = {OFFSETS: torch.from_numpy(passages.offsets), "vectors": vectors.float().cpu()}
     save_file({name: x.contiguous() for name, x in tensors.items()}, folder / VECTORS)
     known = {}
-    for path in (folder / PASSAGES, folder / VECTORS):
+    for path in folder.iterdir():
         known[f"{path.stem}_stamp"] = stamp(path)[:2]
         known[f"{path.stem}_sha256"] = content_hash(path)
     (folder / MANIFEST).write_text(json.dumps({**manifest, **known}, indent=2))

@@ -8,9 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ta.files import writing
-from ta.rag.index import open_index
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -51,22 +48,20 @@ def top_k(
     return best, rows
 
 
-def add_approximate(path: str | Path) -> None:
-    """Put an inverted-file index of faiss beside the vectors of an index.
+def write_approximate(path: Path, vectors: Tensor) -> None:
+    """Write an inverted-file index of faiss for vectors (N, E).
 
     It is for collections that are too large for exact search. ValueError without faiss.
     """
     faiss = need_faiss()
-    index = open_index(path)
-    n, width = index.vectors.shape
+    n, width = vectors.shape
     # faiss wants 39 vectors a list to place its centres
     lists = max(1, min(round(4 * n**0.5), n // 39))
     inverted = faiss.index_factory(width, f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
-    inverted.train(index.vectors[:: max(1, n // (256 * lists))].numpy())
+    inverted.train(vectors[:: max(1, n // (256 * lists))].numpy())
     for start in range(0, n, SCORED_AT_ONCE):
-        inverted.add(index.vectors[start : start + SCORED_AT_ONCE].numpy())
-    with writing(index.folder / APPROXIMATE) as aside:
-        faiss.write_index(inverted, str(aside))
+        inverted.add(vectors[start : start + SCORED_AT_ONCE].numpy())
+    faiss.write_index(inverted, str(path))
 
 
 def need_faiss() -> Any:

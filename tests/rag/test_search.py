@@ -134,16 +134,16 @@ def test_an_index_that_does_not_fit_is_refused(made, index, tmp_path, monkeypatc
 def test_an_approximate_index_finds_nearly_the_same(made, index, monkeypatch):
     """All its lists searched, it gives what exact search does; without faiss or without such an index, a line says so."""
     pytest.importorskip("faiss")
-    from ta.rag.search import add_approximate, approximate_top_k
+    from ta.rag.search import approximate_top_k, write_approximate
 
     with pytest.raises(ValueError, match="has no approximate index: build it with --approximate"):
         approximate_top_k(index, torch.zeros(1, 128), 3)
-    add_approximate(index)
     vectors = open_index(index).vectors
+    write_approximate(index / "approximate.faiss", vectors)
     scores, rows = approximate_top_k(index, vectors[:5], 3, share=1.0)
     expected = top_k(vectors[:5], vectors, 3)
     assert torch.equal(rows, expected[1])
     torch.testing.assert_close(scores, expected[0])
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ValueError, match="--approximate needs faiss"):
-        add_approximate(index)
+        write_approximate(index / "other", vectors)
