@@ -232,9 +232,10 @@ def build_index(
 ) -> bool:
     """Embed this process's blocks of what `begin_index` wrote, except those already on the disk.
 
-    With `approximate` an index of faiss stands beside the vectors. True where this call published the index. `advance(n)` is called when the vectors of n more
-    passages are on the disk, first with those of an earlier run. ValueError where another process
-    builds these blocks, or has begun anew since this one has `begun`.
+    With `approximate` an index of faiss stands beside the vectors. True where this call published
+    the index. `advance(n)` is called when the vectors of n more passages are on the disk, first
+    with those of an earlier run. ValueError where another process builds these blocks, or has begun
+    anew since this one has `begun`.
     """
     from ta.rag.embedding import embed, open_encoder, tokenize
 
