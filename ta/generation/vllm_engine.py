@@ -112,8 +112,8 @@ def start_vllm(
 
     With `rollouts` it runs in this process, `put_weights` changes its weights, and
     log-probabilities are those after temperature. An adapter is merged into its base or applied at
-    run time. With `num_labels` the model is a
-    classifier or reward model, for `score`; with `embeds` prompts are given as embeddings.
+    run time. With `num_labels` the model is a classifier or reward model, for `score`; with
+    `embeds` prompts are given as embeddings.
     ValueError: vLLM is not installed; a tensor-parallel size that the model cannot be cut by; an
     adapter that vLLM cannot apply; a head that it reads otherwise; a model that it does not run.
     """
@@ -148,7 +148,7 @@ def start_vllm(
         rank = lora_rank(sources.adapter, config.adapter_in_vllm == "runtime")
         if config.adapter_in_vllm == "runtime":
             lora = sources.adapter
-            room = next(known for known in RANKS if known >= rank)
+            room = next((known for known in RANKS if known >= rank), rank)
             more |= {"enable_lora": True, "max_lora_rank": room}
         else:
             folder = _merge(model, dtype, temporary.name, num_labels)
@@ -158,22 +158,15 @@ def start_vllm(
         settings.save_pretrained(temporary.name)
     tokenizer.save_pretrained(temporary.name)  # with its new tokens, wherever the weights lie
     llm = _start(folder, temporary.name, dtype, config, model, seed, more, cuda)
-    limits = [
-        n
-        for n in (
-            context_of(settings),
-            config.max_model_len,
-            llm.llm_engine.model_config.max_model_len,
-        )
-        if n
-    ]
+    about = llm.llm_engine.model_config
+    limits = (context_of(settings), config.max_model_len, about.max_model_len)
     request = None
     if lora is not None:
         from vllm.lora.request import LoRARequest
 
         request = LoRARequest("adapter", 1, str(Path(lora).resolve()))
-    vocabulary = llm.llm_engine.model_config.get_vocab_size()
-    return VllmEngine(llm, tokenizer, vocabulary, min(limits), request, temporary)
+    context = min(n for n in limits if n)
+    return VllmEngine(llm, tokenizer, about.get_vocab_size(), context, request, temporary)
 
 
 def _start(
@@ -358,11 +351,7 @@ def _search(engine, prompts, limits, config, stop_ids, numbers) -> Generated:
 
 def _answer_of(output: Any) -> tuple[list[int], list[float]]:
     ids = list(output.token_ids)
-    return ids, _logprobs_of(ids, output.logprobs)
-
-
-def _logprobs_of(ids: list[int], steps: Sequence[dict]) -> list[float]:
-    return [step[token].logprob for token, step in zip(ids, steps, strict=True)]
+    return ids, [step[token].logprob for token, step in zip(ids, output.logprobs, strict=True)]
 
 
 def score_vllm(engine: VllmEngine, sequences: Sequence[Tokens]) -> list[list[float]]:

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ta.chat.messages import ANSWER, template_arguments
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
     Ask = Callable[[list[list[int]], list[int], int], list[Answer]]
 
 DECODER = json.JSONDecoder()
-# a call and its result, by which a template shows how it writes calls
-NAME, ARGUMENTS = "tool_name", {"argument": "value"}
+# a call, by which a template shows how it writes calls
+NAME, ARGUMENTS = "tool_name", {"first_key": "first value", "second_key": "second value"}
+TEXT = {"type": "string"}
 
 
 class Call(NamedTuple):
@@ -38,12 +40,43 @@ class Call(NamedTuple):
     arguments: dict[str, Any]
 
 
-class CallForm(NamedTuple):
-    """How a template writes calls: JSON behind some text, with the keys of name and arguments."""
+class JsonForm(NamedTuple):
+    """Calls written as JSON behind some text, with the keys of name and arguments."""
 
     before: str
     name: str
     arguments: str
+
+    def read(self, text: str) -> tuple[int, list[Call]]:
+        """(where the first call begins, all calls); broken ones raise what JSON raises."""
+        places = list(re.finditer(re.escape(self.before) + r"\s*", text))
+        calls = []
+        for place in places if self.before else places[:1]:
+            value, end = DECODER.raw_decode(text, place.end())
+            if not self.before and text[end:].strip():
+                return 0, []
+            for one in value if isinstance(value, list) else [value]:
+                calls.append(Call(one[self.name], dict(one[self.arguments])))
+        return (places[0].start() if places else 0), calls
+
+
+class TaggedForm(NamedTuple):
+    """Calls written as names and texts between tags, as <function=NAME><parameter=KEY>TEXT."""
+
+    # finds a name
+    name: re.Pattern
+    # finds a key and a text
+    parameter: re.Pattern
+
+    def read(self, text: str) -> tuple[int, list[Call]]:
+        """(where the first call begins, all calls)."""
+        places = list(self.name.finditer(text))
+        ends = [*(place.start() for place in places[1:]), len(text)]
+        return (places[0].start() if places else 0), [
+            # the last tag of a name may open a parameter
+            Call(place[1], dict(self.parameter.findall(text[place.end() - 1 : end])))
+            for place, end in zip(places, ends, strict=True)
+        ]
 
 
 @dataclass
@@ -70,7 +103,7 @@ def open_tools(config: ToolConfig, tokenizer: ChatTokenizer, limits: RewardConfi
 class Tools:
     """The functions of a file, which answers may call.
 
-    ValueError for a file that does not load, and for a template that writes no calls as JSON.
+    ValueError for a file that does not load, and for a template whose calls cannot be read.
     """
 
     def __init__(self, config: ToolConfig, tokenizer: ChatTokenizer, limits: RewardConfig):
@@ -88,20 +121,26 @@ class Tools:
             raise ValueError(f"--tools {config.tools}: {error}") from error
 
     def calls_in(self, text: str) -> tuple[str, list[Call]]:
-        """(the text before the first call, the calls) of an answer; one that is no JSON is none."""
-        before, name, arguments = self.form
-        places = [(m.start(), m.end()) for m in re.finditer(re.escape(before) + r"\s*", text)]
-        calls = []
+        """(the text before the first call, the calls) of an answer; one that is broken is none."""
         try:
-            for _, start in places if before else places[:1]:
-                value, end = DECODER.raw_decode(text, start)
-                if not before and text[end:].strip():
-                    return text, []
-                for one in value if isinstance(value, list) else [value]:
-                    calls.append(Call(one[name], dict(one[arguments])))
+            start, calls = self.form.read(text)
+            return (text[:start], [self._typed(call) for call in calls]) if calls else (text, [])
         except (ValueError, KeyError, TypeError):
             return text, []
-        return text[: places[0][0]] if calls else text, calls
+
+    def _typed(self, call: Call) -> Call:
+        """The call with JSON in place of texts, where its tool takes no text."""
+        about = next(
+            (s["function"] for s in self.schemas if s["function"]["name"] == call.name), {}
+        )
+        known = about.get("parameters", {}).get("properties", {})
+        return Call(
+            call.name,
+            {
+                key: json.loads(x) if isinstance(x, str) and known.get(key, TEXT) != TEXT else x
+                for key, x in call.arguments.items()
+            },
+        )
 
     def converse(
         self,
@@ -213,9 +252,10 @@ def ids_behind(
     return ids[ends[-1] + 1 :]
 
 
-def call_form(tokenizer: ChatTokenizer, schemas: Sequence[dict]) -> CallForm:
-    """How the template writes a call; ValueError where it is not as JSON."""
-    messages = [{"role": "user", "content": "x"}, *messages_of("", [Call(NAME, ARGUMENTS)], ["x"])]
+def call_form(tokenizer: ChatTokenizer, schemas: Sequence[dict]) -> JsonForm | TaggedForm:
+    """How the template writes calls; ValueError where it is in neither way."""
+    call, asked = Call(NAME, ARGUMENTS), {"role": "user", "content": "x"}
+    messages = [asked, *messages_of("", [call], ["x"])]
     arguments = {"tools": list(schemas)}
     ids_behind(tokenizer, messages, 1, arguments)
     *_, answer, _, opened = render_chat(messages, tokenizer.template, [0.0] * 3, True, arguments)
@@ -226,12 +266,28 @@ def call_form(tokenizer: ChatTokenizer, schemas: Sequence[dict]) -> CallForm:
             value, _ = DECODER.raw_decode(text, start)
         except ValueError:
             continue
-        call = value[0] if isinstance(value, list) and value else value
-        keys = {json.dumps(x): key for key, x in call.items()} if isinstance(call, dict) else {}
+        one = value[0] if isinstance(value, list) and value else value
+        keys = {json.dumps(x): key for key, x in one.items()} if isinstance(one, dict) else {}
         if json.dumps(NAME) in keys and json.dumps(ARGUMENTS) in keys:
             names = keys[json.dumps(NAME)], keys[json.dumps(ARGUMENTS)]
-            return CallForm(text[:start].strip(), *names)
-    raise ValueError(
-        f"the chat template writes calls as {text[:80]!r}, and calls in JSON alone are read: give "
-        "a template such as Qwen3's or Llama 3.1's"
-    )
+            return JsonForm(text[:start].strip(), *names)
+    marks = (NAME, *(part for item in ARGUMENTS.items() for part in item))
+    between_marks = "(.*?)".join(["", *map(re.escape, marks), ""])
+    if found := re.fullmatch(between_marks, text, re.DOTALL):
+        before, to_key, to_value, between, again, end = found.groups()
+        # what closes a value, and what then opens a key
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(between, end, strict=False))
+        close = "".join(letter for letter, _ in same)
+        key = between.removeprefix(close)
+        tag = before.rstrip().rpartition("\n")[2]
+        if tag and key and close and to_value == again and to_key.endswith(key):
+            inner = (key, "(.+?)", to_value, "(.*?)", close)
+            name = (tag, "(.+?)", to_key.removesuffix(key))
+            return TaggedForm(*(_pattern(parts) for parts in (name, inner)))
+    raise ValueError(f"the chat template writes calls in a way that is not read: {text[:80]!r}")
+
+
+def _pattern(parts: Sequence[str]) -> re.Pattern:
+    """Finds texts with what stands between them, each second of `parts` a group."""
+    groups = (part if i % 2 else re.escape(part) for i, part in enumerate(parts))
+    return re.compile("".join(groups), re.DOTALL)

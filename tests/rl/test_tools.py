@@ -13,6 +13,7 @@ import ta
 from ta.builtin.model_folders import tiny_folder
 from ta.builtin.models import practice, write_jsonl
 from ta.chat.encode import encode_prompt
+from ta.chat.render import render_chat
 from ta.data.batch import lay_out
 from ta.generation.settings import Answer
 from ta.rl.batches import figures_of, groups_of, lay_out_groups, token_values
@@ -47,6 +48,21 @@ def _hidden():
 '''
 
 
+# as Qwen3.5 and Nemotron 3 write calls
+TAGGED = (
+    TEMPLATE[: TEMPLATE.index("{{- '<tool_call>")]
+    + """
+{{- '<tool_call>\n<function=' + call.function.name + '>\n' }}
+{%- for key, value in call.function.arguments.items() %}
+{{- '<parameter=' + key + '>\n' + (value if value is string else value | tojson) }}
+{{- '\n</parameter>\n' }}
+{%- endfor %}
+{{- '</function>\n</tool_call>' }}
+"""
+    + TEMPLATE[TEMPLATE.index("{%- endfor %}") :]
+)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The random tiny model with a template that writes tools, and a file of tools."""
@@ -54,18 +70,26 @@ def folder(tmp_path_factory):
     shutil.copytree(tiny_folder(), folder / "model")
     for path in (folder / "model").glob("*.jinja"):
         path.unlink()
-    about = json.loads((folder / "model/tokenizer_config.json").read_text())
-    about["chat_template"] = TEMPLATE
-    (folder / "model/tokenizer_config.json").write_text(json.dumps(about))
+    write_template(folder, TEMPLATE)
     (folder / "tools.py").write_text(FUNCTIONS)
     return folder
 
 
-@pytest.fixture(scope="module")
-def tools(folder):
+def write_template(folder, template):
+    about = json.loads((folder / "model/tokenizer_config.json").read_text())
+    about["chat_template"] = template
+    (folder / "model/tokenizer_config.json").write_text(json.dumps(about))
+
+
+def open_tools(folder):
     config = ta.ModelConfig(str(folder / "model"))
     tokenizer = ta.load_chat_tokenizer(config, ta.TokenizerConfig(), ta.ChatConfig())
-    made = Tools(ToolConfig(str(folder / "tools.py"), 3), tokenizer, RewardConfig((), 1.0, 1))
+    return Tools(ToolConfig(str(folder / "tools.py"), 3), tokenizer, RewardConfig((), 1.0, 1))
+
+
+@pytest.fixture(scope="module")
+def tools(folder):
+    made = open_tools(folder)
     yield made
     made.functions.close()
 
@@ -82,6 +106,28 @@ def test_schemas_and_the_form_of_calls(tools):
     assert tools.calls_in("So: " + one + "\n" + two) == ("So: ", calls)
     for text in ("no call", one[:-20], "<tool_call>\n{}", "<tool_call> 5", one.replace("1}", "[}")):
         assert tools.calls_in(text) == (text, [])
+
+
+def test_calls_between_tags(tools, folder):
+    """What the template writes is read; texts become numbers where the tool takes numbers."""
+    write_template(folder, TAGGED)
+    try:
+        tagged = open_tools(folder)
+    finally:
+        write_template(folder, TEMPLATE)
+    tagged.functions.close()
+    calls = [
+        Call("weather", {"city": "Rome,\n<Lazio>", "days": 2}),
+        Call("sleep", {}),
+        Call("other", {"days": "2"}),
+    ]
+    chat = [{"role": "user", "content": "?"}, *messages_of("So: ", calls, ["x"] * 3)]
+    rendered = render_chat(chat, tagged.tokenizer.template, [0.0] * 5)
+    text = "".join(piece.text for piece in rendered[1])
+    _, found = tagged.calls_in(text)
+    assert found == calls and text.count("<function=") == 3
+    broken = text.replace("\n2\n", "\ntwo\n")
+    assert tagged.calls_in(broken) == (broken, []) and tagged.calls_in("none") == ("none", [])
 
 
 def test_what_is_appended_are_the_ids_that_the_template_writes(tools):
