@@ -1,6 +1,7 @@
 """Recipes without a flag, as in test_learning.py, that start from no fine-tuned model: classes, retrieval, pictures."""
 
 import json
+import random
 
 import pytest
 from test_learning import SEED, logged
@@ -29,11 +30,24 @@ def test_classes_are_learned_also_where_one_is_rare(forked, tmp_path, rare):
     assert end["val_accuracy"] >= 0.93 and end["val_balanced_accuracy"] >= 0.9  # (98.4, 94.9)
 
 
+def test_shuffled_labels_teach_no_class(forked, tmp_path):
+    """Held-out classes stay at chance, a third (33 %)."""
+    records = models.classes("train", 2400)
+    labels = [record["label"] for record in records]
+    random.Random(0).shuffle(labels)
+    shuffled = [record | {"label": label} for record, label in zip(records, labels, strict=True)]
+    models.write_jsonl(tmp_path / "train.jsonl", shuffled)
+    models.write_jsonl(tmp_path / "held_out.jsonl", models.classes("held_out", 256))
+    data = ("--data", tmp_path / "train.jsonl", "--val-data", tmp_path / "held_out.jsonl")
+    forked("classify", "--out", tmp_path / "run", *data, "--eval-every", 0, "--steps", 40, *SEED)
+    assert logged(tmp_path / "run")[-1]["val_accuracy"] < 0.5
+
+
 def test_retriever_and_generator_learn_together_and_a_generator_alone_finds_no_more(
     forked, tmp_path
 ):
     """No flag: recall@1 of held-out questions from chance (1 of 576) to 80 %, and the answers with it; with the encoder left as it is, it stays."""
-    said = forked("rag", "--out", tmp_path / "run", *SEED)
+    said = forked("rag", "--out", tmp_path / "run", "--eval-every", 0, *SEED)
     first, *_, last = (row for row in logged(tmp_path / "run") if "val_recall_at_1" in row)
     assert (
         first["val_recall_at_1"] < 0.03 and first["val_accuracy"] < 0.03 and "recall_at_1" in said
@@ -58,9 +72,8 @@ def test_pictures_are_looked_at(forked, tmp_path):
         return {kind: sum(found) / len(found) for kind, found in right.items()}
 
     run = tmp_path / "run"
-    said = forked(
-        "multimodal", "--out", run, "--sample-records", 400, "--sample-max-new-tokens", 6, *SEED
-    )
+    short = ("--sample-records", 400, "--sample-max-new-tokens", 6, "--eval-every", 0)
+    said = forked("multimodal", "--out", run, *short, *SEED)
     assert "What colour is the shape?" in said
     samples = [json.loads(line) for line in open(run / "samples.jsonl")]
     last = shares(
