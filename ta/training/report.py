@@ -85,7 +85,7 @@ def meaning(title: str) -> str:
         return MEANING.get(name, "")
     function = METRICS[name].function
     text = getattr(function, "func", function).__doc__
-    return " ".join(text.partition("\n\n")[0].split())
+    return " ".join(text.partition("\n\n")[0].replace("`", "").split())
 
 
 def write_report(folder: Path, live: bool = False) -> None:
@@ -118,16 +118,42 @@ def page(
 
     `settings` is the object of config.json; the others are the lines of the logs.
     """
-    charts = "".join(chart(title, curves) for title, curves in charts_of(metrics).items())
+    figures = charts_of(metrics)
+    whole = {title: curves for title, curves in figures.items() if "/" not in title}
+    single = chart_grid({title: x for title, x in figures.items() if title not in whole})
+    single = single and f"<details><summary>curves of single sets</summary>{single}</details>"
     steps = sorted({sample.get("step", 0) for sample in samples})
     sides = {f"step {step:,}": answers_at(samples, step) for step in (*steps[:1], *steps[1:][-1:])}
     sections = {
-        "Curves": charts and f'<div class="grid">{charts}</div>',
+        "Held-out figures of each set": sets_table(figures),
+        "Curves": chart_grid(whole) + single,
         "Held-out records, before and after": sample_cards(sides, settings.get("pictures", "")),
         "Records of training": records_table(settings.get("records", {})),
         "Settings": settings_tables(settings),
     }
     return whole_page(name, headline(settings, metrics), sections, live)
+
+
+def chart_grid(figures: Mapping[str, dict[str, Curve]]) -> str:
+    """The charts of figures by their titles; "" without one."""
+    charts = "".join(chart(title, curves) for title, curves in figures.items())
+    return charts and f'<div class="grid">{charts}</div>'
+
+
+def sets_table(figures: Mapping[str, dict[str, Curve]]) -> str:
+    """The first and the last value of each figure, over all held-out records and of each set.
+
+    "" where there are not several sets.
+    """
+    sets = dict.fromkeys(title.partition("/")[2] for title in figures)
+    ends = {}
+    for title, curves in figures.items():
+        if points := curves.get("held out"):
+            figure, _, of = title.partition("/")
+            pair = number(points[0][1]), number(points[-1][1])
+            ends.setdefault(figure, {})[of] = " → ".join(pair if len(points) > 1 else pair[1:])
+    rows = [(figure, *(found.get(of) for of in sets)) for figure, found in ends.items()]
+    return wide_table(["", *(of or "all" for of in sets)], rows) if len(sets) > 1 else ""
 
 
 def whole_page(name: str, head: str, sections: dict[str, str], live: bool = False) -> str:
@@ -159,7 +185,7 @@ def headline(settings: dict, metrics: Sequence[dict]) -> str:
     tiles = ""
     for title, curves in charts_of(metrics).items():
         points = curves.get("held out")
-        if points:
+        if points and "/" not in title:
             was = f" <span>from {number(points[0][1])}</span>" if len(points) > 1 else ""
             tiles += f"<div><b>{number(points[-1][1])}</b>{was}<br>{safe(title)}, held out</div>"
     return f'<p>{" · ".join(parts)}</p><div class="tiles">{tiles}</div>'
@@ -236,7 +262,8 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     largest = max(abs(low), abs(high))
     if high - low <= max(1e-12 * largest, 1e-290):
         # all values are equal up to rounding
-        low, high = low - max(largest, 1e-6) / 2, high + max(largest, 1e-6) / 2
+        around = largest / 2 if largest > 1e-6 else 0.5
+        low, high = low - around, high + around
     raw = (high - low) / count
     power = 10 ** math.floor(math.log10(raw))
     step = next(n * power for n in (1, 2, 5, 10) if n * power >= raw * 0.999)
@@ -541,13 +568,13 @@ def comparison(folders: Sequence[Path]) -> str:
         run: {name: side[name] for name in side if name in same} for run, side in sides.items()
     }
     titles = dict.fromkeys(title for charts in runs.values() for title in charts)
-    charts, last = "", []
+    charts, last = {}, []
     for title in titles:
         both = {name: found.get(title, {}) for name, found in runs.items()}
         kind = "held out" if all("held out" in curves for curves in both.values()) else "training"
         curves = {name: found[kind] for name, found in both.items() if found.get(kind)}
         if curves:
-            charts += chart(title, curves)
+            charts[title] = curves
             ends = [curves[name][-1][1] if name in curves else None for name in runs]
             gap = [ends[1] - ends[0]] if len(ends) == 2 and None not in ends else []
             last.append((f"{title}, {kind}", *ends, *gap))
@@ -557,7 +584,7 @@ def comparison(folders: Sequence[Path]) -> str:
     sections = {
         "Last figures": wide_table([*head, *["run 2 - run 1"] * (len(runs) == 2)], last),
         "Settings that differ": wide_table(head, [r for r in rows if len({*map(str, r[1:])}) > 1]),
-        "Curves": f'<div class="grid">{charts}</div>',
+        "Curves": chart_grid(charts),
         "Held-out records, side by side": sample_cards(sides, own.get("pictures", "")),
     }
     return whole_page(" and ".join(folder.name for folder in folders), "", sections)

@@ -204,6 +204,19 @@ def test_pictures_stand_in_the_page_and_what_is_no_picture_is_named(tmp_path):
     assert len(shown) == 1 and "[image no.png]" in text and "<script" not in text
 
 
+def test_figures_of_several_sets_stand_in_a_table_and_their_curves_are_folded():
+    rows = [
+        {"step": n, "val_loss": n + 1.5, "val_loss/<a>": n + 1.0, "val_loss/b": n + 2.0}
+        for n in (0, 3)
+    ]
+    text = page("x", {}, rows, [])
+    assert "<th>all</th><th>&lt;a&gt;</th><th>b</th>" in text
+    assert "<td>loss</td><td>1.5 → 4.5</td><td>1 → 4</td><td>2 → 5</td>" in text
+    before, folded = text.split("curves of single sets")
+    assert (before.count("<svg"), folded.count("<svg")) == (1, 2) and Tags(text).bad == []
+    assert "of each set" not in page("x", {}, METRICS, [])
+
+
 def test_every_figure_has_a_sentence():
     assert [name for name in METRICS_OF_ANSWERS if not 20 < len(meaning(name)) < 200] == []
     assert meaning("accuracy@warm/easy") == meaning("accuracy") and meaning("recall_at_3/set")
