@@ -35,6 +35,8 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 14, 26, 30
 POINTS, ROWS = 300, 64
 # records of a group that are open at once
 SHOWN = 6
+# words of an answer that are compared with the right one
+WORDS = 300
 # pixels of a picture's longer side
 PICTURE = 160
 # seconds between two looks at the page of a run that goes on
@@ -371,8 +373,10 @@ def sample_cards(sides: Mapping[str, dict[Any, dict]], pictures: str = "") -> st
     pictures lie.
     """
     groups: dict[tuple, list] = {}
-    for name in list(sides.values())[-1] if sides else ():
+    for name, newest in list(sides.values())[-1].items() if sides else ():
         found = [side.get(name, {}) for side in sides.values()]
+        # another question of the same name is another record
+        found = [x if x.get("prompt") == newest.get("prompt") else {} for x in found]
         groups.setdefault(tuple(map(is_right, found)), []).append((name, found))
     out, words_of = [], {True: "right", False: "wrong", None: "not compared"}
     # wrong now before right now, and what has changed first
@@ -459,7 +463,7 @@ def marked(answer: str, right: Any = None) -> str:
         re.findall(pieces, printable(str(text), LONGEST)) for text in (answer, right or "")
     )
     keys = [[" ".join(words(piece)) for piece in side] for side in (said, wanted)]
-    places = [[i for i, key in enumerate(side) if key] for side in keys]
+    places = [[i for i, key in enumerate(side) if key][:WORDS] for side in keys]
     own, other = ([side[i] for i in at] for side, at in zip(keys, places, strict=True))
     blocks = SequenceMatcher(None, own, other, autojunk=False).get_matching_blocks()
     out = list(map(html.escape, said))
@@ -471,9 +475,8 @@ def marked(answer: str, right: Any = None) -> str:
 
 def fields_html(fields: Mapping[str, Any]) -> str:
     """Names and values on a line."""
-    return (
-        f"<small>{' · '.join(f'{safe(key)} {value_html(fields[key])}' for key in fields)}</small>"
-    )
+    shown = " · ".join(f"{safe(key)} {value_html(value)}" for key, value in fields.items())
+    return f"<small>{shown}</small>"
 
 
 def value_html(value: Any) -> str:
@@ -686,7 +689,7 @@ td, th {
 td:first-child { color: var(--soft); min-width: 110px }
 td, pre, article p { white-space: pre-wrap }
 .wide { overflow-x: auto; margin-top: 12px }
-.wide td { overflow-wrap: break-word }
+th, .wide td + td { overflow-wrap: break-word }
 article {
   display: grid; grid-template-columns: minmax(0, 2fr) minmax(0, 3fr); gap: 14px;
   background: var(--card); border: 1px solid var(--edge); border-radius: 8px;

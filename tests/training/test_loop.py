@@ -399,6 +399,23 @@ def test_trackers_get_what_is_logged(tmp_path, monkeypatch):
         trackers.check_trackers(["wandb"])
 
 
+def test_a_run_without_held_out_data_has_a_live_report(tmp_path, monkeypatch):
+    """Each half minute it is written anew and asks to be read again; the last one does not."""
+    clock, seen = iter(range(0, 10_000, 31)), []
+    monkeypatch.setattr(training_loop.time, "monotonic", lambda: next(clock))
+    report = tmp_path / "report.html"
+
+    def before_step(done, micro_batches):
+        text = report.read_text() if report.exists() else ""
+        seen.append((f"step {done} of 3" in text, 'http-equiv="refresh"' in text))
+        return micro_batches
+
+    where, optim = loop(tmp_path), OptimConfig(lr=1e-2)
+    train(tiny(), batches_of(prepared(), steps=3), sft_step, where, optim, before_step=before_step)
+    assert seen == [(False, False), (True, True), (True, True)]
+    assert "step 3 of 3" in report.read_text() and "refresh" not in report.read_text()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_a_gpu_gives_the_losses_of_the_cpu_and_resumes_bitwise(tmp_path):
