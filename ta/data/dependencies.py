@@ -8,7 +8,9 @@ import pickle
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cached_property, partial, partialmethod
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 from ta.files import hash_json
 
 INSTALLED = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+INSTALLED.append(str(Path(__file__).parents[1]))
 # attributes of a class that say nothing of what it does
 NOT_MEANT = ("__dict__", "__weakref__", "__doc__", "__firstlineno__", "__module__")
 
@@ -42,14 +45,14 @@ def _hash(value: Any, known: dict[int, tuple[Any, str]]) -> str:
 def _described(value: Any, follow: Callable[[Any], str]) -> Any:
     if isinstance(value, bool | int | float | str | bytes | None):
         return repr(value)
-    if isinstance(value, partial):
+    if isinstance(value, partial | partialmethod):
         return ["partial", *map(follow, (value.func, value.args, value.keywords))]
     if isinstance(value, MethodType):
         return ["method", follow(value.__func__), follow(value.__self__)]
     if isinstance(value, BuiltinFunctionType) and not isinstance(value.__self__, ModuleType | None):
         return ["method", value.__name__, follow(value.__self__)]
-    if isinstance(value, staticmethod | classmethod):
-        return follow(value.__func__)
+    if isinstance(value, cached_property):
+        return follow(value.func)
     if isinstance(value, property):
         return [follow(part) for part in (value.fget, value.fset)]
     if isinstance(value, ModuleType):
@@ -65,6 +68,9 @@ def _described(value: Any, follow: Callable[[Any], str]) -> Any:
     if isinstance(value, type) and _of_the_user(value.__module__):
         own = {name: part for name, part in vars(value).items() if name not in NOT_MEANT}
         return ["class", value.__qualname__, follow(value.__bases__), follow(own)]
+    if hasattr(value, "__wrapped__"):
+        # a static or class method, or a function that remembers its results
+        return [type(value).__qualname__, follow(value.__wrapped__)]
     if isinstance(value, CodeType):
         return [value.co_code.hex(), value.co_names, follow(value.co_consts)]
     if hasattr(value, "__qualname__"):
@@ -86,19 +92,30 @@ def _parts(function: FunctionType) -> Iterator[Any]:
     yield function.__kwdefaults__
     yield [cell.cell_contents for cell in function.__closure__ or ()]
     codes = list(_codes(function.__code__))
-    read = {
-        step.argval
-        for code in codes
-        for step in dis.get_instructions(code)
-        if step.opname == "LOAD_GLOBAL"
-    }
-    attributes = sorted({name for code in codes for name in code.co_names})
-    for name in sorted(read & function.__globals__.keys()):
-        value = function.__globals__[name]
-        yield name
-        yield value
-        if isinstance(value, ModuleType) and _of_the_user(value.__name__):
-            yield {other: getattr(value, other) for other in attributes if hasattr(value, other)}
+    steps = [step for code in codes for step in dis.get_instructions(code)]
+    read = {step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    late = {step.argval for step in steps if step.opname == "IMPORT_NAME"}
+    names = sorted({name for code in codes for name in code.co_names})
+    known = function.__globals__
+    found = {name: known[name] for name in sorted(read & known.keys())}
+    yield found
+    modules = [*filter(_is_users_module, (*found.values(), *map(_imported, sorted(late))))]
+    for module in modules:
+        found = {name: getattr(module, name) for name in names if hasattr(module, name)}
+        yield found
+        # modules inside it, too
+        modules += [
+            value for value in found.values() if _is_users_module(value) and value not in modules
+        ]
+
+
+def _imported(name: str) -> ModuleType | None:
+    """The module of the user that a function imports when it runs; None for another's."""
+    try:
+        spec = find_spec(name.partition(".")[0])
+        return import_module(name) if spec and _is_users_file(spec.origin) else None
+    except (ImportError, ValueError):
+        return None
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
@@ -109,11 +126,15 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(const)
 
 
+def _is_users_module(value: Any) -> bool:
+    return isinstance(value, ModuleType) and _of_the_user(value.__name__)
+
+
 def _of_the_user(module: str | None) -> bool:
     """Whether a module is neither installed nor part of this package."""
     file = getattr(sys.modules.get(module or ""), "__file__", None)
-    if module == "__main__":
-        return True
-    if not file or module == "ta" or module.startswith("ta."):
-        return False
-    return not any(Path(file).is_relative_to(folder) for folder in INSTALLED)
+    return module == "__main__" or _is_users_file(file)
+
+
+def _is_users_file(file: str | None) -> bool:
+    return file is not None and not any(Path(file).is_relative_to(folder) for folder in INSTALLED)

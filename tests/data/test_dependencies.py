@@ -15,27 +15,50 @@ from ta.data.dependencies import dependencies
 from ta.data.records import check_chat, check_prompt
 
 HELPERS = """
+import functools
 FACTOR = 1
 class Cleaner:
     mark = "-"
     def __init__(self, times): self.times = times
-    def clean(self, text): return text.strip(self.mark) * self.times
-def shorten(text): return text[:FACTOR]
+    @functools.cached_property
+    def twice(self): return self.times - 2
+    @staticmethod
+    def lower(text): return text.lower()
+    def clean(self, text): return self.lower(text).strip(self.mark) * self.times
+@functools.lru_cache
+def most(n): return n + 1
+def shorten(text): return text[:most(FACTOR)]
 """
 PAGE = """
 import re
 import users_helpers
+import users_package.inner
 from users_helpers import Cleaner
 SPACE = re.compile(" +")
 NAMES = {"b", "a", "c"}
 cleaner = Cleaner(2)
 def outer(limit=3):
     def check(record):
-        return cleaner.clean(users_helpers.shorten(SPACE.sub(" ", record))), limit, NAMES
+        import users_late
+        from users_package import inner
+        text = users_late.inner.late(users_package.inner.deep(record))
+        return cleaner.clean(users_helpers.shorten(SPACE.sub(" ", text))), limit, NAMES
     return check
 check = outer()
 unrelated = 1
 """
+LATE = "import users_package.inner as inner"
+INNER = """
+def deep(text): return text + "deep"
+def late(text): return text + "late"
+"""
+MODULES = {
+    "users_helpers": HELPERS,
+    "users_package.__init__": "",
+    "users_package.inner": INNER,
+    "users_late": LATE,
+    "users_page": PAGE,
+}
 KEY = "import users_page, ta.data.dependencies as d; print(d.dependencies(users_page.check))"
 
 
@@ -45,19 +68,19 @@ def key(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
 
     def made(before="", after=""):
-        assert before in PAGE + HELPERS
-        for name, source in (("users_helpers", HELPERS), ("users_page", PAGE)):
-            (tmp_path / f"{name}.py").write_text(
-                source.replace(before, after) if before else source
-            )
-            sys.modules.pop(name, None)
+        assert before in "".join(MODULES.values())
+        (tmp_path / "users_package").mkdir(exist_ok=True)
+        for name, source in MODULES.items():
+            path = tmp_path / f"{name.replace('.', '/')}.py"
+            path.write_text(source.replace(before, after) if before else source)
+            sys.modules.pop(name.removesuffix(".__init__"), None)
         importlib.invalidate_caches()
         sys.dont_write_bytecode = True
         return dependencies(importlib.import_module("users_page").check)
 
     yield made
-    for name in ("users_helpers", "users_page"):
-        sys.modules.pop(name, None)
+    for name in MODULES:
+        sys.modules.pop(name.removesuffix(".__init__"), None)
 
 
 CHANGES = [
@@ -68,7 +91,12 @@ CHANGES = [
     ("FACTOR = 1", "FACTOR = 10"),
     ('mark = "-"', 'mark = "+"'),
     ("* self.times", "+ str(self.times)"),
-    ("text[:FACTOR]", "text[FACTOR:]"),
+    ("text[:most(FACTOR)]", "text[FACTOR:]"),
+    ("n + 1", "n + 2"),
+    ('"deep"', '"deeper"'),
+    ('"late"', '"later"'),
+    ("self.times - 2", "self.times - 3"),
+    ("text.lower()", "text.upper()"),
 ]
 
 
