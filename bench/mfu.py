@@ -174,15 +174,24 @@ def ours(
     adapted: bool = False,
     compiled: bool = False,
     checkpointing: bool = False,
+    kept: bool = False,
+    small: bool = False,
+    float8: bool = False,
     seconds: list[float] | None = None,
 ) -> Figures:
-    """Our loop; `seconds` is filled with those of each step after the first, so that late compilations show."""
+    """Our loop; `seconds` is filled with those of each step after the first, so that late compilations show.
+
+    `kept` is --keep-products, `small` --optimizer adamw8bit --weights bfloat16; it and `float8` need
+    torchao and are left out without a GPU.
+    """
     import torch
 
     from ta import parallel
     from ta.data.batch import lay_out
     from ta.model.attention import register
     from ta.model.language_model import wrap
+    from ta.model.load import multiply_in_float8
+    from ta.training.optim import OptimConfig
 
     model = build(flags, size, register())
     steps = chats(flags, model.config.vocab_size)
@@ -193,12 +202,20 @@ def ours(
     if compiled and device() == "cuda":
         parallel.compile_blocks(model)
     if checkpointing:
-        parallel.checkpoint_activations(model)
+        parallel.checkpoint_activations(model, kept)
+    optim = OptimConfig(lr=1e-5)
+    if device() == "cuda":
+        model.half_precision = True
+        if float8:
+            multiply_in_float8(model)
+        if small:
+            optim = OptimConfig(lr=1e-5, optimizer="adamw8bit", weights="bfloat16")
     marks = train_timed(
         model,
         flags.steps,
         lambda number: [lay_out(*map(list, zip(*steps[number], strict=True)))],
         lambda model, batch: (model.loss(batch), batch.weights.sum(), {}),
+        optim=optim,
     )
     if seconds is not None:
         seconds.extend(b - a for a, b in itertools.pairwise(marks))
