@@ -36,6 +36,7 @@ class Config:
     chat: ta.ChatConfig = ta.ChatConfig()
     generation: ta.GenerateConfig = ta.GenerateConfig()
     vllm: ta.VllmConfig = ta.VllmConfig()
+    vllm_model: ta.VllmModelConfig = ta.VllmModelConfig()
     media: ta.media.MediaFiles = ta.media.MediaFiles()
     retrieval: ta.rag.RetrievalConfig = ta.rag.RetrievalConfig()
     data: tuple[str, ...] = ()
@@ -124,7 +125,12 @@ def load_engine(config: Config, tokenizer, media, device: str):
         return ta.load_for_inference(config.model, device)
     seed = config.generation.seed
     return ta.start_vllm(
-        config.model, tokenizer.fast, config.vllm, seed=seed, embeds=media is not None
+        config.model,
+        tokenizer.fast,
+        config.vllm,
+        config.vllm_model,
+        seed=seed,
+        embeds=media is not None,
     )
 
 
@@ -188,7 +194,7 @@ def main(config: Config) -> None:
     # each process works on its own share and waits for no other
     device = ta.parallel.pick_device()
     named = named_settings(config)
-    ta.check_engine(config.engine, config.vllm, named.values())
+    ta.check_engine(config.engine, config.vllm, config.vllm_model, settings=named.values())
     outs = [
         (name, settings, ta.AnswersFile(output_path(config, name), config.resume, config.overwrite))
         for name, settings in named.items()

@@ -37,6 +37,7 @@ class Config:
     tokenizer: ta.TokenizerConfig = ta.TokenizerConfig()
     chat: ta.ChatConfig = ta.ChatConfig()
     vllm: ta.VllmConfig = ta.VllmConfig()
+    vllm_model: ta.VllmModelConfig = ta.VllmModelConfig()
     kind: Literal["candidates", "class"] = "candidates"
     """Reward every candidate answer, or classify whole dialogues."""
     data: tuple[str, ...] = ()
@@ -84,7 +85,8 @@ def sequences_of(config: Config, tokenizer, record: dict) -> list:
 def load_scorer(config: Config, tokenizer, num_labels: int, device: str):
     """The model with its head: ours over transformers', or a started vLLM."""
     if config.engine == "vllm":
-        return ta.start_vllm(config.model, tokenizer.fast, config.vllm, num_labels=num_labels)
+        settings = config.vllm, config.vllm_model
+        return ta.start_vllm(config.model, tokenizer.fast, *settings, num_labels=num_labels)
     model, _ = ta.wrap(ta.load_for_inference(config.model, device, num_labels))
     return model
 
@@ -109,7 +111,7 @@ def main(config: Config) -> None:
     device = ta.parallel.pick_device()
     if not config.data:
         raise ValueError("no data to score: give --data FILE.jsonl")
-    ta.check_engine(config.engine, config.vllm)
+    ta.check_engine(config.engine, config.vllm, config.vllm_model)
     out = ta.AnswersFile(config.out, config.resume, config.overwrite)
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat)
     num_labels, names = ta.num_labels_of(config.model), ta.class_names_of(config.model)

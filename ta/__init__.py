@@ -88,6 +88,7 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
     from ta.generation.settings import parse_settings as parse_settings
     from ta.generation.settings import with_stop_strings as with_stop_strings
     from ta.generation.vllm_engine import VllmConfig as VllmConfig
+    from ta.generation.vllm_engine import VllmModelConfig as VllmModelConfig
     from ta.generation.vllm_engine import check_engine as check_engine
     from ta.generation.vllm_engine import start_vllm as start_vllm
     from ta.generation.vllm_server import open_server as open_server
@@ -167,7 +168,7 @@ NAMES = {  # module: what `import ta` gives of it, loaded on first use
     "ta.generation.candidates": "choose_best choose_random choose_rejection",
     "ta.generation.score": "answer_logprobs class_names_of num_labels_of reward_answers score",
     "ta.generation.vllm_server": "open_server",
-    "ta.generation.vllm_engine": "VllmConfig check_engine start_vllm",
+    "ta.generation.vllm_engine": "VllmConfig VllmModelConfig check_engine start_vllm",
     "ta.model.new_rows": "check_vocabulary",
     "ta.reference": "ReferenceConfig check_same_vocabulary note_sync count_learned "
     "open_reference sequence_logps with_cached_reference",

@@ -40,8 +40,6 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of a LoRA adapter that vLLM makes
 
 @dataclass(frozen=True)
 class VllmConfig:
-    tensor_parallel_size: Annotated[int, Range(1)] = 1
-    """Devices that share each layer; must divide the attention heads."""
     gpu_memory_utilization: Annotated[float, Range(0, 1, above=True)] = 0.9
     """Share of a device's memory that vLLM takes."""
     kv_cache_gb: Annotated[float | None, Range(0, above=True)] = None
@@ -50,11 +48,23 @@ class VllmConfig:
     """Tokens of prompt and answer at most; None: the model's context."""
     enforce_eager: bool = False
     """Skip compilation and CUDA graphs: starts sooner, runs slower. Always so on CPU."""
+
+
+@dataclass(frozen=True)
+class VllmModelConfig:
+    """How vLLM takes a model that does not train."""
+
+    tensor_parallel_size: Annotated[int, Range(1)] = 1
+    """Devices that share each layer; must divide the attention heads."""
     adapter_in_vllm: Literal["merged", "runtime"] = "merged"
     """Merge the adapter into its base first, or let vLLM apply it at run time (plain LoRA only)."""
 
 
-def check_engine(engine: str, config: VllmConfig, settings: Iterable[GenerateConfig] = ()) -> None:
+def check_engine(
+    engine: str,
+    *groups: VllmConfig | VllmModelConfig,
+    settings: Iterable[GenerateConfig] = (),
+) -> None:
     """ValueError where vLLM's settings are given to another engine (hf, or the URL of a server).
 
     Also where torchrun started several processes of vLLM, and for `settings` of generation that
@@ -68,12 +78,13 @@ def check_engine(engine: str, config: VllmConfig, settings: Iterable[GenerateCon
         )
     for generation in settings if engine == "vllm" else ():
         refuse_settings(generation)
-    for own in dataclasses.fields(config):
-        if engine != "vllm" and getattr(config, own.name) != own.default:
-            raise ValueError(
-                f"--{own.name.replace('_', '-')} is a setting of vLLM: add --engine vllm, "
-                "or leave it out"
-            )
+    for group in groups if engine != "vllm" else ():
+        for own in dataclasses.fields(group):
+            if getattr(group, own.name) != own.default:
+                raise ValueError(
+                    f"--{own.name.replace('_', '-')} is a setting of vLLM: add --engine vllm, "
+                    "or leave it out"
+                )
 
 
 @dataclass
@@ -102,6 +113,7 @@ def start_vllm(
     model: ModelConfig,
     tokenizer: PreTrainedTokenizerBase,
     config: VllmConfig,
+    how: VllmModelConfig = VllmModelConfig(),
     *,
     seed: int = 0,
     num_labels: int = 0,
@@ -135,7 +147,7 @@ def start_vllm(
     settings = AutoConfig.from_pretrained(
         folder, local_files_only=not model.hub, trust_remote_code=model.trust_remote_code
     )
-    check_parallel(settings.get_text_config(decoder=True), config.tensor_parallel_size)
+    check_parallel(settings.get_text_config(decoder=True), how.tensor_parallel_size)
     temporary = tempfile.TemporaryDirectory(prefix="ta-vllm-")
     more, lora = {"enable_prompt_embeds": True} if embeds else {}, None
     if rollouts:
@@ -145,8 +157,8 @@ def start_vllm(
         check_head(settings)
         more = {"runner": "pooling"}
     if sources.adapter is not None:
-        rank = lora_rank(sources.adapter, config.adapter_in_vllm == "runtime")
-        if config.adapter_in_vllm == "runtime":
+        rank = lora_rank(sources.adapter, how.adapter_in_vllm == "runtime")
+        if how.adapter_in_vllm == "runtime":
             lora = sources.adapter
             room = next((known for known in RANKS if known >= rank), rank)
             more |= {"enable_lora": True, "max_lora_rank": room}
@@ -157,7 +169,9 @@ def start_vllm(
         # vLLM looks for it beside the tokenizer, and waits
         settings.save_pretrained(temporary.name)
     tokenizer.save_pretrained(temporary.name)  # with its new tokens, wherever the weights lie
-    llm = _start(folder, temporary.name, dtype, config, model, seed, more, cuda)
+    llm = _start(
+        folder, temporary.name, dtype, config, model, seed, more, cuda, how.tensor_parallel_size
+    )
     about = llm.llm_engine.model_config
     limits = (context_of(settings), config.max_model_len, about.max_model_len)
     request = None
@@ -178,11 +192,12 @@ def _start(
     seed: int,
     more: dict,
     cuda: bool,
+    parts: int,
 ):
     # vLLM takes these from the environment alone
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    if not cuda and config.tensor_parallel_size == 1:
+    if not cuda and parts == 1:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # a minute less to start
     memory = config.kv_cache_gb if config.kv_cache_gb is not None or cuda else 1.0
     if memory is not None:
@@ -195,7 +210,7 @@ def _start(
             tokenizer=tokenizer,
             dtype=dtype,
             seed=seed,
-            tensor_parallel_size=config.tensor_parallel_size,
+            tensor_parallel_size=parts,
             gpu_memory_utilization=config.gpu_memory_utilization,
             max_model_len=config.max_model_len,
             enforce_eager=config.enforce_eager or not cuda,

@@ -37,10 +37,10 @@ def start_engine(
     """
     if engine == "hf":
         return None
-    if tokenizer.new_tokens or vllm.tensor_parallel_size > 1 or model.mode == "native":
+    if tokenizer.new_tokens or model.mode == "native":
         raise ValueError(
-            f"--engine {engine} in rollouts takes whole weights: no added tokens, no prompt "
-            "learning, and no --tensor-parallel-size; leave them or --engine out"
+            f"--engine {engine} in rollouts takes whole weights, without added tokens and prompt "
+            "learning: leave them or --engine out"
         )
     if engine != "vllm":
         return open_server(engine, "--engine", tokenizer, folder)

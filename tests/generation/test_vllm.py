@@ -29,7 +29,7 @@ from ta.generation.vllm_checks import (
     lora_rank,
     refuse_settings,
 )
-from ta.generation.vllm_engine import VllmConfig, generate_vllm, start_vllm
+from ta.generation.vllm_engine import VllmConfig, VllmModelConfig, generate_vllm, start_vllm
 from ta.model.language_model import wrap
 from ta.model.load import load_base, load_for_inference
 
@@ -380,9 +380,8 @@ def test_adapters_equal_the_hf_engine(tmp_path, how):
         settings,
         [END],
     )
-    plain = VllmConfig(kv_cache_gb=0.25, max_model_len=256, adapter_in_vllm=how)
     adapted_config = dataclasses.replace(config, adapter_path=str(tmp_path / "adapter"))
-    engine = start_vllm(adapted_config, tokenizer, plain)
+    engine = start_vllm(adapted_config, tokenizer, SMALL, VllmModelConfig(adapter_in_vllm=how))
     theirs = generate(engine, tokenizer, prompts, settings, [END])
     compare(ours, theirs)
     base = generate(load_base(config), tokenizer, [[1, 2, 3]], settings, [END])
