@@ -71,6 +71,8 @@ def test_the_export_alone_answers_as_the_trained_model_did(forked, flags, place,
         "multimodal", *flags, "--steps", 3, "--adapter", adapter, "--out", tmp_path / "run"
     )
     assert "samples" in said and "held_out/00000.png" in said and "samples at step 3" in said
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == page.count("<article>") == 5
     final = tmp_path / "run" / "final"
     assert {"media.json", "projectors", "tokenizer.json"} <= {path.name for path in final.iterdir()}
     ask = (
