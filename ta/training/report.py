@@ -67,6 +67,8 @@ MEANING = {
     "kl_to_reference": "How far the answers are from the reference model, nats a token.",
     "rollout_tokens_per_second": "Tokens of the answers of a round, in a second.",
     "flat_groups": "Share of prompts whose answers all have one reward and teach nothing.",
+    "tool_calls": "Calls of tools an answer.",
+    "failed_calls": "Share of the calls of tools that failed.",
     "truncated": "Share of answers that were cut at the longest length.",
     "entropy": "Surprise of the sampled tokens, nats each; near 0 all answers are alike.",
     "clipped": "Share of tokens whose probability moved further than the clip allows.",

@@ -10,6 +10,7 @@ import pytest
 
 from ta.builtin.model_folders import tiny_folder
 from ta.builtin.models import practice, write_jsonl
+from ta.training.report import meaning
 
 pytestmark = pytest.mark.slow
 SEED = ("--seed", os.environ.get("TA_TEST_SEED", "0"))
@@ -46,5 +47,8 @@ def test_held_out_answers_do_what_is_rewarded_and_not_what_is_not(forked, tmp_pa
     steps = [json.loads(line) for line in open(tmp_path / "letters/metrics.jsonl")]
     held_out = [row["val_reward"] for row in steps if "val_reward" in row]
     assert held_out == pytest.approx([shares["letters", 0], shares["letters", 24]])
+    sizes = {"step", "tokens", "learned_tokens", "seconds", "update_seconds"}
+    names = {name.removeprefix("val_") for row in steps for name in row} - sizes
+    assert [name for name in names if not meaning(name)] == []
     page = (tmp_path / "letters/report.html").read_text()
     assert "best rollout" in page and "worst rollout" in page
