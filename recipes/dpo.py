@@ -208,9 +208,10 @@ def main(config: Config):
             config.compute,
             run.seed,
         )
-        known = (reference, ta.collate_pairs, config.batches, model.packed, config.data.cache_dir)
+        # with --reference cached its log-probabilities are computed here, once
+        cached = (reference, ta.collate_pairs, config.batches, model.packed, config.data.cache_dir)
         train_data, val_data = (
-            ta.with_cached_reference(data, *known) for data in (train_data, val_data)
+            ta.with_cached_reference(data, *cached) for data in (train_data, val_data)
         )
     batches = ta.train_batches(
         train_data,
@@ -226,16 +227,20 @@ def main(config: Config):
     optim = ta.with_default_lr(
         config.optim, config.model, config.adapter, full=1e-6, adapted=1e-5, builtin=1e-4
     )
+    # step(model, batch) with this run's loss
     learn = partial(step, config.loss, settings)
 
     def before_step(done, micro_batches):
         if reference is not None:
+            # a synced reference moves every --sync-every steps
             reference.follow(done)
             micro_batches = reference.add_to(micro_batches)
-        paired = config.loss == "kto_pair" and micro_batches
-        return with_kl(model, micro_batches) if paired else micro_batches
+        if config.loss == "kto_pair" and micro_batches:
+            return with_kl(model, micro_batches)
+        return micro_batches
 
     def evaluate(done):
+        # at step 0 no reference moves
         figures = ta.mean_over(model, before_step(0, val_batches), learn)
         samples = ta.generate_samples(
             model,
