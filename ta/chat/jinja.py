@@ -732,7 +732,7 @@ def _spans(
         found = []
         for start, part in stretches[max(bisect_right(starts, a) - 1, 0) : bisect_left(starts, b)]:
             if stays := part.text[max(a - start, 0) : b - start]:
-                found.append(part._replace(text=stays))
+                found.append(Part(stays, part.by, part.owner))
         return tuple(found)
 
     spans, before = [], 0

@@ -90,7 +90,7 @@ class Marker(NamedTuple):
             before, core = text[at:start], text[start:stop]
             number = len(self.labels)
             out += before + _mark(_OPEN, number) + core + _mark(_CLOSE, number)
-            self.labels.append(label._replace(text=core, before=before))
+            self.labels.append(Label(*label[:3], core, before))
             at = stop
         if cores:
             self.labels[-1] = self.labels[-1]._replace(after=text[at:])
