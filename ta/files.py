@@ -578,7 +578,7 @@ def dataset_snapshot(name: str, fetch: bool = False) -> str:
     try:
         return snapshot_download(name, local_files_only=not fetch, **settings)
     except (OSError, ValueError) as error:
-        why = "give --hub to fetch it"
+        why = "only a recipe with --hub fetches it"
         if fetch:
             why = f"the hub does not give it ({' '.join(str(error).split())[:200]})"
         raise ValueError(f"{HUB}{name}: not in the hub's cache, and {why}") from None
