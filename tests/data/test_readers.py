@@ -262,7 +262,8 @@ def test_data_on_the_hub_is_read_from_its_cache(tmp_path, monkeypatch):
     ):
         rows("hf:me/chats")
     with pytest.raises(
-        ValueError, match="hf:me/none: not in the hub's cache, and only a recipe with --hub fetches it"
+        ValueError,
+        match="hf:me/none: not in the hub's cache, and only a recipe with --hub fetches it",
     ):
         rows("hf:me/none")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -105,7 +105,10 @@ def test_hub_names_need_the_flag_or_the_cache(door, tmp_path, monkeypatch):
     dataset_snapshot.cache_clear()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    for more, message in (((), "only a recipe with --hub fetches it"), (("--hub",), "the hub does not give it")):
+    for more, message in (
+        ((), "only a recipe with --hub fetches it"),
+        (("--hub",), "the hub does not give it"),
+    ):
         code, text = door("sft", "--data", "hf:me/none@5", *more, "--out", tmp_path / "run")
         assert code == 2 and f"hf:me/none: not in the hub's cache, and {message}" in text, text
     snapshot = tmp_path / "hub" / "datasets--me--chats" / "snapshots" / ("d" * 40)
