@@ -80,7 +80,7 @@ class _Process:
     def __init__(self, names: Sequence[str]):
         given, asked = os.pipe()
         told, replies = os.pipe()
-        # this very file, so that nothing heavy is imported
+        # a module that imports nothing heavy
         command = [sys.executable, "-c", WORKER, str(given), str(replies)]
         self.process = subprocess.Popen(
             [*command, *names],

@@ -384,14 +384,11 @@ class Rollouts:
             for row, judged in zip(rows, self._judge(records, talks), strict=True):
                 self._add_rewards(row, judged)
         tokens = sum(len(own(talk.logprobs)) for group in talks for talk in group)
-        self._count(seconds, time.perf_counter() - start - seconds, tokens)
-        return rows
-
-    def _count(self, rollout: float, reward: float, tokens: int) -> None:
         count, before = self.counted, self.counted["rollout_tokens_per_second"]
-        count["rollout_seconds"] += rollout
-        count["reward_seconds"] += reward
-        count["rollout_tokens_per_second"] = before[0] + tokens, before[1] + rollout
+        count["rollout_seconds"] += seconds
+        count["reward_seconds"] += time.perf_counter() - start - seconds
+        count["rollout_tokens_per_second"] = before[0] + tokens, before[1] + seconds
+        return rows
 
     def _add_rewards(self, row: dict, judged: list[tuple[dict, float | None]]) -> None:
         """Give a record its rewards; answers without one stand apart."""
