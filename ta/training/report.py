@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ta.files import read_json_lines, write_atomic
+from ta.generation.evaluation import DRAWS, interval
 from ta.generation.metrics import METRICS
 from ta.generation.text_metrics import UNSPACED, plain, words
 from ta.printable import printable
@@ -380,7 +381,8 @@ def sample_cards(sides: Mapping[str, dict[Any, dict]], pictures: str = "") -> st
         # another question of the same name is another record
         found = [x if x.get("prompt") == newest.get("prompt") else {} for x in found]
         groups.setdefault(tuple(map(is_right, found)), []).append((name, found))
-    out, words_of = [], {True: "right", False: "wrong", None: "not compared"}
+    out = [by_how_much(groups, list(sides))]
+    words_of = {True: "right", False: "wrong", None: "not compared"}
     # wrong now before right now, and what has changed first
     for key in sorted(groups, key=lambda key: (key[-1] is not False, key[0] is key[-1])):
         cards = [card(name, list(sides), found, pictures) for name, found in groups[key][:ROWS]]
@@ -392,6 +394,31 @@ def sample_cards(sides: Mapping[str, dict[Any, dict]], pictures: str = "") -> st
             folded = f"<summary>{len(more)} more</summary>{''.join(more)}"
             out.append(f"<details>{folded}</details>")
     return "".join(out)
+
+
+def by_how_much(groups: Mapping[tuple, list], titles: Sequence[str]) -> str:
+    """The share of right answers of two sides and their difference, with its interval over records.
+
+    "" of other numbers of sides, and where nothing is compared.
+    """
+    records: dict[tuple, list] = {}
+    for key, cards in groups.items() if len(titles) == 2 else ():
+        for name, (*_, newest) in cards if None not in key else ():
+            own = newest.get("source"), str(newest.get("id", name))
+            records.setdefault(own, []).append(key)
+    if len(records) < 2:
+        return ""
+    import numpy as np
+
+    shares = np.array([np.mean(keys, 0) for keys in records.values()])  # (records, 2)
+    first, second = shares.mean(0)
+    gaps = shares[:, 1] - shares[:, 0]
+    low, high = interval(lambda at: gaps[at].mean(), len(gaps), DRAWS)
+    return (
+        f"<p>Right answers: {first:.1%} {safe(titles[0])}, {second:.1%} {safe(titles[1])}; the "
+        f"difference is {100 * gaps.mean():+.1f} points, with 95 % between {100 * low:+.1f} and "
+        f"{100 * high:+.1f} (bootstrap over {len(gaps):,} records).</p>"
+    )
 
 
 def is_right(sample: dict) -> bool | None:
