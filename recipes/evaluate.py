@@ -27,6 +27,7 @@ import ta
 from ta import Range
 from ta.chat.encode import Drop
 from ta.chat.messages import template_arguments
+from ta.command_line import when_stopped
 from ta.files import locked_file, write_atomic
 from ta.generation import evaluation
 from ta.generation.metrics import METRICS, check_metrics
@@ -117,7 +118,8 @@ def model_answers(config: Config, tokenizer, device: str) -> list[dict]:
     ids = [tokens for _, tokens in prompts]
     ta.check_prompts(ids, *ta.limits_of(model))
     settings = ta.with_stop_strings(config.generation, tokenizer.stop_strings)
-    with ta.progress(len(ids), "answers", "record") as bar:
+    kept = "nothing is written; generate.py keeps its answers, and --answers FILE measures them"
+    with when_stopped(lambda: kept), ta.progress(len(ids), "answers", "record") as bar:
         answers = ta.generate(
             model,
             tokenizer.fast,

@@ -180,7 +180,8 @@ def file_words(path: str, config_class: type) -> list[str]:
         text = Path(path).read_text(encoding="utf-8")
         loaded = tomllib.loads(text) if path.endswith(".toml") else json.loads(text)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--config {path}: give a file of JSON or TOML ({error})") from None
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"--config {path}: give a file of JSON or TOML ({why})") from None
     if not isinstance(loaded, dict):
         raise ValueError(f"--config {path}: give an object of settings and their values")
     whole = loaded["config"] if "identity" in loaded else loaded

@@ -146,10 +146,10 @@ def read_json(path: Path, kind: type = dict) -> Any:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): give a complete folder") from error
+        raise ValueError(f"{path} is not valid JSON ({error}): give a whole file") from error
     if not isinstance(data, kind):
         raise ValueError(
-            f"{path} holds a {type(data).__name__}, not settings: give a complete folder"
+            f"{path} holds a {type(data).__name__}, not settings: give a whole file"
         )
     return data
 
