@@ -162,10 +162,8 @@ def guard(action: Callable[[], Any]) -> int:
     try:
         action()
     except KeyboardInterrupt as stop:
-        if sys.stderr.isatty():
-            # the terminal has written ^C, perhaps behind a bar
-            print(file=sys.stderr)
-        return _say(f"stopped{stop}", 130, "")
+        # a terminal has written ^C, perhaps behind a bar
+        return _say(f"stopped{stop}", 130, "\n" if sys.stderr.isatty() else "")
     except Exception as error:
         if full_disk(error):
             return _say(f"no room on the disk ({error}): {MAKE_ROOM}", NO_ROOM)
