@@ -109,8 +109,8 @@ def page(prepared: Prepared, examples: int, decode) -> Iterator[str]:
         source, line = prepared.origin[i]
         extras = "".join(f" {name}={values[i]:g}" for name, values in prepared.extras.items())
         place = f"{prepared.info['sources'][source]['path']}:{line}"
-        colours = "(green: learned, yellow: with a weight of its own, dim: not learned)"
-        yield f"\n{printable(place)}{extras}  {colours}"
+        kinds = (("learned", 1.0), (", ", 0.0), ("with a weight of its own", 0.5))
+        yield f"\n{printable(place)}{extras}  ({show([*kinds, (', not learned', 0.0)])})"
         for j in range(prepared.k):
             ids, weights = (array.tolist() for array in ta.sequence(prepared, i * prepared.k + j))
             yield show(spans(Tokens(ids, weights), decode))

@@ -148,9 +148,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): give a whole file") from error
     if not isinstance(data, kind):
-        raise ValueError(
-            f"{path} holds a {type(data).__name__}, not settings: give a whole file"
-        )
+        raise ValueError(f"{path} holds a {type(data).__name__}, not settings: give a whole file")
     return data
 
 

@@ -17,6 +17,9 @@ from ta.printable import printable
 # seconds between two lines of progress in a file or a pipe
 LINE_EVERY = 30
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+COLOURED = re.compile(r"\x1b\[(\d+)m(.*?)\x1b\[0m", re.DOTALL)
+# what stands around green and yellow text where there are no colours
+QUOTES = {"32": "«»", "33": "‹›"}
 
 
 def has_colours(stream: IO[str]) -> bool:
@@ -25,8 +28,10 @@ def has_colours(stream: IO[str]) -> bool:
 
 
 def shown(text: str, stream: IO[str]) -> str:
-    """The text as a stream can show it: without colours where it has none."""
-    return text if has_colours(stream) else COLOUR.sub("", text)
+    """The text as a stream can show it: «green» and ‹yellow› in marks where it has no colours."""
+    if has_colours(stream):
+        return text
+    return COLOURED.sub(lambda found: found[2].join(QUOTES.get(found[1]) or ("", "")), text)
 
 
 def progress(

@@ -59,7 +59,7 @@ def test_the_page_shows_what_is_learned_of_reasoning_and_calls(
     main(Config(model=ModelConfig(str(model)), data=data))
     page = capsys.readouterr().out
     green = re.findall("\x1b\\[32m(.*?)\x1b\\[0m", page, re.DOTALL)
-    assert green == [
+    assert [text for text in green if text != "learned"] == [
         '<think>\nlook it up\n</think>\n<call>weather {"city": "Rome"}</call><|im_end|>\n',
         "Sunny.<|im_end|>\n",
         "<think>\nc\n</think>\nb<|im_end|>\n",
