@@ -92,15 +92,24 @@ def _groups(root: Path) -> dict[str, list[str]]:
         hidden = [name for name in below if name.startswith(".")]
         below[:] = sorted({*below} - {*hidden}) if len(parts) < DEPTH else []
         if "state.json" in names:
-            state = json.loads((here / "state.json").read_text())
-            files = [str(here / entry["filename"]) for entry in state["_data_files"]]
-            groups["/".join(parts) or "."] = files
+            groups["/".join(parts) or "."] = _listed(here / "state.json")
             continue
         for name in sorted(names):
             if name.endswith(ENDINGS) and not name.startswith(".") and name not in ABOUT:
                 key = "/".join(filter(None, (*parts, _split(name)))) or "."
                 groups.setdefault(key, []).append(str(here / name))
     return groups
+
+
+def _listed(state: Path) -> list[str]:
+    """The files that the state.json of a saved data set names, all of them beside it."""
+    try:
+        names = [entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
+        return [str(state.parent / Path(name).name) for name in names]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{state}: not what datasets' save_to_disk writes ({error!r}); save the data set again"
+        ) from None
 
 
 def _split(name: str) -> str:

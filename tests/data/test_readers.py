@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ta import files
 from ta.data import readers
 from ta.data.jsonl import parse_record
-from ta.data.readers import read_rows
+from ta.data.readers import files_of, read_rows
 from ta.data.records import check_labelled
 from ta.data.sources import read_records, source_names
 
@@ -296,3 +296,18 @@ def test_names_of_sources_are_short_and_differ():
     ]
     names = source_names(given)
     assert names == ["a/dev", "b/dev", "test", "a/dev#2", "train", "dev"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "3", "{}", '{"_data_files": 3}', '{"_data_files": [{"filename": 3}]}']
+)
+def test_a_saved_data_set_with_a_broken_list_of_files_is_refused(tmp_path, text):
+    (tmp_path / "state.json").write_text(text)
+    with pytest.raises(ValueError, match="save the data set again"):
+        files_of(str(tmp_path))
+
+
+def test_a_saved_data_set_names_files_beside_it_alone(tmp_path):
+    entry = {"filename": "../../secret.arrow"}
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [entry]}))
+    assert files_of(str(tmp_path)) == [str(tmp_path / "secret.arrow")]
