@@ -39,7 +39,7 @@ EXTRAS = {  # module: what to install, what it adds
     "bitsandbytes": ("ta[quantize]", "--quantize 4bit and 8bit"),
     "faiss": ("ta[faiss]", "--approximate search"),
     "pyarrow": ("ta[data]", "data in parquet and arrow files"),
-    "sentencepiece": ("ta[convert]", "ta convert of a tokenizer.model"),
+    "sentencepiece": ("ta[convert]", "ta convert tokenizer.model"),
     "tensorboard": ("tensorboard", "--log tensorboard"),
     "wandb": ("wandb", "--log wandb"),
     "trackio": ("trackio", "--log trackio"),

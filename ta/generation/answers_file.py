@@ -38,7 +38,7 @@ class AnswersFile:
         self.path, self.resume, self.overwrite = Path(path), resume, overwrite
         self.rank, self.world = rank(), world()
         self.part = self.path.with_name(f".{self.path.name}.part-{self.rank}")
-        self.seconds, self.tokens = 0.0, 0
+        self.seconds, self.tokens, self.made = 0.0, 0, 0
         self.bar: Any = None
         if resume and overwrite:
             raise ValueError(
@@ -102,13 +102,13 @@ class AnswersFile:
                     path.unlink(missing_ok=True)
             show = self.rank == 0 and total > 0
             self.bar = stack.enter_context(progress(total, name, "record", show=show))
-            self.seconds, self.tokens = time.perf_counter(), 0
+            self.seconds, self.tokens, self.made = time.perf_counter(), 0, 0
             stack.enter_context(when_stopped(lambda: self._kept(total)))
             yield self
 
     def _kept(self, total: int) -> str:
         return (
-            f"{self.bar.n:,} of {total:,} records are kept beside {self.path}; "
+            f"{self.made:,} of {total:,} records are kept beside {self.path}; "
             "the same command with --resume goes on"
         )
 
@@ -118,6 +118,7 @@ class AnswersFile:
         A line torn by an earlier kill is cut off first.
         """
         append_line(self.part, record)
+        self.made += 1
         if self.bar is not None:
             self.tokens += tokens
             speed = self.tokens / (time.perf_counter() - self.seconds)

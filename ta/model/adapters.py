@@ -761,7 +761,7 @@ def logits_agree(left: Tensor, right: Tensor, tolerance: float = 1e-3) -> bool:
 
     The greatest is that of `left`. False for any NaN and for different shapes.
     """
-    limit = (1e-3 if tolerance is None else tolerance) * max(left.abs().max().item(), 1e-6)
+    limit = tolerance * max(left.abs().max().item(), 1e-6)
     return left.shape == right.shape and (left - right).abs().max().item() <= limit < float("inf")
 
 

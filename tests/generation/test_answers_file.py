@@ -54,6 +54,18 @@ def test_parts_of_three_processes_become_one_ordered_file(opened, tmp_path):
     assert opened(out, overwrite=True).done(KEYS) == {}  # nothing of what is to be replaced counts
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stop_says_what_is_kept_and_how_to_go_on(opened, tmp_path, rank):
+    file = opened(tmp_path / "answers.jsonl", rank, 2)
+    words = ": 1 of 10 records are kept beside .*answers.jsonl; the same command with --resume goes"
+    with pytest.raises(KeyboardInterrupt, match=words), file.writing(10):
+        file.append(record(rank))
+        raise KeyboardInterrupt
+    assert opened(tmp_path / "answers.jsonl", rank, 2, resume=True).done(KEYS) == {
+        KEYS[rank]: record(rank)
+    }
+
+
 @pytest.mark.parametrize("cut", range(1, 30, 7))
 def test_a_torn_line_is_as_if_never_written(opened, tmp_path, cut):
     out = tmp_path / "answers.jsonl"
