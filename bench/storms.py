@@ -182,11 +182,6 @@ def dying_at(count: int) -> Callable[[], None]:
     return partial(on_calls, die)
 
 
-def full_at(size: int) -> Callable[[], None]:
-    """Makes every file of a process stop growing at a size."""
-    return partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
-
-
 def watched(log: Path) -> Callable[[], None]:
     """Makes a process write its calls of CALLS to `log`: what it syncs, and all that it renames."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -318,7 +313,8 @@ class Storm:
         """No file grows over a random size: one line that says what to do, then the right output."""
         largest = max(map(len, self.right.values()))
         out, size = self.fresh(), int(largest ** self.random.uniform(0.3, 1))
-        code, said = self.begin(out, before=full_at(size)).end()
+        full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
+        code, said = self.begin(out, before=full).end()
         told = code == 3 and "Traceback" not in said and "no room on the disk" in said
         if code and not told:
             return self.judge(False, out, size, code, said)
@@ -347,6 +343,7 @@ def main() -> None:
     failed = False
     print("| command |", " | ".join(KINDS), "|\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as temporary:
+        tempfile.tempdir = temporary  # what killed commands leave of theirs goes with it
         place = Path(temporary)
         write_inputs(place / "given")
         for name, one in commands(place / "given").items():

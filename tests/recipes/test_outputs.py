@@ -1,38 +1,24 @@
 """What every command does with its output: it is none of its inputs, another process's work stays, and what is not ours is not replaced."""
 
 import json
+import sys
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
+from conftest import ROOT
 from PIL import Image
-from transformers import AutoModelForCausalLM
 
 from ta.builtin import models
 from ta.files import hold_lock, locked
 
+sys.path.append(str(ROOT / "bench"))
+import storms
+
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
-    """Inputs of every command: a tiny model, an adapter of it, chats, passages, pictures."""
-    folder = tmp_path_factory.mktemp("given")
-    models.write_tiny(folder / "model")
-    model = AutoModelForCausalLM.from_pretrained(folder / "model")
-    torch.manual_seed(0)
-    adapter = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
-    adapter.save_pretrained(folder / "adapter")
-    models.write_jsonl(folder / "passages.jsonl", models.passages()[:20])
-    chats = [
-        {
-            "messages": [
-                {"role": "user", "content": f"{i}?"},
-                {"role": "assistant", "content": str(i)},
-            ]
-        }
-        for i in range(4)
-    ]
-    models.write_jsonl(folder / "chats.jsonl", chats)
-    models.write_encoder(folder / "encoder")
+    """Inputs of every command: a tiny model, an adapter of it, chats, passages, an encoder."""
+    folder = tmp_path_factory.mktemp("outputs") / "given"
+    storms.write_inputs(folder)
     return folder
 
 
