@@ -8,9 +8,12 @@ key. Until the file is finished its batches lie as parts beside it.
 from __future__ import annotations
 
 import json
+import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -367,6 +370,16 @@ def _read_one(read: Callable[[Path], np.ndarray], key: str, path: Path) -> Read:
         return key, "", None, str(error)
 
 
+def _end_with_parent() -> None:
+    """Have this process end when the one that started it is gone, also by a kill."""
+
+    def wait() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _read_all(
     left: Iterable[tuple[str, Path]], read: Callable[[Path], np.ndarray], workers: int
 ) -> Iterator[Read]:
@@ -379,7 +392,7 @@ def _read_all(
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _end_with_parent) as pool:
         ahead: deque = deque()
         for key, path in left:
             ahead.append(pool.submit(_read_one, read, key, path))

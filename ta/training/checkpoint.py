@@ -104,7 +104,7 @@ def save(
             (temporary / "manifest.json").write_text(json.dumps(manifest))
     passed = [name for name in damaged or () if int(name[5:]) <= step]
     if rank() == 0:
-        _prune(folder, step, keep, {*passed} - {target.name}, pinned)
+        prune(folder, step, keep, {*passed} - {target.name}, pinned)
     for name in passed:
         del damaged[name]
     return target
@@ -122,9 +122,7 @@ def _shares(tensors: dict[str, torch.Tensor]) -> list[list[str]]:
     return files
 
 
-def _prune(
-    folder: Path, step: int, keep: int, damaged: Collection[str], pinned: int | None
-) -> None:
+def prune(folder: Path, step: int, keep: int, damaged: Collection[str], pinned: int | None) -> None:
     """Delete whole ones beyond the newest `keep` but that of step `pinned`, damaged ones before
     `step`, and left-overs.
     """

@@ -446,6 +446,10 @@ def _resume(
         say(f"skipped damaged checkpoint {name}: {reason}")
     say("; ".join([f"resuming from {found.path} at step {step}", *changed]))
     _cut_back(folder, step)
+    if rank() == 0:
+        # a kill may have come between the last checkpoint and this
+        best = best_step(folder, loop)[0] if loop.keep_best else None
+        checkpoint.prune(folder / "checkpoints", step, loop.keep, found.damaged, best)
     return step, found.damaged, StepSums(found.manifest.get("logged"))
 
 

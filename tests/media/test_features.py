@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -137,6 +139,25 @@ def test_a_killed_run_goes_on_and_a_second_one_is_refused(tmp_path, paths):
     assert extract(out, paths, read, encode, LAYOUT, batch_size=3).encoded == 2
     assert out.read_bytes() == whole.read_bytes()
     assert sorted(os.listdir(tmp_path)) == ["c", "media", "whole"]
+
+
+def read_and_tell(path):
+    with open(path.parent / "pid", "a") as file:
+        print(os.getpid(), file=file)
+    return read(path)
+
+
+def test_workers_end_with_a_killed_run(tmp_path, paths):
+    if not (pid := os.fork()):
+        die = partial(os.kill, os.getpid(), signal.SIGKILL)
+        extract(tmp_path / "c", paths, read_and_tell, lambda x: die(), LAYOUT, 3, workers=1)
+    assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    worker = next((tmp_path / "media").rglob("pid")).read_text().split()[0]
+    state = Path(f"/proc/{worker}/stat")
+    deadline = time.time() + 20
+    while state.exists() and state.read_text().split()[2] != "Z" and time.time() < deadline:
+        time.sleep(0.05)
+    assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
 def test_parts_that_a_kill_left_beside_their_cache_go(tmp_path, paths):

@@ -500,6 +500,13 @@ def kept_run(folder, model, stop=None, **more):
     return train(model, batches, sft_step, loop(folder, **settings), optim, evaluate=evaluate)
 
 
+def test_a_resume_leaves_as_many_checkpoints_as_a_run(tmp_path):
+    """A kill may come before the old ones are deleted."""
+    for more, left in (({"keep": 0}, [3, 6, 9, 12]), ({"keep": 2, "resume": True}, [9, 12])):
+        kept_run(tmp_path, tiny(), keep_best="", **more)
+        assert sorted(int(p.name[5:]) for p in (tmp_path / "checkpoints").iterdir()) == left
+
+
 @pytest.mark.parametrize("stop", [None, 6, 8, 10, 12])
 @pytest.mark.parametrize("patience", [0, 3])
 def test_the_best_checkpoint_is_kept_and_exported_exactly_on_resume(tmp_path, stop, patience):
