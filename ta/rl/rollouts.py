@@ -64,13 +64,15 @@ def prepare_prompts(
 ) -> tuple[list[Question], Prepared]:
     """([(record, prompt ids)], the prompts as data from which `train_batches` chooses).
 
-    The answer at the end of a chat is taken off and becomes the record's "reference". `tools` are
-    those of records that have none.
+    The answer at the end of a chat is taken off and becomes the record's "reference". A record
+    without an "id" gets its number. `tools` are those of records that have none.
     """
     drops = Drops(data.on_bad_record, data.max_bad_share)
     prompts = read_prompts(files, tokenizer, chat, drops, seed, tools=tools)
     if drops.counts:
         say(f"left out: {drops.table()}")
+    for number, (record, _) in enumerate(prompts):
+        record.setdefault("id", number)
     n, sizes = len(prompts), [len(ids) for _, ids in prompts]
     ids = np.concatenate([np.array(ids, np.int32) for _, ids in prompts])
     offsets = np.concatenate([[0], np.cumsum(sizes)])

@@ -12,6 +12,7 @@ import torch
 from judged import recipe
 from small import tiny
 
+import ta
 from ta.builtin.model_folders import tiny_folder
 from ta.builtin.models import practice, write_jsonl
 from ta.data.batch import lay_out
@@ -413,6 +414,21 @@ def test_truncated_answers_may_be_left_out():
     assert first == [advantages[i, k].item() for i, k in left]
     shares = batch.sequences.weights / len(batch.sequences.weights)
     torch.testing.assert_close(shares.sum(), torch.tensor(1.0))
+
+
+def test_prompts_have_a_name_and_a_reference(tmp_path):
+    chats = [record | {"id": f"r{n}"} for n, record in enumerate(practice("train", 2))]
+    del chats[1]["id"]
+    write_jsonl(tmp_path / "chats.jsonl", chats)
+    config = ta.ModelConfig(str(tiny_folder()))
+    tokenizer = ta.load_chat_tokenizer(config, ta.TokenizerConfig(), ta.ChatConfig())
+    files, asked = (str(tmp_path / "chats.jsonl"),), (tokenizer, ta.ChatConfig(), ta.DataConfig())
+    prompts, data = ta.rl.prepare_prompts(files, *asked)
+    assert [record["id"] for record, _ in prompts] == ["r0", 1]
+    for (record, ids), chat in zip(prompts, chats, strict=True):
+        assert record["reference"] == chat["messages"][-1]["content"] and "tools" not in record
+        assert record["messages"] == chat["messages"][:-1] and tokenizer.fast.decode(ids)
+    assert data.offsets.tolist() == [0, len(prompts[0][1]), sum(len(ids) for _, ids in prompts)]
 
 
 PRESETS = ("grpo", "dapo", "dr-grpo", "rloo", "gspo", "cispo")
