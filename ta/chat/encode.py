@@ -35,7 +35,7 @@ class Drop(NamedTuple):
     detail: str
 
 
-class Rule(NamedTuple):
+class EncodeRule(NamedTuple):
     """What a method needs of its dialogues; the rest is as the user's ChatConfig says."""
 
     # which messages are learned; None: as the ChatConfig says
@@ -45,10 +45,10 @@ class Rule(NamedTuple):
     # whether an answer is opened behind the last message, for generation
     opened: bool = False
 
-    def within(self, config: ChatConfig) -> Rule:
+    def within(self, config: ChatConfig) -> EncodeRule:
         """The rule with what the ChatConfig says in place of None."""
         keep_end = config.keep_end if self.keep_end is None else self.keep_end
-        return Rule(self.loss_on or config.loss_on, keep_end, self.opened)
+        return EncodeRule(self.loss_on or config.loss_on, keep_end, self.opened)
 
     @property
     def end_in_answer(self) -> bool:
@@ -56,9 +56,9 @@ class Rule(NamedTuple):
         return not self.opened and self.loss_on != "all"
 
 
-AS_CONFIGURED = Rule()
-ONE_ANSWER = Rule(loss_on="last", keep_end=True)
-PROMPT = Rule(keep_end=True, opened=True)
+AS_CONFIGURED = EncodeRule()
+ONE_ANSWER = EncodeRule(loss_on="last", keep_end=True)
+PROMPT = EncodeRule(keep_end=True, opened=True)
 
 
 def loss_weights(messages: Chat, loss_on: LossOn, opened: bool = False) -> list[float]:
@@ -82,7 +82,7 @@ def encode_dialogues(
     dialogues: Sequence[Sequence[Chat]],
     tokenizer: ChatTokenizer,
     config: ChatConfig,
-    rule: Rule = AS_CONFIGURED,
+    rule: EncodeRule = AS_CONFIGURED,
     arguments: Sequence[Arguments] | None = None,
     notes: Sequence[list[str]] | None = None,
 ) -> list[list[Tokens] | Drop]:
@@ -153,7 +153,7 @@ class Fitting:
         return [[Piece(text, message_weight(messages[0], 0, True), "template")]]
 
     def fit(
-        self, variants: Sequence[Tokenized], config: ChatConfig, rule: Rule
+        self, variants: Sequence[Tokenized], config: ChatConfig, rule: EncodeRule
     ) -> list[Tokens] | Drop | None:
         """The sequences of the group, or why it cannot be used.
 
@@ -185,7 +185,7 @@ class Fitting:
         )
 
 
-def _useless(group: Sequence[Chat], rule: Rule) -> Drop:
+def _useless(group: Sequence[Chat], rule: EncodeRule) -> Drop:
     """Why a group cannot be used that has no messages of use."""
     roles = [message["role"] for message in group[0]] if group else []
     if rule.opened or ANSWER in roles:
@@ -207,7 +207,7 @@ def _begin_text(tokens: Tokens, tokenizer: ChatTokenizer) -> None:
         tokens.weights.insert(0, 0.0)
 
 
-def _of_use(group: Sequence[Chat], rule: Rule) -> list[int]:
+def _of_use(group: Sequence[Chat], rule: EncodeRule) -> list[int]:
     """The places of the messages that are of use, were there no limit on tokens."""
     messages = group[0] if group else []
     if is_text(messages):
@@ -220,7 +220,7 @@ def _of_use(group: Sequence[Chat], rule: Rule) -> list[int]:
     return cut_dialogue(roles, [0] * len(roles), None, rule.keep_end)
 
 
-def _cut(messages: Chat, tokenized: Tokenized, max_tokens: int, rule: Rule) -> list[int]:
+def _cut(messages: Chat, tokenized: Tokenized, max_tokens: int, rule: EncodeRule) -> list[int]:
     """The places of the messages that stay of a dialogue over `max_tokens`."""
     roles = [message["role"] for message in messages]
     if rule.keep_end:
@@ -260,7 +260,7 @@ def _cut_in_answer(
     return []
 
 
-def _learnable(sequences: list[Tokens], rule: Rule) -> list[Tokens] | Drop:
+def _learnable(sequences: list[Tokens], rule: EncodeRule) -> list[Tokens] | Drop:
     if rule.opened or all(any(tokens.weights) for tokens in sequences):
         return sequences
     return Drop(
@@ -273,7 +273,7 @@ def encode_chats(
     chats: Sequence[Chat],
     tokenizer: ChatTokenizer,
     config: ChatConfig,
-    rule: Rule = AS_CONFIGURED,
+    rule: EncodeRule = AS_CONFIGURED,
     arguments: Sequence[Arguments] | None = None,
 ) -> list[Tokens | Drop]:
     """Training sequences, one a chat, in order.

@@ -21,7 +21,7 @@ from ta.chat.encode import (
     EQUAL,
     ONE_ANSWER,
     Drop,
-    Rule,
+    EncodeRule,
     drop_equal,
     encode_dialogues,
     turns_of,
@@ -109,7 +109,7 @@ class DataConfig:
     alone."""
 
 
-class Kind(NamedTuple):
+class RecordKind(NamedTuple):
     """A kind of records, and the sequences that a method learns from one record."""
 
     # part of the key of prepared data
@@ -118,7 +118,7 @@ class Kind(NamedTuple):
     check: Check
     # the record's dialogues, which differ in their last message only; each becomes a sequence
     dialogues: Callable[[dict, ChatTokenizer], list[Chat]]
-    rule: Rule = AS_CONFIGURED
+    rule: EncodeRule = AS_CONFIGURED
     # numbers of the record that the method needs, such as a label
     extras: Callable[[dict], dict[str, float]] | None = None
     # whether a dialogue without an answer can be used where every message is learned; `check`
@@ -170,14 +170,16 @@ def label_of(record: dict) -> dict[str, float]:
     return {"label": float(record["label"])}
 
 
-CHATS = Kind("chat", check_chat, chat_of, answer_optional=True)
-PAIRS = Kind("pair", check_pair, pair_of, ONE_ANSWER, margin_of, distinct=True)
-LABELLED = Kind("labelled", check_labelled, labelled_of, ONE_ANSWER, desirable_of)
+CHATS = RecordKind("chat", check_chat, chat_of, answer_optional=True)
+PAIRS = RecordKind("pair", check_pair, pair_of, ONE_ANSWER, margin_of, distinct=True)
+LABELLED = RecordKind("labelled", check_labelled, labelled_of, ONE_ANSWER, desirable_of)
 # whole dialogues: the label is learned, so cutting keeps any message that fits
-CLASSES = Kind("class", check_class, unweighted_of, Rule("all"), label_of, learned=False)
+CLASSES = RecordKind(
+    "class", check_class, unweighted_of, EncodeRule("all"), label_of, learned=False
+)
 # without passages; the last question is kept, because it is the query of the search, and only its
 # answer is learned, because only it reads passages
-QUESTIONS = Kind("question", check_question, chat_of, ONE_ANSWER)
+QUESTIONS = RecordKind("question", check_question, chat_of, ONE_ANSWER)
 KINDS = {kind.name: kind for kind in (CHATS, PAIRS, LABELLED, CLASSES, QUESTIONS)}
 
 
@@ -232,7 +234,7 @@ def prepare(
     data: DataConfig,
     seed: int = 0,
     *,
-    kind: Kind = CHATS,
+    kind: RecordKind = CHATS,
     say: Callable[[str], None] = say_once,
 ) -> Prepared | None:
     """Read, check and encode files of records, or open the data that an earlier run prepared.
@@ -543,7 +545,7 @@ class RecordEncoder(NamedTuple):
 
     tokenizer: ChatTokenizer
     chat: ChatConfig
-    kind: Kind
+    kind: RecordKind
 
     @property
     def check(self) -> Check:
@@ -705,7 +707,7 @@ def _open(
     return Prepared(*columns, extras, info, info["k"], media)
 
 
-def _kind_settings(kind: Kind) -> list:
+def _kind_settings(kind: RecordKind) -> list:
     """What a kind does to records, as JSON values."""
     functions = [kind.check, kind.dialogues, kind.extras, kind.media]
     return [*map(dependencies, functions), kind.rule, kind.learned, kind.distinct]

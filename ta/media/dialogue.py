@@ -11,7 +11,7 @@ from ta.chat.jinja import Arguments
 from ta.chat.messages import Message
 from ta.chat.render import Tokens
 from ta.data.jsonl import BadRecord
-from ta.data.prepare import Kind, prepare
+from ta.data.prepare import RecordKind, prepare
 from ta.data.records import check_media
 
 if TYPE_CHECKING:
@@ -129,5 +129,7 @@ def media_of_record(record: dict, ids: list[int], tokenizer: ChatTokenizer, late
     return kept_media(media_in(record["messages"]), ids, tokenizer.placeholders, latest)
 
 
-MEDIA_CHATS = Kind("media", check_media, placed_chat, answer_optional=True, media=media_of_record)
+MEDIA_CHATS = RecordKind(
+    "media", check_media, placed_chat, answer_optional=True, media=media_of_record
+)
 prepare_media_chats = partial(prepare, kind=MEDIA_CHATS)
