@@ -63,7 +63,7 @@ def main() -> int:
         )
         versions = [line.split() for line in listed.stdout.splitlines()]
         print(end, *(" ".join(v[:2]) for v in versions if v[0] in PACKAGES), sep="\n  ", flush=True)
-        tests = [python, "-m", "pytest", "-q", "-m", "not slow", "tests"]
+        tests = [python, "-m", "pytest", "-m", "not slow", "tests"]
         if subprocess.run(tests, cwd=ROOT).returncode:
             failed.append(end)
     print("failed: " + ", ".join(failed) if failed else "passed: " + ", ".join(arguments.ends))
