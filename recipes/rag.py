@@ -153,8 +153,7 @@ def main(config: Config):
         figures = ta.mean_over(model, held_out, learn)
         model.eval()
         records = ta.first_records(val_data, config.samples.sample_records)
-        encode = partial(ta.encode_prompts, tokenizer=tokenizer, config=config.chat)
-        prompts = ta.rag.prompts_with_passages(one_passage, model.embed, records, encode)
+        prompts = ta.rag.prompts_with_passages(one_passage, model.embed, records)
         samples = ta.generate_samples(
             model,
             tokenizer,

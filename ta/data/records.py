@@ -14,7 +14,6 @@ from ta.chat.messages import (
     REASONING,
     last_question,
     message_weight,
-    template_arguments,
 )
 from ta.data.jsonl import BadRecord, named
 
@@ -137,12 +136,6 @@ def check_question(data: dict) -> dict:
             f"gold is {_shown(data, 'gold')}; give the id of a passage, or a list of ids",
         )
     checked = check_chat({key: value for key, value in data.items() if key != "gold"})
-    if given := ", ".join(template_arguments(checked)):
-        raise BadRecord(
-            f"{given} beside retrieval",
-            f"the record has {given} for the chat template, which questions that are answered from "
-            "passages do not read; leave them out",
-        )
     messages = checked["messages"]
     learned = [
         place

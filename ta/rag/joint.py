@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ta.chat.encode import encode_chats
-from ta.chat.messages import with_system
+from ta.chat.jinja import Arguments
+from ta.chat.messages import template_arguments, with_system
 from ta.chat.render import Tokens
 from ta.data.batch import Batch, lay_out, to_device
 from ta.data.loader import collate_chats, name_of, split_micro
@@ -50,6 +51,7 @@ class Questions(NamedTuple):
     records: list[int]  # their places in the prepared set
     chats: list[list[dict]]
     gold: list[list[int]]  # rows of the passages that hold the answer, where the record names them
+    arguments: list[Arguments]  # what the template is given beside each chat
 
 
 class RagBatch(NamedTuple):
@@ -127,7 +129,9 @@ def question_collate(prepared: Prepared, passages: Passages, seed: int = 0) -> C
         batch = collate_chats(prepared, chosen, packed)
         asked = [records[i] for i in chosen]
         gold = [[rows[name] for name in record["gold"]] for record in asked]
-        return Questions(batch, chosen.tolist(), [record["messages"] for record in asked], gold)
+        chats = [record["messages"] for record in asked]
+        given = [template_arguments(record) for record in asked]
+        return Questions(batch, chosen.tolist(), chats, gold, given)
 
     return collate
 
@@ -149,9 +153,9 @@ def with_passages(
     passages too, for figures. All processes take part. ValueError where the candidates of a
     question do not fit into a micro-batch.
     """
-    chats, golds, records = (
+    chats, golds, records, given = (
         [x for batch in batches for x in getattr(batch, name)]
-        for name in ("chats", "gold", "records")
+        for name in ("chats", "gold", "records", "arguments")
     )
     k = retriever.passage_settings.num_passages
     was_training = model.training
@@ -160,13 +164,10 @@ def with_passages(
     model.train(was_training)
     found = rows.tolist()
     candidates = candidate_rows(records, found, golds, k, gold, in_batch)
-    encode = partial(
-        encode_chats, tokenizer=retriever.tokenizer, config=retriever.chat, rule=QUESTIONS.rule
-    )
-    joined = _joined(retriever, chats, candidates, encode, retriever.chat.max_tokens)
+    joined = _joined(retriever, chats, candidates, given)
     packed = model.mode == "packed"
     micros = _split(joined, max_tokens_per_micro, packed)
-    alone = encode(chats) if ranked else None
+    alone = _encode(retriever, given)(chats) if ranked else None
     most = max(gather_objects(len(micros)))
     out = []
     for questions in micros + [[]] * (most - len(micros)):
@@ -194,8 +195,7 @@ def _joined(
     retriever: Retriever,
     chats: Sequence[list[dict]],
     candidates: Sequence[Sequence[int]],
-    encode: Callable,
-    max_tokens: int | None,
+    given: Sequence[Arguments],
 ) -> list[list[Tokens]]:
     """The tokens of each question with each of its candidates."""
     passages = passages_of(retriever, [row for rows in candidates for row in rows])
@@ -203,13 +203,24 @@ def _joined(
     joined = join_passages(
         [chat for chat, _ in pairs],
         [[text_of(passages[row])] for _, row in pairs],
-        encode,
+        _encode(retriever, [given[q] for q, rows in enumerate(candidates) for _ in rows]),
         retriever.tokenizer.fast,
         retriever.passage_settings,
-        max_tokens,
+        retriever.chat.max_tokens,
     )
     tokens = iter([tokens for tokens, _, _ in joined])
     return [[next(tokens) for _ in rows] for rows in candidates]
+
+
+def _encode(retriever: Retriever, given: Sequence[Arguments]) -> Callable:
+    """`encode_chats` for so many chats, of which the template is given these arguments."""
+    return partial(
+        encode_chats,
+        tokenizer=retriever.tokenizer,
+        config=retriever.chat,
+        rule=QUESTIONS.rule,
+        arguments=given,
+    )
 
 
 def _laid_out(sequences: Sequence[Tokens], packed: bool) -> Batch:

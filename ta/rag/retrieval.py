@@ -116,12 +116,11 @@ def prompts_with_passages(
     retriever: Retriever,
     forward: Callable[[Texts], Tensor],
     records: Sequence[dict],
-    encode: Callable,
 ) -> list[tuple[dict, Any]]:
     """(record, its prompt's tokens or a Drop), the best passages before each question.
 
     A record's messages are the joined ones, and its "passages" those that are in them, as
-    [{"id", "score"}]. `encode` is `encode_prompts` with its settings.
+    [{"id", "score"}].
     """
     chats = [record["messages"] for record in records]
     settings = retriever.passage_settings
@@ -129,7 +128,10 @@ def prompts_with_passages(
     found = [[row for row in one if row >= 0] for one in rows.tolist()]
     passages = passages_of(retriever, [row for one in found for row in one])
     texts = [[text_of(passages[row]) for row in one] for one in found]
-    fast, limit = retriever.tokenizer.fast, retriever.chat.max_tokens
+    tokenizer, chat = retriever.tokenizer, retriever.chat
+    given = [template_arguments(record) for record in records]
+    encode = partial(encode_prompts, tokenizer=tokenizer, config=chat, arguments=given)
+    fast, limit = tokenizer.fast, chat.max_tokens
     joined = join_passages(chats, texts, encode, fast, settings, limit)
     results = []
     for i, (tokens, messages, used) in enumerate(joined):
@@ -165,10 +167,7 @@ def retrieve_for_prompts(
     settings = passage_settings(config, index.manifest)
     retriever = retriever_of(index, encoder_tokenizer, tokenizer, chat, settings, device)
     retriever = retriever._replace(approximate=index.folder if config.approximate else None)
-    chats = [data for data, *_ in records]
-    given = [template_arguments(data) for data in chats]
-    encode = partial(encode_prompts, tokenizer=tokenizer, config=chat, arguments=given)
-    prompts = prompts_with_passages(retriever, encoder, chats, encode)
+    prompts = prompts_with_passages(retriever, encoder, [data for data, *_ in records])
     return [
         (data | {"passages": joined["passages"]}, ids)
         for (data, _), (joined, ids) in zip(records, prompts, strict=True)

@@ -257,18 +257,11 @@ def test_under_a_limit_passages_give_way_and_questions_do_not(made):
 def test_answers_read_what_training_reads(made):
     """The prompt of inference is the beginning of the sequence that training saw for the same passage, and names it with its score."""
     model, retriever, prepared, collate = made
-    from ta.chat.encode import encode_prompts
-
     one = retriever._replace(passage_settings=PassageSettings(1, 256, "\n\n"))
     (asked,) = micro_batches(prepared, np.arange(6), 8192, True, collate)
     (batch,) = batches(made, k=1)
-    encode = partial(
-        encode_prompts,
-        tokenizer=one.tokenizer,
-        config=ChatConfig(),
-    )
     embed = lambda texts: model.embed(texts)
-    found = prompts_with_passages(one, embed, [{"messages": chat} for chat in asked.chats], encode)
+    found = prompts_with_passages(one, embed, [{"messages": chat} for chat in asked.chats])
     starts = np.cumsum([0, *batch.sequences.lengths])
     for (record, prompt), start, rows in zip(found, starts, batch.found, strict=False):
         assert batch.sequences.tokens[0, start : start + len(prompt)].tolist() == prompt
@@ -278,6 +271,43 @@ def test_answers_read_what_training_reads(made):
             and -1 <= passage["score"] <= 1
         )
         assert record["messages"][0]["content"].startswith(passage["id"].replace("-", " "))
+
+
+def test_tools_of_a_record_reach_the_template_beside_passages(made, tmp_path):
+    """In training and in prompts: the ids of apply_chat_template, with the passage in the question."""
+    model, retriever, _, _ = made
+    models.write_small(tmp_path / "generator")
+    (tmp_path / "generator" / "chat_template.jinja").write_text(
+        "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = load_chat_tokenizer(
+        ModelConfig(str(tmp_path / "generator")), TokenizerConfig(), ChatConfig()
+    )
+    tools = [{"type": "function", "function": {"name": "lookup", "parameters": {}}}]
+    record = {"messages": models.questions("train", 1)[0]["messages"], "tools": tools}
+    models.write_jsonl(tmp_path / "asked.jsonl", [record | {"id": "q"}])
+    prepared = prepare_questions(
+        [str(tmp_path / "asked.jsonl")],
+        tokenizer,
+        ChatConfig(),
+        DataConfig(),
+        say=lambda line: None,
+    )
+    one = retriever._replace(tokenizer=tokenizer, passage_settings=PassageSettings(1, 256, "\n\n"))
+    collate = joint.question_collate(prepared, one.passages)
+    asked = micro_batches(prepared, np.arange(1), 8192, True, collate)
+    (batch,) = joint.with_passages(one, model, asked)
+    ((read, prompt),) = prompts_with_passages(one, lambda texts: model.embed(texts), [record])
+    fast = tokenizer.fast
+    wanted = fast.apply_chat_template(read["messages"], tools=tools, return_dict=False)
+    assert batch.sequences.tokens[0].tolist() == wanted
+    asked = fast.apply_chat_template(
+        read["messages"][:-1], tools=tools, add_generation_prompt=True, return_dict=False
+    )
+    assert prompt == asked and "[lookup]" in fast.decode(prompt)
+    assert read["messages"][0]["content"] != record["messages"][0]["content"]
 
 
 def test_gold_that_is_no_passage_is_named_by_its_line(made, tmp_path):
