@@ -52,17 +52,18 @@ def step(policy: ta.rl.PolicyConfig, watch, model, batch):
     logps = model.logprobs(sequences)  # (M,)
     # before the only update of a rollout the policy is the old one
     old = batch.old if len(batch.old) else logps.detach()
-    ratios = ta.rl.log_ratios(logps, old, sequences.owners, len(sequences.ends), policy.level)
+    log_ratios = ta.rl.log_ratios(logps, old, sequences.owners, len(sequences.ends), policy.level)
     clip = policy.clip_low, policy.clip_high, policy.clip_ratio
-    values, clipped = ta.rl.policy_loss(logps, ratios, batch.advantage, *clip)  # (M,)
+    values, clipped = ta.rl.policy_loss(logps, log_ratios, batch.advantage, *clip)  # (M,)
     if policy.mismatch != "none":
         values = values * ta.rl.mismatch_weights(old, batch.sampled, bound, policy.mismatch)
     figures = {"clipped": clipped.float().sum(), "mismatch": watch.add(old - batch.sampled)}
     if policy.kl_coef:
         figures["kl"] = ta.rl.k3(logps, batch.reference).detach().sum()
         if policy.kl == "loss":
-            kl = ta.rl.k2(logps, batch.reference) * ratios.detach().exp()
+            kl = ta.rl.k2(logps, batch.reference) * log_ratios.detach().exp()
             values = values + policy.kl_coef * kl
+    # the weights of tokens are what --divide asks for
     return (values * sequences.weights).sum(), len(logps), figures | batch.logged()
 
 
@@ -109,36 +110,52 @@ def main(config: Config):
         config.optim, config.model, config.adapter, full=1e-6, adapted=1e-5, builtin=3e-4
     )
     optimizer = ta.make_optimizer(model, optim)
-    ta.rl.report_memory(config.loop, model, batches, optimizer, config.rollouts)
+    ta.rl.end_if_dry_run(config.loop, model, batches, optimizer, config.rollouts)
     pool = ta.rl.RewardPool(config.reward, run.device, batches.max_tokens)
-    handed = run.folder / "rollouts" / "weights"
-    engine = ta.rl.start_engine(config.engine, config.vllm, config.model, model, tokenizer, handed)
-    made_of = (prompts, batches, tokenizer, config.rollouts, policy, pool, logprobs, engine, tools)
-    rollouts = ta.rl.Rollouts(run.folder, *made_of)
+    # where a server reads new weights
+    weights = run.folder / "rollouts" / "weights"
+    engine = ta.rl.start_engine(config.engine, config.vllm, config.model, model, tokenizer, weights)
+    rollouts = ta.rl.Rollouts(
+        run.folder,
+        prompts,
+        batches,
+        tokenizer,
+        config.rollouts,
+        policy,
+        pool=pool,
+        logprobs=logprobs,
+        engine=engine,
+        tools=tools,
+    )
+    # stops the run where sampler and trainer disagree
     watch = ta.rl.MismatchWatch(policy.max_mismatch)
-    most = config.samples.sample_max_new_tokens or longest
-    samples = replace(config.samples, sample_max_new_tokens=most)
+    samples = config.samples
+    if not samples.sample_max_new_tokens:
+        samples = replace(samples, sample_max_new_tokens=longest)
 
     def before_step(number, _):
         watch.check()
         if reference is not None:
             reference.follow(number)
+        # generated, rewarded and written to a file, or read from it
         rows = rollouts.at(model, number)
         rewards = ta.rl.rewards_of(rows)  # (P, G)
         if policy.kl_coef and policy.kl == "reward":
             rewards = rewards - policy.kl_coef * ta.rl.kl_of(rows)
         advantages = ta.rl.advantages(rewards, policy.advantage)  # (P, G)
+        # the share of this update in the prompts of the round
         part = slice(number % updates, None, updates)
         figures = ta.rl.figures_of(rows) | rollouts.figures
         limits = longest, batches.max_tokens, model.packed
         made = ta.rl.rollout_batches(rows[part], advantages[part], policy, *limits, figures)
-        return ta.rl.InTime(made, rollouts)
+        # behind the last of them the round that a server makes meanwhile is waited for
+        return ta.rl.JoinedAtEnd(made, rollouts)
 
     def evaluate(done):
         return ta.generate_samples(
             model,
             tokenizer,
-            [ta.rl.with_reference(record) for record, _ in held_out],
+            [ta.rl.with_right_answer(record) for record, _ in held_out],
             config.chat,
             samples,
             run.folder,

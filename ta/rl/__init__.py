@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors; NAMES says the same
     from ta.rl.batches import answer_batches as answer_batches
+    from ta.rl.batches import end_if_dry_run as end_if_dry_run
     from ta.rl.batches import figures_of as figures_of
     from ta.rl.batches import kl_of as kl_of
-    from ta.rl.batches import report_memory as report_memory
     from ta.rl.batches import rewards_of as rewards_of
     from ta.rl.batches import rollout_batches as rollout_batches
     from ta.rl.engines import start_engine as start_engine
@@ -24,23 +24,24 @@ if TYPE_CHECKING:  # for editors; NAMES says the same
     from ta.rl.policy import policy_loss as policy_loss
     from ta.rl.rewards import RewardConfig as RewardConfig
     from ta.rl.rewards import RewardPool as RewardPool
-    from ta.rl.rollouts import InTime as InTime
+    from ta.rl.rollouts import JoinedAtEnd as JoinedAtEnd
     from ta.rl.rollouts import MismatchWatch as MismatchWatch
     from ta.rl.rollouts import Rollouts as Rollouts
     from ta.rl.rollouts import prepare_prompts as prepare_prompts
     from ta.rl.rollouts import rollout_steps as rollout_steps
-    from ta.rl.rollouts import with_reference as with_reference
+    from ta.rl.rollouts import with_right_answer as with_right_answer
     from ta.rl.settings import PolicyConfig as PolicyConfig
     from ta.rl.settings import RolloutConfig as RolloutConfig
     from ta.rl.settings import ToolConfig as ToolConfig
     from ta.rl.tools import open_tools as open_tools
 
 NAMES = {  # module: what `ta.rl` gives of it
-    "ta.rl.batches": "answer_batches figures_of kl_of report_memory rewards_of rollout_batches",
+    "ta.rl.batches": "answer_batches figures_of kl_of end_if_dry_run rewards_of rollout_batches",
     "ta.rl.policy": "advantages k2 k3 log_ratios mismatch_weights policy_loss",
     "ta.rl.rewards": "RewardConfig RewardPool",
     "ta.rl.engines": "start_engine",
-    "ta.rl.rollouts": "InTime MismatchWatch Rollouts prepare_prompts rollout_steps with_reference",
+    "ta.rl.rollouts": "JoinedAtEnd MismatchWatch Rollouts prepare_prompts rollout_steps "
+    "with_right_answer",
     "ta.rl.tools": "open_tools",
     "ta.rl.settings": "PolicyConfig RolloutConfig ToolConfig",
 }

@@ -252,7 +252,7 @@ def token_values(rows: Sequence[dict], groups: Sequence[AnswerGroup], name: str)
     return torch.tensor([x for values in lists for x in own(values)], dtype=torch.float32)
 
 
-def report_memory(
+def end_if_dry_run(
     loop: LoopConfig,
     model: LanguageModel,
     batches: TrainBatches,

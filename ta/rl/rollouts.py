@@ -84,7 +84,7 @@ def prepare_prompts(
     return prompts, Prepared(ids, weights, offsets, origin, {}, info, 1)
 
 
-def with_reference(record: dict) -> dict:
+def with_right_answer(record: dict) -> dict:
     """The record of a prompt as the chat that it was, with its right answer where it has one."""
     if "reference" not in record:
         return record
@@ -411,7 +411,7 @@ class Rollouts:
             row["answers"] = [answer for answer in row["answers"] if answer not in unjudged]
 
 
-class InTime(list):
+class JoinedAtEnd(list):
     """The micro-batches of a step, at whose end the round that is being made is waited for."""
 
     def __init__(self, batches: Sequence, rollouts: Rollouts):
