@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import math
 import os
+import select
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -167,6 +168,8 @@ def guard(action: Callable[[], Any]) -> int:
     except Exception as error:
         if full_disk(error):
             return _say(f"no room on the disk ({error}): {MAKE_ROOM}", NO_ROOM)
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return 141
         text = str(error)
         if isinstance(error, OSError) and error.filename and error.strerror:
             text = f"{error.filename}: {error.strerror}"
@@ -180,6 +183,16 @@ def guard(action: Callable[[], Any]) -> int:
             return _say(NO_MEMORY, NO_ROOM)
         raise
     return 0
+
+
+def _reader_is_gone() -> bool:
+    """Whether who reads stdout, such as head, has closed it; what is left to write goes nowhere."""
+    stdout = sys.stdout.fileno()
+    asked = select.poll()
+    asked.register(stdout)
+    if gone := any(event & select.POLLERR for _, event in asked.poll(0)):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return gone
 
 
 @contextmanager

@@ -31,7 +31,14 @@ def shown(text: str, stream: IO[str]) -> str:
     """The text as a stream can show it: «green» and ‹yellow› in marks where it has no colours."""
     if has_colours(stream):
         return text
-    return COLOURED.sub(lambda found: found[2].join(QUOTES.get(found[1]) or ("", "")), text)
+    return COLOURED.sub(lambda found: _in_marks(found[2], QUOTES.get(found[1], "")), text)
+
+
+def _in_marks(text: str, marks: str) -> str:
+    """The text between two marks; a last line break is written out before the second one."""
+    if marks and text.endswith("\n"):
+        return f"{marks[0]}{text[:-1]}⏎{marks[1]}\n"
+    return text.join(marks or ("", ""))
 
 
 def progress(

@@ -1,6 +1,8 @@
 """The user's door: what happened decides the exit code and the one line that is said."""
 
 import errno
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -106,3 +108,13 @@ def test_two_groups_with_one_flag_are_refused_in_a_line(capsys):
     assert said == (
         "error: Clashing has two fields seed, of Group and of Other: rename one of them\n"
     )
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    """As behind `| head -1`: a status of its own and no word."""
+    code = "from ta.command_line import guard\nraise SystemExit(guard(lambda: print('x' * 10**6)))"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 141

@@ -28,9 +28,9 @@ def test_colours_go_to_terminals_that_want_them(stream, no_color, kept, monkeypa
     monkeypatch.delenv("NO_COLOR", raising=False)
     if no_color is not None:
         monkeypatch.setenv("NO_COLOR", no_color)
-    coloured = "\x1b[32mlear\nned\x1b[0m\x1b[2m, read\x1b[0m\x1b[33m{x}\x1b[0m"
+    coloured = "\x1b[32mlear\nned\x1b[0m\x1b[2m, read\x1b[0m\x1b[33m{x}\n\x1b[0m"
     text = screen.shown(coloured, stream())
-    assert text == (coloured if kept else "«lear\nned», read‹{x}›")
+    assert text == (coloured if kept else "«lear\nned», read‹{x}⏎›\n")
 
 
 def test_what_is_said_moves_no_cursor(capsys):
