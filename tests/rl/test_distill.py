@@ -61,8 +61,12 @@ def files(tmp_path):
     with torch.no_grad():
         # a random model is almost uniform: this one is not
         model.lm_head.weight.mul_(6)
-    model.save_pretrained(tmp_path / "teacher")
-    tiny_tokenizer().save_pretrained(tmp_path / "teacher")
+    for name in ("teacher", "other"):
+        model.save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+        # the other one says the same of other tokens
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.flip(0).clone())
     return tmp_path
 
 
@@ -88,6 +92,12 @@ def test_the_student_comes_nearer_on_and_off_policy(forked, files):
     before, after = held_out(files / "off")
     assert before == pytest.approx(first) and after < 0.9 * before
     assert not (files / "off/rollouts").exists()
+    # what another teacher taught is no nearer to this one (+19 %)
+    other = ("--steps", 20, "--no-on-policy", "--teacher-path", files / "other")
+    forked("distill", *flags(files, "off"), *other, "--out", files / "control")
+    measured = ("--steps", 1, "--no-on-policy", "--model-path", files / "control/final")
+    forked("distill", *flags(files, "off"), *measured, "--out", files / "measured")
+    assert held_out(files / "measured")[0] > 0.99 * first
     made = [json.loads(line) for line in open(files / "on/rollouts/000003.jsonl")]
     assert len(made) == 4 and "rewards" not in made[0] and len(made[0]["answers"]) == 1
 
