@@ -235,13 +235,14 @@ def generate_samples(
     figures: dict[str, float] = {}
     path = folder / "samples.jsonl"
     first, last = _earlier_answers(path, step) if rank() == 0 else ({}, {})
-    named = config.settings(tokenizer.stop_strings)
+    named, made = config.settings(tokenizer.stop_strings), {}
     show = {"show": rank() == 0, "delay": 2, "leave": False}
-    bar = progress(len(named) * len(ids), "samples", "answer", **show)
-    for name, settings in named.items():
-        if respond is not None:
-            answers, rewards = respond(model, prompts, settings)
-        else:
+    # the bar is gone before anything else is printed
+    with progress(len(named) * len(ids), "samples", "answer", **show) as bar:
+        for name, settings in named.items():
+            if respond is not None:
+                made[name] = respond(model, prompts, settings)
+                continue
             answers = generate(
                 model,
                 tokenizer.fast,
@@ -251,7 +252,8 @@ def generate_samples(
                 on_answer=lambda *_: bar.update(),
                 embeds=embeds,
             )
-            rewards = [[] for _ in prompts]
+            made[name] = answers, [[] for _ in prompts]
+    for name, (answers, rewards) in made.items():
         if config.sample_reward_model:
             texts = [[answer.text for answer in group] for group in answers]
             device = next(model.parameters()).device
@@ -266,7 +268,6 @@ def generate_samples(
         for source, own in _by_source(samples).items():
             for metric, value in _figures(config, own, model, reference).items():
                 figures[f"{metric}{end}{source}"] = value
-    bar.close()
     return figures
 
 
