@@ -169,7 +169,12 @@ def say(text: str) -> None:
 
 def tell(text: str) -> None:
     """Print on the screen (stderr), whatever process this is, as `printable` text."""
-    print(printable(text), file=sys.stderr, flush=True)
+    bars = sys.modules.get("tqdm")
+    if bars and sys.stderr.isatty():
+        # above the bar, which else would stand in the same line
+        bars.tqdm.write(printable(text), file=sys.stderr)
+    else:
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def barrier() -> None:
