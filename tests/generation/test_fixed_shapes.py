@@ -141,6 +141,7 @@ def test_embeddings_and_adapters_replay(recorded):
         both(peft.get_peft_model(build(), settings).eval(), prompts, config)
 
 
+@pytest.mark.slow
 def test_a_buffer_that_moves_and_grows_is_recorded_anew(recorded):
     """Long answers to short prompts outgrow the buffer; where only short rows are left, steps narrow again."""
     model = build("gpt2-learned-positions")  # a position outside its table is an error
@@ -149,6 +150,7 @@ def test_a_buffer_that_moves_and_grows_is_recorded_anew(recorded):
     assert max(len(ids) for ids in ids_of(got)) == 200 and len(got[-1][0].ids) == 6
 
 
+@pytest.mark.slow
 def test_few_shapes_and_no_look_at_values():
     """One whole graph for every pair of rows and width, whatever the rows hold: recompilations equal buckets."""
     ran, seen = [], []

@@ -314,6 +314,7 @@ def test_the_demo_encoder_can_be_read_linearly():
         assert linear_accuracy(*data) > 0.97, kind
 
 
+@pytest.mark.slow
 def test_cached_features_are_the_encoders_own(tmp_path):
     write_pictures(tmp_path, train=7, held_out=1)
     paths = {key: media_path(tmp_path / "images", key) for key in find_files(tmp_path / "images")}

@@ -83,6 +83,7 @@ def test_several_settings_write_a_file_each(recipe, data, tmp_path):
     assert len({a["content"] for r in warm for a in r["answers"]}) > N
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags", [{}, {"generation": GenerateConfig(max_new_tokens=6, temperature=1.0, slots=3)}]
 )
