@@ -301,10 +301,12 @@ def wrap(
             return wrapper, f"{reason}: batches are padded" if padded else ""
     wrapper.autocast = autocast
     reason = f"hidden states are off by {gap:.2g}"
+    wrapper.set_mode("native")
     if wrapper.refusal:
+        check_runs(wrapper)
         reason = f"batches without its own attention are refused ({wrapper.refusal})"
     note = f"{reason}: padded batches, the model's own attention and logits are used"
-    return wrapper.set_mode("native"), note
+    return wrapper, note
 
 
 class RootMeanSquareNorm(nn.Module):
@@ -365,6 +367,21 @@ def _as_one_kernel(module: nn.Module) -> RootMeanSquareNorm | None:
         if torch.allclose(norm(x), module(x), rtol=1e-4, atol=1e-6):
             return norm
     return None
+
+
+def check_runs(wrapper: LanguageModel) -> None:
+    """ValueError where a model's own forward pass fails too, with its error."""
+    table = base_model(wrapper.inner).get_input_embeddings().weight
+    ids = torch.arange(7, device=table.device) % table.shape[0]
+    autocast = wrapper.autocast
+    try:
+        with torch.no_grad(), torch.autocast(ids.device.type, autocast, autocast is not None):
+            _alone(wrapper, ids)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"the model does not run on {ids.device.type}: {said}") from error
 
 
 def self_check(wrapper) -> float:

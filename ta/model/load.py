@@ -209,11 +209,14 @@ def load_for_inference(
 ) -> PreTrainedModel:
     """The transformers model, frozen, in eval mode and in the arithmetic of `model.dtype`.
 
-    A LoRA adapter is merged into it; a prompt-learning adapter stays around it. Weights are held in
-    that arithmetic: `auto` is bfloat16 on accelerators and float32 on CPU. With `num_labels` it is
-    a classifier. Each process loads the whole model. ValueError for a model that does not load.
+    A LoRA adapter is merged into it, unless it is held in few bits; a prompt-learning adapter stays
+    around it. Weights are held in that arithmetic: `auto` is bfloat16 on accelerators and float32
+    on CPU. With `num_labels` it is a classifier. Each process loads the whole model. ValueError for
+    a model that does not load or does not run.
     """
     import torch
+
+    from ta.model.language_model import LanguageModel, base_model, check_runs
 
     sources = resolve(model)
     task: Task = "causal" if num_labels is None else "seq_cls"
@@ -222,10 +225,15 @@ def load_for_inference(
     loaded: Any = load_base(model, task, num_labels or 1, device, whole=True, half=half)
     if sources.adapter is not None:
         adapted = load_adapter(loaded, sources.adapter)
-        loaded = adapted if is_prompt_learning(adapted) else merge_adapter(adapted)
+        few_bits = getattr(loaded, "is_quantized", False)
+        loaded = adapted if few_bits or is_prompt_learning(adapted) else merge_adapter(adapted)
     if is_half(model, device):
         cast_parameters(loaded, torch.bfloat16)
-    return loaded.requires_grad_(False).eval()
+    loaded = loaded.requires_grad_(False).eval()
+    if getattr(base_model(loaded), "is_quantized", False):
+        # not every shape is held in few bits on every device
+        check_runs(LanguageModel(loaded, "native"))
+    return loaded
 
 
 def load_base(
@@ -409,13 +417,14 @@ def is_half(model: ModelConfig, device: str) -> bool:
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Hold every parameter in `dtype`, in place.
+    """Hold every parameter in `dtype`, in place, but those that are held in few bits.
 
     Unlike `model.to(dtype)` this leaves buffers alone, because rotary frequencies must not be
     rounded.
     """
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def _classifier(

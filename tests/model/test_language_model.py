@@ -442,3 +442,20 @@ def test_kept_products_are_not_computed_again():
     for kind in ("kept", "again"):
         for a, b in zip(found["plain"][1], found[kind][1], strict=True):
             assert torch.equal(a, b)
+
+
+def test_a_model_that_runs_in_no_way_is_refused_in_a_line():
+    """Not taken for one that needs its own attention, whose first pass would fail in training."""
+    config = AutoConfig.for_model(
+        "llama", vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=register())
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("a shape that no kernel takes\nand more")
+
+    model.model.layers[0].mlp.forward = broken
+    with pytest.raises(
+        ValueError, match=r"^the model does not run on cpu: RuntimeError: a shape that"
+    ):
+        wrap(model)
