@@ -74,7 +74,7 @@ def test_rewards_rank_answers(taught, forked, tmp_path):
 
     The control: behind another question neither is preferred (52.3 %).
     """
-    said = forked("rm", "--out", tmp_path / "run", *SEED)
+    said = forked("rm", "--out", tmp_path / "run", "--eval-every", 0, *SEED)
     last = logged(tmp_path / "run")[-1]
     assert last["val_ranking_accuracy"] >= 0.9 and "ranking_accuracy 0." in said
     pairs = models.preferences("held_out", 256)
