@@ -35,11 +35,12 @@ from ta.screen import hanging, wrapped_page
 
 GUIDE = PACKAGE / "guide"
 EXTRAS = {  # module: what to install, what it adds
-    "vllm": ("ta[vllm]", "--engine vllm"),
-    "bitsandbytes": ("ta[quantize]", "--quantize 4bit and 8bit"),
-    "faiss": ("ta[faiss]", "--approximate search"),
-    "pyarrow": ("ta[data]", "data in parquet and arrow files"),
-    "sentencepiece": ("ta[convert]", "ta convert tokenizer.model"),
+    "vllm": ("vllm", "--engine vllm"),
+    "bitsandbytes": ("bitsandbytes", "--quantize 4bit and 8bit"),
+    "torchao": ("torchao", "--optimizer adamw8bit and --float8"),
+    "faiss": ("faiss-cpu", "--approximate search"),
+    "pyarrow": ("pyarrow", "data in parquet and arrow files"),
+    "sentencepiece": ("sentencepiece protobuf", "ta convert tokenizer.model"),
     "tensorboard": ("tensorboard", "--log tensorboard"),
     "wandb": ("wandb", "--log wandb"),
     "trackio": ("trackio", "--log trackio"),
@@ -151,7 +152,7 @@ def doctor() -> None:
     print(f"prepared data and built-in models: {cache_folder('')}")
     print("extras")
     for name, (package, use) in EXTRAS.items():
-        missing = f'missing (pip install "{package}")'
+        missing = f"missing (pip install {package})"
         print(f"  {name} {(_version(name) or 'there') if find_spec(name) else missing}: {use}")
 
 

@@ -156,7 +156,7 @@ def _fast_tokenizer(source: Path, folder: Path) -> None:
     except (ImportError, OSError, ValueError, KeyError) as error:
         line = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{source}/tokenizer.model cannot be read ({line}): pip install 'ta[convert]'"
+            f"{source}/tokenizer.model cannot be read ({line}): pip install sentencepiece protobuf"
         ) from None
 
 

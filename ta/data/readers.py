@@ -286,7 +286,7 @@ def _arrow_rows(path: str, kind: str, keep: Keep | None) -> Iterator[tuple[int, 
     except ImportError:
         raise ValueError(
             f"{path}: parquet and Arrow files are read with pyarrow, which is not installed; "
-            'give pip install "ta[data]" (or pyarrow), or save the records as .jsonl'
+            "give pip install pyarrow, or save the records as .jsonl"
         ) from None
     number, some = 0, 16 if keep else ROWS
     try:

@@ -59,7 +59,7 @@ def check_quantize(quantize: str, adapted: bool, world: int) -> None:
     if find_spec("bitsandbytes") is None:
         raise ValueError(
             f"--quantize {quantize} needs bitsandbytes, which is not installed: pip install "
-            '"ta[quantize]"'
+            "bitsandbytes"
         )
 
 

@@ -70,7 +70,7 @@ def need_faiss() -> Any:
         import faiss
     except ImportError:
         raise ValueError(
-            '--approximate needs faiss: pip install "ta[faiss]", or leave it out'
+            "--approximate needs faiss: pip install faiss-cpu, or leave it out"
         ) from None
     return faiss
 
