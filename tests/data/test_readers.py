@@ -184,7 +184,7 @@ def test_parquet_and_arrow_give_the_records_that_were_written(tmp_path):
 def test_without_pyarrow_the_way_is_said(tmp_path, monkeypatch):
     (tmp_path / "d.parquet").write_bytes(b"PAR1....PAR1")
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(ValueError, match=r'd.parquet: .*pip install pyarrow'):
+    with pytest.raises(ValueError, match=r"d.parquet: .*pip install pyarrow"):
         rows(tmp_path / "d.parquet")
 
 
