@@ -7,7 +7,7 @@
     ta help TOPIC            a chapter of the guide
     ta doctor                versions, devices, extras, memory and disk
     ta from-turbo s.json     the command for a settings file of turbo-alignment
-    ta convert FROM OUT      pickled weights, tokenizers, tables: to what is read here
+    ta convert FROM OUT      pickled weights, tables: to what is read here
 
 `python -m ta` is the same command, also for torchrun: `torchrun -m ta sft ...`.
 """

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
+import io
 import math
 import os
+import re
 import select
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple, get_type_hints
 
@@ -88,14 +90,37 @@ def cli(main: Callable[[Any], Any], config_class: type, argv: list[str] | None =
         # only where it parses: it takes a fifth of a second to load
         import tyro
 
-        flat = (tyro.conf.OmitArgPrefixes,)
+        flat, said = (tyro.conf.OmitArgPrefixes,), io.StringIO()
         prog = " ".join(start_of(config_class))
-        config = tyro.cli(config_class, prog=prog, description=doc, args=words, config=flat)
+        try:
+            with contextlib.redirect_stderr(said):
+                config = tyro.cli(config_class, prog=prog, description=doc, args=words, config=flat)
+        except SystemExit as end:
+            if end.code:
+                raise ValueError(what_is_wrong(said.getvalue())) from None
+            raise
         check_config(config)
         check_inputs(config)
         main(config)
 
     raise SystemExit(guard(run))
+
+
+def what_is_wrong(box: str) -> str:
+    """What tyro says of flags in a box of many lines, in one."""
+    lines = [line.strip(" │|") for line in box.splitlines()]
+    # the first line is a title
+    text = " ".join(re.sub("[─╭╰╮╯]+|-{4,}", " ", " ".join(lines[1:])).split())
+    message, _, more = text.partition("Perhaps you meant:")
+    message = re.split("Argument helptext:|For full helptext", message)[0].strip()
+    wrong = re.match(r"Error parsing (--\S+): .*instantiated from \[(.*?)\]", message)
+    reasons = re.findall(r"- <class '(\w+)'>: (.*?)(?= - <class|$)", message)
+    if wrong and (own := [why for kind, why in reasons if kind != "NoneType"]):
+        message = f"{wrong[1]} {wrong[2]}: {own[-1]}"
+    meant = re.findall(r"(?<!\S)--(?!no-|help)[a-z][a-z0-9-]+", more)
+    shown = ", ".join([*dict.fromkeys(meant)][:3])
+    perhaps = f"; perhaps you meant {shown}" if shown else ""
+    return message.removeprefix("Error parsing ") + perhaps
 
 
 def check_inputs(config: Any) -> None:
@@ -195,7 +220,7 @@ def _reader_is_gone() -> bool:
     return gone
 
 
-@contextmanager
+@contextlib.contextmanager
 def when_stopped(kept: Callable[[], str]) -> Iterator[None]:
     """On Ctrl-C the last line on the screen says what `kept` gives: what is there, how to go on."""
     try:

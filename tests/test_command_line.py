@@ -118,3 +118,23 @@ def test_a_reader_that_has_enough_is_no_error():
         process.stdout.read(1)
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait() == 141
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--lr", "x"), "error: --lr 'x': could not convert string to float: 'x'\n"),
+        (
+            ("--steps", "1.5"),
+            "error: --steps '1.5': invalid literal for int() with base 10: '1.5'\n",
+        ),
+        (("--clip", "y"), "error: --clip: could not convert string to float: 'y'\n"),
+        (("--max-token", "3"), "error: Unrecognized options: --max-token, 3; perhaps you meant "),
+        (("--schedule", "foo"), "error: invalid choice 'foo' for argument '--schedule'."),
+        (("--lr",), "error: Missing value for argument '--lr'."),
+        (("stray",), "error: Unrecognized options: stray\n"),
+    ],
+)
+def test_wrong_flags_are_one_line(door, flags, said):
+    code, text = door("sft", *flags)
+    assert code == 2 and text.startswith(said) and text.count("\n") == 1, text
