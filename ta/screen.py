@@ -149,6 +149,13 @@ def hanging(text: str, width: int, indent: int, begin: str = "") -> str:
     )
 
 
+def fitted(text: str) -> str:
+    """A line for stderr, wrapped between words where that is a terminal."""
+    if not sys.stderr.isatty():
+        return text
+    return hanging(text, shutil.get_terminal_size((120, 24)).columns - 1, 2)
+
+
 def columns(text: str) -> int:
     """Columns of a terminal that a text takes: two for a wide character, none for a mark."""
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)

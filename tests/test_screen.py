@@ -100,3 +100,13 @@ def test_a_page_is_wrapped_between_words_and_code_stays():
         "    indented code that is long\n"
     )
     assert wrapped_page("* one two three four", 12) == "* one two\n  three four"
+
+
+def test_a_line_is_wrapped_on_a_terminal_alone(monkeypatch):
+    line = "step 10: " + ", ".join(f"figure_{n} 0.5" for n in range(6))
+    assert screen.fitted(line) == line
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "40")
+    lines = screen.fitted(line).split("\n")
+    assert len(lines) > 1 and max(map(len, lines)) < 40
+    assert " ".join(" ".join(lines).split()) == line

@@ -27,7 +27,7 @@ from ta.data.loader import TrainBatches, collate_chats, micro_batches
 from ta.data.prepare import Prepared, summary, write_drops
 from ta.files import append_line, read_json_lines
 from ta.parallel import gather_objects, on_rank_zero, rank, say, seed_dropout, sum_over_ranks, world
-from ta.screen import progress
+from ta.screen import fitted, progress
 from ta.training import checkpoint, run_folder
 from ta.training.memory import check_disk, memory_report
 from ta.training.optim import OptimConfig, lr_at, update
@@ -188,7 +188,7 @@ def train(
         figures = _load_best(run, held_out.best, model, optimizer, more_state)
     if rank() == 0:
         write_report(folder)
-        say(before_and_after(folder, figures))
+        say(fitted(before_and_after(folder, figures)))
     return figures
 
 
@@ -235,7 +235,7 @@ class _HeldOut:
             _log(folder, {"step": step, **named}, trackers, samples)
             write_report(folder, live=True)
             text = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
-            say(f"step {step}: {text}" if step else f"before training: {text}")
+            say(fitted(f"step {step}: {text}" if step else f"before training: {text}"))
         if stop.asked():
             return True
         self._find_best()
