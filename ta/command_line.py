@@ -108,7 +108,9 @@ def cli(main: Callable[[Any], Any], config_class: type, argv: list[str] | None =
 
 def what_is_wrong(box: str) -> str:
     """What tyro says of flags in a box of many lines, in one."""
-    lines = [line.strip(" │|") for line in box.splitlines()]
+    # a box of colours where stdout is a terminal
+    plain = re.sub("\x1b\\[[0-9;]*m", "", box)
+    lines = [line.strip(" │|") for line in plain.splitlines()]
     # the first line is a title
     text = " ".join(re.sub("[─╭╰╮╯]+|-{4,}", " ", " ".join(lines[1:])).split())
     message, _, more = text.partition("Perhaps you meant:")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from ta.command_line import cli, guard
+from ta.command_line import cli, guard, what_is_wrong
 
 
 @dataclass(frozen=True)
@@ -138,3 +138,17 @@ def test_a_reader_that_has_enough_is_no_error():
 def test_wrong_flags_are_one_line(door, flags, said):
     code, text = door("sft", *flags)
     assert code == 2 and text.startswith(said) and text.count("\n") == 1, text
+
+
+def test_colours_and_borders_of_a_box_are_left_out():
+    """As on a terminal, where the text is also wrapped."""
+    box = (
+        "\x1b[31m╭─\x1b[0m \x1b[31mValue\x1b[0m error \x1b[31m──────╮\x1b[0m\n"
+        "\x1b[31m│\x1b[0m \x1b[91;1mError\x1b[0m parsing --lr: no type matching    \x1b[31m│\x1b[0m\n"
+        "\x1b[31m│\x1b[0m {None}|FLOAT could be instantiated from ['x']. \x1b[31m│\x1b[0m\n"
+        "│                         │\n│ Got errors: │\n"
+        "│ - <class 'NoneType'>: ['x'] does not match choices ('None',) │\n"
+        "│ - <class 'float'>: could not convert string to float: 'x' │\n"
+        "│ ───────── │\n│ Argument helptext: │\n│ --lr │\n╰─────────╯\n"
+    )
+    assert what_is_wrong(box) == "--lr 'x': could not convert string to float: 'x'"
