@@ -138,18 +138,20 @@ def train(
                     add_sums(sums, loss, count, batch, metrics)
                 sums["stop"] = float(stop.received > 0)  # as late as all processes can agree on
                 totals = sum_over_ranks(_row(sums, device))
+                named = dict(zip(sums, totals, strict=True))
+                lr = lr_at(number, batches.steps, optim)
+                norm = update(optimizer, lr, named["loss"], named["count"] / world(), optim.clip)
                 # the next batch is made while an accelerator still computes this step
                 ready = _on_device(batches, number + 1, device)
-                total = dict(zip(sums, totals.tolist(), strict=True))
+                *values, norm = torch.cat([totals, norm.double()[None]]).tolist()
+                total = dict(zip(sums, values, strict=True))
                 if not total["count"]:
                     raise ValueError(
                         f"step {number + 1} has nothing to learn in {_where(batches, number)}"
                     )
-                lr = lr_at(number, batches.steps, optim)
-                scale = world() / total["count"]
-                norm = update(optimizer, lr, scale, optim.clip, total["loss"])
                 if not math.isfinite(norm):
                     _stop_non_finite(run, number, total, model, batches, micro_batches)
+                optimizer.zero_grad(set_to_none=True)
                 if before_step:
                     total["update_seconds"] = time.perf_counter() - begun
                 window.add(total)

@@ -12,7 +12,7 @@ from ta.parallel import blocks, world
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
     from ta.model.adapters import AdapterConfig
 
@@ -159,28 +159,29 @@ def set_lr(optimizer: torch.optim.Optimizer, rates: list[float]) -> None:
 
 
 def update(
-    optimizer: torch.optim.Optimizer,
-    lr: float,
-    scale: float,
-    clip: float,
-    loss: float,
-) -> float:
-    """Divide the summed gradients by 1 / `scale`, clip them and take one optimizer step.
+    optimizer: torch.optim.Optimizer, lr: float, loss: Tensor, count: Tensor, clip: float
+) -> Tensor:
+    """Divide the summed gradients by `count`, clip them and take one optimizer step.
 
     Returns the gradient norm. Where the loss or the norm is not finite it returns nan and updates
-    nothing.
+    nothing. `loss`, `count` and the norm are () tensors on the device; an optimizer that can skip a
+    step by itself, as fused AdamW, is not waited for. The gradients are left to the caller.
     """
     import torch
 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
-    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item() * scale
-    if not (math.isfinite(norm) and math.isfinite(loss)):
-        return math.nan
-    factor = scale * (min(1.0, clip / (norm + 1e-6)) if clip else 1.0)
-    torch._foreach_mul_(grads, factor)
+    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm) / count
+    finite = norm.isfinite() & loss.isfinite()
+    divisor = count * ((norm + 1e-6) / clip).clamp(min=1) if clip else count
     set_lr(optimizer, [lr * group.get("lr_scale", 1.0) for group in optimizer.param_groups])
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        # torch's own names for the divisor and for the sign to skip the step
+        optimizer.grad_scale = divisor.float()
+        optimizer.found_inf = (~finite).float()
+        optimizer.step()
+    elif finite:
+        torch._foreach_div_(grads, divisor.item())
+        optimizer.step()
+    return norm.where(finite, math.nan)

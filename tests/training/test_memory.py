@@ -39,7 +39,8 @@ for adapter, recompute in (("none", False), ("lora", False), ("none", True)):
     for number in range(2):
         for batch in batches.at(number):
             model.loss(batch).backward()
-        update(optimizer, 1e-4, 1.0, 1.0, 0.0)
+        update(optimizer, 1e-4, torch.zeros(()), torch.ones(()), 1.0)
+        optimizer.zero_grad()
     print(json.dumps([told["in all"] * 1e9, status("VmHWM") - before]))
     del model, optimizer
 """

@@ -21,7 +21,8 @@ def stepped(model, config, batch, steps=3):
         loss, count, _ = sft_step(model, batch)
         loss.backward()
         curve.append(loss.item() / float(count))
-        update(optimizer, config.lr, 1 / float(count), config.clip, loss.item())
+        update(optimizer, config.lr, loss.detach(), count, config.clip)
+        optimizer.zero_grad()
     return model, curve
 
 
@@ -127,3 +128,38 @@ def test_weights_in_bfloat16_are_rounded_right_on_average():
 def test_what_does_not_go_together_is_refused(config, said):
     with pytest.raises(ValueError, match=said):
         make_optimizer(tiny(dtype=torch.float64), config)
+
+
+def test_fused_adamw_is_not_waited_for():
+    """Fake tensors have no values, so that asking for one is an error; SGD's step asks for one."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+    with FakeTensorMode():
+        layer = torch.nn.Linear(4, 4)
+        for weight in layer.parameters():
+            weight.grad = torch.ones_like(weight)
+        loss, count = torch.ones(()), torch.ones((), dtype=torch.float64)
+        adamw = torch.optim.AdamW(layer.parameters(), fused=True)
+        assert update(adamw, 1e-3, loss, count, 1.0).shape == ()
+        with pytest.raises(DataDependentOutputException):
+            update(torch.optim.SGD(layer.parameters()), 1e-3, loss, count, 1.0)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_one_update_by_hand(fused, clip):
+    """Gradients are divided and clipped; a step that is not finite moves nothing."""
+    gradient = torch.tensor([3.0, -4.0])
+    weight = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+    optimizer = torch.optim.SGD([weight], lr=1.0, fused=fused)
+    for loss, bad in ((1.0, None), (torch.inf, None), (1.0, torch.nan)):
+        weight.grad = gradient.clone() if bad is None else torch.full_like(gradient, bad)
+        before = weight.detach().clone()
+        norm = update(optimizer, 0.5, torch.tensor(loss), torch.tensor(2.0), clip)
+        moved = before - weight.detach()
+        if loss == 1.0 and bad is None:
+            assert norm.item() == 2.5
+            divided = gradient / 2 / (2.5 if clip else 1)
+            torch.testing.assert_close(moved, 0.5 * divided)
+        else:
+            assert norm.isnan() and not moved.any()
