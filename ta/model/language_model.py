@@ -303,11 +303,7 @@ def wrap(
     reason = f"hidden states are off by {gap:.2g}"
     wrapper.set_mode("native")
     if wrapper.refusal:
-        # some layers run in training alone
-        before = model.training
-        model.train()
         check_runs(wrapper)
-        model.train(before)
         reason = f"batches without its own attention are refused ({wrapper.refusal})"
     note = f"{reason}: padded batches, the model's own attention and logits are used"
     return wrapper, note

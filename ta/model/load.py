@@ -305,6 +305,10 @@ def load_base(
         check_generation(folder, loaded.generation_config)
     if getattr(loaded, "is_quantized", False):
         # it stands where it was loaded
+        for layer in loaded.modules():
+            if hasattr(layer, "support_avx512bf16_for_cpu"):
+                # bitsandbytes' layout for inference has no backward pass and few widths
+                layer.support_avx512bf16_for_cpu = False
         return loaded.eval()
     return loaded.to(device if whole or world() == 1 else "cpu").eval()
 

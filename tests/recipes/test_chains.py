@@ -12,12 +12,15 @@ import torch
 from conftest import settings_of
 from safetensors.torch import load_file, save_file
 from test_encoders import save_clip
+from transformers import AutoTokenizer
 
 from ta.builtin import tasks
 from ta.builtin.model_folders import builtin_encoder, tiny_folder
 from ta.builtin.pictures import write_pictures
 from ta.builtin.tasks import write_jsonl
 from ta.command_line import cli
+from ta.folders import ModelConfig
+from ta.model.load import load_base
 
 pytestmark = pytest.mark.slow
 QUICK = ("--batch-size", 2, "--steps", 1, "--sample-records", 0, "--log-every", 1)
@@ -158,6 +161,36 @@ def test_a_run_begins_where_the_last_one_ended(place, runs, tmp_path, recipe, st
 
 
 STILL = ("--lr", "1e-30")
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+@pytest.mark.parametrize("stored", [True, False])
+def test_an_adapter_over_a_base_of_few_bits_goes_on(place, tmp_path, bits, stored):
+    """The base is stored in few bits, or made so by --quantize; sft goes on, also after a dpo that learns nothing."""
+    pytest.importorskip("bitsandbytes", reason="holds weights in few bits; install bitsandbytes")
+    base, lora = tiny_folder(), ("--adapter", "lora")
+    few = () if stored else ("--quantize", bits)
+    if stored:
+        load_base(ModelConfig(str(base)), quantize=bits).save_pretrained(tmp_path / "stored")
+        AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "stored")
+        base = tmp_path / "stored"
+
+    def go(recipe, name, *flags):
+        out = tmp_path / name
+        code, lines = call(recipe, *place.data[recipe], *few, *flags, "--out", out)
+        assert code == 0, lines
+        return out
+
+    first = go("sft", "first", "--model-path", base, *lora, "--lr", "1e-2")
+    before, after = losses(first)
+    assert abs(before - after) > 1e-3
+    still = go("dpo", "dpo", "--model-path", first, *STILL)
+    for i, start in enumerate((first, first / "final", still)):
+        assert losses(go("sft", f"{i}", "--model-path", start))[0] == pytest.approx(after, abs=1e-5)
+    refused = call("rm", *place.data["rm"], *few, "--model-path", first, "--out", tmp_path / "rm")
+    assert "merge it with recipes/merge.py" in refusal(*refused)
+
+
 THROUGH = [
     ("dpo", "sft"),
     ("dpo", "lora"),

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -182,3 +183,25 @@ def test_a_quantized_base_trains_an_adapter_for_the_whole_one(door, data, tmp_pa
     more = ("--model-path", base, "--adapter-path", out / "final", "--out", tmp_path / "merged")
     assert door("merge", *more)[0] == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_an_evaluation_over_few_bits_leaves_the_gradients(bits):
+    """bitsandbytes lays weights out anew for inference on some processors, without a backward pass."""
+    pytest.importorskip("bitsandbytes", reason="holds weights in few bits; install bitsandbytes")
+    model = load_base(ta.ModelConfig(str(tiny_folder())), quantize=bits)
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(model, settings)
+    ids = torch.arange(5, 45)[None]
+
+    def gradients():
+        model.train().zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return [p.grad for p in model.parameters() if p.requires_grad]
+
+    before = gradients()
+    with torch.no_grad():
+        model.eval()(input_ids=ids)
+    for a, b in zip(before, gradients(), strict=True):
+        torch.testing.assert_close(a, b)
