@@ -1,6 +1,7 @@
 """Settings files of turbo-alignment become commands that the recipes take, and every field is used or named."""
 
 import json
+import subprocess
 import sys
 
 import judged
@@ -9,7 +10,7 @@ import tyro
 
 from ta import __main__ as command
 from ta.flags import our_words
-from ta.from_turbo import TRAINER, from_turbo, script
+from ta.from_turbo import METHODS, TRAINER, from_turbo, script
 
 TEMPLATE = {
     "prompt_template": {
@@ -373,11 +374,73 @@ def test_a_field_that_nobody_reads_is_named():
     assert "strange.thing = [1, 2]: there is no counterpart" in notes
 
 
-@pytest.mark.parametrize("name", TRAINER)
+FIELDS = TRAINER | METHODS["kto"]
+
+
+@pytest.mark.parametrize("name", FIELDS)
 def test_a_field_of_the_trainer_is_used(name):
     settings = training("kto", **{f"trainer_settings__{name}": 1})
     made = from_turbo(settings)
-    assert TRAINER[name] in made.commands[0] and not any(name in note for note in made.notes)
+    assert FIELDS[name] in made.commands[0] and not any(name in note for note in made.notes)
+
+
+def test_of_two_fields_for_one_flag_the_one_in_use_counts():
+    settings = training("chat", trainer_settings__warmup_steps=0, trainer_settings__max_steps=-1)
+    made = from_turbo(settings)
+    assert made.commands[0].count("--warmup") == 1 and parsed(made.commands[0]).optim.warmup == 0.1
+    assert not any("max_steps" in note for note in made.notes)
+    both = {"vllm_settings": {"top_k": 7}, "transformers_settings": {"top_k": 9}}
+    for vllm, top_k in ((True, 7), (False, 9)):
+        made = from_turbo(inference(use_vllm=vllm, generation_settings=[both]))
+        assert parsed(made.commands[0]).generation.top_k == top_k
+
+
+def test_defaults_and_names_of_every_version():
+    sync = {"sync_ref_model": True, "sync_steps": 7}
+    pairs = training(
+        "pair_preferences",
+        trainer_settings__sync_ref_settings=sync,
+        logging_settings={"run_name": "one"},
+    )
+    del pairs["wandb_settings"]
+    _, config, _ = only(pairs)
+    assert (config.reference.sync_every, config.loop.log) == (7, ("wandb",))
+    assert only(training("kto"))[1].desirable_weight == 1.33
+    engine = {"tensor_parallel_size": 2}
+    made = from_turbo(inference(vllm_engine_settings=engine, generation_settings=[{}]))
+    assert parsed(made.commands[0]).vllm_model.tensor_parallel_size == 2
+
+
+def test_a_field_that_only_another_command_has_is_named():
+    answers = inference(generation_settings=[{}])
+    model = answers["inference_settings"][0]["model_settings"]
+    model["transformers_settings"] = {"load_in_8bit": True}
+    tuning = training("chat", trainer_settings__beta=0.1)
+    for settings, flag, field in ((answers, "--quantize", "8bit"), (tuning, "--beta", "beta")):
+        made = from_turbo(settings)
+        assert flag not in made.commands[0] and parsed(made.commands[0])
+        assert any(f"{field} = " in note for note in made.notes)
+
+
+def test_records_of_two_sources_of_one_name_are_two_files():
+    settings = training("chat")
+    for name, own in (("train", "a"), ("val", "b")):
+        source = {"name": "own", "records_data": [{"id": own}]}
+        settings[f"{name}_dataset_settings"]["sources"] = [source]
+    made = from_turbo(settings)
+    config = parsed(made.commands[0])
+    files = [*config.data.data, *config.data.val_data]
+    assert [made.files[file] for file in files] == [[{"id": "a"}], [{"id": "b"}]]
+
+
+def test_a_script_runs_nothing_that_stands_in_a_settings_file(tmp_path):
+    """Not as a value that looks like a flag, and not behind a note."""
+    bad = f"--x; touch {tmp_path / 'ran'}"
+    settings = training("chat", **{"model_settings__model_path": bad, f"a\n{bad[5:]}": 1})
+    settings["wandb_settings"]["tags"] = [bad]
+    text = script(from_turbo(settings))
+    subprocess.run(["sh", "-c", f"ta() {{ :; }}\n{text}"], check=True)
+    assert "touch" in text and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
