@@ -7,7 +7,7 @@ positions, D model width, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -40,17 +40,7 @@ def cross_entropy_sum(
     the logits of a chunk exist: three matrix products in all, with `chunk` rows of logits at a
     time.
     """
-    return _CrossEntropySum.apply(
-        hidden,
-        head.weight,
-        head.bias,
-        targets,
-        weights,
-        head.scale,
-        head.cap,
-        chunk or chunk_rows(hidden.device),
-        head.compiled,
-    )
+    return _CrossEntropySum.apply(hidden, head.weight, head.bias, head, targets, weights, chunk)
 
 
 def token_logprobs(hidden: Tensor, head: Head, targets: Tensor, chunk: int | None = None) -> Tensor:
@@ -58,16 +48,26 @@ def token_logprobs(hidden: Tensor, head: Head, targets: Tensor, chunk: int | Non
 
     Shapes: hidden (M, D), targets (M,). The backward pass computes the logits of each chunk again.
     """
-    return _TokenLogprobs.apply(
-        hidden,
-        head.weight,
-        head.bias,
-        targets,
-        head.scale,
-        head.cap,
-        chunk or chunk_rows(hidden.device),
-        head.compiled,
-    )
+    # log sum exp of each row (chunk, 1), by the first row of its chunk
+    norms = {}
+
+    def values(logits: Tensor, here: slice) -> Tensor:
+        target = targets[here, None]
+        if head.compiled:
+            norm, chosen = _compiled(_norms)(logits, target)
+        else:
+            chosen = logits.gather(1, target)
+            norm, _ = _exponentiate(logits)
+        norms[here.start] = norm
+        return (chosen - norm)[:, 0]
+
+    def slopes(logits: Tensor, here: slice, share: Tensor, dtype: torch.dtype) -> Tensor:
+        target, norm = targets[here, None], norms[here.start]
+        if head.compiled and head.cap is None:
+            return _compiled(_slopes)(logits, norm, target, -share, dtype)
+        return logits.sub_(norm).exp_().mul_(-share).scatter_add_(1, target, share)
+
+    return _PerPosition.apply(hidden, head.weight, head.bias, head, values, slopes, chunk)
 
 
 Divergence = Literal["forward", "reverse", "js"]
@@ -93,17 +93,19 @@ def divergences(
     """
     rows = min(len(head.weight), len(teacher_head.weight))
     head, teacher_head = _first_rows(head, rows), _first_rows(teacher_head, rows)
-    return _Divergences.apply(
-        hidden,
-        head.weight,
-        head.bias,
-        teacher_hidden.detach(),
-        teacher_head,
-        (head.scale, head.cap),
-        kind,
-        beta,
-        chunk or chunk_rows(hidden.device),
-    )
+    teacher_hidden, teacher_head = _cast(teacher_hidden.detach(), teacher_head, hidden)
+
+    def both(logits: Tensor, here: slice) -> tuple[Tensor, Tensor]:
+        teacher, _ = _logits(teacher_hidden[here], teacher_head)
+        return _divergence(logits.log_softmax(1), teacher.log_softmax(1), kind, beta)
+
+    def values(logits: Tensor, here: slice) -> Tensor:
+        return both(logits, here)[0]
+
+    def slopes(logits: Tensor, here: slice, share: Tensor, dtype: torch.dtype) -> Tensor:
+        return both(logits, here)[1] * share
+
+    return _PerPosition.apply(hidden, head.weight, head.bias, head, values, slopes, chunk)
 
 
 def _first_rows(head: Head, rows: int) -> Head:
@@ -158,23 +160,22 @@ def _slopes(
     return (((logits - norm).exp() - at_target.to(logits.dtype)) * share).to(dtype)
 
 
-def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float | None
-) -> tuple[Tensor, Tensor | None]:
+def _logits(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
     """Logits in at least float32, and d logits / d raw where it is not the constant `scale`."""
+    weight = head.weight.t()
     if hidden.dtype in (torch.float16, torch.bfloat16) and _widens(hidden.device.type):
-        raw = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+        raw = torch.mm(hidden, weight, out_dtype=torch.float32)
     else:
-        raw = hidden @ weight.t()
-        raw = raw if raw.dtype == torch.float64 else raw.float()
-    if bias is not None:
-        raw += bias
-    if scale != 1.0:
-        raw *= scale
-    if cap is None:
+        raw = hidden @ weight
+        raw = raw.to(_wide(raw))
+    if head.bias is not None:
+        raw += head.bias
+    if head.scale != 1.0:
+        raw *= head.scale
+    if head.cap is None:
         return raw, None
-    squashed = torch.tanh(raw / cap)
-    return cap * squashed, 1 - squashed**2
+    squashed = torch.tanh(raw / head.cap)
+    return head.cap * squashed, 1 - squashed**2
 
 
 def _exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,72 +188,89 @@ def _exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:
     return greatest + mass.log(), mass
 
 
-def _gradients(rows: Tensor, h: Tensor, weight: Tensor, d_hidden: Tensor, d_weight, d_bias) -> None:
-    """Add the gradients of one chunk, given d loss / d raw logits (chunk, V) in `rows`.
-
-    The gradient of the weight is summed in float32.
-    """
-    low = rows.to(h.dtype)
-    torch.mm(low, weight, out=d_hidden)
-    if d_weight is not None:
-        if d_weight.dtype == low.dtype:
-            d_weight.addmm_(low.t(), h)
-        elif _widens(low.device.type):
-            torch.addmm(d_weight, low.t(), h, out_dtype=d_weight.dtype, out=d_weight)
-        else:
-            d_weight += low.t() @ h
-    if d_bias is not None:
-        d_bias += rows.sum(0)
-
-
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    """The type of the products: under autocast its type, as in every other layer."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return hidden.dtype
+def _cast(hidden: Tensor, head: Head, like: Tensor) -> tuple[Tensor, Head]:
+    """Both in the type of the products, which is that of `like`, under autocast its type."""
+    dtype, device = like.dtype, like.device.type
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), head._replace(weight=head.weight.to(dtype))
+
+
+def _chunks(hidden: Tensor, chunk: int | None) -> Iterator[tuple[slice, Tensor]]:
+    """Where each chunk of positions is, and its hidden states."""
+    size = chunk or chunk_rows(hidden.device)
+    for start in range(0, len(hidden), size):
+        here = slice(start, start + size)
+        yield here, hidden[here]
+
+
+class _Gradients:
+    """Gradients of hidden states, and of weight and bias where they are `needed`, in sums."""
+
+    def __init__(self, hidden: Tensor, head: Head, needed: Sequence[bool]):
+        self.head, wide = head, _wide(hidden)
+        _, of_weight, of_bias = needed
+        kind = {"dtype": wide, "device": hidden.device}
+        self.hidden = torch.empty_like(hidden)
+        self.weight = torch.zeros(head.weight.shape, **kind) if of_weight else None
+        self.bias = torch.zeros(len(head.weight), **kind) if of_bias else None
+        # in which the slopes of a chunk are best given
+        self.dtype = wide if of_bias else hidden.dtype
+
+    def add(self, here: slice, hidden: Tensor, rows: Tensor, slope: Tensor | None) -> None:
+        """Add those of one chunk, given d loss / d logits (chunk, V) in `rows`.
+
+        The gradient of the weight is summed in float32.
+        """
+        rows = rows if slope is None else rows * slope
+        low, total = rows.to(hidden.dtype), self.weight
+        torch.mm(low, self.head.weight, out=self.hidden[here])
+        if total is not None:
+            if total.dtype == low.dtype:
+                total.addmm_(low.t(), hidden)
+            elif _widens(low.device.type):
+                torch.addmm(total, low.t(), hidden, out_dtype=total.dtype, out=total)
+            else:
+                total += low.t() @ hidden
+        if self.bias is not None:
+            self.bias += rows.sum(0)
 
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, weights, scale, cap, chunk, compiled):
+    def forward(ctx, hidden, weight, bias, head, targets, weights, chunk):
         """The sum; the gradients of each chunk are made while its logits exist."""
-        dtype = _compute_dtype(hidden)
-        h_all, w = hidden.to(dtype), weight.to(dtype)
-        wide = _wide(h_all)
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        d_hidden = torch.empty_like(h_all) if needs_hidden or needs_weight or needs_bias else None
-        d_weight = torch.zeros(w.shape, dtype=wide, device=w.device) if needs_weight else None
-        d_bias = torch.zeros(len(w), dtype=wide, device=w.device) if needs_bias else None
+        ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype if bias is not None else None
+        hidden, head = _cast(hidden, head, hidden)
+        needed, wide = ctx.needs_input_grad[:3], _wide(hidden)
+        gradients = _Gradients(hidden, head, needed) if any(needed) else None
         total = torch.zeros((), dtype=wide, device=hidden.device)
-        for start in range(0, len(h_all), chunk):
-            here = slice(start, start + chunk)
-            h, target, share = h_all[here], targets[here, None], weights[here, None].to(wide)
-            logits, slope = _logits(h, w, bias, scale, cap)
-            if compiled and slope is None:
+        compiled = head.compiled and head.cap is None
+        for here, h in _chunks(hidden, chunk):
+            target, share = targets[here, None], weights[here, None].to(wide)
+            logits, slope = _logits(h, head)
+            if compiled:
                 norm, chosen = _compiled(_norms)(logits, target)
             else:
                 chosen = logits.gather(1, target)
                 norm, mass = _exponentiate(logits)
             total += ((norm - chosen) * share).sum()
-            if d_hidden is None:
+            if gradients is None:
                 continue
-            share = share * scale
-            if compiled and slope is None:
-                out_dtype = wide if needs_bias else dtype
-                rows = _compiled(_slopes)(logits, norm, target, share, out_dtype)
+            share = share * head.scale
+            if compiled:
+                rows = _compiled(_slopes)(logits, norm, target, share, gradients.dtype)
             else:
                 rows = logits.mul_(share / mass).scatter_add_(1, target, -share)
-                rows = rows if slope is None else rows * slope
-            _gradients(rows, h, w, d_hidden[here], d_weight, d_bias)
+            gradients.add(here, h, rows, slope)
             # the next chunk takes their place in memory
             del logits, rows
-        ctx.save_for_backward(d_hidden, d_weight, d_bias)
-        ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype if bias is not None else None
+        if gradients is not None:
+            ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
         return total
 
     @staticmethod
@@ -264,59 +282,44 @@ class _CrossEntropySum(torch.autograd.Function):
         """
         saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         parts = [None if d is None else d.mul_(grad).to(dtype) for d, dtype in saved]
-        needed = zip(parts, ctx.needs_input_grad[:3], strict=True)
-        return *(d if need else None for d, need in needed), None, None, None, None, None, None
+        return *parts, None, None, None, None
 
 
-class _TokenLogprobs(torch.autograd.Function):
+class _PerPosition(torch.autograd.Function):
+    """One value a position of its logits; the backward pass makes these again.
+
+    For the logits (chunk, V) of the positions `here`, `values(logits, here)` are (chunk,), and
+    `slopes(logits, here, share, dtype)` is `share` times their gradient by the logits.
+    """
+
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, scale, cap, chunk, compiled):
-        """Log-probabilities; the backward pass makes each softmax again from the kept log-norms."""
-        dtype = _compute_dtype(hidden)
-        h_all, w = hidden.to(dtype), weight.to(dtype)
-        out = torch.empty(len(h_all), dtype=_wide(h_all), device=hidden.device)
-        norms = torch.empty_like(out)
-        for start in range(0, len(h_all), chunk):
-            here = slice(start, start + chunk)
-            logits, _ = _logits(h_all[here], w, bias, scale, cap)
-            if compiled:
-                norm, chosen = _compiled(_norms)(logits, targets[here, None])
-            else:
-                chosen = logits.gather(1, targets[here, None])
-                norm = _exponentiate(logits)[0]
-            norms[here] = norm[:, 0]
-            out[here] = chosen[:, 0] - norms[here]
-            del logits
-        ctx.save_for_backward(hidden, weight, bias, targets, norms)
-        ctx.plan = dtype, scale, cap, chunk, compiled
+    def forward(ctx, hidden, weight, bias, head, values, slopes, chunk):
+        """The values, chunk by chunk."""
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.plan = head, slopes, chunk
+        hidden, head = _cast(hidden, head, hidden)
+        ctx.dtype = hidden.dtype
+        out = torch.empty(len(hidden), dtype=_wide(hidden), device=hidden.device)
+        for here, h in _chunks(hidden, chunk):
+            out[here] = values(_logits(h, head)[0], here)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        """Gradients of any loss of the log-probabilities, chunk by chunk."""
-        hidden, weight, bias, targets, norms = ctx.saved_tensors
-        dtype, scale, cap, chunk, compiled = ctx.plan
-        h_all, w = hidden.to(dtype), weight.to(dtype)
-        _, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        d_hidden = torch.empty_like(h_all)
-        d_weight = torch.zeros(w.shape, dtype=_wide(w), device=w.device) if needs_weight else None
-        d_bias = torch.zeros(len(w), dtype=_wide(w), device=w.device) if needs_bias else None
-        for start in range(0, len(h_all), chunk):
-            here = slice(start, start + chunk)
-            logits, slope = _logits(h_all[here], w, bias, scale, cap)
-            norm, target, share = norms[here, None], targets[here, None], grad[here, None] * scale
-            if compiled and slope is None:
-                out_dtype = _wide(w) if needs_bias else dtype
-                rows = _compiled(_slopes)(logits, norm, target, -share, out_dtype)
-            else:
-                rows = logits.sub_(norm).exp_().mul_(-share).scatter_add_(1, target, share)
-                rows = rows if slope is None else rows * slope
-            _gradients(rows, h_all[here], w, d_hidden[here], d_weight, d_bias)
+        """Gradients of any loss of the values, chunk by chunk."""
+        inputs, (head, slopes, chunk) = ctx.saved_tensors, ctx.plan
+        hidden, head = inputs[0].to(ctx.dtype), head._replace(weight=inputs[1].to(ctx.dtype))
+        gradients = _Gradients(hidden, head, ctx.needs_input_grad[:3])
+        for here, h in _chunks(hidden, chunk):
+            logits, slope = _logits(h, head)
+            rows = slopes(logits, here, grad[here, None] * head.scale, gradients.dtype)
+            gradients.add(here, h, rows, slope)
             del logits, rows
-        pairs = ((d_hidden, hidden), (d_weight, weight), (d_bias, bias))
+        sums = gradients.hidden, gradients.weight, gradients.bias
+        pairs = zip(sums, inputs, strict=True)
         cast = [d.to(x.dtype) if d is not None else None for d, x in pairs]
-        return *cast, None, None, None, None, None
+        return *cast, None, None, None, None
 
 
 def _divergence(
@@ -335,50 +338,3 @@ def _divergence(
         slopes = (1 - beta) * (log_q - log_m)
         values = beta * (p * (log_p - log_m)).sum(1) + (q * slopes).sum(1)
     return values, q * (slopes - (q * slopes).sum(1, keepdim=True))
-
-
-class _Divergences(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, other, other_head, shape, kind, beta, chunk):
-        """The values; both softmaxes exist for a chunk at a time, here and in the backward pass."""
-        dtype = _compute_dtype(hidden)
-        ctx.plan = dtype, other_head, shape, kind, beta, chunk
-        ctx.save_for_backward(hidden, weight, bias, other)
-        out = torch.empty(len(hidden), dtype=_wide(hidden.to(dtype)), device=hidden.device)
-        for here, values, _, _ in _Divergences.chunks(ctx, (hidden, weight, bias, other)):
-            out[here] = values
-        return out
-
-    @staticmethod
-    def chunks(ctx, tensors):
-        """For each chunk its rows, values, gradients by logits, and d logits / d raw logits."""
-        hidden, weight, bias, other = tensors
-        dtype, other_head, (scale, cap), kind, beta, chunk = ctx.plan
-        h_all, w, other_weight = (x.to(dtype) for x in (hidden, weight, other_head.weight))
-        for start in range(0, len(h_all), chunk):
-            here = slice(start, start + chunk)
-            logits, slope = _logits(h_all[here], w, bias, scale, cap)
-            teacher, _ = _logits(
-                other[here].to(dtype), other_weight, other_head.bias, *other_head[2:4]
-            )
-            log_q, log_p = logits.log_softmax(1), teacher.log_softmax(1)
-            yield here, *_divergence(log_q, log_p, kind, beta), slope
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        """Gradients by hidden states, weight and bias of the student."""
-        hidden, weight, bias, _ = ctx.saved_tensors
-        dtype, _, (scale, _), *_ = ctx.plan
-        h_all, w = hidden.to(dtype), weight.to(dtype)
-        _, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        d_hidden = torch.empty_like(h_all)
-        d_weight = torch.zeros(w.shape, dtype=_wide(w), device=w.device) if needs_weight else None
-        d_bias = torch.zeros(len(w), dtype=_wide(w), device=w.device) if needs_bias else None
-        for here, _, rows, slope in _Divergences.chunks(ctx, ctx.saved_tensors):
-            rows = rows * (grad[here, None] * scale)
-            rows = rows if slope is None else rows * slope
-            _gradients(rows, h_all[here], w, d_hidden[here], d_weight, d_bias)
-        pairs = ((d_hidden, hidden), (d_weight, weight), (d_bias, bias))
-        cast = [d.to(x.dtype) if d is not None else None for d, x in pairs]
-        return *cast, None, None, None, None, None, None
