@@ -6,6 +6,8 @@ targets, V vocabulary, D model width, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from ta.data.batch import Batch, lay_out, to_device
 from ta.folders import copy_media
+from ta.model.adapters import is_prompt_learning
 from ta.model.attention import Documents
 from ta.model.logprobs import (
     Divergence,
@@ -72,8 +75,8 @@ class LanguageModel(nn.Module):
             if self.mode == "native":
                 logps = self._native_logprobs(batch, embeds)
                 return -(logps * batch.weights.to(logps)).sum()
-            learned = self._hidden(batch, embeds).flatten(0, 1)[batch.learned]  # (M, D)
-            return cross_entropy_sum(learned, self._head(), batch.targets, batch.weights)
+            learned, head = self._predictions(batch, embeds)
+            return cross_entropy_sum(learned, head, batch.targets, batch.weights)
 
     def logprobs(self, batch: Batch) -> Tensor:
         """log p of each learned target, (M,)."""
@@ -81,8 +84,7 @@ class LanguageModel(nn.Module):
             batch, embeds = self._inputs(batch)
             if self.mode == "native":
                 return self._native_logprobs(batch, embeds)
-            learned = self._hidden(batch, embeds).flatten(0, 1)[batch.learned]  # (M, D)
-            return token_logprobs(learned, self._head(), batch.targets)
+            return token_logprobs(*self._predictions(batch, embeds), batch.targets)
 
     def predictions(self, batch: Batch) -> tuple[Tensor, Head]:
         """(hidden states (M, D) of learned targets, the head that makes logits of them).
@@ -95,8 +97,7 @@ class LanguageModel(nn.Module):
                 + (f" ({self.note})" if self.note else "")
             )
         with self._arithmetic():
-            batch, embeds = self._inputs(batch)
-            return self._hidden(batch, embeds).flatten(0, 1)[batch.learned], self._head()
+            return self._predictions(*self._inputs(batch))
 
     def divergences(
         self, batch: Batch, teacher: tuple[Tensor, Head], kind: Divergence, beta: float = 0.5
@@ -104,9 +105,7 @@ class LanguageModel(nn.Module):
         """(M,) how far this model is from a teacher's `predictions` at each learned target."""
         assert self.mode != "native", "the head cannot be separated"
         with self._arithmetic():
-            batch, embeds = self._inputs(batch)
-            learned = self._hidden(batch, embeds).flatten(0, 1)[batch.learned]  # (M, D)
-            return divergences(learned, self._head(), *teacher, kind, beta)
+            return divergences(*self._predictions(*self._inputs(batch)), *teacher, kind, beta)
 
     def scores(self, batch: Batch) -> Tensor:
         """The scores of the classification head for each sequence, (N, C).
@@ -198,6 +197,10 @@ class LanguageModel(nn.Module):
             inputs["documents"] = Documents(lengths, prefixes, cuts, parts)
         return base.base_model(**inputs, position_ids=positions, use_cache=False).last_hidden_state
 
+    def _predictions(self, batch: Batch, embeds: Tensor | None) -> tuple[Tensor, Head]:
+        """`predictions` of a batch and the embeddings of its tokens."""
+        return self._hidden(batch, embeds).flatten(0, 1)[batch.learned], self._head()
+
     def _head(self) -> Head:
         base = base_model(self.inner)
         layer = base.get_output_embeddings()
@@ -270,16 +273,15 @@ def wrap(
     if autocast is not None and world() == 1:
         # sharded blocks compute in bfloat16 without autocast
         spare_casts(model)
-    settings = getattr(model, "active_peft_config", None)
-    if settings is not None and settings.is_prompt_learning:
+    if is_prompt_learning(model):
         return (
             wrapper.set_mode("native"),
             "prompt learning puts virtual tokens in front: padded batches and the model's own "
             "logits are used",
         )
     if is_encoder_classifier(base_model(model)):
-        wrapper.set_mode("native")
-        return wrapper, "an encoder's tokens see each other both ways: batches are padded"
+        note = "an encoder's tokens see each other both ways: batches are padded"
+        return wrapper.set_mode("native"), note
     # products in 8 bits round by the other contents of the batch
     rounded = getattr(base_model(model), "is_quantized", False)
     # Full precision shows whether documents see each other: a result is then off by more than
@@ -369,21 +371,32 @@ def _as_one_kernel(module: nn.Module) -> RootMeanSquareNorm | None:
     return None
 
 
-def check_runs(wrapper: LanguageModel) -> None:
-    """ValueError where a model's own forward pass fails too, with its error."""
-    table = base_model(wrapper.inner).get_input_embeddings().weight
-    ids = torch.arange(7, device=table.device) % table.shape[0]
-    autocast = wrapper.autocast
+@contextmanager
+def _naming_refusals(prefix: str = "") -> Iterator[None]:
+    """ValueError, in one line, for what a model's own code raises on a batch.
+
+    Errors that say nothing about the model stay as they are.
+    """
     try:
-        with torch.no_grad(), torch.autocast(ids.device.type, autocast, autocast is not None):
-            _alone(wrapper, ids)
+        yield
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
         said = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"the model does not run on {ids.device.type}: {said}") from error
+        raise ValueError(prefix + said) from error
 
 
+@torch.no_grad()
+def check_runs(wrapper: LanguageModel) -> None:
+    """ValueError where a model's own forward pass fails too, with its error."""
+    table = base_model(wrapper.inner).get_input_embeddings().weight
+    ids = torch.arange(7, device=table.device) % table.shape[0]
+    prefix = f"the model does not run on {ids.device.type}: "
+    with _naming_refusals(prefix), wrapper._arithmetic():
+        _alone(wrapper, ids)
+
+
+@torch.no_grad()
 def self_check(wrapper) -> float:
     """The greatest difference between two documents in one batch and each alone.
 
@@ -401,22 +414,19 @@ def self_check(wrapper) -> float:
     ones = [np.ones(len(document), np.float32) for document in documents]
     batch = to_device(lay_out(documents, ones, packed=wrapper.mode == "packed"), device)
     before = base.config._attn_implementation
-    with torch.no_grad():
-        try:
+    try:
+        with _naming_refusals():
             together = (wrapper.logprobs if wrapper.generates else wrapper.scores)(batch).flatten()
-        except (torch.OutOfMemoryError, torch.AcceleratorError):
-            raise
-        except (ValueError, TypeError, RuntimeError, AttributeError) as error:
-            wrapper.refusal = f"{type(error).__name__}: {error}".splitlines()[0]
-            return float("inf")
-        base.set_attn_implementation(native_attention(base))
-        try:
-            half = wrapper.autocast is not None
-            with torch.autocast(device.type, dtype=wrapper.autocast, enabled=half):
-                ids = [torch.tensor(document, device=device) for document in documents]
-                alone = torch.cat([_alone(wrapper, document) for document in ids])
-        finally:
-            base.set_attn_implementation(before)
+    except ValueError as error:
+        wrapper.refusal = str(error)
+        return float("inf")
+    base.set_attn_implementation(native_attention(base))
+    try:
+        with wrapper._arithmetic():
+            ids = [torch.tensor(document, device=device) for document in documents]
+            alone = torch.cat([_alone(wrapper, document) for document in ids])
+    finally:
+        base.set_attn_implementation(before)
     gap = (together - alone).abs().max().item()
     return gap if gap == gap else float("inf")
 
