@@ -12,12 +12,13 @@ import itertools
 import json
 import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 from ta.files import writing
 
 Split = Literal["train", "held_out"]
+Record = dict[str, Any]
 # share of all possible facts
 HELD_OUT_SHARE = 0.2
 
@@ -60,7 +61,7 @@ class Turn(NamedTuple):
 
     question: str
     answer: str
-    wrong: tuple[str, ...]
+    wrong: list[str]
 
 
 class Dialogue(NamedTuple):
@@ -71,36 +72,36 @@ class Dialogue(NamedTuple):
 
     task: str
     text: str
-    facts: tuple[str, ...]
-    turns: tuple[Turn, ...]
+    facts: list[str]
+    turns: list[Turn]
 
 
 def _lookup(rng: random.Random) -> Dialogue:
     """The colour of a thing, among three things."""
     things, colours = rng.sample(THINGS, 3), rng.sample(COLOURS, 3)
-    facts = tuple(f"{thing} {colour}" for thing, colour in zip(things, colours, strict=True))
-    turns = [
-        Turn(f"{thing}?", fact, tuple(f"{thing} {c}" for c in colours if f"{thing} {c}" != fact))
-        for thing, fact in zip(things, facts, strict=True)
-    ]
-    return Dialogue("lookup", "\n".join(facts), facts, tuple(rng.sample(turns, 3)))
+    facts, turns = [], []
+    for thing, colour in zip(things, colours, strict=True):
+        wrong = [f"{thing} {other}" for other in colours if other != colour]
+        facts.append(f"{thing} {colour}")
+        turns.append(Turn(f"{thing}?", facts[-1], wrong))
+    return Dialogue("lookup", "\n".join(facts), facts, rng.sample(turns, 3))
 
 
 def _repeat(rng: random.Random) -> Dialogue:
     """A short list of words, to be repeated."""
     words = rng.sample(WORDS, rng.choice((2, 3)))
     whole = " ".join(words)
-    wrong = (" ".join(reversed(words)), " ".join(words[1:]))
-    return Dialogue("repeat", whole, tuple(words), (Turn("repeat?", whole, wrong),))
+    wrong = [" ".join(reversed(words)), " ".join(words[1:])]
+    return Dialogue("repeat", whole, words, [Turn("repeat?", whole, wrong)])
 
 
 def _add(rng: random.Random) -> Dialogue:
     """The sum of two numbers of one digit."""
     names, numbers = rng.sample(NAMES, 2), [rng.randint(1, 9), rng.randint(1, 9)]
     total = sum(numbers)
-    facts = tuple(f"{name} {number}" for name, number in zip(names, numbers, strict=True))
-    wrong = (str(total + 1), str(total - 1), str(total + 2))
-    return Dialogue("add", "\n".join(facts), facts, (Turn("sum?", str(total), wrong),))
+    facts = [f"{name} {number}" for name, number in zip(names, numbers, strict=True)]
+    wrong = [str(total + by) for by in (1, -1, 2)]
+    return Dialogue("add", "\n".join(facts), facts, [Turn("sum?", str(total), wrong)])
 
 
 def _split_of(facts: Iterable[str]) -> Split:
@@ -132,7 +133,7 @@ def _generator(kind: str, split: Split, seed: int) -> random.Random:
     return random.Random(f"{kind} {split} {seed}")
 
 
-def _messages(dialogue: Dialogue, rng: random.Random) -> list[dict[str, str]]:
+def _messages(dialogue: Dialogue, rng: random.Random) -> list[Record]:
     """The dialogue as messages, with the facts before the first question.
 
     One dialogue in five has a system prompt.
@@ -149,22 +150,21 @@ def _messages(dialogue: Dialogue, rng: random.Random) -> list[dict[str, str]]:
     return messages
 
 
-def chats(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
+def chats(split: Split, n: int, seed: int = 0) -> list[Record]:
     """n chats {"id", "messages", "answer"}; the messages end with the right "answer"."""
     records = []
     for name, rng, dialogue in _dialogues("chat", split, n, seed):
         messages = _messages(dialogue, rng)
-        record = {"id": name, "messages": messages}
-        records.append(record | {"answer": messages[-1]["content"]})
+        records.append({"id": name, "messages": messages, "answer": messages[-1]["content"]})
     return records
 
 
-def practice(split: Split, n: int) -> list[dict[str, Any]]:
+def practice(split: Split, n: int) -> list[Record]:
     """n chats of the same tasks, other than the n that are learned first."""
     return chats(split, n, seed=1)
 
 
-def wordy(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
+def wordy(split: Split, n: int, seed: int = 0) -> list[Record]:
     """The same chats with three of four answers in more words.
 
     "answer" is the last answer in few words.
@@ -176,14 +176,9 @@ def wordy(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
     return records
 
 
-def exact_match(text: str, record: dict[str, Any]) -> bool:
-    """Whether a generated answer equals the record's right one, up to white space around it."""
-    return text.strip() == record["answer"]
-
-
 def _questions(
     kind: str, split: Split, n: int, seed: int
-) -> Iterator[tuple[dict[str, Any], list[dict[str, str]], random.Random, Turn]]:
+) -> Iterator[tuple[Record, list[Record], random.Random, Turn]]:
     """n of ({"id"}, messages up to a question, generator, the turn of that question)."""
     for name, rng, dialogue in _dialogues(kind, split, n, seed):
         messages = _messages(dialogue, rng)
@@ -191,31 +186,34 @@ def _questions(
         yield {"id": name}, messages[:-1], rng, turn
 
 
-def preferences(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
+def _pairs(
+    kind: str, split: Split, n: int, seed: int, worse: Callable[[random.Random, Turn], str]
+) -> list[Record]:
+    """n pairs {"id", "context", "answer_w", "answer_l"}: the right answer against a `worse` one."""
+    records = []
+    for head, context, rng, turn in _questions(kind, split, n, seed):
+        better, worst = _answer(turn.answer), _answer(worse(rng, turn))
+        records.append(head | {"context": context, "answer_w": better, "answer_l": worst})
+    return records
+
+
+def preferences(split: Split, n: int, seed: int = 0) -> list[Record]:
     """n pairs {"id", "context", "answer_w", "answer_l"}.
 
     The right answer stands against a wrong one of the same form.
     """
-    records = []
-    for head, context, rng, turn in _questions("preference", split, n, seed):
-        better, worse = _answer(turn.answer), _answer(rng.choice(turn.wrong))
-        records.append(head | {"context": context, "answer_w": better, "answer_l": worse})
-    return records
+    return _pairs("preference", split, n, seed, _wrong)
 
 
-def concise(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
+def concise(split: Split, n: int, seed: int = 0) -> list[Record]:
     """n pairs of the same form: a right answer in few words against a worse one.
 
     The worse one is the same answer in more words, or half the time a wrong answer.
     """
-    records = []
-    for head, context, rng, turn in _questions("concise", split, n, seed):
-        better, worse = _answer(turn.answer), _answer(_worse(rng, turn))
-        records.append(head | {"context": context, "answer_w": better, "answer_l": worse})
-    return records
+    return _pairs("concise", split, n, seed, _worse)
 
 
-def labelled(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
+def labelled(split: Split, n: int, seed: int = 0) -> list[Record]:
     """n labelled answers {"id", "context", "answer", "is_desirable"}.
 
     About half are right in few words, and these are desirable; a quarter are right in more words,
@@ -229,12 +227,16 @@ def labelled(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
     return records
 
 
+def _wrong(rng: random.Random, turn: Turn) -> str:
+    return rng.choice(turn.wrong)
+
+
 def _worse(rng: random.Random, turn: Turn) -> str:
     """The right answer in more words, or half the time a wrong one."""
-    return CHATTY.format(turn.answer) if rng.random() < 0.5 else rng.choice(turn.wrong)
+    return CHATTY.format(turn.answer) if rng.random() < 0.5 else _wrong(rng, turn)
 
 
-def candidates(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
+def candidates(split: Split, n: int, seed: int = 0) -> list[Record]:
     """n questions {"id", "messages", "answers": [{"id", "content"}], "answer"}.
 
     One of the 2 to 4 candidates is the right "answer".
@@ -247,7 +249,7 @@ def candidates(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
     return records
 
 
-def classes(split: Split, n: int, seed: int = 0, rare: bool = False) -> list[dict[str, Any]]:
+def classes(split: Split, n: int, seed: int = 0, rare: bool = False) -> list[Record]:
     """n dialogues of one message {"id", "messages", "label"}.
 
     The message has three words, two of the label's topic (animals 0, food 1, weather 2) and one of
@@ -283,7 +285,7 @@ ASKED = (
 )
 
 
-def passages() -> list[dict[str, str]]:
+def passages() -> list[Record]:
     """A catalogue of 576 things as {"id", "title", "text"}.
 
     It names their owners by an animal or a food and the things by a weather or a colour, and gives
@@ -298,7 +300,7 @@ def passages() -> list[dict[str, str]]:
     return records
 
 
-def questions(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
+def questions(split: Split, n: int, seed: int = 0) -> list[Record]:
     """n questions {"id", "messages", "answer", "gold"} about `passages()`.
 
     A question shares no word with its passage: that Anna is the cat and a key the rain can only be
@@ -315,12 +317,12 @@ def questions(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
         question = rng.choice(ASKED).format(person=person, thing=thing)
         messages = [{"role": "user", "content": question}, _answer(numbers[gold])]
         name = f"question-{split}-{seed}-{len(records)}"
-        record = {"id": name, "messages": messages, "answer": numbers[gold], "gold": [gold]}
-        records.append(record)
+        record = {"id": name, "messages": messages, "answer": numbers[gold]}
+        records.append(record | {"gold": [gold]})
     return records
 
 
-def readings(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
+def readings(split: Split, n: int, seed: int = 0) -> list[Record]:
     """The same questions, each after the passage that answers it, for training a generator."""
     texts = {passage["id"]: f"{passage['title']}\n{passage['text']}\n\n" for passage in passages()}
     records = questions(split, n, seed)
@@ -331,11 +333,11 @@ def readings(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
     return records
 
 
-def _answer(text: str) -> dict[str, str]:
+def _answer(text: str) -> Record:
     return {"role": "assistant", "content": text}
 
 
-def write_jsonl(path: str | os.PathLike, records: Iterable[dict[str, Any]]) -> None:
+def write_jsonl(path: str | os.PathLike, records: Iterable[Record]) -> None:
     """Write one record a line; the file appears complete or not at all."""
     with writing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

@@ -70,9 +70,6 @@ def test_answers_are_right(split):
             if message["role"] == "assistant":
                 assert message["content"] == solve(record["messages"][:place])
         assert record["messages"][-1]["content"] == record["answer"]
-        assert models.exact_match(f" {record['answer']}\n", record) and not models.exact_match(
-            record["answer"] + "x", record
-        )
     for record in models.preferences(split, 400):
         assert (
             record["answer_w"]["content"]
