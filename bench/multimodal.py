@@ -56,18 +56,15 @@ def write_clip(folder: Path, tiny: bool) -> None:
 
 def write_pictures(folder: Path, count: int) -> None:
     """Drawn pictures of 640 x 640 and one dialogue about each."""
-    from ta.builtin.drawing import Shape, draw, write_image
-    from ta.builtin.pictures import make_scene, training_record
+    from PIL import Image
+
+    from ta.builtin.pictures import draw_scene, make_scene, training_record
 
     (folder / "images").mkdir()
     with open(folder / "train.jsonl", "w", encoding="utf-8") as file:
         for i in range(count):
             scene = make_scene(0, i, False)
-            shapes = [
-                Shape(scene.shape, (200, 60, 60), 13 * x, 13 * y, 13 * scene.radius)
-                for x, y in scene.centres
-            ]
-            write_image(folder / "images" / f"{i}.jpg", draw(640, scene.background, shapes))
+            Image.fromarray(draw_scene(scene, 640)).save(folder / "images" / f"{i}.jpg")
             file.write(json.dumps(training_record(scene, f"{i}.jpg", 0, i)) + "\n")
 
 

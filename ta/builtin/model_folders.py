@@ -15,7 +15,6 @@ WORDY = "builtin-wordy"
 BEGUN = "builtin-begun"
 SMALL = "builtin-small"
 READER = "builtin-reader"
-PICTURES_MODEL = "builtin-pictures"
 # numbers of training and held-out pictures
 PICTURES = (5000, 100)
 
@@ -40,8 +39,8 @@ def builtin_model(path: str) -> Path | None:
                 f"model-pictures-{pictures.pictures_version()}",
                 lambda folder: models.write_pictures_model(folder, pictures.texts()),
             )
-    tuned = path in (TUNED, WORDY, BEGUN, READER) and tuned_folder(path).exists()
-    return tuned_folder(path) if tuned else None
+    folder = tuned_folder(path)
+    return folder if path in (TUNED, WORDY, BEGUN, READER) and folder.exists() else None
 
 
 def tiny_folder() -> Path:

@@ -81,23 +81,19 @@ def _trained_backend(catalogue: bool | tuple[str, ...] = False) -> str:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
+    texts = []
     if isinstance(catalogue, tuple):
-        texts = [*catalogue] * 2
+        words = catalogue
     elif catalogue:
-        texts = [
-            f"{gap}{word}"
-            for word in (*tasks.PEOPLE, *tasks.OBJECTS, *tasks.WORDS, *tasks.PLACES)
-            for gap in ("", " ")
-        ] * 2
-        texts += [f"{number:02}" for number in range(100)] * 2 + ["number of"] * 2
+        known = (*tasks.PEOPLE, *tasks.OBJECTS, *tasks.WORDS, *tasks.PLACES)
+        words = [f"{gap}{word}" for word in known for gap in ("", " ")]
+        words += [f"{number:02}" for number in range(100)] + ["number of"]
     else:
-        texts = [
-            message["content"]
-            for record in chats("train", 2000) + classes("train", 500)
-            for message in record["messages"]
-        ]
-        texts += [*tasks.THINGS, *tasks.COLOURS, *tasks.NAMES, *itertools.chain(*tasks.TOPICS)] * 2
-    backend.train_from_iterator(texts + ["system", "user", "assistant"] * 2, trainer)
+        records = chats("train", 2000) + classes("train", 500)
+        texts = [message["content"] for record in records for message in record["messages"]]
+        words = (*tasks.THINGS, *tasks.COLOURS, *tasks.NAMES, *itertools.chain(*tasks.TOPICS))
+    texts += [*words, "system", "user", "assistant"] * 2
+    backend.train_from_iterator(texts, trainer)
     return backend.to_str()
 
 
@@ -130,25 +126,21 @@ def tiny_config(catalogue: bool | tuple[str, ...] = False, **more: Any) -> Llama
     from transformers import LlamaConfig
 
     tokenizer = tiny_tokenizer(catalogue)
-    shape = {
+    settings = {
         "hidden_size": 160,
         "intermediate_size": 448,
         "num_hidden_layers": 3,
         "num_attention_heads": 5,
         "num_key_value_heads": 5,
-    }
-    ids = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": None,
-    }
-    other = {
         "max_position_embeddings": 1024,
         "tie_word_embeddings": True,
         "initializer_range": 0.07,
     }
-    return LlamaConfig(**shape | ids | other | more)
+    return LlamaConfig(**settings | more)
 
 
 def tiny_model(seed: int = 0, **more: Any) -> LlamaForCausalLM:
@@ -158,11 +150,10 @@ def tiny_model(seed: int = 0, **more: Any) -> LlamaForCausalLM:
     """
     from transformers import GenerationConfig, LlamaForCausalLM
 
-    model = _seeded(LlamaForCausalLM, tiny_config(**more), seed)
-    config = model.config
-    model.generation_config = GenerationConfig(
-        eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
-    )
+    config = tiny_config(**more)
+    model = _seeded(LlamaForCausalLM, config, seed)
+    ends = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+    model.generation_config = GenerationConfig(**ends)
     return model
 
 
@@ -184,21 +175,19 @@ def tiny_encoder(seed: int = 0, **more: Any) -> BertModel:
     from transformers import BertConfig, BertModel
 
     tokenizer = tiny_tokenizer(True)
-    shape = {
+    settings = {
         "hidden_size": 128,
         "intermediate_size": 256,
         "num_hidden_layers": 1,
         "num_attention_heads": 4,
         "max_position_embeddings": 128,
-    }
-    other = {
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "initializer_range": 0.05,
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
     }
-    return _seeded(BertModel, BertConfig(**shape | other | more), seed)
+    return _seeded(BertModel, BertConfig(**settings | more), seed)
 
 
 def _seeded(model_class: type, config: Any, seed: int) -> Any:
@@ -216,10 +205,9 @@ def write_tiny(
 
     With `num_labels` it is the classifier.
     """
-    if num_labels is None:
-        _write(folder, tiny_model(seed, **more))
-    else:
-        _write(folder, tiny_classifier(num_labels, seed, **more))
+    classifier = num_labels is not None
+    model = tiny_classifier(num_labels, seed, **more) if classifier else tiny_model(seed, **more)
+    _write(folder, model)
 
 
 def write_encoder(folder: str | os.PathLike, seed: int = 0, **more: Any) -> None:
@@ -232,14 +220,9 @@ def write_small(folder: str | os.PathLike, seed: int = 0) -> None:
 
     It reads one short passage and learns within a minute to answer from it.
     """
-    shape = {
-        "hidden_size": 96,
-        "intermediate_size": 240,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-    }
-    _write(folder, tiny_model(seed, catalogue=True, **shape), True)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    shape = {"hidden_size": 96, "intermediate_size": 240, "num_hidden_layers": 1}
+    _write(folder, tiny_model(seed, catalogue=True, **heads, **shape), True)
 
 
 def write_pictures_model(folder: str | os.PathLike, texts: tuple[str, ...], seed: int = 0) -> None:
@@ -247,13 +230,9 @@ def write_pictures_model(folder: str | os.PathLike, texts: tuple[str, ...], seed
 
     `texts` are those of the generated pictures.
     """
-    shape = {
-        "hidden_size": 128,
-        "intermediate_size": 352,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-    }
-    _write(folder, tiny_model(seed, catalogue=texts, **shape), texts)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    shape = {"hidden_size": 128, "intermediate_size": 352}
+    _write(folder, tiny_model(seed, catalogue=texts, **heads, **shape), texts)
 
 
 def _write(
@@ -280,6 +259,5 @@ def models_version() -> str:
 
     It is the key of their cache folder.
     """
-    return hashlib.sha256(
-        b"".join(Path(path).read_bytes() for path in (__file__, tasks.__file__))
-    ).hexdigest()[:16]
+    code = [Path(path).read_bytes() for path in (__file__, tasks.__file__)]
+    return hashlib.sha256(b"".join(code)).hexdigest()[:16]

@@ -4,15 +4,14 @@ import json
 from collections import Counter
 
 import numpy as np
-import pytest
 
-from ta.builtin.drawing import Shape, draw
 from ta.builtin.pictures import (
     COLOURS,
     NUMBERS,
     PLACES,
     SHAPES,
     SIZE,
+    Scene,
     draw_scene,
     make_scene,
     picture_questions,
@@ -90,8 +89,6 @@ def test_written_pictures_and_records(tmp_path):
         turns = (len(kinds) - 1) // 2
         assert kinds == [("user", "image")] + [("user", "text"), ("assistant", "text")] * turns
         assert turns == 1 if "kind" in record else turns in (3, 4)
-    with pytest.raises(ValueError, match="1 or more"):
-        write_pictures(tmp_path / "c", 0, 1)
 
 
 def test_series_are_disjoint_by_construction():
@@ -103,16 +100,9 @@ def test_series_are_disjoint_by_construction():
 
 
 def test_drawing():
-    image = draw(
-        16,
-        (9, 9, 9),
-        [Shape("square", (255, 0, 0), 4, 8, 2), Shape("circle", (0, 0, 255), 12, 8, 3)],
-    )
-    assert (
-        image.shape == (16, 16, 3)
-        and (image[8, 4] == (255, 0, 0)).all()
-        and (image[8, 12] == (0, 0, 255)).all()
-        and (image[0] == 9).all()
-    )
-    with pytest.raises(ValueError, match="star"):
-        draw(8, (0, 0, 0), [Shape("star", (1, 1, 1), 4, 4, 2)])
+    centres = ((12.0, 24.0), (36.0, 24.0))
+    for shape in ("square", "circle"):
+        image = draw_scene(Scene(shape, "red", (), centres, 6.0, (9, 9, 9)), 16)
+        assert image.shape == (16, 16, 3) and (image[0] == 9).all()
+        assert (image[8, [4, 12]] == COLOURS["red"]).all()
+        assert (image[6, 2] == COLOURS["red"]).all() == (shape == "square")

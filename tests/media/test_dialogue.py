@@ -6,7 +6,6 @@ import os
 import pytest
 from PIL import Image
 
-from ta.builtin.drawing import write_image
 from ta.builtin.pictures import draw_scene, make_scene
 from ta.chat.encode import Drop
 from ta.chat.template import ChatConfig
@@ -177,8 +176,8 @@ def spoiled(folder):
     """{path as a record gives it: what the error says} for every way a picture can be wrong."""
     root = folder / "images"
     root.mkdir()
-    write_image(root / "good.png", draw_scene(make_scene(0, 0, False)))
-    write_image(folder / "outside.png", draw_scene(make_scene(0, 1, False)))
+    Image.fromarray(draw_scene(make_scene(0, 0, False))).save(root / "good.png")
+    Image.fromarray(draw_scene(make_scene(0, 1, False))).save(folder / "outside.png")
     data = (root / "good.png").read_bytes()
     (root / "cut.png").write_bytes(data[: len(data) // 2])
     (root / "broken.png").write_bytes(data[:60] + b"\0" * 40 + data[100:])

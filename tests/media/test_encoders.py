@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from test_audio import tone, write_wav
 from test_imagebind import AUDIO, IMAGE, Published
 
-from ta.builtin.drawing import write_image
 from ta.builtin.pictures import (
     draw_scene,
     make_scene,
@@ -102,7 +101,7 @@ def test_features_are_the_state_before_the_last_layer(tmp_path, capfd, name, sav
         random.integers(0, 256, (*random.integers(20, 60, 2), 3), dtype=np.uint8) for _ in range(3)
     ]
     for i, picture in enumerate(pictures):
-        write_image(tmp_path / f"{i}.png", picture)
+        Image.fromarray(picture).save(tmp_path / f"{i}.png")
     inputs = torch.stack([torch.from_numpy(encoder.read(tmp_path / f"{i}.png")) for i in range(3)])
     with torch.no_grad():
         theirs = processor([Image.fromarray(picture) for picture in pictures], return_tensors="pt")[

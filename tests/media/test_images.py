@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ta.builtin.drawing import write_image
 from ta.media.images import (
     CLIP,
     SIGLIP,
@@ -32,7 +31,7 @@ def test_media_path_stays_below_the_root(tmp_path):
     root, secret = tmp_path / "root", tmp_path / "secret.png"
     (root / "sub").mkdir(parents=True)
     for path in (secret, root / "sub" / "a.png"):
-        write_image(path, noise(4, 4))
+        Image.fromarray(noise(4, 4)).save(path)
     (root / "empty.png").touch()
     (root / "inner.png").symlink_to(root / "sub" / "a.png")
     (root / "outer.png").symlink_to(secret)
@@ -153,9 +152,9 @@ def bomb(width, height):
 
 
 def test_broken_files_are_named(tmp_path):
-    write_image(tmp_path / "whole.jpg", noise(64, 64))
+    Image.fromarray(noise(64, 64)).save(tmp_path / "whole.jpg")
     whole = (tmp_path / "whole.jpg").read_bytes()
-    write_image(tmp_path / "whole.png", noise(64, 64))
+    Image.fromarray(noise(64, 64)).save(tmp_path / "whole.png")
     png = (tmp_path / "whole.png").read_bytes()
     for data, reason in (
         (whole[: len(whole) // 2], "cut short"),
@@ -181,7 +180,7 @@ def test_broken_files_are_named(tmp_path):
 def test_any_cut_or_flipped_byte_is_a_picture_or_a_value_error(tmp_path):
     random = np.random.default_rng(0)
     for name in ("a.png", "a.jpg", "a.gif", "a.webp", "a.bmp", "a.tiff"):
-        write_image(tmp_path / name, noise(16, 16))
+        Image.fromarray(noise(16, 16)).save(tmp_path / name)
         data = (tmp_path / name).read_bytes()
         for _ in range(40):
             broken = bytearray(data[: random.integers(1, len(data) + 1)])
@@ -257,13 +256,15 @@ def test_preprocessing_settings(tmp_path):
 
 
 def test_a_thin_strip_cannot_grow_without_limit(tmp_path):
-    write_image(tmp_path / "strip.png", np.zeros((1, 60_000, 3), np.uint8))
+    Image.fromarray(np.zeros((1, 60_000, 3), np.uint8)).save(tmp_path / "strip.png")
     with pytest.raises(ValueError, match=r"strip\.png.*13440000 x 224"):
         read_pixels(tmp_path / "strip.png", CLIP)
 
 
 def test_channels_are_red_green_blue(tmp_path):
-    write_image(tmp_path / "red.png", np.broadcast_to(np.array([255, 0, 0], np.uint8), (8, 8, 3)))
+    Image.fromarray(np.broadcast_to(np.array([255, 0, 0], np.uint8), (8, 8, 3))).save(
+        tmp_path / "red.png"
+    )
     plain = Preprocessing((4, 4), None, None, None)
     assert (
         read_pixels(tmp_path / "red.png", plain) == np.array([1, 0, 0], np.float32)[:, None, None]
