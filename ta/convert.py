@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ta.data.readers import read_rows
 from ta.files import HUB, publishing, write_atomic
+from ta.folders import write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +61,7 @@ def convert(given: str, out: str) -> str:
         raise ValueError(f"{given}: give a folder or a file of {', '.join(PICKLED)}")
     weights = load_pickled(source)
     if any(name.startswith("modality_trunks.") for name in weights):
-        return _imagebind(source, target)
+        return _imagebind(weights, source, target)
     return _projectors(weights, target)
 
 
@@ -80,17 +81,6 @@ def load_pickled(path: Path) -> dict[str, Tensor]:
     if not whole or not loaded:
         raise ValueError(f"{path} holds something else than tensors by name")
     return loaded
-
-
-def save_weights(weights: dict[str, Tensor], path: Path) -> None:
-    """Write tensors as one safetensors file; those that share memory are written apart."""
-    from safetensors.torch import save_file
-
-    save_file(
-        {name: tensor.clone().contiguous() for name, tensor in weights.items()},
-        str(path),
-        metadata={"format": "pt"},
-    )
 
 
 def _table(source: str, target: Path) -> str:
@@ -131,7 +121,7 @@ def _folder(source: Path, target: Path) -> str:
     with publishing(target) as folder:
         for path in pickled:
             name = path.name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
-            save_weights(load_pickled(path), folder / name)
+            write_tensors(load_pickled(path), folder / name, format="pt")
             made.append(name)
         for path in sorted(source.iterdir()):
             if path.name == "pytorch_model.bin.index.json":
@@ -169,15 +159,15 @@ def _projectors(weights: dict[str, Tensor], target: Path) -> str:
         parts.setdefault(kind, {})[rest] = tensor
     with publishing(target) as folder:
         for kind, part in parts.items():
-            save_weights(part, folder / f"{kind}.safetensors")
+            write_tensors(part, folder / f"{kind}.safetensors", format="pt")
     return f"{target}: {', '.join(f'{kind}.safetensors' for kind in parts)}"
 
 
-def _imagebind(source: Path, target: Path) -> str:
+def _imagebind(weights: dict[str, Tensor], source: Path, target: Path) -> str:
     """The trunks of pictures and sounds of the published ImageBind."""
-    from ta.media.imagebind import AUDIO_HUGE, IMAGE_HUGE, convert_checkpoint
+    from ta.media.imagebind import AUDIO_HUGE, IMAGE_HUGE, write_trunk
 
     with publishing(target) as folder:
         for config in (IMAGE_HUGE, AUDIO_HUGE):
-            convert_checkpoint(source, folder / config.modality, config)
+            write_trunk(weights, source, folder / config.modality, config)
     return f"{target}: image and audio, for --image-encoder-path and --audio-encoder-path"

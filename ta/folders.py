@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -170,6 +170,25 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     with loading(path, "a complete safetensors file"):
         return load_file(path)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, **metadata: str) -> None:
+    """Write tensors as one safetensors file; those that share memory are written apart."""
+    from safetensors.torch import save_file
+
+    own = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
+    save_file(own, path, metadata or None)
+
+
+def differing(
+    given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+) -> tuple[str, str, str] | None:
+    """(name, shape given, shape wanted) of a tensor that is not in both or has another shape."""
+    for name in sorted(given.keys() | wanted.keys()):
+        shapes = [str(tuple(t[name].shape)) if name in t else "absent" for t in (given, wanted)]
+        if shapes[0] != shapes[1]:
+            return name, *shapes
+    return None
 
 
 def _is_pickled(path: str | Path) -> bool:

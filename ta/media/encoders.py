@@ -143,7 +143,7 @@ def siglip(folder: Path) -> Encoder:
 def imagebind(folder: Path) -> Encoder:
     """ImageBind's trunk of pictures or sounds, as the config.json of its folder says.
 
-    The folder is one that `imagebind.convert_checkpoint` wrote.
+    The folder is one that `imagebind.write_trunk` wrote.
     """
     trunk = load_trunk(folder)
     config = trunk.config

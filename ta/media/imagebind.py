@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ta.files import publishing
-from ta.folders import read_json, read_tensors
+from ta.folders import differing, read_json, read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -109,6 +108,10 @@ class Trunk(nn.Module):
         self.config = config
         width, kernel, image = config.width, config.kernel, config.modality == "image"
         patches = config.grid[0] * config.grid[1]
+        whole = config.output == "tokens"
+        # tokens of one picture or sound, and their width
+        self.n_tokens = config.clips * patches if whole else 1
+        self.out_dim = width if whole else config.joint_dim
         if image:
             self.stem = nn.Conv3d(
                 3, width, (2, kernel, kernel), (2, config.stride, config.stride), bias=False
@@ -125,27 +128,10 @@ class Trunk(nn.Module):
         self.head_norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, config.joint_dim, bias=False)
 
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of one picture or sound."""
-        return (
-            self.config.clips * self.config.grid[0] * self.config.grid[1]
-            if self.config.output == "tokens"
-            else 1
-        )
-
-    @property
-    def out_dim(self) -> int:
-        """Width of a token."""
-        return self.config.width if self.config.output == "tokens" else self.config.joint_dim
-
     def forward(self, inputs: Tensor) -> Tensor:
         """(I, n_tokens, out_dim)."""
-        return (
-            self.tokens(inputs)
-            if self.config.output == "tokens"
-            else self.embedding(inputs)[:, None]
-        )
+        whole = self.config.output == "tokens"
+        return self.tokens(inputs) if whole else self.embedding(inputs)[:, None]
 
     def tokens(self, inputs: Tensor) -> Tensor:
         """(I, clips * patches, width): patches after the head's layer norm, row by row."""
@@ -171,28 +157,23 @@ class Trunk(nn.Module):
 
 
 _SECTIONS = {"image": "vision", "audio": "audio"}
-_RENAMES = [
-    (r"modality_preprocessors\.M\.cls_token", "class_token"),
-    (r"modality_preprocessors\.M\.pos_embedding_helper\.pos_embed", "positions"),
-    (r"modality_preprocessors\.M\.rgbt_stem\.proj\.(?:1\.)?weight", "stem.weight"),
-    (r"modality_preprocessors\.M\.rgbt_stem\.norm_layer\.(weight|bias)", r"stem_norm.\1"),
-    (r"modality_trunks\.M\.pre_transformer_layer\.0\.(weight|bias)", r"norm.\1"),
-    (r"modality_trunks\.M\.blocks\.(\d+)\.norm_1\.(weight|bias)", r"blocks.\1.attention_norm.\2"),
-    (
-        r"modality_trunks\.M\.blocks\.(\d+)\.attn\.in_proj_(weight|bias)",
-        r"blocks.\1.attention.inputs.\2",
-    ),
-    (
-        r"modality_trunks\.M\.blocks\.(\d+)\.attn\.out_proj\.(weight|bias)",
-        r"blocks.\1.attention.output.\2",
-    ),
-    (r"modality_trunks\.M\.blocks\.(\d+)\.attn\.bias_([kv])", r"blocks.\1.attention.extra.\2"),
-    (r"modality_trunks\.M\.blocks\.(\d+)\.norm_2\.(weight|bias)", r"blocks.\1.mlp_norm.\2"),
-    (r"modality_trunks\.M\.blocks\.(\d+)\.mlp\.fc1\.(weight|bias)", r"blocks.\1.mlp.0.\2"),
-    (r"modality_trunks\.M\.blocks\.(\d+)\.mlp\.fc2\.(weight|bias)", r"blocks.\1.mlp.2.\2"),
-    (r"modality_heads\.M\.0\.(weight|bias)", r"head_norm.\1"),
-    (r"modality_heads\.M\.2\.weight", "head.weight"),
-]
+# published name, after "modality_" and with M for the section: ours
+_RENAMES = {
+    r"preprocessors\.M\.cls_token": "class_token",
+    r"preprocessors\.M\.pos_embedding_helper\.pos_embed": "positions",
+    r"preprocessors\.M\.rgbt_stem\.proj\.(?:1\.)?weight": "stem.weight",
+    r"preprocessors\.M\.rgbt_stem\.norm_layer\.(weight|bias)": r"stem_norm.\1",
+    r"trunks\.M\.pre_transformer_layer\.0\.(weight|bias)": r"norm.\1",
+    r"trunks\.M\.blocks\.(\d+)\.norm_1\.(weight|bias)": r"blocks.\1.attention_norm.\2",
+    r"trunks\.M\.blocks\.(\d+)\.attn\.in_proj_(weight|bias)": r"blocks.\1.attention.inputs.\2",
+    r"trunks\.M\.blocks\.(\d+)\.attn\.out_proj\.(weight|bias)": r"blocks.\1.attention.output.\2",
+    r"trunks\.M\.blocks\.(\d+)\.attn\.bias_([kv])": r"blocks.\1.attention.extra.\2",
+    r"trunks\.M\.blocks\.(\d+)\.norm_2\.(weight|bias)": r"blocks.\1.mlp_norm.\2",
+    r"trunks\.M\.blocks\.(\d+)\.mlp\.fc1\.(weight|bias)": r"blocks.\1.mlp.0.\2",
+    r"trunks\.M\.blocks\.(\d+)\.mlp\.fc2\.(weight|bias)": r"blocks.\1.mlp.2.\2",
+    r"heads\.M\.0\.(weight|bias)": r"head_norm.\1",
+    r"heads\.M\.2\.weight": "head.weight",
+}
 
 
 def convert_names(names: Iterable[str], modality: str) -> dict[str, str]:
@@ -201,15 +182,12 @@ def convert_names(names: Iterable[str], modality: str) -> dict[str, str]:
     Published names are those of imagebind_huge.pth of github.com/facebookresearch/ImageBind. bias_k
     and bias_v become the two rows of `attention.extra`.
     """
-    rules = [
-        (re.compile(pattern.replace("M", _SECTIONS[modality], 1)), ours)
-        for pattern, ours in _RENAMES
-    ]
+    section = _SECTIONS[modality]
     return {
         name: match.expand(ours)
         for name in names
-        for pattern, ours in rules
-        if (match := pattern.fullmatch(name))
+        for pattern, ours in _RENAMES.items()
+        if (match := re.fullmatch("modality_" + pattern.replace("M", section, 1), name))
     }
 
 
@@ -225,31 +203,20 @@ def convert_weights(published: Mapping[str, Tensor], modality: str) -> dict[str,
     return named
 
 
-def convert_checkpoint(checkpoint: str | Path, folder: str | Path, config: TrunkConfig) -> None:
-    """Write the trunk of `config` from a published .pth file into `folder`, for `load_trunk`.
+def write_trunk(
+    published: Mapping[str, Tensor], source: Path, folder: Path, config: TrunkConfig
+) -> None:
+    """Write the trunk of `config` from the published weights in `source` into a new `folder`.
 
-    Only tensors are unpickled (weights_only). ValueError if the file is no checkpoint, or its
-    weights do not fit `config`.
+    ValueError where they do not fit `config`.
     """
-    from safetensors.torch import save_file
-
-    if not Path(checkpoint).is_file():
-        raise ValueError(f"{checkpoint}: no such file; give the published imagebind_huge.pth")
-    try:
-        published = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    # torch raises UnpicklingError, RuntimeError, EOFError and more for what is no checkpoint
-    except Exception as error:
-        raise ValueError(
-            f"{checkpoint}: not a checkpoint of weights alone ({error}); "
-            "give the published imagebind_huge.pth"
-        ) from error
     weights = convert_weights(published, config.modality)
     with torch.device("meta"):
-        _check(Trunk(config), weights, checkpoint)
-    with publishing(folder) as aside:
-        save_file(weights, str(aside / "model.safetensors"))
-        text = json.dumps({"model_type": "imagebind", **asdict(config)}, indent=2) + "\n"
-        (aside / "config.json").write_text(text)
+        _check(Trunk(config), weights, source)
+    folder.mkdir()
+    write_tensors(weights, folder / "model.safetensors")
+    text = json.dumps({"model_type": "imagebind", **asdict(config)}, indent=2) + "\n"
+    (folder / "config.json").write_text(text)
 
 
 def load_trunk(folder: str | Path) -> Trunk:
@@ -258,8 +225,7 @@ def load_trunk(folder: str | Path) -> Trunk:
     given = read_json(paths[0]) if paths[0].is_file() else {}
     if given.pop("model_type", None) != "imagebind" or not paths[1].is_file():
         raise ValueError(
-            f"{folder}: no converted ImageBind trunk; "
-            "make one with convert_checkpoint from imagebind_huge.pth"
+            f"{folder}: no converted ImageBind trunk; make one with ta convert imagebind_huge.pth"
         )
     try:
         config = TrunkConfig(**{**given, "size": tuple(given["size"])})
@@ -276,14 +242,9 @@ def load_trunk(folder: str | Path) -> Trunk:
 
 
 def _check(trunk: Trunk, weights: Mapping[str, Tensor], where: object) -> None:
-    wanted = trunk.state_dict()
-    for name in sorted(wanted.keys() | weights.keys()):
-        have, want = (
-            str(tuple(tensors[name].shape)) if name in tensors else "absent"
-            for tensors in (weights, wanted)
+    if different := differing(weights, trunk.state_dict()):
+        name, have, want = different
+        raise ValueError(
+            f"{where}: weight {name} is {have}, a {trunk.config.modality} trunk of these sizes "
+            f"wants {want}; give its own sizes"
         )
-        if have != want:
-            raise ValueError(
-                f"{where}: weight {name} is {have}, a {trunk.config.modality} trunk of these sizes "
-                f"wants {want}; give its own sizes"
-            )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ta.chat.template import export_template
 from ta.chat.tokenizer_files import save_tokenizer
+from ta.folders import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -105,16 +106,14 @@ def _published_names(folder: Path) -> None:
 
     vLLM knows no other name, transformers reads both.
     """
-    from safetensors.torch import load_file, save_file
 
     def name(key: str) -> str:
         rest = key.removeprefix("vision_tower.").removeprefix("vision_model.")
         return f"vision_tower.vision_model.{rest}" if key.startswith("vision_tower.") else key
 
     for file in folder.glob("*.safetensors"):
-        save_file(
-            {name(key): tensor for key, tensor in load_file(file).items()}, file, {"format": "pt"}
-        )
+        tensors = read_tensors(file).items()
+        write_tensors({name(key): tensor for key, tensor in tensors}, file, format="pt")
     for file in folder.glob("*.safetensors.index.json"):
         index = json.loads(file.read_text())
         index["weight_map"] = {name(key): shard for key, shard in index["weight_map"].items()}

@@ -21,11 +21,12 @@ from ta.data.batch import Batch, lay_out, to_device
 from ta.data.loader import collate_chats, name_of
 from ta.data.prepare import Prepared
 from ta.files import cache_folder, content_hash, hash_json
+from ta.folders import write_tensors
 from ta.media.dialogue import encode_media
 from ta.media.features import check_features, content_hashes
 from ta.media.images import media_key, media_path
 from ta.media.modalities import PROJECTORS, MediaConfig, Modalities, encoded, inputs_of
-from ta.media.projectors import load_projector, projector_of, save_projector
+from ta.media.projectors import load_projector, projector_of
 from ta.model.export import gathered
 from ta.model.language_model import LanguageModel, base_model
 from ta.parallel import rank
@@ -122,9 +123,9 @@ class MediaModel(LanguageModel):
         states = {name: gathered(projector) for name, projector in self.projectors.items()}
         if rank() == 0:
             (folder / PROJECTORS).mkdir()
-            for name, projector in self.projectors.items():
-                path = folder / PROJECTORS / f"{name}.safetensors"
-                save_projector(projector, path, states[name])
+            for name, state in states.items():
+                weights = state or self.projectors[name].state_dict()
+                write_tensors(weights, folder / PROJECTORS / f"{name}.safetensors")
             self.media.save(folder)
 
 

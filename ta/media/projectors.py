@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ta.folders import read_tensors
+from ta.folders import differing, read_tensors
 
 
 class Mlp(nn.Module):
@@ -177,21 +177,6 @@ def projector_of(settings: Mapping[str, Any], dim: int) -> nn.Module:
     )
 
 
-def save_projector(
-    projector: nn.Module, path: str | Path, state: dict[str, Tensor] | None = None
-) -> None:
-    """Write the weights as one safetensors file; `state` is what a sharded projector gathered."""
-    from safetensors.torch import save_file
-
-    save_file(
-        {
-            name: tensor.detach().cpu().contiguous()
-            for name, tensor in (state or projector.state_dict()).items()
-        },
-        str(path),
-    )
-
-
 def load_projector(projector: nn.Module, path: str | Path) -> None:
     """Fill `projector` from a safetensors file, also one with the names of LLaVA or HoneyBee.
 
@@ -201,16 +186,12 @@ def load_projector(projector: nn.Module, path: str | Path) -> None:
         raise ValueError(f"{path}: no such file; give the projector's safetensors file")
     wanted = projector.state_dict()
     given = renamed(read_tensors(Path(path)), wanted)
-    for name in sorted(wanted.keys() | given.keys()):
-        have, want = (
-            str(tuple(tensors[name].shape)) if name in tensors else "absent"
-            for tensors in (given, wanted)
+    if different := differing(given, wanted):
+        name, have, want = different
+        raise ValueError(
+            f"{path}: weight {name} is {have} in the file and {want} in the projector; "
+            "give the same kind and sizes as saved"
         )
-        if have != want:
-            raise ValueError(
-                f"{path}: weight {name} is {have} in the file and {want} in the projector; "
-                "give the same kind and sizes as saved"
-            )
     projector.load_state_dict(given)
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ta.folders import loading, read_json, read_tensors, value_of
+from ta.folders import differing, loading, read_json, read_tensors, value_of, write_tensors
 from ta.model.new_rows import resize, tables
 
 if TYPE_CHECKING:
@@ -28,6 +28,19 @@ KINDS = {
     "p-tuning": "P_TUNING",
 }
 PROMPT_LEARNING = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
+# the kinds of adapter that a setting belongs to
+OWNERS = {
+    "lora_rank": ("lora",),
+    "lora_alpha": ("lora",),
+    "lora_dropout": ("lora",),
+    "lora_targets": ("lora",),
+    "lora_modules_to_save": ("lora",),
+    "use_dora": ("lora",),
+    "use_rslora": ("lora",),
+    "virtual_tokens": ("prefix", "prompt", "p-tuning"),
+    "prompt_init_text": ("prompt",),
+    "p_tuning_hidden": ("p-tuning",),
+}
 
 
 @dataclass(frozen=True)
@@ -77,15 +90,11 @@ def check_adapter(
             "out to go on with that one, or merge it with recipes/merge.py and give the merged "
             "folder"
         )
-    for field in fields(config):
-        if (
-            field.name in OWNERS
-            and kind not in OWNERS[field.name]
-            and getattr(config, field.name) != getattr(default, field.name)
-        ):
+    for name, owners in OWNERS.items():
+        if kind not in owners and getattr(config, name) != getattr(default, name):
             raise ValueError(
-                f"--{field.name.replace('_', '-')} has no effect with --adapter {kind}: it belongs "
-                f"to {' or '.join(OWNERS[field.name])}"
+                f"--{name.replace('_', '-')} has no effect with --adapter {kind}: it belongs "
+                f"to {' or '.join(owners)}"
             )
     for name in ("lora_rank", "lora_alpha", "virtual_tokens", "p_tuning_hidden"):
         if (value := getattr(config, name)) is not None and value <= 0:
@@ -251,26 +260,7 @@ def start_ids(
 
 
 def _hits(name: str, targets: Sequence[str]) -> bool:
-    return any(name == target or name.endswith("." + target) for target in targets)
-
-
-OWNERS = {
-    **dict.fromkeys(
-        (
-            "lora_rank",
-            "lora_alpha",
-            "lora_dropout",
-            "lora_targets",
-            "lora_modules_to_save",
-            "use_dora",
-            "use_rslora",
-        ),
-        ("lora",),
-    ),
-    "virtual_tokens": ("prefix", "prompt", "p-tuning"),
-    "prompt_init_text": ("prompt",),
-    "p_tuning_hidden": ("p-tuning",),
-}
+    return f".{name}".endswith(tuple(f".{target}" for target in targets))
 
 
 # peft's names of what an adapter is for, in words
@@ -283,7 +273,6 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 BASE = "base.json"
 ROWS = "new_tokens.safetensors"
-READABLE = ("LORA", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
 # number of weights that are compared to recognize a base
 SAMPLED = 16
 # relative tolerance of that comparison: a bfloat16 copy of a base must count as the same base
@@ -316,25 +305,21 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
     The sample of weights leaves out heads and token tables, because training may replace or enlarge
     them.
     """
-    skip = {id(model.get_input_embeddings().weight)}
-    skip |= {
-        id(p)
-        for name, p in model.named_parameters()
-        if name.split(".")[0] in ("score", "classifier", "lm_head", "embed_out")
-    }
-    sampled = [
+    heads = ("score", "classifier", "lm_head", "embed_out")
+    table = model.get_input_embeddings().weight
+    matrices = [
         (name, p)
         for name, p in model.named_parameters()
-        if p.is_floating_point() and p.ndim == 2 and not p.is_meta and id(p) not in skip
+        if p.is_floating_point() and p.ndim == 2 and not p.is_meta
     ]
+    sampled = [(n, p) for n, p in matrices if p is not table and n.split(".")[0] not in heads]
     step = max(1, len(sampled) // SAMPLED)
-    starts = {name: p.detach()[0, :4] for name, p in sampled[::step]}
-    sample = {name: start.float().tolist() for name, start in starts.items()}
+    sample = {name: p.detach()[0, :4].float().tolist() for name, p in sampled[::step]}
     facts = {
         "name": model.name_or_path,
         "architecture": type(model).__name__,
         "task": task_of(model),
-        "vocabulary": model.get_input_embeddings().weight.shape[0],
+        "vocabulary": len(table),
         "sample": sample,
     }
     if facts["task"] == "SEQ_CLS":
@@ -390,10 +375,10 @@ def read_config(path: str | Path) -> dict[str, Any]:
             f"{path} holds no {' and no '.join(missing)}: give the folder of a saved adapter"
         )
     config = read_json(folder / CONFIG)
-    if config.get("peft_type") not in READABLE:
+    if config.get("peft_type") not in KINDS.values():
         raise ValueError(
             f"{folder / CONFIG}: an adapter of type {config.get('peft_type')!r}; known are "
-            f"{', '.join(READABLE)}"
+            f"{', '.join(KINDS.values())}"
         )
     value_of(folder / CONFIG, "modules_to_save", str, many=True)
     if config.get("alora_invocation_tokens"):
@@ -453,10 +438,6 @@ def adapter_labels(path: str | Path) -> dict[str, Any]:
     return {"num_labels": sizes[0]}
 
 
-def _shape(tensors: dict[str, Tensor], name: str) -> tuple[int, ...] | str:
-    return tuple(tensors[name].shape) if name in tensors else "absent"
-
-
 def _near(left: list[float], right: list[float]) -> bool:
     pairs = zip(left, right, strict=False)
     close = (abs(a - b) <= CLOSE * max(abs(a), abs(b)) + 1e-6 for a, b in pairs)
@@ -485,11 +466,10 @@ def add_adapter(
     check_adapter(config)
     if config.adapter == "none":
         return model
-    settings = (
-        lora_settings(model, config, new_token_ids)
-        if config.adapter == "lora"
-        else prompt_settings(model, config)
-    )
+    if config.adapter == "lora":
+        settings = lora_settings(model, config, new_token_ids)
+    else:
+        settings = prompt_settings(model, config)
     start = start_ids(model, config, tokenizer, seed) if config.adapter == "prompt" else None
     return _wrap(model, settings, Facts(describe(model), _rows(model, new_token_ids)), seed, start)
 
@@ -541,15 +521,14 @@ def load_adapter(model: PreTrainedModel, path: str, trainable: bool = False) -> 
     expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     # the tables of the base have been read
     weights = {n: t for n, t in weights.items() if n in expected or not n.startswith(own)}
-    for name in sorted(expected.keys() | weights.keys()):
-        needed, stored = _shape(expected, name), _shape(weights, name)
-        if needed != stored:
-            raise ValueError(
-                f"adapter {path} of base {read_config(path).get('base_model_name_or_path')!r} does "
-                f"not fit the model {model.name_or_path!r}: "
-                f"{name} is {stored} in the adapter and {needed} by the model; give the base that "
-                "the adapter was trained on"
-            )
+    if different := differing(weights, expected):
+        name, stored, needed = different
+        raise ValueError(
+            f"adapter {path} of base {read_config(path).get('base_model_name_or_path')!r} does "
+            f"not fit the model {model.name_or_path!r}: "
+            f"{name} is {stored} in the adapter and {needed} by the model; give the base that "
+            "the adapter was trained on"
+        )
     set_peft_model_state_dict(wrapped, weights)
     if trainable and kind == "P_TUNING":
         with loading(folder / ENCODER, "a prompt encoder of these sizes"):
@@ -647,7 +626,6 @@ def save_adapter(
     import copy
 
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
     from torch.func import functional_call
 
     (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
@@ -669,19 +647,13 @@ def save_adapter(
         weights = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     kept = saved_tables(model)
     weights |= {name: tensor for name, tensor in tensors if name in kept}
-    save_file(
-        {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()},
-        folder / WEIGHTS,
-        {"format": "pt"},
-    )
+    write_tensors(weights, folder / WEIGHTS, format="pt")
     settings.save_pretrained(str(folder))
     (folder / BASE).write_text(json.dumps(model.adapter_facts.base, indent=1))
     if model.adapter_facts.rows:
-        save_file(model.adapter_facts.rows, folder / ROWS)
+        write_tensors(model.adapter_facts.rows, folder / ROWS)
     if settings.peft_type == "P_TUNING" and not model.peft_config["default"].inference_mode:
-        save_file(
-            {name: tensor.cpu().contiguous() for name, tensor in encoder.items()}, folder / ENCODER
-        )
+        write_tensors(encoder, folder / ENCODER)
 
 
 def merge_adapter(model: PeftModel, tolerance: float | None = None) -> PreTrainedModel:

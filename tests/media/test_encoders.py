@@ -20,7 +20,7 @@ from ta.builtin.pictures import (
 )
 from ta.media.encoders import ENCODERS, encoder_fingerprint, load_encoder
 from ta.media.features import Layout, check_features, extract, read_features, take
-from ta.media.imagebind import convert_checkpoint
+from ta.media.imagebind import write_trunk
 from ta.media.images import find_files, media_path
 
 TOWER = {
@@ -193,8 +193,7 @@ def test_whisper_equals_transformers(tmp_path):
 )
 def test_imagebind(tmp_path, config, output):
     config = replace(config, output=output)
-    torch.save(Published(config).state_dict(), tmp_path / "huge.pth")
-    convert_checkpoint(tmp_path / "huge.pth", tmp_path / "m", config)
+    write_trunk(Published(config).state_dict(), tmp_path / "huge.pth", tmp_path / "m", config)
     encoder = load_encoder("imagebind", tmp_path / "m")
     write_wav(tmp_path / "audio", tone(440, 3))
     Image.new("RGB", (40, 30), "red").save(tmp_path / "image", format="PNG")

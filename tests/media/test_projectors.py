@@ -5,13 +5,13 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from ta.folders import write_tensors
 from ta.media.projectors import (
     PROJECTORS,
     Bottleneck,
     CAbstractor,
     load_projector,
     make_projector,
-    save_projector,
 )
 
 
@@ -128,7 +128,7 @@ def test_weights_go_through_a_file(kind, tmp_path):
     saved, other = small(kind, *sizes), small(kind, *sizes)
     for weight in other.parameters():
         torch.nn.init.constant_(weight, 0.5)
-    save_projector(saved, tmp_path / "p.safetensors")
+    write_tensors(saved.state_dict(), tmp_path / "p.safetensors")
     load_projector(other, tmp_path / "p.safetensors")
     features = torch.randn(2, 16, 6)
     assert torch.equal(saved(features), other(features))
