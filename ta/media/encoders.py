@@ -279,7 +279,7 @@ def load_tower(kind: Any, folder: Path, config: Any) -> nn.Module:
             local_files_only=True,
             trust_remote_code=False,
         )
-    check_tensors(str(folder), info, unread="")
+    check_tensors(str(folder), info, unread=("",))
     return model
 
 

@@ -105,7 +105,9 @@ def load_model(
     in further modules and freeze parts of it, before it is sharded. New weights are drawn from
     `seed`. ValueError for settings and folders that do not fit together.
     """
-    from ta.model.export import check_export
+    import torch
+
+    from ta.model.export import check_export, stored_dtype
 
     if compute.keep_products and (compute.compile or not compute.activation_checkpointing):
         raise ValueError(
@@ -135,44 +137,36 @@ def load_model(
         # an adapter brings its own new tokens
         adapted = load_adapter(loaded, sources.adapter, trainable=True)
         check_vocabulary(tokenizer.fast, loaded)
-    if adapted is loaded and getattr(loaded, "is_quantized", False):
+    whole = adapted is loaded
+    if whole and getattr(loaded, "is_quantized", False):
         raise ValueError(
             f"{sources.base} holds weights of few bits, which cannot be trained: give --adapter "
             "lora, or the model that it was made of"
         )
-    if adapted is loaded:
+    if whole:
         loaded.requires_grad_(True)
     ready = _place(adapted, compute, device, is_half(model, device), around, sources.media)
-    idle = "" if adapter.adapter in ("none", "lora") else idle_rows(tokenizer, adapter.adapter)
+    idle = _idle_rows(tokenizer, adapter.adapter)
     ready.note = "\n".join(text for text in (head, idle, ready.note) if text)
     if ready.note:
         say(ready.note)
     if any(p.requires_grad for p in ready.parameters()):
-        ready.export_dtype = _export_dtype(compute, sources.base, adapted is loaded)
+        if whole:
+            asked = getattr(torch, compute.export_dtype or "", None)
+            ready.export_dtype = asked or stored_dtype(sources.base)
+        elif compute.export_dtype is not None:
+            raise ValueError(
+                f"--export-dtype {compute.export_dtype} with an adapter, which is exported as it "
+                "was trained: leave it out, or give it to recipes/merge.py"
+            )
         check_export(ready, tokenizer)
     return ready
 
 
-def _export_dtype(compute: ComputeConfig, base: str, whole: bool) -> torch.dtype | None:
-    """The type of exported weights, None for those of an adapter; ValueError where both are."""
-    import torch
-
-    from ta.model.export import stored_dtype
-
-    if whole:
-        return getattr(torch, compute.export_dtype or "", None) or stored_dtype(base)
-    if compute.export_dtype is not None:
-        raise ValueError(
-            f"--export-dtype {compute.export_dtype} with an adapter, which is exported as it was "
-            "trained: leave it out, or give it to recipes/merge.py"
-        )
-    return None
-
-
-def idle_rows(tokenizer: ChatTokenizer, kind: str) -> str:
+def _idle_rows(tokenizer: ChatTokenizer, kind: str) -> str:
     """A line for the user where rows of new tokens do not train; nothing without new tokens."""
     texts = [token.text for token in tokenizer.new_tokens if token.added]
-    if not texts:
+    if kind in ("none", "lora") or not texts:
         return ""
     return (
         f"--adapter {kind} trains virtual tokens alone: the rows of {', '.join(texts)} stay at the "
@@ -187,15 +181,15 @@ def check_context(model: LanguageModel, *data: Prepared | None) -> None:
     from ta.model.language_model import base_model
 
     base = base_model(model.inner)
-    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    for name, module in base.named_modules() if limit else ():
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None) or np.inf
+    for name, module in base.named_modules():
         # the positions of RoBERTa and its kind begin behind that of padding
         first = getattr(module, "padding_idx", None)
         if name.endswith("position_embeddings") and first is not None:
             limit -= first + 1
-    for prepared in data if limit else ():
-        sizes = np.zeros(0, int) if prepared is None else np.diff(prepared.offsets)
-        if prepared is not None and sizes.max(initial=0) > limit:
+    for prepared in filter(None, data):
+        sizes = np.diff(prepared.offsets)
+        if sizes.max(initial=0) > limit:
             longest = name_of(prepared, int(sizes.argmax()) // prepared.k)
             raise ValueError(
                 f"{(sizes > limit).sum()} of {len(sizes)} sequences are longer than the {limit} "
@@ -265,40 +259,37 @@ def load_base(
             f"{folder} is a reward model or classifier, which gives scores and no text: give a "
             "language model"
         )
-    arguments = {"attn_implementation": register(), **parsed(model.model_args)}
+    attention = {} if task == "encoder" else {"attn_implementation": register()}
+    arguments = {**attention, **parsed(model.model_args)}
+    arguments |= {"trust_remote_code": model.trust_remote_code, "local_files_only": not model.hub}
     arguments |= quantization(quantize, is_half(model, device), device)
     if read_folder(folder).config.get("quantization_config"):
         arguments["device_map"] = {"": device}
     if task == "seq_cls":
         arguments["num_labels"] = num_labels
-    if task == "encoder" and arguments["attn_implementation"] == "ta":
-        arguments.pop("attn_implementation")
     auto = getattr(transformers, CLASSES[task])
     dtype = torch.float64 if model.dtype == "float64" else torch.float32
     dtype = torch.bfloat16 if half else dtype
-    options = {"trust_remote_code": model.trust_remote_code, "local_files_only": not model.hub}
     with loading(folder, NAMES[task]):
         if rank() and not whole:
             # parallel.shard sends the weights of rank 0 to the other processes
             attention = arguments.pop("attn_implementation", None)
-            settings = transformers.AutoConfig.from_pretrained(folder, **options, **arguments)
+            settings = transformers.AutoConfig.from_pretrained(folder, **arguments)
             with torch.device("meta"):
                 return auto.from_config(settings, dtype=dtype, attn_implementation=attention).eval()
-        loaded, info = from_pretrained(auto, folder, dtype=dtype, **options, **arguments)
+        loaded, info = from_pretrained(auto, folder, dtype=dtype, **arguments)
+    new, unread = (), ()
     if task == "encoder":
-        check_tensors(folder, info, new="pooler.", unread="")
+        new, unread = ("pooler.",), ("",)
+    elif task == "seq_cls" and is_encoder_classifier(loaded):
+        # an encoder's heads are whatever stands beside its body; its pooler may be new too
+        body = f"{loaded.base_model_prefix}."
+        missing, unexpected = info["missing_keys"], info["unexpected_keys"]
+        new = tuple(n for n in missing if not n.startswith(body) or ".pooler." in n)
+        unread = tuple(name for name in unexpected if not name.startswith(body))
     elif task == "seq_cls":
-        heads = {"new": ("score.", "classifier."), "unread": ("lm_head.", "embed_out.")}
-        if is_encoder_classifier(loaded):
-            # an encoder's heads are whatever stands beside its body; its pooler may be new too
-            body = f"{loaded.base_model_prefix}."
-            both = {*info["missing_keys"], *info["unexpected_keys"]}
-            beside = tuple(name for name in both if not name.startswith(body))
-            pooler = tuple(name for name in info["missing_keys"] if ".pooler." in name)
-            heads = {"new": beside + pooler, "unread": beside}
-        check_tensors(folder, info, **heads)
-    else:
-        check_tensors(folder, info)
+        new, unread = ("score.", "classifier."), ("lm_head.", "embed_out.")
+    check_tensors(folder, info, new, unread)
     if loaded.can_generate():
         # transformers would go on without a file that it cannot read
         value_of(Path(folder) / "generation_config.json", "num_beams", int)
@@ -332,8 +323,8 @@ def from_pretrained(kind: Any, folder: str, **arguments: Any) -> tuple[PreTraine
 def check_tensors(
     folder: str,
     info: dict[str, Any],
-    new: str | tuple[str, ...] = (),
-    unread: str | tuple[str, ...] = (),
+    new: tuple[str, ...] = (),
+    unread: tuple[str, ...] = (),
 ) -> None:
     """ValueError, with names, where tensors of the folder are not those of the model.
 
@@ -341,15 +332,15 @@ def check_tensors(
     be missing, those that begin like `unread` may be there without a place for them.
     """
     mismatched = {
-        f"{name} is {tuple(given)} there and {tuple(wanted)} by config.json"
+        name: f"{name} is {tuple(given)} there and {tuple(wanted)} by config.json"
         for name, given, wanted in info["mismatched_keys"]
     }
-    missing = {name for name in info["missing_keys"] if not name.startswith(new)}
-    unexpected = {name for name in info["unexpected_keys"] if not name.startswith(unread)}
+    missing = [name for name in info["missing_keys"] if not name.startswith(new)]
+    unexpected = [name for name in info["unexpected_keys"] if not name.startswith(unread)]
     for names, verb in (
-        (missing - {name for name, *_ in info["mismatched_keys"]}, "lacks"),
+        (set(missing) - mismatched.keys(), "lacks"),
         (unexpected, "has, without a place for them,"),
-        (mismatched, "has, of another shape,"),
+        (mismatched.values(), "has, of another shape,"),
     ):
         if names:
             shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
