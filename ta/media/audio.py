@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-import stat
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
+
+from ta.media.images import check_file
 
 if TYPE_CHECKING:
     from transformers import WhisperFeatureExtractor
@@ -26,10 +27,7 @@ def read_audio(path: str | Path, rate: int = RATE, max_seconds: float = MAX_SECO
     a pipe, the sound goes on to the end of the file. ValueError names the path of what is missing,
     empty, too long, cut short or no such file.
     """
-    if not os.path.exists(path):
-        raise ValueError(f"{path}: no such file; check the media root and the path in the record")
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError(f"{path} is not a regular file; give a wav file")
+    check_file(path)
     with open(path, "rb") as file:
         channels, width, given_rate, size = _wav_header(file, path)
         count = size // (channels * width)
@@ -65,7 +63,7 @@ def _wav_header(file: BinaryIO, path: str | Path) -> tuple[int, int, int, int]:
 
     start = file.read(12)
     if start[:4] != b"RIFF" or start[8:] != b"WAVE":
-        raise wrong("it does not begin with RIFF and WAVE" if start else "it is empty")
+        raise wrong("it does not begin with RIFF and WAVE")
     form = b""
     while len(head := file.read(8)) == 8:
         name, size = head[:4], int.from_bytes(head[4:], "little")
@@ -100,10 +98,10 @@ def _samples(data: bytes, width: int) -> np.ndarray:
     return wide.view("<i4")[:, 0] / float(1 << 31)
 
 
-def resample(samples: np.ndarray, rate: int, to: int, zeros: int = 16) -> np.ndarray:
+def resample(samples: np.ndarray, rate: int, to: int) -> np.ndarray:
     """(N,) samples at `rate` Hz to (ceil(N * to / rate),) float64 at `to` Hz.
 
-    The polyphase filter is a sinc of `zeros` crossings under a Hann window, cut at 0.95 of the
+    The polyphase filter is a sinc of 16 crossings under a Hann window, cut at 0.95 of the
     lower Nyquist frequency (Smith, Digital Audio Resampling). A constant stays the same constant.
     """
     if rate == to:
@@ -111,7 +109,7 @@ def resample(samples: np.ndarray, rate: int, to: int, zeros: int = 16) -> np.nda
     common = math.gcd(rate, to)
     up, down = to // common, rate // common  # output n sits at input position n * down / up
     cutoff = min(1.0, up / down) * 0.95
-    reach = math.ceil(zeros / cutoff)
+    reach = math.ceil(16 / cutoff)
     length = math.ceil(len(samples) * up / down)
     padded = np.pad(samples.astype(np.float64), (reach, reach + down + 1), mode="edge")
     windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1)
@@ -139,21 +137,18 @@ def whisper_mels(path: str | Path, extractor: WhisperFeatureExtractor) -> np.nda
             f"{path}: {seconds:.1f} s of sound, this encoder hears {extractor.chunk_length} s; "
             "cut the file into pieces"
         )
-    return extractor(samples, sampling_rate=extractor.sampling_rate, return_tensors="np")[
-        "input_features"
-    ][0]
+    mels = extractor(samples, sampling_rate=extractor.sampling_rate, return_tensors="np")
+    return mels["input_features"][0]
 
 
-def fbank_clips(
-    path: str | Path, mels: int, frames: int, clips: int, seconds: float = 2.0
-) -> np.ndarray:
+def fbank_clips(path: str | Path, mels: int, frames: int, clips: int) -> np.ndarray:
     """ImageBind's input (clips, 1, mels, frames) float32 (arXiv 2305.05665, appendix on data).
 
-    `clips` stretches of `seconds` lie evenly over the file. Each becomes a log filter bank, padded
-    with zeros or cut to `frames`, then (x + 4.268) / 9.138.
+    `clips` stretches of two seconds lie evenly over the file. Each becomes a log filter bank,
+    padded with zeros or cut to `frames`, then (x + 4.268) / 9.138.
     """
     samples = read_audio(path)
-    length = round(seconds * RATE)
+    length = 2 * RATE
     last = max(len(samples) - length, 0)
     starts = [round(i * last / max(clips - 1, 1)) for i in range(clips)]
     banks = [kaldi_fbank(samples[start : start + length], mels)[:, :frames] for start in starts]

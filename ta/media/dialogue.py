@@ -21,16 +21,6 @@ if TYPE_CHECKING:
 Media = list[tuple[str, str]]  # (modality, path as the record gives it), in the order of the text
 
 
-def media_in(messages: Sequence[Message]) -> Media:
-    """The pictures and sounds of messages as records have them, in the order of the text."""
-    media = []
-    for message in messages:
-        content = message["content"]
-        parts = content if isinstance(content, list) else [message]
-        media += [(p["type"], p["content"]) for p in parts if p.get("type", "text") != "text"]
-    return media
-
-
 def place_media(
     messages: Sequence[Message], placeholders: Mapping[str, Placeholder]
 ) -> tuple[list[Message], Media]:
@@ -42,12 +32,9 @@ def place_media(
     """
     placed, media = [], []
     for message in messages:
-        given = message["content"]
-        parts = (
-            given
-            if isinstance(given, list)
-            else [{"type": message.get("type", "text"), "content": given}]
-        )
+        parts = message["content"]
+        if not isinstance(parts, list):
+            parts = [{"type": message.get("type", "text"), "content": parts}]
         rest = {key: value for key, value in message.items() if key != "type"}
         if all(part["type"] == "text" for part in parts):
             placed.append(rest)
@@ -81,25 +68,21 @@ def encode_media(
     config: ChatConfig,
     arguments: Sequence[Arguments] | None = None,
     prompts: bool = False,
-) -> list[tuple[Tokens, Media] | Drop]:
+) -> list[tuple[Tokens | list[int], Media] | Drop]:
     """`encode_chats` of chats with pictures and sounds: each with those that were not cut away.
 
-    With `prompts` it is `encode_prompts`, whose tokens weigh nothing.
+    With `prompts` it is `encode_prompts`.
     """
-    placeholders = tokenizer.placeholders
+    placeholders, latest = tokenizer.placeholders, prompts or config.keep_end
     placed = [place_media(chat, placeholders) for chat in chats]
     encode = encode_prompts if prompts else encode_chats
     messages = [messages for messages, _ in placed]
     results = encode(messages, tokenizer, config, arguments=arguments)
-    encoded: list[tuple[Tokens, Media] | Drop] = []
-    for result, (_, media) in zip(results, placed, strict=True):
-        if isinstance(result, Drop):
-            encoded.append(result)
-            continue
-        tokens = Tokens(result, [0.0] * len(result)) if prompts else result
-        kept = kept_media(media, tokens.ids, placeholders, prompts or config.keep_end)
-        encoded.append((tokens, kept))
-    return encoded
+    for n, (_, media) in enumerate(placed):
+        if not isinstance(results[n], Drop):
+            ids = results[n] if prompts else results[n].ids
+            results[n] = results[n], kept_media(media, ids, placeholders, latest)
+    return results
 
 
 def kept_media(
@@ -126,7 +109,8 @@ def placed_chat(record: dict, tokenizer: ChatTokenizer) -> list[list[Message]]:
 
 def media_of_record(record: dict, ids: list[int], tokenizer: ChatTokenizer, latest: bool) -> Media:
     """Those of the record's pictures and sounds that stand in `ids`."""
-    return kept_media(media_in(record["messages"]), ids, tokenizer.placeholders, latest)
+    media = place_media(record["messages"], tokenizer.placeholders)[1]
+    return kept_media(media, ids, tokenizer.placeholders, latest)
 
 
 MEDIA_CHATS = RecordKind(

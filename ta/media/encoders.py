@@ -48,12 +48,7 @@ class Encoder(NamedTuple):
             return self.module(inputs.to(parameter.device, parameter.dtype))
 
 
-def load_encoder(
-    name: str,
-    folder: str | Path | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Encoder:
+def load_encoder(name: str, folder: str | Path | None = None) -> Encoder:
     """The encoder `name` of ENCODERS with the weights in `folder`, frozen; builtin needs no folder.
 
     ValueError for an unknown name and for a folder that does not hold such an encoder.
@@ -66,7 +61,7 @@ def load_encoder(
             "weights and preprocessor_config.json, or add --hub to look the name up on the hub"
         )
     encoder = ENCODERS[name](Path(folder) if folder else Path())
-    encoder.module.to(device, dtype).eval().requires_grad_(False)
+    encoder.module.float().eval().requires_grad_(False)
     return encoder
 
 
@@ -79,7 +74,7 @@ def load_with_fingerprint(
     """
     if folder is not None:
         folder = local_folder(folder, hub)
-    encoder = load_encoder(name, folder, "cpu")
+    encoder = load_encoder(name, folder)
     fingerprint = encoder_fingerprint(encoder)
     encoder.module.to(device, torch.bfloat16 if half else torch.float32)
     return encoder, fingerprint
@@ -99,15 +94,8 @@ def builtin(folder: Path) -> Encoder:
     module = SeededPatches()
     how = Preprocessing((48, 48), None, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     width, side = module.colours + module.forms + 2 * module.side, module.side
-    return Encoder(
-        "image",
-        width,
-        side * side,
-        (side, side),
-        partial(read_pixels, how=how),
-        module,
-        _settings("builtin", how=how),
-    )
+    read, settings = partial(read_pixels, how=how), _settings("builtin", how)
+    return Encoder("image", width, side * side, (side, side), read, module, settings)
 
 
 def clip(folder: Path) -> Encoder:
@@ -120,9 +108,9 @@ def clip(folder: Path) -> Encoder:
     config = _config(CLIPVisionConfig, folder, "clip", "clip_vision_model")
     # the state before the last layer is the last state of a model with one layer fewer
     config.num_hidden_layers -= 1
-    return _patches(
-        "clip", folder, CLIP, config, ClipPatches(load_tower(CLIPVisionModel, folder, config))
-    )
+    tower = load_tower(CLIPVisionModel, folder, config)
+    # the class token comes first
+    return _patches("clip", folder, CLIP, config, LastState(tower, "pixel_values", 1))
 
 
 def siglip(folder: Path) -> Encoder:
@@ -131,13 +119,8 @@ def siglip(folder: Path) -> Encoder:
 
     config = _config(SiglipVisionConfig, folder, "siglip", "siglip_vision_model")
     config.num_hidden_layers -= 1
-    return _patches(
-        "siglip",
-        folder,
-        SIGLIP,
-        config,
-        SiglipPatches(load_tower(SiglipVisionModel, folder, config)),
-    )
+    tower = load_tower(SiglipVisionModel, folder, config)
+    return _patches("siglip", folder, SIGLIP, config, SiglipPatches(tower))
 
 
 def imagebind(folder: Path) -> Encoder:
@@ -146,17 +129,15 @@ def imagebind(folder: Path) -> Encoder:
     The folder is one that `imagebind.write_trunk` wrote.
     """
     trunk = load_trunk(folder)
-    config = trunk.config
+    config, how = trunk.config, None
     if config.modality == "image":
         how = CLIP._replace(size=min(config.size), crop=config.size)
-        read: Callable[..., np.ndarray] = partial(read_pixels, how=how)
+        read = partial(read_pixels, how=how)
     else:
-        how, read = (
-            None,
-            partial(fbank_clips, mels=config.size[0], frames=config.size[1], clips=config.clips),
-        )
+        mels, frames = config.size
+        read = partial(fbank_clips, mels=mels, frames=frames, clips=config.clips)
     grid = (config.clips * config.grid[0], config.grid[1]) if config.output == "tokens" else (1, 1)
-    settings = _settings("imagebind", how=how, trunk={**config.__dict__, "size": list(config.size)})
+    settings = _settings("imagebind", how, trunk=vars(config))
     return Encoder(config.modality, trunk.out_dim, trunk.n_tokens, grid, read, trunk, settings)
 
 
@@ -185,72 +166,37 @@ def whisper(folder: Path) -> Encoder:
             f"reads {config.num_mel_bins} x {2 * count}"
         )
     rows = next(rows for rows in range(math.isqrt(count), 0, -1) if count % rows == 0)
-    module = WhisperStates(load_tower(WhisperModel, folder, config).encoder)
-    sizes = {
-        key: getattr(config, key)
-        for key in (
-            "encoder_layers",
-            "encoder_attention_heads",
-            "activation_function",
-            "scale_embedding",
-        )
-    }
-    hearing = {
-        key: getattr(extractor, key)
-        for key in ("feature_size", "sampling_rate", "hop_length", "n_fft", "chunk_length")
-    }
-    read = partial(whisper_mels, extractor=extractor)
-    return Encoder(
-        "audio",
-        config.d_model,
-        count,
-        (rows, count // rows),
-        read,
-        module,
-        _settings("whisper", config=sizes, extractor=hearing),
-    )
+    module = LastState(load_tower(WhisperModel, folder, config).encoder, "input_features")
+    grid, read = (rows, count // rows), partial(whisper_mels, extractor=extractor)
+    sizes = "encoder_layers encoder_attention_heads activation_function scale_embedding"
+    hearing = "feature_size sampling_rate hop_length n_fft chunk_length"
+    more = {"config": _values(config, sizes), "extractor": _values(extractor, hearing)}
+    return Encoder("audio", config.d_model, count, grid, read, module, _settings("whisper", **more))
 
 
 def _settings(name: str, how: Preprocessing | None = None, **more: Any) -> dict[str, Any]:
     """What a fingerprint covers besides the weights; `version` is raised when features change."""
-    return {
-        "encoder": name,
-        "version": 1,
-        "preprocessing": list(how) if how else None,
-        **more,
-    }
+    return {"encoder": name, "version": 1, "preprocessing": how and list(how), **more}
+
+
+def _values(settings: Any, names: str) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in names.split()}
 
 
 def _patches(
     name: str, folder: Path, default: Preprocessing, config: Any, module: nn.Module
 ) -> Encoder:
     how = read_preprocessing(folder, default)
-    given = how.crop or (how.size if isinstance(how.size, tuple) else None)
-    if given != (config.image_size, config.image_size):
-        wants = f"{config.image_size} x {config.image_size}"
+    given, edge = how.crop or (how.size if isinstance(how.size, tuple) else None), config.image_size
+    if given != (edge, edge):
         raise ValueError(
             f"{folder}: preprocessor_config.json makes pictures of {given or 'any size'}, "
-            f"the encoder reads {wants}; make them equal"
+            f"the encoder reads {edge} x {edge}; make them equal"
         )
-    side = config.image_size // config.patch_size
-    keys = (
-        "num_hidden_layers",
-        "num_attention_heads",
-        "hidden_act",
-        "layer_norm_eps",
-        "image_size",
-        "patch_size",
-    )
-    settings = _settings(name, how=how, config={key: getattr(config, key) for key in keys})
-    return Encoder(
-        "image",
-        config.hidden_size,
-        side * side,
-        (side, side),
-        partial(read_pixels, how=how),
-        module,
-        settings,
-    )
+    side, read = edge // config.patch_size, partial(read_pixels, how=how)
+    sizes = "num_hidden_layers num_attention_heads hidden_act layer_norm_eps image_size patch_size"
+    settings = _settings(name, how, config=_values(config, sizes))
+    return Encoder("image", config.hidden_size, side * side, (side, side), read, module, settings)
 
 
 def _config(kind: Any, folder: Path, *types: str) -> Any:
@@ -271,28 +217,25 @@ def load_tower(kind: Any, folder: Path, config: Any) -> nn.Module:
     ValueError where a weight is missing or a file cannot be read.
     """
     with loading(folder, f"an encoder ({kind.__name__})"):
-        model, info = from_pretrained(
-            kind,
-            str(folder),
-            config=config,
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
+        options = {"local_files_only": True, "trust_remote_code": False}
+        dtype = torch.float32
+        model, info = from_pretrained(kind, str(folder), config=config, dtype=dtype, **options)
     check_tensors(str(folder), info, unread=("",))
     return model
 
 
-class ClipPatches(nn.Module):
-    """A CLIP vision model without its last layer: its patches, without the class token."""
+class LastState(nn.Module):
+    """The last hidden state of a transformers model, without its first `skip` tokens."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, name: str, skip: int = 0):
         super().__init__()
         self.model = model
+        # of the argument that takes the inputs
+        self.name, self.skip = name, skip
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Pixels (I, 3, H, W) -> features (I, F, E)."""
-        return self.model(pixel_values=pixels).last_hidden_state[:, 1:]
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Pixels (I, 3, H, W) or log-mel spectrograms (I, mels, frames) -> features (I, F, E)."""
+        return self.model(**{self.name: inputs}).last_hidden_state[:, self.skip :]
 
 
 class SiglipPatches(nn.Module):
@@ -306,18 +249,6 @@ class SiglipPatches(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels (I, 3, H, W) -> features (I, F, E)."""
         return self.layers(inputs_embeds=self.embeddings(pixels)).last_hidden_state
-
-
-class WhisperStates(nn.Module):
-    """Whisper's encoder: its last hidden state, 50 features a second of the padded window."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, mels: Tensor) -> Tensor:
-        """Log-mel spectrograms (I, mels, frames) -> features (I, F, E)."""
-        return self.model(input_features=mels).last_hidden_state
 
 
 class SeededPatches(nn.Module):

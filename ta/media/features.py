@@ -63,9 +63,7 @@ class FeatureFile:
     Letters: I files of a batch, (F, E) the features of one.
     """
 
-    def __init__(
-        self, out: Path, layout: Layout, paths: Mapping[str, Path], overwrite: bool = False
-    ):
+    def __init__(self, out: Path, layout: Layout, paths: Mapping[str, Path], overwrite: bool):
         """Begin, or go on with the parts of an earlier call: with what they hold of the files of
         `paths` {key: file} as these are now.
 
@@ -93,11 +91,8 @@ class FeatureFile:
             )
         if begun != about:
             self.parts.begin(about)
-        self.hashes = {
-            key: value
-            for key, value in _held(self.parts).items()
-            if key in paths and content_hash(paths[key]) == value
-        }
+        held = _held(self.parts).items()
+        self.hashes = {k: v for k, v in held if k in paths and content_hash(paths[k]) == v}
 
     def append(self, keys: Sequence[str], hashes: Sequence[str], features: torch.Tensor) -> None:
         """Add (I, F, E) features; when this returns, they are on the disk."""
@@ -128,16 +123,12 @@ class FeatureFile:
         tensors = {}
         for part in sorted(self.parts.keys()):
             part_tensors, about = self.parts.load(part)
-            for key, features in zip(
-                json.loads(about["hashes"]), part_tensors["features"], strict=True
-            ):
-                if key in self.hashes:  # of what was encoded twice the last one counts
-                    tensors[key] = features
-        info = {
-            "fingerprint": self.layout.fingerprint,
-            "shape": self.layout.shape,
-            "hashes": self.hashes,
-        }
+            keys = json.loads(about["hashes"])
+            # of what was encoded twice the last one counts
+            tensors |= zip(keys, part_tensors["features"], strict=True)
+        tensors = {key: features for key, features in tensors.items() if key in self.hashes}
+        info = {"fingerprint": self.layout.fingerprint, "shape": self.layout.shape}
+        info["hashes"] = self.hashes
         with writing(self.out) as aside:
             save_file(tensors, aside, {FORMAT: json.dumps(info, sort_keys=True)})
         self.parts.clear()
@@ -217,47 +208,31 @@ def read_features(path: str | Path, fingerprint: str | None = None) -> Features:
     return Features(Path(path), made_by, shape, hashes, handle)
 
 
-def take(features: Features, keys: Sequence[str]) -> torch.Tensor:
-    """(I, F, E) features of `keys` in their order, read from the file; ValueError names a key that
-    is not in the cache.
-    """
-    import torch
-
-    found = [torch.empty(0, *features.shape)] if not keys else []
-    for key in keys:
-        if key not in features.hashes:
-            raise ValueError(
-                f"{key!r} is not among the {len(features.hashes)} files of the cache "
-                f"{features.path}; preprocess it too"
-            )
-        found.append(features.handle.get_tensor(key))
-        if found[-1].shape != features.shape:
-            raise ValueError(
-                f"{features.path}: {key!r} has features {tuple(found[-1].shape)}, its header tells "
-                f"{features.shape}; make it again with recipes/preprocess_images.py --overwrite"
-            )
-    return torch.stack(found) if keys else found[0]
-
-
-def check_features(
-    features: Features, paths: Mapping[str, Path], hashes: Mapping[str, str] | None = None
-) -> None:
-    """ValueError unless every file of `paths` {key: file} is in the cache with the content that was
-    encoded; `hashes` where they are known.
-    """
-    absent = [key for key in paths if key not in features.hashes]
-    if absent:
+def take(features: Features, key: str) -> torch.Tensor:
+    """(F, E) features of one file, read from the cache; ValueError where it does not hold them."""
+    if key not in features.hashes:
         raise ValueError(
-            f"{features.path}: {len(absent)} of {len(paths)} files are not in the cache, the first "
-            f"is {absent[0]!r}; preprocess them"
+            f"{key!r} is not among the {len(features.hashes)} files of the cache {features.path}; "
+            "preprocess it too"
         )
-    hashes = hashes or {key: content_hash(path) for key, path in paths.items()}
-    changed = [key for key, value in hashes.items() if value != features.hashes[key]]
-    if changed:
+    found = features.handle.get_tensor(key)
+    if found.shape != features.shape:
         raise ValueError(
-            f"{features.path} is stale: {len(changed)} of {len(paths)} files changed since, the "
-            f"first is {changed[0]!r}; make it again"
+            f"{features.path}: {key!r} has features {tuple(found.shape)}, its header tells "
+            f"{features.shape}; make it again with recipes/preprocess_images.py --overwrite"
         )
+    return found
+
+
+def check_features(features: Features, key: str, file: Path, content: str | None = None) -> None:
+    """ValueError unless a file is in the cache under `key` with the content that was encoded.
+
+    `content` is its hash, where it is known.
+    """
+    if key not in features.hashes:
+        raise ValueError(f"{features.path}: {key!r} is not in the cache; preprocess it")
+    if (content or content_hash(file)) != features.hashes[key]:
+        raise ValueError(f"{features.path} is stale: {key!r} changed since; make it again")
 
 
 def extract(
@@ -269,7 +244,7 @@ def extract(
     batch_size: int = 32,
     workers: int = 0,
     skip_bad: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     overwrite: bool = False,
 ) -> Extracted:
     """Encode the files of `paths` {key: file} into the cache `out`.
@@ -282,11 +257,6 @@ def extract(
     """
     import torch
 
-    if workers < 0 or batch_size < 1:
-        raise ValueError(
-            f"workers {workers}, batch size {batch_size}: give 0 or more workers and a batch of 1 "
-            "or more"
-        )
     skipped: list[tuple[str, str]] = []
     with locked(out):
         _check_absent(Path(out), overwrite)
@@ -299,28 +269,24 @@ def extract(
             """Encode and write what has been read."""
             if batch:
                 keys, hashes, inputs = zip(*batch, strict=True)
-                partial.append(
-                    keys, hashes, encode(torch.stack([torch.from_numpy(x) for x in inputs]))
-                )
+                stacked = torch.stack([torch.from_numpy(x) for x in inputs])
+                partial.append(keys, hashes, encode(stacked))
                 batch.clear()
-            if progress is not None:
-                progress(len(partial.hashes) + len(skipped), len(paths))
+            progress(len(partial.hashes) + len(skipped), len(paths))
 
         for key, content, value, reason in _read_all(left, read, workers):
-            if reason is not None and not skip_bad:
-                raise ValueError(reason)
-            if reason is not None:
+            if reason is None:
+                batch.append((key, content, value))
+            elif skip_bad:
                 skipped.append((key, reason))
             else:
-                batch.append((key, content, value))
-                if len(batch) == batch_size:
-                    flush()
+                raise ValueError(reason)
+            if len(batch) == batch_size:
+                flush()
         flush()
         if not partial.hashes:
-            raise ValueError(
-                f"{out}: none of the {len(paths)} files could be encoded"
-                + (f"; the first: {skipped[0][1]}" if skipped else "")
-            )
+            why = f"; the first: {skipped[0][1]}" if skipped else ""
+            raise ValueError(f"{out}: none of the {len(paths)} files could be encoded{why}")
         partial.publish()
         return Extracted(len(partial.hashes), len(partial.hashes) - before, skipped)
 

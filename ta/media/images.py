@@ -87,14 +87,12 @@ def find_files(root: str | Path, endings: Sequence[str] = ENDINGS) -> list[str]:
     """The keys of all files below `root` with such `endings`, in order, hidden ones left out."""
     if not Path(root).is_dir():
         raise ValueError(f"{root} is not a folder; give the folder that holds the files")
-    names = (
-        path.relative_to(root)
+    keys = (
+        path.relative_to(root).as_posix()
         for path in Path(root).rglob("*")
         if path.suffix.lower() in endings and not path.is_dir()
     )
-    return sorted(
-        name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts)
-    )
+    return sorted(key for key in keys if "/." not in f"/{key}")
 
 
 def find_media(
@@ -225,32 +223,29 @@ def preprocess(image: np.ndarray, how: Preprocessing) -> np.ndarray:
 def _processor(how: Preprocessing) -> CLIPImageProcessorPil:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    def sides(pair: tuple[int, int]) -> dict[str, int]:
-        return {"height": pair[0], "width": pair[1]}
+    def sides(size: int | tuple[int, int] | None) -> dict[str, int] | None:
+        if isinstance(size, int):
+            return {"shortest_edge": size}
+        return size and {"height": size[0], "width": size[1]}
 
-    settings: dict[str, Any] = {
-        "do_convert_rgb": False,
-        "do_resize": how.size is not None,
-        "do_center_crop": how.crop is not None,
-        "do_rescale": how.scale is not None,
-        "do_normalize": how.mean is not None,
-        "resample": how.resample,
-    }
-    if how.size is not None:
-        one_edge = isinstance(how.size, int)
-        settings["size"] = {"shortest_edge": how.size} if one_edge else sides(how.size)
-    if how.crop is not None:
-        settings["crop_size"] = sides(how.crop)
-    if how.scale is not None:
-        settings["rescale_factor"] = how.scale
-    if how.mean is not None:
-        settings |= {"image_mean": list(how.mean), "image_std": list(how.std)}
-    return CLIPImageProcessorPil(**settings)
+    return CLIPImageProcessorPil(
+        do_convert_rgb=False,
+        do_resize=how.size is not None,
+        do_center_crop=how.crop is not None,
+        do_rescale=how.scale is not None,
+        do_normalize=how.mean is not None,
+        resample=how.resample,
+        size=sides(how.size),
+        crop_size=sides(how.crop),
+        rescale_factor=how.scale,
+        image_mean=how.mean,
+        image_std=how.std,
+    )
 
 
-def read_pixels(path: str | Path, how: Preprocessing, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def read_pixels(path: str | Path, how: Preprocessing) -> np.ndarray:
     """Read and preprocess one picture: (3, height, width) float32; ValueError names the path."""
-    image = read_image(path, max_pixels)
+    image = read_image(path)
     try:
         return preprocess(image, how)
     except ValueError as error:

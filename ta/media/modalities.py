@@ -346,7 +346,7 @@ def _file_check(modality: Modality) -> Callable[[str], None]:
         try:
             file = media_path(modality.root, path)
             if modality.cache is not None:
-                check_features(modality.cache, {media_key(path): file})
+                check_features(modality.cache, media_key(path), file)
             else:
                 modality.read(file)
         except ValueError as error:
@@ -373,7 +373,7 @@ def inputs_of(modality: Modality, path: str) -> Tensor:
     from ta.media.images import media_key, media_path
 
     if modality.cache is not None:
-        return take(modality.cache, [media_key(path)])[0]
+        return take(modality.cache, media_key(path))
     return torch.from_numpy(modality.read(media_path(modality.root, path)))
 
 

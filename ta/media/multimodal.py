@@ -227,13 +227,12 @@ def media_hash(media: Modalities, prepared: Prepared) -> str:
         root = hash_json(str(Path(modality.root).resolve()))[:32]
         notes = cache_folder("") / "hashes" / f"media-sha256-{root}.json"
         hashes = dict(zip(files, content_hashes(list(files.values()), notes), strict=True))
-        content += ((name, media_key(path), hashes[path]) for path in files)
-        if modality.cache is None:
-            continue
         for path, record in records.items():
             key = media_key(path)
-            with _naming(prepared, record):
-                check_features(modality.cache, {key: files[path]}, {key: hashes[path]})
+            content.append((name, key, hashes[path]))
+            if modality.cache is not None:
+                with _naming(prepared, record):
+                    check_features(modality.cache, key, files[path], hashes[path])
     return hash_json(sorted(content))
 
 
@@ -318,7 +317,7 @@ def encode_media_prompts(
 ) -> list:
     """Token ids of each chat's prompt, pictures and sounds as placeholders, or a Drop."""
     results = encode_media(chats, tokenizer, chat, arguments, prompts=True)
-    return [result if isinstance(result, Drop) else result[0].ids for result in results]
+    return [result if isinstance(result, Drop) else result[0] for result in results]
 
 
 def embed_media_prompts(

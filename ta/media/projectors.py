@@ -17,9 +17,7 @@ from ta.folders import differing, read_tensors
 class Mlp(nn.Module):
     """Two linear layers with a GELU at each position, N = F (LLaVA 1.5, arXiv 2310.03744, 3.2)."""
 
-    def __init__(
-        self, emb_dim: int, n_in: int, dim: int, n_out: int, grid: tuple[int, int] | None = None
-    ):
+    def __init__(self, emb_dim: int, n_in: int, dim: int, n_out: int):
         super().__init__()
         if n_out != n_in:
             raise ValueError(
@@ -91,15 +89,11 @@ class CAbstractor(nn.Module):
         n_in: int,
         dim: int,
         n_out: int,
-        grid: tuple[int, int] | None = None,
-        width: int = 1024,
-        depth: int = 3,
+        grid: tuple[int, int] | None,
+        width: int,
+        depth: int,
     ):
         super().__init__()
-        if depth < 1:
-            raise ValueError(
-                f"projector c_abstractor: depth {depth}; give 1 or more blocks a stage"
-            )
         if grid is None:
             grid = (_side(n_in, "the encoder gives"),) * 2
         elif grid[0] * grid[1] != n_in:
@@ -114,12 +108,10 @@ class CAbstractor(nn.Module):
                 f"give {math.isqrt(n_in) ** 2} or fewer"
             )
         self.grid = grid
-        self.positions = nn.Parameter(
-            nn.init.trunc_normal_(torch.empty(1, n_in, emb_dim), std=0.02)
-        )
-        self.before = nn.Sequential(
-            *(Bottleneck(emb_dim if i == 0 else width, width) for i in range(depth))
-        )
+        positions = nn.init.trunc_normal_(torch.empty(1, n_in, emb_dim), std=0.02)
+        self.positions = nn.Parameter(positions)
+        sizes = [emb_dim, *[width] * depth]
+        self.before = nn.Sequential(*(Bottleneck(size, width) for size in sizes[:depth]))
         self.pool = nn.AdaptiveAvgPool2d((side, side))
         self.after = nn.Sequential(*(Bottleneck(width, width) for _ in range(depth)))
         self.mlp = nn.Sequential(nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, dim))
@@ -154,13 +146,13 @@ def make_projector(
 ) -> nn.Module:
     """The projector named `kind` from n_in encoder features of emb_dim to n_out embeddings of dim.
 
-    `grid` is the encoder's (rows, columns). Only c_abstractor reads `width` (channels) and `depth`
+    Only c_abstractor reads `grid`, the encoder's (rows, columns), `width` (channels) and `depth`
     (blocks a stage).
     """
     if kind not in PROJECTORS:
         raise ValueError(f"projector {kind!r} is not known; give one of {', '.join(PROJECTORS)}")
-    more = {"width": width, "depth": depth} if PROJECTORS[kind] is CAbstractor else {}
-    return PROJECTORS[kind](emb_dim, n_in, dim, n_out, grid=grid, **more)
+    shape = (grid, width, depth) if PROJECTORS[kind] is CAbstractor else ()
+    return PROJECTORS[kind](emb_dim, n_in, dim, n_out, *shape)
 
 
 def projector_of(settings: Mapping[str, Any], dim: int) -> nn.Module:

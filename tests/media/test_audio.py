@@ -106,7 +106,7 @@ def test_bad_sounds_are_named(tmp_path):
     for data, reason in (
         (whole[:1000], "cut short|not a PCM wav"),
         (whole[:20], "not a PCM wav"),
-        (b"", "not a PCM wav"),
+        (b"", "is empty"),
         (b"hello " * 20, "not a PCM wav"),
         (bytes(extensible), "not a PCM wav"),
         (silent, "no samples"),
@@ -120,7 +120,7 @@ def test_bad_sounds_are_named(tmp_path):
         read_audio(path, max_seconds=0.5)
     with pytest.raises(ValueError, match="no such file"):
         read_audio(tmp_path / "none.wav")
-    with pytest.raises(ValueError, match="not a regular file"):
+    with pytest.raises(ValueError, match="is a folder"):
         read_audio(tmp_path)
 
 

@@ -58,7 +58,7 @@ def test_placeholders_stand_where_the_picture_stood(tokenizer):
         text
         == "<|im_start|>user\n<MS><img><img><img></MS><|im_end|>\n<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n"
     )
-    assert media == seen == [("image", "x/a.png")] and tokens.ids[: len(prompt.ids)] == prompt.ids
+    assert media == seen == [("image", "x/a.png")] and tokens.ids[: len(prompt)] == prompt
     learned = tokenizer.fast.decode([id for id, weight in zip(*tokens, strict=True) if weight])
     assert learned == "red<|im_end|>\n"
     everything, _ = encode(tokenizer, [[picture(), ask(), A]], loss_on="all")[0]
@@ -147,7 +147,7 @@ def test_a_picture_leaves_only_with_its_message(tokenizer, keep_end):
     prompt, media = encode(tokenizer, [[*chat[:-1]]], True, max_tokens=whole // 2)[0]
     assert (
         media[-1] == ("image", "3.png")
-        and prompt.ids.count(tokenizer.placeholders["image"].id) == 3 * len(media) < 12
+        and prompt.count(tokenizer.placeholders["image"].id) == 3 * len(media) < 12
     )
 
 

@@ -9,7 +9,6 @@ from ta.folders import write_tensors
 from ta.media.projectors import (
     PROJECTORS,
     Bottleneck,
-    CAbstractor,
     load_projector,
     make_projector,
 )
@@ -216,7 +215,7 @@ def test_a_published_mlp_is_read(names, tmp_path):
 
 
 def test_defaults_are_the_papers():
-    projector = CAbstractor(32, 16, 8, 4)
+    projector = make_projector("c_abstractor", 32, 16, 8, 4)
     assert (
         len(projector.before) == len(projector.after) == 3 and projector.mlp[0].in_features == 1024
     )
