@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ta.chat.template import export_template
 from ta.chat.tokenizer_files import save_tokenizer
-from ta.folders import read_tensors, write_tensors
+from ta.folders import read_json, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +58,7 @@ def export_llava(
     the language model does not fit the layout or computes otherwise in it, and where the tokenizer
     or the disk cannot be written to.
     """
-    from ta.model.export import check_room, check_tokenizer, model_bytes, published
+    from ta.model.export import check_room, check_tokenizer, model_bytes, published, save_model
     from ta.model.language_model import base_model
 
     settings, base = media["image"].settings, base_model(model.inner)
@@ -72,33 +72,22 @@ def export_llava(
             f"the Llava layout gives logits that differ by {gap:.2g}: "
             "this language model computes otherwise there"
         )
-    with published(Path(out), replace=False) as folder:
-        _write(folder, whole, settings, tokenizer, dtype)
-    return gap
-
-
-def _write(
-    folder: Path, whole, settings: dict, tokenizer: ChatTokenizer, dtype: torch.dtype | None
-) -> None:
-    """Write a model of the layout, its tokenizer and its processor into `folder`."""
-    from ta.model.export import save_model
-
-    save_model(whole, folder, dtype)
-    _published_names(folder)
-    save_tokenizer(tokenizer.fast, folder, export_template(tokenizer.template))
     _, select, classes = TOWERS[settings["encoder"]]
-    reader = json.loads((Path(settings["path"]) / "preprocessor_config.json").read_text())
-    processor = {
-        "processor_class": "LlavaProcessor",
+    kind = {"processor_class": "LlavaProcessor"}
+    processor = kind | {
         "image_token": settings["token"],
         "patch_size": whole.config.vision_config.patch_size,
         "num_additional_image_tokens": classes,
         "vision_feature_select_strategy": select,
     }
-    (folder / "preprocessor_config.json").write_text(
-        json.dumps(reader | {"processor_class": "LlavaProcessor"}, indent=1)
-    )
-    (folder / "processor_config.json").write_text(json.dumps(processor, indent=1))
+    reader = read_json(Path(settings["path"]) / "preprocessor_config.json") | kind
+    with published(Path(out), replace=False) as folder:
+        save_model(whole, folder, dtype)
+        _published_names(folder)
+        save_tokenizer(tokenizer.fast, folder, export_template(tokenizer.template))
+        (folder / "preprocessor_config.json").write_text(json.dumps(reader, indent=1))
+        (folder / "processor_config.json").write_text(json.dumps(processor, indent=1))
+    return gap
 
 
 def _published_names(folder: Path) -> None:
@@ -115,7 +104,7 @@ def _published_names(folder: Path) -> None:
         tensors = read_tensors(file).items()
         write_tensors({name(key): tensor for key, tensor in tensors}, file, format="pt")
     for file in folder.glob("*.safetensors.index.json"):
-        index = json.loads(file.read_text())
+        index = read_json(file)
         index["weight_map"] = {name(key): shard for key, shard in index["weight_map"].items()}
         file.write_text(json.dumps(index, indent=1))
 
@@ -129,13 +118,10 @@ def assembled(settings: dict, base: PreTrainedModel, projector: nn.Module, place
 
     from ta.media.encoders import load_tower
 
-    kind, select, _ = TOWERS[settings["encoder"]]
-    kind = getattr(transformers, kind)
-    tower = load_tower(
-        kind,
-        Path(settings["path"]),
-        kind.config_class.from_pretrained(settings["path"], local_files_only=True),
-    )
+    name, select, _ = TOWERS[settings["encoder"]]
+    kind, path = getattr(transformers, name), Path(settings["path"])
+    vision = kind.config_class.from_pretrained(path, local_files_only=True)
+    tower = load_tower(kind, path, vision)
     config = transformers.LlavaConfig(
         vision_config=tower.config,
         text_config=base.config,
@@ -168,17 +154,13 @@ def difference(whole, media: Modalities, model: MediaModel, tokenizer: ChatToken
     from ta.media.multimodal import embed_modalities
     from ta.model.language_model import base_model, native_attention
 
-    modality, placeholder, base = (
-        media["image"],
-        tokenizer.placeholders["image"],
-        base_model(model.inner),
-    )
+    placeholder, base = tokenizer.placeholders["image"], base_model(model.inner)
     edge = whole.config.vision_config.image_size
     pixels = torch.randn(1, 3, edge, edge, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([[1, *[placeholder.id] * placeholder.count, 2, 3]])
     base.set_attn_implementation(native_attention(base))
     with torch.no_grad():
-        projected = model.projectors["image"](modality.encode(pixels))
+        projected = model.projectors["image"](media["image"].encode(pixels))
         embeds = embed_modalities(base.get_input_embeddings()(ids), ids, projected, placeholder.id)
         ours = base(inputs_embeds=embeds, use_cache=False).logits
         return (ours - whole(input_ids=ids, pixel_values=pixels).logits).abs().max().item()

@@ -115,6 +115,11 @@ class Modality(NamedTuple):
     cache: Features | None
     projector_path: str | None = None  # weights that the projector starts from
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings that say what it computes, wherever its encoder lies."""
+        return {key: value for key, value in self.settings.items() if key != "path"}
+
 
 class Modalities(dict[str, Modality]):
     """The modalities of a model by name: "image", "audio" or both."""
@@ -167,11 +172,10 @@ def open_media(
     config: MediaConfig,
     sources: Sequence[str],
     device: str,
-    half: bool = False,
     folder: str | None = None,
     hub: bool = False,
 ) -> Modalities:
-    """Load the encoders that `config` names, in bfloat16 with `half`, or open their caches.
+    """Load the encoders that `config` names, or open their caches.
 
     `folder` is that of a model which sees or hears already: its encoders and projectors go on, and
     `config` may add a modality. With `hub` an encoder may be a name on the hub. ValueError where no
@@ -181,17 +185,16 @@ def open_media(
     media = Modalities()
     if folder is not None:
         _check_kept(config, folder)
-        media = reopen_media(folder, config.files, sources, device, half, hub)
+        media = reopen_media(folder, config.files, sources, device, hub=hub)
     root = media_root(config.files.image_root, sources)
     builtin = None if sources or config.audio_encoder or folder else "builtin"
     encoders = {"image": config.image_encoder or builtin, "audio": config.audio_encoder}
     for name, encoder_name in encoders.items():
         if encoder_name not in (None, "none") and name not in media:
-            settings, encoder = _new_settings(config, name, encoder_name, device, half, hub, media)
+            settings, encoder = _new_settings(config, name, encoder_name, device, hub, media)
             weights = getattr(config, f"{name}_projector_path")
             weights = weights and _projector_file(weights, name)
-            cache_path = getattr(config.files, f"{name}_features")
-            media[name] = _modality(settings, root, encoder, cache_path, weights)
+            media[name] = _modality(name, config.files, root, settings, encoder, weights)
     if not media:
         raise ValueError(
             "no encoder: give --image-encoder clip --image-encoder-path FOLDER (or siglip, "
@@ -205,7 +208,6 @@ def _new_settings(
     name: str,
     encoder_name: str,
     device: str,
-    half: bool,
     hub: bool,
     known: Modalities,
 ) -> tuple[dict[str, Any], Encoder]:
@@ -214,7 +216,7 @@ def _new_settings(
 
     path = getattr(config.files, f"{name}_encoder_path")
     path = path and str(Path(local_folder(path, hub)).resolve())
-    encoder, fingerprint = load_with_fingerprint(encoder_name, path, device, half)
+    encoder, fingerprint = load_with_fingerprint(encoder_name, path, device)
     if encoder.modality != name:
         raise ValueError(
             f"--{name}-encoder {encoder_name} reads {encoder.modality}: give an encoder of {name}"
@@ -249,10 +251,8 @@ def media_settings(folder: str | Path) -> dict[str, dict[str, Any]]:
     """What media.json of `folder` says of each modality; ValueError where it is not complete."""
     path = Path(folder) / MANIFEST
     modalities = read_json(path).get("modalities")
-    whole = isinstance(modalities, dict) and modalities.keys() <= {"image", "audio"}
-    for settings in modalities.values() if whole else ():
-        whole = whole and isinstance(settings, dict) and settings.keys() >= KEYS
-    if not whole or not modalities:
+    whole = isinstance(modalities, dict) and set() < modalities.keys() <= {"image", "audio"}
+    if not whole or not all(isinstance(s, dict) and s.keys() >= KEYS for s in modalities.values()):
         raise ValueError(f"{path} does not say which encoders it belongs to: give a whole folder")
     return modalities
 
@@ -314,23 +314,24 @@ def reopen_media(
                 f"give its folder in --{name}-encoder-path"
             )
         weights = str(Path(folder) / PROJECTORS / f"{name}.safetensors")
-        cache_path = getattr(files, f"{name}_features")
         # an export of this run says where the encoder is now
         settings = settings | {"path": path and str(Path(path).resolve())}
-        media[name] = _modality(settings, root, encoder, cache_path, weights)
+        media[name] = _modality(name, files, root, settings, encoder, weights)
     return media
 
 
 def _modality(
-    settings: dict[str, Any],
+    name: str,
+    files: MediaFiles,
     root: str,
+    settings: dict[str, Any],
     encoder: Encoder,
-    cache_path: str | None,
-    projector_path: str | None,
+    weights: str | None,
 ) -> Modality:
-    features = read_features(cache_path, settings["fingerprint"]) if cache_path else None
+    path = getattr(files, f"{name}_features")
+    features = read_features(path, settings["fingerprint"]) if path else None
     encode = None if features else encoder.encode
-    return Modality(settings, root, encoder.read, encode, features, projector_path)
+    return Modality(settings, root, encoder.read, encode, features, weights)
 
 
 def _file_check(modality: Modality) -> Callable[[str], None]:

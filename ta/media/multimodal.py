@@ -197,11 +197,8 @@ def media_resume_key(
     It is encoders, projectors, what is frozen, and the content of every picture and sound of the
     `data`. ValueError where a file has not the content that its cache was made from.
     """
-    settings = {
-        name: {k: v for k, v in m.settings.items() if k != "path"} for name, m in media.items()
-    }
     return {
-        "modalities": settings,
+        "modalities": {name: modality.identity for name, modality in media.items()},
         "freeze_language_model": config.freeze_language_model,
         "media": [media_hash(media, prepared) for prepared in data if prepared],
     }
@@ -252,10 +249,7 @@ def prompts_media(
 
 def media_content(media: Modalities) -> list:
     """What of encoders and projectors decides an answer: settings, and the projectors' content."""
-    return [
-        [{k: v for k, v in m.settings.items() if k != "path"}, content_hash(m.projector_path)]
-        for m in media.values()
-    ]
+    return [[m.identity, content_hash(m.projector_path)] for m in media.values()]
 
 
 @contextmanager
