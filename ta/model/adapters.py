@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ta.folders import differing, loading, read_json, read_tensors, value_of, write_tensors
-from ta.model.new_rows import resize, tables
+from ta.model.new_rows import resize, tables, token_table
 
 if TYPE_CHECKING:
     import torch
@@ -72,11 +72,7 @@ class AdapterConfig:
 
 
 def check_adapter(
-    config: AdapterConfig,
-    path: str | None = None,
-    *,
-    packing: bool = False,
-    checkpointing: bool = False,
+    config: AdapterConfig, path: str | None = None, checkpointing: bool = False
 ) -> None:
     """Check the settings of an adapter before anything is loaded.
 
@@ -111,11 +107,6 @@ def check_adapter(
             "names of modules"
         )
     stored = read_config(path)["peft_type"] if path else KINDS.get(kind, "")
-    if packing and stored in PROMPT_LEARNING:
-        raise ValueError(
-            f"{stored} cannot be packed: its virtual tokens stand at the beginning of a row; turn "
-            "packing off (--no-packing)"
-        )
     if checkpointing and stored == "PREFIX_TUNING":
         raise ValueError(
             f"{stored} with activation checkpointing: its keys and values would be lost in the "
@@ -142,16 +133,12 @@ def lora_settings(
     heads = _table_names(model)
     _check_tables(heads, targets, whole_modules, tied, bool(new_token_ids))
     whole = [name for name in heads if _hits(name, whole_modules)]
-    separate = heads[:1] if tied else heads
-    rows = [] if tied and whole else [name for name in separate if name not in whole]
-    saved = [
-        target
-        for target in whole_modules
-        if not (tied and any(_hits(name, [target]) for name in heads))
-    ]
-    if tied and whole:
+    rows = [name for name in heads[: 1 if tied else 2] if name not in whole]
+    saved = list(whole_modules)
+    if together := bool(tied and whole):
         # peft ties the head to the input table itself, and it depends on the order of the names
-        saved += heads[:1]
+        others = [t for t in saved if not any(_hits(name, [t]) for name in heads)]
+        rows, saved = [], others + heads[:1]
     indices = {name: sorted(set(new_token_ids)) for name in rows} if new_token_ids else {}
     # GPT-2 stores its weights transposed
     transposed = any(type(module).__name__ == "Conv1D" for module in model.modules())
@@ -165,7 +152,7 @@ def lora_settings(
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
         trainable_token_indices=indices or None,
-        ensure_weight_tying=bool(tied and whole),
+        ensure_weight_tying=together,
         fan_in_fan_out=transposed,
     )
 
@@ -175,11 +162,7 @@ def _check_names(model: PreTrainedModel, flag: str, targets: Sequence[str]) -> N
     modules = {name: module for name, module in model.named_modules() if name}
     for target in targets:
         if not any(_hits(name, [target]) for name in modules):
-            leaves = {
-                name.rsplit(".")[-1]
-                for name, module in modules.items()
-                if not list(module.children())
-            }
+            leaves = {n.rsplit(".")[-1] for n, m in modules.items() if not list(m.children())}
             raise ValueError(
                 f"{flag} {target}: the model has no module of that name; it has "
                 f"{', '.join(sorted(leaves))}"
@@ -203,9 +186,9 @@ def _check_tables(
     """ValueError for LoRA on a table that cannot be merged, and for ties that peft would break."""
     hit = [name for name in heads if _hits(name, targets)]
     if hit and (tied or new_tokens):
-        reason = "its table is tied to the other one"
-        if not tied:
-            reason = "the rows of new tokens train there"
+        reason = "the rows of new tokens train there"
+        if tied:
+            reason = "its table is tied to the other one"
         raise ValueError(
             f"--lora-targets: LoRA on {hit[0]} cannot be merged, {reason}; leave it out, or give "
             "it to --lora-modules-to-save"
@@ -223,12 +206,15 @@ def prompt_settings(model: PreTrainedModel, config: AdapterConfig) -> PeftConfig
 
     They name no tokenizer, so peft looks none up.
     """
-    from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+    import peft
 
     sizes = {"task_type": task_of(model), "num_virtual_tokens": config.virtual_tokens}
-    if config.adapter == "p-tuning":
-        return PromptEncoderConfig(**sizes, encoder_hidden_size=config.p_tuning_hidden)
-    return {"prefix": PrefixTuningConfig, "prompt": PromptTuningConfig}[config.adapter](**sizes)
+    match config.adapter:
+        case "prefix":
+            return peft.PrefixTuningConfig(**sizes)
+        case "prompt":
+            return peft.PromptTuningConfig(**sizes)
+    return peft.PromptEncoderConfig(**sizes, encoder_hidden_size=config.p_tuning_hidden)
 
 
 def start_ids(
@@ -246,10 +232,9 @@ def start_ids(
 
     count, text = config.virtual_tokens, config.prompt_init_text
     if text is None:
-        rows = model.get_input_embeddings().weight.shape[0]
         generator = torch.Generator().manual_seed(seed)
+        rows = len(token_table(model))
         return torch.randint(0, rows, (count,), generator=generator).tolist()
-    assert tokenizer is not None, "prompt_init_text needs the tokenizer"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not 0 < len(ids) <= count:
         raise ValueError(
@@ -305,8 +290,7 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
     The sample of weights leaves out heads and token tables, because training may replace or enlarge
     them.
     """
-    heads = ("score", "classifier", "lm_head", "embed_out")
-    table = model.get_input_embeddings().weight
+    heads, table = ("score", "classifier", "lm_head", "embed_out"), token_table(model)
     matrices = [
         (name, p)
         for name, p in model.named_parameters()
@@ -315,23 +299,22 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
     sampled = [(n, p) for n, p in matrices if p is not table and n.split(".")[0] not in heads]
     step = max(1, len(sampled) // SAMPLED)
     sample = {name: p.detach()[0, :4].float().tolist() for name, p in sampled[::step]}
-    facts = {
+    task, config, labels = task_of(model), model.config, {}
+    if task == "SEQ_CLS":
+        labels = {"num_labels": config.num_labels, "id2label": config.id2label}
+    return {
         "name": model.name_or_path,
         "architecture": type(model).__name__,
-        "task": task_of(model),
+        "task": task,
         "vocabulary": len(table),
         "sample": sample,
-    }
-    if facts["task"] == "SEQ_CLS":
-        facts |= {"num_labels": model.config.num_labels, "id2label": model.config.id2label}
-    return facts
+    } | labels
 
 
 def title(facts: dict[str, Any]) -> str:
     """One base in words, for messages."""
-    name = facts["name"] or "without a name"
-    architecture, task = facts["architecture"], facts["task"]
-    return f"{name!r} ({architecture}, {task}, vocabulary {facts['vocabulary']})"
+    about = f"{facts['architecture']}, {facts['task']}, vocabulary {facts['vocabulary']}"
+    return f"{facts['name'] or 'without a name'!r} ({about})"
 
 
 def check_base(model: PreTrainedModel, facts: Facts, path: str) -> None:
@@ -344,13 +327,13 @@ def check_base(model: PreTrainedModel, facts: Facts, path: str) -> None:
     low, high = given["vocabulary"], trained["vocabulary"]
     left, right = given["sample"], trained["sample"]
     shared = sorted(left.keys() & right.keys())
-    differing = [name for name in shared if not _near(left[name], right[name])]
+    other = [name for name in shared if not _near(left[name], right[name])]
     if given["architecture"] != trained["architecture"]:
         reason = "the architectures differ"
     elif low > high or not set(range(low, high)) <= new:
         reason = "the vocabularies differ"
-    elif differing:
-        reason = f"the weights differ, {differing[0]} for one"
+    elif other:
+        reason = f"the weights differ, {other[0]} for one"
     else:
         return
     raise ValueError(
@@ -480,9 +463,11 @@ def load_adapter(model: PreTrainedModel, path: str, trainable: bool = False) -> 
     It is frozen and in eval mode unless `trainable`. ValueError, naming both bases, for an adapter
     of another base (other architecture, task, vocabulary, shapes or weights).
     """
+    import torch
     from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 
-    kind, folder = read_config(path)["peft_type"], Path(path)
+    stored, folder = read_config(path), Path(path)
+    kind = stored["peft_type"]
     if trainable and kind == "P_TUNING" and not (folder / ENCODER).exists():
         raise ValueError(
             f"{path} holds no {ENCODER}, without which p-tuning cannot go on training; it can only "
@@ -504,7 +489,11 @@ def load_adapter(model: PreTrainedModel, path: str, trainable: bool = False) -> 
     own = tuple(f"{prefix}{name}." for name in _table_names(model))
     if facts.base:
         check_base(model, facts, path)
-        _restore_rows(model, facts)
+        if facts.base["vocabulary"] > len(token_table(model)):
+            resize(model, facts.base["vocabulary"])
+        with torch.no_grad():
+            for name, table in tables(model).items() if facts.rows else ():
+                table[facts.rows["ids"].to(table.device)] = facts.rows[name].to(table)
     changed = _take_tables(model, settings, weights, own, path)
     if not facts.base:
         ids = {*_token_ids(settings), *changed}
@@ -522,12 +511,11 @@ def load_adapter(model: PreTrainedModel, path: str, trainable: bool = False) -> 
     # the tables of the base have been read
     weights = {n: t for n, t in weights.items() if n in expected or not n.startswith(own)}
     if different := differing(weights, expected):
-        name, stored, needed = different
+        name, have, needed = different
         raise ValueError(
-            f"adapter {path} of base {read_config(path).get('base_model_name_or_path')!r} does "
-            f"not fit the model {model.name_or_path!r}: "
-            f"{name} is {stored} in the adapter and {needed} by the model; give the base that "
-            "the adapter was trained on"
+            f"adapter {path} of base {stored.get('base_model_name_or_path')!r} does not fit the "
+            f"model {model.name_or_path!r}: {name} is {have} in the adapter and {needed} by the "
+            "model; give the base that the adapter was trained on"
         )
     set_peft_model_state_dict(wrapped, weights)
     if trainable and kind == "P_TUNING":
@@ -551,7 +539,7 @@ def _take_tables(
     """
     import torch
 
-    size = model.get_input_embeddings().weight.shape[0]
+    size = len(token_table(model))
     whole = getattr(settings, "modules_to_save", None) or ()
     tied = "output" not in tables(model)
     found, sizes, lost = {}, {size}, []
@@ -584,9 +572,8 @@ def _take_tables(
         for name, table in tables(model).items():
             if name in found and not table.is_meta:
                 given = found[name].to(table)
-                changed |= set(
-                    (table != given).view(len(table), -1).any(1).nonzero()[:, 0].tolist()
-                )
+                differs = (table != given).view(len(table), -1).any(1)
+                changed |= set(differs.nonzero()[:, 0].tolist())
                 table.copy_(given)
     return sorted(changed)
 
@@ -632,10 +619,12 @@ def save_adapter(
     settings = copy.copy(model.peft_config["default"])
     settings.inference_mode = True
     for name in ("target_modules", "modules_to_save"):
+        names = getattr(settings, name, None)
         # the order of a set changes from run to run
-        if isinstance(names := getattr(settings, name, None), (set, list)):
-            ordered = sorted(names) if isinstance(names, set) else list(dict.fromkeys(names))
-            setattr(settings, name, ordered)
+        if isinstance(names, set):
+            setattr(settings, name, sorted(names))
+        elif isinstance(names, list):
+            setattr(settings, name, list(dict.fromkeys(names)))
     tensors = (state or model.state_dict()).items()
     encoder = {n.removeprefix(PROMPT): t for n, t in tensors if n.startswith(PROMPT)}
     if state and encoder:
@@ -678,7 +667,7 @@ def merge_adapter(model: PeftModel, tolerance: float | None = None) -> PreTraine
             "give the model that it was made of in --model-path, the adapter in --adapter-path"
         )
     before = probe_logits(model)
-    dtype = base.get_input_embeddings().weight.dtype
+    dtype = token_table(base).dtype
     tied = base.config.get_text_config().tie_word_embeddings
     if tied and (head := base.get_output_embeddings()) is not None:
         layers = (head, base.get_input_embeddings())
@@ -693,7 +682,7 @@ def merge_adapter(model: PeftModel, tolerance: float | None = None) -> PreTraine
             module.to(dtype)
     if tied and (output := merged.get_output_embeddings()) is not None:
         # peft unties tables that it trained, also where they stayed equal
-        equal = torch.equal(output.weight, merged.get_input_embeddings().weight)
+        equal = torch.equal(output.weight, token_table(merged))
         merged.config.get_text_config().tie_word_embeddings = equal
         merged.config.tie_word_embeddings = equal
         merged.tie_weights()
@@ -716,8 +705,8 @@ def probe_logits(model: nn.Module) -> Tensor:
     """
     import torch
 
-    table = model.get_input_embeddings().weight
-    rows = table.shape[0]
+    table = token_table(model)
+    rows = len(table)
     spread = torch.linspace(0, rows - 1, 64).round().long().unique()
     last = torch.arange(max(0, rows - 32), rows)
     ids = torch.cat([spread, last])[None].to(table.device)  # (1, T)
@@ -766,7 +755,7 @@ def _wrap(
     import torch
     from peft import get_peft_model
 
-    weight = model.get_input_embeddings().weight
+    weight = token_table(model)
     with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
         torch.manual_seed(seed)
         wrapped = get_peft_model(model, settings)
@@ -825,25 +814,15 @@ def _rows(model: PreTrainedModel, ids: Sequence[int], path: str | None = None) -
     """
     import torch
 
-    size = model.get_input_embeddings().weight.shape[0]
+    size = len(token_table(model))
     if ids and not 0 <= min(ids) <= max(ids) < size:
         raise ValueError(
             f"{path or 'new tokens'}: trained token ids up to {max(ids)}, but the model has {size} "
             "rows; add the tokens first"
         )
-    if not ids or model.get_input_embeddings().weight.is_meta:
+    if not ids or token_table(model).is_meta:
         # a model without weights is not on rank 0, which has the rows and saves them
         return {}
     index = torch.tensor(sorted(set(ids)))
-    rows = {name: table.detach()[index] for name, table in tables(model).items()}
-    return {"ids": index, **{name: row.float().cpu() for name, row in rows.items()}}
-
-
-def _restore_rows(model: PreTrainedModel, facts: Facts) -> None:
-    import torch
-
-    if facts.base["vocabulary"] > model.get_input_embeddings().weight.shape[0]:
-        resize(model, facts.base["vocabulary"])
-    with torch.no_grad():
-        for name, table in tables(model).items() if facts.rows else ():
-            table[facts.rows["ids"].to(table.device)] = facts.rows[name].to(table)
+    rows = {name: table.detach()[index].float().cpu() for name, table in tables(model).items()}
+    return {"ids": index, **rows}

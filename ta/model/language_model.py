@@ -27,6 +27,7 @@ from ta.model.logprobs import (
     divergences,
     token_logprobs,
 )
+from ta.model.new_rows import token_table
 from ta.parallel import rank, world
 
 Mode = Literal["packed", "padded", "native"]
@@ -114,12 +115,12 @@ class LanguageModel(nn.Module):
         """
         with self._arithmetic():
             batch, embeds = self._inputs(batch)
-            if is_encoder_classifier(base_model(self.inner)):
+            if is_encoder_classifier(self.base):
                 inputs = {"input_ids": batch.tokens, "attention_mask": _real(batch)}
                 scores = self.inner(**inputs).logits[: len(batch.ends)]
             else:
                 last = self._hidden(batch, embeds).flatten(0, 1)[batch.ends]  # (N, D)
-                scores = base_model(self.inner).score(last)
+                scores = self.base.score(last)
             return scores if scores.dtype == torch.float64 else scores.float()
 
     def hidden(self, batch: Batch) -> Tensor:
@@ -133,6 +134,11 @@ class LanguageModel(nn.Module):
         return self.inner(**inputs)
 
     @property
+    def base(self) -> nn.Module:
+        """The transformers model inside adapters."""
+        return base_model(self.inner)
+
+    @property
     def packed(self) -> bool:
         """Whether sequences stand one after another in one row; otherwise each has a padded row."""
         return self.mode == "packed"
@@ -140,19 +146,18 @@ class LanguageModel(nn.Module):
     @property
     def heads(self) -> int:
         """Query heads of a block's attention."""
-        return base_model(self.inner).config.get_text_config().num_attention_heads
+        return self.base.config.get_text_config().num_attention_heads
 
     @property
     def generates(self) -> bool:
         """Whether this is a language model, not a classifier."""
-        return base_model(self.inner).get_output_embeddings() is not None
+        return self.base.get_output_embeddings() is not None
 
     def set_mode(self, mode: Mode) -> LanguageModel:
         """Choose how batches are run; "native" sets the model's own attention again."""
         self.mode = mode
         if mode == "native":
-            base = base_model(self.inner)
-            base.set_attn_implementation(native_attention(base))
+            self.base.set_attn_implementation(native_attention(self.base))
         return self
 
     def save_parts(self, folder: Path | None) -> None:
@@ -164,7 +169,7 @@ class LanguageModel(nn.Module):
             copy_media(self.media_folder, folder)
 
     def _arithmetic(self) -> torch.autocast:
-        device = base_model(self.inner).get_input_embeddings().weight.device.type
+        device = token_table(self.base).device.type
         # each weight is cast once a pass, so a cache would only keep every copy alive
         return torch.autocast(device, self.autocast, self.autocast is not None, cache_enabled=False)
 
@@ -174,7 +179,7 @@ class LanguageModel(nn.Module):
 
     def _hidden(self, batch: Batch, embeds: Tensor | None) -> Tensor:
         """The last hidden states (B, T, D); a row with cuts has as many columns as they say."""
-        base = base_model(self.inner)
+        base = self.base
         tokens, positions = batch.tokens, batch.positions
         lengths, prefixes = batch.lengths, batch.prefixes
         cuts = None if self.mode == "native" else batch.cuts
@@ -202,9 +207,8 @@ class LanguageModel(nn.Module):
         return self._hidden(batch, embeds).flatten(0, 1)[batch.learned], self._head()
 
     def _head(self) -> Head:
-        base = base_model(self.inner)
-        layer = base.get_output_embeddings()
-        config = base.config.get_text_config()
+        layer = self.base.get_output_embeddings()
+        config = self.base.config.get_text_config()
         divisor = getattr(config, "logits_scaling", None) or 1
         scale = getattr(config, "logit_scale", None) or 1 / divisor
         bias = getattr(layer, "bias", None)
@@ -389,8 +393,8 @@ def _naming_refusals(prefix: str = "") -> Iterator[None]:
 @torch.no_grad()
 def check_runs(wrapper: LanguageModel) -> None:
     """ValueError where a model's own forward pass fails too, with its error."""
-    table = base_model(wrapper.inner).get_input_embeddings().weight
-    ids = torch.arange(7, device=table.device) % table.shape[0]
+    table = token_table(wrapper.base)
+    ids = torch.arange(7, device=table.device) % len(table)
     prefix = f"the model does not run on {ids.device.type}: "
     with _naming_refusals(prefix), wrapper._arithmetic():
         _alone(wrapper, ids)
@@ -406,11 +410,10 @@ def self_check(wrapper) -> float:
     torch.OutOfMemoryError, torch.AcceleratorError, and ImportError from a torch without the kernel
     for many documents, are raised: they say nothing about the model.
     """
-    base = base_model(wrapper.inner)
-    table = base.get_input_embeddings().weight
+    base, table = wrapper.base, token_table(wrapper.base)
     device = table.device
     generator = np.random.default_rng(0)
-    documents = [generator.integers(0, table.shape[0], n) for n in (11, 7)]
+    documents = [generator.integers(0, len(table), n) for n in (11, 7)]
     ones = [np.ones(len(document), np.float32) for document in documents]
     batch = to_device(lay_out(documents, ones, packed=wrapper.mode == "packed"), device)
     before = base.config._attn_implementation
@@ -439,6 +442,6 @@ def _alone(wrapper: LanguageModel, ids: Tensor) -> Tensor:
     if wrapper.generates:
         logits = wrapper.inner(input_ids=ids[None], use_cache=False).logits[0]  # (T, V)
         return logits.log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
-    base = base_model(wrapper.inner)
+    base = wrapper.base
     hidden = base.base_model(input_ids=ids[None], use_cache=False).last_hidden_state  # (1, T, D)
     return base.score(hidden[0, -1]).float()

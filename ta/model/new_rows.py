@@ -44,8 +44,8 @@ def resize(model: PreTrainedModel, rows: int) -> None:
     """
     import torch
 
-    weight = model.get_input_embeddings().weight
-    assert rows >= weight.shape[0], (rows, weight.shape)
+    weight = token_table(model)
+    assert rows >= len(weight), (rows, weight.shape)
     with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
         model.resize_token_embeddings(rows, mean_resizing=False)
 
@@ -65,12 +65,17 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel)
         )
 
 
+def token_table(model: PreTrainedModel) -> torch.Tensor:
+    """The input embeddings of all tokens (V, D)."""
+    return model.get_input_embeddings().weight
+
+
 def tables(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The tensors with one row a token: "input" (V, D), "output" (V, D), "output_bias" (V,).
 
     "output" is absent where it is the same tensor as the input, "output_bias" where there is none.
     """
-    tensors = {"input": model.get_input_embeddings().weight}
+    tensors = {"input": token_table(model)}
     output = model.get_output_embeddings()
     if output is not None and output.weight is not tensors["input"]:
         tensors["output"] = output.weight
