@@ -34,6 +34,11 @@ class Pair(NamedTuple):
     chosen_len: Tensor | None = None  # (P,)
     rejected_len: Tensor | None = None  # (P,)
 
+    @property
+    def gap(self) -> Tensor:
+        """The chosen answer's value minus that of the rejected one, (P,)."""
+        return self.chosen - self.rejected
+
 
 def sigmoid(policy: Pair, ref: Pair, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
     """DPO, eq. 7 of arXiv 2305.18290: -log s(beta (r_w - r_l)).
@@ -41,7 +46,7 @@ def sigmoid(policy: Pair, ref: Pair, *, beta: float = 0.1, label_smoothing: floa
     With `label_smoothing` e this is conservative DPO (E. Mitchell, 2023): (1 - e) times that value
     plus e times the value with the labels swapped.
     """
-    h = beta * _difference(policy, ref)
+    h = beta * _log_ratios(policy, ref).gap
     return -(1 - label_smoothing) * logsigmoid(h) - label_smoothing * logsigmoid(-h)
 
 
@@ -51,7 +56,7 @@ def sigmoid_with_margin(policy: Pair, ref: Pair, *, margin: Tensor, beta: float 
     `margin` (P,) is used unscaled, in units of reward. The paper's margin is alpha times the
     logarithm of the difference of two scores.
     """
-    h = beta * _difference(policy, ref)
+    h = beta * _log_ratios(policy, ref).gap
     return -logsigmoid(h - margin.to(h.dtype))
 
 
@@ -60,7 +65,7 @@ def hinge(policy: Pair, ref: Pair, *, beta: float = 0.05) -> Tensor:
 
     beta is the paper's gamma, 0.05 there.
     """
-    return torch.relu(1 - beta * _difference(policy, ref))
+    return torch.relu(1 - beta * _log_ratios(policy, ref).gap)
 
 
 def ipo(policy: Pair, ref: Pair, *, beta: float = 0.1, average: bool = False) -> Tensor:
@@ -72,7 +77,7 @@ def ipo(policy: Pair, ref: Pair, *, beta: float = 0.1, average: bool = False) ->
     ratio = _log_ratios(policy, ref)
     if average:
         ratio = _per_token(ratio)
-    return (ratio.chosen - ratio.rejected - 1 / (2 * beta)).square()
+    return (ratio.gap - 1 / (2 * beta)).square()
 
 
 def kto_pair(
@@ -98,7 +103,7 @@ def slic_hf(policy: Pair, *, delta: float = 1.0, alpha: float = 1.0) -> Tensor:
     prints no values for delta and alpha; 1 and 1 are the usual ones.
     """
     pi = _floats(policy)
-    return torch.relu(delta - pi.chosen + pi.rejected) - alpha * pi.chosen
+    return torch.relu(delta - pi.gap) - alpha * pi.chosen
 
 
 def cpo(policy: Pair, *, beta: float = 0.1, alpha: float = 1.0) -> Tensor:
@@ -107,8 +112,7 @@ def cpo(policy: Pair, *, beta: float = 0.1, alpha: float = 1.0) -> Tensor:
     The regularizer is a mean over tokens, as in the authors' code: there over the tokens of a
     batch, here over those of the answer, so that a pair has the same weight in any batch.
     """
-    pi = _floats(policy)
-    return -logsigmoid(beta * (pi.chosen - pi.rejected)) - alpha * _per_token(policy).chosen
+    return -logsigmoid(beta * _floats(policy).gap) - alpha * _per_token(policy).chosen
 
 
 def orpo(policy: Pair, *, beta: float = 0.1) -> Tensor:
@@ -117,7 +121,7 @@ def orpo(policy: Pair, *, beta: float = 0.1) -> Tensor:
     o_x = log(p / (1 - p)) with p = exp(m_x).
     """
     mean = _per_token(policy)
-    odds = mean.chosen - mean.rejected - log1mexp(mean.chosen) + log1mexp(mean.rejected)
+    odds = mean.gap - log1mexp(mean.chosen) + log1mexp(mean.rejected)
     return -mean.chosen - beta * logsigmoid(odds)
 
 
@@ -127,8 +131,7 @@ def simpo(policy: Pair, *, beta: float = 2.0, gamma: float = 1.0) -> Tensor:
     The authors advise a beta of 2 to 10 and start from gamma / beta = 0.5; gamma is not multiplied
     by beta.
     """
-    mean = _per_token(policy)
-    return -logsigmoid(beta * (mean.chosen - mean.rejected) - gamma)
+    return -logsigmoid(beta * _per_token(policy).gap - gamma)
 
 
 def apo_zero(policy: Pair, ref: Pair, *, beta: float = 0.1) -> Tensor:
@@ -146,9 +149,7 @@ def apo_down(policy: Pair, ref: Pair, *, beta: float = 0.1) -> Tensor:
     The constant 1 is TRL's. It is for chosen answers that are worse than the model's own.
     """
     ratio = _log_ratios(policy, ref)
-    return torch.sigmoid(beta * ratio.chosen) + torch.sigmoid(
-        -beta * (ratio.chosen - ratio.rejected)
-    )
+    return torch.sigmoid(beta * ratio.chosen) + torch.sigmoid(-beta * ratio.gap)
 
 
 def asft(policy: Pair, *, beta: float = 0.1) -> Tensor:
@@ -167,7 +168,7 @@ def dpop(policy: Pair, ref: Pair, *, beta: float = 0.3, penalty: float = 50.0) -
     -log s(beta (r_w - r_l - penalty max(0, -r_w)))
     """
     ratio = _log_ratios(policy, ref)
-    return -logsigmoid(beta * (ratio.chosen - ratio.rejected - penalty * torch.relu(-ratio.chosen)))
+    return -logsigmoid(beta * (ratio.gap - penalty * torch.relu(-ratio.chosen)))
 
 
 def nca_pair(policy: Pair, ref: Pair, *, beta: float = 0.01) -> Tensor:
@@ -189,7 +190,7 @@ def cal_dpo(policy: Pair, ref: Pair, *, beta: float = 0.002) -> Tensor:
     ratio = _log_ratios(policy, ref)
     target = 1 / (2 * beta)
     return (
-        -logsigmoid(ratio.chosen - ratio.rejected)
+        -logsigmoid(ratio.gap)
         + (ratio.chosen - target).square()
         + (ratio.rejected + target).square()
     )
@@ -213,12 +214,11 @@ def preference_metrics(policy: Pair, reward: Pair) -> dict[str, Tensor]:
     The accuracy counts the pairs whose chosen reward is higher; a tie counts half. The loop divides
     the sums by the number of pairs.
     """
-    margin = reward.chosen - reward.rejected
     return {
         "reward_chosen": reward.chosen.sum(),
         "reward_rejected": reward.rejected.sum(),
-        "reward_margin": margin.sum(),
-        "reward_accuracy": ((margin.sign() + 1) / 2).sum(),
+        "reward_margin": reward.gap.sum(),
+        "reward_accuracy": ((reward.gap.sign() + 1) / 2).sum(),
         "logp_chosen": policy.chosen.detach().sum(),
         "logp_rejected": policy.rejected.detach().sum(),
     }
@@ -248,11 +248,6 @@ def _log_ratios(policy: Pair, ref: Pair) -> Pair:
         chosen=_float(policy.chosen) - _float(ref.chosen),
         rejected=_float(policy.rejected) - _float(ref.rejected),
     )
-
-
-def _difference(policy: Pair, ref: Pair) -> Tensor:
-    ratio = _log_ratios(policy, ref)
-    return ratio.chosen - ratio.rejected
 
 
 def _per_token(pair: Pair) -> Pair:

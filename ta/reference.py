@@ -6,9 +6,8 @@ training, or a copy that follows the policy. Letters: N sequences, P pairs of an
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,8 +15,8 @@ from ta.chat.tokenizer import ChatTokenizer, TokenizerConfig, load_tokenizer
 from ta.command_line import Range
 from ta.data.loader import BatchConfig, micro_batches
 from ta.data.prepare import Prepared
-from ta.files import cache_folder, hash_json, write_atomic
-from ta.folders import ModelConfig, fingerprint, resolve
+from ta.files import cache_folder, hash_json, writing
+from ta.folders import ModelConfig, fingerprint, read_tensors, resolve, write_tensors
 from ta.model.adapters import AdapterConfig
 from ta.model.load import ComputeConfig, load_model
 from ta.parallel import gather_objects, rank, say
@@ -132,9 +131,9 @@ def frozen_logps(model: LanguageModel) -> Logps:
     """A function from a batch to the (N,) log-probabilities of a model that does not train."""
     import torch
 
+    @torch.no_grad()
     def logps(batch: Batch) -> Tensor:
-        with torch.no_grad():
-            return sequence_logps(model, batch)
+        return sequence_logps(model, batch)
 
     return logps
 
@@ -161,23 +160,23 @@ def adapter_off_logps(model: LanguageModel) -> Logps:
 def choose_reference(config: ReferenceConfig, model: ModelConfig, adapter: AdapterConfig) -> str:
     """The reference that "auto" stands for, or the one given; ValueError where it cannot work."""
     new, default = adapter.adapter != "none", ReferenceConfig()
-    # the trained adapter with which the run goes on
-    trained = resolve(model).adapter
     choice = config.reference
     if choice == "auto":
         choice = "adapter_off" if new and config.ref_path is None else "frozen"
-    if choice == "adapter_off" and (config.ref_path or not (new or trained)):
+    # a new one, or the trained one with which the run goes on
+    adapted = new or resolve(model).adapter
+    if choice == "adapter_off" and (config.ref_path or not adapted):
         reason = "there is no adapter"
         if config.ref_path:
             reason = f"it is no second model as --ref-path {config.ref_path} is"
         raise ValueError(f"--reference adapter_off: {reason}; give frozen")
-    sync = (config.sync_every, config.sync_alpha)
-    if choice != "synced" and sync != (default.sync_every, default.sync_alpha):
+    own = replace(config, reference=default.reference, ref_path=None)
+    if choice != "synced" and own != default:
         raise ValueError(
             f"--sync-every and --sync-alpha have no effect with --reference {choice}: "
             "give --reference synced"
         )
-    if choice == "synced" and config.ref_path and (new or trained):
+    if choice == "synced" and config.ref_path and adapted:
         raise ValueError(
             f"--reference synced follows the adapter, which --ref-path {config.ref_path} does not "
             "have: leave --ref-path out"
@@ -206,7 +205,7 @@ def open_reference(
     """
     choice = choose_reference(config, model, adapter)
     sources = resolve(model)
-    model = dataclasses.replace(model, model_path=sources.base, adapter_path=sources.adapter)
+    model = replace(model, model_path=sources.base, adapter_path=sources.adapter)
     device = str(next(policy.parameters()).device)
     policy.dropout = False
     policy.eval()
@@ -219,12 +218,14 @@ def open_reference(
         key = [fingerprint(model.model_path, model.hub), None if new else start]
         copy = None
     else:
-        same_adapter = config.ref_path is None and (choice == "synced" or model.adapter_path)
-        copy = _second_model(
-            config.ref_path, policy, tokenizer, model, adapter, compute, bool(same_adapter), seed
-        )
+        if config.ref_path is not None:
+            model = replace(model, model_path=config.ref_path, adapter_path=None)
+            check_same_vocabulary("--ref-path", resolve(model).tokenizer, tokenizer)
+        if choice != "synced" and not model.adapter_path:
+            adapter = AdapterConfig()
+        copy = _second_model(policy, tokenizer, model, adapter, compute, seed)
         logps = frozen_logps(copy)
-        key = [fingerprint(config.ref_path or model.model_path, model.hub)]
+        key = [fingerprint(model.model_path, model.hub)]
     if choice == "cached":
         tokens = [[token.text, *token.pieces] for token in tokenizer.new_tokens]
         key += [model.dtype, compute.quantize, device.partition(":")[0], tokens, model.model_args]
@@ -253,24 +254,17 @@ def _follow_policy(reference: Reference, policy: LanguageModel) -> None:
 
 
 def _second_model(
-    path: str | None,
     policy: LanguageModel,
     tokenizer: ChatTokenizer,
     model: ModelConfig,
     adapter: AdapterConfig,
     compute: ComputeConfig,
-    same_adapter: bool,
     seed: int,
 ) -> LanguageModel:
-    """A frozen model loaded like the policy, or from `path`; both then run in the same mode."""
-    if path is not None:
-        model = dataclasses.replace(model, model_path=path)
-        model = dataclasses.replace(model, adapter_path=None)
-        check_same_vocabulary("--ref-path", resolve(model).tokenizer, tokenizer)
-    if not same_adapter:
-        model, adapter = dataclasses.replace(model, adapter_path=None), AdapterConfig()
+    """A frozen model of these settings; it and the policy then run in the same mode."""
     # where the policy's base is frozen it is held in half precision, and so must its copy be
-    bare = not same_adapter and any(not p.requires_grad for p in policy.parameters())
+    adapted = model.adapter_path or adapter.adapter != "none"
+    bare = not adapted and any(not p.requires_grad for p in policy.parameters())
     device = str(next(policy.parameters()).device)
     freeze = (lambda loaded: loaded.requires_grad_(False)) if bare else None
     copy = load_model(model, adapter, compute, tokenizer, device, seed=seed, around=freeze)
@@ -321,7 +315,7 @@ def with_cached_reference(
     about = [[*reference.key, depends], prepared.info["fingerprint"]]
     name = hash_json([*about, Path(prepared.info.get("folder", "")).name, n])[:32]
     whole = folder / f"{name}.safetensors"
-    known = gather_objects(_read_table(whole, n) if rank() == 0 else None)[0]
+    known = _read_table(whole, n)
     if known is not None:
         say(f"reference log-probabilities of {n:,} records: from {whole}")
         return prepared._replace(reference=known)
@@ -352,17 +346,12 @@ def _compute_table(
     for start in range(0, n, PART):
         records = np.arange(start, min(n, start + PART))
         path = stem.with_name(f"{stem.name}-{start}.safetensors")
-        known = gather_objects(_read_table(path, len(records)) if rank() == 0 else None)[0]
+        known = _read_table(path, len(records))
         if known is None:
             by_record, dtype = {}, torch.float32
-            made = micro_batches(
-                prepared,
-                records,
-                config.max_tokens_per_micro,
-                packed,
-                lambda data, chosen, packed: (collate(data, chosen, packed), chosen),
-            )
-            for batch, chosen in made:
+            with_records = lambda data, chosen, packed: (collate(data, chosen, packed), chosen)
+            size = config.max_tokens_per_micro
+            for batch, chosen in micro_batches(prepared, records, size, packed, with_records):
                 values = to_device(batch, reference.device).both(reference.logps)  # (P, 2)
                 by_record |= dict(zip(chosen.tolist(), values.tolist(), strict=True))
                 dtype = values.dtype
@@ -378,31 +367,27 @@ def _compute_table(
 
 
 def _read_table(path: Path, n: int) -> Tensor | None:
-    """The (n, 2) table in a file; None where there is none.
+    """The (n, 2) table in a file, which rank 0 reads for all; None where there is none.
 
     A damaged file is reported on the screen and gives None too.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.exists():
-        return None
-    try:
-        table = load_file(path).get("logps")
-    except (SafetensorError, OSError, ValueError) as error:
-        say(f"{path} is damaged ({error}): computing it again")
-        return None
-    if table is None or tuple(table.shape) != (n, 2) or not table.isfinite().all():
-        say(f"{path} does not hold {n} x 2 finite numbers: computing it again")
-        return None
-    return table
+    table, damage = None, ""
+    if rank() == 0 and path.exists():
+        try:
+            table = read_tensors(path).get("logps")
+        except ValueError as error:
+            damage = f"is damaged ({error})"
+        else:
+            if table is None or table.shape != (n, 2) or not table.isfinite().all():
+                table, damage = None, f"does not hold {n} x 2 finite numbers"
+    if damage:
+        say(f"{path} {damage}: computing it again")
+    return gather_objects(table)[0]
 
 
 def _write_table(path: Path, table: Tensor) -> None:
-    from safetensors.torch import save
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, save({"logps": table.contiguous()}))
+    with writing(path) as aside:
+        write_tensors({"logps": table}, aside)
 
 
 def note_sync(config: ReferenceConfig, steps: int) -> None:
