@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import selectors
 import signal
 import subprocess
 import sys
@@ -12,9 +11,8 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from multiprocessing.connection import Pipe, wait
 from typing import Any
-
-from ta.rl.worker import READY
 
 # seconds in which a process must have loaded its functions
 START = 120
@@ -38,34 +36,24 @@ class FunctionPool:
         A call is (number of the function, arguments). The fault is empty where the value counts.
         """
         waiting, busy = deque(enumerate(calls)), {}
-        with selectors.DefaultSelector() as selector:
-            try:
-                while waiting or busy:
-                    while waiting and len(busy) < self.processes:
-                        place, call = waiting.popleft()
-                        process = self.idle.pop() if self.idle else _Process(self.names)
-                        selector.register(process.replies, selectors.EVENT_READ, process)
-                        busy[process] = place
-                        process.ask(call, self.seconds)
-                    due = min(process.deadline for process in busy)
-                    ready = selector.select(max(0.0, due - time.monotonic()))
-                    done = {key.data for key, _ in ready}
-                    late = {p for p in busy if p.deadline <= time.monotonic()} - done
-                    for process in done | late:
-                        place = busy.pop(process)
-                        selector.unregister(process.replies)
-                        if process in late:
-                            process.kill()
-                            fault = f"took longer than --reward-seconds {self.seconds:g}"
-                            value = None
-                        else:
-                            value, fault = process.reply()
-                        if process.alive:
-                            self.idle.append(process)
-                        yield place, value, fault
-            finally:
-                for process in busy:
-                    process.kill()
+        try:
+            while waiting or busy:
+                while waiting and len(busy) < self.processes:
+                    place, call = waiting.popleft()
+                    process = self.idle.pop() if self.idle else _Process(self.names)
+                    busy[process] = place
+                    process.ask(call, self.seconds)
+                due = min(process.deadline for process in busy)
+                wait([process.pipe for process in busy], max(0.0, due - time.monotonic()))
+                for process in [process for process in busy if process.has_ended()]:
+                    place = busy.pop(process)
+                    value, fault = process.reply()
+                    if process.alive:
+                        self.idle.append(process)
+                    yield place, value, fault
+        finally:
+            for process in busy:
+                process.kill()
 
     def close(self) -> None:
         """End the processes."""
@@ -78,57 +66,52 @@ class _Process:
     """One process of the pool, at the head of a process group of its own."""
 
     def __init__(self, names: Sequence[str]):
-        given, asked = os.pipe()
-        told, replies = os.pipe()
-        # a module that imports nothing heavy
-        command = [sys.executable, "-c", WORKER, str(given), str(replies)]
+        self.pipe, theirs = Pipe()
         self.process = subprocess.Popen(
-            [*command, *names],
+            # a module that imports nothing heavy
+            [sys.executable, "-c", WORKER, str(theirs.fileno()), *names],
             stdin=subprocess.DEVNULL,
-            stdout=sys.stderr.fileno() if _has_descriptor(sys.stderr) else subprocess.DEVNULL,
-            pass_fds=(given, replies),
+            # what functions print goes to the screen
+            stdout=2,
+            pass_fds=[theirs.fileno()],
             start_new_session=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
-        os.close(given), os.close(replies)
-        self.calls, self.replies = os.fdopen(asked, "wb"), os.fdopen(told, "rb")
-        self.deadline, self.alive = 0.0, True
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.replies, selectors.EVENT_READ)
-            if not selector.select(START) or self.replies.readline() != READY:
-                self.kill()
-                raise ValueError(
-                    f"the functions of {' '.join(filter(None, names))} did not load within {START} "
-                    "seconds, or ended their process"
-                )
+        theirs.close()
+        self.alive, self.seconds = True, START
+        # it says when its functions are there
+        self.pipe.poll(START)
+        if self.reply()[1]:
+            raise ValueError(
+                f"the functions of {' '.join(filter(None, names))} did not load within {START} "
+                "seconds, or ended their process"
+            )
 
     def ask(self, call: tuple[int, list], seconds: float) -> None:
         """Send a call, which must be answered within so many seconds."""
-        self.deadline = time.monotonic() + seconds
-        with suppress(BrokenPipeError):  # a process that has ended answers nothing, which is said
-            self.calls.write(json.dumps(call).encode() + b"\n")
-            self.calls.flush()
+        self.seconds, self.deadline = seconds, time.monotonic() + seconds
+        with suppress(OSError):  # a process that has ended answers nothing, which is said
+            self.pipe.send_bytes(json.dumps(call).encode())
+
+    def has_ended(self) -> bool:
+        """Whether the call is answered, or its time is over."""
+        return self.pipe.poll() or self.deadline <= time.monotonic()
 
     def reply(self) -> tuple[Any, str]:
-        """(value, fault) of the call; the fault is empty where the value counts."""
-        line = self.replies.readline()
-        if not line.endswith(b"\n"):
-            self.kill()
-            return None, "its process ended without an answer"
-        value, fault = json.loads(line)
-        return value, fault
+        """(value, fault) of a call that has ended; the fault is empty where the value counts."""
+        fault = f"took longer than --reward-seconds {self.seconds:g}"
+        if self.pipe.poll():
+            try:
+                return tuple(json.loads(self.pipe.recv_bytes()))
+            except (EOFError, OSError):
+                fault = "its process ended without an answer"
+        self.kill()
+        return None, fault
 
     def kill(self) -> None:
         """End the process and all that it started."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        self.calls.raw.close(), self.replies.close()
+        self.pipe.close()
         self.alive = False
-
-
-def _has_descriptor(stream: Any) -> bool:
-    try:
-        return stream.fileno() >= 0
-    except (AttributeError, OSError, ValueError):
-        return False

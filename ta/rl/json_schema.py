@@ -18,11 +18,10 @@ TYPES: dict[str, tuple[type, ...]] = {
     "boolean": (bool,),
     "null": (type(None),),
 }
-KEYWORDS = {
-    "type", "enum", "const", "properties", "required", "additionalProperties", "items", "minItems",
-    "maxItems", "minimum", "maximum", "minLength", "maxLength", "pattern", "anyOf", "title",
-    "description", "$schema",
-}  # fmt: skip
+KEYWORDS = set(
+    "type enum const properties required additionalProperties items minItems maxItems minimum "
+    "maximum minLength maxLength pattern anyOf title description $schema".split()
+)
 
 
 def check_schema(schema: Any, name: str) -> None:

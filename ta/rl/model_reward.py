@@ -30,27 +30,26 @@ class ModelReward:
         self.tokenizer = load_chat_tokenizer(config, TokenizerConfig(), ChatConfig())
         self.model, _ = wrap(load_for_inference(config, device, 1))
         self.max_tokens = max_tokens
-        self.context = limits_of(self.model)[1]
+        self.longest = min(max_tokens, limits_of(self.model)[1] or max_tokens)
 
     def score(
-        self, records: Sequence[dict], answers: Sequence[Sequence[str]]
-    ) -> list[list[tuple[float | None, str]]]:
-        """For each record and answer (its reward, ""), or (None, why it has none)."""
+        self, records: Sequence[dict], answers: Sequence[str]
+    ) -> list[tuple[float | None, str]]:
+        """For each record with its answer (its reward, ""), or (None, why it has none)."""
         chats = [record["messages"] for record in records]
-        asked = [[{"role": "assistant", "content": text} for text in group] for group in answers]
+        turns = [[{"role": "assistant", "content": text}] for text in answers]
         tools = [template_arguments(record) for record in records]
-        encoded = encode_answers(chats, asked, self.tokenizer, ChatConfig(), tools)
-        out: list[list[tuple[float | None, str]]] = []
-        flat, places = [], []
-        for i, (group, sequences) in enumerate(zip(answers, encoded, strict=True)):
-            dropped = sequences.detail if isinstance(sequences, Drop) else ""
-            out.append([(None, dropped)] * len(group))
-            for k, tokens in enumerate([] if dropped else sequences):
-                if (size := len(tokens.ids)) > min(self.max_tokens, self.context or size):
-                    out[i][k] = None, f"{size} tokens are more than the reward model can read"
-                    continue
-                flat.append(tokens)
-                places.append((i, k))
-        for (i, k), row in zip(places, score(self.model, flat, self.max_tokens), strict=True):
-            out[i][k] = row[0], ""
+        encoded = encode_answers(chats, turns, self.tokenizer, ChatConfig(), tools)
+        out: list[tuple[float | None, str]] = [(None, "")] * len(answers)
+        fitting = {}
+        for i, found in enumerate(encoded):
+            if isinstance(found, Drop):
+                out[i] = None, found.detail
+            elif (size := len(found[0].ids)) > self.longest:
+                out[i] = None, f"{size} tokens are more than the reward model can read"
+            else:
+                fitting[i] = found[0]
+        rows = score(self.model, list(fitting.values()), self.max_tokens)
+        for i, row in zip(fitting, rows, strict=True):
+            out[i] = row[0], ""
         return out

@@ -7,13 +7,17 @@ text names it: NAME, NAME:ARGUMENT or FILE.py:NAME, with *WEIGHT behind it where
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import product
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from ta.command_line import Range
+from ta.parallel import gather_objects, say
 from ta.rl.function_pool import FunctionPool
 from ta.rl.reward_functions import BUILTIN
 
@@ -62,25 +66,26 @@ def parse_reward(text: str) -> Reward:
         # a * of the argument, such as that of a regular expression
         parsed = Reward(text, 1.0)
     head, _, argument = parsed.text.partition(":")
-    if head.endswith(".py"):
-        if not Path(head).is_file() or not argument.isidentifier():
-            raise ValueError(
-                f"--rewards {text}: "
-                + (f"there is no file {head}" if not Path(head).is_file() else "give FILE.py:NAME")
-            )
+    fault = ""
+    if not isfinite(parsed.weight):
+        fault = "give a finite weight"
+    elif head.endswith(".py"):
+        if not Path(head).is_file():
+            fault = f"there is no file {head}"
+        elif not argument.isidentifier():
+            fault = "give FILE.py:NAME"
     elif head == "model":
-        if not argument:
-            raise ValueError(f"--rewards {text}: give model:FOLDER")
-    elif head not in BUILTIN:
-        raise ValueError(
-            f"--rewards {text}: there is no reward {head}; give FILE.py:NAME, model:FOLDER or one "
-            f"of {', '.join(BUILTIN)}"
-        )
-    else:
+        fault = "" if argument else "give model:FOLDER"
+    elif head in BUILTIN:
         try:
             BUILTIN[head](argument)
         except ValueError as error:
-            raise ValueError(f"--rewards {text}: {error}") from None
+            fault = str(error)
+    else:
+        known = ", ".join(BUILTIN)
+        fault = f"there is no reward {head}; give FILE.py:NAME, model:FOLDER or one of {known}"
+    if fault:
+        raise ValueError(f"--rewards {text}: {fault}")
     return parsed
 
 
@@ -92,66 +97,56 @@ class RewardPool:
         self.config = config
         self.rewards = [parse_reward(text) for text in config.rewards]
         # of each function, how often it gave no usable number and that was counted
-        self.bad = dict.fromkeys((reward.text for reward in self.rewards), 0)
-        names = ["" if r.text.startswith("model:") else r.text for r in self.rewards]
-        self.functions = FunctionPool(names, config.reward_processes, config.reward_seconds)
+        self.bad: Counter[str] = Counter()
         self.models: dict[int, ModelReward] = {}
-        for f, reward in enumerate(self.rewards):
-            if reward.text.startswith("model:"):
+        names = [reward.text for reward in self.rewards]
+        for f, name in enumerate(names):
+            if name.startswith("model:"):
                 # torch comes with it
                 from ta.rl.model_reward import ModelReward
 
-                folder = reward.text.removeprefix("model:")
-                self.models[f] = ModelReward(folder, device, max_tokens)
+                self.models[f] = ModelReward(name.removeprefix("model:"), device, max_tokens)
+                # no function of the processes
+                names[f] = ""
+        self.functions = FunctionPool(names, config.reward_processes, config.reward_seconds)
 
-    def score(
-        self, records: Sequence[dict], answers: Sequence[Sequence[str]]
-    ) -> list[list[list[float | None]]]:
-        """For each record and answer a list of each function's value, unweighted.
+    def score(self, records: Sequence[dict], answers: Sequence[str]) -> list[list[float | None]]:
+        """For each record with its answer the value of each function, unweighted.
 
         ValueError names record, answer and function where a call fails and --on-bad-reward is
         error; otherwise the value is None and `bad` counts it.
         """
-        values: list[list[list[float | None]]] = [
-            [[None] * len(self.rewards) for _ in group] for group in answers
-        ]
+        values: list[list[float | None]] = [[None] * len(self.rewards) for _ in answers]
+
+        def keep(i: int, f: int, value: float | None, fault: str) -> None:
+            values[i][f] = value
+            if fault and self.config.on_bad_reward == "error":
+                where = f"record {records[i].get('id', i)!r}, answer {answers[i][:80]!r}"
+                raise ValueError(f"reward {self.rewards[f].text} of {where}: {fault}")
+            self.bad[self.rewards[f].text] += bool(fault)
+
         for f, model in self.models.items():
-            for i, group in enumerate(model.score(records, answers)):
-                for k, (value, fault) in enumerate(group):
-                    values[i][k][f] = value
-                    if fault:
-                        self._fault(f, records[i], i, answers[i][k], fault)
-        places = [
-            (i, k, f)
-            for i, group in enumerate(answers)
-            for k in range(len(group))
-            for f in range(len(self.rewards))
-            if f not in self.models
-        ]
-        calls = [(f, [records[i]["messages"], answers[i][k], records[i]]) for i, k, f in places]
+            for i, (value, fault) in enumerate(model.score(records, answers)):
+                keep(i, f, value, fault)
+        functions = [f for f in range(len(self.rewards)) if f not in self.models]
+        places = list(product(range(len(answers)), functions))
+        calls = [(f, [records[i]["messages"], answers[i], records[i]]) for i, f in places]
         with closing(self.functions.run(calls)) as results:
             for place, value, fault in results:
-                i, k, f = places[place]
-                values[i][k][f] = value
-                if fault:
-                    self._fault(f, records[i], i, answers[i][k], fault)
+                keep(*places[place], value, fault)
         return values
-
-    def _fault(self, f: int, record: dict, i: int, answer: str, fault: str) -> None:
-        name = self.rewards[f].text
-        if self.config.on_bad_reward == "error":
-            where = f"record {record.get('id', i)!r}, answer {answer[:80]!r}"
-            raise ValueError(f"reward {name} of {where}: {fault}")
-        self.bad[name] += 1
 
     def total(self, values: Sequence[float | None]) -> float | None:
         """The weighted sum of the values of one answer, without those that are None.
 
         None where all are.
         """
-        known = [
-            reward.weight * value
-            for reward, value in zip(self.rewards, values, strict=True)
-            if value is not None
-        ]
+        weighted = zip(self.rewards, values, strict=True)
+        known = [reward.weight * value for reward, value in weighted if value is not None]
         return sum(known) if known else None
+
+    def close(self) -> None:
+        """End the processes, and say what was counted on all of them."""
+        self.functions.close()
+        for name, count in sum(gather_objects(self.bad), Counter()).items():
+            say(f"note: {count:,} answers have no value of reward {name}, whose calls failed")

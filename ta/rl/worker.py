@@ -14,13 +14,12 @@ import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from multiprocessing.connection import Connection
 from numbers import Real
 from typing import Any
 
 from ta.rl.reward_functions import load_file, load_reward
 
-# what a process says once it has loaded its functions
-READY = b"ready\n"
 # most characters of an error that are reported
 SHOWN = 500
 # in front of the path of a file of tools
@@ -98,30 +97,28 @@ def _raise(error: Exception, *_: Any) -> None:
 
 
 def work(arguments: Sequence[str]) -> None:
-    """Answer calls, one JSON line each, until no more come: the main function of a process.
+    """Answer calls, one message of JSON each, until no more come: the main function of a process.
 
-    `arguments` are the file descriptors of calls and of replies, and the names of the functions.
-    What a function prints does not reach the replies.
+    `arguments` are the file descriptor of the pipe of calls and replies, and the names of the
+    functions. What a function prints does not reach the replies. The first reply, to no call, says
+    that the functions are loaded.
     """
     with suppress(OSError, AttributeError):
         # end with the process that asks, however that ends (PR_SET_PDEATHSIG of Linux)
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    calls, replies = os.fdopen(int(arguments[0]), "rb"), int(arguments[1])
-    os.set_inheritable(calls.fileno(), False), os.set_inheritable(replies, False)
-    functions, own = [load_function(name) if name else None for name in arguments[2:]], os.getpid()
-    os.write(replies, READY)
-    for line in calls:
-        number, given = json.loads(line)
+    pipe, own = Connection(int(arguments[0])), os.getpid()
+    os.set_inheritable(pipe.fileno(), False)
+    functions = [load_function(name) if name else None for name in arguments[1:]]
+    value, fault = None, ""
+    while True:
+        pipe.send_bytes(json.dumps([value, fault[:SHOWN]]).encode())
+        try:
+            number, given = json.loads(pipe.recv_bytes())
+        except EOFError:
+            return
         try:
             value, fault = functions[number](*given)
         except BaseException as error:  # also SystemExit: the call has failed, whatever it raised
             value, fault = None, f"raised {type(error).__name__}: {error}"
         if os.getpid() != own:
             os._exit(0)  # a process that the function forked and that came back here
-        _write_all(replies, json.dumps([value, fault[:SHOWN]]).encode() + b"\n")
-
-
-def _write_all(descriptor: int, line: bytes) -> None:
-    """Write a line that may be longer than a pipe takes at once."""
-    while line:
-        line = line[os.write(descriptor, line) :]

@@ -81,10 +81,10 @@ def scores(*rewards, answers=("4", "bad", "5"), record=None, **more):
     pool = RewardPool(RewardConfig(rewards, **{"reward_seconds": 5.0, **more}))
     try:
         record = {"id": "r7", "reference": "4", "messages": CHAT} | (record or {})
-        (values,) = pool.score([record], [answers])
+        values = pool.score([record] * len(answers), answers)
         return [pool.total(parts) for parts in values], pool
     finally:
-        pool.functions.close()
+        pool.close()
 
 
 def test_weighted_sums_in_the_order_of_the_answers(functions):
@@ -182,6 +182,8 @@ def test_weights_and_stars():
     assert parse_reward("length:4*-2") == ("length:4", -2.0)
     assert parse_reward(r"regex:^a*b") == (r"regex:^a*b", 1.0)
     assert parse_reward(r"regex:^a**3") == (r"regex:^a*", 3.0)
+    with pytest.raises(ValueError, match="give a finite weight"):
+        parse_reward("exact*nan")
 
 
 @pytest.mark.parametrize(
