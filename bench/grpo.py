@@ -63,10 +63,10 @@ def train_ours(flags, shared: bool = True) -> dict[str, float]:
     from ta.rl import batches as layout
     from ta.training import loop
 
-    whole = layout.groups_of
+    together = layout.sampled
 
-    def apart(rows, chosen, most, packed):
-        return whole(rows, chosen, most, False)
+    def apart(rows):
+        return [answer._replace(prompt=list(answer.prompt)) for answer in together(rows)]
 
     starts, ends, updated = [], [], []
 
@@ -82,7 +82,7 @@ def train_ours(flags, shared: bool = True) -> dict[str, float]:
     with (
         patch.object(ta.rl.Rollouts, "at", timed(ta.rl.Rollouts.at, starts, ends)),
         patch.object(loop, "update", timed(loop.update, [], updated)),
-        patch.object(layout, "groups_of", whole if shared else apart),
+        patch.object(layout, "sampled", together if shared else apart),
         tempfile.TemporaryDirectory() as name,
     ):
         folder = Path(name)

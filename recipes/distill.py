@@ -146,9 +146,9 @@ def main(config: Config):
     rollouts = ta.rl.Rollouts(run.folder, *made_of, logprobs=logprobs)
 
     def before_step(number, _):
-        rows = rollouts.at(model, number)
-        rows = rows[number % updates :: updates]
-        return ta.rl.answer_batches(rows, batches.max_tokens, model.packed, with_values=sampled)
+        rows = rollouts.at(model, number)[number % updates :: updates]
+        made = ta.rl.answer_batches(ta.rl.sampled(rows), batches.max_tokens, model.packed)
+        return made if sampled else [batch.sequences for batch in made]
 
     def evaluate(done):
         samples = ta.generate_samples(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # for editors; NAMES says the same
     from ta.rl.batches import kl_of as kl_of
     from ta.rl.batches import rewards_of as rewards_of
     from ta.rl.batches import rollout_batches as rollout_batches
+    from ta.rl.batches import sampled as sampled
     from ta.rl.engines import start_engine as start_engine
     from ta.rl.policy import advantages as advantages
     from ta.rl.policy import k2 as k2
@@ -36,7 +37,8 @@ if TYPE_CHECKING:  # for editors; NAMES says the same
     from ta.rl.tools import open_tools as open_tools
 
 NAMES = {  # module: what `ta.rl` gives of it
-    "ta.rl.batches": "answer_batches figures_of kl_of end_if_dry_run rewards_of rollout_batches",
+    "ta.rl.batches": "answer_batches figures_of kl_of end_if_dry_run rewards_of rollout_batches "
+    "sampled",
     "ta.rl.policy": "advantages k2 k3 log_ratios mismatch_weights policy_loss",
     "ta.rl.rewards": "RewardConfig RewardPool",
     "ta.rl.engines": "start_engine",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,8 @@ from ta.training.memory import memory_report
 from ta.training.run_folder import LoopConfig
 
 NAMES = ("logprobs", "trainer_logprobs", "reference_logprobs")
+# a tuple is a quotient
+Figures = dict[str, float | tuple[float, float]]
 
 
 class RolloutBatch(NamedTuple):
@@ -42,8 +45,8 @@ class RolloutBatch(NamedTuple):
     old: Tensor
     # (M,) log p by the reference; empty where there is none
     reference: Tensor
-    # figures of the whole step, for the log; a tuple is a quotient
-    figures: dict[str, float | tuple[float, float]]
+    # of the whole step, for the log
+    figures: Figures
 
     def logged(self) -> dict[str, Any]:
         """The figures as sums over the tokens of this micro-batch."""
@@ -68,8 +71,8 @@ def kl_of(rows: Sequence[dict]) -> Tensor:
     """(P, G) sums over the tokens of answers of k1, as they were sampled."""
 
     def kl(_: dict, answer: dict) -> float:
-        logps, reference = (torch.tensor(own(answer[name])) for name in (NAMES[0], NAMES[2]))
-        return k1(logps, reference).sum().item()
+        logps = (torch.tensor(own(answer[name])) for name in ("logprobs", "reference_logprobs"))
+        return k1(*logps).sum().item()
 
     return _table(rows, kl)
 
@@ -109,69 +112,90 @@ def figures_of(rows: Sequence[dict]) -> dict[str, float]:
     return figures
 
 
-class AnswerGroup(NamedTuple):
-    """Answers to one prompt that stand together in a micro-batch."""
+class Sampled(NamedTuple):
+    """An answer behind its prompt, with what each token that the policy sampled of it gets."""
 
-    row: int
-    answers: tuple[int, ...]
+    # the same list for all answers to a prompt
+    prompt: list[int]
+    answer: dict
+    advantage: float = 0.0
+    # not 0
+    weight: float = 1.0
+
+    @property
+    def size(self) -> int:
+        """Tokens that the policy sampled."""
+        return len(own(self.answer["logprobs"]))
+
+
+def sampled(rows: Sequence[dict]) -> list[Sampled]:
+    """All answers of some records."""
+    return [Sampled(row["prompt_tokens"], answer) for row in rows for answer in row["answers"]]
 
 
 def groups_of(
-    rows: Sequence[dict], chosen: Sequence[Sequence[int]], max_tokens: int, packed: bool
-) -> list[AnswerGroup]:
-    """The `chosen` answers of each record, cut so that a prompt with its answers fits a row.
+    answers: Sequence[Sampled], max_tokens: int, packed: bool
+) -> tuple[list[list[int]], list[int]]:
+    """The places of answers that stand together behind their prompt, and their tokens with it.
 
-    Where batches are padded every answer is a group of its own.
+    A group fits a row; where batches are padded every answer is a group of its own.
     """
-    groups = []
-    for place, answers in enumerate(chosen):
-        prompt, held, tokens = len(rows[place]["prompt_tokens"]), [], 0
-        for k in answers:
-            size = len(rows[place]["answers"][k]["tokens"])
-            if held and (not packed or prompt + tokens + size > max_tokens):
-                groups.append(AnswerGroup(place, tuple(held)))
-                held, tokens = [], 0
-            held.append(k)
-            tokens += size
-        if held:
-            groups.append(AnswerGroup(place, tuple(held)))
-    return groups
+    groups, sizes, prompt = [], [], None
+    for place, sample in enumerate(answers):
+        size = len(sample.answer["tokens"])
+        if not packed or sample.prompt is not prompt or sizes[-1] + size > max_tokens:
+            prompt = sample.prompt
+            groups.append([])
+            sizes.append(len(prompt))
+        groups[-1].append(place)
+        sizes[-1] += size
+    return groups, sizes
 
 
-def micro_groups(
-    rows: Sequence[dict], chosen: Sequence[Sequence[int]], max_tokens: int, packed: bool
-) -> list[list[AnswerGroup]]:
-    """This process's micro-batches of the chosen answers; every process gets as many."""
-    groups = groups_of(rows, chosen, max_tokens, packed)
-    sizes = [
-        len(rows[row]["prompt_tokens"]) + sum(len(rows[row]["answers"][k]["tokens"]) for k in some)
-        for row, some in groups
-    ]
+def micro_places(answers: Sequence[Sampled], max_tokens: int, packed: bool) -> list[list[int]]:
+    """The places of the answers of this process's micro-batches; every process gets as many."""
+    groups, sizes = groups_of(answers, max_tokens, packed)
     by_rank = split_micro(sizes, max_tokens, world(), packed)
-    return [[groups[i] for i in places] for places in by_rank[rank()]]
+    return [[i for group in some for i in groups[group]] for some in by_rank[rank()]]
 
 
-def lay_out_groups(
-    rows: Sequence[dict],
-    groups: Sequence[AnswerGroup],
-    packed: bool,
-    weight: Callable[[int, int], float] = lambda row, answer: 1.0,
-) -> Batch:
-    """One Batch of the answers of some groups behind their prompts; a prompt stands once a group.
+def lay_out_answers(answers: Sequence[Sampled], packed: bool) -> Batch:
+    """One Batch of answers behind their prompts; in a packed row answers share a prompt.
 
-    weight(row, answer) is that of each token that the answer sampled; it is not 0. What a tool
-    wrote is not learned.
+    What a tool wrote is not learned.
     """
     ids, weights, shared = [], [], []
-    for row, answers in groups:
-        prompt = rows[row]["prompt_tokens"]
-        for place, k in enumerate(answers):
-            answer = rows[row]["answers"][k]
-            sampled = [logprob is not None for logprob in answer["logprobs"]]
-            ids.append(np.array(prompt + answer["tokens"]))
-            weights.append(np.array([0.0] * len(prompt) + sampled, np.float32) * weight(row, k))
-            shared.append(len(prompt) if packed and place else 0)
+    before = None
+    for prompt, answer, _, weight in answers:
+        ids.append(np.array(prompt + answer["tokens"]))
+        learned = [0.0] * len(prompt) + [x is not None for x in answer["logprobs"]]
+        weights.append(np.array(learned, np.float32) * weight)
+        shared.append(len(prompt) if packed and prompt is before else 0)
+        before = prompt
     return lay_out(ids, weights, packed, shared)
+
+
+def token_values(answers: Sequence[Sampled], name: str) -> Tensor:
+    """(M,) float32 values of the sampled tokens of answers, from their lists `name`.
+
+    (0,) where answers have no such list.
+    """
+    lists = (own(sample.answer.get(name, ())) for sample in answers)
+    return torch.tensor(list(chain.from_iterable(lists)), dtype=torch.float32)
+
+
+def answer_batches(
+    answers: Sequence[Sampled], max_tokens: int, packed: bool, figures: Figures | None = None
+) -> list[RolloutBatch]:
+    """This process's micro-batches of answers; `figures` are those of the whole step."""
+    batches = []
+    for places in micro_places(answers, max_tokens, packed):
+        some = [answers[i] for i in places]
+        sequences = lay_out_answers(some, packed)
+        advantages = torch.tensor([sample.advantage for sample in some])[sequences.owners]
+        logps = (token_values(some, name) for name in NAMES)
+        batches.append(RolloutBatch(sequences, advantages, *logps, figures or {}))
+    return batches
 
 
 def rollout_batches(
@@ -181,7 +205,7 @@ def rollout_batches(
     longest: int,
     max_tokens: int,
     packed: bool,
-    figures: dict[str, float | tuple[float, float]],
+    figures: Figures,
 ) -> list[RolloutBatch]:
     """This process's micro-batches of a step: the answers of `rows` with their advantages (P, G).
 
@@ -189,67 +213,23 @@ def rollout_batches(
     are so or a KL is learned from it too. With policy.drop_truncated answers that reached their
     `longest` length have no part in the loss.
     """
-    everyone = [
-        [
-            k
-            for k, answer in enumerate(row["answers"])
-            if not policy.drop_truncated or answer["finish"] != "length"
-        ]
-        for row in rows
-    ]
-    taught = [
-        answers if policy.kl_coef or values.any() else []
-        for answers, values in zip(everyone, advantages, strict=True)
-    ]
+    everyone, taught = [], []
+    for row, values in zip(rows, advantages, strict=True):
+        for sample, advantage in zip(sampled([row]), values.tolist(), strict=False):
+            if policy.drop_truncated and sample.answer["finish"] == "length":
+                continue
+            everyone.append(sample._replace(advantage=advantage))
+            if policy.kl_coef or values.any():
+                taught.append(everyone[-1])
     # a step needs a token, also where it has nothing to learn
-    rest = next((i for i, answers in enumerate(everyone) if answers), None)
-    if not any(taught) and rest is not None:
-        taught[rest] = everyone[rest][:1]
-    sizes = [[len(own(answer["logprobs"])) for answer in row["answers"]] for row in rows]
-    answers = sum(map(len, everyone))
-    # tokens of the step, and those that are computed, by whose number the loop divides
-    tokens, kept = (
-        sum(sizes[row][k] for row, chosen in enumerate(some) for k in chosen)
-        for some in (everyone, taught)
-    )
-    shares = [
-        token_weights(torch.tensor(group), policy.divide, answers, tokens, longest) * kept
-        for group in sizes
-    ]
-    batches = []
-    for groups in micro_groups(rows, taught, max_tokens, packed):
-        sequences = lay_out_groups(rows, groups, packed, lambda row, k: shares[row][k].item())
-        of_answer = [advantages[row, k] for row, chosen in groups for k in chosen]
-        values = torch.stack(of_answer)[sequences.owners] if of_answer else torch.zeros(0)
-        logps = (token_values(rows, groups, name) for name in NAMES)
-        batches.append(RolloutBatch(sequences, values, *logps, figures))
-    return batches
-
-
-def answer_batches(
-    rows: Sequence[dict], max_tokens: int, packed: bool, with_values: bool = False
-) -> list:
-    """This process's micro-batches of all answers of `rows`, whose tokens weigh 1.
-
-    Each is a Batch, or a RolloutBatch without advantages where the values of tokens are asked for.
-    """
-    everyone = [range(len(row["answers"])) for row in rows]
-    batches = []
-    for groups in micro_groups(rows, everyone, max_tokens, packed):
-        batches.append(lay_out_groups(rows, groups, packed))
-        if with_values:
-            values = (token_values(rows, groups, name) for name in NAMES)
-            batches[-1] = RolloutBatch(batches[-1], torch.zeros(0), *values, {})
-    return batches
-
-
-def token_values(rows: Sequence[dict], groups: Sequence[AnswerGroup], name: str) -> Tensor:
-    """(M,) float32 values of the sampled tokens of the groups' answers, from their lists `name`.
-
-    (0,) where answers have no such list.
-    """
-    lists = (rows[row]["answers"][k].get(name, ()) for row, answers in groups for k in answers)
-    return torch.tensor([x for values in lists for x in own(values)], dtype=torch.float32)
+    taught = taught or everyone[:1]
+    tokens = sum(sample.size for sample in everyone)
+    sizes = torch.tensor([sample.size for sample in taught])
+    # the loop divides by the number of tokens that are computed
+    weights = token_weights(sizes, policy.divide, len(everyone), tokens, longest) * sizes.sum()
+    weighted = zip(taught, weights.tolist(), strict=True)
+    taught = [sample._replace(weight=weight) for sample, weight in weighted]
+    return answer_batches(taught, max_tokens, packed, figures)
 
 
 def end_if_dry_run(
@@ -271,13 +251,15 @@ def end_if_dry_run(
     width = getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
     rows = min(config.slots, batches.batch_size * config.num_answers)
     number = 2 if model.half_precision else 4
-    # keys and values of each layer; a row's columns may be half as many more than it needs
+    # of each layer; a row's columns may be half as many more than it needs
     cache = rows * 1.5 * (prompt + answer) * sizes.num_hidden_layers * 2 * heads * width * number
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    # of a step of all rows, once as numbers of the model and once as probabilities
-    logits = 2 * rows * sizes.vocab_size * 4
-    parts = {"weights": weights, "keys and values": cache, "logits": logits}
-    parts["in all"] = sum(parts.values())
-    lines = [f"  {name:<16} {size / 1e9:9.3f}" for name, size in parts.items()]
-    say("\n".join(["rollouts, estimated:", *lines]))
+    parts = {
+        "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "keys and values": cache,
+        # of a step of all rows, once as numbers of the model and once as probabilities
+        "logits": 2 * rows * sizes.vocab_size * 4,
+    }
+    say("rollouts, estimated:")
+    for name, size in (*parts.items(), ("in all", sum(parts.values()))):
+        say(f"  {name:<16} {size / 1e9:9.3f}")
     raise SystemExit(0)

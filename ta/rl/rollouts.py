@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -35,14 +36,13 @@ from ta.generation.settings import Answer, GenerateConfig
 from ta.generation.vllm_server import VllmServer
 from ta.model.language_model import LanguageModel
 from ta.parallel import gather_objects, on_rank_zero, rank, say, sum_over_ranks, unsharded, world
-from ta.rl.batches import is_flat, lay_out_groups, micro_groups, own
+from ta.rl.batches import Figures, is_flat, lay_out_answers, micro_places, own, sampled
 from ta.rl.engines import Engine, merged_weights, weights_hash
 from ta.rl.policy import overlong_penalty
 from ta.rl.rewards import RewardPool
 from ta.rl.settings import PolicyConfig, RolloutConfig
 from ta.rl.tools import Talk, Tools
 
-Figures = dict[str, float | tuple[float, float]]
 NOTHING: Figures = {
     "rollout_seconds": 0.0,
     "reward_seconds": 0.0,
@@ -286,18 +286,17 @@ class Rollouts:
         self, model: LanguageModel, rows: list[dict], name: str, function: Callable
     ) -> None:
         """Give every answer a list `name` of log p of its tokens, each process for its share."""
-        everyone = [range(len(row["answers"])) for row in rows]
-        device, found = next(model.parameters()).device, []
-        for groups in micro_groups(rows, everyone, self.batches.max_tokens, model.packed):
-            batch = to_device(lay_out_groups(rows, groups, model.packed), device)
+        answers, found, device = sampled(rows), {}, next(model.parameters()).device
+        for places in micro_places(answers, self.batches.max_tokens, model.packed):
+            some = [answers[i] for i in places]
+            batch = to_device(lay_out_answers(some, model.packed), device)
             with torch.no_grad():
                 values = iter(function(batch).tolist())
-            for row, answers in groups:
-                for k in answers:
-                    sampled = rows[row]["answers"][k]["logprobs"]
-                    found.append((row, k, [x if x is None else next(values) for x in sampled]))
-        for row, k, logprobs in (entry for share in gather_objects(found) for entry in share):
-            rows[row]["answers"][k][name] = logprobs
+            for i, sample in zip(places, some, strict=True):
+                own_values = sample.answer["logprobs"]
+                found[i] = [x if x is None else next(values) for x in own_values]
+        for i, logprobs in ChainMap(*gather_objects(found)).items():
+            answers[i].answer[name] = logprobs
 
     def _talks(
         self,
@@ -340,15 +339,15 @@ class Rollouts:
 
     def _judge(self, records: Sequence[dict], talks: Sequence[Sequence[Talk]]) -> list:
         """For each record and answer ({function: its value}, their weighted sum or None)."""
-        flat = [
-            (record | {"messages": [*record["messages"], *talk.turns]}, talk.last.text)
-            for record, group in zip(records, talks, strict=True)
-            for talk in group
-        ]
-        values = self.pool.score([record for record, _ in flat], [[text] for _, text in flat])
+        asked, answers = [], []
+        for record, group in zip(records, talks, strict=True):
+            for talk in group:
+                asked.append(record | {"messages": [*record["messages"], *talk.turns]})
+                answers.append(talk.last.text)
         names = [reward.text for reward in self.pool.rewards]
         found = iter(
-            (dict(zip(names, parts, strict=True)), self.pool.total(parts)) for (parts,) in values
+            (dict(zip(names, parts, strict=True)), self.pool.total(parts))
+            for parts in self.pool.score(asked, answers)
         )
         return [[next(found) for _ in group] for group in talks]
 

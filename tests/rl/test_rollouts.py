@@ -19,11 +19,11 @@ from ta.data.batch import lay_out
 from ta.data.records import check_candidates
 from ta.data.sources import read_records
 from ta.rl.batches import (
-    AnswerGroup,
     groups_of,
-    lay_out_groups,
+    lay_out_answers,
     rewards_of,
     rollout_batches,
+    sampled,
     token_values,
 )
 from ta.rl.engines import weights_hash
@@ -54,31 +54,21 @@ def rows(prompts=(5, 3, 8), answers=((4, 2, 3), (1, 6, 2), (5, 5, 1)), seed=0):
 
 
 def test_units_by_hand():
-    everyone = [range(3)] * 3
-    assert groups_of(rows(), everyone, 100, True) == [AnswerGroup(i, (0, 1, 2)) for i in range(3)]
+    made = sampled(rows())
+    assert groups_of(made, 100, True) == ([[0, 1, 2], [3, 4, 5], [6, 7, 8]], [14, 12, 19])
     # prompts of 5, 3, 8: at most 11 tokens with their answers
-    cut = [
-        AnswerGroup(0, (0, 1)),
-        AnswerGroup(0, (2,)),
-        AnswerGroup(1, (0, 1)),
-        AnswerGroup(1, (2,)),
-    ]
-    cut += [AnswerGroup(2, (k,)) for k in range(3)]
-    assert groups_of(rows(), everyone, 11, True) == cut
-    assert groups_of(rows(), [(0, 2), (), (1,)], 100, False) == [
-        AnswerGroup(0, (0,)),
-        AnswerGroup(0, (2,)),
-        AnswerGroup(2, (1,)),
-    ]
+    cut = [[0, 1], [2], [3, 4], [5], [6], [7], [8]], [11, 8, 10, 5, 13, 13, 9]
+    assert groups_of(made, 11, True) == cut
+    chosen = [made[i] for i in (0, 2, 7)]
+    assert groups_of(chosen, 100, False) == ([[0], [1], [2]], [9, 8, 13])
 
 
 def test_a_prompt_stands_once_and_its_answers_have_the_values_of_their_own_rows():
     """Token log-probabilities and gradients equal those of answers laid out alone, in float64."""
     model, made = tiny(dtype=torch.float64), rows()
-    units = groups_of(made, [range(3)] * 3, 100, True)
-    together = lay_out_groups(made, units, True)
+    together = lay_out_answers(sampled(made), True)
     assert together.tokens.numel() == 16 + 29 and together.prefixes == (0, 5, 5, 0, 3, 3, 0, 8, 8)
-    alone = [lay_out_groups(made, [AnswerGroup(i, (k,))], True) for i in range(3) for k in range(3)]
+    alone = [lay_out_answers([answer], True) for answer in sampled(made)]
     got = model.logprobs(together)
     wanted = torch.cat([model.logprobs(batch) for batch in alone])
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
@@ -90,17 +80,17 @@ def test_a_prompt_stands_once_and_its_answers_have_the_values_of_their_own_rows(
     for a, b in zip(*gradients, strict=True):
         if a is not None:
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-    padded = lay_out_groups(made, [AnswerGroup(0, (0,)), AnswerGroup(0, (1,))], False)
+    padded = lay_out_answers(sampled(made)[:2], False)
     assert padded.tokens.shape == (2, 9) and not padded.prefixes
 
 
 def test_tokens_of_the_file_are_those_that_train():
     """In the order of the file, with the prompt in front of each answer; nothing is decoded or encoded."""
     made = rows()
-    batch = lay_out_groups(made, groups_of(made, [range(3)] * 3, 100, True), True)
+    batch = lay_out_answers(sampled(made), True)
     answers = [answer for row in made for answer in row["answers"]]
     assert batch.targets.tolist() == [token for answer in answers for token in answer["tokens"]]
-    values = token_values(made, groups_of(made, [range(3)] * 3, 100, True), "logprobs")
+    values = token_values(sampled(made), "logprobs")
     flat = [x for answer in answers for x in answer["logprobs"]]
     torch.testing.assert_close(values, torch.tensor(flat))
 
@@ -124,7 +114,7 @@ def test_the_loss_does_not_depend_on_the_cut(divide, packed):
     total = 0.0
     for i, row in enumerate(made):
         for k, answer in enumerate(row["answers"]):
-            logps = model.logprobs(lay_out_groups(made, [AnswerGroup(i, (k,))], packed))
+            logps = model.logprobs(lay_out_answers(sampled([row])[k : k + 1], packed))
             share = {
                 "tokens": 1 / 29,
                 "answers": 1 / (9 * len(answer["tokens"])),
@@ -460,7 +450,7 @@ def test_a_step_is_its_formula(preset, updates):
     for i, row in enumerate(made):
         for k, answer in enumerate(row["answers"]):
             n, advantage = len(answer["tokens"]), advantages[i, k].item()
-            now = model.logprobs(lay_out_groups(made, [AnswerGroup(i, (k,))], True)).tolist()
+            now = model.logprobs(lay_out_answers(sampled([row])[k : k + 1], True)).tolist()
             old = answer["trainer_logprobs"] if updates == 2 else now
             gaps = [a - b for a, b in zip(now, old, strict=True)]
             if policy.level == "sequence":

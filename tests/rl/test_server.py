@@ -23,7 +23,7 @@ from ta.data.batch import lay_out, sequences_of
 from ta.generation.generate import generate
 from ta.generation.settings import GenerateConfig
 from ta.generation.vllm_server import open_server
-from ta.rl.batches import AnswerGroup, lay_out_groups
+from ta.rl.batches import lay_out_answers, sampled
 
 REAL = importlib.util.find_spec("vllm") is not None
 
@@ -147,8 +147,8 @@ def tokenizer_of(folder):
 
 def test_sequences_of_a_batch():
     row = {"prompt_tokens": [1, 2], "answers": [{"tokens": [n], "logprobs": [0.0]} for n in (5, 6)]}
-    packed = lay_out_groups([row], [AnswerGroup(0, (0, 1))], True)
-    padded = lay_out_groups([row], [AnswerGroup(0, (0,)), AnswerGroup(0, (1,))], False)
+    packed = lay_out_answers(sampled([row]), True)
+    padded = lay_out_answers(sampled([row]), False)
     assert packed.prefixes == (0, 2)
     assert sequences_of(packed) == sequences_of(padded) == [[1, 2, 5], [1, 2, 6]]
 
@@ -175,7 +175,7 @@ def test_new_weights_and_answers_of_the_server_are_the_models(folder, server):
     row["answers"] = [
         {"tokens": ids, "logprobs": [0.0] * len(ids)} for ids in ([8, 9], [10, 11, 12])
     ]
-    for batch in (lay_out_groups([row], [AnswerGroup(0, (0, 1))], True), lay_out([], [])):
+    for batch in (lay_out_answers(sampled([row]), True), lay_out([], [])):
         with torch.no_grad():
             torch.testing.assert_close(
                 engine.logprobs(batch), wrapped.logprobs(batch), rtol=0, atol=1e-4

@@ -16,7 +16,7 @@ from ta.chat.encode import encode_prompt
 from ta.chat.render import render_chat
 from ta.data.batch import lay_out
 from ta.generation.settings import Answer
-from ta.rl.batches import figures_of, groups_of, lay_out_groups, token_values
+from ta.rl.batches import figures_of, lay_out_answers, sampled, token_values
 from ta.rl.rewards import RewardConfig
 from ta.rl.settings import ToolConfig
 from ta.rl.tools import Call, Talk, Tools, ids_behind, messages_of
@@ -225,11 +225,10 @@ def test_what_a_tool_wrote_is_seen_and_not_learned(tools):
         for k, t in enumerate((found, plain))
     ]
     row = {"prompt_tokens": [7, 8], "answers": answers, "rewards": {"0": 1.0, "1": 0.0}, "drawn": 1}
-    groups = groups_of([row], [(0, 1)], 10_000, True)
-    batch = lay_out_groups([row], groups, True)
+    batch = lay_out_answers(sampled([row]), True)
     own = [token for token, x in zip(found.ids, found.logprobs, strict=True) if x is not None]
     assert batch.targets.tolist() == [*own, 5, 6] and set(found.ids) < set(batch.tokens[0].tolist())
-    assert len(token_values([row], groups, "logprobs")) == len(own) + 2
+    assert len(token_values(sampled([row]), "logprobs")) == len(own) + 2
     figures = figures_of([row])
     assert figures["length"] == (len(own) + 2) / 2 and figures["tool_calls"] == 0.5
 
