@@ -110,6 +110,8 @@ def main(config: Config):
         config.optim, config.model, config.adapter, full=1e-6, adapted=1e-5, builtin=3e-4
     )
     optimizer = ta.make_optimizer(model, optim)
+    # an update waits for the round that a server makes while the step is computed
+    optimizer.register_step_pre_hook(lambda *_: rollouts.join())
     ta.rl.end_if_dry_run(config.loop, model, batches, optimizer, config.rollouts)
     pool = ta.rl.RewardPool(config.reward, run.device, batches.max_tokens)
     # where a server reads new weights
@@ -145,11 +147,9 @@ def main(config: Config):
         advantages = ta.rl.advantages(rewards, policy.advantage)  # (P, G)
         # the share of this update in the prompts of the round
         part = slice(number % updates, None, updates)
-        figures = ta.rl.figures_of(rows) | rollouts.figures
+        figures = ta.rl.figures_of(rows, rollouts.spent)
         limits = longest, batches.max_tokens, model.packed
-        made = ta.rl.rollout_batches(rows[part], advantages[part], policy, *limits, figures)
-        # behind the last of them the round that a server makes meanwhile is waited for
-        return ta.rl.JoinedAtEnd(made, rollouts)
+        return ta.rl.rollout_batches(rows[part], advantages[part], policy, *limits, figures)
 
     def evaluate(done):
         return ta.generate_samples(

@@ -25,7 +25,6 @@ if TYPE_CHECKING:  # for editors; NAMES says the same
     from ta.rl.policy import policy_loss as policy_loss
     from ta.rl.rewards import RewardConfig as RewardConfig
     from ta.rl.rewards import RewardPool as RewardPool
-    from ta.rl.rollouts import JoinedAtEnd as JoinedAtEnd
     from ta.rl.rollouts import MismatchWatch as MismatchWatch
     from ta.rl.rollouts import Rollouts as Rollouts
     from ta.rl.rollouts import prepare_prompts as prepare_prompts
@@ -42,8 +41,7 @@ NAMES = {  # module: what `ta.rl` gives of it
     "ta.rl.policy": "advantages k2 k3 log_ratios mismatch_weights policy_loss",
     "ta.rl.rewards": "RewardConfig RewardPool",
     "ta.rl.engines": "start_engine",
-    "ta.rl.rollouts": "JoinedAtEnd MismatchWatch Rollouts prepare_prompts rollout_steps "
-    "with_right_answer",
+    "ta.rl.rollouts": "MismatchWatch Rollouts prepare_prompts rollout_steps with_right_answer",
     "ta.rl.tools": "open_tools",
     "ta.rl.settings": "PolicyConfig RolloutConfig ToolConfig",
 }

@@ -6,7 +6,7 @@ Letters: P prompts, G answers to a prompt, N answers, M tokens of answers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -87,8 +87,8 @@ def is_flat(row: dict) -> bool:
     return min(row["rewards"].values()) == max(row["rewards"].values())
 
 
-def figures_of(rows: Sequence[dict]) -> dict[str, float]:
-    """Means over the answers of a round, for the log."""
+def figures_of(rows: Sequence[dict], spent: Mapping[str, float]) -> Figures:
+    """Means over the answers of a round, for the log, and the time that they took."""
     answers = [answer for row in rows for answer in row["answers"]]
     rewards = np.array([value for row in rows for value in row["rewards"].values()])
     logprobs = [x for answer in answers for x in own(answer["logprobs"])]
@@ -100,6 +100,9 @@ def figures_of(rows: Sequence[dict]) -> dict[str, float]:
         "length": len(logprobs) / len(answers),
         "truncated": sum(answer["finish"] == "length" for answer in answers) / len(answers),
         "entropy": -sum(logprobs) / len(logprobs),
+        "rollout_seconds": spent["rollout_seconds"],
+        "reward_seconds": spent["reward_seconds"],
+        "rollout_tokens_per_second": (spent["tokens"], spent["rollout_seconds"]),
     }
     if "turns" in answers[0]:
         results = [m for answer in answers for m in answer["turns"] if m["role"] == "tool"]

@@ -18,9 +18,9 @@ TYPES: dict[str, tuple[type, ...]] = {
     "boolean": (bool,),
     "null": (type(None),),
 }
-KEYWORDS = set(
+KEYWORDS = (
     "type enum const properties required additionalProperties items minItems maxItems minimum "
-    "maximum minLength maxLength pattern anyOf title description $schema".split()
+    "maximum minLength maxLength pattern anyOf title description $schema"
 )
 
 
@@ -30,7 +30,7 @@ def check_schema(schema: Any, name: str) -> None:
         return
     if not isinstance(schema, dict):
         raise ValueError(f"{name}: a schema is an object, not {schema!r:.60}")
-    if unknown := sorted(schema.keys() - KEYWORDS):
+    if unknown := sorted(schema.keys() - set(KEYWORDS.split())):
         raise ValueError(f"{name}: the keyword {unknown[0]!r} is not read; leave it out")
     for kind in _types(schema):
         if kind not in TYPES:

@@ -110,20 +110,24 @@ class RewardPool:
                 names[f] = ""
         self.functions = FunctionPool(names, config.reward_processes, config.reward_seconds)
 
-    def score(self, records: Sequence[dict], answers: Sequence[str]) -> list[list[float | None]]:
-        """For each record with its answer the value of each function, unweighted.
+    def score(
+        self, records: Sequence[dict], answers: Sequence[str]
+    ) -> list[tuple[dict[str, float | None], float | None]]:
+        """For each record with its answer ({function: its value}, the weighted sum of the values).
 
-        ValueError names record, answer and function where a call fails and --on-bad-reward is
-        error; otherwise the value is None and `bad` counts it.
+        The sum is without those that are None, and None where all are. ValueError names record,
+        answer and function where a call fails and --on-bad-reward is error; otherwise the value is
+        None and `bad` counts it.
         """
-        values: list[list[float | None]] = [[None] * len(self.rewards) for _ in answers]
+        values = [{reward.text: None for reward in self.rewards} for _ in answers]
 
         def keep(i: int, f: int, value: float | None, fault: str) -> None:
-            values[i][f] = value
+            name = self.rewards[f].text
+            values[i][name] = value
             if fault and self.config.on_bad_reward == "error":
                 where = f"record {records[i].get('id', i)!r}, answer {answers[i][:80]!r}"
-                raise ValueError(f"reward {self.rewards[f].text} of {where}: {fault}")
-            self.bad[self.rewards[f].text] += bool(fault)
+                raise ValueError(f"reward {name} of {where}: {fault}")
+            self.bad[name] += bool(fault)
 
         for f, model in self.models.items():
             for i, (value, fault) in enumerate(model.score(records, answers)):
@@ -134,15 +138,10 @@ class RewardPool:
         with closing(self.functions.run(calls)) as results:
             for place, value, fault in results:
                 keep(*places[place], value, fault)
-        return values
+        return [(parts, self._total(parts)) for parts in values]
 
-    def total(self, values: Sequence[float | None]) -> float | None:
-        """The weighted sum of the values of one answer, without those that are None.
-
-        None where all are.
-        """
-        weighted = zip(self.rewards, values, strict=True)
-        known = [reward.weight * value for reward, value in weighted if value is not None]
+    def _total(self, parts: dict[str, float | None]) -> float | None:
+        known = [r.weight * parts[r.text] for r in self.rewards if parts[r.text] is not None]
         return sum(known) if known else None
 
     def close(self) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections import ChainMap
-from collections.abc import Callable, Iterator, Sequence
+from collections import ChainMap, Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,18 +37,12 @@ from ta.generation.settings import Answer, GenerateConfig
 from ta.generation.vllm_server import VllmServer
 from ta.model.language_model import LanguageModel
 from ta.parallel import gather_objects, on_rank_zero, rank, say, sum_over_ranks, unsharded, world
-from ta.rl.batches import Figures, is_flat, lay_out_answers, micro_places, own, sampled
+from ta.rl.batches import is_flat, lay_out_answers, micro_places, own, sampled
 from ta.rl.engines import Engine, merged_weights, weights_hash
 from ta.rl.policy import overlong_penalty
 from ta.rl.rewards import RewardPool
 from ta.rl.settings import PolicyConfig, RolloutConfig
 from ta.rl.tools import Talk, Tools
-
-NOTHING: Figures = {
-    "rollout_seconds": 0.0,
-    "reward_seconds": 0.0,
-    "rollout_tokens_per_second": (0.0, 0.0),
-}
 
 if TYPE_CHECKING:
     # a record and the token ids of its prompt
@@ -73,15 +68,15 @@ def prepare_prompts(
         say(f"left out: {drops.table()}")
     for number, (record, _) in enumerate(prompts):
         record.setdefault("id", number)
-    n, sizes = len(prompts), [len(ids) for _, ids in prompts]
-    ids = np.concatenate([np.array(ids, np.int32) for _, ids in prompts])
-    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    n, ids = len(prompts), [ids for _, ids in prompts]
+    flat = np.concatenate(ids).astype(np.int32)
     origin = np.stack([np.zeros(n), np.arange(1, n + 1)], 1).astype(np.int32)
     source = {"path": "prompt", "source": " ".join(files), "records": n, "used": n}
     info = {"fingerprint": hash_json(prompts), "sources": [source]}
-    info |= {"tokens": len(ids), "learned_tokens": 0}
-    weights = np.zeros(len(ids), np.float32)
-    return prompts, Prepared(ids, weights, offsets, origin, {}, info, 1)
+    info |= {"tokens": len(flat), "learned_tokens": 0}
+    offsets = np.cumsum([0, *map(len, ids)])
+    weights = np.zeros(len(flat), np.float32)
+    return prompts, Prepared(flat, weights, offsets, origin, {}, info, 1)
 
 
 def with_right_answer(record: dict) -> dict:
@@ -128,13 +123,12 @@ class Rollouts:
     tools: Tools | None = None
     # of the weights that the engine holds
     engine_weights: int = -1
-    # of what making the round at hand took, for the log, and of the next one; a tuple is a quotient
-    figures: Figures = field(default_factory=NOTHING.copy)
-    counted: Figures = field(default_factory=NOTHING.copy)
-    # the records of the rounds at hand
-    held: dict[int, list[dict]] = field(default_factory=dict)
 
     def __post_init__(self):
+        # seconds that the round at hand took and its tokens, and those of the next one
+        self.spent, self.counted = Counter(), Counter()
+        # the records of the rounds at hand
+        self.held: dict[int, list[dict]] = {}
         # of the weights that made an even and an odd round; a checkpoint holds it
         self.made_by = torch.zeros(2, dtype=torch.int64)
         # a round that a server makes while a step trains
@@ -156,7 +150,7 @@ class Rollouts:
         # a round that was made ahead, or is read between its updates, is of the weights noted
         self._hold(model, number, fresh=not update and not (self.config.ahead and number))
         self.held = {number: self.held[number]}
-        self.figures, self.counted = self.counted, NOTHING.copy()
+        self.spent, self.counted = self.counted, Counter()
         last = update == self.config.updates - 1
         if self.config.ahead and last and step + 1 < self.batches.steps:
             self._hold(model, number + 1, fresh=True, later=True)
@@ -226,30 +220,36 @@ class Rollouts:
         """Add the best and the worst answer of a round to samples.jsonl."""
         if rank():
             return
-        answers = [
-            (row["rewards"][a["id"]], i, a) for i, row in enumerate(rows) for a in row["answers"]
-        ]
+        answers = [(row["rewards"][a["id"]], row, a) for row in rows for a in row["answers"]]
         for name, choose in (("best", max), ("worst", min)):
-            reward, i, answer = choose(answers, key=lambda entry: entry[0])
-            about = {"step": step, "id": f"{name} rollout"}
-            about["prompt"] = asked_text(rows[i]["messages"])
-            about |= {"answer": answer["content"], "reference": rows[i].get("reference", "")}
-            about |= {"reward": reward, "finish": answer["finish"]}
-            append_line(self.run_folder / "samples.jsonl", about)
+            reward, row, answer = choose(answers, key=lambda entry: entry[0])
+            shown = {
+                "step": step,
+                "id": f"{name} rollout",
+                "prompt": asked_text(row["messages"]),
+                "answer": answer["content"],
+                "reference": row.get("reference", ""),
+                "reward": reward,
+                "finish": answer["finish"],
+            }
+            append_line(self.run_folder / "samples.jsonl", shown)
 
     def respond(
         self, model: LanguageModel, prompts: Sequence[Prompt], settings: GenerateConfig
     ) -> tuple[list[list[Answer]], list[list[float | None]]]:
         """Answers to held-out prompts and their rewards; each process answers its share."""
-        mine = prompts[rank() :: world()]
-        records = [prompt.record | {"messages": prompt.chat} for prompt in mine]
-        ids, keys = [prompt.ids for prompt in mine], range(len(mine))
+
+        def answer(places: Sequence[int]) -> list[list[Talk]]:
+            mine = [prompts[i] for i in places]
+            questions = [(p.record | {"messages": p.chat}, p.ids) for p in mine]
+            talks = self._talks(model, questions, settings, places)
+            self._judge(talks)
+            return _groups(talks, settings.num_answers)
+
         self._hand_over(model, weights_hash(model))
-        talks = self._talks(model, records, ids, settings, keys)
-        rewards = [[total for _, total in group] for group in self._judge(records, talks)]
-        answers = [[talk.last for talk in group] for group in talks]
-        gathered = _in_turn(gather_objects(list(zip(answers, rewards, strict=True))))
-        return [part for part, _ in gathered], [part for _, part in gathered]
+        made = _shared_out(range(len(prompts)), answer)
+        answers = [[talk.last for talk in talks] for talks in made]
+        return answers, [[talk.reward for talk in talks] for talks in made]
 
     def _make(self, model: LanguageModel, number: int, weights: int) -> list[dict]:
         """The records of a round; prompts are drawn again until enough groups differ."""
@@ -271,16 +271,9 @@ class Rollouts:
 
     def _drawn(self, model: LanguageModel, draw: int, about: dict) -> list[dict]:
         """The records of one draw; each process answers its share of the prompts and judges it."""
-        chosen, error, rows = self.batches.records(draw).tolist(), None, []
-        try:
-            rows = self._rollouts_of(model, chosen[rank() :: world()], draw, about)
-        except ValueError as raised:
-            error = raised
-        shares = gather_objects((rows, error))
-        for _, failed in shares:
-            if failed is not None:
-                raise failed
-        return [row for row in _in_turn([share for share, _ in shares]) if row["answers"]]
+        chosen = self.batches.records(draw).tolist()
+        rows = _shared_out(chosen, lambda mine: self._rollouts_of(model, mine, draw, about))
+        return [row for row in rows if row["answers"]]
 
     def _add_logprobs(
         self, model: LanguageModel, rows: list[dict], name: str, function: Callable
@@ -301,64 +294,47 @@ class Rollouts:
     def _talks(
         self,
         model: LanguageModel,
-        records: Sequence[dict],
-        ids: list[list[int]],
+        questions: Sequence[Question],
         settings: GenerateConfig,
         keys: Sequence[int],
-    ) -> list[list[Talk]]:
-        """Answers to the prompts `ids` of records, with the calls that they make."""
-        longest, one = settings.max_new_tokens, replace(settings, num_answers=1)
-
-        def ask(ids: list[list[int]], keys: list[int], room: int) -> list[Answer]:
-            found = self._generate(model, ids, replace(one, max_new_tokens=room), keys)
-            return [answer for (answer,) in found]
-
+    ) -> list[Talk]:
+        """All answers to the questions, with the calls that they make."""
+        answer = partial(generate, self.engine or model)
+        if isinstance(self.engine, VllmServer):
+            answer = self.engine.generate
+        if self.engine is not None:
+            # vLLM knows no temperature of the model
+            temperature = settings.temperature * model.temperature
+            settings = replace(settings, temperature=temperature)
+        ask = partial(answer, self.tokenizer.fast, stop_ids=self.tokenizer.stop_ids)
         # processes may take unequal numbers of turns
         with unsharded(model) if self.engine is None else nullcontext():
-            answers = self._generate(model, ids, settings, keys)
-            if self.tools is None:
-                return [[Talk(a.ids, a.logprobs, a) for a in group] for group in answers]
-            return self.tools.converse(records, ids, answers, ask, longest, keys)
+            answers = ask([ids for _, ids in questions], config=settings, keys=keys)
+            talks = [
+                Talk(*question, (key, k), a.ids, list(a.logprobs), a)
+                for question, key, group in zip(questions, keys, answers, strict=True)
+                for k, a in enumerate(group)
+            ]
+            if self.tools is not None:
+                self.tools.converse(talks, ask, settings)
+        return talks
 
-    def _generate(
-        self,
-        model: LanguageModel,
-        ids: list[list[int]],
-        settings: GenerateConfig,
-        keys: Sequence[int],
-    ) -> list[list[Answer]]:
-        fast, stops = self.tokenizer.fast, self.tokenizer.stop_ids
-        if self.engine is None:
-            return generate(model, fast, ids, settings, stops, keys=keys)
-        # vLLM knows no temperature of the model
-        temperature = settings.temperature * model.temperature
-        settings = replace(settings, temperature=temperature)
-        if isinstance(self.engine, VllmServer):
-            return self.engine.generate(fast, ids, settings, stops, keys)
-        return generate(self.engine, fast, ids, settings, stops, keys=keys)
-
-    def _judge(self, records: Sequence[dict], talks: Sequence[Sequence[Talk]]) -> list:
-        """For each record and answer ({function: its value}, their weighted sum or None)."""
-        asked, answers = [], []
-        for record, group in zip(records, talks, strict=True):
-            for talk in group:
-                asked.append(record | {"messages": [*record["messages"], *talk.turns]})
-                answers.append(talk.last.text)
-        names = [reward.text for reward in self.pool.rewards]
-        found = iter(
-            (dict(zip(names, parts, strict=True)), self.pool.total(parts))
-            for parts in self.pool.score(asked, answers)
-        )
-        return [[next(found) for _ in group] for group in talks]
+    def _judge(self, talks: Sequence[Talk]) -> None:
+        """Give each talk its values of the functions and their weighted sum."""
+        records = [
+            talk.record | {"messages": [*talk.record["messages"], *talk.turns]} for talk in talks
+        ]
+        scored = self.pool.score(records, [talk.last.text for talk in talks])
+        for talk, (parts, reward) in zip(talks, scored, strict=True):
+            talk.parts, talk.reward = parts, reward
 
     def _rollouts_of(
         self, model: LanguageModel, mine: list[int], draw: int, about: dict
     ) -> list[dict]:
         """The records of the prompts `mine` with their answers and rewards."""
-        config = self.config
-        records, ids = ([self.prompts[i][part] for i in mine] for part in (0, 1))
+        config, longest = self.config, self.config.max_new_tokens
         settings = GenerateConfig(
-            max_new_tokens=config.max_new_tokens,
+            longest,
             # the model has the temperature already
             temperature=1.0,
             num_answers=config.num_answers,
@@ -369,62 +345,62 @@ class Rollouts:
         # an answer depends on the seed, the draw, the record and the answer's number alone
         keys = [draw * len(self.prompts) + i for i in mine]
         start = time.perf_counter()
-        talks = self._talks(model, records, ids, settings, keys)
+        talks = self._talks(model, [self.prompts[i] for i in mine], settings, keys)
         seconds = time.perf_counter() - start
-        rows = []
-        for record, prompt, group in zip(records, ids, talks, strict=True):
-            row = record | about | {"prompt_tokens": list(prompt)}
-            row["answers"] = [
-                {"id": str(k), "content": talk.last.text, "finish": talk.last.finish}
-                | {"tokens": talk.ids, "logprobs": talk.logprobs}
-                | ({"turns": talk.turns, "failed_calls": talk.failed} if self.tools else {})
-                for k, talk in enumerate(group)
-            ]
-            rows.append(row)
         if self.pool is not None:
-            for row, judged in zip(rows, self._judge(records, talks), strict=True):
-                self._add_rewards(row, judged)
-        tokens = sum(len(own(talk.logprobs)) for group in talks for talk in group)
-        count, before = self.counted, self.counted["rollout_tokens_per_second"]
-        count["rollout_seconds"] += seconds
-        count["reward_seconds"] += time.perf_counter() - start - seconds
-        count["rollout_tokens_per_second"] = before[0] + tokens, before[1] + seconds
-        return rows
+            self._judge(talks)
+        if overlong := self.policy.overlong:
+            for talk in talks:
+                penalty = overlong_penalty(len(talk.ids), longest, overlong * longest)
+                talk.parts["overlong"] = penalty
+                talk.reward = None if talk.reward is None else talk.reward + penalty
+        self.counted["tokens"] += sum(len(own(talk.logprobs)) for talk in talks)
+        self.counted["rollout_seconds"] += seconds
+        self.counted["reward_seconds"] += time.perf_counter() - start - seconds
+        return [self._row(group, about) for group in _groups(talks, config.num_answers)]
 
-    def _add_rewards(self, row: dict, judged: list[tuple[dict, float | None]]) -> None:
-        """Give a record its rewards; answers without one stand apart."""
-        longest, overlong = self.config.max_new_tokens, self.policy.overlong
-        row["rewards"], unjudged = {}, []
-        for answer, (parts, total) in zip(row["answers"], judged, strict=True):
-            if overlong:
-                margin = overlong * longest
-                parts["overlong"] = overlong_penalty(len(answer["tokens"]), longest, margin)
-                total = None if total is None else total + parts["overlong"]
-            answer["parts"] = parts
-            if total is None:
-                unjudged.append(answer)
-            else:
-                row["rewards"][answer["id"]] = total
-        if unjudged:
-            row["unjudged"] = unjudged
-            row["answers"] = [answer for answer in row["answers"] if answer not in unjudged]
-
-
-class JoinedAtEnd(list):
-    """The micro-batches of a step, at whose end the round that is being made is waited for."""
-
-    def __init__(self, batches: Sequence, rollouts: Rollouts):
-        super().__init__(batches)
-        self.rollouts = rollouts
-
-    def __iter__(self) -> Iterator:
-        yield from super().__iter__()
-        self.rollouts.join()
+    def _row(self, talks: Sequence[Talk], about: dict) -> dict:
+        """A record with its answers and their rewards; answers without one stand apart."""
+        first = talks[0]
+        row = first.record | about | {"prompt_tokens": list(first.prompt), "answers": []}
+        judged = {"rewards": {}} if self.pool else {}
+        for k, talk in enumerate(talks):
+            answer = {"id": str(k), "content": talk.last.text, "finish": talk.last.finish}
+            answer |= {"tokens": talk.ids, "logprobs": talk.logprobs}
+            if self.tools:
+                answer |= {"turns": talk.turns, "failed_calls": talk.failed}
+            if self.pool:
+                answer["parts"] = talk.parts
+            if self.pool and talk.reward is None:
+                judged.setdefault("unjudged", []).append(answer)
+                continue
+            row["answers"].append(answer)
+            if self.pool:
+                judged["rewards"][answer["id"]] = talk.reward
+        return row | judged
 
 
-def _in_turn(shares: Sequence[Sequence]) -> list:
-    """What the processes made of x[rank :: world], in the order of x."""
-    return [x for some in zip_longest(*shares) for x in some if x is not None]
+def _groups(talks: Sequence[Talk], n: int) -> list[list[Talk]]:
+    """The talks about each record, of which there are n."""
+    return [list(talks[i : i + n]) for i in range(0, len(talks), n)]
+
+
+def _shared_out(items: Sequence, make: Callable[[Sequence], list]) -> list:
+    """What the processes make, each of its share of the items, in the order of the items.
+
+    A ValueError of one process is raised on all.
+    """
+    made, error = [], None
+    try:
+        made = make(items[rank() :: world()])
+    except ValueError as raised:
+        error = raised
+    shares = gather_objects((made, error))
+    for _, failed in shares:
+        if failed is not None:
+            raise failed
+    turns = zip_longest(*(share for share, _ in shares))
+    return [x for turn in turns for x in turn if x is not None]
 
 
 class MismatchWatch:
@@ -437,20 +413,22 @@ class MismatchWatch:
         self.most = most
         # steps in a row in which they were further apart
         self.large = 0
-        self.parts: list[Tensor] = []
+        # (2,) sum and number of a step's differences
+        self.sums: Tensor | None = None
 
     def add(self, gaps: Tensor) -> Tensor:
         """Note the differences (M,) of a micro-batch; gives the sum of their sizes."""
         total = gaps.abs().sum()
-        self.parts.append(torch.stack([total, gaps.new_tensor(len(gaps))]).double())
+        sums = torch.stack([total, gaps.new_tensor(len(gaps))]).double()
+        self.sums = sums if self.sums is None else self.sums + sums
         return total
 
     def check(self) -> None:
         """Close a step, on all processes. ValueError at the third large one in a row."""
-        if not self.parts:
+        if self.sums is None:
             return
-        total, count = sum_over_ranks(torch.stack(self.parts).sum(0)).tolist()
-        self.parts.clear()
+        total, count = sum_over_ranks(self.sums).tolist()
+        self.sums = None
         mean = total / max(1.0, count)
         self.large = self.large + 1 if mean > self.most else 0
         if self.large == 3:

@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import takewhile
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice, takewhile
+from typing import Any, NamedTuple
 
 from ta.chat.messages import ANSWER, template_arguments
 from ta.chat.render import render_chat, tokenize_chats
 from ta.chat.tokenizer import ChatTokenizer
 from ta.files import hash_json
-from ta.generation.settings import Answer
+from ta.generation.settings import Answer, GenerateConfig
 from ta.rl.function_pool import FunctionPool
 from ta.rl.rewards import RewardConfig
 from ta.rl.settings import ToolConfig
 from ta.rl.worker import TOOLS
 
-if TYPE_CHECKING:
-    # (token ids of prompts, their keys, most tokens) -> an answer to each
-    Ask = Callable[[list[list[int]], list[int], int], list[Answer]]
-
+# (token ids of prompts, config=, keys=) -> the answers to each
+Ask = Callable[..., list[list[Answer]]]
 DECODER = json.JSONDecoder()
 # a call, by which a template shows how it writes calls
 NAME, ARGUMENTS = "tool_name", {"first_key": "first value", "second_key": "second value"}
@@ -81,8 +79,12 @@ class TaggedForm(NamedTuple):
 
 @dataclass
 class Talk:
-    """An answer to a prompt, with the results of the calls that it made."""
+    """An answer to the prompt of a record, with the results of the calls that it made."""
 
+    record: dict
+    prompt: list[int]
+    # its sampling is seeded with these
+    key: tuple[int, int]
     # behind the prompt, results included
     ids: list[int]
     # of each id; None where a tool or the template wrote it
@@ -93,6 +95,9 @@ class Talk:
     turns: list[dict] = field(default_factory=list)
     # calls that raised, took too long, or named no tool
     failed: int = 0
+    # values of reward functions, and their weighted sum
+    parts: dict[str, float | None] = field(default_factory=dict)
+    reward: float | None = None
 
 
 def open_tools(config: ToolConfig, tokenizer: ChatTokenizer, limits: RewardConfig) -> Tools | None:
@@ -115,6 +120,8 @@ class Tools:
             raise ValueError(f"--tools {config.tools}: {fault or 'it has no function'}")
         # what chat templates are told of them
         self.schemas: list[dict] = schemas
+        about = [schema["function"] for schema in schemas]
+        self.parameters = {tool["name"]: tool["parameters"]["properties"] for tool in about}
         try:
             self.form = call_form(tokenizer, schemas)
         except ValueError as error:
@@ -130,79 +137,60 @@ class Tools:
 
     def _typed(self, call: Call) -> Call:
         """The call with JSON in place of texts, where its tool takes no text."""
-        about = next(
-            (s["function"] for s in self.schemas if s["function"]["name"] == call.name), {}
-        )
-        known = about.get("parameters", {}).get("properties", {})
-        return Call(
-            call.name,
-            {
-                key: json.loads(x) if isinstance(x, str) and known.get(key, TEXT) != TEXT else x
-                for key, x in call.arguments.items()
-            },
-        )
+        known, typed = self.parameters.get(call.name, {}), dict(call.arguments)
+        for key, value in typed.items():
+            if isinstance(value, str) and known.get(key, TEXT) != TEXT:
+                typed[key] = json.loads(value)
+        return Call(call.name, typed)
 
-    def converse(
-        self,
-        records: Sequence[dict],
-        prompts: Sequence[Sequence[int]],
-        answers: Sequence[Sequence[Answer]],
-        ask: Ask,
-        longest: int,
-        keys: Sequence[int],
-    ) -> list[list[Talk]]:
-        """The first answers to each prompt, gone on with until none calls a tool.
+    def converse(self, talks: Sequence[Talk], ask: Ask, settings: GenerateConfig) -> None:
+        """Go on with the answers until none calls a tool.
 
-        Also until `max_turns`, and until `longest` tokens, those of results included: a result for
-        which there is no room ends an answer. `ask` answers the prompts of further turns, whose
-        sampling depends on the prompt's key, the answer's number, and the turn.
+        Also until `max_turns`, and until the most tokens of the settings, those of results
+        included: a result for which there is no room ends an answer. `ask` answers the prompts of
+        further turns, whose sampling depends on the key of the talk and the turn.
         """
-        talks = [[Talk(a.ids, list(a.logprobs), a) for a in group] for group in answers]
+        longest, live = settings.max_new_tokens, talks
         for turn in range(1, self.max_turns):
+            ended = [talk for talk in live if talk.last.finish == "stop"]
+            said = [self.calls_in(self._text(talk.last.ids[:-1])) for talk in ended]
+            results = self._results([call for _, calls in said for call in calls])
             live = []
-            for i, group in enumerate(talks):
-                for k, talk in enumerate(group):
-                    text = self._text(talk.last.ids[:-1])
-                    said, calls = self.calls_in(text) if talk.last.finish == "stop" else ("", [])
-                    if calls:
-                        live.append((i, k, talk, said, calls))
-            results = self._results([calls for *_, calls in live])
-            asked = []
-            for (i, k, talk, said, calls), given in zip(live, results, strict=True):
+            for talk, (before, calls) in zip(ended, said, strict=True):
+                if not calls:
+                    continue
+                given = list(islice(results, len(calls)))
                 talk.failed += sum(bool(fault) for _, fault in given)
-                talk.turns += messages_of(said, calls, [text for text, _ in given], turn)
-                more = self._behind(records[i], talk.turns, len(calls))
+                talk.turns += messages_of(before, calls, [text for text, _ in given], turn)
+                more = self._behind(talk, len(calls))
                 if len(talk.ids) + len(more) >= longest:
                     talk.last = talk.last._replace(finish="length")
                     continue
                 talk.ids = talk.ids + more
                 talk.logprobs += [None] * len(more)
-                key = int(hash_json([keys[i], k, turn])[:15], 16)
-                asked.append((talk, [*prompts[i], *talk.ids], key))
-            if not asked:
-                break
-            room = max(longest - len(talk.ids) for talk, _, _ in asked)
-            ids, numbers = [ids for _, ids, _ in asked], [key for *_, key in asked]
-            for (talk, _, _), answer in zip(asked, ask(ids, numbers, room), strict=True):
+                live.append(talk)
+            if not live:
+                return
+            room = max(longest - len(talk.ids) for talk in live)
+            one = replace(settings, num_answers=1, max_new_tokens=room)
+            prompts = [[*talk.prompt, *talk.ids] for talk in live]
+            keys = [int(hash_json([*talk.key, turn])[:15], 16) for talk in live]
+            for talk, (answer,) in zip(live, ask(prompts, config=one, keys=keys), strict=True):
                 talk.last = self._cut(answer, longest - len(talk.ids))
                 talk.ids = talk.ids + talk.last.ids
                 talk.logprobs += talk.last.logprobs
-        return talks
 
-    def _results(self, groups: Sequence[Sequence[Call]]) -> list[list[tuple[str, str]]]:
+    def _results(self, calls: Sequence[Call]) -> Iterator[tuple[str, str]]:
         """(what the model is told, fault) of each call."""
-        flat = [call for calls in groups for call in calls]
-        told = [("", "")] * len(flat)
-        for place, text, fault in self.functions.run([(0, list(call)) for call in flat]):
+        told = {}
+        for place, text, fault in self.functions.run([(0, list(call)) for call in calls]):
             told[place] = (f"error: {fault}" if fault else text), fault
-        results = iter(told)
-        return [[next(results) for _ in calls] for calls in groups]
+        return (told[place] for place in range(len(calls)))
 
-    def _behind(self, record: dict, turns: Sequence[dict], results: int) -> list[int]:
+    def _behind(self, talk: Talk, results: int) -> list[int]:
         """The ids that the template writes between the end of the last answer and the next one."""
-        return ids_behind(
-            self.tokenizer, [*record["messages"], *turns], results, template_arguments(record)
-        )
+        messages = [*talk.record["messages"], *talk.turns]
+        return ids_behind(self.tokenizer, messages, results, template_arguments(talk.record))
 
     def _cut(self, answer: Answer, room: int) -> Answer:
         if len(answer.ids) <= room:

@@ -81,8 +81,7 @@ def scores(*rewards, answers=("4", "bad", "5"), record=None, **more):
     pool = RewardPool(RewardConfig(rewards, **{"reward_seconds": 5.0, **more}))
     try:
         record = {"id": "r7", "reference": "4", "messages": CHAT} | (record or {})
-        values = pool.score([record] * len(answers), answers)
-        return [pool.total(parts) for parts in values], pool
+        return [total for _, total in pool.score([record] * len(answers), answers)], pool
     finally:
         pool.close()
 

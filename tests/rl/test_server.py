@@ -199,9 +199,7 @@ def test_a_run_on_a_server_learns_on_answers_of_its_weights_and_resumes(
     given = ("--engine", server, "--ahead", ahead, *flags(folder, "grpo"))
     whole, killed = folder / f"whole-{ahead}", folder / f"killed-{ahead}"
     forked("grpo", *given, "--out", whole)
-    import ta.training.loop as loop
-
-    died = die_at((loop, "update"), 2)
+    died = die_at((torch.optim.AdamW, "step"), 2)
     forked("grpo", *given, "--out", killed, code=-signal.SIGKILL, before=died)
     assert len(rollouts(killed)) == 2 + ahead, "the next round is whole before an update"
     forked("grpo", *given, "--out", killed, "--resume")

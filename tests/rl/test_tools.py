@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from ta.builtin.models import practice, write_jsonl
 from ta.chat.encode import encode_prompt
 from ta.chat.render import render_chat
 from ta.data.batch import lay_out
-from ta.generation.settings import Answer
+from ta.generation.settings import Answer, GenerateConfig
 from ta.rl.batches import figures_of, lay_out_answers, sampled, token_values
 from ta.rl.rewards import RewardConfig
 from ta.rl.settings import ToolConfig
@@ -163,11 +164,13 @@ def talk(tools, first, *later, longest=4000):
     record = {"messages": [{"role": "user", "content": "?"}], "tools": tools.schemas}
     asked, coming = [], iter(later)
 
-    def ask(prompts, keys, room):
+    def ask(prompts, config, keys):
         asked.extend(zip(prompts, keys, strict=True))
-        return script(tools, *(next(coming) for _ in prompts))
+        return [script(tools, next(coming)) for _ in prompts]
 
-    ((found,),) = tools.converse([record], [[7, 8]], [script(tools, first)], ask, longest, [3])
+    (begun,) = script(tools, first)
+    found = Talk(record, [7, 8], (3, 0), begun.ids, list(begun.logprobs), begun)
+    tools.converse([found], ask, GenerateConfig(longest))
     return found, asked
 
 
@@ -218,7 +221,8 @@ def test_turns_and_tokens_have_a_limit(tools):
 
 def test_what_a_tool_wrote_is_seen_and_not_learned(tools):
     found, _ = talk(tools, call("weather", city="Rome"), "Sunny.")
-    plain = Talk([5, 6], [-1.0, -2.0], Answer([5, 6], "x", "stop", [-1.0, -2.0]))
+    last = Answer([5, 6], "x", "stop", [-1.0, -2.0])
+    plain = Talk({}, [7, 8], (3, 1), [5, 6], [-1.0, -2.0], last)
     answers = [
         {"id": str(k), "tokens": t.ids, "logprobs": t.logprobs, "finish": "stop", "turns": t.turns}
         | {"failed_calls": 0, "parts": {"exact": 1.0}}
@@ -229,8 +233,10 @@ def test_what_a_tool_wrote_is_seen_and_not_learned(tools):
     own = [token for token, x in zip(found.ids, found.logprobs, strict=True) if x is not None]
     assert batch.targets.tolist() == [*own, 5, 6] and set(found.ids) < set(batch.tokens[0].tolist())
     assert len(token_values(sampled([row]), "logprobs")) == len(own) + 2
-    figures = figures_of([row])
+    spent = Counter(tokens=9, rollout_seconds=3)
+    figures = figures_of([row], spent)
     assert figures["length"] == (len(own) + 2) / 2 and figures["tool_calls"] == 0.5
+    assert figures["rollout_tokens_per_second"] == (9, 3)
 
 
 def test_a_template_without_calls_in_json_is_refused(door, tmp_path):
