@@ -274,9 +274,9 @@ def test_a_run_with_tools_is_exact_after_a_kill(forked, folder):
 
             real = module.generate
 
-            def calling(model, fast, prompts, settings, *arguments, **more):
+            def calling(model, fast, prompts, config, **more):
                 """The same, but that every other first answer is a call with the log-probabilities that the model gives it."""
-                answers = real(model, fast, prompts, settings, *arguments, **more)
+                answers = real(model, fast, prompts, config, **more)
                 ids = [*fast.encode(call("weather", city="Rome")), fast.eos_token_id]
                 for prompt, group in zip(prompts, answers, strict=True):
                     mask = np.array([0] * len(prompt) + [1] * len(ids), np.float32)
