@@ -55,8 +55,7 @@ def step(policy: ta.rl.PolicyConfig, watch, model, batch):
     log_ratios = ta.rl.log_ratios(logps, old, sequences.owners, len(sequences.ends), policy.level)
     clip = policy.clip_low, policy.clip_high, policy.clip_ratio
     values, clipped = ta.rl.policy_loss(logps, log_ratios, batch.advantage, *clip)  # (M,)
-    if policy.mismatch != "none":
-        values = values * ta.rl.mismatch_weights(old, batch.sampled, bound, policy.mismatch)
+    values = values * ta.rl.mismatch_weights(old, batch.sampled, bound, policy.mismatch)
     figures = {"clipped": clipped.float().sum(), "mismatch": watch.add(old - batch.sampled)}
     if policy.kl_coef:
         figures["kl"] = ta.rl.k3(logps, batch.reference).detach().sum()

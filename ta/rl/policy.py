@@ -8,18 +8,11 @@ pi / old of a token, A the advantage of its answer. `owners` (M,) gives the answ
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from ta.model.logprobs import sequence_sums
-
-Advantage = Literal["grpo", "centred", "rloo", "batch"]
-Level = Literal["token", "sequence"]
-Divide = Literal["tokens", "answers", "constant"]
-Clip = Literal["objective", "weight"]
-Mismatch = Literal["truncate", "mask"]
+from ta.rl.settings import Advantage, Clip, Divide, Level, Mismatch
 
 # added to a standard deviation by which rewards are divided
 EPSILON = 1e-4
@@ -94,13 +87,17 @@ def mismatch_weights(old: Tensor, sampled: Tensor, bound: float, how: Mismatch) 
 
     truncate: min(old / mu, bound), truncated importance sampling (F. Yao et al. 2025, "Your
     efficient RL framework secretly brings you off-policy RL training"). mask: old / mu where it
-    lies within [1 / bound, bound], else 0, IcePop (Ling team, arXiv 2510.18855). No gradient flows
-    into them.
+    lies within [1 / bound, bound], else 0, IcePop (Ling team, arXiv 2510.18855). none: 1. No
+    gradient flows into them.
     """
     ratio = (old - sampled).detach().exp()
-    if how == "truncate":
-        return ratio.clamp(max=bound)
-    return ratio * ((ratio <= bound) & (ratio >= 1 / bound))
+    match how:
+        case "truncate":
+            return ratio.clamp(max=bound)
+        case "mask":
+            return ratio * ((ratio <= bound) & (ratio >= 1 / bound))
+        case "none":
+            return torch.ones_like(ratio)
 
 
 def token_weights(

@@ -86,42 +86,37 @@ def passes_tests(level: str, messages: list[dict], answer: str, record: dict) ->
     return float(run_python(blocks[-1] if blocks else answer, tests, CODE_SECONDS, level))
 
 
-def _plain(name: str, function: RewardFunction) -> Callable[[str], RewardFunction]:
-    def make(argument: str) -> RewardFunction:
-        if argument:
-            raise ValueError(f"{name} takes no argument")
-        return function
-
-    return make
+BUILTIN = ("exact", "number", "contains", "regex", "length", "schema", "code")
 
 
-def _regex(argument: str) -> RewardFunction:
-    if not argument:
-        raise ValueError("give regex:PATTERN")
-    try:
-        return partial(matches_regex, re.compile(argument))
-    except re.error as error:
-        raise ValueError(f"{argument!r} is no regular expression ({error})") from None
-
-
-def _length(argument: str) -> RewardFunction:
-    if not argument.isdecimal() or not int(argument):
-        raise ValueError("give length:N, a number of characters from 1 up")
-    return partial(within_length, int(argument))
-
-
-def _schema(argument: str) -> RewardFunction:
-    if not argument or not Path(argument).is_file():
-        raise ValueError(f"there is no file {argument!r}; give schema:FILE.json")
-    try:
-        wanted = json.loads(Path(argument).read_text())
-    except ValueError as error:
-        raise ValueError(f"{argument} is no JSON ({error})") from None
-    check_schema(wanted, argument)
-    return partial(follows_schema, wanted)
-
-
-def _code(argument: str) -> RewardFunction:
+def built_in(name: str, argument: str) -> RewardFunction:
+    """The function of BUILTIN with what stands behind its colon; ValueError says what to give."""
+    match name:
+        case "exact" | "number" | "contains":
+            if argument:
+                raise ValueError(f"{name} takes no argument")
+            plain = {"exact": equals_reference, "number": same_number, "contains": holds_reference}
+            return plain[name]
+        case "regex":
+            if not argument:
+                raise ValueError("give regex:PATTERN")
+            try:
+                return partial(matches_regex, re.compile(argument))
+            except re.error as error:
+                raise ValueError(f"{argument!r} is no regular expression ({error})") from None
+        case "length":
+            if not argument.isdecimal() or not int(argument):
+                raise ValueError("give length:N, a number of characters from 1 up")
+            return partial(within_length, int(argument))
+        case "schema":
+            if not argument or not Path(argument).is_file():
+                raise ValueError(f"there is no file {argument!r}; give schema:FILE.json")
+            try:
+                wanted = json.loads(Path(argument).read_text())
+            except ValueError as error:
+                raise ValueError(f"{argument} is no JSON ({error})") from None
+            check_schema(wanted, argument)
+            return partial(follows_schema, wanted)
     level = argument or "offline"
     if level not in LEVELS:
         raise ValueError(f"there is no sandbox {level!r}; give code:{' or code:'.join(LEVELS)}")
@@ -129,23 +124,11 @@ def _code(argument: str) -> RewardFunction:
     return partial(passes_tests, level)
 
 
-# name: what makes the function of the text behind the colon; ValueError says what to give
-BUILTIN: dict[str, Callable[[str], RewardFunction]] = {
-    "exact": _plain("exact", equals_reference),
-    "number": _plain("number", same_number),
-    "contains": _plain("contains", holds_reference),
-    "regex": _regex,
-    "length": _length,
-    "schema": _schema,
-    "code": _code,
-}
-
-
 def load_reward(text: str) -> RewardFunction:
     """The function that NAME, NAME:ARGUMENT or FILE.py:NAME names."""
     head, _, argument = text.partition(":")
     if head in BUILTIN:
-        return BUILTIN[head](argument)
+        return built_in(head, argument)
     if not callable(function := getattr(load_file(head), argument, None)):
         raise ValueError(f"{head} has no function {argument}")
     return function

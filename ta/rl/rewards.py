@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 from ta.command_line import Range
 from ta.parallel import gather_objects, say
 from ta.rl.function_pool import FunctionPool
-from ta.rl.reward_functions import BUILTIN
+from ta.rl.reward_functions import BUILTIN, built_in
 
 if TYPE_CHECKING:
     from ta.rl.model_reward import ModelReward
@@ -78,7 +78,7 @@ def parse_reward(text: str) -> Reward:
         fault = "" if argument else "give model:FOLDER"
     elif head in BUILTIN:
         try:
-            BUILTIN[head](argument)
+            built_in(head, argument)
         except ValueError as error:
             fault = str(error)
     else:

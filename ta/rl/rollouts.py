@@ -12,7 +12,6 @@ import time
 from collections import ChainMap, Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import zip_longest
@@ -187,16 +186,9 @@ class Rollouts:
         self._hand_over(model, now)
         # log-probabilities are of the weights that the update changes
         if later and isinstance(self.engine, VllmServer) and not self.logprobs:
-            self.coming = self.thread.submit(self._write, model, number, now, path)
+            self.coming = self.thread.submit(self._make, model, number, now, path)
         else:
-            self._write(model, number, now, path)
-
-    def _write(self, model: LanguageModel, number: int, weights: int, path: Path) -> None:
-        """Make the records of a round and their file."""
-        rows = self._make(model, number, weights)
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        on_rank_zero(lambda: write_atomic(path, "".join(lines)))
-        self.held[number] = rows
+            self._make(model, number, now, path)
 
     def join(self) -> None:
         """Wait for the round that is being made: no update may come before its file is there."""
@@ -212,9 +204,10 @@ class Rollouts:
 
     def close(self) -> None:
         """End the processes of rewards and tools."""
-        for part in (self.pool, self.tools):
-            if part is not None:
-                part.functions.close()
+        if self.pool is not None:
+            self.pool.close()
+        if self.tools is not None:
+            self.tools.functions.close()
 
     def _show_extremes(self, rows: Sequence[dict], step: int) -> None:
         """Add the best and the worst answer of a round to samples.jsonl."""
@@ -251,8 +244,11 @@ class Rollouts:
         answers = [[talk.last for talk in talks] for talks in made]
         return answers, [[talk.reward for talk in talks] for talks in made]
 
-    def _make(self, model: LanguageModel, number: int, weights: int) -> list[dict]:
-        """The records of a round; prompts are drawn again until enough groups differ."""
+    def _make(self, model: LanguageModel, number: int, weights: int, path: Path) -> None:
+        """Make the records of a round and their file.
+
+        Prompts are drawn again until enough groups differ.
+        """
         about = {"step": number, "weights": weights}
         wanted, rows, spare, drawn = self.batches.batch_size, [], [], 0
         resample = self.policy.resample
@@ -267,7 +263,9 @@ class Rollouts:
         rows = [row | {"drawn": drawn} for row in (rows or spare)[:wanted]]
         for name, function in self.logprobs.items():
             self._add_logprobs(model, rows, f"{name}_logprobs", function)
-        return rows
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        on_rank_zero(lambda: write_atomic(path, "".join(lines)))
+        self.held[number] = rows
 
     def _drawn(self, model: LanguageModel, draw: int, about: dict) -> list[dict]:
         """The records of one draw; each process answers its share of the prompts and judges it."""
@@ -308,7 +306,7 @@ class Rollouts:
             settings = replace(settings, temperature=temperature)
         ask = partial(answer, self.tokenizer.fast, stop_ids=self.tokenizer.stop_ids)
         # processes may take unequal numbers of turns
-        with unsharded(model) if self.engine is None else nullcontext():
+        with unsharded(model):
             answers = ask([ids for _, ids in questions], config=settings, keys=keys)
             talks = [
                 Talk(*question, (key, k), a.ids, list(a.logprobs), a)

@@ -8,6 +8,12 @@ from typing import Annotated, Literal
 
 from ta.command_line import Range
 
+Advantage = Literal["grpo", "centred", "rloo", "batch"]
+Level = Literal["token", "sequence"]
+Divide = Literal["tokens", "answers", "constant"]
+Clip = Literal["objective", "weight"]
+Mismatch = Literal["none", "truncate", "mask"]
+
 
 @dataclass(frozen=True)
 class RolloutConfig:
@@ -45,17 +51,17 @@ class ToolConfig:
 class PolicyConfig:
     preset: Literal["grpo", "dapo", "dr-grpo", "rloo", "gspo", "cispo"] = "grpo"
     """The published values of the eight settings below, of which each that is given wins."""
-    advantage: Literal["grpo", "centred", "rloo", "batch"] | None = None
+    advantage: Advantage | None = None
     """By how much an answer is better: reward minus the mean of its group, over the standard
     deviation of the group (grpo), as it is (centred), minus the mean of the others (rloo), or over
     the standard deviation of the step (batch)."""
-    level: Literal["token", "sequence"] | None = None
+    level: Level | None = None
     """Whether the ratio of new to old probability is that of a token or the geometric mean of its
     answer."""
-    divide: Literal["tokens", "answers", "constant"] | None = None
+    divide: Divide | None = None
     """The loss is a mean over the tokens of a step, over its answers of the means over their
     tokens, or a sum over answers times --max-new-tokens."""
-    clip_ratio: Literal["objective", "weight"] | None = None
+    clip_ratio: Clip | None = None
     """A ratio out of bounds takes the gradient away (PPO), or is a weight that stays in bounds
     (CISPO)."""
     clip_low: Annotated[float | None, Range(0, 1)] = None
@@ -72,7 +78,7 @@ class PolicyConfig:
     """Weight of the KL from the reference; above 0 --reference is opened."""
     kl: Literal["reward", "loss"] = "reward"
     """Where it counts: log pi - log ref in the reward (k1), or half its square in the loss (k2)."""
-    mismatch: Literal["none", "truncate", "mask"] = "truncate"
+    mismatch: Mismatch = "truncate"
     """Weights by which the tokens of a sampler that differs count: trainer's probability over
     sampler's, up to a bound, or 0 outside of it."""
     mismatch_bound: Annotated[float, Range(1, above=True)] = 2.0

@@ -108,8 +108,10 @@ def test_weighted_sums_in_the_order_of_the_answers(functions):
         ("absent", "mine.py has no function absent"),
     ],
 )
-def test_a_call_that_fails_names_function_record_and_answer_or_is_counted(functions, name, reason):
-    """It is never a 0; the other answers keep their rewards, also those that the same process gives later."""
+def test_a_call_that_fails_names_function_record_and_answer_or_is_counted(
+    functions, name, reason, capsys
+):
+    """It is never a 0; the other answers keep their rewards, also those that the same process gives later. A line says how many were counted."""
     seconds = {"reward_seconds": 0.5, "reward_processes": 1}
     with pytest.raises(ValueError, match="record 'r7', answer '") as error:
         scores(f"mine.py:{name}", answers=("4", "bad"), **seconds)
@@ -117,6 +119,8 @@ def test_a_call_that_fails_names_function_record_and_answer_or_is_counted(functi
     got, pool = scores(f"mine.py:{name}", on_bad_reward="none", **seconds)
     expected = [None] * 3 if name == "absent" else [1.0, None, 1.0]
     assert got == expected and pool.bad == {f"mine.py:{name}": expected.count(None)}
+    line = f"note: {expected.count(None)} answers have no value of reward mine.py:{name}"
+    assert line in capsys.readouterr().err
 
 
 def test_none_is_no_fault_and_no_zero(functions):
