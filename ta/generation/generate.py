@@ -8,6 +8,7 @@ Letters: B rows, L prompt tokens, V vocabulary, D model width.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -52,7 +53,7 @@ def generate(
         return generate_vllm(model, prompts, config, stop_ids, on_answer, embeds, keys)
     from ta.generation.hf_generate import run_beams, run_driven
     from ta.generation.slot_cache import attention_for, plain_cache
-    from ta.generation.slot_engine import Caller, Job, Sampling, run_slots
+    from ta.generation.slot_engine import Job, SlotEngine, Work
     from ta.model.language_model import base_model
 
     inner = getattr(model, "inner", model)
@@ -65,16 +66,11 @@ def generate(
             "embeds and prompts differ in length: give one row of embeddings for every token "
             "of every prompt"
         )
-    n = config.num_answers
-    limits = [
-        config.max_new_tokens
-        if context is None
-        else min(config.max_new_tokens, context - len(prompt))
-        for prompt in prompts
-    ]
+    n, room = config.num_answers, math.inf if context is None else context
+    keyed = zip(prompts, range(len(prompts)) if keys is None else keys, strict=True)
     jobs = [
-        Job(i, limits[i], (config.seed, i if keys is None else keys[i], k))
-        for i in range(len(prompts))
+        Job(i, min(config.max_new_tokens, room - len(prompt)), (config.seed, key, k))
+        for i, (prompt, key) in enumerate(keyed)
         for k in range(n)
     ]
     ending = Ending(tokenizer, frozenset(stop_ids), config)
@@ -88,39 +84,29 @@ def generate(
     def finished(job: int, ids: list[int], logprobs: list[float]) -> None:
         i, k = divmod(job, n)
         answers[i][k] = ending.answer(ids, logprobs)
-        if on_answer is not None and all(answer is not None for answer in answers[i]):
+        if on_answer is not None and all(answers[i]):
             on_answer(i, answers[i])
 
-    sampling = Sampling(config.temperature, config.top_p, config.top_k, config.repetition_penalty)
-    driven = (
-        config.beams > 1
-        or not plain_cache(base)
-        or (virtual and inner.active_peft_config.peft_type == "PREFIX_TUNING")
-    )
+    work = Work(prompts, embeds, jobs, config, advance, finished)
+    prefix = virtual and inner.active_peft_config.peft_type == "PREFIX_TUNING"
+    driven = config.beams > 1 or prefix or not plain_cache(base)
+    temperature = getattr(model, "temperature", 1.0)
     with _at_rest(model, inner, base, attention_for(base, not driven)):
         if config.beams > 1:
-            run_beams(inner, prompts, jobs, config, ending, finished, embeds, virtual)
+            run_beams(inner, work, ending, virtual)
         elif driven:
-            run_driven(inner, prompts, jobs, config, sampling, advance, finished, embeds, virtual)
+            run_driven(inner, work, temperature, virtual)
         else:
-            run, layers, width = _forward(base if virtual else model, base)
-            fed = _with_virtual_tokens(inner, base, prompts, embeds) if virtual else embeds
+            sharded = hasattr(model, "unshard")
+            # a sharded root gathers its weights around its own methods only
+            run = base if virtual else model.outputs if sharded else inner
+            if virtual:
+                work = work._replace(embeds=_with_virtual_tokens(inner, base, prompts, embeds))
             device = base.get_input_embeddings().weight.device
             fixed = device.type == "cuda" if fixed_shapes is None else fixed_shapes
-            if hasattr(model, "unshard") or {p.device for p in base.parameters()} != {device}:
-                fixed = False  # a graph holds the work of one device
-            run_slots(
-                Caller(run, advance, finished),
-                layers,
-                prompts,
-                jobs,
-                sampling,
-                config.slots,
-                fed,
-                width,
-                device,
-                fixed,
-            )
+            # a graph holds the work of one device
+            whole = not sharded and {p.device for p in base.parameters()} == {device}
+            SlotEngine(_forward(run, base, temperature), work, device, fixed and whole).run()
     return answers
 
 
@@ -148,43 +134,32 @@ def _at_rest(model, inner, base, attention: str) -> Iterator[None]:
     All is put back after.
     """
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from transformers import GenerationConfig
 
     training = [module for module in model.modules() if module.training]
     before, settings = base.config._attn_implementation, base.generation_config
-    # peft keeps a second copy
-    owners = {base} | ({inner} if hasattr(inner, "generation_config") else set())
     device, autocast = base.get_input_embeddings().weight.device, getattr(model, "autocast", None)
+    # on a GPU without cuDNN's attention: it plans anew for each length of the keys
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     try:
         model.eval()
-        for owner in owners:
-            owner.generation_config = GenerationConfig()
+        # peft keeps a second copy
+        base.generation_config = inner.generation_config = GenerationConfig()
         if before in ("ta", "sdpa"):  # any other was chosen by the user
             base.set_attn_implementation(attention)
         with (
             torch.no_grad(),
-            _kernels_of_generation(device),
+            sdpa_kernel(kernels),
             torch.autocast(device.type, dtype=autocast, enabled=autocast is not None),
         ):
             yield
     finally:
         if base.config._attn_implementation != before:
             base.set_attn_implementation(before)
-        for owner in owners:
-            owner.generation_config = settings
+        base.generation_config = inner.generation_config = settings
         for module in training:
             module.training = True
-
-
-def _kernels_of_generation(device):
-    """On a GPU without cuDNN's attention: it plans anew for each length of the keys."""
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    return sdpa_kernel(
-        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    )
 
 
 def _with_virtual_tokens(inner, base, prompts, embeds) -> list[Tensor]:
@@ -201,18 +176,10 @@ def _with_virtual_tokens(inner, base, prompts, embeds) -> list[Tensor]:
     return [torch.cat([virtual, x.to(virtual.device)]) for x in embeds]
 
 
-def _forward(model, base) -> tuple[Callable[[dict], Tensor], int, int]:
-    """What the slot engine runs a model by, the number of its cached layers, and its V.
-
-    The first is a function from keyword arguments to the last column's logits (B, V).
-    """
+def _forward(run: Callable, base, temperature: float) -> Callable[[dict], Tensor]:
+    """A function from keyword arguments of `run` to the last column's logits (B, V)."""
     import inspect
 
-    from transformers.cache_utils import DynamicCache
-
-    # a sharded root gathers its weights around its own methods only
-    run = model.outputs if hasattr(model, "unshard") else getattr(model, "inner", model)
-    temperature = getattr(model, "temperature", 1.0)
     # transformers' models differ in what they take
     taken = inspect.signature(base.forward).parameters
     extra = {"use_cache": True} | ({"logits_to_keep": 1} if "logits_to_keep" in taken else {})
@@ -223,5 +190,4 @@ def _forward(model, base) -> tuple[Callable[[dict], Tensor], int, int]:
         logits = run(**inputs, **extra).logits[:, -1]  # (B, V)
         return logits if temperature == 1.0 else logits / temperature
 
-    layers = len(DynamicCache(config=base.config).layers)
-    return forward, layers, base.get_output_embeddings().weight.shape[0]
+    return forward

@@ -20,9 +20,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import Cache
 
 from ta.generation.graphs import Graphs
+from ta.generation.settings import GenerateConfig
 from ta.generation.slot_cache import CacheWindow, SlotLayer
 from ta.parallel import say
 
@@ -38,25 +41,37 @@ class Job(NamedTuple):
     seed: tuple[int, ...]  # of its sampling, which nothing else takes part in
 
 
-class Sampling(NamedTuple):
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
+class Work(NamedTuple):
+    """What is asked of an engine, and what it tells of the answers."""
 
+    prompts: Sequence[Sequence[int]]
+    embeds: Sequence[Tensor] | None  # (L, D) in place of each prompt
+    jobs: Sequence[Job]
+    config: GenerateConfig
+    # after each token: (job, ids so far) -> whether the answer has ended
+    advance: Callable[[int, list[int]], bool]
+    # (job, ids, log-probabilities), as each ends
+    finished: Callable[[int, list[int], list[float]], None]
 
-class Caller(NamedTuple):
-    """What the engine asks of its caller."""
+    def take(self, rows: Sequence[Row], ids: Tensor, logprobs: Tensor) -> None:
+        """Give each row its next token. What a row gets after its end is nothing.
 
-    forward: Callable[
-        [dict], Tensor
-    ]  # the model's keyword arguments -> logits (B, V) of the last column
-    advance: Callable[
-        [int, list[int]], bool
-    ]  # after each token: (job, ids so far) -> whether the answer has ended
-    finished: Callable[
-        [int, list[int], list[float]], None
-    ]  # (job, ids, log-probabilities), as each ends
+        ValueError for a log-probability that is no number.
+        """
+        for row, token, logprob in zip(rows, ids.tolist(), logprobs.tolist(), strict=True):
+            if row.ended:
+                continue
+            if logprob != logprob:
+                raise ValueError(
+                    "the model's logits are not numbers (NaN): its weights or the arithmetic "
+                    "(dtype) are broken"
+                )
+            row.ids.append(token)
+            row.logprobs.append(logprob)
+            full = len(row.ids) == self.jobs[row.job].limit
+            if self.advance(row.job, row.ids) or full:
+                row.ended = True
+                self.finished(row.job, row.ids, row.logprobs)
 
 
 @dataclass
@@ -64,122 +79,69 @@ class Row:
     """One live slot: the job it works on and what it has written so far."""
 
     job: int
-    length: int  # tokens in the cache
-    uniforms: Sequence[
-        float
-    ]  # one number in [0, 1) for each new token; empty where decoding is greedy
+    # one number in [0, 1) for each new token; empty where decoding is greedy
+    uniforms: Sequence[float]
+    length: int = 0  # tokens in the cache
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     asked: int = 0  # tokens computed, of which `ids` lacks those not read yet
     ended: bool = False
 
 
-class Unread(NamedTuple):
-    """Tokens that are on their way from the device."""
+class SlotEngine:
+    """Does all the work, at most `config.slots` jobs at a time.
 
-    rows: list[Row]
-    ids: Tensor
-    logprobs: Tensor
-    arrived: torch.cuda.Event | None
-
-
-def run_slots(
-    caller: Caller,
-    layers: int,
-    prompts: Sequence[Sequence[int]],
-    jobs: Sequence[Job],
-    sampling: Sampling,
-    slots: int = 64,
-    embeds: Sequence[Tensor] | None = None,
-    vocabulary: int = 0,
-    device: torch.device | str = "cpu",
-    fixed_shapes: bool = False,
-) -> None:
-    """Run all `jobs`, at most `slots` at a time.
-
-    layers: how many layers hold a cache. embeds[i] (L, D) is fed in place of prompt i, whose tokens
-    only a repetition penalty then looks at.
-    vocabulary: V, read where a repetition penalty is on.
+    forward: the model's keyword arguments -> logits (B, V) of the last column.
     fixed_shapes: steps of few different shapes, replayed as CUDA graphs on a GPU; said and given up
     where the model cannot.
     """
-    device = torch.device(device)
-    lengths = [len(x) for x in (prompts if embeds is None else embeds)]
-    waiting = sorted(
-        range(len(jobs)), key=lambda j: lengths[jobs[j].prompt]
-    )  # taken from the end: longest prompts first
-    if not waiting:
-        return
-    slots = min(slots, len(jobs))
-    longest = lengths[jobs[waiting[-1]].prompt]
-    capacity = longest + min(longest // 2 + 64, max(job.limit for job in jobs))
-    window = CacheWindow(slots, bucket(capacity) if fixed_shapes else capacity, longest)
-    cache = Cache(layers=[SlotLayer(window) for _ in range(layers)])
-    seen = (
-        torch.zeros(slots, vocabulary, dtype=torch.bool, device=device)
-        if sampling.repetition_penalty != 1
-        else None
-    )
-    tokens = torch.zeros(slots, dtype=torch.long, device=device)
-    engine = SlotEngine(
-        caller,
-        prompts,
-        lengths,
-        jobs,
-        sampling,
-        embeds,
-        device,
-        window,
-        cache,
-        seen,
-        waiting,
-        tokens,
-    )
-    if fixed_shapes:
-        engine.fix_shapes()
-    # a prefill costs about a whole step, and many replayed ones: wait until some slots are free
-    some = max(1, slots // (4 if fixed_shapes and device.type == "cuda" else 8))
-    with torch.no_grad():
-        try:
-            while engine.rows or engine.waiting or engine.unread:
-                while engine.waiting and slots - len(engine.rows) >= (some if engine.rows else 1):
-                    engine.prefill()
-                if engine.rows:
-                    engine.step()
-                else:
-                    engine.read(0)
-        finally:
-            engine.leave_shapes()
 
+    def __init__(
+        self,
+        forward: Callable[[dict], Tensor],
+        work: Work,
+        device: torch.device,
+        fixed_shapes: bool = False,
+    ):
+        self.forward, self.work, self.device = forward, work, device
+        self.jobs, self.config = jobs, config = work.jobs, work.config
+        # a repetition penalty looks at the tokens, whatever is fed in their place
+        self.inputs = work.prompts if work.embeds is None else work.embeds
+        self.lengths = [len(x) for x in self.inputs]  # of each prompt, in columns
+        # jobs, taken from the end: longest prompts first
+        self.waiting = sorted(range(len(jobs)), key=lambda j: self.lengths[jobs[j].prompt])
+        slots, longest = min(config.slots, len(jobs)), self.next_length()
+        capacity = longest + min(longest // 2 + 64, max((job.limit for job in jobs), default=0))
+        self.window = CacheWindow(slots, bucket(capacity) if fixed_shapes else capacity, longest)
+        self.cache = Cache(layer_class_to_replicate=functools.partial(SlotLayer, self.window))
+        self.rows: list[Row] = []
+        # (rows, ids, log-probabilities, event): tokens that are on their way from the device
+        self.unread: deque[tuple] = deque()
+        self.seen: Tensor | None = None  # (slots, V): tokens of each row so far
+        # (slots,): the last token of each row
+        self.tokens = torch.zeros(slots, dtype=torch.long, device=device)
+        self.draws = torch.zeros(slots, device=device)  # a random number in [0, 1) for each row
+        # of steps of fixed shapes: the column to write, then each row's length (1 + slots,)
+        self.places = torch.zeros(1 + slots, dtype=torch.long, device=device)
+        self.fixed = Graphs(self._fixed, device) if fixed_shapes else None
+        self.checked = False
 
-@dataclass
-class SlotEngine:
-    caller: Caller
-    prompts: Sequence[Sequence[int]]
-    lengths: Sequence[int]  # of each prompt, in columns
-    jobs: Sequence[Job]
-    sampling: Sampling
-    embeds: Sequence[Tensor] | None
-    device: torch.device
-    window: CacheWindow
-    cache: Cache
-    seen: Tensor | None  # (slots, V): tokens of each row so far
-    waiting: list[int]  # jobs, the next at the end
-    tokens: Tensor  # (slots,): the last token of each row
-    rows: list[Row] = field(default_factory=list)
-    unread: deque[Unread] = field(default_factory=deque)
-    # of steps of fixed shapes
-    fixed: Graphs | None = None
-    places: Tensor | None = None  # (1 + slots,): the column to write, then each row's length
-    draws: Tensor | None = None  # (slots,): random numbers in [0, 1)
-    checked: bool = False
-
-    def fix_shapes(self) -> None:
-        """Take steps of fixed shapes from now on."""
-        slots = self.window.slots
-        self.places = torch.zeros(1 + slots, dtype=torch.long, device=self.device)
-        self.draws = torch.zeros(slots, device=self.device)
-        self.fixed = Graphs(self._fixed, self.device)
+    def run(self) -> None:
+        """Answer everything; where it ends, the graphs are dropped."""
+        # a prefill costs about a whole step, and many replayed ones: wait until some slots are free
+        slots, replayed = self.window.slots, self.fixed and self.device.type == "cuda"
+        some = max(1, slots // (4 if replayed else 8))
+        with torch.no_grad():
+            try:
+                while self.rows or self.waiting or self.unread:
+                    while self.waiting and slots - len(self.rows) >= (some if self.rows else 1):
+                        self.prefill()
+                    if self.rows:
+                        self.step()
+                    else:
+                        self.read(0)
+            finally:
+                self.leave_shapes()
 
     def leave_shapes(self) -> None:
         """Take plain steps from now on.
@@ -199,51 +161,46 @@ class SlotEngine:
         gets.
         """
         window, first, width = self.window, len(self.rows), self.next_length()
-        group: dict[int, list[int]] = {}  # prompt -> its jobs
-        taken = 0
-        while self.waiting and first + taken < window.slots:
+        group: list[int] = []  # prompts, whose jobs wait one after another
+        which: list[int] = []  # for each job its place in the group
+        while self.waiting and first + len(which) < window.slots:
             prompt = self.jobs[self.waiting[-1]].prompt
-            padded = (len(group) + 1) * width
-            if (
-                group
-                and prompt not in group
-                and (
-                    padded > PREFILL_TOKENS
-                    or (padded > EFFICIENT and self.lengths[prompt] < 0.85 * width)
-                )
-            ):
-                break
-            group.setdefault(prompt, []).append(self.waiting.pop())
-            taken += 1
+            if prompt not in group[-1:]:
+                padded = (len(group) + 1) * width
+                uneven = padded > EFFICIENT and self.lengths[prompt] < 0.85 * width
+                if group and (uneven or padded > PREFILL_TOKENS):
+                    break
+                group.append(prompt)
+            which.append(len(group) - 1)
+            job = self.waiting.pop()
+            drawn = uniforms(self.jobs[job], self.config)
+            self.rows.append(Row(job, drawn, self.lengths[prompt]))
         window.rows, window.past = slice(first, first + len(group)), 0
-        inputs = left_pad(
-            [(self.prompts if self.embeds is None else self.embeds)[i] for i in group], self.device
-        )
-        logits = self.caller.forward(
-            inputs | {"past_key_values": self.cache}
-        )  # (prompts of the group, V)
-        if taken > len(group):
-            which = self._sent([n for n, members in enumerate(group.values()) for _ in members])
-            logits = logits[which]
+        inputs = left_pad([self.inputs[i] for i in group], self.device)
+        # (prompts of the group, V)
+        logits = self.forward(inputs | {"past_key_values": self.cache})
+        fresh = slice(first, len(self.rows))
+        if len(which) > len(group):
+            source = self._sent(which)
+            logits = logits[source]
             for layer in self.cache.layers:
-                layer.copy(first + which, slice(first, first + taken), width)
-        for i, members in group.items():
-            for job in members:
-                if self.seen is not None:
-                    self.seen[len(self.rows)] = False
-                    self.seen[len(self.rows), self._sent(self.prompts[i])] = True
-                self.rows.append(Row(job, self.lengths[i], uniforms(self.jobs[job], self.sampling)))
-        seen = None if self.seen is None else self.seen[first : len(self.rows)]
-        self._append(first, *choose(logits, self._sent(self._drawn(first)), seen, self.sampling))
+                layer.copy(first + source, fresh, width)
+        if self.config.repetition_penalty != 1:
+            if self.seen is None:
+                self.seen = logits.new_zeros(window.slots, logits.shape[1], dtype=torch.bool)
+            self.seen[fresh] = False
+            for row, n in enumerate(which, first):
+                self.seen[row, self._sent(self.work.prompts[group[n]])] = True
+        self._renew_draws(first)
+        self._append(first, *self._chosen(logits, fresh))
 
     def step(self) -> None:
         """One more token for every row."""
         self._make_room()
+        self._renew_draws(0)
         chosen = self._replayed() if self.fixed else None
         if chosen is None:
-            n = len(self.rows)
-            seen = None if self.seen is None else self.seen[:n]
-            chosen = choose(self._logits(), self._sent(self._drawn(0)), seen, self.sampling)
+            chosen = self._chosen(self._logits(), slice(0, len(self.rows)))
         self.window.end += 1
         for row in self.rows:
             row.length += 1
@@ -255,19 +212,16 @@ class SlotEngine:
         """
         window, width = self.window, max(row.length for row in self.rows)
         end, close = window.end, max(width, self.next_length())
-        if self.fixed:
-            needed, tight = bucket(end + 1), bucket(close + close // 8 + 1)
-            crossing = bucket(end) < needed  # a wider step would begin
-            full = needed > window.capacity
-            if not full and not (tight < needed and (crossing or 2 * tight <= needed)):
-                return
-            if full:
-                window.capacity = bucket(close + close // 2 + 64)
+        rounded = bucket if self.fixed else int
+        needed, tight = rounded(end + 1), rounded(close + close // 8 + 1)
+        crossing = rounded(end) < needed  # a wider step would begin
+        nearer = tight < needed and (crossing or 2 * tight <= needed)
+        if needed > window.capacity:
+            window.capacity = rounded(close + close // 2 + 64)
+            if self.fixed:
                 self.fixed.forget()
-        elif end < window.capacity:
+        elif not (self.fixed and nearer):
             return
-        else:
-            window.capacity = close + close // 2 + 64
         window.end = close
         for layer in self.cache.layers:
             layer.rebase(width, len(self.rows), end)
@@ -278,15 +232,13 @@ class SlotEngine:
         n = len(self.rows)
         lengths = torch.tensor([row.length for row in self.rows], device=self.device)
         window.rows, window.past = slice(0, n), width
-        inputs = {
-            "input_ids": self.tokens[:n, None],
-            "attention_mask": (
-                torch.arange(width + 1, device=self.device) >= width - lengths[:, None]
-            ).long(),
-            "position_ids": lengths[:, None],
-            "past_key_values": self.cache,
-        }
-        return self.caller.forward(inputs)
+        columns = torch.arange(width + 1, device=self.device)
+        return self._outputs(n, columns >= width - lengths[:, None], lengths[:, None])
+
+    def _outputs(self, n: int, mask: Tensor, lengths: Tensor) -> Tensor:
+        """(n, V) after the last token of the first n rows, of these lengths (n, 1)."""
+        inputs = {"input_ids": self.tokens[:n, None], "attention_mask": mask.long()}
+        return self.forward(inputs | {"position_ids": lengths, "past_key_values": self.cache})
 
     def _replayed(self) -> tuple[Tensor, Tensor] | None:
         """ids and log-probabilities of the live rows by the step of fixed shapes.
@@ -298,8 +250,6 @@ class SlotEngine:
         # an empty slot, of length 0, sees the column that it writes and no other
         places = [self.window.end, *(row.length for row in self.rows), *[0] * (key[0] - n)]
         self.places[: len(places)].copy_(self._pinned(places), non_blocking=True)
-        if self.sampling.temperature:
-            self.draws[:n].copy_(self._pinned(self._drawn(0)), non_blocking=True)
         known = key in self.fixed.replays
         try:
             if not self.checked:
@@ -330,9 +280,13 @@ class SlotEngine:
 
     def _fixed(self, rows: int, width: int) -> tuple[Tensor, Tensor]:
         """ids (rows,) and log-probabilities (rows,), from tensors that stay where they are."""
-        draws = self.draws[:rows] if self.sampling.temperature else None
-        seen = None if self.seen is None else self.seen[:rows]
-        return choose(self._fixed_logits(rows, width), draws, seen, self.sampling)
+        return self._chosen(self._fixed_logits(rows, width), slice(0, rows))
+
+    def _chosen(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """The next ids and their log-probabilities of some rows."""
+        draws = self.draws[rows] if self.config.temperature else None
+        seen = None if self.seen is None else self.seen[rows]
+        return choose(logits, draws, seen, self.config)
 
     def _fixed_logits(self, rows: int, width: int) -> Tensor:
         """(rows, V) after the last token of the first `rows` slots, of `width` columns of the
@@ -340,23 +294,18 @@ class SlotEngine:
         """
         window, end, lengths = self.window, self.places[:1], self.places[1 : 1 + rows, None]
         columns = torch.arange(width, device=self.device)
-        inputs = {
-            "input_ids": self.tokens[:rows, None],
-            "attention_mask": ((columns <= end) & (columns >= end - lengths)).long(),
-            "position_ids": lengths,
-            "past_key_values": self.cache,
-        }
+        mask = (columns <= end) & (columns >= end - lengths)
         window.rows, window.column, window.width = slice(0, rows), end, width
         try:
-            return self.caller.forward(inputs)
+            return self._outputs(rows, mask, lengths)
         finally:
             window.column = None
 
-    def _drawn(self, first: int) -> list[float] | None:
-        """The next random number of every row from `first` on; None where decoding is greedy."""
-        if not self.sampling.temperature:
-            return None
-        return [row.uniforms[row.asked] for row in self.rows[first:]]
+    def _renew_draws(self, first: int) -> None:
+        """Put down the next random number of every row from `first` on."""
+        if self.config.temperature:
+            drawn = [row.uniforms[row.asked] for row in self.rows[first:]]
+            self.draws[first : len(self.rows)].copy_(self._pinned(drawn), non_blocking=True)
 
     def _append(self, first: int, ids: Tensor, logprobs: Tensor) -> None:
         """Give every row from `first` on its next token, read what is due, and drop the rows that
@@ -374,33 +323,17 @@ class SlotEngine:
             ids, logprobs = (x.to("cpu", non_blocking=True) for x in (ids, logprobs))
             arrived = torch.cuda.Event()
             arrived.record()
-        self.unread.append(Unread(fresh, ids, logprobs, arrived))
+        self.unread.append((fresh, ids, logprobs, arrived))
         self.read(1 if self.fixed else 0)
         self._drop()
 
     def read(self, leave: int) -> None:
-        """Take what was computed, but for the last `leave` steps.
-
-        What a row got after its end is nothing.
-        """
+        """Take what was computed, but for the last `leave` steps."""
         while len(self.unread) > leave:
-            rows, ids, logprobs, arrived = self.unread.popleft()
+            *tokens, arrived = self.unread.popleft()
             if arrived is not None:
                 arrived.synchronize()
-            for row, token, logprob in zip(rows, ids.tolist(), logprobs.tolist(), strict=True):
-                if row.ended:
-                    continue
-                if logprob != logprob:
-                    raise ValueError(
-                        "the model's logits are not numbers (NaN): its weights or the arithmetic "
-                        "(dtype) are broken"
-                    )
-                row.ids.append(token)
-                row.logprobs.append(logprob)
-                full = len(row.ids) == self.jobs[row.job].limit
-                if self.caller.advance(row.job, row.ids) or full:
-                    row.ended = True
-                    self.caller.finished(row.job, row.ids, row.logprobs)
+            self.work.take(*tokens)
 
     def _drop(self) -> None:
         """Fill the slots of rows that need no further step with the last rows."""
@@ -425,9 +358,9 @@ class SlotEngine:
     def _pinned(self, values: Sequence) -> Tensor:
         return torch.tensor(values, pin_memory=self.device.type == "cuda")
 
-    def _sent(self, values: Sequence | None) -> Tensor | None:
+    def _sent(self, values: Sequence[int]) -> Tensor:
         """Numbers as a tensor on the device, without a wait."""
-        return None if values is None else self._pinned(values).to(self.device, non_blocking=True)
+        return self._pinned(values).to(self.device, non_blocking=True)
 
 
 def bucket(columns: int) -> int:
@@ -448,23 +381,18 @@ def rows_bucket(rows: int, slots: int) -> int:
     return slots
 
 
-@functools.cache
-def say_once(text: str) -> None:
-    """Say it once."""
-    say(text)
+say_once = functools.cache(say)
 
 
-def uniforms(job: Job, sampling: Sampling) -> Sequence[float]:
+def uniforms(job: Job, config: GenerateConfig) -> Sequence[float]:
     """The random numbers of one answer, made when its turn comes."""
-    return (
-        np.random.default_rng(job.seed).random(job.limit, np.float32).tolist()
-        if sampling.temperature
-        else ()
-    )
+    if not config.temperature:
+        return ()
+    return np.random.default_rng(job.seed).random(job.limit, np.float32).tolist()
 
 
 def choose(
-    logits: Tensor, uniforms: Tensor | None, seen: Tensor | None, sampling: Sampling
+    logits: Tensor, uniforms: Tensor | None, seen: Tensor | None, config: GenerateConfig
 ) -> tuple[Tensor, Tensor]:
     """Next tokens of `logits` (B, V): (ids (B,), log p (B,) in nats under the model's plain
     distribution, before penalty and temperature).
@@ -474,53 +402,35 @@ def choose(
     distribution at `uniforms` (B,), so that a row's draw depends on that row alone. Order as in
     transformers: penalty, temperature, top-k, top-p.
     """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    scores = logits
+    scores = logits = logits if logits.dtype == torch.float64 else logits.float()
     if seen is not None:
-        scores = torch.where(
-            seen,
-            torch.where(
-                scores < 0,
-                scores * sampling.repetition_penalty,
-                scores / sampling.repetition_penalty,
-            ),
-            scores,
-        )
-    ids = scores.argmax(-1) if uniforms is None else _draw(scores, uniforms, sampling)
+        penalty = config.repetition_penalty
+        lowered = torch.where(scores < 0, scores * penalty, scores / penalty)
+        scores = torch.where(seen, lowered, scores)
+    ids = scores.argmax(-1) if uniforms is None else _draw(scores, uniforms, config)
     return ids, logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1)
 
 
-def _draw(scores: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
-    scores = scores / sampling.temperature
-    if 0 < sampling.top_k < scores.shape[1]:
-        scores = scores.masked_fill(scores < scores.topk(sampling.top_k).values[:, -1:], -torch.inf)
-    if sampling.top_p < 1:
-        ordered, order = scores.sort(-1)
-        out = ordered.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
-        out[:, -1] = False
-        scores = scores.masked_fill(torch.zeros_like(out).scatter(1, order, out), -torch.inf)
+def _draw(scores: Tensor, uniforms: Tensor, config: GenerateConfig) -> Tensor:
+    scores = scores / config.temperature
+    if config.top_k:
+        scores = TopKLogitsWarper(config.top_k)(None, scores)
+    if config.top_p < 1:
+        scores = TopPLogitsWarper(config.top_p)(None, scores)
     reached = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
-    return torch.searchsorted(reached, uniforms.to(reached)[:, None] * reached[:, -1:], right=True)[
-        :, 0
-    ]
+    wanted = uniforms.to(reached)[:, None] * reached[:, -1:]
+    return torch.searchsorted(reached, wanted, right=True)[:, 0]
 
 
 def left_pad(prompts: Sequence[Sequence[int] | Tensor], device="cpu") -> dict[str, Tensor]:
     """input_ids (or, of tensors (L, D), inputs_embeds), attention_mask and position_ids of prompts
     that all end in the last column.
     """
-    width = max(len(prompt) for prompt in prompts)
-    pad = torch.tensor([width - len(prompt) for prompt in prompts], device=device)[:, None]
-    columns = torch.arange(width, device=device)
-    out = {"attention_mask": (columns >= pad).long(), "position_ids": (columns - pad).clamp(min=0)}
-    if isinstance(prompts[0], Tensor):
-        padded = [
-            torch.nn.functional.pad(prompt.to(device), (0, 0, width - len(prompt), 0))
-            for prompt in prompts
-        ]
-        return out | {"inputs_embeds": torch.stack(padded)}
-    return out | {
-        "input_ids": torch.tensor(
-            [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device
-        )
-    }
+    name = "inputs_embeds" if isinstance(prompts[0], Tensor) else "input_ids"
+    rows = [torch.as_tensor(prompt) for prompt in prompts]
+    padded = pad_sequence(rows, batch_first=True, padding_side="left").to(device)
+    columns = torch.arange(padded.shape[1], device=device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)[:, None]
+    places = columns - (padded.shape[1] - lengths)
+    mask = (places >= 0).long()
+    return {name: padded, "attention_mask": mask, "position_ids": places.clamp(min=0)}

@@ -10,8 +10,9 @@ import transformers as T
 from ta.builtin.models import tiny_tokenizer
 from ta.generation.generate import generate
 from ta.generation.settings import GenerateConfig
-from ta.generation.slot_engine import Sampling, choose
+from ta.generation.slot_engine import choose
 from ta.model.attention import register
+from ta.model.language_model import LanguageModel
 
 TOKENIZER = tiny_tokenizer()
 V = len(TOKENIZER)
@@ -228,15 +229,16 @@ def test_choose_keeps_what_transformers_keeps(top_k, top_p):
     grid = (
         torch.arange(3000) + 0.5
     ) / 3000  # every part of [0, 1) once: frequencies are the probabilities, to a thousandth
+    config = GenerateConfig(temperature=0.8, top_p=top_p, top_k=top_k)
     for row in range(4):
-        ids, logps = choose(logits[row].expand(3000, -1), grid, None, Sampling(0.8, top_p, top_k))
+        ids, logps = choose(logits[row].expand(3000, -1), grid, None, config)
         assert torch.allclose(ids.bincount(minlength=30) / 3000, kept[row].softmax(-1), atol=1e-3)
         assert torch.allclose(logps, logits[row].log_softmax(-1)[ids], atol=1e-6)
 
 
 def test_choose_never_takes_an_impossible_token():
     logits = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]]).expand(3, -1)
-    ids, _ = choose(logits, torch.tensor([0.0, 0.5, 1 - 2**-24]), None, Sampling(1.0))
+    ids, _ = choose(logits, torch.tensor([0.0, 0.5, 1 - 2**-24]), None, GenerateConfig(temperature=1.0))
     assert ids.tolist() == [0, 2, 2]
 
 
@@ -525,9 +527,29 @@ def test_impossible_prompts_are_refused_with_a_count():
     assert generate(model, TOKENIZER, [], GenerateConfig(), []) == []
 
 
-def test_broken_weights_are_said():
-    model = build()
+@pytest.mark.parametrize("name", ["llama", "mamba-no-plain-cache"])
+def test_broken_weights_are_said(name):
+    model = build(name)
     with torch.no_grad():
-        model.lm_head.weight[3] = torch.nan
+        model.get_output_embeddings().weight[3] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
         generate(model, TOKENIZER, [[1]], GenerateConfig(), [])
+
+
+@pytest.mark.parametrize("name", ["llama", "mamba-no-plain-cache", "virtual tokens"])
+def test_a_models_own_temperature_is_that_of_its_answers(name):
+    """A policy that trains at temperature 0.5 samples as the plain model does at 0.5."""
+    model, prompts = build() if name == "virtual tokens" else build(name), random_prompts(5)
+    if name == "virtual tokens":
+        import peft
+
+        settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        model = peft.get_peft_model(model, settings).eval()
+    wrapper = LanguageModel(model, "native")
+    wrapper.temperature = 0.5
+    cool, plain = (
+        generate(x, TOKENIZER, prompts, GenerateConfig(max_new_tokens=12, temperature=t), [])
+        for x, t in ((wrapper, 1.0), (model, 0.5))
+    )
+    assert ids_of(cool) == ids_of(plain)
+    assert cool[0][0].logprobs != plain[0][0].logprobs  # those are of the policy
