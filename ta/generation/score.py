@@ -5,7 +5,7 @@ Letters: N sequences, C scores of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ta.chat.encode import Drop, encode_answers
@@ -62,24 +62,34 @@ def score(
     """
     if isinstance(model, VllmEngine):
         return score_vllm(model, sequences)
-    import numpy as np
     import torch
+
+    rows: dict[int, list[float]] = {}
+    ids = [sequence.ids for sequence in sequences]
+    nothing = [[0.0] * len(x) for x in ids]  # is learned
+    for places, batch in _micro_batches(model, ids, nothing, max_tokens_per_micro):
+        with torch.no_grad():
+            scores = model.scores(batch).double()  # (N, C)
+        rows.update(zip(places, scores.tolist(), strict=True))
+    return [rows[i] for i in range(len(ids))]
+
+
+def _micro_batches(
+    model: LanguageModel,
+    ids: Sequence[Sequence[int]],
+    weights: Sequence[Sequence[float]],
+    max_tokens: int,
+) -> Iterator[tuple[list[int], Batch]]:
+    """(Places of some sequences, their batch on the model's device), until all have had a turn."""
+    import numpy as np
 
     from ta.data.batch import lay_out, to_device
 
     device = next(model.parameters()).device
-    rows: list[list[float]] = [[]] * len(sequences)
-    sizes = [len(sequence.ids) for sequence in sequences]
-    for places in split_micro(sizes, max_tokens_per_micro, packed=model.packed)[0]:
-        if not places:
-            continue
-        ids = [np.array(sequences[i].ids) for i in places]
-        batch = lay_out(ids, [np.zeros(len(x)) for x in ids], model.packed)
-        with torch.no_grad():
-            scores = model.scores(to_device(batch, device)).double().cpu()  # (N, C)
-        for i, row in zip(places, scores.tolist(), strict=True):
-            rows[i] = row
-    return rows
+    for places in split_micro([len(x) for x in ids], max_tokens, packed=model.packed)[0]:
+        if places:
+            chosen = [[np.array(side[i]) for i in places] for side in (ids, weights)]
+            yield places, to_device(lay_out(*chosen, model.packed), device)
 
 
 def reward_answers(
@@ -117,21 +127,16 @@ def kl_to_reference(
     the reference (k1 of `metrics.kl`). `reference` gives the (N,) sums of a batch's sequences;
     `sequences` are (prompt, answer) token ids. All processes take part in both.
     """
-    import numpy as np
     import torch
 
-    from ta.data.batch import lay_out, to_device
     from ta.model.logprobs import sequence_sums
 
-    ids = [np.array([*prompt, *answer]) for prompt, answer in sequences]
-    weights = [np.array([0.0] * len(p) + [1.0] * len(a), np.float32) for p, a in sequences]
-    device, was_training = next(model.parameters()).device, model.training
+    ids = [[*prompt, *answer] for prompt, answer in sequences]
+    weights = [[0.0] * len(p) + [1.0] * len(a) for p, a in sequences]
+    was_training, gap = model.training, 0.0
     model.eval()
-    gap, sizes = 0.0, [len(x) for x in ids]
     with torch.no_grad():
-        for places in split_micro(sizes, max_tokens_per_micro, packed=model.packed)[0]:
-            chosen = [ids[i] for i in places], [weights[i] for i in places]
-            batch = to_device(lay_out(*chosen, model.packed), device)
+        for _, batch in _micro_batches(model, ids, weights, max_tokens_per_micro):
             ours = sequence_sums(model.logprobs(batch), batch.owners, len(batch.ends))
             gap += (ours.double() - reference(batch).double()).sum().item()
     model.train(was_training)
@@ -144,23 +149,22 @@ def answer_logprobs(
     max_tokens_per_micro: int = 8192,
 ) -> list[list[float]]:
     """log p of every learned token of each sequence of (token ids, their weights), in nats."""
-    import numpy as np
     import torch
 
-    from ta.data.batch import lay_out, to_device
-
-    device = next(model.parameters()).device
-    rows: list[list[float]] = [[]] * len(sequences)
-    sizes = [len(ids) for ids, _ in sequences]
+    rows: dict[int, list[float]] = {}
+    ids, weights = [ids for ids, _ in sequences], [weights for _, weights in sequences]
     model.eval()
-    for places in split_micro(sizes, max_tokens_per_micro, packed=model.packed)[0]:
-        if not places:
-            continue
-        ids, weights = zip(*(sequences[i] for i in places), strict=True)
-        batch = lay_out([np.array(x) for x in ids], [np.array(x) for x in weights], model.packed)
+    for places, batch in _micro_batches(model, ids, weights, max_tokens_per_micro):
         with torch.no_grad():
-            logps = model.logprobs(to_device(batch, device)).double().cpu()  # (M,)
-        counts = np.bincount(batch.owners.numpy(), minlength=len(places)).tolist()
-        for i, part in zip(places, logps.split(counts), strict=True):
-            rows[i] = part.tolist()
-    return rows
+            rows.update(zip(places, by_sequence(model, batch), strict=True))
+    return [rows[i] for i in range(len(ids))]
+
+
+def by_sequence(model: LanguageModel, batch: Batch) -> list[list[float]]:
+    """log p of the learned tokens of each sequence of a batch, in nats.
+
+    It runs for an empty batch too: other processes take part in the same calls.
+    """
+    logps = model.logprobs(batch)  # (M,)
+    counts = batch.owners.bincount(minlength=len(batch.ends)).tolist()
+    return [part.tolist() for part in logps.split(counts)] if counts else []

@@ -18,6 +18,8 @@ from transformers.cache_utils import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from ta.model.language_model import native_attention
+
 
 class CacheWindow:
     """Which rows and columns of the buffer the forward pass under way reads and writes.
@@ -48,12 +50,13 @@ class SlotLayer(CacheLayerMixin):
         self.window = window
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys, self.values = (self._buffer(x) for x in (key_states, value_states))
+        self.buffers = [self._buffer(x) for x in (key_states, value_states)]
         self.is_initialized = True
 
     def _buffer(self, like: Tensor) -> Tensor:
         # zeros, because a masked column still takes part in a product with probability 0
-        return like.new_zeros(self.window.slots, like.shape[1], self.window.capacity, like.shape[3])
+        slots, capacity = self.window.slots, self.window.capacity
+        return like.new_zeros(slots, like.shape[1], capacity, like.shape[3])
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args, **kwargs
@@ -61,19 +64,20 @@ class SlotLayer(CacheLayerMixin):
         """Put the new columns in their slots and give all keys and values that may be looked at."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        keys, values = self.buffers
+        return self._updated(keys, key_states), self._updated(values, value_states)
+
+    def _updated(self, buffer: Tensor, states: Tensor) -> Tensor:
         w = self.window
         if w.column is not None:
-            keys, values = self.keys[w.rows], self.values[w.rows]
-            keys.index_copy_(2, w.column, key_states)
-            values.index_copy_(2, w.column, value_states)
-            return keys[:, :, : w.width], values[:, :, : w.width]
-        new = slice(w.end, w.end + 1) if w.past else slice(w.end - key_states.shape[2], w.end)
-        self.keys[w.rows, :, new] = key_states
-        self.values[w.rows, :, new] = value_states
+            rows = buffer[w.rows]
+            rows.index_copy_(2, w.column, states)
+            return rows[:, :, : w.width]
         if not w.past:
-            return key_states, value_states
-        seen = slice(w.end - w.past, w.end + 1)
-        return self.keys[w.rows, :, seen], self.values[w.rows, :, seen]
+            buffer[w.rows, :, w.end - states.shape[2] : w.end] = states
+            return states
+        buffer[w.rows, :, w.end : w.end + 1] = states
+        return buffer[w.rows, :, w.end - w.past : w.end + 1]
 
     @property
     def is_compileable(self) -> bool:
@@ -95,7 +99,7 @@ class SlotLayer(CacheLayerMixin):
         `width` columns.
         """
         columns = slice(self.window.end - width, self.window.end)
-        for x in (self.keys, self.values):
+        for x in self.buffers:
             x[target, :, columns] = x[source, :, columns]
 
     def rebase(self, width: int, live: int, old_end: int) -> None:
@@ -103,15 +107,13 @@ class SlotLayer(CacheLayerMixin):
         where its capacity is new.
         """
         new, old = slice(self.window.end - width, self.window.end), slice(old_end - width, old_end)
-        for name in ("keys", "values"):
-            before = getattr(self, name)
+        for i, before in enumerate(self.buffers):
             moved = before[:live, :, old]
             if before.shape[2] == self.window.capacity:
                 before[:live, :, new] = moved.clone()  # the two may overlap
-                continue
-            after = self._buffer(before)
-            after[:live, :, new] = moved
-            setattr(self, name, after)
+            else:
+                self.buffers[i] = self._buffer(before)
+                self.buffers[i][:live, :, new] = moved
 
 
 def plain_cache(model) -> bool:
@@ -119,15 +121,14 @@ def plain_cache(model) -> bool:
     engine can hold it.
     """
     config = model.config.get_text_config(decoder=True)
-    if (
+    foreign = (
         getattr(model, "_is_stateful", False)
         or model.config.is_encoder_decoder
         or not model._supports_default_dynamic_cache()
-    ):
-        return False
-    if "chunked_attention" in (getattr(config, "layer_types", None) or ()) or getattr(
-        config, "num_kv_shared_layers", 0
-    ):
+        or "chunked_attention" in (getattr(config, "layer_types", None) or ())
+        or getattr(config, "num_kv_shared_layers", 0)
+    )
+    if foreign:
         return False
     try:
         layers = DynamicCache(config=config).layers
@@ -158,20 +159,17 @@ def grouped_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
-    rows = query.unflatten(1, (key.shape[1], groups)).squeeze(
-        3
-    )  # (B, key heads, groups, D): the group takes the place of the columns
+    # (B, key heads, groups, D): the group takes the place of the columns
+    rows = query.unflatten(1, (key.shape[1], groups)).squeeze(3)
     out = F.scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scaling)
     return out.flatten(1, 2)[:, None], None  # (B, 1, H, D)
 
 
 def attention_for(model, slots: bool) -> str:
     """Name of an attention function that knows masks and caches and computes what a model does."""
-    capped = getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None)
-    if capped or not getattr(model, "_supports_sdpa", False):
-        return "eager"  # sdpa would leave the cap out
-    if not slots:
-        return "sdpa"
+    name = native_attention(model)
+    if not slots or name != "sdpa":
+        return name
     AttentionInterface.register(GROUPED, grouped_attention)
     AttentionMaskInterface.register(GROUPED, sdpa_mask)
     return GROUPED

@@ -26,6 +26,7 @@ from ta.data.records import check_question
 from ta.data.sources import Drops, parse_source, read_records
 from ta.folders import fingerprint, quiet
 from ta.generation.metrics import measure, recall_at_k
+from ta.generation.score import by_sequence
 from ta.losses import rag_loss
 from ta.model.export import gathered, whole
 from ta.model.language_model import LanguageModel
@@ -303,8 +304,8 @@ def retrieval_figures(model: RagModel, batches: Sequence[RagBatch], k: int) -> d
     share: list[tuple] = []  # (found, gold, log-probabilities alone, and after each passage)
     with torch.no_grad():
         for batch in batches:
-            after = _by_sequence(model, batch.sequences)
-            alone = _by_sequence(model, batch.alone)
+            after = by_sequence(model, batch.sequences)
+            alone = by_sequence(model, batch.alone)
             width = batch.vectors.shape[1]
             questions = [cell // width for cell in batch.cells.tolist()]
             for q, (found, gold) in enumerate(zip(batch.found, batch.gold, strict=True)):
@@ -321,11 +322,3 @@ def retrieval_figures(model: RagModel, batches: Sequence[RagBatch], k: int) -> d
         passage_logprobs=after,
     )
     return figures | ({f"recall_at_{k}": recall_at_k(found, gold, k)} if named else {})
-
-
-def _by_sequence(model: RagModel, batch: Batch) -> list[list[float]]:
-    """Log-probabilities of the learned tokens of each sequence."""
-    counts = batch.owners.bincount(minlength=len(batch.ends)).tolist()
-    # run for an empty batch too: the other processes take part in the same calls
-    logps = model.logprobs(batch)  # (M,)
-    return [part.tolist() for part in logps.split(counts)] if counts else []
