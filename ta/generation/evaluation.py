@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from ta.data.jsonl import BadRecord, parse_record
 from ta.data.readers import read_rows
-from ta.generation.metrics import METRICS, Metric, check_metrics
+from ta.generation.metrics import METRICS, check_metrics
 
 # names of fields in files of answers
 ANSWER = ("answer", "prediction", "output", "response", "completion")
@@ -68,10 +68,11 @@ def check_answers(data: dict) -> dict:
             raise BadRecord("content is not text", f"answer {place + 1} has no text as its content")
         name = str(answer.get("id", place))
         answers.append(answer | {"id": name, "content": str(answer["content"])})
-    if (rewards := data.get("rewards")) and not {answer["id"] for answer in answers} <= set(
-        rewards
-    ):
-        raise BadRecord("rewards do not fit", "rewards lacks an answer: give each id its number")
+    if rewards := data.get("rewards"):
+        own = [rewards.get(a["id"]) for a in answers] if isinstance(rewards, dict) else None
+        if not _numbers(own):
+            message = "rewards lacks an answer: give each id its number"
+            raise BadRecord("rewards do not fit", message)
     reference = _first(data, REFERENCE)
     return data | {"answers": answers} | ({} if reference is None else {"reference": reference})
 
@@ -81,25 +82,40 @@ def metric_inputs(record: Mapping[str, Any]) -> dict[str, Any]:
 
     Beside answers and a reference that is what generate.py writes of passages ("gold" names those
     wanted), what score.py writes of rewards and classes, and log-probabilities of given answers.
+    A field of another form is none of them.
     """
-    answers = record.get("answers", ())
-    texts = [answer["content"] for answer in answers]
-    inputs: dict[str, Any] = {"answers": texts, "groups": [texts]} if texts else {}
-    if texts and "reference" in record:
-        right = [str(record["reference"])] * len(texts)
-        inputs |= {"references": right, "predictions": texts, "labels": right}
-    if texts and all("logprobs" in answer for answer in answers):
-        inputs["logprobs"] = [answer["logprobs"] for answer in answers]
-    if texts and (rewards := record.get("rewards")):
-        inputs["rewards"] = [rewards[answer["id"]] for answer in answers]
-    if "label" in record and len(record.get("probabilities", ())) == 2:
+    inputs: dict[str, Any] = {}
+    if answers := record.get("answers"):
+        texts = [answer["content"] for answer in answers]
+        inputs = {"answers": texts, "groups": [texts]}
+        if "reference" in record:
+            right = [str(record["reference"])] * len(texts)
+            inputs |= {"references": right, "predictions": texts, "labels": right}
+        logprobs = [answer.get("logprobs") for answer in answers]
+        if all(map(_numbers, logprobs)):
+            inputs["logprobs"] = logprobs
+        if rewards := record.get("rewards"):
+            inputs["rewards"] = [rewards[answer["id"]] for answer in answers]
+    scores = record.get("probabilities")
+    if {"label", "prediction"} <= record.keys() and _numbers(scores) and len(scores) == 2:
         inputs |= {"labels": [record["label"]], "predictions": [record["prediction"]]}
-        inputs["scores"] = record["probabilities"][1:]
-    if "gold" in record and "passages" in record:
-        inputs["gold"] = [record["gold"]]
-        inputs["retrieved"] = [[passage["id"] for passage in record["passages"]]]
-    given = ("logprobs", "passage_logprobs")
-    return inputs | {name: [record[name]] for name in given if name in record}
+        inputs["scores"] = scores[1:]
+    gold, passages = record.get("gold"), record.get("passages")
+    if isinstance(gold, list) and _list_of(dict, passages):
+        inputs |= {"gold": [gold], "retrieved": [[passage.get("id") for passage in passages]]}
+    if _numbers(record.get("logprobs")):
+        inputs["logprobs"] = [record["logprobs"]]
+    if _list_of(list, record.get("passage_logprobs")):
+        inputs["passage_logprobs"] = [record["passage_logprobs"]]
+    return inputs
+
+
+def _list_of(kind: Any, value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(part, kind) for part in value)
+
+
+def _numbers(value: Any) -> bool:
+    return _list_of(int | float, value)
 
 
 def _first(record: Mapping[str, Any], names: Iterable[str]) -> Any:
@@ -108,16 +124,12 @@ def _first(record: Mapping[str, Any], names: Iterable[str]) -> Any:
 
 def with_tokens(inputs: Sequence[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
     """The inputs with the token ids of the answers, without those that a template adds."""
-    return [
-        record
-        | {
-            "tokens": [
-                tokenizer(x, add_special_tokens=False)["input_ids"] for x in record["answers"]
-            ]
-        }
-        | {"vocab_size": len(tokenizer)}
-        for record in inputs
-    ]
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    size = len(tokenizer)
+    return [x | {"tokens": list(map(ids, x["answers"])), "vocab_size": size} for x in inputs]
 
 
 def paired(sides: Sequence[list[dict]]) -> Sequence[list[dict]]:
@@ -151,7 +163,7 @@ def check_comparable(names: Iterable[str]) -> None:
 
 def values_of(name: str, records: Sequence[Mapping[str, Any]]) -> list[float]:
     """The metric of each record alone; nan where a record lacks an input or has no value."""
-    return [_measured(METRICS[name], [record]) for record in records]
+    return [measured(name, [record]) for record in records]
 
 
 def figure(name: str, records: Sequence[Mapping[str, Any]], seed: int = 0) -> Figure:
@@ -162,37 +174,41 @@ def figure(name: str, records: Sequence[Mapping[str, Any]], seed: int = 0) -> Fi
     """
     import numpy as np
 
-    check_metrics([name], {key for record in records for key in record})
+    check_metrics([name], dict.fromkeys(key for record in records for key in record))
     metric = METRICS[name]
-    kept = [record for record in records if all(key in record for key in metric.inputs)]
-    value = _measured(metric, kept)
-    if metric.of == "variety" or len(kept) < 2:
-        return Figure(value, None, None, len(kept))
-    if metric.of == "each":
-        sizes = np.array([len(record[metric.inputs[0]]) for record in kept], float)
-        sums = np.array(values_of(name, kept)) * sizes
-        whole = ~np.isnan(sums)
-        sums, sizes = sums[whole], sizes[whole]
-        if len(sums) < 2:
-            return Figure(value, None, None, len(sums))
-        low, high = interval(
-            lambda drawn: sums[drawn].sum() / sizes[drawn].sum(), len(sums), DRAWS, seed
-        )
-        return Figure(value, low, high, len(sums))
-    low, high = interval(
-        lambda drawn: _measured(metric, [kept[i] for i in drawn]), len(kept), SLOW_DRAWS, seed
-    )
-    return Figure(value, low, high, len(kept))
+    kept = having(name, records)
+    value = measured(name, kept)
+    if metric.of != "each":
+        n = len(kept) if metric.of == "all" else 0
+
+        def again(drawn: Any) -> float:
+            return measured(name, [kept[i] for i in drawn])
+
+        return Figure(value, *interval(again, n, SLOW_DRAWS, seed), len(kept))
+    sizes = np.array([len(record[metric.inputs[0]]) for record in kept], float)
+    sums = np.array(values_of(name, kept)) * sizes
+    whole = ~np.isnan(sums)
+    sums, sizes = sums[whole], sizes[whole]
+
+    def mean(drawn: Any) -> float:
+        return sums[drawn].sum() / sizes[drawn].sum()
+
+    return Figure(value, *interval(mean, len(sums), DRAWS, seed), len(sums))
 
 
 def interval(
     statistic: Callable[[Any], float], n: int, draws: int, seed: int = 0
-) -> tuple[float, float]:
-    """The percentile interval of `statistic` over resamples of n records, given as (n,) numbers."""
+) -> tuple[float, float] | tuple[None, None]:
+    """The percentile interval of `statistic` over resamples of n records, given as (n,) numbers.
+
+    (None, None) of fewer than two records, and where no resample has a value.
+    """
     import numpy as np
 
     random = np.random.default_rng(seed)
-    values = [statistic(random.integers(0, n, n)) for _ in range(draws)]
+    values = [statistic(random.integers(0, n, n)) for _ in range(draws if n > 1 else 0)]
+    if all(value != value for value in values):
+        return None, None
     low, high = np.nanquantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
@@ -216,42 +232,34 @@ def compare(
 ) -> Comparison:
     """The paired difference of a metric between two sets of answers, record by record.
 
-    ValueError for a metric that has no value for each record, and for sets of unequal length.
+    ValueError for a metric that has no value for each record.
     """
     import numpy as np
 
     check_comparable([name])
-    before, after = np.array(values_of(name, first)), np.array(values_of(name, second))
-    if len(before) != len(after):
-        raise ValueError(f"{len(before)} and {len(after)} records do not pair up")
-    both = ~(np.isnan(before) | np.isnan(after))
+    before, after = (np.array(values_of(name, side)) for side in (first, second))
+    both = ~np.isnan(after - before)
     before, after = before[both], after[both]
-    gaps = after - before
-    wins = (np.sign(gaps) + 1) / 2
-    figures = []
-    for values in (gaps, wins):
-        ends = (None, None)
-        if len(values) > 1:
-            ends = interval(lambda at, v=values: v[at].mean(), len(values), DRAWS, seed)
-        mean = float(values.mean()) if len(values) else math.nan
-        figures.append(Figure(mean, *ends, len(values)))
-    if not len(gaps):
-        return Comparison(math.nan, math.nan, *figures)
-    return Comparison(float(before.mean()), float(after.mean()), *figures)
+    means, figures = [], []
+    for values in (before, after, after - before, (np.sign(after - before) + 1) / 2):
+        means.append(float(values.mean()) if len(values) else math.nan)
+        ends = interval(lambda at, v=values: v[at].mean(), len(values), DRAWS, seed)
+        figures.append(Figure(means[-1], *ends, len(values)))
+    return Comparison(*means[:2], *figures[2:])
 
 
 def table_of(figures: Mapping[str, Figure | Comparison]) -> tuple[list[tuple], tuple[str, ...]]:
     """The rows and the header of a table for a person."""
     rows: list[tuple] = []
+    header = ("metric", "value [95 %]", "records")
     for name, found in figures.items():
         if isinstance(found, Figure):
             rows.append((name, _shown(found), f"{found.records:,}"))
         else:
+            header = ("metric", "first", "second", "second - first", "second better in")
             sides = f"{found.first:.4g}", f"{found.second:.4g}"
             rows.append((name, *sides, _shown(found.difference), _shown(found.wins)))
-    if len(rows[0]) == 3:
-        return rows, ("metric", "value [95 %]", "records")
-    return rows, ("metric", "first", "second", "second - first", "second better in")
+    return rows, header
 
 
 def _shown(found: Figure) -> str:
@@ -277,14 +285,20 @@ def _plain(value: Any) -> Any:
     return None if value != value else value
 
 
-def _measured(metric: Metric, records: Sequence[Mapping[str, Any]]) -> float:
-    """The metric over all answers of the records; nan where they lack an input."""
-    if any(key not in record for record in records for key in metric.inputs):
+def measured(name: str, records: Sequence[Mapping[str, Any]]) -> float:
+    """A metric over all answers of the records; nan where one lacks an input."""
+    if len(having(name, records)) < len(records):
         return math.nan
     inputs = []
-    for key in metric.inputs:
+    for key in METRICS[name].inputs:
         given = [record[key] for record in records]
         # one number for all records, or a list of each
         single = given and not isinstance(given[0], list)
         inputs.append(given[0] if single else list(chain.from_iterable(given)))
-    return metric.function(*inputs)
+    return METRICS[name].function(*inputs)
+
+
+def having(name: str, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records that have all inputs of a metric."""
+    inputs = set(METRICS[name].inputs)
+    return [record for record in records if inputs <= record.keys()]

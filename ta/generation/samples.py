@@ -6,16 +6,17 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from ta.chat.encode import Drop, encode_prompts, is_text
 from ta.chat.messages import canonical_role, template_arguments, with_system
 from ta.command_line import Range
 from ta.data.prepare import first_records
-from ta.data.sources import Drops, parse_source
+from ta.data.sources import Drops, parse_source, source_names
 from ta.files import append_line, read_json_lines
+from ta.generation.evaluation import having, measured
 from ta.generation.generate import generate
-from ta.generation.metrics import METRICS, check_metrics, measure, spacing_note
+from ta.generation.metrics import check_metrics, spacing_note
 from ta.generation.prompts import asked, read_prompts
 from ta.generation.score import kl_to_reference, reward_answers
 from ta.generation.settings import GenerateConfig, parse_settings
@@ -29,11 +30,10 @@ if TYPE_CHECKING:
     from ta.chat.tokenizer import ChatTokenizer
     from ta.data.batch import Batch
     from ta.data.prepare import Prepared
+    from ta.generation.prompts import Encode
     from ta.generation.settings import Answer
     from ta.model.language_model import LanguageModel
 
-    # (chats, tokenizer, config, their template arguments) -> token ids or a Drop for each
-    Encode = Callable[[Sequence[list[dict]], ChatTokenizer, ChatConfig, Sequence[dict]], list]
     # (model, chats, their prompts) -> embeddings (L, D) of each prompt
     Embed = Callable[[LanguageModel, Sequence[list[dict]], Sequence[list[int]]], Iterable[Tensor]]
     # (model, prompts, settings) -> the answers to each and their rewards
@@ -166,11 +166,11 @@ def all_prompts(
 ) -> list[Prompt]:
     """The prompts of the config's own sources, else of each source of the held-out data."""
     n, cut = config.sample_records, config.sample_random_cut
+    prompts = []
     if config.samples_data:
-        prompts = []
-        for text in config.samples_data:
+        names = source_names([parse_source(text).path for text in config.samples_data])
+        for text, name in zip(config.samples_data, names, strict=True):
             read = read_prompts([text], tokenizer, chat, Drops(), seed, cut, encode)[:n]
-            name = name_of_source(parse_source(text).path)
             prompts += [
                 Prompt(record, record["messages"], ids, record.get("reference"), name)
                 for record, ids in read
@@ -179,19 +179,11 @@ def all_prompts(
     cut_seed = seed if cut else None
     if not hasattr(data, "origin"):
         return prompts_of(data[:n], tokenizer, chat, cut_seed, encode)
-    prompts = []
     for i, source in enumerate(data.info["sources"]):
-        own = data._replace(origin=data.origin[data.origin[:, 0] == i])
+        records = first_records(data._replace(origin=data.origin[data.origin[:, 0] == i]), n)
         system = parse_source(source["source"]).system_prompt
-        name = source.get("name") or name_of_source(source["path"])
-        records = first_records(own, n)
-        prompts += prompts_of(records, tokenizer, chat, cut_seed, encode, name, system)
+        prompts += prompts_of(records, tokenizer, chat, cut_seed, encode, source["name"], system)
     return prompts
-
-
-def name_of_source(path: str) -> str:
-    """A file's name without its ending."""
-    return Path(path).name.partition(".")[0]
 
 
 def generate_samples(
@@ -217,8 +209,7 @@ def generate_samples(
     log-probabilities of sequences for kl_to_reference. `respond` answers and rewards in place of
     the model. {} where there is nothing to answer or where the model is a classifier.
     """
-    given = data is not None and (hasattr(data, "origin") or len(data) > 0)
-    if not (given or config.samples_data) or not config.sample_records or not model.generates:
+    if not (data or config.samples_data) or not config.sample_records or not model.generates:
         return {}
     if KL in config.sample_metrics and (reference is None or embed):
         raise ValueError(
@@ -233,8 +224,6 @@ def generate_samples(
     if step == 0:
         say(spacing_note(config.sample_metrics, [prompt.reference or "" for prompt in prompts]))
     figures: dict[str, float] = {}
-    path = folder / "samples.jsonl"
-    first, last = _earlier_answers(path, step) if rank() == 0 else ({}, {})
     named, made = config.settings(tokenizer.stop_strings), {}
     show = {"show": rank() == 0, "delay": 2, "leave": False}
     # the bar is gone before anything else is printed
@@ -262,8 +251,8 @@ def generate_samples(
         if rank() == 0:
             rows = _rows(samples, step, name)
             for row in rows:
-                append_line(path, row)
-            _show(rows, first, last, config.sample_show, name)
+                append_line(folder / "samples.jsonl", row)
+            _show(rows, folder / "samples.jsonl", config.sample_show, name)
         end = f"@{name}" if name else ""
         for source, own in _by_source(samples).items():
             for metric, value in _figures(config, own, model, reference).items():
@@ -284,36 +273,31 @@ def _figures(
     config: SamplesConfig, samples: Sequence[Sample], model, reference
 ) -> dict[str, float]:
     """The figure of each metric; those of references are over the answers that have one."""
-    rewards = [x for sample in samples for x in sample.rewards if x is not None]
-    names = list(dict.fromkeys([*config.sample_metrics, *["reward"] * bool(rewards)]))
-    pairs = [(s.prompt, answer) for s in samples for answer in s.answers]
-    compared = [(p, answer) for p, answer in pairs if p.reference is not None]
-    data: dict[str, Any] = {
-        "answers": [answer.text for _, answer in pairs],
-        "tokens": [answer.ids for _, answer in pairs],
-        "logprobs": [answer.logprobs for _, answer in pairs],
-        "groups": [[answer.text for answer in s.answers] for s in samples],
-        "rewards": rewards,
-        "vocab_size": model.inner.get_input_embeddings().weight.shape[0],
-    }
-    right = {
-        "answers": [answer.text for _, answer in compared],
-        "references": [p.reference for p, _ in compared],
-    }
-    right |= {"predictions": right["answers"], "labels": right["references"]}
+    size = model.inner.get_input_embeddings().weight.shape[0]
+    inputs = [_inputs(sample) | {"vocab_size": size} for sample in samples]
+    rewarded = any("rewards" in record for record in inputs)
     values = {}
-    for name in names:
+    for name in dict.fromkeys([*config.sample_metrics, *["reward"] * rewarded]):
         if name == KL:
-            ids = [(p.ids, answer.ids) for p, answer in pairs]
+            ids = [(s.prompt.ids, answer.ids) for s in samples for answer in s.answers]
             values[name] = kl_to_reference(model, reference, ids)
         else:
-            values |= measure([name], **right) if needs_reference(name) else measure([name], **data)
+            values[name] = measured(name, having(name, inputs))
     return {name: value for name, value in values.items() if value == value}
 
 
-def needs_reference(name: str) -> bool:
-    """Whether a metric compares answers with references."""
-    return bool({"references", "labels"} & set(METRICS[name].inputs))
+def _inputs(sample: Sample) -> dict[str, list]:
+    """What metrics are made of, as far as a sample has it."""
+    texts = [answer.text for answer in sample.answers]
+    inputs: dict[str, list] = {"answers": texts, "groups": [texts]}
+    inputs["tokens"] = [answer.ids for answer in sample.answers]
+    inputs["logprobs"] = [answer.logprobs for answer in sample.answers]
+    if sample.prompt.reference is not None:
+        right = [sample.prompt.reference] * len(texts)
+        inputs |= {"references": right, "predictions": texts, "labels": right}
+    if rewards := [x for x in sample.rewards if x is not None]:
+        inputs["rewards"] = rewards
+    return inputs
 
 
 def _rows(samples: Sequence[Sample], step: int, settings: str) -> list[dict]:
@@ -324,9 +308,10 @@ def _rows(samples: Sequence[Sample], step: int, settings: str) -> list[dict]:
             row = {"step": step, "row": f"{settings} {place} {k}".strip()}
             row |= {"id": prompt.record.get("id", place), "prompt": asked_text(prompt.chat)}
             row |= {"chat": prompt.chat, "answer": answer.text, "reference": prompt.reference}
-            row |= {"source": prompt.source} if prompt.source else {}
-            row |= {"settings": settings} if settings else {}
-            row |= {"reward": rewards[k]} if rewards and rewards[k] is not None else {}
+            more = {"source": prompt.source, "settings": settings}
+            row |= {name: text for name, text in more.items() if text}
+            if rewards and rewards[k] is not None:
+                row["reward"] = rewards[k]
             if "passages" in prompt.record:
                 row["passages"] = prompt.record["passages"]
             rows.append(row | {"finish": answer.finish})
@@ -335,9 +320,8 @@ def _rows(samples: Sequence[Sample], step: int, settings: str) -> list[dict]:
 
 def _earlier_answers(path: Path, step: int) -> tuple[dict[str, str], dict[str, str]]:
     """{row: answer} of the first evaluation and of the last one before `step`."""
-    rows = read_json_lines(path) if path.exists() else []
     # rollouts stand there too
-    rows = [row for row in rows if row["step"] < step and "row" in row]
+    rows = [row for row in read_json_lines(path) if row["step"] < step and "row" in row]
     steps = [row["step"] for row in rows]
     first, last = (
         {row["row"]: row["answer"] for row in rows if row["step"] == at}
@@ -346,13 +330,13 @@ def _earlier_answers(path: Path, step: int) -> tuple[dict[str, str], dict[str, s
     return first, last
 
 
-def _show(
-    rows: Sequence[dict], first: dict[str, str], last: dict[str, str], n: int, settings: str
-) -> None:
-    """Print some rows, each beside its answer at the first evaluation.
+def _show(rows: Sequence[dict], path: Path, n: int, settings: str) -> None:
+    """Print some rows, each beside its answer at the first evaluation that `path` holds.
 
     The title counts the answers that changed since the last one.
     """
+    step = rows[0]["step"]
+    first, last = _earlier_answers(path, step)
     header = ["question", "before", "answer", "right answer", "reward"]
     changed = [row for row in rows if last.get(row["row"], row["answer"]) != row["answer"]]
     cells = []
@@ -367,9 +351,9 @@ def _show(
     # a column without a cell is left out
     kept = [i for i in range(len(header)) if any(row[i] for row in cells)]
     shown = table([[row[i] for i in kept] for row in cells], [header[i] for i in kept])
-    title = f"samples at step {rows[0]['step']}" + (f", {settings}" if settings else "")
+    title = f"samples at step {step}" + (f", {settings}" if settings else "")
     title += f", {len(changed)} of {len(rows)} answers changed since the last time" if last else ""
-    say(f"\n{title}\n{shown}\n" if cells else title)
+    say(f"\n{title}\n{shown}\n")
 
 
 def whole_dialogue(chat: Sequence[dict], short: int = 400) -> str:
@@ -382,17 +366,14 @@ def whole_dialogue(chat: Sequence[dict], short: int = 400) -> str:
 
 def asked_text(chat: Sequence[dict]) -> str:
     """The last message, with pictures and sounds of the whole chat before it as [path]."""
-    if not chat:
-        return ""
-    paths = []
-    for message in chat:
+
+    def parts(message: dict) -> list[dict]:
         content = message["content"]
-        parts = content if isinstance(content, list) else [message]
-        paths += [f"[{p['content']}]" for p in parts if p.get("type", "text") != "text"]
-    content = chat[-1]["content"]
-    texts = [content]
-    if isinstance(content, list):
-        texts = [part["content"] for part in content if part["type"] == "text"]
-    elif chat[-1].get("type", "text") != "text":
-        texts = []
+        return content if isinstance(content, list) else [message]
+
+    def is_media(part: dict) -> bool:
+        return part.get("type", "text") != "text"
+
+    paths = [f"[{p['content']}]" for message in chat for p in parts(message) if is_media(p)]
+    texts = [p["content"] for last in chat[-1:] for p in parts(last) if not is_media(p)]
     return " ".join(dict.fromkeys([*paths, *texts]))
