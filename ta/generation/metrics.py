@@ -32,6 +32,11 @@ from ta.generation.text_metrics import (
     self_bleu,
 )
 
+Logprobs = Sequence[Sequence[float]]  # of each answer, of each token
+Classes = Sequence[Hashable]
+# of each question: ids of passages
+Passages = Sequence[Collection[Hashable]]
+
 
 def accuracy(predictions: Sequence[Any], labels: Sequence[Any]) -> float:
     """Exact match: the share of predictions that equal their label.
@@ -73,16 +78,12 @@ def _stands_in(text: str, part: str) -> bool:
     return False
 
 
-def balanced_accuracy(predictions: Sequence[Hashable], labels: Sequence[Hashable]) -> float:
+def balanced_accuracy(predictions: Classes, labels: Classes) -> float:
     """Mean recall of the classes that occur among the labels (Brodersen et al. 2010)."""
-    hits, count = (
-        Counter(y for p, y in zip(predictions, labels, strict=True) if p == y),
-        Counter(labels),
-    )
-    return mean(hits[c] / count[c] for c in count)
+    return mean(hits / there for hits, _, there in _counts(predictions, labels) if there)
 
 
-def precision(predictions: Sequence[Hashable], labels: Sequence[Hashable]) -> float:
+def precision(predictions: Classes, labels: Classes) -> float:
     """Macro-average of true positives / predicted positives over the classes that occur.
 
     A class never predicted has 0.
@@ -90,7 +91,7 @@ def precision(predictions: Sequence[Hashable], labels: Sequence[Hashable]) -> fl
     return mean(hits / max(predicted, 1) for hits, predicted, _ in _counts(predictions, labels))
 
 
-def recall(predictions: Sequence[Hashable], labels: Sequence[Hashable]) -> float:
+def recall(predictions: Classes, labels: Classes) -> float:
     """Macro-average of true positives / labels of the class over the classes that occur.
 
     A class only predicted has 0.
@@ -98,7 +99,7 @@ def recall(predictions: Sequence[Hashable], labels: Sequence[Hashable]) -> float
     return mean(hits / max(there, 1) for hits, _, there in _counts(predictions, labels))
 
 
-def f1(predictions: Sequence[Hashable], labels: Sequence[Hashable]) -> float:
+def f1(predictions: Classes, labels: Classes) -> float:
     """Macro-average over the classes that occur of 2 true positives / (predicted positives + labels
     of the class).
     """
@@ -127,7 +128,7 @@ def roc_auc(scores: Sequence[float], labels: Sequence[int | bool]) -> float:
     return float(below.sum() / (2 * len(wins) * len(losses)))
 
 
-def perplexity(logprobs: Sequence[Sequence[float]]) -> float:
+def perplexity(logprobs: Logprobs) -> float:
     """exp(-mean log-probability) over the tokens of all answers (Jelinek et al. 1977).
 
     One token of probability p has 1 / p.
@@ -136,24 +137,14 @@ def perplexity(logprobs: Sequence[Sequence[float]]) -> float:
     return math.inf if average < -700 else math.exp(-average)
 
 
-def kl(
-    logprobs: Sequence[Sequence[float]],
-    ref_logprobs: Sequence[Sequence[float]],
-    estimator: str = "k1",
-) -> float:
-    """KL(policy || reference), nats a token, over the tokens of answers sampled from the policy
-    (Schulman 2020, "Approximating KL divergence").
+def kl(logprobs: Logprobs, ref_logprobs: Logprobs) -> float:
+    """KL(policy || reference), nats a token, over the tokens of answers sampled from the policy.
 
-    With d = logprob - ref_logprob: "k1" is the mean of d, unbiased; "k3" of exp(-d) - 1 + d,
-    unbiased too, of lower variance, never below 0.
+    The mean of logprob - ref_logprob, the unbiased "k1" of Schulman 2020, "Approximating KL
+    divergence".
     """
-    if estimator not in ("k1", "k3"):
-        raise ValueError(f"unknown estimator {estimator!r}; give k1 or k3")
     pairs = [zip(p, q, strict=True) for p, q in zip(logprobs, ref_logprobs, strict=True)]
-    gaps = (p - q for answer in pairs for p, q in answer)
-    return mean(
-        gaps if estimator == "k1" else (math.inf if d < -700 else math.expm1(-d) + d for d in gaps)
-    )
+    return mean(p - q for answer in pairs for p, q in answer)
 
 
 def reward(rewards: Sequence[float]) -> float:
@@ -161,21 +152,19 @@ def reward(rewards: Sequence[float]) -> float:
     return mean(rewards)
 
 
-def recall_at_k(
-    retrieved: Sequence[Sequence[Hashable]], gold: Sequence[Collection[Hashable]], k: int = 5
-) -> float:
+def recall_at_k(retrieved: Sequence[Classes], gold: Passages, k: int = 5) -> float:
     """Mean share of a question's gold passages that are among its first k retrieved.
 
     With one gold passage, the hit rate.
     """
     return mean(
-        len(set(ranked[:k]) & set(right)) / len(set(right))
+        len(set(right).intersection(ranked[:k])) / len(set(right))
         for ranked, right in zip(retrieved, gold, strict=True)
         if right
     )
 
 
-def mrr(retrieved: Sequence[Sequence[Hashable]], gold: Sequence[Collection[Hashable]]) -> float:
+def mrr(retrieved: Passages, gold: Passages) -> float:
     """Mean of 1 / rank of the first gold passage, 0 where none was retrieved (Voorhees 1999).
 
     Questions without gold do not count.
@@ -187,9 +176,7 @@ def mrr(retrieved: Sequence[Sequence[Hashable]], gold: Sequence[Collection[Hasha
     )
 
 
-def retrieval_utility(
-    logprobs: Sequence[Sequence[float]], passage_logprobs: Sequence[Sequence[Sequence[float]]]
-) -> float:
+def retrieval_utility(logprobs: Logprobs, passage_logprobs: Sequence[Logprobs]) -> float:
     """Mean over passages, then questions, of log p(answer | question, passage) - log p(answer |
     question), nats a token.
 
@@ -220,11 +207,7 @@ def measure(names: Iterable[str], **data: Any) -> dict[str, float]:
     """
     names = list(names)
     check_metrics(names, [key for key, value in data.items() if value is not None])
-    values = {}
-    for name in names:
-        metric = METRICS[name]
-        values[name] = metric.function(*(data[key] for key in metric.inputs))
-    return values
+    return {name: METRICS[name].function(*map(data.get, METRICS[name].inputs)) for name in names}
 
 
 def check_metrics(names: Iterable[str], given: Collection[str]) -> None:
@@ -239,9 +222,7 @@ def check_metrics(names: Iterable[str], given: Collection[str]) -> None:
             )
 
 
-def _counts(
-    predictions: Sequence[Hashable], labels: Sequence[Hashable]
-) -> list[tuple[int, int, int]]:
+def _counts(predictions: Classes, labels: Classes) -> list[tuple[int, int, int]]:
     """Per class that occurs: true positives, predicted positives, labels."""
     hits = Counter(y for p, y in zip(predictions, labels, strict=True) if p == y)
     predicted, there = Counter(predictions), Counter(labels)

@@ -12,14 +12,15 @@ import re
 import unicodedata
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from itertools import groupby
 
 Units = Sequence[str] | Sequence[Sequence[Hashable]]
 
 
 def length(answers: Units) -> float:
     """Mean number of units (words of texts, tokens of ids) an answer."""
-    return mean(len(units) for units in _split(answers))
+    return mean(map(len, _units(answers)))
 
 
 def distinct(answers: Units, n: int = 1) -> float:
@@ -27,7 +28,7 @@ def distinct(answers: Units, n: int = 1) -> float:
 
     0 where no answer has n units.
     """
-    grams = [gram for units in _split(answers) for gram in _ngrams(units, n)]
+    grams = [gram for units in _units(answers) for gram in _ngrams(units, n)]
     return len(set(grams)) / max(len(grams), 1)
 
 
@@ -43,10 +44,10 @@ def adjusted_distinct(answers: Units, vocab_size: int, n: int = 1) -> float:
         raise ValueError(
             f"vocab_size={vocab_size} is no vocabulary; give the number of units that could occur"
         )
-    grams = [gram for units in _split(answers) for gram in _ngrams(units, n)]
-    expected = (
-        -vocab_size * math.expm1(len(grams) * math.log1p(-1 / vocab_size)) if vocab_size > 1 else 1
-    )
+    grams = [gram for units in _units(answers) for gram in _ngrams(units, n)]
+    expected = 1
+    if vocab_size > 1:
+        expected = -vocab_size * math.expm1(len(grams) * math.log1p(-1 / vocab_size))
     return len(set(grams)) / expected if grams else 0.0
 
 
@@ -55,7 +56,7 @@ def diversity(answers: Units) -> float:
 
     0 for an empty answer.
     """
-    totals = ((Counter(units), len(units)) for units in _split(answers))
+    totals = ((Counter(units), len(units)) for units in _units(answers))
     return mean(
         -sum(c / total * math.log(c / total) for c in counts.values()) for counts, total in totals
     )
@@ -66,7 +67,7 @@ def bleu(answers: Units, references: Units, max_n: int = 4) -> float:
 
     Equals sacrebleu with tokenize="none" (exponential smoothing).
     """
-    pairs = list(zip(_split(answers), _split(references), strict=True))
+    pairs = list(zip(_units(answers), _units(references), strict=True))
     if not pairs:
         return math.nan
     orders = []
@@ -88,7 +89,7 @@ def self_bleu(answers: Units, max_n: int = 4) -> float:
     not count. One pass keeps the two answers that have an n-gram most often: the greatest count
     among the others is that of the first one, or of the second where the first is the answer.
     """
-    units = _split(answers)
+    units = _units(answers)
     if len(units) == 1:
         return 0.0
     orders: list[list[tuple[int, int]]] = [[] for _ in units]
@@ -119,10 +120,9 @@ def self_bleu(answers: Units, max_n: int = 4) -> float:
 def _closest(lengths: Sequence[int], own: int) -> int:
     """The length closest to `own` among sorted lengths without one of its own; of two the less."""
     place = bisect_left(lengths, own)
-    return min(
-        lengths[max(place - 1, 0) : place] + lengths[place + 1 : place + 2],
-        key=lambda other: (abs(other - own), other),
-    )
+    near = lengths[max(place - 1, 0) : place + 2]
+    near.remove(own)
+    return min(near, key=lambda other: (abs(other - own), other))
 
 
 def rouge_n(answers: Units, references: Units, n: int = 1) -> float:
@@ -185,24 +185,21 @@ def words(text: str) -> list[str]:
     text = plain(text.lower())
     if text.isascii():
         return re.findall(r"[a-z0-9]+", text)
-    found, inside = [], False
-    for character in text:
-        begins = character.isalnum()
-        if begins and not inside:
-            found.append(character)
-        elif begins or (inside and extends(character)):
-            found[-1] += character
-        inside = begins or (inside and extends(character))
-    return found
+    runs = groupby(_with_marks(text), key=lambda character: character[0].isalnum())
+    return ["".join(run) for of_word, run in runs if of_word]
 
 
 def characters(text: str) -> list[str]:
     """The characters of a text in composed form, each with its marks, without white space."""
+    return _with_marks("".join(plain(text).split()))
+
+
+def _with_marks(text: str) -> list[str]:
     found: list[str] = []
-    for character in plain(text):
+    for character in text:
         if found and extends(character):
             found[-1] += character
-        elif not character.isspace():
+        else:
             found.append(character)
     return found
 
@@ -213,12 +210,12 @@ UNSPACED = re.compile(
 )
 
 
-def _split(answers: Units) -> list[list[Hashable]]:
-    return [answer.split() if isinstance(answer, str) else list(answer) for answer in answers]
+def _units(texts: Units, cut: Callable = str.split) -> list[list[Hashable]]:
+    return [cut(text) if isinstance(text, str) else list(text) for text in texts]
 
 
 def _words(texts: Units) -> list[list[Hashable]]:
-    return [words(text) if isinstance(text, str) else list(text) for text in texts]
+    return _units(texts, words)
 
 
 def _ngrams(units: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:
