@@ -117,7 +117,7 @@ def main(config: Config):
     model.retriever, model.index = one_passage, index
 
     def collate(data):
-        return ta.rag.question_collate(data, index.passages, run.seed)
+        return ta.rag.question_collate(data, index.passages)
 
     batches = ta.train_batches(
         train_data,

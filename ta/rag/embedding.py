@@ -126,7 +126,7 @@ def embed(
     pad_id: int,
     device: Any,
     max_tokens: int = 8192,
-    agree: Callable[[int], int] = lambda n: n,
+    agree: Callable[[int], int] = int,
     first: int = 0,
 ) -> Tensor:
     """(N, E) vectors of tokenized texts in their order, without gradients.

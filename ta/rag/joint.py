@@ -21,9 +21,8 @@ from ta.chat.messages import template_arguments, with_system
 from ta.chat.render import Tokens
 from ta.data.batch import Batch, lay_out, to_device
 from ta.data.loader import collate_chats, name_of, split_micro
-from ta.data.prepare import QUESTIONS
-from ta.data.records import check_question
-from ta.data.sources import Drops, parse_source, read_records
+from ta.data.prepare import QUESTIONS, first_records
+from ta.data.sources import parse_source
 from ta.folders import fingerprint, quiet
 from ta.generation.metrics import measure, recall_at_k
 from ta.generation.score import by_sequence
@@ -104,20 +103,15 @@ class RagModel(LanguageModel):
         save_index(folder / "index", retriever.passages, retriever.table, manifest)
 
 
-def question_collate(prepared: Prepared, passages: Passages, seed: int = 0) -> Collate:
+def question_collate(prepared: Prepared, passages: Passages) -> Collate:
     """A collate function for questions, whose records are read again as text.
 
     ValueError where a record's gold names a passage that is not in the collection.
     """
-    texts = [source["source"] for source in prepared.info["sources"]]
-    systems = [parse_source(text).system_prompt for text in texts]
-    places = {(int(source), int(line)): i for i, (source, line) in enumerate(prepared.origin)}
-    records: list[dict] = [{}] * len(places)
-    for record in read_records(texts, check_question, Drops("skip", 1.0), seed):
-        if (place := places.get((record.source, record.line))) is not None:
-            records[place] = record.data | {
-                "messages": with_system(record.data["messages"], systems[record.source])
-            }
+    systems = [parse_source(source["source"]).system_prompt for source in prepared.info["sources"]]
+    records = first_records(prepared, len(prepared.origin))
+    for record, source in zip(records, prepared.origin[:, 0], strict=True):
+        record["messages"] = with_system(record["messages"], systems[source])
     rows = rows_of(passages, (name for record in records for name in record["gold"]))
     for place, record in enumerate(records):
         if absent := [name for name in record["gold"] if name not in rows]:
@@ -161,19 +155,17 @@ def with_passages(
     k = retriever.passage_settings.num_passages
     was_training = model.training
     model.eval()
-    _, rows, ids = find_passages(retriever, model.embed, chats, max(k, ranked), together=True)
+    _, rows, ids = find_passages(retriever, model.embed, chats, max(k, ranked), _most)
     model.train(was_training)
     found = rows.tolist()
     candidates = candidate_rows(records, found, golds, k, gold, in_batch)
     joined = _joined(retriever, chats, candidates, given)
     packed = model.mode == "packed"
     micros = _split(joined, max_tokens_per_micro, packed)
-    alone = _encode(retriever, given)(chats) if ranked else None
-    most = max(gather_objects(len(micros)))
-    out = []
-    for questions in micros + [[]] * (most - len(micros)):
+    alone = _encode(retriever, given)(chats) if ranked else []
+    out, table = [], retriever.table
+    for questions in micros + [[]] * (_most(len(micros)) - len(micros)):
         width = max([len(candidates[q]) for q in questions], default=1)  # K
-        table = retriever.table
         vectors = torch.zeros(len(questions), width, table.shape[1], dtype=table.dtype)
         cells = []
         for i, q in enumerate(questions):
@@ -186,10 +178,15 @@ def with_passages(
             torch.tensor(cells, dtype=torch.int64),
             [found[q] for q in questions],
             [golds[q] for q in questions],
-            _laid_out([alone[q] for q in questions] if alone else [], packed),
+            _laid_out([alone[q] for q in questions if ranked], packed),
         )
         out.append(to_device(batch, retriever.device))
     return out
+
+
+def _most(passes: int) -> int:
+    """The greatest number that a process has."""
+    return max(gather_objects(passes))
 
 
 def _joined(
@@ -199,12 +196,12 @@ def _joined(
     given: Sequence[Arguments],
 ) -> list[list[Tokens]]:
     """The tokens of each question with each of its candidates."""
-    passages = passages_of(retriever, [row for rows in candidates for row in rows])
-    pairs = [(chats[q], row) for q, rows in enumerate(candidates) for row in rows]
+    pairs = [(q, row) for q, rows in enumerate(candidates) for row in rows]
+    passages = passages_of(retriever, [row for _, row in pairs])
     joined = join_passages(
-        [chat for chat, _ in pairs],
+        [chats[q] for q, _ in pairs],
         [[text_of(passages[row])] for _, row in pairs],
-        _encode(retriever, [given[q] for q, rows in enumerate(candidates) for _ in rows]),
+        _encode(retriever, [given[q] for q, _ in pairs]),
         retriever.tokenizer.fast,
         retriever.passage_settings,
         retriever.chat.max_tokens,
@@ -242,35 +239,28 @@ def _split(joined: list[list[Tokens]], max_tokens: int, packed: bool) -> list[li
     return [places for places in split_micro(totals, max_tokens, packed=packed)[0] if places]
 
 
-def answers_and_scores(model: RagModel, batch: RagBatch, scale: float) -> tuple[Tensor, Tensor]:
-    """(Q, K) log-probabilities of the answer after each candidate, (Q, K) scores of candidates.
+def rag_step(
+    scale: float, model: RagModel, batch: RagBatch
+) -> tuple[Tensor, int, dict[str, Tensor]]:
+    """The sum of RAG-sequence losses (`losses.rag_loss`) over questions, and their number.
 
-    A log-probability is the sum of the answer's weighted tokens; a score is `scale` times the
-    product of the vectors of question and passage, -inf where there is no candidate.
+    The log-probability of an answer is the sum of its weighted tokens; the score of a candidate is
+    `scale` times the product of the vectors of question and passage. With one candidate a question
+    it is the loss of fine-tuning on the joined text.
     """
     q, k = batch.vectors.shape[:2]
     vectors = model.embed(batch.questions)[:q]  # (Q, E)
     logps = model.logprobs(batch.sequences)  # (M,)
     weighted = logps * batch.sequences.weights.to(logps)
     sums = sequence_sums(weighted, batch.sequences.owners, len(batch.cells))  # (N,)
-    table = sums.new_zeros(q * k).index_copy(0, batch.cells, sums).view(q, k)
-    filled = torch.zeros(q * k, dtype=torch.bool, device=sums.device)
-    filled = filled.index_fill(0, batch.cells, True).view(q, k)
+    answers = sums.new_zeros(q * k).index_copy(0, batch.cells, sums).view(q, k)
+    empty = torch.ones(q * k, dtype=torch.bool, device=sums.device)
+    empty = empty.index_fill(0, batch.cells, False).view(q, k)
     scores = scale * (vectors[:, None] * batch.vectors.to(vectors)).sum(-1)
-    return table, scores.masked_fill(~filled, float("-inf"))
-
-
-def rag_step(
-    scale: float, model: RagModel, batch: RagBatch
-) -> tuple[Tensor, int, dict[str, Tensor]]:
-    """The sum of RAG-sequence losses (`losses.rag_loss`) over questions, and their number.
-
-    With one candidate a question it is the loss of fine-tuning on the joined text.
-    """
-    logps, scores = answers_and_scores(model, batch, scale)
+    scores = scores.masked_fill(empty, float("-inf"))  # (Q, K)
     # a column of zeros, so that the greatest of no candidates is 0
-    weights = torch.cat([scores.softmax(-1), scores.new_zeros(len(scores), 1)], 1).detach()
-    return rag_loss(logps, scores).sum(), len(scores), {"best_weight": weights.amax(1).sum()}
+    weights = torch.cat([scores.softmax(-1), scores.new_zeros(q, 1)], 1).detach()
+    return rag_loss(answers, scores).sum(), q, {"best_weight": weights.amax(1).sum()}
 
 
 def reembedded(retriever: Retriever, model: RagModel) -> Tensor:
@@ -284,13 +274,8 @@ def reembedded(retriever: Retriever, model: RagModel) -> Tensor:
     ids = tokenize(texts, retriever.encoder_tokenizer, retriever.embedding_settings, "passage")
     was_training = model.training
     model.eval()
-    vectors = embed(
-        model.embed,
-        ids,
-        retriever.encoder_tokenizer.pad_token_id,
-        retriever.device,
-        agree=lambda passes: max(gather_objects(passes)),
-    )
+    pad_id, device = retriever.encoder_tokenizer.pad_token_id, retriever.device
+    vectors = embed(model.embed, ids, pad_id, device, agree=_most)
     model.train(was_training)
     return torch.cat([part.to(vectors.device) for part in gather_objects(vectors.cpu())])
 

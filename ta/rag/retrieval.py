@@ -88,17 +88,16 @@ def find_passages(
     forward: Callable[[Texts], Tensor],
     chats: Sequence[Sequence[dict]],
     k: int,
-    together: bool = False,
+    agree: Callable[[int], int] = int,
 ) -> tuple[Tensor, Tensor, list[list[int]]]:
     """The k best passages of each chat's question: scores (Q, K), rows (Q, K), token ids.
 
-    `forward` calls the encoder. With `together` it is sharded, and all processes call this at once.
+    `forward` calls the encoder, and `agree` is as in `embed`.
     """
     from ta.rag.embedding import embed, tokenize
 
     texts = [chat[question_place(chat)]["content"] for chat in chats]
     ids = tokenize(texts, retriever.encoder_tokenizer, retriever.embedding_settings, "query")
-    agree = (lambda passes: max(gather_objects(passes))) if together else int
     pad_id = retriever.encoder_tokenizer.pad_token_id
     vectors = embed(forward, ids, pad_id, retriever.device, agree=agree)  # (Q, E)
     if retriever.approximate:
