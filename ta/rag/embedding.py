@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ta.folders import ModelConfig, loading
 from ta.model.load import load_base
@@ -35,8 +36,7 @@ class TextEncoder(nn.Module):
         """(N, E) vectors of the texts."""
         output = self.model(input_ids=texts.ids, attention_mask=texts.mask)
         hidden = output.last_hidden_state  # (N, L, D)
-        if hidden.dtype != torch.float64:
-            hidden = hidden.float()
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         vectors = pool(hidden, texts.mask, self.settings.pooling)  # (N, E)
         return nn.functional.normalize(vectors, dim=1) if self.settings.normalize else vectors
 
@@ -113,11 +113,10 @@ def pad(ids: Sequence[Sequence[int]], pad_id: int) -> Texts:
 
     Every process then runs the same number of passes.
     """
-    ids = ids or [[pad_id]]
-    width = max(max(map(len, ids)), 1)
-    rows = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in ids])  # (N, L)
-    lengths = torch.tensor([[max(len(row), 1)] for row in ids])  # (N, 1)
-    return Texts(rows, (torch.arange(width) < lengths).long())
+    rows = [torch.tensor(row or [pad_id]) for row in ids or [[]]]
+    padded = pad_sequence(rows, batch_first=True, padding_value=pad_id)  # (N, L)
+    lengths = torch.tensor([[len(row)] for row in rows])  # (N, 1)
+    return Texts(padded, (torch.arange(padded.shape[1]) < lengths).long())
 
 
 def embed(
@@ -143,16 +142,14 @@ def embed(
             groups[-1].append(i)
         else:
             groups.append([i])
-    passes = max(agree(len(groups)), 1)
+    missing = max(agree(len(groups)), 1) - len(groups)
     parts = []
     with torch.no_grad():
-        for group in groups + [[]] * (passes - len(groups)):
+        for group in groups + [[]] * missing:
             texts = pad([ids[i] for i in group], pad_id)
-            vectors = forward(Texts(*(x.to(device) for x in texts)))[: len(group)]
-            parts.append(vectors if vectors.dtype == torch.float64 else vectors.float())
-    by_length = torch.cat(parts)  # (N, E)
-    out = torch.empty_like(by_length)
-    out[torch.tensor(order, dtype=torch.int64, device=device)] = by_length
+            parts.append(forward(Texts(*(x.to(device) for x in texts)))[: len(group)])
+    place = torch.tensor(order, dtype=torch.int64, device=device).argsort()
+    out = torch.cat(parts)[place]  # (N, E)
     broken = (~out.isfinite().all(1)).nonzero()[:, 0]
     if len(broken):
         raise ValueError(

@@ -69,20 +69,17 @@ def embedding_settings(folder: str, config: EncoderConfig) -> EmbeddingSettings:
         Path(folder) / "tokenizer_config.json", "model_max_length", int | float
     )
     limit = int(min(limit or math.inf, max_positions(folder)))
-
-    def chosen(by_user: Any, by_folder: Any) -> Any:
-        return by_folder if by_user is None else by_user
-
     settings = EmbeddingSettings(
-        pooling=chosen(config.pooling, pooling),
-        normalize=chosen(config.normalize, normalize),
-        query_prefix=chosen(config.query_prefix, prompts.get("query", default_prompt)),
-        passage_prefix=chosen(
-            config.passage_prefix, prompts.get("passage", prompts.get("document", default_prompt))
-        ),
-        max_tokens=chosen(config.encoder_max_tokens, limit),
+        pooling,
+        normalize,
+        query_prefix=prompts.get("query", default_prompt),
+        passage_prefix=prompts.get("passage", prompts.get("document", default_prompt)),
+        max_tokens=limit,
         lower_case=bool(value_of(reading, "do_lower_case", bool)),
     )
+    by_user = {name: getattr(config, name, None) for name in settings._fields}
+    by_user["max_tokens"] = config.encoder_max_tokens
+    settings = settings._replace(**{name: x for name, x in by_user.items() if x is not None})
     if not with_prompt and (settings.query_prefix or settings.passage_prefix):
         raise ValueError(
             f"{folder}: include_prompt is false in its pooling, which leaves the prefix out of the "

@@ -104,7 +104,7 @@ def open_index(
         PassageSettings(**manifest.get("joining", {}))
         encoder = str((folder / manifest["encoder_path"]).resolve())
         files = [folder / name for name in (PASSAGES, VECTORS, APPROXIMATE)]
-        changed = [why for path in files if (why := _changed(path, manifest, verify))]
+        changed = next(filter(None, (_changed(file, manifest, verify) for file in files)), "")
         built_with = manifest["encoder"]
     if encoder_path:
         encoder = encoder_folder(encoder_path, hub)
@@ -112,7 +112,7 @@ def open_index(
         raise ValueError(f"{path}: its encoder is not at {encoder} any more; give --encoder-path")
     if changed:
         raise ValueError(
-            f"{folder} has changed since the index was built ({changed[0]}): build the index anew"
+            f"{folder} has changed since the index was built ({changed}): build the index anew"
         )
     vectors_file = folder / VECTORS
     with loading(vectors_file, "vectors of an index"), safe_open(vectors_file, "pt") as file:
@@ -244,14 +244,15 @@ def build_index(
         try:
             about, offsets = parts.about(), _offsets(parts)
             n = len(offsets) - 1
-            done = _done(parts, -(-n // BLOCK))
+            total = -(-n // BLOCK)
+            done = _done(parts, total)
         except FileNotFoundError:  # the other processes had all the blocks and have published them
             return False
         if begun and begun.about != about:
             raise ValueError(f"--out {out} was begun anew by another process")
         blocks = {
-            block: range(block * BLOCK, min((block + 1) * BLOCK, n))
-            for block in range(rank, -(-n // BLOCK), world)
+            block: range(n)[block * BLOCK : (block + 1) * BLOCK]
+            for block in range(rank, total, world)
         }
         advance(sum(len(rows) for block, rows in blocks.items() if block in done))
         if left := [block for block in blocks if block not in done]:
@@ -261,12 +262,11 @@ def build_index(
         for block in left:
             texts = [text_of(passage) for passage in read_passages(passages, blocks[block])]
             ids = tokenize(texts, tokenizer, settings, "passage")
-            vectors = embed(
-                encoder, ids, tokenizer.pad_token_id, device, max_tokens, first=block * BLOCK
-            )
+            pad_id, first = tokenizer.pad_token_id, block * BLOCK
+            vectors = embed(encoder, ids, pad_id, device, max_tokens, first=first)
             parts.save(f"{block:08}", {"vectors": vectors.float().cpu().contiguous()})
             advance(len(blocks[block]))
-    return _publish(out, parts, -(-n // BLOCK), approximate)
+    return _publish(out, parts, total, approximate)
 
 
 def _offsets(parts: Parts) -> np.ndarray:
@@ -306,21 +306,17 @@ def _publish(out: Path, parts: Parts, total: int, approximate: bool) -> bool:
             about.pop("sources")
             if approximate:
                 write_approximate(aside / APPROXIMATE, vectors)
-            _write(aside, passages, vectors, about)
+            save_index(aside, passages, vectors, about)
         parts.clear()
     return True
 
 
 def save_index(folder: Path, passages: Passages, vectors: Tensor, manifest: dict[str, Any]) -> None:
-    """Write an index of these passages with these vectors (N, E) into a new `folder`."""
-    folder.mkdir()
-    _write(folder, passages, vectors, manifest)
-
-
-def _write(folder: Path, passages: Passages, vectors: Tensor, manifest: dict[str, Any]) -> None:
+    """Write an index of these passages with these vectors (N, E) into a `folder` of its own."""
     import torch
     from safetensors.torch import save_file
 
+    folder.mkdir(exist_ok=True)
     shutil.copyfile(passages.path, folder / PASSAGES)
     tensors = {OFFSETS: torch.from_numpy(passages.offsets), "vectors": vectors.float().cpu()}
     save_file({name: x.contiguous() for name, x in tensors.items()}, folder / VECTORS)

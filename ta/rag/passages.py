@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from ta.chat.encode import Drop
 from ta.chat.messages import last_question
 from ta.command_line import Range
 from ta.data.records import check_passage
-from ta.data.sources import Drops, parse_source, read_records
+from ta.data.sources import parse_source, read_records
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,7 +69,7 @@ def passage_settings(config: RetrievalConfig, manifest: dict[str, Any]) -> Passa
     return settings._replace(**{name: x for name, x in given.items() if x is not None})
 
 
-def write_passages(sources: Sequence[str], path: Path, seed: int = 0) -> np.ndarray:
+def write_passages(sources: Sequence[str], path: Path) -> np.ndarray:
     """Write the passages of the sources to `path`; their offsets, (N + 1,) int64.
 
     A line is {"id", "title"?, "text", ...}. A passage without an id gets its place, from 0.
@@ -78,7 +79,7 @@ def write_passages(sources: Sequence[str], path: Path, seed: int = 0) -> np.ndar
 
     offsets, seen, paths = [0], {}, list(sources)
     with open(path, "wb") as file:
-        for place, record in enumerate(read_records(paths, check_passage, Drops(), seed)):
+        for place, record in enumerate(read_records(paths, check_passage)):
             name, where = str(record.data.get("id", place)), (record.source, record.line)
             if (first := seen.setdefault(name, where)) != where:
                 here, there = (
@@ -98,9 +99,8 @@ def read_passages(passages: Passages, rows: Iterable[int]) -> list[dict]:
     with open(passages.path, "rb") as file:
         read = []
         for row in rows:
-            start, end = (int(x) for x in passages.offsets[row : row + 2])
-            file.seek(start)
-            read.append(json.loads(file.read(end - start)))
+            file.seek(int(passages.offsets[row]))
+            read.append(json.loads(file.readline()))
         return read
 
 
@@ -163,7 +163,7 @@ def join_passages(
     alone = encode(list(chats)) if max_tokens is not None else [None] * len(chats)
     kept = []
     for passages, base in zip(texts, alone, strict=True):
-        room = None
+        room = math.inf
         if base is not None:
             room = 0 if isinstance(base, Drop) else max_tokens - _length(base) - MARGIN
         kept.append(_cut(passages, room, tokenizer, settings))
@@ -185,28 +185,23 @@ def _length(tokens: Any) -> int:
     return 0 if isinstance(tokens, Drop) else len(getattr(tokens, "ids", tokens))
 
 
-def _cut(
-    texts: Sequence[str], room: int | None, tokenizer: Any, settings: PassageSettings
-) -> list[str]:
-    """As many texts as fit into `room` tokens (None: any number), separators included.
+def _cut(texts: Sequence[str], room: float, tokenizer: Any, settings: PassageSettings) -> list[str]:
+    """As many texts as fit into `room` tokens, separators included.
 
     Each has passage_tokens at most.
     """
     kept = []
     separator = len(tokenizer(settings.separator, add_special_tokens=False).input_ids)
     for text in texts:
-        limit = settings.passage_tokens
-        if room is not None:
-            limit = min(limit, room - separator)
+        limit = min(settings.passage_tokens, room - separator)
         if limit < 1:
             break
         cut = text
-        if room is not None or len(text.encode()) > limit:  # a token has a byte at least
+        if room < math.inf or len(text.encode()) > limit:  # a token has a byte at least
             encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             spans = encoding.offset_mapping
             cut = text if len(spans) <= limit else text[: spans[limit - 1][1]]
-            if room is not None:
-                room -= min(len(spans), limit) + separator
+            room -= min(len(spans), limit) + separator
         kept.append(cut)
         if len(cut) < len(text) and limit < settings.passage_tokens:
             break

@@ -5,8 +5,9 @@ Letters: N passages, E width of a vector, Q questions, K results.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -125,12 +126,15 @@ def prompts_with_passages(
     settings = retriever.passage_settings
     scores, rows, _ = find_passages(retriever, forward, chats, settings.num_passages)
     found = [[row for row in one if row >= 0] for one in rows.tolist()]
-    passages = passages_of(retriever, [row for one in found for row in one])
+    passages = passages_of(retriever, chain.from_iterable(found))
     texts = [[text_of(passages[row]) for row in one] for one in found]
-    tokenizer, chat = retriever.tokenizer, retriever.chat
-    given = [template_arguments(record) for record in records]
-    encode = partial(encode_prompts, tokenizer=tokenizer, config=chat, arguments=given)
-    fast, limit = tokenizer.fast, chat.max_tokens
+    encode = partial(
+        encode_prompts,
+        tokenizer=retriever.tokenizer,
+        config=retriever.chat,
+        arguments=[template_arguments(record) for record in records],
+    )
+    fast, limit = retriever.tokenizer.fast, retriever.chat.max_tokens
     joined = join_passages(chats, texts, encode, fast, settings, limit)
     results = []
     for i, (tokens, messages, used) in enumerate(joined):
@@ -194,8 +198,8 @@ def candidate_rows(
                 rows[-1] = right[0]
     if in_batch:
         best = [(right or rows)[0] for rows, right in zip(found, gold, strict=True)]
-        shares = gather_objects(dict(zip(records, best, strict=True)))
-        by_record = {record: row for share in shares for record, row in share.items()}
+        shares = gather_objects(list(zip(records, best, strict=True)))
+        by_record = dict(chain.from_iterable(shares))
         circle = sorted(by_record)
         for record, rows in zip(records, candidates, strict=True):
             place = circle.index(record)
@@ -204,7 +208,7 @@ def candidate_rows(
     return candidates
 
 
-def passages_of(retriever: Retriever, rows: Sequence[int]) -> dict[int, dict]:
+def passages_of(retriever: Retriever, rows: Iterable[int]) -> dict[int, dict]:
     """{row: passage}; each is read once."""
     unique = sorted(set(rows))
     return dict(zip(unique, read_passages(retriever.passages, unique), strict=True))
