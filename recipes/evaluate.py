@@ -78,6 +78,8 @@ def metrics_of(config: Config) -> list[str]:
             raise ValueError("--perplexity generates nothing for other metrics: leave them out")
         return ["perplexity"] + ["retrieval_utility"] * bool(config.retrieval.index)
     names = list(dict.fromkeys([*config.metrics, *["reward"] * bool(config.reward_model)]))
+    if not names:
+        raise ValueError("no metric to measure: give some in --metrics")
     check_metrics(names, {key for metric in METRICS.values() for key in metric.inputs})
     if config.against:
         evaluation.check_comparable(names)

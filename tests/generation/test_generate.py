@@ -238,7 +238,9 @@ def test_choose_keeps_what_transformers_keeps(top_k, top_p):
 
 def test_choose_never_takes_an_impossible_token():
     logits = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]]).expand(3, -1)
-    ids, _ = choose(logits, torch.tensor([0.0, 0.5, 1 - 2**-24]), None, GenerateConfig(temperature=1.0))
+    ids, _ = choose(
+        logits, torch.tensor([0.0, 0.5, 1 - 2**-24]), None, GenerateConfig(temperature=1.0)
+    )
     assert ids.tolist() == [0, 2, 2]
 
 

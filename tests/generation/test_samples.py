@@ -182,6 +182,18 @@ def test_figures_of_references_leave_out_answers_without_one(tokenizer, tmp_path
     assert list(alone) == ["length"]
 
 
+def test_sources_of_one_file_name_have_figures_of_their_own(tokenizer, tmp_path):
+    """Their names are those that training gives them: the folders that tell them apart."""
+    model, _ = wrap(load_base(ModelConfig()))
+    for i, name in enumerate(("easy", "hard")):
+        (tmp_path / name).mkdir()
+        models.write_jsonl(tmp_path / name / "test.jsonl", tasks.chats("held_out", 4)[i::2])
+    files = tuple(str(tmp_path / name / "test.jsonl") for name in ("easy", "hard"))
+    config = SamplesConfig(samples_data=files, sample_max_new_tokens=2)
+    figures = generate_samples(model, tokenizer, None, ChatConfig(), config, tmp_path, 0)
+    assert list(figures) == ["accuracy", "accuracy/easy/test", "accuracy/hard/test"]
+
+
 def test_rewards_and_the_distance_from_a_reference_equal_plain_transformers(tokenizer, tmp_path):
     import torch
     from transformers import AutoModelForSequenceClassification

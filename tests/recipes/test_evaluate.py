@@ -98,6 +98,35 @@ def test_two_files_are_compared_record_by_record(door, tmp_path):
     assert not (tmp_path / "other.json").exists()
 
 
+OTHER_FORMS = [  # (fields, a metric, the line about it)
+    ({"rewards": 0.5}, "accuracy", "a.jsonl:1: rewards lacks an answer"),
+    ({"rewards": {"0": "high"}}, "reward", "a.jsonl:1: rewards lacks an answer"),
+    ({"logprobs": -1.5}, "perplexity", "perplexity needs logprobs, and there is only answers, "),
+    ({"gold": ["p"], "passages": ["p"]}, "mrr", "mrr needs retrieved and gold"),
+    ({"label": 1, "probabilities": 3}, "roc_auc", "roc_auc needs scores"),
+    ({}, "", "no metric to measure"),
+]
+
+
+@pytest.mark.parametrize(("fields", "metric", "said"), OTHER_FORMS)
+def test_a_field_of_another_form_is_said_in_a_line(fields, metric, said, door, tmp_path):
+    """Where a metric needs it; a metric that does not is measured."""
+    file = written(tmp_path / "a.jsonl", [{"answer": "x", "reference": "x"} | fields])
+    code, text = door("evaluate", "--answers", file, "--metrics", *[metric] * bool(metric))
+    assert code == 2 and said in text and "Traceback" not in text, text
+    if "rewards" not in fields:
+        given = ("--answers", file, "--metrics", "contains")
+        assert result(door, tmp_path, *given)["figures"]["contains"]["value"] == 1
+
+
+def test_what_has_no_value_has_no_interval(recwarn):
+    """ROC-AUC of one class, in no resample; nothing is warned of."""
+    records = [{"scores": [x], "labels": [1]} for x in (0.1, 0.4, 0.9)]
+    value, low, high, count = figure("roc_auc", records)
+    assert math.isnan(value) and (low, high, count) == (None, None, 3)
+    assert not [w for w in recwarn if "NaN" in str(w.message)]
+
+
 def test_several_answers_of_a_record_belong_together():
     """Each counts once in the mean; the record is what is drawn."""
     records = [
