@@ -12,11 +12,13 @@ import io
 import json
 import math
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
 from functools import lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ta.files import read_json_lines, write_atomic
@@ -42,6 +44,14 @@ WORDS = 300
 PICTURE = 160
 # seconds between two looks at the page of a run that goes on
 LIVE = 60
+# what is logged of a step and is no figure, and the figures whose charts come last
+SIZES = ("step", "tokens", "learned_tokens", "seconds", "update_seconds")
+LAST = ("lr", "grad_norm", "tokens a second", "update_tokens_per_second", "memory_gb")
+# what stands in a card's dialogue or heading, and not among its fields
+APART = {
+    *("step", "row", "id", "line", "chat", "prompt", "text", "answer", "predicted"),
+    *("reference", "label"),
+}
 
 # what a figure says, in one sentence, where no metric of ta/generation/metrics.py has its name
 MEANING = {
@@ -99,9 +109,8 @@ def write_report(folder: Path, live: bool = False) -> None:
     Files that do not exist are left out. `live` is of a run that goes on: a browser reads the page
     again now and then.
     """
-    metrics, samples = (
-        read_json_lines(folder / f"{name}.jsonl") for name in ("metrics", "samples")
-    )
+    metrics = read_json_lines(folder / "metrics.jsonl")
+    samples = read_json_lines(folder / "samples.jsonl")
     text = page(folder.resolve().name, read_settings(folder), metrics, samples, live)
     write_atomic(folder / "report.html", text)
 
@@ -126,23 +135,32 @@ def page(
     figures = charts_of(metrics)
     whole = {title: curves for title, curves in figures.items() if "/" not in title}
     single = chart_grid({title: x for title, x in figures.items() if title not in whole})
-    single = single and f"<details><summary>curves of single sets</summary>{single}</details>"
     steps = sorted({sample.get("step", 0) for sample in samples})
-    sides = {f"step {step:,}": answers_at(samples, step) for step in (*steps[:1], *steps[1:][-1:])}
+    sides = {f"step {step:,}": answers_at(samples, step) for step in steps[:1] + steps[-1:]}
     sections = {
         "Held-out figures of each set": sets_table(figures),
-        "Curves": chart_grid(whole) + single,
+        "Curves": chart_grid(whole) + folded("curves of single sets", single),
         "Held-out records, before and after": sample_cards(sides, settings.get("pictures", "")),
-        "Records of training": records_table(settings.get("records", {})),
+        "Records of training": records_table(settings.get("records")),
         "Settings": settings_tables(settings),
     }
-    return whole_page(name, headline(settings, metrics), sections, live)
+    return whole_page(name, headline(settings, metrics, whole), sections, live)
 
 
 def chart_grid(figures: Mapping[str, dict[str, Curve]]) -> str:
     """The charts of figures by their titles; "" without one."""
-    charts = "".join(chart(title, curves) for title, curves in figures.items())
-    return charts and f'<div class="grid">{charts}</div>'
+    return grid(chart(title, curves) for title, curves in figures.items())
+
+
+def grid(parts: Iterable[str]) -> str:
+    """Parts of a page beside each other; "" without one."""
+    text = "".join(parts)
+    return text and f'<div class="grid">{text}</div>'
+
+
+def folded(summary: str, text: str) -> str:
+    """What a reader may open; "" where there is nothing."""
+    return text and f"<details><summary>{summary}</summary>{text}</details>"
 
 
 def sets_table(figures: Mapping[str, dict[str, Curve]]) -> str:
@@ -155,8 +173,8 @@ def sets_table(figures: Mapping[str, dict[str, Curve]]) -> str:
     for title, curves in figures.items():
         if points := curves.get("held out"):
             figure, _, of = title.partition("/")
-            pair = number(points[0][1]), number(points[-1][1])
-            ends.setdefault(figure, {})[of] = " → ".join(pair if len(points) > 1 else pair[1:])
+            values = [number(y) for _, y in points[:1] + points[1:][-1:]]
+            ends.setdefault(figure, {})[of] = " → ".join(values)
     rows = [(figure, *(found.get(of) for of in sets)) for figure, found in ends.items()]
     return wide_table(["", *(of or "all" for of in sets)], rows) if len(sets) > 1 else ""
 
@@ -178,22 +196,18 @@ def whole_page(name: str, head: str, sections: dict[str, str], live: bool = Fals
     )
 
 
-def headline(settings: dict, metrics: Sequence[dict]) -> str:
+def headline(settings: dict, metrics: Sequence[dict], figures: Mapping[str, dict]) -> str:
     """The step that the run has reached, and the main figures at its beginning and now."""
     done = max((m.get("step", 0) for m in metrics), default=0)
     steps = settings.get("identity", {}).get("steps")
-    seconds = sum(m.get("seconds", 0) for m in metrics)
-    parts = [
-        f"step {done:,} of {steps:,}" if steps else f"step {done:,}",
-        f"{duration(seconds)} of training",
-    ]
+    of = f" of {steps:,}" if steps else ""
+    trained = duration(sum(m.get("seconds", 0) for m in metrics))
     tiles = ""
-    for title, curves in charts_of(metrics).items():
-        points = curves.get("held out")
-        if points and "/" not in title:
+    for title, curves in figures.items():
+        if points := curves.get("held out"):
             was = f" <span>from {number(points[0][1])}</span>" if len(points) > 1 else ""
             tiles += f"<div><b>{number(points[-1][1])}</b>{was}<br>{safe(title)}, held out</div>"
-    return f'<p>{" · ".join(parts)}</p><div class="tiles">{tiles}</div>'
+    return f'<p>step {done:,}{of} · {trained} of training</p><div class="tiles">{tiles}</div>'
 
 
 def before_and_after(folder: Path, figures: Mapping[str, float]) -> str:
@@ -219,25 +233,20 @@ def charts_of(metrics: Sequence[dict]) -> dict[str, dict[str, Curve]]:
     """
     charts: dict[str, dict[str, Curve]] = {}
     for record in metrics:
-        sizes = ("step", "tokens", "learned_tokens", "seconds", "update_seconds")
-        values = {key: value for key, value in record.items() if key not in sizes}
+        values = {key: value for key, value in record.items() if key not in SIZES}
         if record.get("seconds"):
             values["tokens a second"] = record.get("tokens", 0) / record["seconds"]
         for key, value in values.items():
             if isinstance(value, (int, float)) and math.isfinite(value):
-                curves = charts.setdefault(key.removeprefix("val_"), {})
-                name = "held out" if key.startswith("val_") else "training"
-                curves.setdefault(name, []).append((record.get("step", 0), value))
-    last = ("lr", "grad_norm", "tokens a second", "update_tokens_per_second", "memory_gb")
-
-    def place(title: str) -> tuple[bool, int]:
-        return title != "loss", last.index(title) + 1 if title in last else 0
-
-    out = {}
-    for title in sorted(charts, key=place):
-        curves = charts[title]
-        out[title] = {name: curves[name] for name in ("training", "held out") if name in curves}
-    return out
+                title = key.removeprefix("val_")
+                curves = charts.setdefault(title, {"training": [], "held out": []})
+                points = curves["training" if key == title else "held out"]
+                points.append((record.get("step", 0), value))
+    places = {"loss": -1} | {title: place for place, title in enumerate(LAST, 1)}
+    return {
+        title: {name: points for name, points in charts[title].items() if points}
+        for title in sorted(charts, key=lambda title: places.get(title, 0))
+    }
 
 
 def safe(text: str) -> str:
@@ -249,13 +258,12 @@ def thin(points: Curve, most: int = POINTS) -> Curve:
     """At most about `most` points: means over equal runs of neighbours, with both ends kept."""
     if len(points) <= most:
         return points
-    size = math.ceil((len(points) - 2) / (most - 2))
-    inner = [points[i : i + size] for i in range(1, len(points) - 1, size)]
+    inner = points[1:-1]
+    size = math.ceil(len(inner) / (most - 2))
     middle = []
-    for part in inner:
-        x = math.fsum(x for x, _ in part) / len(part)
-        y = math.fsum(y for _, y in part) / len(part)
-        middle.append((round(x), y))
+    for start in range(0, len(inner), size):
+        xs, ys = zip(*inner[start : start + size], strict=True)
+        middle.append((round(fmean(xs)), fmean(ys)))
     return [points[0], *middle, points[-1]]
 
 
@@ -284,9 +292,7 @@ def log_ticks(low: float, high: float) -> list[float]:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     multiples = (1, 2, 5) if len(powers) <= 4 else (1,)
     every = [n * 10.0**power for power in powers for n in multiples]
-    first = max(y for y in every if y <= low)
-    last = min(y for y in every if y >= high)
-    return [y for y in every if first <= y <= last]
+    return every[bisect_right(every, low) - 1 : bisect_left(every, high) + 1]
 
 
 def chart(title: str, curves: dict[str, Curve]) -> str:
@@ -295,11 +301,16 @@ def chart(title: str, curves: dict[str, Curve]) -> str:
     A loss that falls to less than a twentieth has a logarithmic axis, which keeps its end visible.
     """
     curves = {name: thin(points) for name, points in curves.items()}
-    places = sorted({x for points in curves.values() for x, _ in points})
+    by_step: dict[float, dict[str, float]] = {}
+    for name, points in curves.items():
+        for x, y in points:
+            by_step.setdefault(x, {})[name] = y
+    places = sorted(by_step)
     values = [y for points in curves.values() for _, y in points]
-    far = title == "loss" and 1e-9 < 20 * min(values) < max(values)
+    least, most = min(values), max(values)
+    far = title == "loss" and 1e-9 < 20 * least < most
     scale = math.log10 if far else float
-    y_ticks = (log_ticks if far else ticks)(min(values), max(values))
+    y_ticks = (log_ticks if far else ticks)(least, most)
     bottom, height = scale(y_ticks[0]), scale(y_ticks[-1]) - scale(y_ticks[0])
     x_low, x_high = places[0], max(places[-1], places[0] + 1)
     right, floor = WIDTH - RIGHT, HEIGHT - BOTTOM
@@ -332,14 +343,14 @@ def chart(title: str, curves: dict[str, Curve]) -> str:
             out += [
                 f'<circle class="{kind}" cx="{across(x)}" cy="{up(y)}" r="2.5"/>' for x, y in points
             ]
-    by_step = {name: dict(points) for name, points in curves.items()}
-    edges = [LEFT, *((across(a) + across(b)) / 2 for a, b in pairwise(places)), right]
-    for x, start, end in zip(places, edges, edges[1:], strict=False):
-        here = {name: by_step[name][x] for name in curves if x in by_step[name]}
-        label = f"step {x:,}: " + ", ".join(f"{name} {number(y)}" for name, y in here.items())
+    middles = [(across(a) + across(b)) / 2 for a, b in pairwise(places)]
+    edges = [LEFT, *middles, right]
+    for x, (start, end) in zip(places, pairwise(edges), strict=True):
+        here = by_step[x].items()
+        label = f"step {x:,}: " + ", ".join(f"{name} {number(y)}" for name, y in here)
         dots = "".join(
             f'<circle class="{name.replace(" ", "-")}" cx="{across(x)}" cy="{up(y)}" r="4"/>'
-            for name, y in here.items()
+            for name, y in here
         )
         out.append(
             f'<g class="at"><rect x="{start:.1f}" y="{TOP}" width="{end - start:.1f}" '
@@ -363,37 +374,38 @@ def answers_at(samples: Sequence[dict], step: int) -> dict[Any, dict]:
     }
 
 
-# what stands in a card's dialogue or heading, and not among its fields
-APART = {"step", "row", "id", "line", "chat", "prompt", "text", "answer", "predicted"}
-APART |= {"reference", "label"}
-
-
-def sample_cards(sides: Mapping[str, dict[Any, dict]], pictures: str = "") -> str:
+def sample_cards(
+    sides: Mapping[str, dict[Any, dict]], pictures: str = "", common: bool = False
+) -> str:
     """The same records at several steps or of several runs, {title of a side: its samples}.
 
     A card has the dialogue, the answers side by side with what is right in colour, and the right
     answer. Cards of answers that became wrong come first. `pictures` is the folder below which
-    pictures lie.
+    pictures lie. With `common` there are only the records that all sides have.
     """
     groups: dict[tuple, list] = {}
-    for name, newest in list(sides.values())[-1].items() if sides else ():
+    *_, newest = [{}, *sides.values()]
+    for name, sample in newest.items():
         found = [side.get(name, {}) for side in sides.values()]
         # another question of the same name is another record
-        found = [x if x.get("prompt") == newest.get("prompt") else {} for x in found]
-        groups.setdefault(tuple(map(is_right, found)), []).append((name, found))
-    out = [by_how_much(groups, list(sides))]
+        found = [x if x.get("prompt") == sample.get("prompt") else {} for x in found]
+        if not common or all(found):
+            groups.setdefault(tuple(map(is_right, found)), []).append((name, found))
+    out = by_how_much(groups, list(sides))
     words_of = {True: "right", False: "wrong", None: "not compared"}
-    # wrong now before right now, and what has changed first
-    for key in sorted(groups, key=lambda key: (key[-1] is not False, key[0] is key[-1])):
+
+    def place(key: tuple) -> tuple[bool, bool]:
+        # wrong now before right now, and what has changed first
+        return key[-1] is not False, key[0] is key[-1]
+
+    for key in sorted(groups, key=place):
         cards = [card(name, list(sides), found, pictures) for name, found in groups[key][:ROWS]]
         if any(x is not None for x in key):
             said = ", ".join(f"{title} {words_of[x]}" for x, title in zip(key, sides, strict=True))
-            out.append(f"<h3>{said}: {len(groups[key]):,}</h3>")
-        out += cards[:SHOWN]
-        if more := cards[SHOWN:]:
-            folded = f"<summary>{len(more)} more</summary>{''.join(more)}"
-            out.append(f"<details>{folded}</details>")
-    return "".join(out)
+            out += f"<h3>{said}: {len(groups[key]):,}</h3>"
+        out += "".join(cards[:SHOWN])
+        out += folded(f"{len(cards) - SHOWN} more", "".join(cards[SHOWN:]))
+    return out
 
 
 def by_how_much(groups: Mapping[tuple, list], titles: Sequence[str]) -> str:
@@ -456,18 +468,16 @@ def card(name: Any, titles: Sequence[str], found: Sequence[dict], pictures: str)
 
 def message_html(message: dict, pictures: str) -> str:
     """A message with its role; pictures are shown, other media named."""
-    content, parts = message.get("content"), []
+    thought = ("reasoning_content", "tool_calls")
+    lines = [safe(f"{key}: {message[key]}") for key in thought if key in message]
+    content = message.get("content")
     for part in content if isinstance(content, list) else [message]:
         text, kind = str(part.get("content") or ""), part.get("type", "text")
         url = picture(str(Path(pictures) / text)) if pictures and kind == "image" else ""
-        named = text if kind == "text" else f"[{kind} {text}]"
-        parts.append(f'<img alt="{safe(named)}" src="{url}">' if url else safe(named))
-    more = [
-        f"{key}: {message[key]}" for key in ("reasoning_content", "tool_calls") if key in message
-    ]
-    text = "\n".join([*map(safe, more), *parts])
+        named = safe(text if kind == "text" else f"[{kind} {text}]")
+        lines.append(f'<img alt="{named}" src="{url}">' if url else named)
     role = message.get("role", "")
-    return f"<p>{role and f'<b>{safe(role)}</b> '}{text}</p>"
+    return "<p>" + (role and f"<b>{safe(role)}</b> ") + "\n".join(lines) + "</p>"
 
 
 @lru_cache(512)
@@ -517,18 +527,18 @@ def value_html(value: Any) -> str:
     return safe(value if isinstance(value, str) else json.dumps(value))
 
 
-def records_table(records: Mapping[str, Any]) -> str:
+def records_table(records: Mapping[str, Any] | None) -> str:
     """Sources, percentiles of lengths and what was left out, of config.json's "records"."""
     if not records:
         return ""
     sources = [(s["source"], f"{s['used']:,}", f"{s['records']:,}") for s in records["sources"]]
     lengths = records["lengths"]
-    left = [(why, x["count"], ", ".join(x["first"])) for why, x in records["drops"].items()]
+    drops = records["drops"].items()
+    left = [(why, x["count"], ", ".join(x["first"])) for why, x in drops]
     share = records["learned_tokens"] / max(records["tokens"], 1)
-    said = f"{records['records']:,} records, {records['tokens']:,} tokens, {share:.0%} learned; "
-    said += f"half of the records have at most {lengths['50 %']:,} tokens."
     return (
-        f"<p>{said}</p>"
+        f"<p>{records['records']:,} records, {records['tokens']:,} tokens, {share:.0%} learned; "
+        f"half of the records have at most {lengths['50 %']:,} tokens.</p>"
         + wide_table(("source", "used", "records"), sources)
         + wide_table(("percentile", *lengths), [("tokens a record", *lengths.values())])
         + wide_table(("left out", "records", "the first"), left)
@@ -541,39 +551,36 @@ def settings_tables(settings: dict) -> str:
     Those that a resume must not change and every setting by group follow, folded.
     """
 
-    def grid(groups: dict[str, dict | None]) -> str:
-        tables = [
+    def tables(groups: Mapping[str, dict | None]) -> str:
+        return grid(
             f"<div><h3>{safe(name)}</h3>{html_table((), group.items())}</div>"
             for name, group in groups.items()
             if group
-        ]
-        return f"<div class='grid'>{''.join(tables)}</div>" if tables else ""
+        )
 
+    flat, command = settings_of_run(settings), settings.get("command")
+    changed = {name: flat[name] for name in settings.get("changed", ()) if name in flat}
+    about = {name: settings.get(name) for name in ("machine", "versions")}
+    every = tables({"fixed for this run": settings.get("identity")} | settings_groups(settings))
+    return (
+        (f"<pre>{safe(command)}</pre>" if command else "")
+        + tables({"other than the defaults": changed} | about)
+        + folded("all settings", every)
+    )
+
+
+def settings_groups(settings: dict) -> dict[str, dict[str, Any]]:
+    """The settings of a config.json by their group; those of the recipe itself come last."""
     config = settings.get("config", {})
     groups = {name: group for name, group in config.items() if isinstance(group, dict)}
-    groups["this recipe"] = {
-        name: value for name, value in config.items() if not isinstance(value, dict)
-    }
-    command = f"<pre>{safe(settings['command'])}</pre>" if settings.get("command") else ""
-    flat = settings_of_run(settings)
-    changed = {name: flat[name] for name in settings.get("changed", ()) if name in flat}
-    main = grid(
-        {
-            "other than the defaults": changed,
-            "machine": settings.get("machine"),
-            "versions": settings.get("versions"),
-        }
-    )
-    every = grid({"fixed for this run": settings.get("identity")} | groups)
-    return command + main + (every and f"<details><summary>all settings</summary>{every}</details>")
+    own = {name: value for name, value in config.items() if name not in groups}
+    return groups | {"this recipe": own}
 
 
 def settings_of_run(settings: dict) -> dict[str, Any]:
     """Every setting of a config.json by its name, without its group."""
-    config = settings.get("config", {})
-    groups = [group for group in config.values() if isinstance(group, dict)]
-    own = {name: value for name, value in config.items() if not isinstance(value, dict)}
-    return {name: value for group in (*groups, own) for name, value in group.items()}
+    groups = settings_groups(settings).values()
+    return {name: value for group in groups for name, value in group.items()}
 
 
 def comparison(folders: Sequence[Path]) -> str:
@@ -586,38 +593,32 @@ def comparison(folders: Sequence[Path]) -> str:
         raise ValueError(f"{len(folders)} runs: give 2 to 4 run folders")
     runs, settings, sides = {}, [], {}
     for place, folder in enumerate(folders, 1):
-        paths = [folder / "config.json", folder / "metrics.jsonl"]
-        if not all(path.exists() for path in paths):
+        if not all((folder / name).exists() for name in ("config.json", "metrics.jsonl")):
             raise ValueError(f"{folder} holds no config.json and metrics.jsonl: give a run folder")
-        runs[f"run {place}"] = charts_of(read_json_lines(paths[1]))
+        run, samples = f"run {place}", read_json_lines(folder / "samples.jsonl")
+        runs[run] = charts_of(read_json_lines(folder / "metrics.jsonl"))
         settings.append(settings_of_run(own := read_settings(folder)))
-        samples = read_json_lines(folder / "samples.jsonl")
         last_step = max((sample.get("step", 0) for sample in samples), default=0)
-        sides[f"run {place}"] = answers_at(samples, last_step)
-    asked = [{(name, s.get("prompt")) for name, s in side.items()} for side in sides.values()]
-    same = {name for name, _ in set.intersection(*asked)}
-    sides = {
-        run: {name: side[name] for name in side if name in same} for run, side in sides.items()
-    }
-    titles = dict.fromkeys(title for charts in runs.values() for title in charts)
+        sides[run] = answers_at(samples, last_step)
     charts, last = {}, []
-    for title in titles:
-        both = {name: found.get(title, {}) for name, found in runs.items()}
-        kind = "held out" if all("held out" in curves for curves in both.values()) else "training"
-        curves = {name: found[kind] for name, found in both.items() if found.get(kind)}
-        if curves:
+    for title in dict.fromkeys(chain(*runs.values())):
+        found = {run: figures.get(title, {}) for run, figures in runs.items()}
+        kind = "held out" if all("held out" in curves for curves in found.values()) else "training"
+        if curves := {run: found[run][kind] for run in runs if kind in found[run]}:
             charts[title] = curves
-            ends = [curves[name][-1][1] if name in curves else None for name in runs]
+            ends = [curves[run][-1][1] if run in curves else None for run in runs]
             gap = [ends[1] - ends[0]] if len(ends) == 2 and None not in ends else []
             last.append((f"{title}, {kind}", *ends, *gap))
-    names = dict.fromkeys(name for values in settings for name in values)
+    names = dict.fromkeys(chain(*settings))
     rows = [(name, *(values.get(name, "") for values in settings)) for name in names]
-    head = ("", *(f"run {i}: {folder.name}" for i, folder in enumerate(folders, 1)))
+    differ = [row for row in rows if len({*map(str, row[1:])}) > 1]
+    head = ("", *(f"{run}: {folder.name}" for run, folder in zip(runs, folders, strict=True)))
+    cards = sample_cards(sides, own.get("pictures", ""), common=True)
     sections = {
         "Last figures": wide_table([*head, *["run 2 - run 1"] * (len(runs) == 2)], last),
-        "Settings that differ": wide_table(head, [r for r in rows if len({*map(str, r[1:])}) > 1]),
+        "Settings that differ": wide_table(head, differ),
         "Curves": chart_grid(charts),
-        "Held-out records, side by side": sample_cards(sides, own.get("pictures", "")),
+        "Held-out records, side by side": cards,
     }
     return whole_page(" and ".join(folder.name for folder in folders), "", sections)
 
