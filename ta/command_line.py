@@ -12,11 +12,12 @@ import re
 import select
 import sys
 from collections.abc import Callable, Iterator
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, NamedTuple, get_type_hints
 
 from ta.files import full_disk, keep_inputs
-from ta.flags import our_words, settings_of, short_help, start_of
+from ta.flags import docs_of, our_words, settings_of, short_help, start_of
 from ta.printable import one_line
 
 WRONG_INPUT, NO_ROOM = 2, 3
@@ -78,7 +79,7 @@ def cli(main: Callable[[Any], Any], config_class: type, argv: list[str] | None =
     doc = (sys.modules[main.__module__].__doc__ or "").strip()
     given = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(given):
-        print(short_help(config_class, doc, _docs))
+        print(short_help(config_class, doc))
         raise SystemExit(0)
 
     def run() -> None:
@@ -127,22 +128,15 @@ def what_is_wrong(box: str) -> str:
 
 def check_inputs(config: Any) -> None:
     """ValueError where --out is, or holds, a file or folder that another flag names."""
-    texts = dict(_texts(config))
-    if out := texts.pop("out", ())[-1:]:
+    texts: dict[str, list[str]] = {}
+    for setting in settings_of(type(config), config):
+        value = setting.default
+        values = value if isinstance(value, tuple) else (value,)
+        texts[setting.name] = [text for text in values if isinstance(text, str)]
+    if out := texts.pop("out", [])[-1:]:
+        given = list(chain(*texts.values()))
         # FILE@500 is a part of FILE
-        given = [text for some in texts.values() for text in some]
         keep_inputs(out[0], [*given, *(text.rpartition("@")[0] for text in given)])
-
-
-def _texts(config: Any) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(name, texts) of each field that holds text, of configs inside too."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _texts(value)
-        elif isinstance(value, str | tuple):
-            texts = (value,) if isinstance(value, str) else value
-            yield field.name, tuple(text for text in texts if isinstance(text, str))
 
 
 def _check_names(config_class: type) -> None:
@@ -162,21 +156,12 @@ def _join_help(config_class: type) -> None:
 
     tyro itself would keep the line breaks of the source, because continued lines are indented.
     """
-    docs = _docs(config_class)
+    docs = docs_of(config_class)
     for field in dataclasses.fields(config_class):
         if dataclasses.is_dataclass(field.default):
             _join_help(type(field.default))
         elif text := docs.get(field.name):
             field.metadata = MappingProxyType({**field.metadata, "help": text})
-
-
-def _docs(config_class: type) -> dict[str, str]:
-    """What each field of a config class means: its docstring in one paragraph."""
-    # tyro requires this package and reads docstrings with it
-    from docstring_parser import parse_from_object
-
-    params = parse_from_object(config_class).params
-    return {p.arg_name: " ".join((p.description or "").split()) for p in params}
 
 
 def guard(action: Callable[[], Any]) -> int:

@@ -10,7 +10,8 @@ import shutil
 import sys
 import tomllib
 import types
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -120,9 +121,14 @@ def settings_of(config_class: type, defaults: Any = None) -> Iterator[Setting]:
 
 def changed_settings(config: Any) -> dict[str, Any]:
     """The settings of a config that differ from the defaults of its class, by name."""
-    own = {setting.name: setting.default for setting in settings_of(type(config), config)}
-    defaults = {setting.name: setting.default for setting in settings_of(type(config))}
-    return {name: value for name, value in own.items() if value != defaults[name]}
+    both = _usual_and_own(config)
+    return {usual.name: value for usual, value in both if value != usual.default}
+
+
+def _usual_and_own(config: Any) -> Iterator[tuple[Setting, Any]]:
+    """Each setting of a config's class, and the value that the config has of it."""
+    own = (setting.default for setting in settings_of(type(config), config))
+    return zip(settings_of(type(config)), own, strict=True)
 
 
 def our_words(words: list[str], config_class: type) -> list[str]:
@@ -134,40 +140,39 @@ def our_words(words: list[str], config_class: type) -> list[str]:
     """
     switches = {s.flag: isinstance(s.default, bool) for s in settings_of(config_class)}
     out: list[str] = []
-    at = 0
-    while at < len(words):
-        flag, equals, value = words[at].partition("=")
-        flag, at = (flag.replace("_", "-") if flag.startswith("--") else flag), at + 1
-        if flag in switches or not flag.startswith("--"):
-            known = flag
-        elif flag == "--config":
-            path = value if equals else next(iter(words[at:]), "")
-            out, at = out + file_words(path, config_class), at + (not equals)
+    rest = deque(words)
+    while rest:
+        flag, equals, value = rest.popleft().partition("=")
+        if not flag.startswith("--"):
+            out.append(flag + equals + value)
             continue
-        elif flag in OURS:
-            raise ValueError(f"{flag} is another tool's flag; here it is {OURS[flag]}")
-        elif flag in SETTING and SETTING[flag][0] in switches:
-            said, at = _truth(words, at)
-            out += SETTING[flag] if said else ()
-            continue
-        else:
+        flag = flag.replace("_", "-")
+        if flag not in switches:
+            if flag == "--config":
+                path = value if equals or not rest else rest.popleft()
+                out += file_words(path, config_class)
+                continue
+            if flag in OURS:
+                raise ValueError(f"{flag} is another tool's flag; here it is {OURS[flag]}")
+            if flag in SETTING and SETTING[flag][0] in switches:
+                out += SETTING[flag] if _is_on(rest) else ()
+                continue
             known = EQUAL.get(flag, flag)
-            known = known if known.replace("--no-", "--") in switches else flag
-        if switches.get(known) and not equals and words[at : at + 1] != []:
-            said, at = _truth(words, at)
-            known = known if said else "--no" + known[1:]
-        names = VALUES.get(known, {})
-        if names and not equals and at < len(words):
-            out, at = [*out, known, names.get(words[at], words[at])], at + 1
-            continue
-        out.append(known + equals + names.get(value, value))
+            flag = known if known.replace("--no-", "--") in switches else flag
+        if switches.get(flag) and not equals and not _is_on(rest):
+            flag = "--no" + flag[1:]
+        if flag in VALUES and not equals and rest:
+            equals, value = "=", rest.popleft()
+        out.append(flag + equals + VALUES.get(flag, {}).get(value, value))
     return out
 
 
-def _truth(words: list[str], at: int) -> tuple[bool, int]:
-    """What the word after a switch says, if it is True or False, and where to read on."""
-    said = words[at].lower() if at < len(words) else ""
-    return said != "false", at + (said in ("true", "false"))
+def _is_on(rest: deque[str]) -> bool:
+    """What the word after a switch says, if it is True or False, which is taken then."""
+    said = rest[0].lower() if rest else ""
+    if said in ("true", "false"):
+        rest.popleft()
+    return said != "false"
 
 
 def file_words(path: str, config_class: type) -> list[str]:
@@ -184,21 +189,20 @@ def file_words(path: str, config_class: type) -> list[str]:
         raise ValueError(f"--config {path}: give a file of JSON or TOML ({why})") from None
     if not isinstance(loaded, dict):
         raise ValueError(f"--config {path}: give an object of settings and their values")
-    whole = loaded["config"] if "identity" in loaded else loaded
-    values: dict[str, Any] = {}
-
-    def visit(group: dict[str, Any]) -> None:
-        for name, value in group.items():
-            if isinstance(value, dict):
-                visit(value)
-            else:
-                values[name.replace("-", "_")] = value
-
-    visit(whole)
+    values = dict(_ungrouped(loaded["config"] if "identity" in loaded else loaded))
     known = list(settings_of(config_class))
     if unknown := sorted(values.keys() - {setting.name for setting in known}):
         raise ValueError(f"--config {path}: this recipe has no setting {', '.join(unknown[:3])}")
     return [w for s in known if s.name in values for w in words_of(s, values[s.name])]
+
+
+def _ungrouped(group: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The names and values of settings, those of groups inside too."""
+    for name, value in group.items():
+        if isinstance(value, dict):
+            yield from _ungrouped(value)
+        else:
+            yield name.replace("-", "_"), value
 
 
 def words_of(setting: Setting, value: Any) -> list[str]:
@@ -215,9 +219,8 @@ def words_of(setting: Setting, value: Any) -> list[str]:
 
 def command_of(config: Any) -> str:
     """The command that gives a run with this config again."""
-    settings = {setting.name: setting for setting in settings_of(type(config))}
-    changed = changed_settings(config).items()
-    words = masked([word for name, value in changed for word in words_of(settings[name], value)])
+    both = _usual_and_own(config)
+    words = masked([word for usual, value in both for word in words_of(usual, value)])
     return shlex.join([*start_of(type(config)), *words])
 
 
@@ -227,11 +230,17 @@ def start_of(config_class: type) -> list[str]:
     return ["ta", page.stem] if page.parent == RECIPES else ["python", str(page)]
 
 
-def short_help(config_class: type, doc: str, docs: Callable[[type], dict[str, str]]) -> str:
-    """What `--help` shows: the recipe's own flags and the common ones.
+def docs_of(config_class: type) -> dict[str, str]:
+    """What each field of a config class means: its docstring in one paragraph."""
+    # tyro requires this package and reads docstrings with it
+    from docstring_parser import parse_from_object
 
-    `docs` gives of a config class what each field means.
-    """
+    params = parse_from_object(config_class).params
+    return {p.arg_name: " ".join((p.description or "").split()) for p in params}
+
+
+def short_help(config_class: type, doc: str) -> str:
+    """What `--help` shows: the recipe's own flags and the common ones."""
     width = max(40, min(shutil.get_terminal_size().columns, 100))
     lines = [wrapped_page(doc, width), "", "flags (all of them: --help-all):"]
     for setting in settings_of(config_class):
@@ -241,7 +250,7 @@ def short_help(config_class: type, doc: str, docs: Callable[[type], dict[str, st
         default = setting.default
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
         tail = f" (default: {shown})" if shown not in ("", "None", "False", "True") else ""
-        text = docs(setting.owner).get(setting.name, "") + tail
+        text = docs_of(setting.owner).get(setting.name, "") + tail
         lines.append(f"  {setting.flag} {_kind(hint)}".rstrip())
         lines += [hanging(text, width, 6, " " * 6)] if text else []
     config = "Settings from a file: config.json of a run, JSON or TOML. Flags after it win."
@@ -251,10 +260,11 @@ def short_help(config_class: type, doc: str, docs: Callable[[type], dict[str, st
 def _kind(hint: Any) -> str:
     """What a flag takes, as help shows it."""
     kinds = {bool: "", int: "INT", float: "FLOAT", str: "STR"}
-    if get_origin(hint) in (Union, types.UnionType):
-        return " ".join(_kind(part) for part in get_args(hint) if part is not type(None))
-    if get_origin(hint) is Literal:
-        return "{" + ",".join(map(str, get_args(hint))) + "}"
-    if get_origin(hint) is tuple:
-        return f"{_kind(get_args(hint)[0])} ..."
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind in (Union, types.UnionType):
+        return " ".join(_kind(part) for part in parts if part is not type(None))
+    if kind is Literal:
+        return "{" + ",".join(map(str, parts)) + "}"
+    if kind is tuple:
+        return f"{_kind(parts[0])} ..."
     return kinds.get(hint, "")
