@@ -250,6 +250,7 @@ def short_help(config_class: type, doc: str) -> str:
         default = setting.default
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
         tail = f" (default: {shown})" if shown not in ("", "None", "False", "True") else ""
+        tail = " (required)" if default is dataclasses.MISSING else tail
         text = docs_of(setting.owner).get(setting.name, "") + tail
         lines.append(f"  {setting.flag} {_kind(hint)}".rstrip())
         lines += [hanging(text, width, 6, " " * 6)] if text else []

@@ -1,6 +1,5 @@
 """The words of a command line: other tools' flags, files of settings, the short help, the command `ta`."""
 
-import dataclasses
 import json
 import runpy
 import shlex
@@ -10,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import judged
 import pytest
 
 from ta import __main__ as command
 from ta.command_line import cli
-from ta.flags import COMMON, EQUAL, OURS, SETTING, command_of, our_words, settings_of
+from ta.flags import COMMON, EQUAL, OURS, SETTING, command_of, our_words, settings_of, short_help
 from ta.recipe_files import RECIPES, recipe_names
 
 ROOT = Path(__file__).parent.parent
@@ -140,6 +140,11 @@ def test_the_short_help_shows_the_own_flags_and_how_to_see_all(capsys):
     shown = capsys.readouterr().out
     assert "--loss STR\n      Which loss. (default: sigmoid)" in shown
     assert "--lr FLOAT" in shown and "--packing" not in shown and "--help-all" in shown
+
+
+def test_a_flag_without_a_default_is_required():
+    shown = short_help(judged.recipe("merge").Config, "")
+    assert "--out STR\n      Folder to write. (required)" in shown and "MISSING" not in shown
 
 
 def ta(monkeypatch, *words: str) -> int:
