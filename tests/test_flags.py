@@ -1,5 +1,6 @@
 """The words of a command line: other tools' flags, files of settings, the short help, the command `ta`."""
 
+import dataclasses
 import json
 import runpy
 import shlex
