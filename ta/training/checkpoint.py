@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Collection
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -98,8 +99,15 @@ def save(
             reason = f"not written, earlier ones are kept ({failed[0]['failed']})"
             raise OSError(failed[0]["errno"] or errno.EIO, reason, str(target)) from failure
         if rank() == 0:
-            manifest = {"format": FORMAT, "step": step, "world": world(), "identity": identity}
-            manifest |= {"optimizer": numbers, "shards": entries, "logged": logged}
+            manifest = {
+                "format": FORMAT,
+                "step": step,
+                "world": world(),
+                "identity": identity,
+                "optimizer": numbers,
+                "shards": entries,
+                "logged": logged,
+            }
             manifest["sha256"] = hash_json(manifest)
             (temporary / "manifest.json").write_text(json.dumps(manifest))
     passed = [name for name in damaged or () if int(name[5:]) <= step]
@@ -112,14 +120,9 @@ def save(
 
 def _shares(tensors: dict[str, torch.Tensor]) -> list[list[str]]:
     """The names, in files of about FILE_SIZE bytes; one file where there is nothing."""
-    files, size = [[]], 0
-    for name, tensor in tensors.items():
-        size += tensor.numel() * tensor.element_size()
-        if size > FILE_SIZE and files[-1]:
-            files.append([])
-            size = tensor.numel() * tensor.element_size()
-        files[-1].append(name)
-    return files
+    starts = accumulate((tensor.nbytes for tensor in tensors.values()), initial=0)
+    files = groupby(zip(tensors, starts, strict=False), lambda pair: pair[1] // FILE_SIZE)
+    return [[name for name, _ in file] for _, file in files] or [[]]
 
 
 def prune(folder: Path, step: int, keep: int, damaged: Collection[str], pinned: int | None) -> None:
@@ -129,10 +132,10 @@ def prune(folder: Path, step: int, keep: int, damaged: Collection[str], pinned: 
     clean_inside(folder)
     whole = []
     for path in _checkpoints(folder):
-        reason = "damaged" if path.name in damaged else _damage(path, hashes=False)
-        if not reason:
+        manifest = "damaged" if path.name in damaged else read_manifest(path, hashes=False)
+        if not isinstance(manifest, str):
             whole.append(path)
-        elif _number(path) < step and not reason.startswith("format"):
+        elif _number(path) < step and not manifest.startswith("format"):
             remove_whole(path)
     for old in whole[keep:] if keep else []:
         if _number(old) != pinned:
@@ -167,10 +170,10 @@ def newest(folder: Path) -> Found | None:
     """
     damaged = {}
     for path in _checkpoints(folder):
-        if reason := _damage(path):
-            damaged[path.name] = reason
-        else:
-            return Found(path, json.loads((path / "manifest.json").read_text()), damaged)
+        manifest = read_manifest(path)
+        if not isinstance(manifest, str):
+            return Found(path, manifest, damaged)
+        damaged[path.name] = manifest
     if damaged:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in damaged.items())
         raise ValueError(
@@ -188,9 +191,8 @@ def folder_of(folder: Path, step: int) -> Path:
 def at_step(folder: Path, step: int) -> Found | None:
     """The checkpoint of a step, or None where it is not there or damaged."""
     path = folder_of(folder, step)
-    if _damage(path):
-        return None
-    return Found(path, json.loads((path / "manifest.json").read_text()), {})
+    manifest = read_manifest(path)
+    return None if isinstance(manifest, str) else Found(path, manifest, {})
 
 
 def load(
@@ -208,7 +210,8 @@ def load(
     parameters = trained(model)
     wanted = parameters | (more_state or {})
     shards = Shards(found)
-    stored = {name for name in shards.names if not shards.is_state(name, wanted)}
+    # the others are KEY/NAME of optimizer state
+    stored = {n for n in shards.names if n in wanted or n.partition("/")[2] not in wanted}
     if stored != set(wanted):
         differ = sorted(stored ^ set(wanted))
         raise ValueError(
@@ -224,22 +227,22 @@ def load(
         key, _, name = full.partition("/")
         key, _, part = key.partition(".")
         parameter = parameters[name]
+        state = optimizer.state[parameter]
         if part:
-            shards.copy_to(getattr(optimizer.state[parameter][key], part), full)
+            shards.copy_to(getattr(state[key], part), full)
             continue
         shape = shards.shape(full)
         like_parameter = shape == list(parameter.shape)
-        state = torch.zeros_like(parameter) if like_parameter else parameter.new_zeros(shape)
-        optimizer.state[parameter][key] = state.detach()
-        shards.copy_to(state, full)
+        state[key] = torch.zeros_like(parameter) if like_parameter else parameter.new_zeros(shape)
+        shards.copy_to(state[key], full)
     step = found.manifest["step"]
+    on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
     for name, parameter in parameters.items():
         numbers = found.manifest.get("optimizer", {}).get(name, {})
         if found.manifest["format"] == 1 and parameter in optimizer.state:
             numbers = {"step": float(step)}
+        device = parameter.device if on_device else "cpu"
         for key, value in numbers.items():
-            fused = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
-            device = parameter.device if fused else "cpu"
             number = torch.tensor(value, dtype=torch.float32, device=device)
             optimizer.state[parameter][key] = number
     return step
@@ -276,10 +279,6 @@ class Shards:
                     if key in MOMENTS and name in rows:
                         rows[full] = rows[name]
         self.names = {name for rows in self.rows for name in rows}
-
-    def is_state(self, name: str, wanted: dict[str, Any]) -> bool:
-        """Whether a name is that of optimizer state, not of a tensor that trains."""
-        return name not in wanted and "/" in name and name.partition("/")[2] in wanted
 
     def shape(self, name: str) -> list[int]:
         """The shape of the whole tensor."""
@@ -323,8 +322,6 @@ def _local(tensor, owner_only: bool = True):
 
 def _checkpoints(folder: Path) -> list[Path]:
     """The step-N folders, newest first."""
-    if not folder.exists():
-        return []
     folders = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
     return sorted(folders, key=_number, reverse=True)
 
@@ -333,14 +330,16 @@ def _number(path: Path) -> int:
     return int(path.name[5:])
 
 
-def _damage(path: Path, hashes: bool = True) -> str:
-    """The reason why a checkpoint is not complete, or ""; without `hashes` sizes alone count."""
+def read_manifest(path: Path, hashes: bool = True) -> dict[str, Any] | str:
+    """The manifest of a checkpoint, or the reason why it is not complete; without `hashes` the
+    sizes of its files alone count.
+    """
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         if manifest["format"] not in READABLE:
             return f"format {manifest['format']}, this version reads {FORMAT}"
-        rest = {key: value for key, value in manifest.items() if key != "sha256"}
-        if manifest.get("sha256", hash_json(rest)) != hash_json(rest):
+        known = manifest.pop("sha256", None)
+        if known and known != hash_json(manifest):
             return "manifest.json does not have its own hash"
         if manifest["step"] != _number(path):
             return f"its manifest is of step {manifest['step']}"
@@ -351,4 +350,4 @@ def _damage(path: Path, hashes: bool = True) -> str:
         return "manifest.json is missing"
     except (ValueError, KeyError, TypeError, AttributeError):
         return "manifest.json is damaged"
-    return ""
+    return manifest
