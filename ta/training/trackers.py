@@ -1,7 +1,8 @@
 """Services that get the logged figures.
 
-The function of each returns `write(step, figures, samples)`, where samples are the lines of
-samples.jsonl of the step's evaluation.
+The function of each gets the folder, the step after which the run goes on, its config and, where it
+goes on, the service's name of the run. It returns `write(step, figures, samples)`, where samples
+are the lines of samples.jsonl of the step's evaluation, and that name.
 
 A resumed run goes on in the service's own run, whose name stands in trackers.json of the folder.
 Project, name, entity and tags are read from the service's own environment, such as WANDB_PROJECT,
@@ -16,6 +17,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,10 @@ from ta.files import write_atomic
 from ta.printable import printable
 
 Write = Callable[[int, dict[str, float], Sequence[dict]], None]
-IDS = "trackers.json"
+Started = tuple[Write, str | None]
 
 
-def tensorboard(folder: Path, first: int, config: Mapping[str, Any]) -> Write:
+def tensorboard(folder: Path, first: int, config: Mapping[str, Any], _: str | None) -> Started:
     """Event files in the run folder; what an interrupted run wrote after step `first` is purged."""
     from torch.utils.tensorboard import SummaryWriter
 
@@ -39,17 +41,17 @@ def tensorboard(folder: Path, first: int, config: Mapping[str, Any]) -> Write:
             writer.add_scalar(name, value, step)
         if samples:
             names, rows = sample_rows(samples)
-            lines = [names, ["---"] * len(names), *rows]
-            shown = [
-                [escape(str(x)).replace("\n", "<br>").replace("|", "\\|") for x in y] for y in lines
-            ]
-            writer.add_text("samples", "\n".join(f"| {' | '.join(line)} |" for line in shown), step)
+            text = ""
+            for row in (names, ["---"] * len(names), *rows):
+                cells = [escape(str(x)).replace("\n", "<br>").replace("|", "\\|") for x in row]
+                text += f"| {' | '.join(cells)} |\n"
+            writer.add_text("samples", text, step)
         writer.flush()
 
-    return write
+    return write, None
 
 
-def wandb(folder: Path, first: int, config: Mapping[str, Any]) -> Write:
+def wandb(folder: Path, first: int, config: Mapping[str, Any], known: str | None) -> Started:
     """A Weights & Biases run; WANDB_MODE=offline keeps it local."""
     import wandb as service
 
@@ -58,25 +60,23 @@ def wandb(folder: Path, first: int, config: Mapping[str, Any]) -> Write:
         name=os.environ.get("WANDB_NAME", folder.name),
         dir=str(folder),
         config=dict(config),
-        id=_id(folder, "wandb", first),
+        id=known,
         resume="allow" if first else None,
     )
-    _keep(folder, "wandb", run.id)
-    return _with_table(run, service.Table)
+    return _with_table(run, service.Table), run.id
 
 
-def trackio(folder: Path, first: int, config: Mapping[str, Any]) -> Write:
+def trackio(folder: Path, first: int, config: Mapping[str, Any], known: str | None) -> Started:
     """A Trackio run, kept on this machine."""
     import trackio as service
 
     run = service.init(
         project=os.environ.get("TRACKIO_PROJECT", "ta"),
-        name=_id(folder, "trackio", first) or folder.name,
+        name=known or folder.name,
         config=dict(config),
         resume="allow" if first else "never",
     )
-    _keep(folder, "trackio", run.name)
-    return _with_table(run, service.Table)
+    return _with_table(run, service.Table), run.name
 
 
 def _with_table(run: Any, table: Callable) -> Write:
@@ -87,7 +87,7 @@ def _with_table(run: Any, table: Callable) -> Write:
     return write
 
 
-def clearml(folder: Path, first: int, config: Mapping[str, Any]) -> Write:
+def clearml(folder: Path, _: int, config: Mapping[str, Any], known: str | None) -> Started:
     """A ClearML task."""
     from clearml import Task
 
@@ -95,10 +95,9 @@ def clearml(folder: Path, first: int, config: Mapping[str, Any]) -> Write:
         project_name=os.environ.get("CLEARML_PROJECT", "ta"),
         task_name=os.environ.get("CLEARML_TASK", folder.name),
         tags=[tag for tag in os.environ.get("CLEARML_TAGS", "").split(",") if tag],
-        continue_last_task=_id(folder, "clearml", first) or False,
+        continue_last_task=known or False,
     )
     task.connect_configuration(dict(config), name="config")
-    _keep(folder, "clearml", task.id)
     logger = task.get_logger()
 
     def write(step: int, figures: dict[str, float], samples: Sequence[dict]) -> None:
@@ -108,33 +107,18 @@ def clearml(folder: Path, first: int, config: Mapping[str, Any]) -> Write:
             names, rows = sample_rows(samples)
             logger.report_table("samples", "samples", step, [names, *rows])
 
-    return write
+    return write, task.id
 
 
 def sample_rows(samples: Sequence[dict]) -> tuple[list[str], list[list]]:
     """The names of the fields of samples, and their values in a row each: text, numbers or None."""
-    names = dict.fromkeys(key for sample in samples for key in sample)
-    names = [key for key in names if key not in ("step", "row", "chat")]
-    values = [[sample.get(name) for name in names] for sample in samples]
+    names = [name for name in dict.fromkeys(chain(*samples)) if name not in ("step", "row", "chat")]
+    rows = [[sample.get(name) for name in names] for sample in samples]
     plain = (float, type(None))
-    return names, [
-        [x if isinstance(x, plain) else printable(str(x)) for x in row] for row in values
-    ]
+    return names, [[x if isinstance(x, plain) else printable(str(x)) for x in row] for row in rows]
 
 
-def _id(folder: Path, service: str, first: int) -> str | None:
-    """The service's name of the run that is resumed; None of a new one."""
-    path = folder / IDS
-    return json.loads(path.read_text()).get(service) if first and path.exists() else None
-
-
-def _keep(folder: Path, service: str, name: str) -> None:
-    path = folder / IDS
-    ids = json.loads(path.read_text()) if path.exists() else {}
-    write_atomic(path, json.dumps(ids | {service: name}))
-
-
-TRACKERS: dict[str, Callable[[Path, int, Mapping[str, Any]], Write]] = {
+TRACKERS: dict[str, Callable[..., Started]] = {
     "tensorboard": tensorboard,
     "wandb": wandb,
     "trackio": trackio,
@@ -153,4 +137,13 @@ def open_trackers(
     names: Sequence[str], folder: Path, first: int = 0, config: Mapping[str, Any] | None = None
 ) -> list[Write]:
     """The write functions of the services in `names`, for a run that goes on after step `first`."""
-    return [TRACKERS[name](folder, first, config or {}) for name in names]
+    path, writers = folder / "trackers.json", []
+    known = json.loads(path.read_text()) if path.exists() else {}
+    for name in names:
+        earlier = known.get(name) if first else None
+        write, own = TRACKERS[name](folder, first, config or {}, earlier)
+        writers.append(write)
+        if own:
+            known[name] = own
+            write_atomic(path, json.dumps(known))
+    return writers
