@@ -7,10 +7,9 @@ import json
 from typing import Any
 
 from ta.data.prepare import Prepared
-from ta.files import read_json_lines
 from ta.flags import changed_settings, command_of
 from ta.printable import masked, one_line
-from ta.training.run_folder import Run, versions
+from ta.training.run_folder import Run, evaluations, versions
 
 
 def model_card(run: Run, prepared: Prepared | None, figures: dict[str, float]) -> str:
@@ -34,7 +33,7 @@ def model_card(run: Run, prepared: Prepared | None, figures: dict[str, float]) -
         lines += [f"| {name} | {n} |" for name, n in zip(names, counts, strict=True)]
         lines += ["", f"{info['tokens']:,} tokens, {share:.0f} % of them learned.", ""]
     if figures:
-        first = _first_figures(run)
+        first = next(iter(evaluations(run.folder)), {})
         lines += ["## Figures of held-out records", ""]
         lines += ["| figure | before | after |", "|---|---|---|"]
         lines += [
@@ -48,14 +47,6 @@ def model_card(run: Run, prepared: Prepared | None, figures: dict[str, float]) -
     lines += ["", "## Again", "", "```sh", command_of(config), "```", ""]
     lines += [", ".join(f"{name} {number}" for name, number in versions().items()), ""]
     return "\n".join(lines)
-
-
-def _first_figures(run: Run) -> dict[str, float]:
-    """The figures of the first evaluation in metrics.jsonl."""
-    path = run.folder / "metrics.jsonl"
-    records = read_json_lines(path) if path.exists() else []
-    evaluated = (r for r in records if any(name.startswith("val_") for name in r))
-    return next(evaluated, {})
 
 
 def _cell(value: Any) -> str:

@@ -26,6 +26,7 @@ from ta.generation.evaluation import DRAWS, interval
 from ta.generation.metrics import METRICS
 from ta.generation.text_metrics import UNSPACED, plain, words
 from ta.printable import printable
+from ta.training.run_folder import read_settings
 
 LONGEST = 4000  # characters of one text
 
@@ -113,12 +114,6 @@ def write_report(folder: Path, live: bool = False) -> None:
     samples = read_json_lines(folder / "samples.jsonl")
     text = page(folder.resolve().name, read_settings(folder), metrics, samples, live)
     write_atomic(folder / "report.html", text)
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """The object of config.json; {} where there is none."""
-    path = folder / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def page(

@@ -41,6 +41,12 @@ RUN_NAMES = (
 MARKS = ("config", "versions", "identity")
 
 
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The object of config.json; {} where there is none."""
+    path = folder / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def cut_back(path: Path, step: int) -> None:
     """Drop logged objects of steps after `step`, so that a resumed run logs no step twice."""
     if path.exists():
@@ -139,8 +145,7 @@ class Run:
 
     def identity(self) -> dict[str, Any] | None:
         """The settings that config.json keeps of an earlier start; None where there was none."""
-        path = self.folder / "config.json"
-        return json.loads(path.read_text(encoding="utf-8"))["identity"] if path.exists() else None
+        return read_settings(self.folder).get("identity")
 
     def record(self, key: dict[str, Any], records: dict[str, Any]) -> None:
         """Write config.json (rank 0); `key` holds the settings that must not differ on a resume,
@@ -150,10 +155,11 @@ class Run:
         """
         if parallel.rank():
             return
-        config = masked(dataclasses.asdict(self.config)) if self.config else {}
-        about = {"command": self.config and command_of(self.config), "config": config}
-        about |= {
-            "changed": sorted(changed_settings(self.config)) if self.config else [],
+        config = self.config
+        about = {
+            "command": config and command_of(config),
+            "config": self.settings(),
+            "changed": sorted(changed_settings(config)) if config else [],
             "versions": versions(),
             "identity": key,
             "records": records,
@@ -207,22 +213,26 @@ def best_step(folder: Path, loop: LoopConfig) -> tuple[int | None, int]:
     Of equal values the first is the best. ValueError where the evaluations lack the figure.
     """
     name = f"val_{loop.keep_best}"
-    path = folder / "metrics.jsonl"
-    records = list(read_json_lines(path)) if path.exists() else []
-    records = [r for r in records if any(key.startswith("val_") for key in r)]
+    records = evaluations(folder)
     values = [(record["step"], record[name]) for record in records if name in record]
     if records and not values:
         known = ", ".join(key.removeprefix("val_") for key in records[-1] if key != "step")
         raise ValueError(f"--keep-best {loop.keep_best}: the evaluations give {known}; name one")
     if not values:
         return None, 0
-    metric = re.split("[@/]", loop.keep_best)[0]
-    low = loop.best_is == "lower" or (
-        loop.best_is == "auto" and metric.startswith(("loss", "perplexity", "kl"))
-    )
-    figures = [figure if low else -figure for _, figure in values]
-    best = figures.index(min(figures))
+    figure = re.split("[@/]", loop.keep_best)[0]
+    lower = loop.best_is == "lower"
+    if loop.best_is == "auto":
+        lower = figure.startswith(("loss", "perplexity", "kl"))
+    better = min if lower else max
+    best = better(range(len(values)), key=lambda place: values[place][1])
     return values[best][0], len(values) - 1 - best
+
+
+def evaluations(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that hold figures of held-out records."""
+    records = read_json_lines(folder / "metrics.jsonl")
+    return [record for record in records if any(key.startswith("val_") for key in record)]
 
 
 def start_run(config: Any) -> Run:
@@ -250,8 +260,7 @@ def start_run(config: Any) -> Run:
 
 def first_day(loop: LoopConfig) -> str:
     """The day (YYYY-MM-DD) on which a run that is resumed began, else today."""
-    settings = Path(loop.out) / "config.json"
-    began = json.loads(settings.read_text()).get("day") if loop.resume and settings.exists() else ""
+    began = read_settings(Path(loop.out)).get("day") if loop.resume else ""
     return began or date.today().isoformat()
 
 
@@ -312,8 +321,7 @@ def resume_key(run: Run, batches: Any, optimizer: Any, optim: Any, more: dict[st
         key["adapter_content"] = sources.adapter and fingerprint(sources.adapter)
         key["dtype"], key["model_args"] = model.dtype, masked(model.model_args)
         key["quantize"] = config.compute.quantize
-        for name in (setting.name for setting in dataclasses.fields(config)):
-            value = getattr(config, name)
+        for name, value in vars(config).items():
             if not dataclasses.is_dataclass(value):
                 key[name] = value
             elif name not in COMPARED_OTHERWISE:
