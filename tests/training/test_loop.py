@@ -379,7 +379,7 @@ def test_trackers_get_what_is_logged(tmp_path, monkeypatch):
     monkeypatch.setitem(
         trackers.TRACKERS,
         "tensorboard",
-        lambda folder, first, config: lambda *given: seen.append(given),
+        lambda folder, first, config, known: (lambda *given: seen.append(given), None),
     )
     where = loop(tmp_path, log=("tensorboard",))
 
