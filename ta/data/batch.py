@@ -101,25 +101,15 @@ def lay_out(
         return Batch(zero, zero.clone(), none, none, torch.zeros(0), none, none, ())
     flat, flat_weights = np.concatenate(ids), np.concatenate(weights)
     full = np.fromiter(map(len, ids), np.int64, len(ids))
-    begins = np.cumsum(full) - full
-    # of every token: its sequence, its place among the B*T positions, its place in the sequence
+    skip = np.asarray(shared if any(shared) else [0] * len(ids), np.int64)
+    sizes = full - skip
+    starts = _starts(sizes) if packed else np.arange(len(ids)) * sizes.max()
+    column, place = _places(full, skip, starts)
     owner = np.repeat(np.arange(len(ids)), full)
-    place = np.arange(len(flat))
-    column = place - begins[owner]
-    if packed and not any(shared):
-        sizes, starts, shared = full, begins, ()
-        tokens, positions = flat.astype(np.int64)[None], column[None]
-    else:
-        skip = np.asarray(shared if len(shared) else [0] * len(ids), np.int64)
-        sizes = full - skip
-        starts = np.cumsum(sizes) - sizes if packed else np.arange(len(ids)) * sizes.max()
-        # a shared token has its place in the sequence that holds the prefix
-        stored = column >= skip[owner]
-        at_prefix = starts[leads(skip)[owner]] + column
-        place = np.where(stored, starts[owner] + column - skip[owner], at_prefix)
-        shape = (1, sizes.sum()) if packed else (len(ids), sizes.max())
-        tokens, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        tokens.flat[place[stored]], positions.flat[place[stored]] = flat[stored], column[stored]
+    tokens = np.zeros((1, sizes.sum()) if packed else (len(ids), sizes.max()), np.int64)
+    positions = np.zeros_like(tokens)
+    tokens.ravel()[place] = flat
+    positions.ravel()[place] = column
     # a target is predicted at the token before it
     hit = np.flatnonzero((flat_weights != 0) & (column > 0))
     return Batch(
@@ -133,6 +123,26 @@ def lay_out(
         tuple(sizes.tolist()),
         tuple(shared) if any(shared) else (),
     )
+
+
+def _starts(lengths: np.ndarray) -> np.ndarray:
+    """(N,) where each of sequences that follow one another begins."""
+    return np.cumsum(lengths) - lengths
+
+
+def _places(
+    lengths: np.ndarray, prefixes: np.ndarray, starts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of every token of all sequences its place in its sequence, and its place in the row.
+
+    The first `prefixes[i]` tokens of a sequence stand in the row where the sequence does that it
+    shares them with, the others from `starts[i]` on.
+    """
+    column = np.arange(lengths.sum()) - np.repeat(_starts(lengths), lengths)
+    shared = column < np.repeat(prefixes, lengths)
+    begins = (starts[leads(prefixes)], starts - prefixes)
+    at_prefix, at_own = (np.repeat(begin, lengths) for begin in begins)
+    return column, column + np.where(shared, at_prefix, at_own)
 
 
 def part_of(batch: Batch, index: int, parts: int) -> Batch:
@@ -168,8 +178,8 @@ def sequences_of(batch: Batch) -> list[list[int]]:
         rows = zip(batch.tokens.tolist(), batch.lengths, strict=True)
         return [row[:length] for row, length in rows]
     row, sizes = batch.tokens[0].tolist(), np.asarray(batch.lengths)
-    starts = np.cumsum(sizes) - sizes
     prefixes = np.asarray(batch.prefixes or (0,) * len(sizes))
+    starts = _starts(sizes)
     places = zip(starts, sizes, starts[leads(prefixes)], prefixes, strict=True)
     return [row[lead : lead + prefix] + row[at : at + n] for at, n, lead, prefix in places]
 
@@ -190,29 +200,20 @@ def cuts_of(lengths: tuple[int, ...], prefixes: tuple[int, ...] = ()) -> Cuts:
     """
     queries = np.asarray(lengths or (1,), np.int64)
     prefix = np.asarray(prefixes or (0,) * len(queries), np.int64)
-    rest = -queries.sum() % COLUMNS
-    rest_keys = rest
+    keys = queries + prefix
+    rest = rest_keys = -queries.sum() % COLUMNS
     if prefixes:
         # the keys of the rest must have a query that sees them
         rest = rest or COLUMNS
-        rest_keys = -(queries + prefix).sum() % COLUMNS
+        rest_keys = -keys.sum() % COLUMNS
         rest_keys += COLUMNS * -(-max(0, rest - rest_keys) // COLUMNS)
-    queries, keys = np.append(queries, rest), np.append(queries + prefix, rest_keys)
+    queries, keys = np.append(queries, rest), np.append(keys, rest_keys)
+    columns, seen = int(queries.sum()), None
+    if prefixes:
+        _, places = _places(keys, np.append(prefix, 0), _starts(queries))
+        seen = torch.from_numpy(np.minimum(places, columns - 1))
     bounds = [torch.from_numpy(_bounds(x)) for x in (queries, keys)]
-    longest, longest_keys = _power_of_two(queries), _power_of_two(keys)
-    columns = int(queries.sum())
-    if not prefixes:
-        return Cuts(columns, *bounds, longest, longest_keys)
-    starts = np.cumsum(queries) - queries
-    prefix_starts = starts[np.append(leads(prefix), len(prefix))]
-    prefix = np.append(prefix, 0)
-    # of every key: its document and its place in it
-    owner = np.repeat(np.arange(len(keys)), keys)
-    place = np.arange(keys.sum()) - np.repeat(np.cumsum(keys) - keys, keys)
-    after_prefix = starts[owner] + place - prefix[owner]
-    seen = np.where(place < prefix[owner], prefix_starts[owner] + place, after_prefix)
-    seen = torch.from_numpy(np.minimum(seen, columns - 1))
-    return Cuts(columns, *bounds, longest, longest_keys, seen)
+    return Cuts(columns, *bounds, _power_of_two(queries), _power_of_two(keys), seen)
 
 
 def _power_of_two(lengths: np.ndarray) -> int:

@@ -10,7 +10,7 @@ import heapq
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ta.command_line import Range
@@ -173,17 +173,17 @@ class ReadAhead:
     def __init__(self, batches: TrainBatches):
         self.batches = batches
         self._pool = ThreadPoolExecutor(1)
-        self._coming: dict[int, Any] = {}
+        # remembers the step that was begun last
+        self._begun = lru_cache(maxsize=1)(partial(self._pool.submit, batches.at))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.batches, name)
 
     def at(self, step: int) -> list:
         """This process's micro-batches of `step`; those of the next step are begun."""
-        ready = self._coming.pop(step, None) or self._pool.submit(self.batches.at, step)
-        self._coming.clear()
+        ready = self._begun(step)
         if step + 1 < self.batches.steps:
-            self._coming[step + 1] = self._pool.submit(self.batches.at, step + 1)
+            self._begun(step + 1)
         return ready.result()
 
 
@@ -249,8 +249,8 @@ def micro_batches(
     sizes = prepared.offsets[(records + 1) * prepared.k] - prepared.offsets[records * prepared.k]
     by_rank = split_micro(sizes.tolist(), max_tokens * parts, world() // parts, packed)
     group, index = divmod(rank(), parts)
-    made = [collate(prepared, records[places], packed) for places in by_rank[group]]
-    return [part_of(batch, index, parts) for batch in made] if parts > 1 else made
+    made = (collate(prepared, records[places], packed) for places in by_rank[group])
+    return [part_of(batch, index, parts) for batch in made]
 
 
 def steps_in(n: int, batch_size: int, epochs: float) -> int:
@@ -297,22 +297,24 @@ def split_micro(
             f"a sequence of {longest} tokens cannot fit into --max-tokens-per-micro {max_tokens}: "
             "raise it or lower --max-tokens"
         )
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     cut = _pack if packed else _group
-    bins = cut(lengths, max_tokens, world)
+    bins = cut(lengths, longest_first, max_tokens, world)
     return [bins[rank::world] for rank in range(world)]
 
 
-def _pack(lengths: Sequence[int], max_tokens: int, world: int) -> list[list[int]]:
-    """Longest first into the emptiest bin, with one more bin a rank until all fit.
+def _pack(
+    lengths: Sequence[int], longest_first: list[int], max_tokens: int, world: int
+) -> list[list[int]]:
+    """Each into the emptiest bin, with one more bin a rank until all fit.
 
     The fullest bin comes first.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    rounds = max(1, -(-sum(lengths) // (max_tokens * world)))
+    count = max(1, -(-sum(lengths) // (max_tokens * world))) * world
     while True:
-        bins: list[list[int]] = [[] for _ in range(rounds * world)]
-        heap = [(0, b) for b in range(len(bins))]
-        for i in order:
+        bins: list[list[int]] = [[] for _ in range(count)]
+        heap = [(0, b) for b in range(count)]
+        for i in longest_first:
             load, b = heap[0]
             if load + lengths[i] > max_tokens:
                 break
@@ -321,18 +323,20 @@ def _pack(lengths: Sequence[int], max_tokens: int, world: int) -> list[list[int]
         else:
             fullest_first = sorted(heap, key=lambda pair: (-pair[0], pair[1]))
             return [sorted(bins[b]) for _, b in fullest_first]
-        rounds += 1
+        count += world
 
 
-def _group(lengths: Sequence[int], max_tokens: int, world: int) -> list[list[int]]:
+def _group(
+    lengths: Sequence[int], longest_first: list[int], max_tokens: int, world: int
+) -> list[list[int]]:
     """Sequences of similar length share a padded micro-batch of rows x longest <= max_tokens."""
     bins: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for i in longest_first:
         if bins and (len(bins[-1]) + 1) * lengths[bins[-1][0]] <= max_tokens:
             bins[-1].append(i)
         else:
             bins.append([i])
-    empty = -len(bins) % world or (world if not bins else 0)
+    empty = -len(bins) % world if bins else world
     return bins + [[] for _ in range(empty)]
 
 
@@ -341,14 +345,12 @@ def common_prefix(a, a_weights, b, b_weights) -> int:
 
     Each sequence keeps at least one token of its own.
     """
-    import numpy as np
-
     limit = min(len(a), len(b)) - 1
     for weights in (a_weights, b_weights):
         if weights.any():
-            limit = min(limit, int(np.argmax(weights != 0)))
-    differ = np.flatnonzero(a[:limit] != b[:limit])
-    return int(differ[0]) if len(differ) else max(limit, 0)
+            limit = min(limit, first_learned(weights))
+    differ = a[:limit] != b[:limit]
+    return int(differ.argmax()) if differ.any() else max(limit, 0)
 
 
 def name_of(prepared: Prepared, record: int) -> str:
@@ -374,13 +376,12 @@ def check_budget(prepared: Prepared, max_tokens_per_micro: int, parts: int = 1) 
 
 def collate_pairs(prepared: Prepared, records: np.ndarray, packed: bool) -> PairBatch:
     """Pairs with their margins (0 where a record gives none) and, where known, the reference."""
-    import numpy as np
     import torch
 
     from ta.data.batch import PairBatch
 
-    margin = np.nan_to_num(prepared.extras["margin"][records]).astype(np.float32)
-    batch = PairBatch(collate_chats(prepared, records, packed), torch.from_numpy(margin))
+    margin = torch.from_numpy(prepared.extras["margin"][records])
+    batch = PairBatch(collate_chats(prepared, records, packed), margin.nan_to_num().float())
     return with_known_reference(batch, prepared, records)
 
 
@@ -449,10 +450,8 @@ def partners(prepared: Prepared, seed: int) -> Callable[[int], int | None]:
     import numpy as np
 
     n, longest = len(prepared.origin), int(lengths(prepared).max())
-    bits = np.random.Philox(np.random.SeedSequence([seed, n]))
-    order = np.random.Generator(bits).permutation(n)
-    place = np.empty(n, np.int64)
-    place[order] = np.arange(n)
+    order = _order(n, seed, n)
+    place = order.argsort()
 
     def partner(i: int) -> int | None:
         ids, weights = sequence(prepared, i)
@@ -489,20 +488,17 @@ def mismatch(prepared: Prepared, i: int, j: int | None) -> tuple[np.ndarray, np.
 
 def first_learned(weights: np.ndarray) -> int:
     """The index of the first learned token, where the answer starts."""
-    import numpy as np
-
-    return int(np.argmax(weights != 0))
+    return int((weights != 0).argmax())
 
 
 def collate_classes(prepared: Prepared, records: np.ndarray, packed: bool) -> ClassBatch:
     """Texts and their classes."""
-    import numpy as np
     import torch
 
     from ta.data.batch import ClassBatch
 
-    labels = prepared.extras["label"][records].astype(np.int64)
-    return ClassBatch(collate_chats(prepared, records, packed), torch.from_numpy(labels))
+    labels = torch.from_numpy(prepared.extras["label"][records]).long()
+    return ClassBatch(collate_chats(prepared, records, packed), labels)
 
 
 def labels_of(prepared: Prepared, num_labels: int) -> np.ndarray:
@@ -510,10 +506,8 @@ def labels_of(prepared: Prepared, num_labels: int) -> np.ndarray:
 
     ValueError names the first record whose label is none of `num_labels`.
     """
-    import numpy as np
-
-    labels = prepared.extras["label"].astype(np.int64)
-    wrong = np.flatnonzero((labels < 0) | (labels >= num_labels))
+    labels = prepared.extras["label"].astype("int64")
+    (wrong,) = ((labels < 0) | (labels >= num_labels)).nonzero()
     if len(wrong):
         raise ValueError(
             f"{name_of(prepared, wrong[0])} has label {labels[wrong[0]]} of --num-labels "
