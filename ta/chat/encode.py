@@ -98,34 +98,25 @@ def encode_dialogues(
     rule = rule.within(config)
     groups = [[_prepared(dialogue, config) for dialogue in group] for group in dialogues]
     arguments = arguments or [NO_ARGUMENTS] * len(groups)
-    results: dict[int, list[Tokens] | Drop] = {}
-    jobs = {}
-    for g, group in enumerate(groups):
-        if stay := _of_use(group, rule):
-            jobs[g] = Fitting(group, arguments[g], stay)
-        else:
-            results[g] = _useless(group, rule)
-    while jobs:
-        rendered = []
-        for job in jobs.values():
-            job.notes.clear()
-            for dialogue in job.group:
-                messages = [dialogue[i] for i in job.stay]
-                weights = loss_weights(messages, rule.loss_on, rule.opened)
-                rendered.append(job.render(messages, weights, tokenizer, rule.opened))
+    jobs = [
+        Fitting(group, given, rule, _of_use(group, rule))
+        for group, given in zip(groups, arguments, strict=True)
+    ]
+    for job in jobs:
+        if not job.stay:
+            job.result = _useless(job.group, rule)
+    while waiting := [job for job in jobs if job.result is None]:
+        rendered = [job.render(dialogue, tokenizer) for job in waiting for dialogue in job.group]
         tokenized = iter(tokenize_chats(rendered, tokenizer.vocabulary))
-        for g, job in list(jobs.items()):
+        for job in waiting:
             variants = [next(tokenized) for _ in job.group]
             if is_text(job.group[0]):
                 _begin_text(variants[0].tokens, tokenizer)
-            result = job.fit(variants, config, rule)
-            if result is None:
-                continue
-            results[g] = result
-            del jobs[g]
-            if notes and isinstance(result, list):
-                notes[g] += dict.fromkeys(job.notes)
-    return [results[g] for g in range(len(groups))]
+            job.fit(variants, config)
+    for job, said in zip(jobs, notes or (), strict=False):
+        if isinstance(job.result, list):
+            said += dict.fromkeys(job.notes)
+    return [job.result for job in jobs]
 
 
 @dataclass
@@ -134,16 +125,19 @@ class Fitting:
 
     group: Sequence[Chat]
     arguments: Arguments
+    rule: EncodeRule
     # the places of the messages that stay
     stay: list[int]
     # whether the last answer is cut at the limit
     cut: bool = False
     notes: list[str] = field(default_factory=list)
+    # the sequences of the group, or why it cannot be used
+    result: list[Tokens] | Drop | None = None
 
-    def render(
-        self, messages: Chat, weights: list[float], tokenizer: ChatTokenizer, opened: bool
-    ) -> Rendered:
-        """What stays of a dialogue, in pieces."""
+    def render(self, dialogue: Chat, tokenizer: ChatTokenizer) -> Rendered:
+        """What stays of a dialogue of the group, in pieces."""
+        messages, opened = [dialogue[i] for i in self.stay], self.rule.opened
+        weights = loss_weights(messages, self.rule.loss_on, opened)
         if not is_text(messages):
             given = weights, opened, self.arguments, self.notes
             return render_chat(messages, tokenizer.template, *given)
@@ -152,21 +146,19 @@ class Fitting:
         text = messages[0]["content"].removesuffix(end) + end
         return [[Piece(text, message_weight(messages[0], 0, True), "template")]]
 
-    def fit(
-        self, variants: Sequence[Tokenized], config: ChatConfig, rule: EncodeRule
-    ) -> list[Tokens] | Drop | None:
-        """The sequences of the group, or why it cannot be used.
-
-        None where they are longer than `max_tokens`: fewer messages stay, to be rendered again.
-        """
+    def fit(self, variants: Sequence[Tokenized], config: ChatConfig) -> None:
+        """Set the result; where it is longer than `max_tokens`, fewer messages stay instead."""
+        rule, limit = self.rule, config.max_tokens
         longest = max(variants, key=lambda variant: len(variant.tokens.ids))
-        size, limit = len(longest.tokens.ids), config.max_tokens
+        size = len(longest.tokens.ids)
         sequences = [variant.tokens for variant in variants]
         if limit is None or size <= limit:
-            return _learnable(sequences, rule)
+            self.result = _learnable(sequences, rule)
+            return
         if self.cut:
             self.notes.append("the last answer is cut and teaches no end")
-            return _learnable([Tokens(x[:limit], w[:limit]) for x, w in sequences], rule)
+            self.result = _learnable([Tokens(x[:limit], w[:limit]) for x, w in sequences], rule)
+            return
         # what a template writes once (BOS) counts with the first message; should that message go,
         # the next round counts again
         messages = [self.group[0][i] for i in self.stay]
@@ -176,19 +168,18 @@ class Fitting:
             self.cut = len(ending) > len(places)
             places = ending if self.cut else places
         self.stay = [self.stay[place] for place in places]
-        if self.stay:
-            return None
-        what = "prompt" if rule.opened else "answer" if rule.end_in_answer else "message"
-        what = "text" if is_text(messages) else what
-        return Drop(
-            f"no {what} fits in max_tokens", f"{size} tokens, and no whole {what} within {limit}"
-        )
+        # the next round says again what is left out
+        self.notes.clear()
+        if not self.stay:
+            what = "prompt" if rule.opened else "answer" if rule.end_in_answer else "message"
+            what = "text" if is_text(messages) else what
+            detail = f"{size} tokens, and no whole {what} within {limit}"
+            self.result = Drop(f"no {what} fits in max_tokens", detail)
 
 
 def _useless(group: Sequence[Chat], rule: EncodeRule) -> Drop:
     """Why a group cannot be used that has no messages of use."""
-    roles = [message["role"] for message in group[0]] if group else []
-    if rule.opened or ANSWER in roles:
+    if rule.opened or (group and any(message["role"] == ANSWER for message in group[0])):
         what = "be answered" if rule.opened else "follow from one"
         return Drop("no question", f"no message of a user is there, so nothing can {what}")
     return Drop("no answer", "the chat has no message that could be learned")

@@ -11,8 +11,9 @@ import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
-from itertools import accumulate
+from functools import lru_cache, partial
+from itertools import accumulate, pairwise
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 from ta.chat.marks import Label, Written, mark_chat, read_marks
@@ -164,8 +165,6 @@ def split_jinja(
     where the template cannot write the chat, or leaves out what a message says.
     """
     notes = [] if notes is None else notes
-    if plain := plain_contents(messages, template, opened, arguments):
-        return _filled(*plain, messages, notes)
     given = [_given(message, template.role_tags) for message in messages]
     for key, own in template.reasoning_keys.items():
         if any(key in message for message in given):
@@ -200,38 +199,31 @@ def _is_plain(message: Message) -> bool:
 def _spellings(given: list[Message]) -> Iterator[tuple[list[Message], str]]:
     """The messages as they are; then, for templates that take only those, other spellings."""
     yield given, ""
-
-    def with_calls(change: Callable[[Message], Message]) -> list[Message]:
-        return [change(m) if m.get("tool_calls") else m for m in given]
-
-    def arguments_as(change: Callable[[Any], Any]) -> list[Message]:
-        return with_calls(
-            lambda m: m | {"tool_calls": [_call_with(call, change) for call in m["tool_calls"]]}
-        )
-
-    empty = [m.get("content") in (None, "") for m in given if m.get("tool_calls")]
+    empty = "empty content beside calls is {}, because the chat template takes no other"
     absent = lambda m: {k: v for k, v in m.items() if k != "content" or v}
-    ways = [
-        (arguments_as(_parsed), "arguments of calls are given to the template as objects"),
-        (arguments_as(_dumped), "arguments of calls are given to the template as text"),
-    ]
-    if any(empty):
-        how = "empty content beside calls is {}, because the chat template takes no other"
-        ways += [
-            (with_calls(absent), how.format("left out")),
-            (with_calls(lambda m: {**m, "content": m.get("content") or ""}), how.format('""')),
-            (with_calls(lambda m: {**m, "content": m.get("content") or None}), how.format("null")),
-        ]
-    parts = lambda text: [{"type": "text", "text": text}] if isinstance(text, str) else text
-    ways.append(
-        (
-            [{**m, "content": parts(m.get("content"))} for m in given],
-            "contents are given to the template as lists of parts, because it takes no text",
-        )
-    )
-    for spelled, how in ways:
+    beside_calls = {
+        "arguments of calls are given to the template as objects": partial(_with_calls, _parsed),
+        "arguments of calls are given to the template as text": partial(_with_calls, _dumped),
+        empty.format("left out"): absent,
+        empty.format('""'): lambda m: {**m, "content": m.get("content") or ""},
+        empty.format("null"): lambda m: {**m, "content": m.get("content") or None},
+    }
+    for how, change in beside_calls.items():
+        spelled = [change(m) if m.get("tool_calls") else m for m in given]
         if spelled != given:
             yield spelled, how
+    parts = lambda text: [{"type": "text", "text": text}] if isinstance(text, str) else text
+    spelled = [{**m, "content": parts(m.get("content"))} for m in given]
+    if spelled != given:
+        yield (
+            spelled,
+            "contents are given to the template as lists of parts, because it takes no text",
+        )
+
+
+def _with_calls(change: Callable[[Any], Any], message: Message) -> Message:
+    """A message with other arguments of its tool calls."""
+    return message | {"tool_calls": [_call_with(call, change) for call in message["tool_calls"]]}
 
 
 def _call_with(call: dict, change: Callable[[Any], Any]) -> dict:
@@ -280,19 +272,6 @@ def plain_contents(
     return contents and (skeleton, contents)
 
 
-def _filled(
-    skeleton: Skeleton, contents: list[str], messages: Sequence[Message], notes: list[str]
-) -> list[Span]:
-    """The spans of a skeleton with contents of their own."""
-    notes += skeleton.notes
-    spans = skeleton.spans[:]
-    for i, content in enumerate(contents):
-        *lead, x = spans[i].body
-        parts = content_parts(content, messages[i].get("parts"), x.by)
-        spans[i] = spans[i]._replace(body=(*lead, *parts))
-    return spans
-
-
 def _skeleton(roles: tuple[str, ...], template: JinjaTemplate, opened: bool) -> Skeleton:
     given = [{"role": template.role_tags[role], "content": "x"} for role in roles]
     named = [{"role": role, "content": "x"} for role in roles]
@@ -317,26 +296,19 @@ def _contents(text: str, texts: tuple[str, ...], messages: Sequence[Message]) ->
 
     None where the text is not texts and contents in turn.
     """
-    contents = [message["content"] for message in messages]
-    pairs = zip(texts, contents, strict=False)
-    if text == "".join([part for pair in pairs for part in pair]) + texts[-1]:
-        return contents
+    if not text.startswith(texts[0]):
+        return None
     at, found = len(texts[0]), []
-    for i, content in enumerate(contents if text.startswith(texts[0]) else []):
-        rest = texts[i + 1]
-        for form in (content, content.strip(), content.lstrip(), content.rstrip()):
-            follows = at + len(form)
-            if (
-                text.startswith(form, at)
-                and text.startswith(rest, follows)
-                and (i + 1 < len(contents) or follows + len(rest) == len(text))
-            ):
-                break
-        else:
-            return None
+    for message, rest in zip(messages, texts[1:], strict=True):
+        form = content = message["content"]
+        if not text.startswith(content + rest, at):
+            forms = (content.lstrip(), content.rstrip(), content.strip())
+            form = next((form for form in forms if text.startswith(form + rest, at)), None)
+            if form is None:
+                return None
         found.append(form)
-        at = follows + len(rest)
-    return found if len(found) == len(contents) and at == len(text) else None
+        at += len(form) + len(rest)
+    return found if at == len(text) else None
 
 
 def content_parts(content: str, parts: Sequence | None, by: Writer) -> tuple[Part, ...]:
@@ -708,40 +680,33 @@ def _spans(
     opened: bool,
 ) -> list[Span]:
     ends, begins, faults = borders
-    stretches: list[tuple[int, Part]] = []  # of the whole text: where it starts, what it is
-    at, owner, until = 0, None, 0
-    for place in (*places, None):
-        left = place.left if place else len(text)
-        for start, stop in ((at, min(left, until)), (max(at, min(left, until)), left)):
-            if start < stop:
-                whose = owner if start < until else None
-                stretches.append((start, Part(text[start:stop], "template", whose)))
-        if place is None:
-            break
-        i, at = place.label.message, left
+    # of the whole text: where each stretch of one writer starts, and the writer
+    starts, writers = [0], ["template"]
+    # where a text behind a later message starts, its answer, and how far that answer has the text
+    owned: list[tuple[int, int, int]] = [(0, 0, 0)]
+    for place in places:
+        i, at = place.label.message, place.left
         if place.once and -1 < i < place.home:
-            owner, until = i, ends[place.home]
+            owned.append((at, i, ends[place.home]))
         by: Writer = "answer" if i >= 0 and chat.roles[i] == ANSWER else "other"
-        for part in content_parts(text[left : place.right], media.get(i), by):
-            part = part._replace(owner=owner) if at < until else part
-            stretches.append((at, part))
+        for part in content_parts(text[at : place.right], media.get(i), by):
+            starts.append(at)
+            writers.append(part.by)
             at += len(part.text)
-    starts = [start for start, _ in stretches]
-
-    def within(a: int, b: int) -> tuple[Part, ...]:
-        found = []
-        for start, part in stretches[max(bisect_right(starts, a) - 1, 0) : bisect_left(starts, b)]:
-            if stays := part.text[max(a - start, 0) : b - start]:
-                found.append(Part(stays, part.by, part.owner))
-        return tuple(found)
-
-    spans, before = [], 0
-    for begin, end, fault in zip(begins, ends, faults, strict=True):
-        body = within(begin, end)
+        starts.append(at)
+        writers.append("template")
+    begins = [*begins, len(text)]
+    prefixes, bodies = ([[] for _ in begins] for _ in range(2))
+    for start, stop in pairwise(sorted({*starts, *begins, *ends, len(text)})):
+        i = bisect_right(ends, start)
+        _, owner, until = owned[bisect_right(owned, start, key=itemgetter(0)) - 1]
+        by = writers[bisect_right(starts, start) - 1]
+        part = Part(text[start:stop], by, owner if start < until else None)
+        (prefixes if start < begins[i] else bodies)[i].append(part)
+    spans = []
+    for prefix, body, fault in zip(prefixes, bodies, [*faults, ""], strict=True):
         last = body[-1] if body else Part("", "other")
         suffix = last.text if last.by == "template" and last.owner is None else ""
-        spans.append(Span(within(before, begin), body[: len(body) - bool(suffix)], suffix, fault))
-        before = end
-    if opened:
-        spans.append(Span(within(before, len(text)), (), ""))
-    return spans
+        body = body[: len(body) - bool(suffix)]
+        spans.append(Span(tuple(prefix), tuple(body), suffix, fault))
+    return spans if opened else spans[:-1]

@@ -14,6 +14,7 @@ from ta.chat.jinja import (
     JinjaTemplate,
     Span,
     Writer,
+    content_parts,
     plain_contents,
 )
 from ta.chat.messages import ANSWER, Chat, message_weight
@@ -112,27 +113,30 @@ def render_chat(
     """
     if weights is None:
         weights = [message_weight(m, i, m["role"] == ANSWER) for i, m in enumerate(messages)]
-    glued = isinstance(template, JinjaTemplate)
-    plain = glued and plain_contents(messages, template, opened, arguments)
-    if not plain or not all(plain[1]) or any("parts" in message for message in messages):
+    plain = isinstance(template, JinjaTemplate) and plain_contents(
+        messages, template, opened, arguments
+    )
+    if not plain:
         spans = split_chat(messages, template, opened, arguments, notes)
         return _in_pieces(spans, messages, template, weights)
     # the same but for contents: what is around them is written once
     skeleton, contents = plain
     key = tuple(weights)
-    frame = skeleton.frames.get(key)
-    if frame is None:
+    if key not in skeleton.frames:
         if len(skeleton.frames) >= FRAMES:
             skeleton.frames.clear()
-        frame = _in_pieces(skeleton.spans, messages, template, weights)
-        skeleton.frames[key] = frame
+        skeleton.frames[key] = _in_pieces(skeleton.spans, messages, template, weights)
     if notes is not None:
         notes += skeleton.notes
-    rendered = [*map(list.copy, frame)]
-    for span, pieces, content in zip(skeleton.spans, rendered, contents, strict=False):
+    rendered = [*map(list.copy, skeleton.frames[key])]
+    for i, content in enumerate(contents):
+        span, pieces = skeleton.spans[i], rendered[i]
         at = len(span.prefix) + len(span.body) - 1
         _, weight, by, joins = pieces[at]
         pieces[at] = Piece(content, weight, by, joins)
+        if "parts" in messages[i]:
+            parts = content_parts(content, messages[i]["parts"], by)
+            pieces[at : at + 1] = _pieces(Span((), parts, ""), weight, weights, True, True, joins)
     return rendered
 
 
@@ -174,11 +178,10 @@ def _pieces(
         pieces.append(Piece(text, 0.0, by, prefix_joins))
         prefix_joins = glued
     for text, by, owner in (*span.body, (span.suffix, "template", None)):
-        if text:
-            own = weight if owner is None else weights[owner]
-            joins, before = joins and owner == before, owner
-            pieces.append(Piece(text, 0.0 if by == "media" else own, by, joins))
-            joins = glued
+        own = weight if owner is None else weights[owner]
+        joins, before = joins and owner == before, owner
+        pieces.append(Piece(text, 0.0 if by == "media" else own, by, joins))
+        joins = glued
     return pieces
 
 
@@ -257,8 +260,8 @@ def _split_special(
         return known[piece.text]
     names = vocabulary.answer if piece.by == "answer" else vocabulary.content
     names = frozenset(vocabulary.special) if control else names
-    if not names:
-        return [piece.text]
+    if not (names and piece.text):
+        return [piece.text] * bool(piece.text)
     parts = special_border(names).split(piece.text)
     cut = [vocabulary.special[part] if i % 2 else part for i, part in enumerate(parts) if part]
     if control:

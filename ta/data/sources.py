@@ -9,6 +9,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import pairwise
 from pathlib import PurePath
@@ -137,13 +138,18 @@ def select(source: Source, seed: int) -> tuple[bytearray, str]:
     if count is None:
         count = max(round((source.share or 1.0) * len(window)), 1)
     keep = bytearray(len(ranks))
-    for i in sorted(window, key=ranks.__getitem__)[:count] if chosen else window:
+    for i in sorted(window, key=ranks.__getitem__)[:count]:
         keep[i] = 1
     wanted = source.rows or 0 if source.count is None else source.count
     remark = f"{wanted} records asked for, {len(window)} there, all taken"
     return keep, remark if wanted > len(window) else ""
 
 
+# {reason: {"count", "first": [(source, line)]}}
+Table = dict[str, dict[str, Any]]
+
+
+@dataclass
 class Drops:
     """Counts of records that are not used, by reason, with the first places of each.
 
@@ -151,27 +157,20 @@ class Drops:
     "skip", and are one again when they exceed `max_bad_share` of `expected`.
     """
 
-    def __init__(
-        self,
-        on_bad_record: str = "error",
-        max_bad_share: float = 0.01,
-        expected: int = 0,
-        aside: IO[str] | None = None,
-    ):
-        self.skip = on_bad_record == "skip"
-        self.max_bad_share = max_bad_share
-        self.expected = expected
-        self.aside = aside
-        self.bad = 0
-        self.counts: dict[str, int] = {}
-        self.notes: dict[str, int] = {}
-        self.first: dict[str, list[tuple[int, int]]] = {}
-        # of each source: its records by the format from which they were converted
-        self.formats: dict[int, Counter[Format]] = {}
-        # records that have a field which no method reads
-        self.unused: Counter[str] = Counter()
-        # hashes of the ids so far
-        self.ids: set[int] = set()
+    on_bad_record: str = "error"
+    max_bad_share: float = 0.01
+    expected: int = 0
+    aside: IO[str] | None = None
+    bad: int = 0
+    counts: Table = field(default_factory=dict)
+    # remarks on records that are used
+    notes: Table = field(default_factory=dict)
+    # of each source: its records by the format from which they were converted
+    formats: dict[int, Counter[Format]] = field(default_factory=dict)
+    # records that have a field which no method reads
+    unused: Counter[str] = field(default_factory=Counter)
+    # hashes of the ids so far
+    ids: set[int] = field(default_factory=set)
 
     def bad_record(self, source: int, path: str, line: int, error: ValueError, raw: bytes) -> None:
         """Count a bad record, or raise ValueError.
@@ -181,7 +180,7 @@ class Drops:
         """
         if getattr(error, "unusable", False):
             return self.drop(source, path, line, error.reason)
-        if not self.skip:
+        if self.on_bad_record != "skip":
             raise ValueError(f"{path}:{line}: {error}") from None
         self.bad += 1
         text = (raw if len(raw) <= MAX_LINE else raw[:1000]).decode(errors="backslashreplace")
@@ -196,35 +195,23 @@ class Drops:
 
     def drop(self, source: int, path: str, line: int, reason: str, text: str | None = None) -> None:
         """Count a well-formed record that cannot be used (or, with `text`, a bad one)."""
-        self._count(self.counts, reason, source, line)
+        _count(self.counts, reason, source, line)
         if self.aside:
             entry = {"source": source, "file": path, "line": line, "reason": reason}
-            if text is not None:
-                entry["text"] = text
+            entry |= {} if text is None else {"text": text}
             self.aside.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
     def note(self, source: int, line: int, remark: str) -> None:
         """Count a remark on a record that is used."""
-        self._count(self.notes, remark, source, line)
+        _count(self.notes, remark, source, line)
 
-    def _count(self, counts: dict[str, int], key: str, source: int, line: int) -> None:
-        counts[key] = counts.get(key, 0) + 1
-        if counts[key] <= EXAMPLES:
-            self.first.setdefault(key, []).append((source, line))
+    def reasons(self) -> Table:
+        """The counts, most frequent first."""
+        return _sorted(self.counts)
 
-    def reasons(self) -> dict[str, dict]:
-        """{reason: {"count", "first": [(source, line)]}}, most frequent first."""
-        return self._sorted(self.counts)
-
-    def remarks(self) -> dict[str, dict]:
+    def remarks(self) -> Table:
         """The same for the remarks."""
-        return self._sorted(self.notes)
-
-    def _sorted(self, counts: dict[str, int]) -> dict[str, dict]:
-        return {
-            key: {"count": counts[key], "first": self.first[key]}
-            for key in sorted(counts, key=counts.__getitem__, reverse=True)
-        }
+        return _sorted(self.notes)
 
     def table(self) -> str:
         """The reasons in one line, each with its count and first line."""
@@ -232,6 +219,17 @@ class Drops:
             f"{entry['count']} {reason} (line {entry['first'][0][1]})"
             for reason, entry in self.reasons().items()
         )
+
+
+def _count(table: Table, key: str, source: int, line: int) -> None:
+    entry = table.setdefault(key, {"count": 0, "first": []})
+    entry["count"] += 1
+    if entry["count"] <= EXAMPLES:
+        entry["first"].append((source, line))
+
+
+def _sorted(table: Table) -> Table:
+    return dict(sorted(table.items(), key=lambda item: -item[1]["count"]))
 
 
 def scan(
@@ -253,8 +251,7 @@ def scan(
         if form:
             formats[form] += 1
         family = form.family if form else ""
-        if not USED.issuperset(data):
-            drops.unused.update(data.keys() - USED)
+        drops.unused.update(data.keys() - USED)
         if "id" in data and len(drops.ids) < MAX_IDS:
             if (name := hash(str(data["id"]))) in drops.ids:
                 drops.note(index, line, "id given twice")
@@ -305,12 +302,11 @@ def source_names(paths: Sequence[str]) -> list[str]:
         stems.append((*folders, name.partition(".")[0] or name))
     names = []
     for stem in stems:
-        others = {other for other in stems if other != stem}
-        size = 1
+        others, size = {*stems} - {stem}, 1
         while size < len(stem) and any(other[-size:] == stem[-size:] for other in others):
             size += 1
         name = "/".join(stem[-size:]).lstrip("/")
-        again = sum(before == stem for before in stems[: len(names)])
+        again = stems[: len(names)].count(stem)
         names.append(f"{name}#{again + 1}" if again else name)
     return names
 
