@@ -16,7 +16,7 @@ from itertools import accumulate, pairwise
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
-from ta.chat.marks import Label, Written, mark_chat, read_marks
+from ta.chat.marks import Label, mark_chat, read_marks
 from ta.chat.messages import ANSWER, REASONING, SYSTEM, Message, canonical_role
 
 Tags = Mapping[str, str]  # role -> the template's name for it
@@ -343,14 +343,21 @@ class Place(NamedTuple):
 
 
 class Marked(NamedTuple):
-    """A chat with marks around its texts, as the template is given it."""
+    """A chat with marks around its texts, as the template is given it, and what it writes of it."""
 
     roles: tuple[str, ...]
     messages: list[Message]
     arguments: Arguments
     labels: list[Label]
+    # of each message that has pictures or sounds, its parts
+    media: Mapping[int, Sequence]
+    template: JinjaTemplate
+    opened: bool
     # the template's own arguments as JSON
     key: str
+    # without marks, and where the marked texts stand in it
+    text: str
+    places: list[Place]
 
 
 def _split(
@@ -365,62 +372,52 @@ def _split(
     null = "None" in text and any(message.get("content", "") is None for message in given)
     if null and "None" not in json.dumps([given, arguments]) + template.source:
         raise ValueError("the chat template writes null content as the word None")
-    roles = tuple(message["role"] for message in messages)
-    media = {i: message["parts"] for i, message in enumerate(messages) if "parts" in message}
-    chat, places = _marked(given, roles, media, template, opened, arguments, text)
-    borders = _borders(chat, places, template, opened, text, notes)
-    for i, fault in _unwritten(chat, places, notes).items():
-        borders[2][i] = fault
-    return _spans(chat, places, borders, media, text, opened)
+    chat = _marked(given, messages, template, opened, arguments, text)
+    ends, begins, faults = _borders(chat, notes)
+    for i, fault in _unwritten(chat, notes).items():
+        faults[i] = fault
+    return _spans(chat, ends, begins, faults)
 
 
 def _marked(
     given: list[Message],
-    roles: tuple[str, ...],
-    media: Mapping[int, Sequence],
+    messages: Sequence[Message],
     template: JinjaTemplate,
     opened: bool,
     arguments: Arguments,
     text: str,
-) -> tuple[Marked, list[Place]]:
-    """The chat with marks that change nothing of what the template writes, and where they stand.
+) -> Marked:
+    """The chat with marks that change nothing of the text that the template writes.
 
     Some templates look at how a text begins or ends, some take it apart: marks stand around the
     whole of it, behind tokens and tags, or further inside.
     """
-
+    roles = tuple(message["role"] for message in messages)
+    media = {i: message["parts"] for i, message in enumerate(messages) if "parts" in message}
     own = {name: value for name, value in arguments.items() if name not in ("tools", "documents")}
     key = json.dumps(own, sort_keys=True)
 
-    def mark(depths: dict[int, int], names: bool) -> tuple[Marked, list[Place]] | None:
+    def mark(depths: dict[int, int], names: bool) -> Marked | None:
         marked, values, labels = mark_chat(given, arguments, template.tags, depths, names)
-        written = _marks_of(template, marked, opened, values)
-        if written is None or written.broken or written.text != text:
+        try:
+            written = read_marks(template.render(marked, opened, values))
+        except ValueError:
             return None
-        return Marked(roles, marked, values, labels, key), _places(
-            labels, written.places, text, template.tags
-        )
+        if written.broken or written.text != text:
+            return None
+        places = _places(labels, written.places, text, template.tags)
+        return Marked(roles, marked, values, labels, media, template, opened, key, text, places)
 
     for answers, others, names in WAYS:
         depths = {i: answers if role == ANSWER else others for i, role in enumerate(roles)}
         if found := mark(depths | dict.fromkeys(media, 0), names):
             return found
-    bad = [i for i in range(len(given)) if not any(mark({i: d}, False) for d in (0, 1, 2))]
-    place = bad[0] if bad else 0
+    bad = (i for i in range(len(given)) if not any(mark({i: d}, False) for d in (0, 1, 2)))
+    place = next(bad, 0)
     raise ValueError(
         f"message {place + 1} ({roles[place]}) cannot be split faithfully: the tokenizer's chat "
         f"template changes its text or writes it depending on it; {REMEDY}"
     )
-
-
-def _marks_of(
-    template: JinjaTemplate, messages: Sequence[Message], opened: bool, arguments: Arguments
-) -> Written | None:
-    """What the template writes of marked messages; None where it refuses them."""
-    try:
-        return read_marks(template.render(messages, opened, arguments))
-    except ValueError:
-        return None
 
 
 def _places(
@@ -456,36 +453,36 @@ def _reach(text: str, pieces: Sequence[str]) -> int:
     return at
 
 
-def _unwritten(chat: Marked, places: list[Place], notes: list[str]) -> dict[int, str]:
+def _unwritten(chat: Marked, notes: list[str]) -> dict[int, str]:
     """Of each answer whose tool calls the template leaves out, why it cannot be learned.
 
     A note says where reasoning is left out, or a remark beside calls. ValueError for a message
     whose content is left out, or written twice.
     """
     faults: dict[int, str] = {}
-    there = {id(place.label) for place in places}
-    often = {id(place.label) for place in places if not place.once}
-    speak = {place.label.message for place in places}
+    there = {id(place.label) for place in chat.places}
+    often = {id(place.label) for place in chat.places if not place.once}
+    speak = {place.label.message for place in chat.places}
     last = max((i for i, role in enumerate(chat.roles) if role == ANSWER), default=-1)
     texts: dict[tuple[int, str, int], set[int]] = {}
     for label in chat.labels:
         if label.message >= 0:
-            texts.setdefault((label.message, label.field, label.call), set()).add(id(label))
+            texts.setdefault(label[:3], set()).add(id(label))
     for (i, field, call), labels in texts.items():
-        who = f"message {i + 1} ({chat.roles[i]})"
+        who, role = f"message {i + 1} ({chat.roles[i]})", chat.roles[i]
+        absent = labels.isdisjoint(there)
         if field == "content" and labels & often:
             raise ValueError(f"the chat template writes {who} twice")
         if labels <= there:
             continue
-        absent = labels.isdisjoint(there)
         if field == "calls" and absent:
             faults[i] = f"it leaves out tool call {call + 1}"
             notes.append("a tool call of an answer that is not learned is left out by the template")
-        elif field == "content" and absent and chat.roles[i] == SYSTEM:
+        elif field == "content" and absent and role == SYSTEM:
             notes.append("the system message is left out by the chat template")
+        elif field == "content" and absent and (role != ANSWER or i not in speak):
+            raise ValueError(f"the chat template writes {who} not at all, or not in its place")
         elif field == "content" and absent:
-            if chat.roles[i] != ANSWER or i not in speak:
-                raise ValueError(f"the chat template writes {who} not at all, or not in its place")
             notes.append("the content of an answer with calls is left out by the template")
         elif field in ("content", "reasoning"):
             key = next((k for k in REASONING if k in chat.messages[i]), "reasoning in the content")
@@ -498,36 +495,29 @@ def _unwritten(chat: Marked, places: list[Place], notes: list[str]) -> dict[int,
     return faults
 
 
-def _borders(
-    chat: Marked,
-    places: list[Place],
-    template: JinjaTemplate,
-    opened: bool,
-    text: str,
-    notes: list[str],
-) -> tuple[list[int], list[int], list[str]]:
+def _borders(chat: Marked, notes: list[str]) -> tuple[list[int], list[int], list[str]]:
     """Where each message ends, where each begins, and why it cannot be learned, or "".
 
     An answer begins where the generation prompt ends, another message at its text.
     """
-    count = len(chat.roles)
-    own = [place for place in places if place.once and place.label.message >= 0]
+    count, size = len(chat.roles), len(chat.text)
+    own = [place for place in chat.places if place.once and place.label.message >= 0]
     homes = [place.home for place in own]
     ends, opens, faults = [], [], []
-    for i in range(count + opened):
+    for i in range(count + chat.opened):
         at = bisect_left(homes, i)
         anchor = own[at - 1] if at else None
-        start, stop = anchor.stop if anchor else 0, own[at].start if at < len(own) else len(text)
-        border = _border(chat, i, anchor, text[start:stop], template)
+        start, stop = anchor.stop if anchor else 0, own[at].start if at < len(own) else size
+        border = _border(chat, i, anchor, chat.text[start:stop])
         notes += [border.note] * bool(border.note)
         if i:
             ends.append(start + border.end)
             faults[-1] = faults[-1] or border.end_fault
         opens.append(start + border.open)
         if i < count and chat.roles[i] != ANSWER:
-            opens[i] = own[at].left if i in homes[at : at + 1] else len(text)
+            opens[i] = own[at].left if i in homes[at : at + 1] else size
         faults.append(border.open_fault)
-    ends = list(accumulate(ends if opened else [*ends, len(text)], max))
+    ends = list(accumulate(ends if chat.opened else [*ends, size], max))
     begins = [
         min(max(begin, before), end)
         for begin, before, end in zip(opens, [0, *ends], ends, strict=False)
@@ -553,64 +543,54 @@ def _entangled(
             yield from {i, there}.difference((count,))
 
 
-def _border(
-    chat: Marked, i: int, anchor: Place | None, gap: str, template: JinjaTemplate
-) -> Border:
+def _border(chat: Marked, i: int, anchor: Place | None, gap: str) -> Border:
     """Where messages i - 1 and i meet in `gap`, the text from the mark before i to the next one."""
     first = anchor.label.message if anchor else 0
     fields = tuple(
         tuple(name for name, value in message.items() if value)
         for message in chat.messages[first : i + 1]
     )
+    borders = chat.template.borders
     key = (chat.roles[first : i + 1], i - first, fields, gap, chat.key)
-    border = template.borders.get(key)
-    if border is None:
-        if len(template.borders) >= MEMORY:
-            template.borders.clear()
+    if key not in borders:
+        if len(borders) >= MEMORY:
+            borders.clear()
         # what the last question and the last answer show, the whole beginning mostly shows too
-        whole = list(range(i))
-        asked = max((k for k in whole if chat.roles[k] == "user"), default=0)
-        answered = max((k for k in whole if chat.roles[k] == ANSWER), default=0)
-        head = [0] if whole and chat.roles[0] == SYSTEM and asked else []
-        short = [*head, asked, *range(max(asked + 1, answered), i)] if whole else []
-        for kept in (short, whole):
-            border = _border_of(chat, i, anchor, gap, template, kept)
-            if kept == whole or not (border.end_fault or border.open_fault or border.note):
-                break
-        template.borders[key] = border
-    return border
+        asked, answered = (
+            max((k for k in range(i) if chat.roles[k] == role), default=0)
+            for role in ("user", ANSWER)
+        )
+        head = [0] if asked and chat.roles[0] == SYSTEM else []
+        short = [*head, asked, *range(max(asked + 1, answered), i)][:i]
+        borders[key] = _border_of(chat, i, anchor, gap, short)
+        if len(short) < i and any(borders[key][2:]):
+            borders[key] = _border_of(chat, i, anchor, gap, range(i))
+    return borders[key]
 
 
-def _border_of(
-    chat: Marked,
-    i: int,
-    anchor: Place | None,
-    gap: str,
-    template: JinjaTemplate,
-    kept: list[int],
-) -> Border:
+def _border_of(chat: Marked, i: int, anchor: Place | None, gap: str, kept: Sequence[int]) -> Border:
     """The border as the template writes it of the messages `kept` of those before message i."""
-    answer = i == len(chat.roles) or chat.roles[i] == ANSWER
 
     @lru_cache(maxsize=2)
     def tail(opened: bool) -> str | None:
         """What the template writes behind the anchor; None where it does not write the anchor."""
         messages = [chat.messages[k] for k in kept]
-        written = read_marks(template.render(messages, opened, chat.arguments))
+        written = read_marks(chat.template.render(messages, opened, chat.arguments))
         if anchor is None:
             return written.text
         spots = written.places.get(anchor.number, ())
         return written.text[spots[0][1] :] if len(spots) == 1 else None
 
+    border, opening = chat.template.border, chat.template.opening(chat.key)
     end, end_fault = 0, ""
     if i:
         try:
             # a message without a text of its own stands between others' texts
             own = anchor is not None and anchor.home == i - 1
-            end, end_fault = _end(tail, gap, template, chat, own)
+            end, end_fault = _end(tail, gap, border, opening, own)
         except ValueError as error:
             end_fault = str(error)
-    if not answer:
+    if i < len(chat.roles) and chat.roles[i] != ANSWER:
         return Border(end, end, end_fault)
     try:
         whole = tail(True)
@@ -618,8 +598,7 @@ def _border_of(
         return Border(end, end, end_fault, str(error))
     if whole is not None and gap.startswith(whole):
         return Border(min(end, len(whole)), len(whole), end_fault)
-    start = _common(whole or "", gap, template.border)
-    opening = template.opening(chat.key)
+    start = _common(whole or "", gap, border)
     if opening and start <= end and (at := gap.rfind(opening, end)) >= 0:
         note = (
             "the generation prompt is written otherwise behind some message than before an answer"
@@ -638,21 +617,20 @@ def _border_of(
 def _end(
     tail: Callable[[bool], str | None],
     gap: str,
-    template: JinjaTemplate,
-    chat: Marked,
+    border: re.Pattern[str],
+    opening: str,
     own: bool,
 ) -> tuple[int, str]:
     """Where in `gap` the message before it ends, and why that is a guess, or ""."""
     alone = tail(False)
     if alone is not None and gap.startswith(alone):
         return len(alone), ""
-    opening = template.opening(chat.key)
-    opened = tail(True)
-    if opening and opened is not None and opened.endswith(opening):
-        followed = opened[: -len(opening)]
+    opened = tail(True) or ""
+    if opening and opened.endswith(opening):
+        followed = opened.removesuffix(opening)
         if gap.startswith(followed):
             return len(followed), ""
-    end = _common(alone or "", gap, template.border)
+    end = _common(alone or "", gap, border)
     if end and own:
         return end, ""
     return 0, f"{alone!r} ends it alone, {gap!r} when more follows"
@@ -671,25 +649,18 @@ def _common(alone: str, within: str, border: re.Pattern[str]) -> int:
     return end if seen else 0
 
 
-def _spans(
-    chat: Marked,
-    places: list[Place],
-    borders: tuple[list[int], list[int], list[str]],
-    media: Mapping[int, Sequence],
-    text: str,
-    opened: bool,
-) -> list[Span]:
-    ends, begins, faults = borders
+def _spans(chat: Marked, ends: list[int], begins: list[int], faults: list[str]) -> list[Span]:
+    text = chat.text
     # of the whole text: where each stretch of one writer starts, and the writer
     starts, writers = [0], ["template"]
     # where a text behind a later message starts, its answer, and how far that answer has the text
     owned: list[tuple[int, int, int]] = [(0, 0, 0)]
-    for place in places:
+    for place in chat.places:
         i, at = place.label.message, place.left
         if place.once and -1 < i < place.home:
             owned.append((at, i, ends[place.home]))
         by: Writer = "answer" if i >= 0 and chat.roles[i] == ANSWER else "other"
-        for part in content_parts(text[at : place.right], media.get(i), by):
+        for part in content_parts(text[at : place.right], chat.media.get(i), by):
             starts.append(at)
             writers.append(part.by)
             at += len(part.text)
@@ -709,4 +680,4 @@ def _spans(
         suffix = last.text if last.by == "template" and last.owner is None else ""
         body = body[: len(body) - bool(suffix)]
         spans.append(Span(tuple(prefix), tuple(body), suffix, fault))
-    return spans if opened else spans[:-1]
+    return spans if chat.opened else spans[:-1]
