@@ -17,7 +17,7 @@ from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 from ta.chat.marks import Label, mark_chat, read_marks
-from ta.chat.messages import ANSWER, REASONING, SYSTEM, Message, canonical_role
+from ta.chat.messages import ANSWER, REASONING, SYSTEM, Message
 
 Tags = Mapping[str, str]  # role -> the template's name for it
 # what a template is given beside the messages: tools, documents, and arguments of its own
@@ -115,19 +115,18 @@ class JinjaTemplate(NamedTuple):
 
 def jinja_template(
     render: Render,
-    special: Iterable[str] = (),
-    source: str = "",
-    role_tags: Tags | None = None,
-    reads: Callable[[], frozenset[str]] = frozenset,
+    special: Iterable[str],
+    source: str,
+    tags: Tags,
+    reads: Callable[[], frozenset[str]],
 ) -> JinjaTemplate:
     """A tokenizer's chat template.
 
-    `special` are its added tokens. role_tags (default: the usual five) are the roles known, each
-    with the name that the template is given for it. `reads` gives the arguments that it reads.
+    `special` are its added tokens. `tags` has the roles known, each with the name that the template
+    is given for it. `reads` gives the arguments that it reads.
     """
-    tags = {canonical_role(role): tag for role, tag in (role_tags or DEFAULT_TAGS).items()}
-    names = sorted((name for name in special if name.strip(" \n\t\u2581")), key=len, reverse=True)
-    border = _finder(names)
+    names = frozenset(name for name in special if name.strip(" \n\t\u2581"))
+    border = special_border(names)
 
     @lru_cache(maxsize=64)
     def opening(arguments: str) -> str:
@@ -142,29 +141,34 @@ def jinja_template(
 
     read = [key for key in REASONING if re.search(rf"\.{key}\b|(['\"]){key}\1", source)]
     keys = {key: read[0] for key in REASONING if read and key not in read}
-    tokens = _finder([*names, *TAGS])
+    tokens = special_border(names.union(TAGS))
     return JinjaTemplate(render, tags, source, border, tokens, reads, {}, {}, opening, keys)
 
 
-def _finder(names: Sequence[str]) -> re.Pattern[str]:
-    return (
-        re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else re.compile("((?!))")
-    )
+@lru_cache(maxsize=64)
+def special_border(names: frozenset[str]) -> re.Pattern[str]:
+    """Finds any of the names, the longest first, and keeps it when it splits."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})" if names else "((?!))")
 
 
 def split_jinja(
     messages: Sequence[Message],
     template: JinjaTemplate,
-    opened: bool = False,
-    arguments: Arguments = NO_ARGUMENTS,
-    notes: list[str] | None = None,
+    opened: bool,
+    arguments: Arguments,
+    notes: list[str],
 ) -> list[Span]:
     """One Span a message, and one more for the opened answer if `opened`.
 
     `notes` gets a line for each thing that the template leaves out or writes otherwise. ValueError
     where the template cannot write the chat, or leaves out what a message says.
     """
-    notes = [] if notes is None else notes
+    if plain := plain_contents(messages, template, opened, arguments):
+        skeleton, contents = plain
+        notes += skeleton.notes
+        written = map(_filled, skeleton.spans, contents, messages)
+        return [*written, *skeleton.spans[len(contents) :]]
     given = [_given(message, template.role_tags) for message in messages]
     for key, own in template.reasoning_keys.items():
         if any(key in message for message in given):
@@ -270,6 +274,13 @@ def plain_contents(
     given = [_given(message, template.role_tags) for message in messages]
     contents = _contents(template.render(given, opened, {}), skeleton.texts, given)
     return contents and (skeleton, contents)
+
+
+def _filled(span: Span, content: str, message: Message) -> Span:
+    """The span of a skeleton with a content of its own."""
+    *lead, x = span.body
+    parts = content_parts(content, message.get("parts"), x.by)
+    return span._replace(body=(*lead, *parts))
 
 
 def _skeleton(roles: tuple[str, ...], template: JinjaTemplate, opened: bool) -> Skeleton:
@@ -460,14 +471,14 @@ def _unwritten(chat: Marked, notes: list[str]) -> dict[int, str]:
     whose content is left out, or written twice.
     """
     faults: dict[int, str] = {}
-    there = {id(place.label) for place in chat.places}
-    often = {id(place.label) for place in chat.places if not place.once}
+    there = {place.number for place in chat.places}
+    often = {place.number for place in chat.places if not place.once}
     speak = {place.label.message for place in chat.places}
     last = max((i for i, role in enumerate(chat.roles) if role == ANSWER), default=-1)
     texts: dict[tuple[int, str, int], set[int]] = {}
-    for label in chat.labels:
+    for number, label in enumerate(chat.labels):
         if label.message >= 0:
-            texts.setdefault(label[:3], set()).add(id(label))
+            texts.setdefault(label[:3], set()).add(number)
     for (i, field, call), labels in texts.items():
         who, role = f"message {i + 1} ({chat.roles[i]})", chat.roles[i]
         absent = labels.isdisjoint(there)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
@@ -14,8 +12,8 @@ from ta.chat.jinja import (
     JinjaTemplate,
     Span,
     Writer,
-    content_parts,
     plain_contents,
+    special_border,
 )
 from ta.chat.messages import ANSWER, Chat, message_weight
 from ta.chat.template import Template, split_chat
@@ -116,7 +114,7 @@ def render_chat(
     plain = isinstance(template, JinjaTemplate) and plain_contents(
         messages, template, opened, arguments
     )
-    if not plain:
+    if not plain or not all(plain[1]) or any("parts" in message for message in messages):
         spans = split_chat(messages, template, opened, arguments, notes)
         return _in_pieces(spans, messages, template, weights)
     # the same but for contents: what is around them is written once
@@ -129,14 +127,10 @@ def render_chat(
     if notes is not None:
         notes += skeleton.notes
     rendered = [*map(list.copy, skeleton.frames[key])]
-    for i, content in enumerate(contents):
-        span, pieces = skeleton.spans[i], rendered[i]
+    for span, pieces, content in zip(skeleton.spans, rendered, contents, strict=False):
         at = len(span.prefix) + len(span.body) - 1
         _, weight, by, joins = pieces[at]
         pieces[at] = Piece(content, weight, by, joins)
-        if "parts" in messages[i]:
-            parts = content_parts(content, messages[i]["parts"], by)
-            pieces[at : at + 1] = _pieces(Span((), parts, ""), weight, weights, True, True, joins)
     return rendered
 
 
@@ -178,10 +172,11 @@ def _pieces(
         pieces.append(Piece(text, 0.0, by, prefix_joins))
         prefix_joins = glued
     for text, by, owner in (*span.body, (span.suffix, "template", None)):
-        own = weight if owner is None else weights[owner]
-        joins, before = joins and owner == before, owner
-        pieces.append(Piece(text, 0.0 if by == "media" else own, by, joins))
-        joins = glued
+        if text:
+            own = weight if owner is None else weights[owner]
+            joins, before = joins and owner == before, owner
+            pieces.append(Piece(text, 0.0 if by == "media" else own, by, joins))
+            joins = glued
     return pieces
 
 
@@ -260,20 +255,13 @@ def _split_special(
         return known[piece.text]
     names = vocabulary.answer if piece.by == "answer" else vocabulary.content
     names = frozenset(vocabulary.special) if control else names
-    if not (names and piece.text):
-        return [piece.text] * bool(piece.text)
+    if not names:
+        return [piece.text]
     parts = special_border(names).split(piece.text)
     cut = [vocabulary.special[part] if i % 2 else part for i, part in enumerate(parts) if part]
     if control:
         known[piece.text] = cut
     return cut
-
-
-@lru_cache(maxsize=64)
-def special_border(names: frozenset[str]) -> re.Pattern[str]:
-    """Finds any of the names, the longest first, and keeps it when it splits."""
-    longest_first = sorted(names, key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, longest_first))})" if names else "((?!))")
 
 
 def _join(units: list[Unit], messages: int, runs: Mapping[Run, list[int]]) -> Tokenized:

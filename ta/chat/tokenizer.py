@@ -12,9 +12,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ta.chat.jinja import Arguments, jinja_template
+from ta.chat.jinja import DEFAULT_TAGS, Arguments, jinja_template, special_border
 from ta.chat.messages import ANSWER, SYSTEM, Message, canonical_role
-from ta.chat.render import SPACE, Vocabulary, special_border
+from ta.chat.render import SPACE, Vocabulary
 from ta.chat.template import (
     ChatConfig,
     ExplicitTemplate,
@@ -584,7 +584,8 @@ def template_of(tokenizer: PreTrainedTokenizerFast, config: ChatConfig, day: str
         compiled = _compile_jinja_template(source)
         return frozenset(find_undeclared_variables(compiled.environment.parse(source)))
 
-    return jinja_template(render, tokenizer.get_added_vocab(), source, tags, reads)
+    special = tokenizer.get_added_vocab()
+    return jinja_template(render, special, source, tags or DEFAULT_TAGS, reads)
 
 
 def _turn_tokens(
