@@ -67,11 +67,9 @@ from ta.files import (
     write_manifest,
     writing,
 )
-from ta.parallel import rank
-from ta.parallel import say as say_once
+from ta.parallel import rank, say
 from ta.printable import one_line, printable
-from ta.screen import progress
-from ta.screen import shown as in_colour
+from ta.screen import progress, shown
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -180,7 +178,6 @@ CLASSES = RecordKind(
 # without passages; the last question is kept, because it is the query of the search, and only its
 # answer is learned, because only it reads passages
 QUESTIONS = RecordKind("question", check_question, chat_of, ONE_ANSWER)
-KINDS = {kind.name: kind for kind in (CHATS, PAIRS, LABELLED, CLASSES, QUESTIONS)}
 
 
 class Encoded(NamedTuple):
@@ -235,7 +232,7 @@ def prepare(
     seed: int = 0,
     *,
     kind: RecordKind = CHATS,
-    say: Callable[[str], None] = say_once,
+    say: Callable[[str], None] = say,
 ) -> Prepared | None:
     """Read, check and encode files of records, or open the data that an earlier run prepared.
 
@@ -255,14 +252,16 @@ def prepare(
     cache = cache_folder(data.cache_dir)
     texts = [_in_cache(files, cache)] if isinstance(files[0], dict) else list(files)
     sources = _parse(texts, data, chat)
-    stamps = [_stamps(source.path) for source in sources]
+    stamps = _stamps(sources)
     hashes = [source_hash(source.path, cache / "hashes") for source in sources]
     chosen = any(source.share is not None or source.count is not None for source in sources)
     choices = [[content, *source[1:]] for content, source in zip(hashes, sources, strict=True)]
     settings = {"method": kind.name} | ({"labels": kind.labels} if kind.labels else {})
     settings |= tokenizer_settings(tokenizer, chat)
     fingerprint = hash_json([FORMAT, choices, seed if chosen else None, settings])
-    key = hash_json([fingerprint, PREPARE_VERSION, _kind_settings(kind)])
+    functions = map(dependencies, (kind.check, kind.dialogues, kind.extras, kind.media))
+    about_kind = [*functions, kind.rule, kind.learned, kind.distinct]
+    key = hash_json([fingerprint, PREPARE_VERSION, about_kind])
     encoder = RecordEncoder(tokenizer, chat, kind)
     folder, made = cache / "prepared" / key, False
     opened = partial(_open, folder, sources, texts, data)
@@ -270,7 +269,7 @@ def prepare(
         with made_once(folder, opened, say) as temporary:
             if made := temporary is not None:
                 info = _build(temporary, sources, encoder, data, seed)
-                if stamps != [_stamps(source.path) for source in sources]:
+                if stamps != _stamps(sources):
                     raise ValueError(
                         f"{', '.join(source.path for source in sources)}: changed while being "
                         "read; run again when it rests"
@@ -331,15 +330,14 @@ class Preview(NamedTuple):
     def _repr_html_(self) -> str:
         """Learned spans are green (amber where the weight is not 1)."""
         lines = [escape("\n".join(self.report))] if self.report else []
-        for sequence in self.sequences:
-            weights = [weight for _, weight in sequence]
-            colours = ["gray" if not w else "green" if w == 1 else "darkorange" for w in weights]
-            lines.append(
-                "".join(
-                    f'<span style="color:{colour}">{escape(text)}</span>'
-                    for colour, (text, _) in zip(colours, sequence, strict=True)
-                )
+        colour = lambda weight: "gray" if not weight else "green" if weight == 1 else "darkorange"
+        lines += [
+            "".join(
+                f'<span style="color:{colour(weight)}">{escape(text)}</span>'
+                for text, weight in sequence
             )
+            for sequence in self.sequences
+        ]
         return "".join(f'<pre style="white-space:pre-wrap">{line}</pre>' for line in lines)
 
 
@@ -352,8 +350,8 @@ def preview(data: Prepared | Tokens | None, tokenizer: ChatTokenizer) -> Preview
     assert data is not None, "recipes train on built-in data where none is given"
     if not isinstance(data, Prepared):
         return Preview([], [spans(Tokens(*data), decode)])
-    shown = first_records(data, 1) if tokenizer.placeholders else []
-    messages = [m for record in shown for m in record.get("messages", ())]
+    records = first_records(data, 1) if tokenizer.placeholders else []
+    messages = [m for record in records for m in record.get("messages", ())]
     names = {
         placeholder.id: iter([f"{kind} {m['content']}" for m in messages if m.get("type") == kind])
         for kind, placeholder in tokenizer.placeholders.items()
@@ -364,7 +362,7 @@ def preview(data: Prepared | Tokens | None, tokenizer: ChatTokenizer) -> Preview
         [spans(Tokens(i.tolist(), w.tolist()), decode, PREVIEW_TOKENS, names) for i, w in rows],
     )
     if rank() == 0:
-        print(in_colour(str(found), sys.stderr), file=sys.stderr, flush=True)
+        print(shown(str(found), sys.stderr), file=sys.stderr, flush=True)
     return found
 
 
@@ -396,8 +394,8 @@ def summary(prepared: Prepared) -> dict[str, Any]:
     import numpy as np
 
     names = ("records", "tokens", "learned_tokens", "sources", "drops")
-    shares = {"least": 0} | {f"{share} %": share for share in (5, 25, 50, 75, 95, 99)}
-    shares |= {"most": 100}
+    inner = {f"{share} %": share for share in (5, 25, 50, 75, 95, 99)}
+    shares = {"least": 0, **inner, "most": 100}
     sizes = np.percentile(lengths(prepared), [*shares.values()], method="lower").tolist()
     sources = [
         {name: source[name] for name in ("source", "used", "records")}
@@ -440,8 +438,8 @@ def source_hash(path: str, notes: Path) -> str:
     return hashes[0] if len(hashes) == 1 else hash_json(hashes)
 
 
-def _stamps(path: str) -> list[list[int]]:
-    return [stamp(file) for file in files_of(path)]
+def _stamps(sources: Sequence[Source]) -> list[list[int]]:
+    return [stamp(file) for source in sources for file in files_of(source.path)]
 
 
 def _in_cache(records: Sequence[dict], cache: Path) -> str:
@@ -495,19 +493,13 @@ def _build(
         drops = Drops(config.on_bad_record, config.max_bad_share, expected, dropped)
         for index, (source, (keep, _)) in enumerate(zip(sources, kept, strict=True)):
             for chunk in chunks(scan(index, source, keep, encoder.check, drops)):
-                jobs = encoder.jobs(chunk, source, drops)
-                try:
-                    results = encode_dialogues(*encoder.inputs(jobs))
-                except ValueError:
-                    # some record is wrong: encode smaller groups to find it
-                    results = pin_errors(lambda some: encode_dialogues(*encoder.inputs(some)), jobs)
-                done = encoder.usable(jobs, results, source, drops)
+                done = encoder.encode(chunk, source, drops)
                 if done:
                     arrays.append(done)
                 used[index] += len({record.line for record, _ in done})
                 bar.update(len(chunk))
                 # gone before the next chunk, so that no collection walks through them
-                del chunk, jobs, results, done
+                del chunk, done
         arrays.close()
     if not arrays.counts["records"]:
         raise ValueError(
@@ -557,45 +549,19 @@ class RecordEncoder(NamedTuple):
             more["labels"] = kind.labels
         return partial(kind.check, **more) if more else kind.check
 
-    def jobs(
+    def encode(
         self, chunk: list[tuple[Record, bytes]], source: Source, drops: Drops
-    ) -> list[ToEncode]:
-        """The dialogues of some records, with a source's own system prompt."""
-        jobs = []
-        for record, raw in chunk:
-            data = record.data
-            for key in ("messages", "context"):
-                if source.system_prompt and key in data:
-                    data = data | {key: with_system(data[key], source.system_prompt)}
-            try:
-                groups = [self.kind.dialogues(data, self.tokenizer)]
-            except ValueError as error:
-                drops.bad_record(record.source, source.path, record.line, error, raw)
-                continue
-            if self.chat.split_turns:
-                groups = [[turn] for turn in turns_of(groups[0][0])] or groups
-            given = template_arguments(data)
-            jobs += [ToEncode(record, raw, group, given, []) for group in groups]
-        return jobs
-
-    def inputs(self, jobs: Sequence[ToEncode]) -> tuple:
-        """What `encode_dialogues` takes; notes of an earlier try are gone."""
-        for job in jobs:
-            job.notes.clear()
-        groups, given, notes = ([job[field] for job in jobs] for field in (2, 3, 4))
-        return groups, self.tokenizer, self.chat, self.kind.rule, given, notes
-
-    def usable(
-        self,
-        jobs: Sequence[ToEncode],
-        results: Sequence[list[Tokens] | Drop | ValueError],
-        source: Source,
-        drops: Drops,
     ) -> list[tuple[Record, Encoded]]:
-        """The records that can be used, encoded; the others are counted in `drops`."""
+        """The records of a chunk that can be used; the others are counted in `drops`."""
+        jobs = [*self.jobs(chunk, source, drops)]
+
+        def encode_jobs(some: Sequence[ToEncode]) -> list:
+            groups, given, notes = ([job[field] for job in some] for field in (2, 3, 4))
+            return encode_dialogues(groups, self.tokenizer, self.chat, self.kind.rule, given, notes)
+
         done, wrong = [], set()
-        for job, result in zip(jobs, results, strict=True):
-            index, line, data = record = job.record
+        for job, result in zip(jobs, pin_errors(encode_jobs, jobs), strict=True):
+            index, line, data = job.record
             if self.kind.distinct and isinstance(result, list):
                 result = drop_equal(result)
             if line in wrong:
@@ -608,8 +574,27 @@ class RecordEncoder(NamedTuple):
             else:
                 for note in job.notes:
                     drops.note(index, line, note)
-                done.append((record, self.encoded(result, data)))
+                done.append((job.record, self.encoded(result, data)))
         return done
+
+    def jobs(
+        self, chunk: list[tuple[Record, bytes]], source: Source, drops: Drops
+    ) -> Iterator[ToEncode]:
+        """The dialogues of some records, with a source's own system prompt."""
+        for record, raw in chunk:
+            data = record.data
+            for key in ("messages", "context"):
+                if source.system_prompt and key in data:
+                    data = data | {key: with_system(data[key], source.system_prompt)}
+            try:
+                groups = [self.kind.dialogues(data, self.tokenizer)]
+            except ValueError as error:
+                drops.bad_record(record.source, source.path, record.line, error, raw)
+                continue
+            if self.chat.split_turns:
+                groups = [[turn] for turn in turns_of(groups[0][0])] or groups
+            for group in groups:
+                yield ToEncode(record, raw, group, template_arguments(data), [])
 
     def encoded(self, seqs: list[Tokens], record: dict) -> Encoded:
         """The sequences with what else the method needs of the record."""
@@ -635,28 +620,27 @@ class Arrays:
         """Add the encoded records of one chunk; the first chunk opens the columns."""
         import numpy as np
 
-        counts, first = self.counts, done[0][1]
-        counts["k"] = counts["k"] or len(first.seqs)
-        assert all(len(encoded.seqs) == counts["k"] for _, encoded in done)
-        seqs = [tokens for _, encoded in done for tokens in encoded.seqs]
-        sizes = np.array([len(tokens.ids) for tokens in seqs])
-        assert sizes.min() > 0 and all(len(tokens.weights) == len(tokens.ids) for tokens in seqs)
+        counts = self.counts
+        records, encoded = zip(*done, strict=True)
+        counts["k"] = counts["k"] or len(encoded[0].seqs)
+        assert all(len(one.seqs) == counts["k"] for one in encoded)
+        ids, weights = zip(*chain.from_iterable(one.seqs for one in encoded), strict=True)
+        sizes = [*map(len, ids)]
+        assert min(sizes) > 0 and sizes == [*map(len, weights)]
         # (tokens of the chunk,) each
-        all_ids = chain.from_iterable(tokens.ids for tokens in seqs)
-        all_weights = chain.from_iterable(tokens.weights for tokens in seqs)
         columns = {
-            "ids": np.fromiter(all_ids, np.int32, sizes.sum()),
-            "weights": np.fromiter(all_weights, np.float32, sizes.sum()),
+            "ids": np.fromiter(chain.from_iterable(ids), np.int32, sum(sizes)),
+            "weights": np.fromiter(chain.from_iterable(weights), np.float32, sum(sizes)),
             "offsets": counts["tokens"] + np.cumsum(sizes, dtype=np.int64),
-            "origin": np.array([record[:2] for record, _ in done], np.int32),
+            "origin": np.array([record[:2] for record in records], np.int32),
         }
-        for name in first.extras:
-            values = [encoded.extras[name] for _, encoded in done]
+        for name in encoded[0].extras:
+            values = [one.extras[name] for one in encoded]
             columns[f"extra-{name}"] = np.array(values, np.float64)
-        if first.media is not None:
-            texts = [json.dumps(encoded.media).encode() for _, encoded in done]
+        if encoded[0].media is not None:
+            texts = [json.dumps(one.media).encode() for one in encoded]
             columns["media"] = np.frombuffer(b"".join(texts), np.uint8)
-            ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
+            ends = np.cumsum([*map(len, texts)], dtype=np.int64)
             columns["media_ends"] = counts["media_bytes"] + ends
             counts["media_bytes"] += len(columns["media"])
         if not self.columns:
@@ -667,7 +651,7 @@ class Arrays:
         assert self.columns.keys() == columns.keys()
         for name, column in columns.items():
             self.columns[name].append(column)
-        counts["tokens"] += len(columns["ids"])
+        counts["tokens"] += sum(sizes)
         counts["learned_tokens"] += int(np.count_nonzero(columns["weights"]))
         counts["max_id"] = max(counts["max_id"], int(columns["ids"].max()))
         counts["records"] += len(done)
@@ -705,9 +689,3 @@ def _open(
     media = (arrays["media"], arrays["media_ends"]) if "media" in arrays else None
     columns = [arrays[name] for name in ("ids", "weights", "offsets", "origin")]
     return Prepared(*columns, extras, info, info["k"], media)
-
-
-def _kind_settings(kind: RecordKind) -> list:
-    """What a kind does to records, as JSON values."""
-    functions = [kind.check, kind.dialogues, kind.extras, kind.media]
-    return [*map(dependencies, functions), kind.rule, kind.learned, kind.distinct]

@@ -10,9 +10,19 @@ import pytest
 
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import chat_tokenizer
-from ta.data.prepare import KINDS, DataConfig, prepare, sequence
+from ta.data.prepare import (
+    CHATS,
+    CLASSES,
+    LABELLED,
+    PAIRS,
+    QUESTIONS,
+    DataConfig,
+    prepare,
+    sequence,
+)
 
 U, A = {"role": "user", "content": "u v"}, {"role": "assistant", "content": "x y"}
+KINDS = {kind.name: kind for kind in (CHATS, PAIRS, LABELLED, CLASSES, QUESTIONS)}
 # of what the records of all kinds in this file become, with PREPARE_VERSION 3
 KNOWN = "3d2bb63be4431586f93a9788dd732b2b70088727383515b524d3bc3cd181df01"
 LONG = {"role": "user", "content": "u " * 50}
