@@ -39,8 +39,10 @@ SPEAKERS = {
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
     "function_call": "function_call",
 }
-ALPACA_FIELDS = ("instruction", "input", "output", "system", "history")
 MEDIA_FIELDS = ("image", "images", "audio", "audios")
+BESIDE_TURNS = "system image images audio audios"
+BESIDE_INSTRUCTION = "input output system history"
+BESIDE_ANSWERS = "prompt margin"
 MEDIA = re.compile(r"<(image|audio)>")
 WORDS = re.compile(r".*\s", re.DOTALL)
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -54,10 +56,23 @@ class Format(NamedTuple):
     unit: str
     # formats of one family may stand in one file
     family: str
-    # whether a record is of this format, by its fields
-    holds: Callable[[dict], bool]
-    # the record in the fields that the checkers know; BadRecord where it cannot be
-    convert: Callable[[dict], dict]
+    # names of the fields that each record of the format has
+    fields: str
+    # what takes the place of the fields; BadRecord where a record cannot be converted
+    new: Callable[[dict], dict]
+    # names of fields that are replaced too, where they are there
+    more: str = ""
+    # what else a record of the format is
+    test: Callable[[dict], bool] = bool
+
+    def holds(self, data: dict) -> bool:
+        """Whether a record is of this format, by its fields."""
+        return all(key in data for key in self.fields.split()) and self.test(data)
+
+    def convert(self, data: dict) -> dict:
+        """The record in the fields that the checkers know."""
+        replaced = f"{self.fields} {self.more}".split()
+        return {key: data[key] for key in data if key not in replaced} | self.new(data)
 
 
 def from_turns(data: dict) -> dict:
@@ -66,11 +81,10 @@ def from_turns(data: dict) -> dict:
     `<image>` in a turn is the place of the next picture of `image` (a path or a list of them).
     A turn may also be {role, content}. Keys of a turn beside these stay.
     """
-    rest = _without(data, "conversations", "system")
     messages = [_turn(turn, i) for i, turn in enumerate(data["conversations"])]
     if data.get("system"):
         messages.insert(0, {"role": SYSTEM, "content": data["system"]})
-    return _with_tools(from_pictured({**rest, "messages": messages}))
+    return from_pictured(data | {"messages": messages}) | _tools(data)
 
 
 def from_pictured(data: dict) -> dict:
@@ -89,24 +103,24 @@ def from_pictured(data: dict) -> dict:
                 f"{len(left)} of the record's {kind} files have no <{kind}> in a turn; give each "
                 "its place",
             )
-    return {**_without(data, *MEDIA_FIELDS), "messages": messages}
+    return {"messages": messages}
 
 
 def from_turn_pairs(data: dict) -> dict:
     """ShareGPT with preferences: conversations and the turns chosen and rejected."""
-    asked = from_turns(_without(data, "chosen", "rejected"))
+    asked = from_turns(data)
     answers = {
         name: _turn(data[key], key) if isinstance(data[key], dict) else data[key]
         for key, name in (("chosen", "answer_w"), ("rejected", "answer_l"))
     }
-    return {**_without(asked, "messages"), "context": asked["messages"], **answers}
+    return {"context": asked.pop("messages"), **asked, **answers}
 
 
 def from_turns_labelled(data: dict) -> dict:
     """ShareGPT with a KTO tag: the last turn is the answer, `kto_tag` says whether it is good."""
-    messages = from_turns(_without(data, "kto_tag"))
-    *context, answer = messages.pop("messages")
-    return {**messages, "context": context, "answer": answer, "is_desirable": data["kto_tag"]}
+    asked = from_turns(data)
+    messages, labelled = asked.pop("messages"), {"is_desirable": data["kto_tag"]}
+    return {"context": messages[:-1], "answer": messages[-1:], **asked, **labelled}
 
 
 def from_instruction(data: dict) -> dict:
@@ -114,23 +128,20 @@ def from_instruction(data: dict) -> dict:
 
     The question is the instruction and, where there is one, the input on the next line.
     """
-    rest, asked = _without(data, *ALPACA_FIELDS), _asked(data)
-    answer = [] if data.get("output") is None else [{"role": ANSWER, "content": data["output"]}]
-    return _with_tools({**rest, "messages": [*asked, *answer]})
+    asked, said = _asked(data), data.get("output")
+    answer = [] if said is None else [{"role": ANSWER, "content": said}]
+    return {"messages": [*asked, *answer], **_tools(data)}
 
 
 def from_instruction_pairs(data: dict) -> dict:
     """Alpaca with preferences: chosen and rejected in place of output."""
-    rest = _without(data, *ALPACA_FIELDS, "chosen", "rejected")
-    answers = {"answer_w": data["chosen"], "answer_l": data["rejected"]}
-    return {**rest, "context": _asked(data), **answers}
+    return {"context": _asked(data), "answer_w": data["chosen"], "answer_l": data["rejected"]}
 
 
 def from_instruction_labelled(data: dict) -> dict:
     """Alpaca with a KTO tag: `kto_tag` says whether the output is good."""
-    rest = _without(data, *ALPACA_FIELDS, "kto_tag")
     labelled = {"answer": data.get("output"), "is_desirable": data["kto_tag"]}
-    return {**rest, "context": _asked(data), **labelled}
+    return {"context": _asked(data), **labelled}
 
 
 def from_completion(data: dict) -> dict:
@@ -146,25 +157,22 @@ def from_completion(data: dict) -> dict:
         {**message, "loss": False} if _answers(message) else message
         for message in _messages_of(data["prompt"], "user")
     ]
-    answers = _messages_of(data["completion"], ANSWER)
-    return {**_without(data, "prompt", "completion"), "messages": [*prompt, *answers]}
+    return {"messages": [*prompt, *_messages_of(data["completion"], ANSWER)]}
 
 
 def from_prompt(data: dict) -> dict:
     """A prompt alone, text or messages, to be answered -> messages."""
-    return {**_without(data, "prompt"), "messages": _messages_of(data["prompt"], "user")}
+    return {"messages": _messages_of(data["prompt"], "user")}
 
 
 def from_text(data: dict) -> dict:
     """Plain text, all of it learned -> one message that no template writes around."""
-    text = {"role": ANSWER, "content": data["text"], "plain": True}
-    return {**_without(data, "text"), "messages": [text]}
+    return {"messages": [{"role": ANSWER, "content": data["text"], "plain": True}]}
 
 
 def from_text_label(data: dict) -> dict:
     """A text with its class -> a question with its class."""
-    question = {"role": "user", "content": data["text"]}
-    return {**_without(data, "text"), "messages": [question]}
+    return {"messages": _messages_of(data["text"], "user")}
 
 
 def from_preference(data: dict) -> dict:
@@ -173,18 +181,16 @@ def from_preference(data: dict) -> dict:
     Chosen and rejected are answers (text or messages), or whole dialogues of messages with a
     common beginning, which then is the prompt.
     """
-    answers, starts = {}, []
-    for key, name in (("chosen", "answer_w"), ("rejected", "answer_l")):
-        given = data.get(key)
-        dialogue = given if isinstance(given, list) and given else [given]
-        answers[name] = dialogue[-1]
-        starts.append(dialogue[:-1])
-    if starts[0] != starts[1]:
+    (*start, better), (*other, worse) = (
+        given if isinstance(given, list) and given else [given]
+        for given in (data.get("chosen"), data.get("rejected"))
+    )
+    if start != other:
         raise BadRecord(
             "dialogues differ early",
             "chosen and rejected differ before their last message; give both the same beginning",
         )
-    prompt, start = data.get("prompt"), starts[0]
+    prompt = data.get("prompt")
     context = start if prompt is None else _messages_of(prompt, "user")
     if start and (not isinstance(context, list) or start[-len(context) :] != context):
         raise BadRecord(
@@ -192,10 +198,9 @@ def from_preference(data: dict) -> dict:
             "chosen starts with other messages than prompt; give the prompt once, or twice the "
             "same",
         )
-    rest = _without(data, "prompt", "chosen", "rejected", "margin")
-    if "margin" in data:
-        rest.setdefault("precomputed_margin", data["margin"])
-    return {**rest, **answers, "context": start or context}
+    margin = data.get("precomputed_margin", data.get("margin"))
+    answers = {"answer_w": better, "answer_l": worse}
+    return {"precomputed_margin": margin, **answers, "context": start or context}
 
 
 def from_shared_text(data: dict) -> dict:
@@ -223,20 +228,16 @@ def from_dialogue_texts(data: dict) -> dict:
 
 def from_unpaired(data: dict) -> dict:
     """TRL's unpaired preference (KTO): {prompt, completion, label: bool} -> a labelled answer."""
-    completion = data["completion"]
-    answer = completion[0] if isinstance(completion, list) and len(completion) == 1 else completion
-    labelled = {"answer": answer, "is_desirable": data["label"]}
-    context = _messages_of(data["prompt"], "user")
-    return {**_without(data, "prompt", "completion", "label"), "context": context, **labelled}
+    labelled = {"answer": data["completion"], "is_desirable": data["label"]}
+    return {"context": _messages_of(data["prompt"], "user"), **labelled}
 
 
 def from_preferred(data: dict) -> dict:
     """OpenAI's preference: input (messages), preferred_output and non_preferred_output."""
     given = data["input"] if isinstance(data["input"], dict) else {}
     answers = {"answer_w": data["preferred_output"], "answer_l": data["non_preferred_output"]}
-    rest = _without(data, "input", "preferred_output", "non_preferred_output")
     kept = {key: given[key] for key in given if key in ("tools", "documents")}
-    return {**rest, **kept, "context": given.get("messages"), **answers}
+    return {**kept, "context": given.get("messages"), **answers}
 
 
 def _turn(turn: Any, place: Any) -> dict:
@@ -250,7 +251,8 @@ def _turn(turn: Any, place: Any) -> dict:
         return turn
     speaker = turn.get("from")
     role = SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
-    message = {**_without(turn, "from", "value"), "role": role, "content": turn.get("value")}
+    rest = {key: turn[key] for key in turn if key not in ("from", "value")}
+    message = rest | {"role": role, "content": turn.get("value")}
     if role != "function_call":
         return message
     try:
@@ -267,11 +269,11 @@ def _turn(turn: Any, place: Any) -> dict:
     return {**message, "role": ANSWER, "content": None, "tool_calls": calls}
 
 
-def _with_tools(data: dict) -> dict:
-    """The record with `tools` as a list, where they are JSON text."""
+def _tools(data: dict) -> dict:
+    """The record's `tools` as a list, where they are JSON text."""
     tools = data.get("tools")
     if not isinstance(tools, str):
-        return data
+        return {}
     try:
         tools = json.loads(tools) if tools.strip() else []
     except ValueError as error:
@@ -285,7 +287,7 @@ def _with_tools(data: dict) -> dict:
         else {"type": "function", "function": tool}
         for tool in listed
     ]
-    return {**_without(data, "tools"), **({"tools": whole} if whole else {})}
+    return {"tools": whole}
 
 
 def _paths(data: dict, key: str) -> list:
@@ -340,7 +342,8 @@ def _asked(data: dict) -> list[dict]:
             raise BadRecord(f"{key} is not text", f"{key} is {named(data[key])}; give text")
     system = [{"role": SYSTEM, "content": data["system"]}] if data.get("system") else []
     earlier = []
-    for pair in data.get("history") or ():
+    history = data.get("history") or []
+    for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list) or len(pair) != 2:
             raise BadRecord(
                 "history is no pairs",
@@ -373,135 +376,153 @@ def _answers(message: Any) -> bool:
     return isinstance(message, dict) and message.get("role") in (ANSWER, "bot")
 
 
-def _without(data: dict, *keys: str) -> dict:
-    return {key: value for key, value in data.items() if key not in keys}
-
-
-def _has(*keys: str) -> Callable[[dict], bool]:
-    """A function of a record: whether it has all of the keys."""
-    return lambda data: all(key in data for key in keys)
-
-
 def _turns(data: dict) -> bool:
-    return isinstance(data.get("conversations"), list)
-
-
-def _pictured(data: dict) -> bool:
-    return _turns(data) and any(map(data.get, MEDIA_FIELDS))
+    return isinstance(data["conversations"], list)
 
 
 def _places_apart(data: dict) -> bool:
     """Whether messages have places for pictures that stand in a field of the record."""
-    messages = data.get("messages")
-    return (
-        isinstance(messages, list)
-        and any(map(data.get, MEDIA_FIELDS))
-        and any(map(_has_places, messages))
-    )
-
-
-def _is_text(data: dict) -> bool:
-    return isinstance(data.get("text"), str)
+    messages, apart = data["messages"], any(map(data.get, MEDIA_FIELDS))
+    return isinstance(messages, list) and apart and any(map(_has_places, messages))
 
 
 def _texts(data: dict, begin: str = "") -> bool:
-    both = [data.get(key) for key in ("chosen", "rejected")]
+    both = [data["chosen"], data["rejected"]]
     return all(isinstance(text, str) and text.startswith(begin) for text in both)
 
 
-LLAVA = Format("LLaVA", "conversations", "turns", _pictured, from_turns)
-PICTURED = Format("messages with pictures apart", "conversations", "", _places_apart, from_pictured)
-SHAREGPT = Format("ShareGPT", "conversations", "turns", _turns, from_turns)
-ALPACA = Format("Alpaca", "instructions", "Alpaca", _has("instruction"), from_instruction)
-COMPLETION = Format(
-    "prompt and completion",
-    "completions",
-    "completion",
-    _has("prompt", "completion"),
-    from_completion,
+_is_text = lambda data: isinstance(data["text"], str)
+PICTURED = Format(
+    "messages with pictures apart",
+    "conversations",
+    "",
+    "messages",
+    from_pictured,
+    BESIDE_TURNS.removeprefix("system "),
+    _places_apart,
 )
-PROMPT = Format("prompts", "prompts", "prompt", _has("prompt"), from_prompt)
-TEXT = Format("plain text", "texts", "text", _is_text, from_text)
-TEXT_LABEL = Format("text and label", "texts", "text", _is_text, from_text_label)
-TURN_PAIRS = Format(
-    "ShareGPT with preferences",
-    "pairs",
-    "turns",
-    lambda data: _turns(data) and _has("chosen", "rejected")(data),
-    from_turn_pairs,
+PROMPT = Format("prompts", "prompts", "prompt", "prompt", from_prompt)
+TEXT = Format("plain text", "texts", "text", "text", from_text, "", _is_text)
+TEXT_LABEL = Format("text and label", "texts", "text", "text", from_text_label, "", _is_text)
+CHAT_FORMATS = (
+    Format(
+        "LLaVA",
+        "conversations",
+        "turns",
+        "conversations",
+        from_turns,
+        BESIDE_TURNS,
+        lambda data: _turns(data) and any(map(data.get, MEDIA_FIELDS)),
+    ),
+    Format(
+        "ShareGPT",
+        "conversations",
+        "turns",
+        "conversations",
+        from_turns,
+        BESIDE_TURNS,
+        _turns,
+    ),
+    Format("Alpaca", "instructions", "Alpaca", "instruction", from_instruction, BESIDE_INSTRUCTION),
+    Format(
+        "prompt and completion",
+        "completions",
+        "completion",
+        "prompt completion",
+        from_completion,
+    ),
 )
-ALPACA_PAIRS = Format(
-    "Alpaca with preferences",
-    "pairs",
-    "Alpaca",
-    _has("instruction", "chosen", "rejected"),
-    from_instruction_pairs,
+PAIR_FORMATS = (
+    Format(
+        "ShareGPT with preferences",
+        "pairs",
+        "turns",
+        "conversations chosen rejected",
+        from_turn_pairs,
+        BESIDE_TURNS,
+        _turns,
+    ),
+    Format(
+        "Alpaca with preferences",
+        "pairs",
+        "Alpaca",
+        "instruction chosen rejected",
+        from_instruction_pairs,
+        BESIDE_INSTRUCTION,
+    ),
+    Format(
+        "HH dialogues as text",
+        "pairs",
+        "HH",
+        "chosen rejected",
+        from_dialogue_texts,
+        BESIDE_ANSWERS,
+        lambda data: _texts(data, "\n\nHuman:"),
+    ),
+    Format(
+        "pairs of texts that begin with their prompt",
+        "pairs",
+        "preference",
+        "chosen rejected",
+        from_shared_text,
+        BESIDE_ANSWERS,
+        lambda data: data.get("prompt") is None and _texts(data),
+    ),
+    Format(
+        "TRL preference",
+        "pairs",
+        "preference",
+        "",
+        from_preference,
+        "chosen rejected prompt margin",
+        lambda data: "chosen" in data or "rejected" in data,
+    ),
+    Format(
+        "OpenAI preference",
+        "pairs",
+        "OpenAI",
+        "input preferred_output non_preferred_output",
+        from_preferred,
+    ),
 )
-HH = Format(
-    "HH dialogues as text",
-    "pairs",
-    "HH",
-    lambda data: _texts(data, "\n\nHuman:"),
-    from_dialogue_texts,
+LABELLED_FORMATS = (
+    Format(
+        "ShareGPT with a KTO tag",
+        "answers",
+        "turns",
+        "conversations kto_tag",
+        from_turns_labelled,
+        BESIDE_TURNS,
+        _turns,
+    ),
+    Format(
+        "Alpaca with a KTO tag",
+        "answers",
+        "Alpaca",
+        "instruction kto_tag",
+        from_instruction_labelled,
+        BESIDE_INSTRUCTION,
+    ),
+    Format(
+        "TRL unpaired preference",
+        "answers",
+        "unpaired",
+        "prompt completion label",
+        from_unpaired,
+        "",
+        lambda data: isinstance(data["label"], bool),
+    ),
 )
-SHARED_TEXT = Format(
-    "pairs of texts that begin with their prompt",
-    "pairs",
-    "preference",
-    lambda data: data.get("prompt") is None and _texts(data),
-    from_shared_text,
-)
-PREFERENCE = Format(
-    "TRL preference",
-    "pairs",
-    "preference",
-    lambda data: "chosen" in data or "rejected" in data,
-    from_preference,
-)
-PREFERRED = Format(
-    "OpenAI preference",
-    "pairs",
-    "OpenAI",
-    _has("input", "preferred_output", "non_preferred_output"),
-    from_preferred,
-)
-TURNS_LABELLED = Format(
-    "ShareGPT with a KTO tag",
-    "answers",
-    "turns",
-    lambda data: _turns(data) and "kto_tag" in data,
-    from_turns_labelled,
-)
-ALPACA_LABELLED = Format(
-    "Alpaca with a KTO tag",
-    "answers",
-    "Alpaca",
-    _has("instruction", "kto_tag"),
-    from_instruction_labelled,
-)
-UNPAIRED = Format(
-    "TRL unpaired preference",
-    "answers",
-    "unpaired",
-    lambda data: _has("prompt", "completion")(data) and isinstance(data.get("label"), bool),
-    from_unpaired,
-)
-
-PAIR_FORMATS = (TURN_PAIRS, ALPACA_PAIRS, HH, SHARED_TEXT, PREFERENCE, PREFERRED)
-LABELLED_FORMATS = (TURNS_LABELLED, ALPACA_LABELLED, UNPAIRED)
-CHAT_FORMATS = (LLAVA, SHAREGPT, ALPACA, COMPLETION)
-# of each checker: the field of a canonical record, and the formats that are converted for it
-FORMATS: dict[Check, tuple[str, tuple[Format, ...]]] = {
-    check_chat: ("messages", (*CHAT_FORMATS, TEXT)),
-    check_prompt: ("messages", (*CHAT_FORMATS, PROMPT)),
-    check_media: ("messages", (PICTURED, *CHAT_FORMATS, PROMPT)),
-    check_question: ("messages", (*CHAT_FORMATS, PROMPT)),
-    check_class: ("messages", (*CHAT_FORMATS, TEXT_LABEL, PROMPT)),
-    check_candidates: ("messages", (*CHAT_FORMATS, PROMPT)),
-    check_pair: ("context", PAIR_FORMATS),
-    check_labelled: ("context", LABELLED_FORMATS),
+# of each checker: the formats that are converted for it
+FORMATS: dict[Check, tuple[Format, ...]] = {
+    check_chat: (*CHAT_FORMATS, TEXT),
+    check_media: (PICTURED, *CHAT_FORMATS, PROMPT),
+    check_class: (*CHAT_FORMATS, TEXT_LABEL, PROMPT),
+    **dict.fromkeys((check_prompt, check_question, check_candidates), (*CHAT_FORMATS, PROMPT)),
+    check_pair: PAIR_FORMATS,
+    check_labelled: LABELLED_FORMATS,
 }
-# who reads the formats that others refuse
+# who reads the formats that others refuse: their canonical records have a context, not messages
 READERS = {PAIR_FORMATS: "recipes/rm.py and recipes/dpo.py", LABELLED_FORMATS: "recipes/kto.py"}
 
 
@@ -512,8 +533,9 @@ def format_of(data: dict, check: Check) -> Format | None:
     """
     while isinstance(check, partial):
         check = check.func
-    own, formats = FORMATS.get(check, ("", ()))
-    if not own or (own in data and not (PICTURED in formats and PICTURED.holds(data))):
+    formats = FORMATS.get(check, ())
+    own = "context" if formats in READERS else "messages"
+    if not formats or (own in data and not (PICTURED in formats and PICTURED.holds(data))):
         return None
     for others, recipes in READERS.items():
         found = next((form for form in others if form.holds(data)), None)

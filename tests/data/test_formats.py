@@ -195,7 +195,8 @@ def test_calls_of_functions_and_tools_as_text():
         {"conversations": [{"from": "function_call", "value": json.dumps([call, call])}]}
     )
     assert two["messages"][0]["tool_calls"] == calls * 2
-    assert "tools" not in formats.from_turns({"conversations": turns, "tools": ""})
+    given = {"conversations": turns, "tools": " "}
+    assert "tools" not in canonical(given, records.check_chat)[0]
 
 
 def test_pictures_take_their_places_in_order():
@@ -228,6 +229,12 @@ WRONG = [
         {"instruction": "q", "history": [["a"]], "output": "a"},
         "give .question, answer. pairs",
     ),
+    (
+        "chat",
+        {"instruction": "q", "history": 3, "output": "a"},
+        "history is a number; give .question, answer. pairs",
+    ),
+    ("labelled", {"conversations": [], "kto_tag": True}, "context is a list of 0"),
     ("chat", {"conversations": ["q"]}, r"conversations\[0\] is text; give .from, value"),
     (
         "chat",
