@@ -40,7 +40,7 @@ SPEAKERS = {
     "function_call": "function_call",
 }
 MEDIA_FIELDS = ("image", "images", "audio", "audios")
-BESIDE_TURNS = "system image images audio audios"
+BESIDE_TURNS = "system image images audio audios messages"
 BESIDE_INSTRUCTION = "input output system history"
 BESIDE_ANSWERS = "prompt margin"
 MEDIA = re.compile(r"<(image|audio)>")
@@ -398,7 +398,7 @@ PICTURED = Format(
     "",
     "messages",
     from_pictured,
-    BESIDE_TURNS.removeprefix("system "),
+    "image images audio audios",
     _places_apart,
 )
 PROMPT = Format("prompts", "prompts", "prompt", "prompt", from_prompt)

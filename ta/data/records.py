@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from ta.chat.messages import (
     ANSWER,
@@ -47,12 +48,12 @@ def check_chat(data: dict, need_answer: bool = True, types: tuple[str, ...] = ("
     """
     data = _with_arguments(data)
     messages = _messages(data, "messages", types)
-    if need_answer and not any(
-        message["role"] == "assistant" or message.get("loss") for message in messages
-    ):
+    roles = {message["role"]: None for message in messages}
+    learned = "assistant" in roles or any(message.get("loss") for message in messages)
+    if need_answer and not learned:
         raise BadRecord(
             "no answer",
-            f"no message of role assistant (roles: {_roles(messages)}), so nothing can be learned; "
+            f"no message of role assistant (roles: {', '.join(roles)}), so nothing can be learned; "
             "give an answer",
         )
     return {**data, "messages": messages}
@@ -71,10 +72,9 @@ def check_media(data: dict, need_answer: bool = True) -> dict:
     prompts and, with `need_answer`, before some answer.
     """
     data = check_chat(data, need_answer, types=("text", "image", "audio"))
-    answers = [
-        place for place, message in enumerate(data["messages"]) if message["role"] == "assistant"
-    ]
-    for place, message in enumerate(data["messages"]):
+    messages = [*enumerate(data["messages"])]
+    last = max((i for i, message in messages if message["role"] == "assistant"), default=-1)
+    for place, message in messages:
         parts = message["content"] if isinstance(message["content"], list) else [message]
         media = next((part["type"] for part in parts if part.get("type", "text") != "text"), None)
         if media and message["role"] in ("assistant", "system"):
@@ -83,7 +83,7 @@ def check_media(data: dict, need_answer: bool = True) -> dict:
                 f"messages[{place}] of role {message['role']} is {media}; answers and system "
                 "prompts are text, put it into a question",
             )
-        if media and need_answer and (not answers or place > answers[-1]):
+        if media and need_answer and place > last:
             raise BadRecord(
                 f"{media} without an answer",
                 f"no answer follows the {media} of messages[{place}]; give one or take it out",
@@ -104,10 +104,8 @@ def check_pair(data: dict) -> dict:
             "chosen equals rejected", "both answers have the same content", unusable=True
         )
     margin = _number(data, "precomputed_margin", "precomputed_margin is not a number")
-    plain = {key: value for key, value in data.items() if key != "precomputed_margin"}
-    return {**plain, "context": context, "answer_w": better, "answer_l": worse} | (
-        {} if margin is None else {"precomputed_margin": margin}
-    )
+    data |= {"context": context, "answer_w": better, "answer_l": worse}
+    return _without_null(data | {"precomputed_margin": margin}, "precomputed_margin")
 
 
 def check_labelled(data: dict) -> dict:
@@ -135,27 +133,24 @@ def check_question(data: dict) -> dict:
             "gold is no passage id",
             f"gold is {_shown(data, 'gold')}; give the id of a passage, or a list of ids",
         )
-    checked = check_chat({key: value for key, value in data.items() if key != "gold"})
+    checked = check_chat(data)
     messages = checked["messages"]
-    learned = [
-        place
-        for place, message in enumerate(messages)
-        if message["role"] == "assistant" and message_weight(message, place, True)
-    ]
-    if not learned:
+    while messages and not (
+        messages[-1]["role"] == "assistant" and message_weight(messages[-1], 0, True)
+    ):
+        messages.pop()
+    if not messages:
         raise BadRecord(
             "no answer",
             "no answer of the chat is learned (see their loss); give one that is",
         )
-    messages = messages[: learned[-1] + 1]
     if last_question(messages) is None:
         raise BadRecord(
             "no question",
             "no message of a user comes before the answer, so there is nothing to search for; give "
             "a question",
         )
-    named = [str(name) for name in dict.fromkeys(gold)]
-    return checked | {"messages": messages, "gold": named}
+    return checked | {"gold": [str(name) for name in dict.fromkeys(gold)]}
 
 
 def check_class(data: dict, labels: Sequence[str] = (), need_label: bool = True) -> dict:
@@ -223,10 +218,8 @@ def check_candidates(data: dict) -> dict:
                 "rewards do not fit",
                 f"a reward of answers {names} is null; give one number for each id",
             )
-    plain = {key: value for key, value in data.items() if key != "rewards"}
-    return {**check_chat(plain, need_answer=False), "answers": answers} | (
-        {} if rewards is None else {"rewards": rewards}
-    )
+    data = check_chat(data, need_answer=False) | {"answers": answers, "rewards": rewards}
+    return _without_null(data, "rewards")
 
 
 def check_passage(data: dict) -> dict:
@@ -239,9 +232,12 @@ def check_passage(data: dict) -> dict:
         raise BadRecord(
             "title is not text", f"title is {_shown(data, 'title')}; give text or leave it out"
         )
-    return {
-        key: value for key, value in data.items() if key not in ("id", "title") or value is not None
-    }
+    return _without_null(data, "id", "title")
+
+
+def _without_null(data: dict, *keys: str) -> dict:
+    """The record without those of the keys whose value is null."""
+    return {key: value for key, value in data.items() if value is not None or key not in keys}
 
 
 def _messages(data: dict, key: str, types: tuple[str, ...] = ("text",)) -> list[dict]:
@@ -328,7 +324,7 @@ def _loss(given: dict, where: str) -> bool | int | float | None:
 def _check_fields(message: dict, where: str) -> None:
     """Check what a message holds beside its content, in place; null counts as absent."""
     for key in (*REASONING, "tool_calls", "function_call", "tool_call_id", "name"):
-        if key in message and message[key] in (None, []):
+        if message.get(key) == []:
             del message[key]
     if (call := message.pop("function_call", None)) and "tool_calls" not in message:
         message["tool_calls"] = [{"type": "function", "function": call}]
@@ -345,10 +341,9 @@ def _check_fields(message: dict, where: str) -> None:
             f"{where} of role {message['role']} has tool_calls; only an answer calls tools",
         )
     for place, call in enumerate(calls if isinstance(calls, list) else [calls]):
-        inner = call.get("function", call) if isinstance(call, dict) else None
-        arguments = inner.get("arguments") if isinstance(inner, dict) else None
-        named_call = isinstance(inner, dict) and isinstance(inner.get("name"), str)
-        if not named_call or not isinstance(arguments, dict | str | None):
+        inner = call.get("function", call) if isinstance(call, dict) else {}
+        known = isinstance(inner, dict) and isinstance(inner.get("name"), str)
+        if not known or not isinstance(inner.get("arguments"), dict | str | None):
             raise BadRecord(
                 "tool call",
                 f"{where}.tool_calls[{place}] is no call; give {{type: function, function: {{name, "
@@ -358,10 +353,9 @@ def _check_fields(message: dict, where: str) -> None:
 
 def _with_arguments(data: dict) -> dict:
     """The record with what the chat template is given beside messages, checked."""
-    data = dict(data)
-    for key in ("tools", "documents", "chat_template_kwargs", "functions"):
-        if key in data and data[key] in (None, [], {}, ""):
-            del data[key]
+    optional = ("tools", "documents", "chat_template_kwargs", "functions")
+    absent = (None, [], {}, "")
+    data = {key: x for key, x in data.items() if key not in optional or x not in absent}
     if "functions" in data and "tools" not in data:
         functions = data.pop("functions")
         tools = [{"type": "function", "function": function} for function in _list(functions)]
@@ -369,7 +363,8 @@ def _with_arguments(data: dict) -> dict:
     for key in ("tools", "documents"):
         if key in data:
             if isinstance(data[key], str):
-                data[key] = _parsed(data[key])
+                with suppress(ValueError):
+                    data[key] = json.loads(data[key])
             if not _list(data[key]) or not all(isinstance(item, dict) for item in data[key]):
                 raise BadRecord(
                     f"{key} is no list of objects",
@@ -377,8 +372,8 @@ def _with_arguments(data: dict) -> dict:
                     "reads them",
                 )
     own = data.get("chat_template_kwargs", {})
-    if not isinstance(own, dict) or RESERVED & own.keys():
-        taken = ", ".join(sorted(RESERVED & own.keys())) if isinstance(own, dict) else ""
+    taken = ", ".join(sorted(RESERVED.intersection(own))) if isinstance(own, dict) else ""
+    if taken or not isinstance(own, dict):
         raise BadRecord(
             "chat_template_kwargs",
             f"chat_template_kwargs is {_shown(data, 'chat_template_kwargs')}"
@@ -390,13 +385,6 @@ def _with_arguments(data: dict) -> dict:
 
 def _list(value: object) -> list:
     return value if isinstance(value, list) else []
-
-
-def _parsed(text: str) -> object:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
 
 
 def _part(given: object, where: str, types: tuple[str, ...]) -> dict:
@@ -450,10 +438,6 @@ def _number(data: dict, key: str, reason: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MAX_NUMBER:
         raise BadRecord(reason, f"{key} is {_shown(data, key)}; give a number or leave it out")
     return float(value)
-
-
-def _roles(messages: list[dict]) -> str:
-    return ", ".join(dict.fromkeys(message["role"] for message in messages))
 
 
 def _shown(data: dict, key: str) -> str:

@@ -143,7 +143,7 @@ pair = {"context": [U], "answer_w": "a", "answer_l": "b"}
 WRONG = [
     ("check_chat", {}, "messages is missing"),
     ("check_chat", {"messages": []}, "a list of 0"),
-    ("check_chat", {"messages": [U, A], "tools": "x"}, "tools is"),
+    ("check_chat", {"messages": [U, A], "tools": "x"}, 'tools is "x"; give a list'),
     ("check_chat", {"messages": [U, A], "documents": ["x"]}, "documents is a list of 1"),
     ("check_chat", {"messages": [U, A], "chat_template_kwargs": {"tools": 1}}, "with tools"),
     ("check_chat", {"messages": [U, {**A, "tool_calls": [{"id": 1}]}]}, r"tool_calls\[0\] is no"),
