@@ -6,6 +6,7 @@ import hashlib
 import json
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from datetime import date, datetime
 from functools import lru_cache
@@ -128,12 +129,8 @@ def load_chat_tokenizer(
     media_tokens = [f"{token}={text}" for token, text in meanings.items()]
     new = add_tokens(fast, (*tokenizer.init_tokens, *media_tokens))
     name_special_tokens(fast, tokenizer)
-    declared = [
-        *fast.init_kwargs.get(CONTENT_TOKENS, ()),
-        *(token.text for token in new if token.text not in meanings),
-    ]
-    added = fast.get_added_vocab()
-    content = sorted({text for text in declared if text in added})
+    declared = {*fast.init_kwargs.get(CONTENT_TOKENS, ()), *(token.text for token in new)}
+    content = sorted((declared & fast.get_added_vocab().keys()) - meanings.keys())
     if content:
         fast.init_kwargs[CONTENT_TOKENS] = content
     made = chat_tokenizer(fast, chat, content, new, placeholders, day)
@@ -174,19 +171,18 @@ def chat_tokenizer(
     day = day or date.today().isoformat()
     template = template_of(fast, chat, day)
     literal = vocabulary(fast, content_tokens)
-    forging = _turn_tokens(fast, template, literal)
-    for token in _meanings(placeholders):
-        forging.add(token)
+    forging = _turn_tokens(fast, template, literal) | _meanings(placeholders).keys()
     literal = literal._replace(
         content=literal.content - forging, answer=frozenset(literal.special) - forging
     )
+    _, ids, strings = answer_end(template, literal)
     return ChatTokenizer(
         fast,
         template,
         literal,
         new_tokens,
-        stop_ids(template, literal),
-        stop_strings(template, literal),
+        ids,
+        strings,
         {name: p._replace(id=literal.special[p.token]) for name, p in placeholders.items()},
         day if CLOCK in export_template(template) else "",
     )
@@ -348,25 +344,21 @@ def name_special_tokens(tokenizer: PreTrainedTokenizerFast, config: TokenizerCon
     ValueError for a token that the vocabulary lacks or that is named otherwise already.
     """
     for kind in ("bos_token", "eos_token", "pad_token"):
-        _set_token(tokenizer, kind, getattr(config, kind))
-
-
-def _set_token(tokenizer: PreTrainedTokenizerFast, kind: str, token: str | None) -> None:
-    has = getattr(tokenizer, kind)
-    if token is None or token == has:
-        return
-    flag = "--" + kind.replace("_", "-")
-    if has is not None:
-        raise ValueError(
-            f"{flag} {token!r} is given, but the tokenizer's own is {has!r} and the model was "
-            "trained with it; leave the flag out"
-        )
-    if token not in tokenizer.get_vocab():
-        raise ValueError(
-            f"{flag} {token!r} is not in the vocabulary; give a token that is, or declare it with "
-            "--init-tokens"
-        )
-    setattr(tokenizer, kind, token)
+        token, has = getattr(config, kind), getattr(tokenizer, kind)
+        if token in (None, has):
+            continue
+        flag = "--" + kind.replace("_", "-")
+        if has is not None:
+            raise ValueError(
+                f"{flag} {token!r} is given, but the tokenizer's own is {has!r} and the model was "
+                "trained with it; leave the flag out"
+            )
+        if token not in tokenizer.get_vocab():
+            raise ValueError(
+                f"{flag} {token!r} is not in the vocabulary; give a token that is, or declare it "
+                "with --init-tokens"
+            )
+        setattr(tokenizer, kind, token)
 
 
 def vocabulary(
@@ -426,42 +418,35 @@ def _literal(source: dict[str, Any], special: dict[str, int]) -> dict[str, Any]:
     They are neither its added tokens nor words of its model, which could match them in plain text.
     """
     model = dict(source["model"])
-    hidden = special.keys() & (
-        model["vocab"].keys()
-        if isinstance(model["vocab"], dict)
-        else {piece for piece, _ in model["vocab"]}
-    )
+    words = model["vocab"]
+    listed = [] if isinstance(words, dict) else words
+    hidden = special.keys() & {*(piece for piece, _ in listed), *(() if listed else words)}
     hidden -= {f"<0x{byte:02X}>" for byte in range(256) if model.get("byte_fallback")}
     # a name nobody can write: ids must stay, so the entries must too
-    rename = {text: f"{secrets.token_hex(16)}{text}" for text in special}
-    if isinstance(model["vocab"], dict):
-        model["vocab"] = {
-            rename[text] if text in hidden else text: id for text, id in model["vocab"].items()
-        }
-    else:
-        model["vocab"] = [
-            [rename[text] if text in hidden else text, score] for text, score in model["vocab"]
-        ]
-    if model.get("unk_token") in hidden:
-        model["unk_token"] = rename[model["unk_token"]]
+    secret = secrets.token_hex(16)
+    name = lambda text: secret + text if text in hidden else text
+    model["vocab"] = (
+        [[name(text), score] for text, score in listed]
+        if listed
+        else {name(text): id for text, id in words.items()}
+    )
+    if model.get("unk_token"):
+        model["unk_token"] = name(model["unk_token"])
     if hidden and model.get("merges"):
         pairs = [
             merge if isinstance(merge, list) else merge.split(" ", 1) for merge in model["merges"]
         ]
         model["merges"] = [pair for pair in pairs if hidden.isdisjoint((*pair, "".join(pair)))]
-    plain = any(token["content"] not in special for token in source["added_tokens"])
-    kept = (
-        [
-            {**token, "content": rename.get(token["content"], token["content"])}
-            for token in source["added_tokens"]
-        ]
-        if plain
-        else []
-    )
+    added = source["added_tokens"]
+    contents = [token["content"] for token in added]
+    kept = [
+        {**token, "content": secret + text if text in special else text}
+        for token, text in zip(added, contents, strict=True)
+    ]
     return {
         **source,
         "model": model,
-        "added_tokens": kept,
+        "added_tokens": [] if special.keys() >= {*contents} else kept,
         "post_processor": None,
         "truncation": None,
         "padding": None,
@@ -494,10 +479,7 @@ def _begins(source: dict[str, Any]) -> str | None:
 
 
 def _without_prefix(source: dict[str, Any]) -> dict[str, Any]:
-    source = {
-        **source,
-        **json.loads(json.dumps({key: source[key] for key in ("normalizer", "pre_tokenizer")})),
-    }
+    source = source | deepcopy({key: source[key] for key in ("normalizer", "pre_tokenizer")})
     for step in (*_steps(source["normalizer"]), *_steps(source["pre_tokenizer"])):
         if step["type"] == "Prepend":
             step.clear()
@@ -622,8 +604,13 @@ def _clock(day: str) -> Callable[[str], str]:
     return datetime.fromisoformat(day or date.today().isoformat()).strftime
 
 
-def _answer_end(template: Template) -> tuple[str, str]:
-    """What the template writes after an answer, and what begins the message behind it."""
+def answer_end(template: Template, vocab: Vocabulary) -> tuple[str, list[int], list[str]]:
+    """What the template writes after an answer, and the token or the text at which one ends.
+
+    Where nothing is written after an answer, it ends with what the next message begins with. The
+    token is a special one, for generation_config.eos_token_id; where there is none, it is plain
+    text. Both lists are empty where an answer does not end at all.
+    """
     question = _question(template)
     chat = [*question, {"role": ANSWER, "content": "x"}]
     suffix = split_chat(chat, template)[-1].suffix
@@ -632,36 +619,16 @@ def _answer_end(template: Template) -> tuple[str, str]:
     except ValueError:
         # the template takes no second question
         parts = ()
-    return suffix, "".join(part.text for part in parts)
-
-
-def stop_ids(template: Template, vocab: Vocabulary) -> list[int]:
-    """The special token that ends an answer, for generation_config.eos_token_id.
-
-    Where nothing is written after an answer, it is the one that the next message begins with. The
-    list is empty where an answer ends in plain text or not at all.
-    """
-    suffix, following = _answer_end(template)
-    found = special_border(frozenset(vocab.special)).search(suffix or following)
-    return [vocab.special[found.group()]] if found else []
-
-
-def stop_strings(template: Template, vocab: Vocabulary) -> list[str]:
-    """The plain text that ends an answer where no special token does.
-
-    Where nothing is written after an answer, it is what the next message begins with. The list is
-    empty where a special token ends it, or nothing.
-    """
-    suffix, following = _answer_end(template)
+    following = "".join(part.text for part in parts)
+    if found := special_border(frozenset(vocab.special)).search(suffix or following):
+        return suffix, [vocab.special[found.group()]], []
     text = suffix or following.rstrip() or following
-    return [] if stop_ids(template, vocab) or not text else [text]
+    return suffix, [], [text] * bool(text)
 
 
 def unlearned_end(tokenizer: ChatTokenizer) -> str:
     """A line for the user where answers do not end in a token that is learned; "" where they do."""
-    template, vocab = tokenizer.template, tokenizer.vocabulary
-    suffix, _ = _answer_end(template)
-    ids, strings = stop_ids(template, vocab), stop_strings(template, vocab)
+    suffix, ids, strings = answer_end(tokenizer.template, tokenizer.vocabulary)
     if suffix and ids:
         return ""
     if suffix:
@@ -681,10 +648,8 @@ def unlearned_end(tokenizer: ChatTokenizer) -> str:
 def known_ends(model: ModelConfig, size: int) -> tuple[list[int], list[str]]:
     """The end tokens (below `size`) and stop strings of the folder's generation config."""
     sources = resolve(model)
-    files = [
-        Path(path or "") / "generation_config.json" for path in (sources.adapter, sources.base)
-    ]
-    for file in files:
+    for folder in (sources.adapter, sources.base):
+        file = Path(folder or "") / "generation_config.json"
         if file.is_file():
             ends = value_of(file, "eos_token_id", int, many=True)
             texts = value_of(file, "stop_strings", str, many=True) or []

@@ -23,14 +23,13 @@ from ta.chat.template import ChatConfig, ExplicitTemplate, explicit_template, ex
 from ta.chat.tokenizer import (
     ChatTokenizer,
     TokenizerConfig,
+    answer_end,
     chat_tokenizer,
     disagreement,
     load_chat_tokenizer,
     load_tokenizer,
     name_special_tokens,
     parse_role_tags,
-    stop_ids,
-    stop_strings,
     template_of,
     tokenizer_settings,
     vocabulary,
@@ -182,9 +181,9 @@ def test_what_ends_an_answer():
     _, tokenizer = setting("human")
     assert (tokenizer.stop_ids, tokenizer.stop_strings) == ([], ["\n"])
     nothing, vocab = explicit_template("{role}", None), tokenizer.vocabulary
-    assert (stop_ids(nothing, vocab), stop_strings(nothing, vocab)) == ([], ["user"])
+    assert answer_end(nothing, vocab) == ("", [], ["user"])
     nothing = explicit_template(None, None)
-    assert (stop_ids(nothing, vocab), stop_strings(nothing, vocab)) == ([], [])
+    assert answer_end(nothing, vocab) == ("", [], [])
 
 
 WORDS = "<s> hello world it is a the text <s> hello a</s>"
