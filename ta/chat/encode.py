@@ -98,15 +98,14 @@ def encode_dialogues(
     rule = rule.within(config)
     groups = [[_prepared(dialogue, config) for dialogue in group] for group in dialogues]
     arguments = arguments or [NO_ARGUMENTS] * len(groups)
-    jobs = [
-        Fitting(group, given, rule, _of_use(group, rule))
-        for group, given in zip(groups, arguments, strict=True)
-    ]
-    for job in jobs:
-        if not job.stay:
-            job.result = _useless(job.group, rule)
+    jobs = [Fitting(*given, rule) for given in zip(groups, arguments, strict=True)]
     while waiting := [job for job in jobs if job.result is None]:
-        rendered = [job.render(dialogue, tokenizer) for job in waiting for dialogue in job.group]
+        rendered = []
+        for job in waiting:
+            for dialogue in job.group:
+                messages = [dialogue[i] for i in job.stay]
+                weights = loss_weights(messages, rule.loss_on, rule.opened)
+                rendered.append(job.render(messages, weights, tokenizer))
         tokenized = iter(tokenize_chats(rendered, tokenizer.vocabulary))
         for job in waiting:
             variants = [next(tokenized) for _ in job.group]
@@ -126,20 +125,18 @@ class Fitting:
     group: Sequence[Chat]
     arguments: Arguments
     rule: EncodeRule
-    # the places of the messages that stay
-    stay: list[int]
     # whether the last answer is cut at the limit
     cut: bool = False
     notes: list[str] = field(default_factory=list)
-    # the sequences of the group, or why it cannot be used
-    result: list[Tokens] | Drop | None = None
 
-    def render(self, dialogue: Chat, tokenizer: ChatTokenizer) -> Rendered:
-        """What stays of a dialogue of the group, in pieces."""
-        messages, opened = [dialogue[i] for i in self.stay], self.rule.opened
-        weights = loss_weights(messages, self.rule.loss_on, opened)
+    def __post_init__(self):
+        # the places of the messages that stay; the sequences, or why there are none
+        self.stay, self.result = _of_use(self.group, self.rule)
+
+    def render(self, messages: Chat, weights: list[float], tokenizer: ChatTokenizer) -> Rendered:
+        """What stays of a dialogue, in pieces."""
         if not is_text(messages):
-            given = weights, opened, self.arguments, self.notes
+            given = weights, self.rule.opened, self.arguments, self.notes
             return render_chat(messages, tokenizer.template, *given)
         # special tokens in it are real: all of it is what the model writes
         end = tokenizer.fast.eos_token or ""
@@ -152,12 +149,12 @@ class Fitting:
         longest = max(variants, key=lambda variant: len(variant.tokens.ids))
         size = len(longest.tokens.ids)
         sequences = [variant.tokens for variant in variants]
-        if limit is None or size <= limit:
-            self.result = _learnable(sequences, rule)
-            return
-        if self.cut:
+        over = limit is not None and size > limit
+        if over and self.cut:
             self.notes.append("the last answer is cut and teaches no end")
-            self.result = _learnable([Tokens(x[:limit], w[:limit]) for x, w in sequences], rule)
+            sequences = [Tokens(x[:limit], w[:limit]) for x, w in sequences]
+        if self.cut or not over:
+            self.result = _learnable(sequences, rule)
             return
         # what a template writes once (BOS) counts with the first message; should that message go,
         # the next round counts again
@@ -177,14 +174,6 @@ class Fitting:
             self.result = Drop(f"no {what} fits in max_tokens", detail)
 
 
-def _useless(group: Sequence[Chat], rule: EncodeRule) -> Drop:
-    """Why a group cannot be used that has no messages of use."""
-    if rule.opened or (group and any(message["role"] == ANSWER for message in group[0])):
-        what = "be answered" if rule.opened else "follow from one"
-        return Drop("no question", f"no message of a user is there, so nothing can {what}")
-    return Drop("no answer", "the chat has no message that could be learned")
-
-
 def is_text(dialogue: Chat) -> bool:
     """Whether a dialogue is a plain text, which no template writes around."""
     return bool(dialogue) and bool(dialogue[-1].get("plain"))
@@ -198,17 +187,21 @@ def _begin_text(tokens: Tokens, tokenizer: ChatTokenizer) -> None:
         tokens.weights.insert(0, 0.0)
 
 
-def _of_use(group: Sequence[Chat], rule: EncodeRule) -> list[int]:
-    """The places of the messages that are of use, were there no limit on tokens."""
+def _of_use(group: Sequence[Chat], rule: EncodeRule) -> tuple[list[int], Drop | None]:
+    """The places of the messages that are of use, were there no limit on tokens; why none are."""
     messages = group[0] if group else []
-    if is_text(messages):
-        return [0]
-    if rule.opened and not any(map(is_question, messages)):
-        return []
-    if not rule.end_in_answer:
-        return list(range(len(messages)))
     roles = [message["role"] for message in messages]
-    return cut_dialogue(roles, [0] * len(roles), None, rule.keep_end)
+    if rule.end_in_answer and not is_text(messages):
+        stay = cut_dialogue(roles, [0] * len(roles), None, rule.keep_end)
+    else:
+        asks = not rule.opened or is_text(messages) or any(map(is_question, messages))
+        stay = [*range(len(messages))] if asks else []
+    if stay:
+        return stay, None
+    if rule.opened or ANSWER in roles:
+        what = "be answered" if rule.opened else "follow from one"
+        return [], Drop("no question", f"no message of a user is there, so nothing can {what}")
+    return [], Drop("no answer", "the chat has no message that could be learned")
 
 
 def _cut(messages: Chat, tokenized: Tokenized, max_tokens: int, rule: EncodeRule) -> list[int]:
@@ -336,9 +329,9 @@ def encode_prompts(
     earliest messages go, whatever `keep_end` says: the last question is what is asked. A chat
     without a question is a Drop.
     """
-    dialogues = [[strip_trailing_answers(chat)] for chat in chats]
-    results = encode_dialogues(dialogues, tokenizer, config, PROMPT, arguments)
-    return [result if isinstance(result, Drop) else result[0].ids for result in results]
+    asked = [strip_trailing_answers(chat) for chat in chats]
+    results = encode_chats(asked, tokenizer, config, PROMPT, arguments)
+    return [result if isinstance(result, Drop) else result.ids for result in results]
 
 
 def encode_prompt(

@@ -493,13 +493,19 @@ def _build(
         drops = Drops(config.on_bad_record, config.max_bad_share, expected, dropped)
         for index, (source, (keep, _)) in enumerate(zip(sources, kept, strict=True)):
             for chunk in chunks(scan(index, source, keep, encoder.check, drops)):
-                done = encoder.encode(chunk, source, drops)
+                jobs = [*encoder.jobs(chunk, source, drops)]
+                try:
+                    results = encode_dialogues(*encoder.inputs(jobs))
+                except ValueError:
+                    # some record is wrong: encode smaller groups to find it
+                    results = pin_errors(lambda some: encode_dialogues(*encoder.inputs(some)), jobs)
+                done = encoder.usable(jobs, results, source, drops)
                 if done:
                     arrays.append(done)
                 used[index] += len({record.line for record, _ in done})
                 bar.update(len(chunk))
                 # gone before the next chunk, so that no collection walks through them
-                del chunk, done
+                del chunk, jobs, results, done
         arrays.close()
     if not arrays.counts["records"]:
         raise ValueError(
@@ -549,34 +555,6 @@ class RecordEncoder(NamedTuple):
             more["labels"] = kind.labels
         return partial(kind.check, **more) if more else kind.check
 
-    def encode(
-        self, chunk: list[tuple[Record, bytes]], source: Source, drops: Drops
-    ) -> list[tuple[Record, Encoded]]:
-        """The records of a chunk that can be used; the others are counted in `drops`."""
-        jobs = [*self.jobs(chunk, source, drops)]
-
-        def encode_jobs(some: Sequence[ToEncode]) -> list:
-            groups, given, notes = ([job[field] for job in some] for field in (2, 3, 4))
-            return encode_dialogues(groups, self.tokenizer, self.chat, self.kind.rule, given, notes)
-
-        done, wrong = [], set()
-        for job, result in zip(jobs, pin_errors(encode_jobs, jobs), strict=True):
-            index, line, data = job.record
-            if self.kind.distinct and isinstance(result, list):
-                result = drop_equal(result)
-            if line in wrong:
-                continue
-            if isinstance(result, ValueError):
-                wrong.add(line)
-                drops.bad_record(index, source.path, line, result, job.raw)
-            elif isinstance(result, Drop):
-                drops.drop(index, source.path, line, result.reason)
-            else:
-                for note in job.notes:
-                    drops.note(index, line, note)
-                done.append((job.record, self.encoded(result, data)))
-        return done
-
     def jobs(
         self, chunk: list[tuple[Record, bytes]], source: Source, drops: Drops
     ) -> Iterator[ToEncode]:
@@ -595,6 +573,37 @@ class RecordEncoder(NamedTuple):
                 groups = [[turn] for turn in turns_of(groups[0][0])] or groups
             for group in groups:
                 yield ToEncode(record, raw, group, template_arguments(data), [])
+
+    def inputs(self, jobs: Sequence[ToEncode]) -> tuple:
+        """What `encode_dialogues` takes."""
+        groups, given, notes = ([job[field] for job in jobs] for field in (2, 3, 4))
+        return groups, self.tokenizer, self.chat, self.kind.rule, given, notes
+
+    def usable(
+        self,
+        jobs: Sequence[ToEncode],
+        results: Sequence[list[Tokens] | Drop | ValueError],
+        source: Source,
+        drops: Drops,
+    ) -> list[tuple[Record, Encoded]]:
+        """The records that can be used, encoded; the others are counted in `drops`."""
+        done, wrong = [], set()
+        for job, result in zip(jobs, results, strict=True):
+            index, line, data = job.record
+            if self.kind.distinct and isinstance(result, list):
+                result = drop_equal(result)
+            if line in wrong:
+                continue
+            if isinstance(result, ValueError):
+                wrong.add(line)
+                drops.bad_record(index, source.path, line, result, job.raw)
+            elif isinstance(result, Drop):
+                drops.drop(index, source.path, line, result.reason)
+            else:
+                for note in job.notes:
+                    drops.note(index, line, note)
+                done.append((job.record, self.encoded(result, data)))
+        return done
 
     def encoded(self, seqs: list[Tokens], record: dict) -> Encoded:
         """The sequences with what else the method needs of the record."""
