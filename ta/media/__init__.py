@@ -11,28 +11,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for editors; NAMES says the same
     from ta.media.dialogue import prepare_media_chats as prepare_media_chats
     from ta.media.encoders import load_with_fingerprint as load_with_fingerprint
-    from ta.media.features import Layout as Layout
-    from ta.media.features import check_absent as check_absent
-    from ta.media.features import extract as extract
+    from ta.media.features import Layout as Layout, check_absent as check_absent, extract as extract
     from ta.media.images import find_media as find_media
-    from ta.media.llava import check_llava as check_llava
-    from ta.media.llava import export_llava as export_llava
-    from ta.media.modalities import MediaConfig as MediaConfig
-    from ta.media.modalities import MediaFiles as MediaFiles
-    from ta.media.modalities import open_media as open_media
-    from ta.media.modalities import reopen_media as reopen_media
-    from ta.media.multimodal import EmbeddingTable as EmbeddingTable
-    from ta.media.multimodal import collate_media as collate_media
-    from ta.media.multimodal import embed_media_prompts as embed_media_prompts
-    from ta.media.multimodal import embed_modalities as embed_modalities
-    from ta.media.multimodal import encode_media_prompts as encode_media_prompts
-    from ta.media.multimodal import media_content as media_content
-    from ta.media.multimodal import media_model_for_inference as media_model_for_inference
-    from ta.media.multimodal import media_resume_key as media_resume_key
-    from ta.media.multimodal import projector_lr as projector_lr
-    from ta.media.multimodal import prompts_media as prompts_media
-    from ta.media.multimodal import with_features as with_features
-    from ta.media.multimodal import with_projectors as with_projectors
+    from ta.media.llava import check_llava as check_llava, export_llava as export_llava
+    from ta.media.modalities import (
+        MediaConfig as MediaConfig,
+        MediaFiles as MediaFiles,
+        open_media as open_media,
+        reopen_media as reopen_media,
+    )
+    from ta.media.multimodal import (
+        EmbeddingTable as EmbeddingTable,
+        collate_media as collate_media,
+        embed_media_prompts as embed_media_prompts,
+        embed_modalities as embed_modalities,
+        encode_media_prompts as encode_media_prompts,
+        media_content as media_content,
+        media_model_for_inference as media_model_for_inference,
+        media_resume_key as media_resume_key,
+        projector_lr as projector_lr,
+        prompts_media as prompts_media,
+        with_features as with_features,
+        with_projectors as with_projectors,
+    )
 
 NAMES = {  # module: what `ta.media` gives of it
     "ta.media.modalities": "MediaConfig MediaFiles open_media reopen_media",

@@ -13,21 +13,29 @@ if TYPE_CHECKING:  # for editors; NAMES says the same
     from ta.builtin.fine_tuned import builtin_index as builtin_index
     from ta.rag.embedding import open_encoder as open_encoder
     from ta.rag.embedding_settings import EncoderConfig as EncoderConfig
-    from ta.rag.index import begin_index as begin_index
-    from ta.rag.index import build_index as build_index
-    from ta.rag.index import open_index as open_index
-    from ta.rag.joint import RANKED as RANKED
-    from ta.rag.joint import RagModel as RagModel
-    from ta.rag.joint import question_collate as question_collate
-    from ta.rag.joint import rag_step as rag_step
-    from ta.rag.joint import reembedded as reembedded
-    from ta.rag.joint import retrieval_figures as retrieval_figures
-    from ta.rag.joint import with_passages as with_passages
-    from ta.rag.passages import RetrievalConfig as RetrievalConfig
-    from ta.rag.passages import passage_settings as passage_settings
-    from ta.rag.retrieval import prompts_with_passages as prompts_with_passages
-    from ta.rag.retrieval import retrieve_for_prompts as retrieve_for_prompts
-    from ta.rag.retrieval import retriever_of as retriever_of
+    from ta.rag.index import (
+        begin_index as begin_index,
+        build_index as build_index,
+        open_index as open_index,
+    )
+    from ta.rag.joint import (
+        RANKED as RANKED,
+        RagModel as RagModel,
+        question_collate as question_collate,
+        rag_step as rag_step,
+        reembedded as reembedded,
+        retrieval_figures as retrieval_figures,
+        with_passages as with_passages,
+    )
+    from ta.rag.passages import (
+        RetrievalConfig as RetrievalConfig,
+        passage_settings as passage_settings,
+    )
+    from ta.rag.retrieval import (
+        prompts_with_passages as prompts_with_passages,
+        retrieve_for_prompts as retrieve_for_prompts,
+        retriever_of as retriever_of,
+    )
     from ta.rag.search import need_faiss as need_faiss
 
 NAMES = {  # module: what `ta.rag` gives of it

@@ -9,30 +9,37 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors; NAMES says the same
-    from ta.rl.batches import answer_batches as answer_batches
-    from ta.rl.batches import end_if_dry_run as end_if_dry_run
-    from ta.rl.batches import figures_of as figures_of
-    from ta.rl.batches import kl_of as kl_of
-    from ta.rl.batches import rewards_of as rewards_of
-    from ta.rl.batches import rollout_batches as rollout_batches
-    from ta.rl.batches import sampled as sampled
+    from ta.rl.batches import (
+        answer_batches as answer_batches,
+        end_if_dry_run as end_if_dry_run,
+        figures_of as figures_of,
+        kl_of as kl_of,
+        rewards_of as rewards_of,
+        rollout_batches as rollout_batches,
+        sampled as sampled,
+    )
     from ta.rl.engines import start_engine as start_engine
-    from ta.rl.policy import advantages as advantages
-    from ta.rl.policy import k2 as k2
-    from ta.rl.policy import k3 as k3
-    from ta.rl.policy import log_ratios as log_ratios
-    from ta.rl.policy import mismatch_weights as mismatch_weights
-    from ta.rl.policy import policy_loss as policy_loss
-    from ta.rl.rewards import RewardConfig as RewardConfig
-    from ta.rl.rewards import RewardPool as RewardPool
-    from ta.rl.rollouts import MismatchWatch as MismatchWatch
-    from ta.rl.rollouts import Rollouts as Rollouts
-    from ta.rl.rollouts import prepare_prompts as prepare_prompts
-    from ta.rl.rollouts import rollout_steps as rollout_steps
-    from ta.rl.rollouts import with_right_answer as with_right_answer
-    from ta.rl.settings import PolicyConfig as PolicyConfig
-    from ta.rl.settings import RolloutConfig as RolloutConfig
-    from ta.rl.settings import ToolConfig as ToolConfig
+    from ta.rl.policy import (
+        advantages as advantages,
+        k2 as k2,
+        k3 as k3,
+        log_ratios as log_ratios,
+        mismatch_weights as mismatch_weights,
+        policy_loss as policy_loss,
+    )
+    from ta.rl.rewards import RewardConfig as RewardConfig, RewardPool as RewardPool
+    from ta.rl.rollouts import (
+        MismatchWatch as MismatchWatch,
+        Rollouts as Rollouts,
+        prepare_prompts as prepare_prompts,
+        rollout_steps as rollout_steps,
+        with_right_answer as with_right_answer,
+    )
+    from ta.rl.settings import (
+        PolicyConfig as PolicyConfig,
+        RolloutConfig as RolloutConfig,
+        ToolConfig as ToolConfig,
+    )
     from ta.rl.tools import open_tools as open_tools
 
 NAMES = {  # module: what `ta.rl` gives of it
