@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ta.faces import face
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same and a test compares
+if TYPE_CHECKING:  # what the package gives, listed here for editors and for face()
     from ta import losses as losses, media as media, parallel as parallel, rag as rag, rl as rl
     from ta.builtin.data_files import data_or_builtin as data_or_builtin
     from ta.builtin.fine_tuned import (
@@ -156,68 +157,8 @@ if TYPE_CHECKING:  # what `ta.NAME` is, for editors; NAMES below says the same a
     from ta.training.report import comparison as comparison
     from ta.training.run_folder import LoopConfig as LoopConfig, Run as Run, start_run as start_run
 
-NAMES = {  # module: what `import ta` gives of it, loaded on first use
-    "ta.command_line": "Range cli",
-    "ta.folders": "ModelConfig copy_media fingerprint resolve",
-    "ta.builtin.data_files": "data_or_builtin",
-    "ta.builtin.fine_tuned": "train_builtin_first prefer_trained_builtin",
-    "ta.chat.template": "ChatConfig",
-    "ta.chat.render": "render_chat tokenize_with_loss_mask",
-    "ta.chat.cut": "cut_dialogue",
-    "ta.chat.encode": "encode_answers encode_chat encode_dialogues encode_prompt "
-    "encode_prompts loss_weights",
-    "ta.chat.tokenizer": "ChatTokenizer TokenizerConfig load_chat_tokenizer",
-    "ta.data.pad_token": "with_own_pad_token",
-    "ta.data.prepare": "DataConfig first_records prepare_chats prepare_classes prepare_labelled "
-    "prepare_pairs prepare_questions preview sequence",
-    "ta.files": "append_line",
-    "ta.data.batch": "Batch lay_out",
-    "ta.data.loader": "BatchConfig ContextConfig check_margins collate_chats collate_classes "
-    "collate_pairs labelled_collate labels_of read_ahead row_parts source_rows train_batches "
-    "val_batches",
-    "ta.model.adapters": "AdapterConfig load_adapter logits_agree merge_adapter probe_logits",
-    "ta.model.load": "ComputeConfig cast_parameters check_context load_base load_for_inference "
-    "load_model",
-    "ta.model.language_model": "LanguageModel native_attention wrap",
-    "ta.model.logprobs": "cross_entropy_sum token_logprobs",
-    "ta.model.export": "export",
-    "ta.generation.generate": "generate limits_of",
-    "ta.generation.metrics": "measure roc_auc spacing_note",
-    "ta.generation.samples": "SamplesConfig generate_samples",
-    "ta.data.sources": "Drops read_records",
-    "ta.generation.settings": "Ending GenerateConfig answers_to_json check_prompts parse_settings "
-    "with_stop_strings",
-    "ta.generation.answers_file": "AnswersFile model_key",
-    "ta.generation.prompts": "read_prompts",
-    "ta.generation.candidates": "choose_best choose_random choose_rejection",
-    "ta.generation.score": "answer_logprobs class_names_of num_labels_of reward_answers score",
-    "ta.generation.vllm_server": "open_server",
-    "ta.generation.vllm_engine": "VllmConfig VllmModelConfig check_engine start_vllm",
-    "ta.model.new_rows": "check_vocabulary",
-    "ta.reference": "ReferenceConfig check_same_vocabulary note_sync count_learned "
-    "open_reference sequence_logps with_cached_reference",
-    "ta.screen": "progress table",
-    "ta.training.report": "comparison",
-    "ta.training.run_folder": "LoopConfig Run start_run",
-    "ta.training.model_card": "model_card",
-    "ta.training.loop": "mean_over scores_of train",
-    "ta.training.progress": "join_figures",
-    "ta.training.optim": "OptimConfig make_optimizer with_default_lr",
-}
-MODULES = ("losses", "media", "parallel", "rag", "rl")  # given whole
-_HOME = {name: module for module, names in NAMES.items() for name in names.split()}
-__all__ = sorted([*_HOME, *MODULES])
-
-
-def __getattr__(name: str) -> Any:
-    if name in MODULES:
-        return import_module(f"ta.{name}")
-    if name not in _HOME:
-        raise AttributeError(f"module 'ta' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
+__getattr__, __all__ = face(__name__, __file__)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME, *MODULES})
+    return sorted({*globals(), *__all__})

@@ -5,10 +5,11 @@ What recipes need of it is loaded on first use.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # for editors; NAMES says the same
+from ta.faces import face
+
+if TYPE_CHECKING:  # what the package gives, listed here for editors and for face()
     from ta.media.dialogue import prepare_media_chats as prepare_media_chats
     from ta.media.encoders import load_with_fingerprint as load_with_fingerprint
     from ta.media.features import Layout as Layout, check_absent as check_absent, extract as extract
@@ -35,22 +36,4 @@ if TYPE_CHECKING:  # for editors; NAMES says the same
         with_projectors as with_projectors,
     )
 
-NAMES = {  # module: what `ta.media` gives of it
-    "ta.media.modalities": "MediaConfig MediaFiles open_media reopen_media",
-    "ta.media.images": "find_media",
-    "ta.media.encoders": "load_with_fingerprint",
-    "ta.media.features": "Layout check_absent extract",
-    "ta.media.dialogue": "prepare_media_chats",
-    "ta.media.multimodal": "EmbeddingTable collate_media embed_media_prompts "
-    "embed_modalities encode_media_prompts "
-    "media_model_for_inference media_content media_resume_key projector_lr prompts_media "
-    "with_features with_projectors",
-    "ta.media.llava": "check_llava export_llava",
-}
-_HOME = {name: module for module, names in NAMES.items() for name in names.split()}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'ta.media' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+__getattr__, __all__ = face(__name__, __file__)

@@ -5,10 +5,11 @@ What recipes need of it is loaded on first use.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # for editors; NAMES says the same
+from ta.faces import face
+
+if TYPE_CHECKING:  # what the package gives, listed here for editors and for face()
     from ta.builtin.data_files import passages_file as passages_file
     from ta.builtin.fine_tuned import builtin_index as builtin_index
     from ta.rag.embedding import open_encoder as open_encoder
@@ -38,22 +39,4 @@ if TYPE_CHECKING:  # for editors; NAMES says the same
     )
     from ta.rag.search import need_faiss as need_faiss
 
-NAMES = {  # module: what `ta.rag` gives of it
-    "ta.builtin.data_files": "passages_file",
-    "ta.builtin.fine_tuned": "builtin_index",
-    "ta.rag.embedding_settings": "EncoderConfig",
-    "ta.rag.embedding": "open_encoder",
-    "ta.rag.index": "begin_index build_index open_index",
-    "ta.rag.passages": "RetrievalConfig passage_settings",
-    "ta.rag.retrieval": "prompts_with_passages retrieve_for_prompts retriever_of",
-    "ta.rag.search": "need_faiss",
-    "ta.rag.joint": "RANKED RagModel question_collate rag_step reembedded retrieval_figures "
-    "with_passages",
-}
-_HOME = {name: module for module, names in NAMES.items() for name in names.split()}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'ta.rag' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+__getattr__, __all__ = face(__name__, __file__)

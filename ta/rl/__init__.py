@@ -5,10 +5,11 @@ What recipes need of it is loaded on first use.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # for editors; NAMES says the same
+from ta.faces import face
+
+if TYPE_CHECKING:  # what the package gives, listed here for editors and for face()
     from ta.rl.batches import (
         answer_batches as answer_batches,
         end_if_dry_run as end_if_dry_run,
@@ -42,20 +43,4 @@ if TYPE_CHECKING:  # for editors; NAMES says the same
     )
     from ta.rl.tools import open_tools as open_tools
 
-NAMES = {  # module: what `ta.rl` gives of it
-    "ta.rl.batches": "answer_batches figures_of kl_of end_if_dry_run rewards_of rollout_batches "
-    "sampled",
-    "ta.rl.policy": "advantages k2 k3 log_ratios mismatch_weights policy_loss",
-    "ta.rl.rewards": "RewardConfig RewardPool",
-    "ta.rl.engines": "start_engine",
-    "ta.rl.rollouts": "MismatchWatch Rollouts prepare_prompts rollout_steps with_right_answer",
-    "ta.rl.tools": "open_tools",
-    "ta.rl.settings": "PolicyConfig RolloutConfig ToolConfig",
-}
-_HOME = {name: module for module, names in NAMES.items() for name in names.split()}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'ta.rl' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+__getattr__, __all__ = face(__name__, __file__)
