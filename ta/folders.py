@@ -78,8 +78,8 @@ def read_folder(path: str, hub: bool = False) -> Folder:
     ValueError for a folder that does not exist or holds none of these.
     """
     folder = Path(model_folder(path, hub))
-    media = (folder / "media.json").exists()
-    if not (folder / "config.json").exists():
+    media = _holds(folder, "media.json")
+    if not _holds(folder, "config.json"):
         config = read_json(folder / "adapter_config.json")
         base = config.get("base_model_name_or_path")
         if not isinstance(base, str | None):
@@ -116,23 +116,25 @@ def resolve(config: ModelConfig) -> Sources:
         base = read_folder(base, config.hub).path
     elif adapter is not None:
         adapter = local_folder(adapter, config.hub)
-    names = ("tokenizer.json", "tokenizer_config.json")
-    own = adapter and any((Path(adapter) / name).exists() for name in names)
-    tokenizer = adapter if own else base
-    holders = [path for path in (adapter, base) if path and (Path(path) / "media.json").exists()]
-    for path in holders[:1]:
-        if not (Path(path) / "projectors").is_dir():
-            raise ValueError(f"{path} has media.json and no projectors: give the whole folder")
-    return Sources(base, adapter, holders[0] if holders else None, tokenizer)
+    folders = [Path(path) for path in (adapter, base) if path]
+    own = adapter and _holds(folders[0], "tokenizer.json", "tokenizer_config.json")
+    media = next((str(path) for path in folders if _holds(path, "media.json")), None)
+    if media and not Path(media, "projectors").is_dir():
+        raise ValueError(f"{media} has media.json and no projectors: give the whole folder")
+    return Sources(base, adapter, media, adapter if own else base)
+
+
+def _holds(folder: Path, *names: str) -> bool:
+    return any((folder / name).exists() for name in names)
 
 
 def _final(path: str) -> str:
     """The folder itself, or the `final/` of a run folder."""
-    folder = Path(path)
-    run = (folder / "final").is_dir() and not (folder / "adapter_config.json").exists()
-    if run and (folder / "config.json").exists():
-        run = "model_type" not in read_json(folder / "config.json")
-    return str(folder / "final") if run else path
+    final, config = Path(path, "final"), Path(path, "config.json")
+    run = final.is_dir() and not Path(path, "adapter_config.json").exists()
+    if run and config.exists():
+        run = "model_type" not in read_json(config)
+    return str(final) if run else path
 
 
 def copy_media(source: str, folder: Path) -> None:
@@ -191,11 +193,6 @@ def differing(
     return None
 
 
-def _is_pickled(path: str | Path) -> bool:
-    """Whether a folder has weights of the kind that is not read here."""
-    return any(Path(path).glob("*.bin")) and not any(Path(path).glob("*.safetensors"))
-
-
 @contextmanager
 def loading(path: str | Path, kind: str) -> Iterator[None]:
     """ValueError, in one line, for whatever a library raises because `path` is no whole `kind`.
@@ -213,8 +210,9 @@ def loading(path: str | Path, kind: str) -> Iterator[None]:
         why = " ".join(str(error).split())[:200]
         if not isinstance(error, (ImportError, OSError, RuntimeError, ValueError)):
             why = f"{type(error).__name__}: {why}"
-        pickled = "; ta convert makes safetensors of its weights" if _is_pickled(path) else ""
-        raise ValueError(f"{path} does not load as {kind}: {why}{pickled}") from error
+        if any(Path(path).glob("*.bin")) and not any(Path(path).glob("*.safetensors")):
+            why += "; ta convert makes safetensors of its weights"
+        raise ValueError(f"{path} does not load as {kind}: {why}") from error
 
 
 @contextmanager
@@ -246,8 +244,7 @@ def model_folder(path: str, hub: bool = False) -> str:
             f"no model folder at {path}: give a folder with config.json and *.safetensors, or add "
             "--hub to look the name up on the hub"
         )
-    files = [Path(path) / name for name in ("config.json", "adapter_config.json")]
-    if not any(file.exists() for file in files):
+    if not _holds(Path(path), "config.json", "adapter_config.json"):
         raise ValueError(
             f"{path} holds no config.json: give the folder of a saved model (a run's export is "
             "RUN/final)"
@@ -296,7 +293,7 @@ def encoder_folder(path: str = "builtin", hub: bool = False) -> str:
             "give the merged folder"
         )
     trained = Path(folder.path) / "encoder"
-    return str(trained) if (trained / "config.json").exists() else folder.path
+    return str(trained) if _holds(trained, "config.json") else folder.path
 
 
 def index_folder(path: str) -> str:
@@ -309,6 +306,6 @@ def fingerprint(path: str, hub: bool = False) -> str:
     """Hash of a model folder's config and weights; the cache keeps the hash of each file."""
     folder = Path(model_folder(path, hub))
     hashes = cache_folder("") / "hashes"
-    configs = ("config.json", "adapter_config.json")
-    files = [p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name in configs]
-    return hash_json([[p.name, content_hash(str(p), hashes)] for p in sorted(files)])[:16]
+    names = ("*.safetensors", "config.json", "adapter_config.json")
+    files = sorted(path for name in names for path in folder.glob(name))
+    return hash_json([[p.name, content_hash(p, hashes)] for p in files])[:16]

@@ -56,11 +56,12 @@ def media_path(root: str | Path, relative: str) -> Path:
             f"media path {relative[:80]!r}: nothing is fetched from a URL; save the file below the "
             "media root and give its path"
         )
-    if PurePosixPath(relative).is_absolute():
+    named = PurePosixPath(relative)
+    if named.is_absolute():
         raise ValueError(
             f"media path {relative!r} is absolute; give it relative to the media root {root}"
         )
-    if ".." in PurePosixPath(relative).parts:
+    if ".." in named.parts:
         raise ValueError(
             f"media path {relative!r} has '..' in it; give a path that stays below the media root "
             f"{root}"
@@ -208,7 +209,7 @@ def preprocess(image: np.ndarray, how: Preprocessing) -> np.ndarray:
     to grow so far that it has more than MAX_PIXELS.
     """
     if how.size is not None:
-        width, height = image.shape[1], image.shape[0]
+        height, width = image.shape[:2]
         new_height, new_width = _resized(height, width, how.size)
         if new_height * new_width > MAX_PIXELS:
             raise ValueError(
@@ -282,9 +283,8 @@ def read_preprocessing(folder: str | Path, default: Preprocessing) -> Preprocess
             f"{folder}: no preprocessor_config.json; "
             "save the model's image processor into its folder"
         )
-    kind = str(
-        given.get("image_processor_type", given.get("feature_extractor_type", "CLIPImageProcessor"))
-    )
+    kinds = given.get("image_processor_type"), given.get("feature_extractor_type")
+    kind = str(kinds[0] or kinds[1] or "CLIP")
     if not kind.startswith(("CLIP", "SiglipImage")) or given.get("do_pad"):
         raise ValueError(
             f"{path}: {kind} (do_pad={given.get('do_pad')}) is not known here; CLIP's and SigLIP's "
@@ -301,7 +301,7 @@ def _preprocessing(given: dict[str, Any], default: Preprocessing) -> Preprocessi
     rescales, factor = given.get("do_rescale", True), given.get("rescale_factor", 1 / 255)
     return Preprocessing(
         size=_edge(given.get("size", default.size)) if given.get("do_resize", True) else None,
-        crop=_pair(given.get("crop_size", default.crop)) if crops else None,
+        crop=_edge(given.get("crop_size", default.crop), square=True) if crops else None,
         mean=_channels(mean) if normalises else None,
         std=_channels(std) if normalises else None,
         resample=int(given.get("resample", default.resample)),
@@ -314,19 +314,9 @@ def _channels(values: float | Sequence[float]) -> tuple[float, ...]:
     return float(red), float(green), float(blue)
 
 
-def _edge(size: object) -> int | tuple[int, int]:
-    if isinstance(size, dict) and set(size) == {"shortest_edge"}:
-        return int(size["shortest_edge"])
-    return size if isinstance(size, int) else _pair(size)
+def _edge(size: Any, square: bool = False) -> int | tuple[int, int]:
+    """The shorter edge, or (height, width), which a bare number is where it means a `square`."""
+    from transformers.image_processing_utils import get_size_dict
 
-
-def _pair(size: object) -> tuple[int, int]:
-    if isinstance(size, int):
-        return size, size
-    if isinstance(size, dict) and set(size) == {"height", "width"}:
-        return int(size["height"]), int(size["width"])
-    if isinstance(size, Sequence) and len(size) == 2:
-        return int(size[0]), int(size[1])
-    raise ValueError(
-        f"size {size!r} is not understood; give a number, shortest_edge, or height and width"
-    )
+    sizes = get_size_dict(size, default_to_square=square)
+    return sizes.get("shortest_edge") or (sizes["height"], sizes["width"])
