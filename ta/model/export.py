@@ -21,9 +21,9 @@ from ta.chat.template import ChatConfig, export_template
 from ta.chat.tokenizer import ChatTokenizer, disagreement, unlearned_end
 from ta.chat.tokenizer_files import save_tokenizer
 from ta.files import publishing
-from ta.folders import quiet
+from ta.folders import quiet, read_json
 from ta.model.adapters import save_adapter, saved_tables
-from ta.model.language_model import LanguageModel, base_model
+from ta.model.language_model import LanguageModel
 from ta.parallel import gather_objects, on_rank_zero, rank, say, world
 
 if TYPE_CHECKING:
@@ -74,23 +74,21 @@ def export(
     Every process must call this: sharded tensors are gathered one at a time, and only rank 0 keeps
     them. OSError where another process failed.
     """
-    folder, inner = Path(folder), model.inner
-    base = base_model(inner)
+    folder, inner, base = Path(folder), model.inner, model.base
     _say_disagreement(tokenizer, records)
     with published(folder) as temporary:
-        whole_model = base is inner
-        state = gathered(inner, not whole_model, model.export_dtype if whole_model else None)
+        state = gathered(inner, base is not inner, model.export_dtype)
         model.save_parts(temporary)
         if rank() == 0:
             if card:
                 (temporary / "README.md").write_text(card, encoding="utf-8")
             set_generation(base, tokenizer.fast, tokenizer.stop_ids, tokenizer.stop_strings)
-            if base is not inner:
+            if base is inner:
+                save_model(whole(inner, state), temporary, model.export_dtype)
+            else:
                 save_adapter(inner, temporary, state)
                 if base.can_generate():
                     base.generation_config.save_pretrained(temporary)
-            else:
-                save_model(whole(inner, state), temporary, model.export_dtype)
             save_tokenizer(tokenizer.fast, temporary, export_template(tokenizer.template))
     say(f"done: {folder}")
 
@@ -101,17 +99,16 @@ def check_export(model: LanguageModel, tokenizer: ChatTokenizer) -> None:
     The tokenizer is written beside the model's config and read again. Lines on the screen say what
     an export will not have: weights as exact as they are trained, an end that the model learns.
     """
-    base = base_model(model.inner)
-
-    whole_config = base.config if base is model.inner else None
-    on_rank_zero(lambda: check_tokenizer(tokenizer.fast, whole_config))
+    base, dtype = model.base, model.export_dtype
+    config = base.config if base is model.inner else None
+    on_rank_zero(lambda: check_tokenizer(tokenizer.fast, config))
     if model.generates and (note := unlearned_end(tokenizer)):
         say(note)
-    if base is model.inner and (dtype := model.export_dtype) not in (None, base.dtype):
-        names = [str(kind).removeprefix("torch.") for kind in (dtype, base.dtype)]
+    if config and dtype not in (None, base.dtype):
+        stored, held = (str(kind).removeprefix("torch.") for kind in (dtype, base.dtype))
         say(
-            f"note: the export is in {names[0]}, as the weights came; training holds them in "
-            f"{names[1]} (--export-dtype {names[1]} keeps that)"
+            f"note: the export is in {stored}, as the weights came; training holds them in {held} "
+            f"(--export-dtype {held} keeps that)"
         )
 
 
@@ -144,12 +141,13 @@ def check_room(folder: Path, needed: int) -> None:
 
 def _say_disagreement(tokenizer: ChatTokenizer, records: Sequence[dict]) -> None:
     """Say where apply_chat_template of the export gives other ids than training."""
-    chats = [r["messages"] for r in records if "messages" in r and not template_arguments(r)]
+    known = {"role", "content", "loss"}
+    chats = [r.get("messages") for r in records if not template_arguments(r)]
     chats = [chat for chat in chats if chat and chat[-1]["role"] == ANSWER]
-    plain = [c for c in chats if all(m.keys() <= {"role", "content", "loss"} for m in c)]
+    plain = [chat for chat in chats if all(message.keys() <= known for message in chat)]
     encoded = encode_chats(plain, tokenizer, ChatConfig(loss_on="last"))
-    both = [(c, e.ids) for c, e in zip(plain, encoded, strict=True) if not isinstance(e, Drop)]
-    trained, ids = [chat for chat, _ in both], [ids for _, ids in both]
+    kept = [pair for pair in zip(plain, encoded, strict=True) if not isinstance(pair[1], Drop)]
+    trained, ids = [chat for chat, _ in kept], [tokens.ids for _, tokens in kept]
     gap = disagreement(tokenizer.fast, tokenizer.template, trained, ids, tokenizer.day)
     if gap:
         say(
@@ -160,7 +158,17 @@ def _say_disagreement(tokenizer: ChatTokenizer, records: Sequence[dict]) -> None
 
 def whole(model: PreTrainedModel, state: dict[str, Tensor] | None) -> PreTrainedModel:
     """The model, or where it is sharded a model like it that holds the gathered tensors."""
-    return model if state is None else _plain(model, state)
+    import torch
+
+    if state is None:
+        return model
+    with torch.device("meta"):
+        plain = type(model)._from_config(model.config)
+    plain.load_state_dict(state, assign=True)
+    plain.tie_weights()
+    if model.can_generate():
+        plain.generation_config = model.generation_config
+    return plain
 
 
 def save_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -170,32 +178,29 @@ def save_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None =
     frequencies must not be rounded. The config is one that transformers 4 reads as 5 does.
     """
     dtype = dtype or model.dtype
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     state, known = model.state_dict(), {}
-    for name, tensor in state.items():
-        if name in parameters and tensor.dtype != dtype:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in state and parameter.dtype != dtype:
             # one tensor for all names of shared weights, as save_pretrained expects
-            key = (tensor.data_ptr(), tensor.shape)
-            known.setdefault(key, tensor.to(dtype))
+            key = (parameter.data_ptr(), parameter.shape)
+            known.setdefault(key, parameter.detach().to(dtype))
             state[name] = known[key]
     with quiet():
         model.save_pretrained(folder, state_dict=state, max_shard_size=MAX_FILE)
     file = folder / "config.json"
-    settings = _with_dtype(json.loads(file.read_text()), str(dtype).removeprefix("torch."))
+    settings = _with_dtype(read_json(file), str(dtype).removeprefix("torch."))
     file.write_text(json.dumps(_for_older(model.config, settings), indent=2) + "\n")
 
 
 def _with_dtype(settings: dict[str, Any], dtype: str) -> dict[str, Any]:
     """Settings that name `dtype` wherever they name one, and no folder of this machine."""
-    return {
-        key: _with_dtype(value, dtype)
-        if isinstance(value, dict)
-        else dtype
-        if key == "dtype" and value
-        else value
-        for key, value in settings.items()
-        if key != "_name_or_path"
-    }
+    out = {key: value for key, value in settings.items() if key != "_name_or_path"}
+    for key, value in out.items():
+        if isinstance(value, dict):
+            out[key] = _with_dtype(value, dtype)
+        elif key == "dtype" and value:
+            out[key] = dtype
+    return out
 
 
 def _for_older(config: PreTrainedConfig, settings: dict[str, Any]) -> dict[str, Any]:
@@ -242,28 +247,15 @@ def stored_dtype(folder: str | Path) -> torch.dtype:
     import torch
     from safetensors import safe_open
 
-    settings = json.loads((Path(folder) / "config.json").read_text())
+    settings = read_json(Path(folder) / "config.json")
     parts = [settings, settings.get("text_config") or {}]
     names = [part.get(key) for part in parts for key in ("dtype", "torch_dtype")]
-    named = [getattr(torch, name, None) for name in names if isinstance(name, str)]
-    for file in [] if named else sorted(Path(folder).glob("*.safetensors"))[:1]:
+    found = [getattr(torch, name, None) for name in names if isinstance(name, str)]
+    for file in [] if found else sorted(Path(folder).glob("*.safetensors"))[:1]:
         with safe_open(file, "pt") as tensors:
-            named = [tensors.get_tensor(name).dtype for name in list(tensors.keys())[:1]]
+            found = [tensors.get_tensor(name).dtype for name in list(tensors.keys())[:1]]
     kinds = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    return next((dtype for dtype in named if dtype in kinds), torch.float32)
-
-
-def _plain(model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
-    """A model like this one that is not sharded and holds the gathered tensors."""
-    import torch
-
-    with torch.device("meta"):
-        plain = type(model)._from_config(model.config)
-    plain.load_state_dict(state, assign=True)
-    plain.tie_weights()
-    if model.can_generate():
-        plain.generation_config = model.generation_config
-    return plain
+    return next((dtype for dtype in found if dtype in kinds), torch.float32)
 
 
 def gathered(
@@ -306,7 +298,8 @@ def set_generation(
     if not model.can_generate():
         return
     config, pad = model.generation_config, tokenizer.pad_token_id
-    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    known = config.eos_token_id
+    known = known if isinstance(known, list) else [known]
     before = {token for token in known if token is not None and token < len(tokenizer)}
     config.eos_token_id = sorted(before.union(stop_ids)) or tokenizer.eos_token_id
     config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
