@@ -10,9 +10,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from itertools import accumulate, chain, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,13 +35,11 @@ from ta.model.language_model import LanguageModel, base_model
 from ta.parallel import rank
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ta.chat.template import ChatConfig
     from ta.chat.tokenizer import ChatTokenizer
     from ta.media.dialogue import Media
 
-TOKENS_AT_ONCE = 8192  # of prompts that are embedded together
+TOKENS_AT_ONCE = 8192  # of prompts that are embedded together, and the rest of the last one
 
 
 class MediaBatch(NamedTuple):
@@ -288,8 +289,8 @@ def with_features(media: Modalities, batch: MediaBatch) -> MediaBatch:
     for name, modality in media.items():
         inputs = getattr(batch, name)
         if isinstance(inputs, tuple):
-            paths = inputs
-            inputs = torch.stack([inputs_of(modality, path) for path in paths]) if paths else None
+            read = [inputs_of(modality, path) for path in inputs]
+            inputs = torch.stack(read) if read else None
         features[name] = encoded(modality, inputs).to(device)
     return batch._replace(**features)
 
@@ -338,19 +339,14 @@ def embed_prompts(
     `media` holds those of each prompt. All processes must call this with equal prompts.
     """
     device = next(model.parameters()).device
-    start = 0
-    while start < len(prompts):
-        stop, total = start + 1, len(prompts[start])
-        while stop < len(prompts) and total + len(prompts[stop]) <= TOKENS_AT_ONCE:
-            total, stop = total + len(prompts[stop]), stop + 1
-        ids = [torch.tensor(prompt).numpy() for prompt in prompts[start:stop]]
-        batch = lay_out(ids, [torch.zeros(len(x)).numpy() for x in ids])
-        items = [item for one in media[start:stop] for item in one]
-        paths = {
-            name: tuple(path for modality, path in items if modality == name) for name in modalities
-        }
+    numbers = [end // TOKENS_AT_ONCE for end in accumulate(map(len, prompts))]
+    for _, group in groupby(zip(numbers, prompts, media, strict=True), itemgetter(0)):
+        _, ids, items = zip(*group, strict=True)
+        batch = lay_out([np.array(x) for x in ids], [np.zeros(len(x)) for x in ids])
+        paths: dict[str, tuple[str, ...]] = dict.fromkeys(modalities, ())
+        for name, path in chain(*items):
+            paths[name] += (path,)
         with torch.no_grad():
             on_device = to_device(MediaBatch(batch, **paths), device)
             embeds = model.embed(with_features(modalities, on_device))  # (1, T, D)
         yield from embeds[0].split(list(batch.lengths))
-        start = stop

@@ -129,22 +129,21 @@ def _by_document(
     window: int,
 ) -> Tensor:
     """One call a document, on any device and in any type: (1, T, H, D)."""
-    lengths, prefixes = documents.lengths, documents.prefixes
-    if len(lengths) < 2:
-        out = _causal(query, *_repeated(query, key, value), scaling, dropout, window)
-        return out.transpose(1, 2).contiguous()
-    if sum(lengths) != query.shape[2] or key.shape[2] != query.shape[2]:
-        raise ValueError(
-            f"documents of {sum(lengths)} tokens in all do not make a row of {query.shape[2]} "
-            "columns"
-        )
+    lengths, columns = documents.lengths, query.shape[2]
     whole = query, *_repeated(query, key, value)
+    if len(lengths) < 2:
+        return _causal(*whole, scaling, dropout, window).transpose(1, 2).contiguous()
+    if sum(lengths) != columns or key.shape[2] != columns:
+        raise ValueError(
+            f"documents of {sum(lengths)} tokens in all do not make a row of {columns} columns"
+        )
     # the gradient of a split part is as large as the part, that of a slice as large as the row
     parts = [x.split(lengths, 2) for x in whole]
-    out, lead = [], leads(prefixes) if prefixes else ()
+    prefixes = documents.prefixes or (0,) * len(lengths)
+    out, lead = [], leads(prefixes)
     for n, (q, k, v) in enumerate(zip(*parts, strict=True)):
-        if prefixes and prefixes[n]:
-            length, keys, values = prefixes[n], parts[1][lead[n]], parts[2][lead[n]]
+        if length := prefixes[n]:
+            keys, values = parts[1][lead[n]], parts[2][lead[n]]
             k = torch.cat([keys[:, :, :length], k], 2)
             v = torch.cat([values[:, :, :length], v], 2)
         out.append(_causal(q, k, v, scaling, dropout, window).transpose(1, 2))
@@ -161,16 +160,13 @@ def _causal(
     query: Tensor, key: Tensor, value: Tensor, scaling, dropout: float, window: int
 ) -> Tensor:
     """Causal attention (B, H, Q, D) of queries at the last Q of the K positions of the keys."""
-    length, before = query.shape[2], key.shape[2] - query.shape[2]
-    if before or (window and length > window):
-        rows = torch.arange(before, before + length, device=query.device)
-        distance = rows[:, None] - torch.arange(key.shape[2], device=query.device)
-        mask = (distance >= 0) & (distance < (window or key.shape[2]))
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
-        )
+    length, keys, mask = query.shape[2], key.shape[2], None
+    if keys > length or (window and length > window):
+        columns = torch.arange(keys, device=query.device)
+        distance = columns[keys - length :, None] - columns
+        mask = (distance >= 0) & (distance < (window or keys))
     return F.scaled_dot_product_attention(
-        query, key, value, is_causal=True, dropout_p=dropout, scale=scaling
+        query, key, value, mask, is_causal=mask is None, dropout_p=dropout, scale=scaling
     )
 
 
