@@ -60,9 +60,14 @@ def convert(given: str, out: str) -> str:
     if source.suffix not in PICKLED:
         raise ValueError(f"{given}: give a folder or a file of {', '.join(PICKLED)}")
     weights = load_pickled(source)
-    if any(name.startswith("modality_trunks.") for name in weights):
-        return _imagebind(weights, source, target)
-    return _projectors(weights, target)
+    if not any(name.startswith("modality_trunks.") for name in weights):
+        return _projectors(weights, target)
+    from ta.media.imagebind import AUDIO_HUGE, IMAGE_HUGE, write_trunk
+
+    with publishing(target) as folder:
+        for config in (IMAGE_HUGE, AUDIO_HUGE):
+            write_trunk(weights, source, folder / config.modality, config)
+    return f"{target}: image and audio, for --image-encoder-path and --audio-encoder-path"
 
 
 def load_pickled(path: Path) -> dict[str, Tensor]:
@@ -131,23 +136,19 @@ def _folder(source: Path, target: Path) -> str:
             elif path.is_file() and path.suffix not in PICKLED:
                 shutil.copyfile(path, folder / path.name)
         if spm:
-            _fast_tokenizer(source, folder)
+            from transformers import AutoTokenizer
+
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+                tokenizer.save_pretrained(folder)
+            except (ImportError, OSError, ValueError, KeyError) as error:
+                line = str(error).strip().splitlines()[0]
+                raise ValueError(
+                    f"{source}/tokenizer.model cannot be read ({line}): pip install sentencepiece "
+                    "protobuf"
+                ) from None
             made.append("tokenizer.json")
     return f"{target}: {', '.join(made)}"
-
-
-def _fast_tokenizer(source: Path, folder: Path) -> None:
-    """tokenizer.json from tokenizer.model, as transformers converts it."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        tokenizer.save_pretrained(folder)
-    except (ImportError, OSError, ValueError, KeyError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{source}/tokenizer.model cannot be read ({line}): pip install sentencepiece protobuf"
-        ) from None
 
 
 def _projectors(weights: dict[str, Tensor], target: Path) -> str:
@@ -161,13 +162,3 @@ def _projectors(weights: dict[str, Tensor], target: Path) -> str:
         for kind, part in parts.items():
             write_tensors(part, folder / f"{kind}.safetensors", format="pt")
     return f"{target}: {', '.join(f'{kind}.safetensors' for kind in parts)}"
-
-
-def _imagebind(weights: dict[str, Tensor], source: Path, target: Path) -> str:
-    """The trunks of pictures and sounds of the published ImageBind."""
-    from ta.media.imagebind import AUDIO_HUGE, IMAGE_HUGE, write_trunk
-
-    with publishing(target) as folder:
-        for config in (IMAGE_HUGE, AUDIO_HUGE):
-            write_trunk(weights, source, folder / config.modality, config)
-    return f"{target}: image and audio, for --image-encoder-path and --audio-encoder-path"

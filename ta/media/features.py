@@ -301,11 +301,14 @@ def check_absent(out: Path, overwrite: bool = False) -> None:
 
 def _check_absent(out: Path, overwrite: bool) -> None:
     """`check_absent` under the lock of `out`."""
-    if out.exists() and not _is_cache(_opened(out)[1]):
+    if not out.exists():
+        return
+    known = _opened(out)[1]
+    if FORMAT not in known and known.get("format") != FORMAT_1:
         raise ValueError(
             f"--out {out} is no cache of features, so it is not overwritten: give another file"
         )
-    if out.exists() and not overwrite:
+    if not overwrite:
         parts, made = Parts(out), read_features(out)
         begun = parts.about()
         if begun and begun[1] == made.fingerprint and _held(parts).items() <= made.hashes.items():
@@ -320,10 +323,6 @@ def _held(parts: Parts) -> dict[str, str]:
         for part in sorted(parts.keys())
         for key, value in json.loads(parts.load(part)[1]["hashes"]).items()
     }
-
-
-def _is_cache(metadata: Mapping[str, str]) -> bool:
-    return FORMAT in metadata or metadata.get("format") == FORMAT_1
 
 
 Read = tuple[str, str, Any, str | None]  # key, content hash, input, why it could not be read

@@ -208,10 +208,11 @@ def preprocess(image: np.ndarray, how: Preprocessing) -> np.ndarray:
     SigLIP's differs in its settings alone. ValueError for a long strip whose short edge would have
     to grow so far that it has more than MAX_PIXELS.
     """
-    if how.size is not None:
+    if isinstance(how.size, int):
         height, width = image.shape[:2]
-        new_height, new_width = _resized(height, width, how.size)
-        if new_height * new_width > MAX_PIXELS:
+        longer = int(how.size * max(height, width) / min(height, width))
+        if how.size * longer > MAX_PIXELS:
+            new_width, new_height = (how.size, longer) if width <= height else (longer, how.size)
             raise ValueError(
                 f"{width} x {height} pixels would grow to {new_width} x {new_height}; "
                 "cut the picture to a milder shape"
@@ -253,14 +254,6 @@ def read_pixels(path: str | Path, how: Preprocessing) -> np.ndarray:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _resized(height: int, width: int, size: int | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of a picture after resizing."""
-    if isinstance(size, tuple):
-        return size
-    long_edge = int(size * max(height, width) / min(height, width))
-    return (long_edge, size) if width <= height else (size, long_edge)
-
-
 CLIP = Preprocessing(
     224, (224, 224), (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 )
@@ -290,23 +283,19 @@ def read_preprocessing(folder: str | Path, default: Preprocessing) -> Preprocess
             f"{path}: {kind} (do_pad={given.get('do_pad')}) is not known here; CLIP's and SigLIP's "
             "image processors are"
         )
-    with loading(path, "the settings of an image processor"):
-        return _preprocessing(given, default)
-
-
-def _preprocessing(given: dict[str, Any], default: Preprocessing) -> Preprocessing:
     mean, std = given.get("image_mean", default.mean), given.get("image_std", default.std)
     normalises = given.get("do_normalize", True) and mean is not None
     crops = given.get("do_center_crop", default.crop is not None)
     rescales, factor = given.get("do_rescale", True), given.get("rescale_factor", 1 / 255)
-    return Preprocessing(
-        size=_edge(given.get("size", default.size)) if given.get("do_resize", True) else None,
-        crop=_edge(given.get("crop_size", default.crop), square=True) if crops else None,
-        mean=_channels(mean) if normalises else None,
-        std=_channels(std) if normalises else None,
-        resample=int(given.get("resample", default.resample)),
-        scale=float(factor) if rescales else None,
-    )
+    with loading(path, "the settings of an image processor"):
+        return Preprocessing(
+            size=_edge(given.get("size", default.size)) if given.get("do_resize", True) else None,
+            crop=_edge(given.get("crop_size", default.crop), square=True) if crops else None,
+            mean=_channels(mean) if normalises else None,
+            std=_channels(std) if normalises else None,
+            resample=int(given.get("resample", default.resample)),
+            scale=float(factor) if rescales else None,
+        )
 
 
 def _channels(values: float | Sequence[float]) -> tuple[float, ...]:

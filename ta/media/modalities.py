@@ -127,14 +127,14 @@ class Modalities(dict[str, Modality]):
     @property
     def placeholders(self) -> dict[str, Placeholder]:
         """The tokens that stand in the text for one picture or sound of each modality."""
-        return {
-            name: Placeholder(
-                *(modality.settings[key] for key in ("start", "token", "end", "embeddings")),
-                _file_check(modality),
-                _files_key(modality),
-            )
-            for name, modality in self.items()
-        }
+        placeholders = {}
+        for name, modality in self.items():
+            known = modality.settings
+            text = known["start"], known["token"], known["end"], known["embeddings"]
+            # it changes when other files are read: another root, or a cache of other content
+            files = [str(Path(modality.root).resolve()), modality.cache and modality.cache.hashes]
+            placeholders[name] = Placeholder(*text, _file_check(modality), hash_json(files))
+        return placeholders
 
     def save(self, folder: Path) -> None:
         """Write media.json, from which `reopen_media` opens the modalities again, into `folder`."""
@@ -182,6 +182,8 @@ def open_media(
     encoder is named, where a flag contradicts `folder`, where a cache is another encoder's, and
     where there is no folder of media.
     """
+    from ta.media.encoders import load_with_fingerprint
+
     media = Modalities()
     if folder is not None:
         _check_kept(config, folder)
@@ -189,62 +191,46 @@ def open_media(
     root = media_root(config.files.image_root, sources)
     builtin = None if sources or config.audio_encoder or folder else "builtin"
     encoders = {"image": config.image_encoder or builtin, "audio": config.audio_encoder}
-    for name, encoder_name in encoders.items():
-        if encoder_name not in (None, "none") and name not in media:
-            settings, encoder = _new_settings(config, name, encoder_name, device, hub, media)
-            weights = getattr(config, f"{name}_projector_path")
-            weights = weights and _projector_file(weights, name)
-            media[name] = _modality(name, config.files, root, settings, encoder, weights)
+    for name, kind in encoders.items():
+        if kind in (None, "none") or name in media:
+            continue
+        path = getattr(config.files, f"{name}_encoder_path")
+        path = path and str(Path(local_folder(path, hub)).resolve())
+        encoder, fingerprint = load_with_fingerprint(kind, path, device)
+        if encoder.modality != name:
+            raise ValueError(
+                f"--{name}-encoder {kind} reads {encoder.modality}: give an encoder of {name}"
+            )
+        borders = [(known.settings["start"], known.settings["end"]) for known in media.values()]
+        start, end = config.media_tokens or (borders or [("<MS>", "</MS>")])[0]
+        token = {"image": "<img>", "audio": "<audio>"}[name]
+        settings = {
+            "encoder": kind,
+            "path": path,
+            "fingerprint": fingerprint,
+            "emb_dim": encoder.emb_dim,
+            "features": encoder.n_modality_embs,
+            "grid": list(encoder.grid) if encoder.grid else None,
+            "projector": getattr(config, f"{name}_projector") or "mlp",
+            "projector_width": config.projector_width or 1024,
+            "projector_depth": config.projector_depth or 3,
+            "embeddings": getattr(config, f"{name}_embeddings") or encoder.n_modality_embs,
+            "start": start,
+            "token": getattr(config, f"{name}_token") or token,
+            "end": end,
+        }
+        weights = getattr(config, f"{name}_projector_path")
+        if weights:
+            # that of a run folder or its export
+            inside = Path(local_folder(weights), PROJECTORS, f"{name}.safetensors")
+            weights = str(inside) if inside.is_file() else weights
+        media[name] = _modality(name, config.files, root, settings, encoder, weights)
     if not media:
         raise ValueError(
             "no encoder: give --image-encoder clip --image-encoder-path FOLDER (or siglip, "
             "imagebind), or --audio-encoder"
         )
     return media
-
-
-def _new_settings(
-    config: MediaConfig,
-    name: str,
-    encoder_name: str,
-    device: str,
-    hub: bool,
-    known: Modalities,
-) -> tuple[dict[str, Any], Encoder]:
-    """The settings of a modality that the model does not have yet, and its encoder."""
-    from ta.media.encoders import load_with_fingerprint
-
-    path = getattr(config.files, f"{name}_encoder_path")
-    path = path and str(Path(local_folder(path, hub)).resolve())
-    encoder, fingerprint = load_with_fingerprint(encoder_name, path, device)
-    if encoder.modality != name:
-        raise ValueError(
-            f"--{name}-encoder {encoder_name} reads {encoder.modality}: give an encoder of {name}"
-        )
-    borders = [(m.settings["start"], m.settings["end"]) for m in known.values()]
-    start, end = config.media_tokens or (borders or [("<MS>", "</MS>")])[0]
-    settings = {
-        "encoder": encoder_name,
-        "path": path,
-        "fingerprint": fingerprint,
-        "emb_dim": encoder.emb_dim,
-        "features": encoder.n_modality_embs,
-        "grid": list(encoder.grid) if encoder.grid else None,
-        "projector": getattr(config, f"{name}_projector") or "mlp",
-        "projector_width": config.projector_width or 1024,
-        "projector_depth": config.projector_depth or 3,
-        "embeddings": getattr(config, f"{name}_embeddings") or encoder.n_modality_embs,
-        "start": start,
-        "token": getattr(config, f"{name}_token") or {"image": "<img>"}.get(name, f"<{name}>"),
-        "end": end,
-    }
-    return settings, encoder
-
-
-def _projector_file(path: str, name: str) -> str:
-    """The file of a projector's weights: itself, or that in a run folder or its export."""
-    inside = Path(local_folder(path)) / PROJECTORS / f"{name}.safetensors"
-    return str(inside) if inside.is_file() else path
 
 
 def media_settings(folder: str | Path) -> dict[str, dict[str, Any]]:
@@ -359,12 +345,6 @@ def _file_check(modality: Modality) -> Callable[[str], None]:
             raise ValueError(reason(path))
 
     return check
-
-
-def _files_key(modality: Modality) -> str:
-    """Changes when other files are read: another root, or a cache of other content."""
-    hashes = modality.cache.hashes if modality.cache else None
-    return hash_json([str(Path(modality.root).resolve()), hashes])
 
 
 def inputs_of(modality: Modality, path: str) -> Tensor:

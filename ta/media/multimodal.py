@@ -37,7 +37,6 @@ from ta.parallel import rank
 if TYPE_CHECKING:
     from ta.chat.template import ChatConfig
     from ta.chat.tokenizer import ChatTokenizer
-    from ta.media.dialogue import Media
 
 TOKENS_AT_ONCE = 8192  # of prompts that are embedded together, and the rest of the last one
 
@@ -323,30 +322,19 @@ def embed_media_prompts(
     chats: Sequence[list[dict]],
     prompts: Sequence[Sequence[int]],
 ) -> Iterator[Tensor]:
-    """(L, D) of each prompt that `encode_media_prompts` gave; all processes take part."""
-    items = [result[1] for result in encode_media(chats, tokenizer, chat, prompts=True)]
-    return embed_prompts(media, model, prompts, items)
-
-
-def embed_prompts(
-    modalities: Modalities,
-    model: MediaModel,
-    prompts: Sequence[Sequence[int]],
-    media: Sequence[Media],
-) -> Iterator[Tensor]:
-    """(L, D) of each prompt: its tokens' embeddings with its pictures and sounds in place.
-
-    `media` holds those of each prompt. All processes must call this with equal prompts.
+    """(L, D) of each prompt that `encode_media_prompts` gave: its tokens' embeddings with its
+    pictures and sounds in place. All processes must call this with equal prompts.
     """
+    encoded = encode_media(chats, tokenizer, chat, prompts=True)
     device = next(model.parameters()).device
     numbers = [end // TOKENS_AT_ONCE for end in accumulate(map(len, prompts))]
-    for _, group in groupby(zip(numbers, prompts, media, strict=True), itemgetter(0)):
-        _, ids, items = zip(*group, strict=True)
+    for _, group in groupby(zip(numbers, prompts, encoded, strict=True), itemgetter(0)):
+        _, ids, results = zip(*group, strict=True)
         batch = lay_out([np.array(x) for x in ids], [np.zeros(len(x)) for x in ids])
-        paths: dict[str, tuple[str, ...]] = dict.fromkeys(modalities, ())
-        for name, path in chain(*items):
+        paths: dict[str, tuple[str, ...]] = dict.fromkeys(media, ())
+        for name, path in chain(*(items for _, items in results)):
             paths[name] += (path,)
         with torch.no_grad():
             on_device = to_device(MediaBatch(batch, **paths), device)
-            embeds = model.embed(with_features(modalities, on_device))  # (1, T, D)
+            embeds = model.embed(with_features(media, on_device))  # (1, T, D)
         yield from embeds[0].split(list(batch.lengths))

@@ -126,15 +126,27 @@ def lora_settings(
     from peft import LoraConfig
 
     targets = [] if config.lora_targets == ("all-linear",) else list(config.lora_targets)
-    whole_modules = config.lora_modules_to_save
+    saved = list(config.lora_modules_to_save)
     _check_names(model, "--lora-targets", targets)
-    _check_names(model, "--lora-modules-to-save", whole_modules)
+    _check_names(model, "--lora-modules-to-save", saved)
     tied = "output" not in tables(model) and model.get_output_embeddings() is not None
     heads = _table_names(model)
-    _check_tables(heads, targets, whole_modules, tied, bool(new_token_ids))
-    whole = [name for name in heads if _hits(name, whole_modules)]
+    hit = [name for name in heads if _hits(name, targets)]
+    if hit and (tied or new_token_ids):
+        reason = "the rows of new tokens train there"
+        if tied:
+            reason = "its table is tied to the other one"
+        raise ValueError(
+            f"--lora-targets: LoRA on {hit[0]} cannot be merged, {reason}; leave it out, or give "
+            "it to --lora-modules-to-save"
+        )
+    whole = [name for name in heads if _hits(name, saved)]
+    if tied and whole and not heads[0].endswith("embed_tokens"):
+        raise ValueError(
+            f"--lora-modules-to-save: peft would untie {heads[0]} from the head; leave it out (new "
+            "tokens train without it)"
+        )
     rows = [name for name in heads[: 1 if tied else 2] if name not in whole]
-    saved = list(whole_modules)
     if together := bool(tied and whole):
         # peft ties the head to the input table itself, and it depends on the order of the names
         others = [t for t in saved if not any(_hits(name, [t]) for name in heads)]
@@ -176,72 +188,40 @@ def _table_names(model: PreTrainedModel) -> list[str]:
     return [names[id(module)] for module in layers if module is not None]
 
 
-def _check_tables(
-    heads: Sequence[str],
-    targets: Sequence[str],
-    whole_modules: Sequence[str],
-    tied: bool,
-    new_tokens: bool,
-) -> None:
-    """ValueError for LoRA on a table that cannot be merged, and for ties that peft would break."""
-    hit = [name for name in heads if _hits(name, targets)]
-    if hit and (tied or new_tokens):
-        reason = "the rows of new tokens train there"
-        if tied:
-            reason = "its table is tied to the other one"
-        raise ValueError(
-            f"--lora-targets: LoRA on {hit[0]} cannot be merged, {reason}; leave it out, or give "
-            "it to --lora-modules-to-save"
-        )
-    whole = any(_hits(name, whole_modules) for name in heads)
-    if tied and whole and not heads[0].endswith("embed_tokens"):
-        raise ValueError(
-            f"--lora-modules-to-save: peft would untie {heads[0]} from the head; leave it out (new "
-            "tokens train without it)"
-        )
-
-
-def prompt_settings(model: PreTrainedModel, config: AdapterConfig) -> PeftConfig:
-    """peft's settings for prefix tuning, prompt tuning or p-tuning on `model`.
-
-    They name no tokenizer, so peft looks none up.
-    """
-    import peft
-
-    sizes = {"task_type": task_of(model), "num_virtual_tokens": config.virtual_tokens}
-    match config.adapter:
-        case "prefix":
-            return peft.PrefixTuningConfig(**sizes)
-        case "prompt":
-            return peft.PromptTuningConfig(**sizes)
-    return peft.PromptEncoderConfig(**sizes, encoder_hidden_size=config.p_tuning_hidden)
-
-
-def start_ids(
+def prompt_settings(
     model: PreTrainedModel,
     config: AdapterConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     seed: int,
-) -> list[int]:
-    """The token ids (virtual tokens,) whose embeddings prompt tuning starts from.
+) -> tuple[PeftConfig, list[int] | None]:
+    """peft's settings for prefix tuning, prompt tuning or p-tuning on `model`, and a start.
 
-    They are the ids of the text, repeated up to the number of virtual tokens, or random ones from
-    `seed`. ValueError for a text without tokens or with more tokens than virtual tokens.
+    The settings name no tokenizer, so peft looks none up. The start of prompt tuning are the token
+    ids (virtual tokens,) whose embeddings it begins with: those of the text, repeated up to the
+    number of virtual tokens, or random ones from `seed`. ValueError for a text without tokens or
+    with more tokens than virtual tokens.
     """
+    import peft
     import torch
 
     count, text = config.virtual_tokens, config.prompt_init_text
+    sizes = {"task_type": task_of(model), "num_virtual_tokens": count}
+    if config.adapter == "prefix":
+        return peft.PrefixTuningConfig(**sizes), None
+    if config.adapter == "p-tuning":
+        hidden = config.p_tuning_hidden
+        return peft.PromptEncoderConfig(**sizes, encoder_hidden_size=hidden), None
     if text is None:
         generator = torch.Generator().manual_seed(seed)
-        rows = len(token_table(model))
-        return torch.randint(0, rows, (count,), generator=generator).tolist()
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = torch.randint(0, len(token_table(model)), (count,), generator=generator).tolist()
+    else:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not 0 < len(ids) <= count:
         raise ValueError(
             f"--prompt-init-text {text!r} has {len(ids)} tokens for {count} virtual tokens; give a "
             f"text with 1 to {count} of them"
         )
-    return (ids * count)[:count]
+    return peft.PromptTuningConfig(**sizes), (ids * count)[:count]
 
 
 def _hits(name: str, targets: Sequence[str]) -> bool:
@@ -450,10 +430,9 @@ def add_adapter(
     if config.adapter == "none":
         return model
     if config.adapter == "lora":
-        settings = lora_settings(model, config, new_token_ids)
+        settings, start = lora_settings(model, config, new_token_ids), None
     else:
-        settings = prompt_settings(model, config)
-    start = start_ids(model, config, tokenizer, seed) if config.adapter == "prompt" else None
+        settings, start = prompt_settings(model, config, tokenizer, seed)
     return _wrap(model, settings, Facts(describe(model), _rows(model, new_token_ids)), seed, start)
 
 

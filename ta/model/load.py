@@ -126,7 +126,8 @@ def load_model(
         loaded, head = load_base(model, device=device, quantize=compute.quantize), ""
     else:
         loaded, head = _classifier(model, adapter, compute, num_labels, device, seed)
-        _name_classes(loaded, label_names)
+        if label_names:
+            _name_classes(loaded, label_names)
         loaded.config.get_text_config().pad_token_id = tokenizer.fast.pad_token_id
     set_rows(loaded, tokenizer.new_tokens)
     if sources.adapter is None:
@@ -146,8 +147,13 @@ def load_model(
     if whole:
         loaded.requires_grad_(True)
     ready = _place(adapted, compute, device, is_half(model, device), around, sources.media)
-    idle = _idle_rows(tokenizer, adapter.adapter)
-    ready.note = "\n".join(text for text in (head, idle, ready.note) if text)
+    idle, kind = [t.text for t in tokenizer.new_tokens if t.added], adapter.adapter
+    if idle and kind not in ("none", "lora"):
+        head += (
+            f"\n--adapter {kind} trains virtual tokens alone: the rows of {', '.join(idle)} stay "
+            "at the mean of the text that explains them"
+        )
+    ready.note = f"{head}\n{ready.note}".strip()
     if ready.note:
         say(ready.note)
     if any(p.requires_grad for p in ready.parameters()):
@@ -161,17 +167,6 @@ def load_model(
             )
         check_export(ready, tokenizer)
     return ready
-
-
-def _idle_rows(tokenizer: ChatTokenizer, kind: str) -> str:
-    """A line for the user where rows of new tokens do not train; nothing without new tokens."""
-    texts = [token.text for token in tokenizer.new_tokens if token.added]
-    if kind in ("none", "lora") or not texts:
-        return ""
-    return (
-        f"--adapter {kind} trains virtual tokens alone: the rows of {', '.join(texts)} stay at the "
-        "mean of the text that explains them"
-    )
 
 
 def check_context(model: LanguageModel, *data: Prepared | None) -> None:
@@ -476,8 +471,6 @@ def _name_classes(model: PreTrainedModel, names: Sequence[str]) -> None:
 
     ValueError where the model's own classes have other names.
     """
-    if not names:
-        return
     own = [model.config.id2label[i] for i in range(len(names))]
     unnamed = own == [f"LABEL_{i}" for i in range(len(names))]
     if not unnamed and own != list(names):

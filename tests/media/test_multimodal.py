@@ -21,8 +21,8 @@ from ta.media.modalities import MediaConfig, MediaFiles, open_media
 from ta.media.multimodal import (
     MediaBatch,
     collate_media,
+    embed_media_prompts,
     embed_modalities,
-    embed_prompts,
     with_features,
     with_projectors,
 )
@@ -226,14 +226,12 @@ def test_text_alone_and_nothing_at_all_run_the_projector(place, tmp_path):
 
 def test_prompts_are_embedded_as_batches_are(place):
     media = opened(place)
-    model, _, prepared, make = made(media, place / "train.jsonl")
+    model, tokenizer, prepared, make = made(media, place / "train.jsonl")
     whole = model.embed(with_features(media, batch_of_records(prepared, make, [0, 1])))[0]
     ids = [prepared.ids[prepared.offsets[i] : prepared.offsets[i + 1]].tolist() for i in (0, 1)]
-    found = list(
-        embed_prompts(
-            media, model, ids, [[("image", "train/00000.png")], [("image", "train/00001.png")]]
-        )
-    )
+    with open(place / "train.jsonl") as file:
+        chats = [json.loads(next(file))["messages"] for _ in ids]
+    found = list(embed_media_prompts(media, tokenizer, ChatConfig(), model, chats, ids))
     assert torch.equal(torch.cat(found), whole)
 
 

@@ -16,7 +16,7 @@ from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.folders import ModelConfig
 from ta.media.modalities import MediaFiles, reopen_media
-from ta.media.multimodal import embed_prompts, media_model_for_inference
+from ta.media.multimodal import embed_media_prompts, media_model_for_inference
 from ta.model.load import load_for_inference
 
 pytestmark = pytest.mark.slow
@@ -333,13 +333,9 @@ def test_llava_layout_gives_equal_logits(forked, door, flags, place, tmp_path):
         "cpu",
     )
     config = ModelConfig(model_path=str(tmp_path / "run" / "final"))
-    ours = media_model_for_inference(
-        media,
-        load_chat_tokenizer(
-            config, TokenizerConfig(), ChatConfig(), placeholders=media.placeholders
-        ),
-        load_for_inference(config),
-    )
+    chat, settings = ChatConfig(), TokenizerConfig()
+    known = load_chat_tokenizer(config, settings, chat, placeholders=media.placeholders)
+    ours = media_model_for_inference(media, known, load_for_inference(config))
     ours.inner.set_attn_implementation("sdpa")
     for row in lines(tmp_path / "a.jsonl")[:4]:
         name = row["messages"][0]["content"]
@@ -350,7 +346,8 @@ def test_llava_layout_gives_equal_logits(forked, door, flags, place, tmp_path):
             tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
             == row["answers"][0]["content"]
         )
-        (embeds,) = embed_prompts(media, ours, ids.tolist(), [[("image", name)]])
+        chats = [row["messages"]]
+        (embeds,) = embed_media_prompts(media, known, chat, ours, chats, ids.tolist())
         with torch.no_grad():
             gap = (
                 ours.inner(inputs_embeds=embeds[None]).logits
