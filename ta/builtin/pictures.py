@@ -58,17 +58,12 @@ def make_scene(seed: int, index: int, held_out: bool) -> Scene:
     for cell, (dx, dy) in zip(cells, shift.tolist(), strict=True):
         row, column = divmod(cell, 2)
         centres.append((SIZE / 4 * (1 + 2 * column) + dx, SIZE / 4 * (1 + 2 * row) + dy))
-    return Scene(
-        shape=SHAPES[random.integers(len(SHAPES))],
-        colour=list(COLOURS)[random.integers(len(COLOURS))],
-        places=tuple(PLACES[cell] for cell in cells),
-        centres=tuple(centres),
-        radius=radius,
-        background=(
-            int(random.integers(0, 30)) * 2 + held_out,
-            *random.integers(0, 60, 2).tolist(),
-        ),
-    )
+    shape = SHAPES[random.integers(len(SHAPES))]
+    colour = list(COLOURS)[random.integers(len(COLOURS))]
+    red = int(random.integers(0, 30)) * 2 + held_out
+    background = (red, *random.integers(0, 60, 2).tolist())
+    places = tuple(PLACES[cell] for cell in cells)
+    return Scene(shape, colour, places, tuple(centres), radius, background)
 
 
 def draw_scene(scene: Scene, size: int = SIZE) -> np.ndarray:
@@ -102,15 +97,15 @@ def draw_scene(scene: Scene, size: int = SIZE) -> np.ndarray:
 def picture_questions(scene: Scene) -> dict[str, tuple[str, str]]:
     """{kind: (question, answer)}: colour, shape and count, and the place of a single shape."""
     one = len(scene.places) == 1
+    colour = "What colour is the shape?" if one else "What colour are the shapes?"
     asked = {
-        "colour": (
-            "What colour is the shape?" if one else "What colour are the shapes?",
-            scene.colour,
-        ),
+        "colour": (colour, scene.colour),
         "shape": ("Which shape is it?" if one else "Which shape are they?", scene.shape),
         "count": ("How many shapes are there?", NUMBERS[len(scene.places) - 1]),
     }
-    return asked | ({"place": ("Where is the shape?", scene.places[0])} if one else {})
+    if one:
+        asked["place"] = ("Where is the shape?", scene.places[0])
+    return asked
 
 
 def training_record(scene: Scene, name: str, seed: int, index: int) -> dict:

@@ -35,30 +35,29 @@ def place_media(
         parts = message["content"]
         if not isinstance(parts, list):
             parts = [{"type": message.get("type", "text"), "content": parts}]
-        rest = {key: value for key, value in message.items() if key != "type"}
-        if all(part["type"] == "text" for part in parts):
-            placed.append(rest)
-            continue
         texts = []
         for part in parts:
-            if part["type"] == "text":
-                texts.append((part["content"], False))
+            kind, content = part["type"], part["content"]
+            if kind == "text":
+                texts.append((content, False))
                 continue
-            placeholder = placeholders.get(part["type"])
-            if placeholder is None:
+            if kind not in placeholders:
                 known = " and ".join(placeholders) or "none"
                 raise BadRecord(
-                    f"no {part['type']} encoder",
-                    f"{part['content']!r} is {part['type']}, and the encoders given read {known}; "
-                    f"give --{part['type']}-encoder",
+                    f"no {kind} encoder",
+                    f"{content!r} is {kind}, and the encoders given read {known}; "
+                    f"give --{kind}-encoder",
                 )
             try:
-                placeholder.check(part["content"])
+                placeholders[kind].check(content)
             except ValueError as error:
-                raise BadRecord(f"{part['type']} cannot be used", str(error)) from None
-            texts.append((placeholder.text, True))
-            media.append((part["type"], part["content"]))
-        placed.append(rest | {"content": "".join(text for text, _ in texts), "parts": texts})
+                raise BadRecord(f"{kind} cannot be used", str(error)) from None
+            texts.append((placeholders[kind].text, True))
+            media.append((kind, content))
+        rest = {key: value for key, value in message.items() if key != "type"}
+        if any(is_media for _, is_media in texts):
+            rest |= {"content": "".join(text for text, _ in texts), "parts": texts}
+        placed.append(rest)
     return placed, media
 
 

@@ -142,19 +142,18 @@ def content_hashes(files: Sequence[Path], notes: Path) -> list[str]:
         known = json.loads(notes.read_text())
     except (FileNotFoundError, ValueError):  # no notes, or a damaged file of them
         known = {}
-    stamps = [stamp(str(file)) for file in files]
-    stamped = {file: known.get(str(file), [None])[0] for file in files}
-    new = [i for i, file in enumerate(files) if stamped[file] != stamps[i]]
-    read = {i: content_hash(files[i]) for i in new[rank() :: world()]}
-    hashes = {i: value for part in gather_objects(read) for i, value in part.items()}
-    settled = {
-        str(files[i]): [stamps[i], value]
-        for i, value in hashes.items()
-        if time.time_ns() - max(stamps[i][1:3]) > SETTLED
+    stamps = {str(file): stamp(file) for file in files}
+    new = [name for name, now in stamps.items() if known.get(name, [None])[0] != now]
+    read = {name: content_hash(name) for name in new[rank() :: world()]}
+    fresh = {
+        name: [stamps[name], value] for part in gather_objects(read) for name, value in part.items()
     }
+    now = time.time_ns()
+    settled = {name: note for name, note in fresh.items() if now - max(note[0][1:3]) > SETTLED}
     if settled and rank() == 0:
         write_atomic(notes, json.dumps(known | settled))
-    return [hashes.get(i) or known[str(file)][1] for i, file in enumerate(files)]
+    known |= fresh
+    return [known[str(file)][1] for file in files]
 
 
 def _opened(path: Path) -> tuple[Any, dict[str, str]]:

@@ -194,8 +194,7 @@ def convert_names(names: Iterable[str], modality: str) -> dict[str, str]:
 def convert_weights(published: Mapping[str, Tensor], modality: str) -> dict[str, Tensor]:
     """The published state dict's weights of one modality under our names."""
     named = {
-        ours: published[name].float().contiguous()
-        for name, ours in convert_names(published, modality).items()
+        ours: published[name].float() for name, ours in convert_names(published, modality).items()
     }
     for name in [name for name in named if name.endswith("extra.k")]:
         rows = [named.pop(name).flatten(), named.pop(f"{name[:-1]}v").flatten()]

@@ -210,21 +210,21 @@ def media_hash(media: Modalities, prepared: Prepared) -> str:
     ValueError names the record whose file is gone or has not the content that its cache was made
     from.
     """
-    first: dict[tuple[str, str], int] = {}  # (modality, path) -> the first record that has it
+    # of each modality {path: the first record that has it}
+    first: dict[str, dict[str, int]] = {name: {} for name in media}
     for record in range(len(prepared.origin)):
-        for item in media_of(prepared, record):
-            first.setdefault(item, record)
+        for name, path in media_of(prepared, record):
+            first[name].setdefault(path, record)
     content: list[tuple[str, str, str]] = []  # modality, path, hash
     for name, modality in media.items():
-        records = {path: record for (kind, path), record in first.items() if kind == name}
         files = {}
-        for path, record in records.items():
+        for path, record in first[name].items():
             with _naming(prepared, record):
                 files[path] = media_path(modality.root, path)
         root = hash_json(str(Path(modality.root).resolve()))[:32]
         notes = cache_folder("") / "hashes" / f"media-sha256-{root}.json"
         hashes = dict(zip(files, content_hashes(list(files.values()), notes), strict=True))
-        for path, record in records.items():
+        for path, record in first[name].items():
             key = media_key(path)
             content.append((name, key, hashes[path]))
             if modality.cache is not None:
