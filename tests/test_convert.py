@@ -19,7 +19,7 @@ from ta.data.jsonl import parse_record
 from ta.data.readers import read_rows
 from ta.data.records import check_media
 from ta.data.sources import canonical
-from ta.media.projectors import load_projector, make_projector
+from ta.media.projectors import Mlp, load_projector
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_an_adapter(base, tmp_path):
 
 
 def test_projectors_by_modality(tmp_path):
-    projector = make_projector("mlp", 6, 4, 8, 4)
+    projector = Mlp(6, 4, 8, 4)
     names = {"layers.0": "linear_1", "layers.2": "linear_2"}
     state = {
         f"image.{names[name.rsplit('.', 1)[0]]}.{name.rsplit('.', 1)[1]}": tensor
@@ -71,7 +71,7 @@ def test_projectors_by_modality(tmp_path):
     }
     torch.save(state, tmp_path / "modality_adapters.pt")
     convert(str(tmp_path / "modality_adapters.pt"), str(tmp_path / "new"))
-    again = make_projector("mlp", 6, 4, 8, 4)
+    again = Mlp(6, 4, 8, 4)
     load_projector(again, tmp_path / "new" / "image.safetensors")
     features = torch.randn(2, 4, 6)
     assert torch.equal(again(features), projector(features))

@@ -44,7 +44,16 @@ def read_audio(path: str | Path, rate: int = RATE, max_seconds: float = MAX_SECO
             f"{path}: cut short: {len(data)} bytes of sound, its header promises "
             f"{count * channels * width}"
         )
-    mono = _samples(data, width).reshape(count, channels).mean(axis=1)
+    raw = np.frombuffer(data, np.uint8)
+    if width == 1:
+        # 8-bit wav is unsigned, the wider ones are signed
+        samples = raw.astype(np.float64) / 128 - 1
+    else:
+        # the missing low bytes are zero, the sign stays on top
+        wide = np.zeros((count * channels, 4), np.uint8)
+        wide[:, 4 - width :] = raw.reshape(-1, width)
+        samples = wide.view("<i4")[:, 0] / float(1 << 31)
+    mono = samples.reshape(count, channels).mean(axis=1)
     return resample(mono, given_rate, rate).astype(np.float32)
 
 
@@ -86,16 +95,6 @@ def _wav_header(file: BinaryIO, path: str | Path) -> tuple[int, int, int, int]:
     left = os.fstat(file.fileno()).st_size - file.tell()
     unknown = size > left and size >= UNKNOWN_SIZE
     return channels, width, given_rate, left if unknown else size
-
-
-def _samples(data: bytes, width: int) -> np.ndarray:
-    """Little-endian PCM to float64 in [-1, 1]; 8-bit wav is unsigned, the wider ones are signed."""
-    if width == 1:
-        return np.frombuffer(data, np.uint8).astype(np.float64) / 128 - 1
-    raw = np.frombuffer(data, np.uint8).reshape(-1, width)
-    wide = np.zeros((len(raw), 4), np.uint8)
-    wide[:, 4 - width :] = raw  # the missing low bytes are zero, the sign stays on top
-    return wide.view("<i4")[:, 0] / float(1 << 31)
 
 
 def resample(samples: np.ndarray, rate: int, to: int) -> np.ndarray:

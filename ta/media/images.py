@@ -84,28 +84,22 @@ def media_path(root: str | Path, relative: str) -> Path:
     return path
 
 
-def find_files(root: str | Path, endings: Sequence[str] = ENDINGS) -> list[str]:
-    """The keys of all files below `root` with such `endings`, in order, hidden ones left out."""
-    if not Path(root).is_dir():
-        raise ValueError(f"{root} is not a folder; give the folder that holds the files")
-    keys = (
-        path.relative_to(root).as_posix()
-        for path in Path(root).rglob("*")
-        if path.suffix.lower() in endings and not path.is_dir()
-    )
-    return sorted(key for key in keys if "/." not in f"/{key}")
-
-
 def find_media(
     root: str | Path, modality: str, skip_bad: bool = False
 ) -> tuple[dict[str, Path], list[tuple[str, str]]]:
-    """The files of a modality below `root`: {key: path}, and (key, why) of those left out.
+    """The files of a modality below `root` in order, hidden ones left out: {key: path}.
 
-    ValueError for a file that cannot be used, such as a link that leaves the root; with `skip_bad`
-    it is left out.
+    Beside them (key, why) of those left out. ValueError for a file that cannot be used, such as a
+    link that leaves the root; with `skip_bad` it is left out.
     """
+    if not Path(root).is_dir():
+        raise ValueError(f"{root} is not a folder; give the folder that holds the files")
     paths, skipped = {}, []
-    for key in find_files(root, ENDINGS if modality == "image" else (".wav",)):
+    for path in sorted(Path(root).rglob("*"), key=str):
+        key = path.relative_to(root).as_posix()
+        known = path.suffix.lower() in (ENDINGS if modality == "image" else (".wav",))
+        if not known or path.is_dir() or "/." in f"/{key}":
+            continue
         try:
             paths[key] = media_path(root, key)
         except ValueError as error:

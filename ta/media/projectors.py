@@ -134,39 +134,20 @@ def _side(count: int, what: str) -> int:
     )
 
 
-def make_projector(
-    kind: str,
-    emb_dim: int,
-    n_in: int,
-    dim: int,
-    n_out: int,
-    grid: tuple[int, int] | None = None,
-    width: int = 1024,
-    depth: int = 3,
-) -> nn.Module:
-    """The projector named `kind` from n_in encoder features of emb_dim to n_out embeddings of dim.
+def projector_of(settings: Mapping[str, Any], dim: int) -> nn.Module:
+    """A projector with the sizes in a modality's settings, drawn from torch's global seed.
 
-    Only c_abstractor reads `grid`, the encoder's (rows, columns), `width` (channels) and `depth`
-    (blocks a stage).
+    It makes embeddings of width `dim`. ValueError for an unknown kind, and for sizes that it cannot
+    have.
     """
+    kind = settings["projector"]
     if kind not in PROJECTORS:
         raise ValueError(f"projector {kind!r} is not known; give one of {', '.join(PROJECTORS)}")
-    shape = (grid, width, depth) if PROJECTORS[kind] is CAbstractor else ()
-    return PROJECTORS[kind](emb_dim, n_in, dim, n_out, *shape)
-
-
-def projector_of(settings: Mapping[str, Any], dim: int) -> nn.Module:
-    """A projector with the sizes in a modality's settings, drawn from torch's global seed."""
-    return make_projector(
-        settings["projector"],
-        settings["emb_dim"],
-        settings["features"],
-        dim,
-        settings["embeddings"],
-        grid=tuple(settings["grid"]) if settings["grid"] else None,
-        width=settings["projector_width"],
-        depth=settings["projector_depth"],
-    )
+    sizes = (settings["emb_dim"], settings["features"], dim, settings["embeddings"])
+    if PROJECTORS[kind] is Mlp:
+        return Mlp(*sizes)
+    grid = settings["grid"] and tuple(settings["grid"])
+    return CAbstractor(*sizes, grid, settings["projector_width"], settings["projector_depth"])
 
 
 def load_projector(projector: nn.Module, path: str | Path) -> None:

@@ -21,7 +21,7 @@ from ta.builtin.pictures import (
 from ta.media.encoders import ENCODERS, encoder_fingerprint, load_encoder
 from ta.media.features import Layout, check_features, extract, read_features, take
 from ta.media.imagebind import write_trunk
-from ta.media.images import find_files, media_path
+from ta.media.images import find_media
 
 TOWER = {
     "hidden_size": 16,
@@ -317,7 +317,7 @@ def test_the_demo_encoder_can_be_read_linearly():
 @pytest.mark.slow
 def test_cached_features_are_the_encoders_own(tmp_path):
     write_pictures(tmp_path, train=7, held_out=1)
-    paths = {key: media_path(tmp_path / "images", key) for key in find_files(tmp_path / "images")}
+    paths, _ = find_media(tmp_path / "images", "image")
     encoder = load_encoder("builtin")
     layout = Layout(encoder_fingerprint(encoder), (encoder.n_modality_embs, encoder.emb_dim), "F32")
     assert (

@@ -13,7 +13,7 @@ from ta.media.images import (
     CLIP,
     SIGLIP,
     Preprocessing,
-    find_files,
+    find_media,
     media_key,
     media_path,
     preprocess,
@@ -81,10 +81,10 @@ def test_odd_paths_are_wrong_records(tmp_path):
 def test_pictures_of_a_folder(tmp_path):
     for name in ("b.png", "a/c.JPG", "a/d.txt", ".hidden/e.png", "a/.f.png", "g.png/h.webp"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    assert find_files(tmp_path) == ["a/c.JPG", "b.png", "g.png/h.webp"]
+        (tmp_path / name).write_text("x")
+    assert list(find_media(tmp_path, "image")[0]) == ["a/c.JPG", "b.png", "g.png/h.webp"]
     with pytest.raises(ValueError, match="not a folder"):
-        find_files(tmp_path / "none")
+        find_media(tmp_path / "none", "image")
 
 
 def test_read_image_modes(tmp_path):

@@ -99,6 +99,8 @@ def batch_of_records(prepared, make, records, packed=True):
 def test_what_learns(place):
     media = opened(place, image_encoder="clip", image_encoder_path=str(place / "clip"))
     encoder = media["image"].encode.__self__.module
+    papers = {"projector_width": 1024, "projector_depth": 3}  # of HoneyBee
+    assert media["image"].settings.items() >= papers.items()
     for freeze, adapter in ((False, "none"), (True, "none"), (False, "lora")):
         model, tokenizer, prepared, make = made(
             media, place / "train.jsonl", freeze=freeze, adapter=adapter

@@ -10,13 +10,15 @@ from ta.media.projectors import (
     PROJECTORS,
     Bottleneck,
     load_projector,
-    make_projector,
+    projector_of,
 )
 
 
-def small(kind, n_in=16, n_out=4, **more):
+def small(kind, n_in=16, n_out=4, dim=10, grid=None):
     torch.manual_seed(0)
-    return make_projector(kind, 6, n_in, 10, n_out, width=8, depth=2, **more)
+    sizes = {"emb_dim": 6, "features": n_in, "embeddings": n_out, "grid": grid}
+    shape = {"projector_width": 8, "projector_depth": 2}
+    return projector_of({"projector": kind, **sizes, **shape}, dim)
 
 
 def test_mlp_is_linear_gelu_linear():
@@ -132,7 +134,7 @@ def test_weights_go_through_a_file(kind, tmp_path):
     features = torch.randn(2, 16, 6)
     assert torch.equal(saved(features), other(features))
 
-    wider = make_projector(kind, 6, 16, 12, sizes[1], width=8, depth=2)
+    wider = small(kind, 16, sizes[1], dim=12)
     before = {name: value.clone() for name, value in wider.state_dict().items()}
     with pytest.raises(ValueError, match=r"is \(10.* in the file and \(12"):
         load_projector(wider, tmp_path / "p.safetensors")
@@ -212,10 +214,3 @@ def test_a_published_mlp_is_read(names, tmp_path):
     save_file(tensors | {"eos_tokens": torch.zeros(1)}, tmp_path / "p.safetensors")
     with pytest.raises(ValueError, match=r"weight eos_tokens is \(1,\) in the file and absent"):
         load_projector(ours, tmp_path / "p.safetensors")
-
-
-def test_defaults_are_the_papers():
-    projector = make_projector("c_abstractor", 32, 16, 8, 4)
-    assert (
-        len(projector.before) == len(projector.after) == 3 and projector.mlp[0].in_features == 1024
-    )
