@@ -7,6 +7,7 @@ vocabulary, D model width, C classes, N new tokens.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -271,12 +272,12 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
     them.
     """
     heads, table = ("score", "classifier", "lm_head", "embed_out"), token_table(model)
-    matrices = [
+    body = [(n, p) for n, p in model.named_parameters() if n.split(".")[0] not in heads]
+    sampled = [
         (name, p)
-        for name, p in model.named_parameters()
-        if p.is_floating_point() and p.ndim == 2 and not p.is_meta
+        for name, p in body
+        if p is not table and p.is_floating_point() and p.ndim == 2 and not p.is_meta
     ]
-    sampled = [(n, p) for n, p in matrices if p is not table and n.split(".")[0] not in heads]
     step = max(1, len(sampled) // SAMPLED)
     sample = {name: p.detach()[0, :4].float().tolist() for name, p in sampled[::step]}
     task, config, labels = task_of(model), model.config, {}
@@ -289,12 +290,6 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
         "vocabulary": len(table),
         "sample": sample,
     } | labels
-
-
-def title(facts: dict[str, Any]) -> str:
-    """One base in words, for messages."""
-    about = f"{facts['architecture']}, {facts['task']}, vocabulary {facts['vocabulary']}"
-    return f"{facts['name'] or 'without a name'!r} ({about})"
 
 
 def check_base(model: PreTrainedModel, facts: Facts, path: str) -> None:
@@ -316,9 +311,14 @@ def check_base(model: PreTrainedModel, facts: Facts, path: str) -> None:
         reason = f"the weights differ, {other[0]} for one"
     else:
         return
+    bases = [
+        f"{base['name'] or 'without a name'!r} ({base['architecture']}, {base['task']}, "
+        f"vocabulary {base['vocabulary']})"
+        for base in (trained, given)
+    ]
     raise ValueError(
-        f"adapter {path} was trained on base {title(trained)}, the model given is {title(given)}: "
-        f"{reason}; give the base that it was trained on"
+        f"adapter {path} was trained on base {bases[0]}, the model given is {bases[1]}: {reason}; "
+        "give the base that it was trained on"
     )
 
 
@@ -379,20 +379,14 @@ def adapter_labels(path: str | Path) -> dict[str, Any]:
     Without a record the number comes from the shape of the saved head. ValueError where there is no
     head.
     """
-    from safetensors import safe_open
-
-    facts = read_facts(path).base
-    if "num_labels" in facts:
-        number = value_of(Path(path) / BASE, "num_labels", int)
-        names = value_of(Path(path) / BASE, "id2label", dict).items()
-        return {"num_labels": number, "id2label": {int(key): label for key, label in names}}
-    weights = Path(path) / WEIGHTS
-    with loading(weights, "a complete safetensors file"), safe_open(weights, "pt") as file:
-        sizes = [
-            file.get_slice(name).get_shape()[0]
-            for name in file.keys()  # noqa: SIM118 - no mapping
-            if name.endswith(("score.weight", "classifier.weight"))
-        ]
+    file = Path(path, BASE)
+    if "num_labels" in read_facts(path).base:
+        names = value_of(file, "id2label", dict).items()
+        id2label = {int(key): label for key, label in names}
+        return {"num_labels": value_of(file, "num_labels", int), "id2label": id2label}
+    heads = ("score.weight", "classifier.weight")
+    weights = read_tensors(Path(path, WEIGHTS)).items()
+    sizes = [len(tensor) for name, tensor in weights if name.endswith(heads)]
     if not sizes:
         raise ValueError(
             f"{path} holds no classification head (score.weight): give an adapter that was "
@@ -403,7 +397,7 @@ def adapter_labels(path: str | Path) -> dict[str, Any]:
 
 def _near(left: list[float], right: list[float]) -> bool:
     pairs = zip(left, right, strict=False)
-    close = (abs(a - b) <= CLOSE * max(abs(a), abs(b)) + 1e-6 for a, b in pairs)
+    close = (math.isclose(a, b, rel_tol=CLOSE, abs_tol=1e-6) for a, b in pairs)
     return len(left) == len(right) and all(close)
 
 
@@ -455,13 +449,14 @@ def load_adapter(model: PreTrainedModel, path: str, trainable: bool = False) -> 
     with loading(path, "an adapter"):
         settings = PeftConfig.from_pretrained(path)
     facts = read_facts(path)
-    if settings.task_type != task_of(model):
-        remedy = f"give an adapter of {TASKS[task_of(model)]}"
-        if settings.task_type == "CAUSAL_LM":
+    task, own_task = settings.task_type, TASKS[task_of(model)]
+    if task != task_of(model):
+        remedy = f"give an adapter of {own_task}"
+        if task == "CAUSAL_LM":
             remedy = "merge it with recipes/merge.py and give the merged folder"
         raise ValueError(
-            f"{path} is an adapter of {TASKS.get(settings.task_type, settings.task_type)}, and "
-            f"{TASKS[task_of(model)]} is loaded here: {remedy}"
+            f"{path} is an adapter of {TASKS.get(task, task)}, and {own_task} is loaded here: "
+            f"{remedy}"
         )
     weights = read_tensors(folder / WEIGHTS)
     prefix = "base_model." if kind in PROMPT_LEARNING else "base_model.model."
