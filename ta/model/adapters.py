@@ -459,12 +459,10 @@ def load_adapter(model: PreTrainedModel, path: str, trainable: bool = False) -> 
             f"{remedy}"
         )
     weights = read_tensors(folder / WEIGHTS)
-    prefix = "base_model." if kind in PROMPT_LEARNING else "base_model.model."
-    own = tuple(f"{prefix}{name}." for name in _table_names(model))
+    own = _table_prefixes(model, settings)
     if facts.base:
         check_base(model, facts, path)
-        if facts.base["vocabulary"] > len(token_table(model)):
-            resize(model, facts.base["vocabulary"])
+        resize(model, facts.base["vocabulary"])
         with torch.no_grad():
             for name, table in tables(model).items() if facts.rows else ():
                 table[facts.rows["ids"].to(table.device)] = facts.rows[name].to(table)
@@ -498,6 +496,12 @@ def load_adapter(model: PreTrainedModel, path: str, trainable: bool = False) -> 
     return wrapped if trainable else wrapped.eval()
 
 
+def _table_prefixes(model: PreTrainedModel, settings: PeftConfig) -> tuple[str, ...]:
+    """How the names of the tables of a base begin inside its adapter."""
+    prefix = "base_model." if settings.is_prompt_learning else "base_model.model."
+    return tuple(f"{prefix}{name}." for name in _table_names(model))
+
+
 def _take_tables(
     model: PeftModel,
     settings: PeftConfig,
@@ -517,31 +521,32 @@ def _take_tables(
     whole = getattr(settings, "modules_to_save", None) or ()
     tied = "output" not in tables(model)
     found, sizes, lost = {}, {size}, []
+    places = ("", "base_layer.", "token_adapter.base_layer.", "original_module.")
     for prefix, kind in zip(prefixes, ("input", "output"), strict=False):
-        kind = "input" if tied else kind
-        trained = _hits(prefix.removesuffix("."), whole)
+        kind, module = "input" if tied else kind, prefix.removesuffix(".")
+        trained = _hits(module, whole)
         for part, name in (("weight", kind), ("bias", "output_bias")):
-            for inside in ("", "base_layer.", "token_adapter.base_layer.", "original_module."):
+            for inside in places:
                 table = weights.get(f"{prefix}{inside}{part}")
                 if table is not None:
-                    sizes.add(table.shape[0])
+                    sizes.add(len(table))
                     if inside or not trained:
                         found[name] = table
         if kind not in found and not trained:
-            lost.append(prefix.removesuffix(".").rpartition(".")[2])
-    if min(sizes) < size:
+            lost.append(module.rpartition(".")[2])
+    least, greatest = min(sizes), max(sizes)
+    if least < size:
         raise ValueError(
-            f"adapter {path} was trained on a base whose vocabulary was cut to {min(sizes)} rows, "
-            f"where {model.name_or_path!r} has {size}: merge it with peft on that base"
+            f"adapter {path} was trained on a base whose vocabulary was cut to {least} rows, where "
+            f"{model.name_or_path!r} has {size}: merge it with peft on that base"
         )
-    if max(sizes) > size:
-        if lost and not tied:
-            raise ValueError(
-                f"adapter {path} was trained with {max(sizes) - size} more tokens, and their rows "
-                f"of {lost[0]} are not in it: merge it with peft where it was trained"
-            )
-        resize(model, max(sizes))
-    changed = set(range(size, max(sizes)))
+    if greatest > size and lost and not tied:
+        raise ValueError(
+            f"adapter {path} was trained with {greatest - size} more tokens, and their rows of "
+            f"{lost[0]} are not in it: merge it with peft where it was trained"
+        )
+    resize(model, greatest)
+    changed = set(range(size, greatest))
     with torch.no_grad():
         for name, table in tables(model).items():
             if name in found and not table.is_meta:
@@ -561,8 +566,7 @@ def saved_tables(model: PeftModel) -> list[str]:
     rows, settings = model.adapter_facts.rows, model.peft_config["default"]
     if not rows or set(rows["ids"].tolist()) <= set(_token_ids(settings)):
         return []
-    prefix = "base_model." if settings.is_prompt_learning else "base_model.model."
-    own = tuple(f"{prefix}{name}." for name in _table_names(model.get_base_model()))
+    own = _table_prefixes(model.get_base_model(), settings)
     adapted = ("lora_", "trainable_tokens", "modules_to_save")
     whole = getattr(settings, "modules_to_save", None) or ()
     return [
@@ -594,11 +598,10 @@ def save_adapter(
     settings.inference_mode = True
     for name in ("target_modules", "modules_to_save"):
         names = getattr(settings, name, None)
-        # the order of a set changes from run to run
-        if isinstance(names, set):
-            setattr(settings, name, sorted(names))
-        elif isinstance(names, list):
-            setattr(settings, name, list(dict.fromkeys(names)))
+        if isinstance(names, set | list):
+            # the order of a set changes from run to run
+            ordered = sorted(names) if isinstance(names, set) else dict.fromkeys(names)
+            setattr(settings, name, list(ordered))
     tensors = (state or model.state_dict()).items()
     encoder = {n.removeprefix(PROMPT): t for n, t in tensors if n.startswith(PROMPT)}
     if state and encoder:
@@ -612,9 +615,10 @@ def save_adapter(
     weights |= {name: tensor for name, tensor in tensors if name in kept}
     write_tensors(weights, folder / WEIGHTS, format="pt")
     settings.save_pretrained(str(folder))
-    (folder / BASE).write_text(json.dumps(model.adapter_facts.base, indent=1))
-    if model.adapter_facts.rows:
-        write_tensors(model.adapter_facts.rows, folder / ROWS)
+    base, rows = model.adapter_facts
+    (folder / BASE).write_text(json.dumps(base, indent=1))
+    if rows:
+        write_tensors(rows, folder / ROWS)
     if settings.peft_type == "P_TUNING" and not model.peft_config["default"].inference_mode:
         write_tensors(encoder, folder / ENCODER)
 

@@ -24,42 +24,39 @@ def set_rows(model: PreTrainedModel, new: Sequence[NewToken]) -> None:
     """
     import torch
 
-    rows = min(table.shape[0] for table in tables(model).values())
+    rows = min(map(len, tables(model).values()))
     unset = [token for token in new if token.added or token.id >= rows]
-    needed = max((token.id + 1 for token in unset), default=0)
-    if needed > rows:
-        resize(model, needed)
+    resize(model, max((token.id + 1 for token in unset), default=0))
     with torch.no_grad():
         for table in tables(model).values():  # (V, D), and (V,) for an output bias
             # every mean is taken before any row is written
-            pieces = [table[list(token.pieces)].float() for token in unset]
-            for token, rows_of_text in zip(unset, pieces, strict=True):
-                table[token.id] = rows_of_text.mean(dim=0).to(table.dtype)
+            means = [table[list(token.pieces)].float().mean(dim=0) for token in unset]
+            for token, mean in zip(unset, means, strict=True):
+                table[token.id] = mean.to(table.dtype)
 
 
 def resize(model: PreTrainedModel, rows: int) -> None:
-    """Enlarge the token tables of `model` to `rows` rows, in place.
+    """Enlarge the token tables of `model` to `rows` rows, in place, where they have fewer.
 
     Existing rows keep their bits, and the global random state does not change.
     """
     import torch
 
     weight = token_table(model)
-    assert rows >= len(weight), (rows, weight.shape)
+    if rows <= len(weight):
+        return
     with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
         model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
     """ValueError when the tokenizer can give an id that has no row in the embedding table."""
-    rows = min(table.shape[0] for table in tables(model).values())
-    vocabulary = tokenizer.get_vocab()
-    token = max(vocabulary, key=vocabulary.get)
-    size = vocabulary[token] + 1
-    if size > rows:
+    rows = min(map(len, tables(model).values()))
+    last, token = max((i, token) for token, i in tokenizer.get_vocab().items())
+    if last >= rows:
         raise ValueError(
-            f"the tokenizer has ids up to {size - 1} ({token!r}), but the embedding table of the "
-            f"model has {rows} rows: it would need {size}; "
+            f"the tokenizer has ids up to {last} ({token!r}), but the embedding table of the "
+            f"model has {rows} rows: it would need {last + 1}; "
             "give the tokenizer that belongs to the model, or declare the further tokens with "
             "--init-tokens 'token=text'"
         )
