@@ -21,6 +21,12 @@ for bars in (tqdm.tqdm, tqdm.auto.tqdm):
     bars.set_lock(threading.RLock())
 
 
+def pytest_configure(config):
+    """Bounds are those of a CPU; a GPU is seen by the tests marked gpu, where they run alone."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items):
     """What takes minutes comes first, so that two workers end together."""
     items.sort(key=lambda item: "test_learning" not in item.nodeid)
@@ -63,7 +69,8 @@ def run():
         page = [str(ROOT / "recipes" / f"{recipe}.py"), *map(str, flags)]
         paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         env = {**os.environ, "PYTHONPATH": paths, **environment}
-        if processes == 1 and not environment:
+        on_cpu = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+        if processes == 1 and not environment and on_cpu:
             done = warm.run(page, ROOT, env, timeout)
         else:
             torchrun = ["-m", "torch.distributed.run", "--standalone"]

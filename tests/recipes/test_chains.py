@@ -163,6 +163,7 @@ def test_a_run_begins_where_the_last_one_ended(place, runs, tmp_path, recipe, st
 STILL = ("--lr", "1e-30")
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
 @pytest.mark.parametrize("stored", [True, False])
 def test_an_adapter_over_a_base_of_few_bits_goes_on(place, tmp_path, bits, stored):

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import ta
+from ta import parallel
 from ta.builtin import models
 from ta.builtin.model_folders import tiny_folder
 from ta.chat.tokenizer import load_tokenizer
@@ -185,15 +186,17 @@ def test_a_quantized_base_trains_an_adapter_for_the_whole_one(door, data, tmp_pa
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.float32
 
 
+@pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 def test_an_evaluation_over_few_bits_leaves_the_gradients(bits):
     """bitsandbytes lays weights out anew for inference on some processors, without a backward pass."""
     pytest.importorskip("bitsandbytes", reason="holds weights in few bits; install bitsandbytes")
-    model = load_base(ta.ModelConfig(str(tiny_folder())), quantize=bits)
+    device = parallel.pick_device()
+    model = load_base(ta.ModelConfig(str(tiny_folder())), device=device, quantize=bits)
     settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     model = peft.get_peft_model(model, settings)
-    ids = torch.arange(5, 45)[None]
+    ids = torch.arange(5, 45, device=device)[None]
 
     def gradients():
         model.train().zero_grad()
