@@ -276,21 +276,20 @@ def remove_whole(path: Path) -> None:
     remove(gone)
 
 
-def ours(folder: Path, names: Collection[str]) -> tuple[list[Path], list[Path]]:
-    """What stands in `folder`: (what we wrote, what we did not), by name.
+def foreign(folder: Path, names: Collection[str]) -> list[Path]:
+    """What stands in `folder` that we did not write, by name.
 
     `names` are those that we write there, with wildcards as in "step-*"; what is written aside, set
     aside, kept in parts or locked under such a name is ours as well.
     """
-    mine, others = [], []
+    own = [*names, *(f".{name}.{kind}" for name in names for kind in ("lock", "parts")), ".lock"]
+    others = []
     for path in sorted(folder.iterdir()):
-        found = ASIDE.fullmatch(path.name) or re.fullmatch(
-            r"\.(?P<name>.+)\.(lock|parts)", path.name
-        )
+        found = ASIDE.fullmatch(path.name)
         name = found["name"] if found else path.name
-        known = path.name == ".lock" or any(fnmatch.fnmatchcase(name, own) for own in names)
-        (mine if known else others).append(path)
-    return mine, others
+        if not any(fnmatch.fnmatchcase(name, known) for known in own):
+            others.append(path)
+    return others
 
 
 def is_ours(folder: Path, mark: str, keys: Collection[str]) -> bool:
@@ -310,7 +309,7 @@ def check_replaceable(folder: Path, what: str, mark: str, keys: Collection[str],
         raise ValueError(
             f"--out {folder} is no {what} of ours, so it is not overwritten: give another folder"
         )
-    if others := ours(folder, names)[1]:
+    if others := foreign(folder, names):
         raise ValueError(
             f"--out {folder} holds {others[0].name}, which is no part of its {what}: "
             "move it away, or give another folder"
@@ -319,12 +318,12 @@ def check_replaceable(folder: Path, what: str, mark: str, keys: Collection[str],
 
 def keep_inputs(out: str | Path, inputs: Iterable[str | Path | None]) -> None:
     """ValueError where `out` is, or holds, one of the files and folders that are read."""
-    target = os.path.realpath(out)
+    target = Path(os.path.realpath(out))
     for path in inputs:
         if path and os.path.exists(path):
-            real = os.path.realpath(path)
-            same = os.path.exists(target) and os.path.samefile(real, target)
-            if same or Path(target) in Path(real).parents:
+            real = Path(os.path.realpath(path))
+            same = target.exists() and real.samefile(target)
+            if same or target in real.parents:
                 raise ValueError(
                     f"--out {out} is or holds {path}, which is read from: give another name"
                 )
@@ -402,8 +401,8 @@ def _take(path: Path, out: Path, waiting: Callable[[], None] | None) -> tuple[IO
 
 def shares(out: Path) -> set[str]:
     """The shares part-N of an output whose lock is there: a process holds it, or a kill left it."""
-    names = os.listdir(out.parent) if out.parent.is_dir() else []
-    found = (re.fullmatch(rf"\.{re.escape(out.name)}\.(part-\d+)\.lock", name) for name in names)
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.(part-\d+)\.lock")
+    found = (pattern.fullmatch(path.name) for path in out.parent.glob(".*.lock"))
     return {match[1] for match in found if match}
 
 
@@ -434,12 +433,7 @@ class Parts:
 
     def keys(self) -> set[str]:
         """Keys of the parts that are there."""
-        names = os.listdir(self.folder) if self.folder.is_dir() else []
-        return {
-            name.removesuffix(".safetensors")
-            for name in names
-            if name.endswith(".safetensors") and name[0] != "."
-        }
+        return {path.stem for path in self.folder.glob("[!.]*.safetensors")}
 
     def save(
         self, key: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
@@ -519,14 +513,13 @@ def open_arrays(
         return ""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
+        arrays = {}
         for name, known in manifest["files"].items():
             if why := damage(folder / name, known, verify or None):
                 return why
-        names = [name for name in manifest["files"] if name.endswith(".npy")]
-        arrays = {
-            name[:-4]: np.asarray(np.load(folder / name, mmap_mode="r", allow_pickle=False))
-            for name in names
-        }  # mapped all the same
+            if name.endswith(".npy"):
+                mapped = np.load(folder / name, mmap_mode="r", allow_pickle=False)
+                arrays[name[:-4]] = np.asarray(mapped)  # mapped all the same
         return arrays, manifest["info"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
@@ -562,7 +555,7 @@ def write_manifest(folder: Path, info: dict[str, Any]) -> None:
 # Data sets on the hub
 
 HUB = "hf:"
-WANTED = ("*.parquet", "*.arrow", "*.json", "*.jsonl", "*.csv", "*.gz")
+WANTED = ["*.parquet", "*.arrow", "*.json", "*.jsonl", "*.csv", "*.gz"]
 
 
 @cache
@@ -574,9 +567,9 @@ def dataset_snapshot(name: str, fetch: bool = False) -> str:
     """
     from huggingface_hub import snapshot_download
 
-    settings = {"repo_type": "dataset", "allow_patterns": list(WANTED)}
+    settings = {"repo_type": "dataset", "allow_patterns": WANTED, "local_files_only": not fetch}
     try:
-        return snapshot_download(name, local_files_only=not fetch, **settings)
+        return snapshot_download(name, **settings)
     except (OSError, ValueError) as error:
         why = "only a recipe with --hub fetches it"
         if fetch:
@@ -617,13 +610,11 @@ def content_hash(path: str | Path, notes: Path | None = None) -> str:
         return _sha256(path)
     real, before = os.path.realpath(path), stamp(path)
     note = notes / f"{hashlib.sha256(os.fsencode(real)).hexdigest()[:32]}.json"
-    if note.exists():
-        try:
-            known = json.loads(note.read_text())
-            if known["stamp"] == before:
-                return known["sha256"]
-        except (ValueError, KeyError, TypeError):
-            note.unlink(missing_ok=True)  # a torn note is as good as none
+    # a torn note is as good as none
+    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+        known = json.loads(note.read_text())
+        if known["stamp"] == before:
+            return known["sha256"]
     digest = _sha256(path)
     if before == stamp(path) and time.time_ns() - max(before[1:3]) > SETTLED:
         write_atomic(note, json.dumps({"stamp": before, "sha256": digest}))

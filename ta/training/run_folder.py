@@ -18,10 +18,10 @@ from ta.files import (
     ASIDE,
     clean_inside,
     clean_up,
+    foreign,
     hold_lock,
     is_ours,
     keep_inputs,
-    ours,
     read_json_lines,
     remove_whole,
     write_atomic,
@@ -138,7 +138,7 @@ class Run:
         if self.loop.overwrite:
             for name in RUN_NAMES[:-1]:
                 remove_whole(self.folder / name)
-            if others := ours(self.folder, RUN_NAMES)[1]:
+            if others := foreign(self.folder, RUN_NAMES):
                 names = ", ".join(path.name for path in others)
                 parallel.say(f"kept in {self.folder}, as a run does not write it: {names}")
         return lock
