@@ -338,9 +338,8 @@ def locked(
     *,
     share: str = "",
     waiting: Callable[[], None] | None = None,
-) -> Iterator[bool]:
-    """Hold the lock of an output: `.NAME.lock` beside it; gives False where the file system knows
-    no locks.
+) -> Iterator[None]:
+    """Hold the lock of an output: `.NAME.lock` beside it, where the file system knows locks.
 
     Processes that write one output together each give the name of their `share`. Where another
     process holds it, ValueError; or `waiting` is called and the lock waited for. The lock ends with
@@ -350,12 +349,11 @@ def locked(
     out = Path(out)
     path = out.with_name(f".{out.name}{share and '.'}{share}.lock")
     _make_folder(path.parent)
-    file, held = _take(path, out, waiting)
-    with file:
+    with _take(path, out, waiting):
         try:
             clean_up(out)
             clean_up(Parts(out).folder)
-            yield held
+            yield
         finally:
             path.unlink(missing_ok=True)  # while it is held: who waits for it sees that it has gone
 
@@ -373,11 +371,11 @@ def hold_lock(out: str | Path) -> IO[str]:
     """Take the lock inside a folder for as long as the file that is returned stays open. ValueError
     where another process holds it.
     """
-    return _take(Path(out) / ".lock", Path(out), None)[0]
+    return _take(Path(out) / ".lock", Path(out), None)
 
 
-def _take(path: Path, out: Path, waiting: Callable[[], None] | None) -> tuple[IO[str], bool]:
-    """The open lock file and whether it is locked."""
+def _take(path: Path, out: Path, waiting: Callable[[], None] | None) -> IO[str]:
+    """The open lock file, locked where that can be."""
     while True:
         file = open(path, "a")  # noqa: SIM115 held open on purpose
         try:
@@ -392,10 +390,10 @@ def _take(path: Path, out: Path, waiting: Callable[[], None] | None) -> tuple[IO
             waiting()
             fcntl.flock(file, fcntl.LOCK_EX)
         except (OSError, AttributeError):  # no locks on this file system, or none on this machine
-            return file, False
+            return file
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                return file, True
+                return file
         file.close()  # the last holder has taken the file away: lock the one that stands there now
 
 

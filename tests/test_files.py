@@ -334,20 +334,20 @@ def in_child(work):
 
 
 def try_lock(out, **how):
-    with locked(out, **how) as held:
-        return held
+    with locked(out, **how):
+        return "held"
 
 
 def test_a_second_process_is_refused_in_a_line(tmp_path):
     out = tmp_path / "runs" / "answers.jsonl"
-    with locked(out) as held:
-        assert held and os.listdir(out.parent) == [".answers.jsonl.lock"]
+    with locked(out):
+        assert os.listdir(out.parent) == [".answers.jsonl.lock"]
         said = in_child(lambda: try_lock(out))
         assert said.startswith(f"--out {out} is being written by another process: ")
         assert "\n" not in said
-        assert in_child(lambda: try_lock(out.with_name("other"))) == "True"
-        assert in_child(lambda: try_lock(out, share="1")) == "True"
-    assert os.listdir(out.parent) == [] and in_child(lambda: try_lock(out)) == "True"
+        assert in_child(lambda: try_lock(out.with_name("other"))) == "held"
+        assert in_child(lambda: try_lock(out, share="1")) == "held"
+    assert os.listdir(out.parent) == [] and in_child(lambda: try_lock(out)) == "held"
     with hold_lock(out.parent):
         assert "being written" in in_child(lambda: hold_lock(out.parent))
     assert "being written" not in in_child(lambda: hold_lock(out.parent))
