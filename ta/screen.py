@@ -8,8 +8,9 @@ import shutil
 import sys
 import textwrap
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from typing import IO, Any
 
 from ta.printable import printable
@@ -91,8 +92,8 @@ def table(rows: Iterable[Sequence], header: Sequence[str], width: int = 0, lines
     width = width or shutil.get_terminal_size((120, 24)).columns
     cells = [[printable(str(cell)).expandtabs(2) for cell in row] for row in (header, *rows)]
     widths = [
-        max(columns(line) for row in cells for line in row[i].split("\n"))
-        for i in range(len(header))
+        max(columns(line) for cell in column for line in cell.split("\n"))
+        for column in zip(*cells, strict=True)
     ]
     while sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > 8:
         widths[widths.index(max(widths))] -= 1
@@ -101,10 +102,10 @@ def table(rows: Iterable[Sequence], header: Sequence[str], width: int = 0, lines
         wrapped = [_wrapped(cell, w, lines) for cell, w in zip(row, widths, strict=True)]
         block = []
         for parts in zip_longest(*wrapped, fillvalue=""):
-            padded = [
-                part + " " * (w - columns(part)) for part, w in zip(parts, widths, strict=True)
-            ]
-            block.append("  ".join(padded).rstrip())
+            line = ""
+            for part, w in zip(parts, widths, strict=True):
+                line += part + " " * (w + 2 - columns(part))
+            block.append(line.rstrip())
         blocks.append("\n".join(block))
     blocks[0] += "\n" + "  ".join("-" * w for w in widths)
     between = "\n\n" if any("\n" in block for block in blocks[1:]) else "\n"
@@ -185,9 +186,4 @@ def _wrapped(text: str, width: int, most: int) -> list[str]:
 
 def _fits(line: str, width: int) -> int:
     """How many of the first characters take at most `width` columns."""
-    used = 0
-    for place, character in enumerate(line):
-        used += columns(character)
-        if used > width:
-            return place
-    return len(line)
+    return bisect_right(list(accumulate(map(columns, line))), width)
