@@ -20,7 +20,6 @@ import re
 import runpy
 import shutil
 import sys
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,7 +55,7 @@ def main() -> None:
 
 def run(name: str, words: list[str]) -> None:
     """Run a recipe or a command; ValueError for what is none, and for words it does not take."""
-    commands: dict[str, tuple[Callable[..., None], str]] = {
+    commands = {
         "copy": (copy, "RECIPE FILE.py"),
         "from-turbo": (turbo, "SETTINGS.json"),
         "convert": (converted, "FROM OUT"),

@@ -128,7 +128,7 @@ def what_is_wrong(box: str) -> str:
 
 def check_inputs(config: Any) -> None:
     """ValueError where --out is, or holds, a file or folder that another flag names."""
-    texts: dict[str, list[str]] = {}
+    texts = {}
     for setting in settings_of(type(config), config):
         value = setting.default
         values = value if isinstance(value, tuple) else (value,)
@@ -141,7 +141,7 @@ def check_inputs(config: Any) -> None:
 
 def _check_names(config_class: type) -> None:
     """ValueError where two groups of a config have a field of one name, so one flag for both."""
-    owners: dict[str, str] = {}
+    owners = {}
     for setting in settings_of(config_class):
         if setting.name in owners:
             raise ValueError(

@@ -139,8 +139,7 @@ def our_words(words: list[str], config_class: type) -> list[str]:
     says what to give here, and for a file that cannot be read.
     """
     switches = {s.flag: isinstance(s.default, bool) for s in settings_of(config_class)}
-    out: list[str] = []
-    rest = deque(words)
+    out, rest = [], deque(words)
     while rest:
         flag, equals, value = rest.popleft().partition("=")
         if not flag.startswith("--"):

@@ -39,7 +39,6 @@ from ta.training.progress import (
     line,
     means,
     memory,
-    progress_bar,
 )
 from ta.training.report import before_and_after, write_report
 from ta.training.run_folder import Run, best_step
@@ -115,7 +114,7 @@ def train(
         with (
             when_stopped(lambda: kept),
             Signals() as stop,
-            progress_bar(batches.steps, first, rank() == 0) as bar,
+            progress(batches.steps, "train", "step", done=first, show=rank() == 0) as bar,
         ):
             if held_out.start(first, stop, trackers):
                 _end(folder, first, stop, bar)

@@ -27,8 +27,9 @@ def moments_of(optimizer: torch.optim.Optimizer) -> float:
     for group in optimizer.param_groups:
         count = 2 if "betas" in group else 1 if group.get("momentum") else 0
         for parameter in group["params"]:
-            weights += _size(parameter)
-            moments += count * (parameter.numel() if eight_bits else _size(parameter))
+            size = _size(parameter)
+            weights += size
+            moments += count * (size // parameter.element_size() if eight_bits else size)
     return moments / weights
 
 
@@ -106,5 +107,4 @@ def memory_report(
 
 
 def _size(tensor) -> int:
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local.numel() * local.element_size()
+    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).nbytes

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ta.parallel import any_rank, world
-from ta.screen import progress
 
 
 class StepSums:
@@ -45,7 +44,7 @@ class StepSums:
 def means(sums: dict[str, float]) -> dict[str, float]:
     """{"loss": ..., metric: ...} of summed steps; a metric that is no number gives no figure."""
     count = sums["count"] or math.nan
-    figures: dict[str, float] = {}
+    figures = {}
     for key, value in sums.items():
         kind, _, name = key.partition(" ")
         if kind == "metric":
@@ -59,7 +58,7 @@ def means(sums: dict[str, float]) -> dict[str, float]:
 
 def join_figures(*parts: dict[str, float]) -> dict[str, float]:
     """All figures in one dict; ValueError where two parts have one of the same name."""
-    joined: dict[str, float] = {}
+    joined = {}
     for part in parts:
         if twice := sorted(joined.keys() & part):
             raise ValueError(
@@ -127,11 +126,6 @@ def leave_if_asked() -> None:
         raise Stopped
 
 
-def progress_bar(steps: int, first: int, show: bool):
-    """A bar with the time left; nothing is shown where `show` is False."""
-    return progress(steps, "train", "step", done=first, show=show)
-
-
 def line(record: dict[str, float]) -> str:
     """A logged step as one short line."""
     speed = record["learned_tokens"] / max(record["seconds"], 1e-9)
@@ -147,4 +141,5 @@ def memory() -> dict[str, float]:
 
     if torch.cuda.is_available():
         return {"memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 4)}
-    return {"memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 4)}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"memory_gb": round(peak / 1e9, 4)}

@@ -226,7 +226,7 @@ def charts_of(metrics: Sequence[dict]) -> dict[str, dict[str, Curve]]:
 
     The training and held-out values of a metric share one chart.
     """
-    charts: dict[str, dict[str, Curve]] = {}
+    charts = {}
     for record in metrics:
         values = {key: value for key, value in record.items() if key not in SIZES}
         if record.get("seconds"):
@@ -296,7 +296,7 @@ def chart(title: str, curves: dict[str, Curve]) -> str:
     A loss that falls to less than a twentieth has a logarithmic axis, which keeps its end visible.
     """
     curves = {name: thin(points) for name, points in curves.items()}
-    by_step: dict[float, dict[str, float]] = {}
+    by_step = {}
     for name, points in curves.items():
         for x, y in points:
             by_step.setdefault(x, {})[name] = y
@@ -378,7 +378,7 @@ def sample_cards(
     answer. Cards of answers that became wrong come first. `pictures` is the folder below which
     pictures lie. With `common` there are only the records that all sides have.
     """
-    groups: dict[tuple, list] = {}
+    groups = {}
     *_, newest = [{}, *sides.values()]
     for name, sample in newest.items():
         found = [side.get(name, {}) for side in sides.values()]
@@ -408,7 +408,7 @@ def by_how_much(groups: Mapping[tuple, list], titles: Sequence[str]) -> str:
 
     "" of other numbers of sides, and where nothing is compared.
     """
-    records: dict[tuple, list] = {}
+    records = {}
     for key, cards in groups.items() if len(titles) == 2 else ():
         for name, (*_, newest) in cards if None not in key else ():
             own = newest.get("source"), str(newest.get("id", name))

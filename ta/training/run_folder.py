@@ -312,15 +312,18 @@ def resume_key(run: Run, batches: Any, optimizer: Any, optim: Any, more: dict[st
     The method's settings are all fields of the recipe's own config and of its groups that are not
     in COMPARED_OTHERWISE. `more` adds to these, and its values win.
     """
-    key: dict[str, Any] = {"data": batches.prepared.info["fingerprint"]}
+    key = {"data": batches.prepared.info["fingerprint"]}
     config = run.config
     if config is not None:
         model, sources = config.model, resolve(config.model)
-        key["model"] = fingerprint(sources.base, model.hub)
-        key["adapter_path"] = model.adapter_path
-        key["adapter_content"] = sources.adapter and fingerprint(sources.adapter)
-        key["dtype"], key["model_args"] = model.dtype, masked(model.model_args)
-        key["quantize"] = config.compute.quantize
+        key |= {
+            "model": fingerprint(sources.base, model.hub),
+            "adapter_path": model.adapter_path,
+            "adapter_content": sources.adapter and fingerprint(sources.adapter),
+            "dtype": model.dtype,
+            "model_args": masked(model.model_args),
+            "quantize": config.compute.quantize,
+        }
         for name, value in vars(config).items():
             if not dataclasses.is_dataclass(value):
                 key[name] = value
