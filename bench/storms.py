@@ -334,7 +334,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=30, help="of each kind")
     parser.add_argument("--training", type=int, default=50, help="trials of each kind, of sft")
     parser.add_argument("--tiny", action="store_true", help="one trial of each kind")
-    parser.add_argument("--commands", nargs="+")
+    parser.add_argument("--commands", nargs="+", choices=commands(Path()))
     given = parser.parse_args()
     import torch
     import transformers  # noqa: F401  (before the forks)
