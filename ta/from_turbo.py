@@ -205,11 +205,11 @@ class Settings(dict):
     def __init__(self, settings: dict[str, Any]):
         super().__init__(_flat("", settings))
         # each: the recipe's name and its flags
-        self.commands: list[list[str]] = []
+        self.commands = []
         # what a person should know or do, fields without a counterpart
-        self.notes: list[str] = []
+        self.notes = []
         # records that stood in the settings: file name -> records
-        self.files: dict[str, list[dict]] = {}
+        self.files = {}
 
     def take(self, path: str, default: Any = None) -> Any:
         """The value at a path, which is gone then; the default where there is none."""
@@ -265,21 +265,18 @@ def from_turbo(settings: dict[str, Any]) -> Settings:
     ValueError for a file that is none of theirs, and for a method that is not here.
     """
     given = Settings(settings)
-    if "trainer_settings" in settings:
-        _train(given)
-    elif "inference_settings" in settings:
-        _inference(given)
-    elif "N" in settings:
-        _sampling(given)
-    elif "encoder_settings" in settings:
-        _preprocess(given)
-    elif "adapter_path" in settings and "save_path" in settings:
-        _merge(given)
-    else:
+    pipelines = {
+        "trainer_settings": _train,
+        "inference_settings": _inference,
+        "N": _sampling,
+        "encoder_settings": _preprocess,
+        "adapter_path": _merge,
+    }
+    if not (asked := [name for name in pipelines if name in settings]):
         raise ValueError(
-            "these are no settings of turbo-alignment: none of trainer_settings, "
-            "inference_settings, N, encoder_settings, adapter_path is there"
+            f"these are no settings of turbo-alignment: none of {', '.join(pipelines)} is there"
         )
+    pipelines[asked[0]](given)
     for path, value in given.items():
         name = path.rsplit(".", 1)[-1]
         if name in WITHOUT_EFFECT or value in (None, False) or name.isdigit():
@@ -337,7 +334,7 @@ def _sources(given: Settings, path: str) -> list[str]:
 
 def _chat(given: Settings, path: str) -> list[str]:
     """The flags of a dataset's template, cutting and mask."""
-    found: dict[str, Any] = {"--role-tags": None}
+    found = {"--role-tags": None}
     for group in (f"{path}.chat_settings.", f"{path}.chat_dataset.", f"{path}."):
         if tags := given.under(f"{group}prompt_template.role_tag_mapping"):
             roles = {role: "assistant" if role == "bot" else role for role in tags}
