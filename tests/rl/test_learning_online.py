@@ -25,6 +25,23 @@ def coin(messages, answer, record):
 """
 
 
+def test_right_answers_become_more_where_they_are_rewarded_and_fewer_by_a_coin(forked, tmp_path):
+    """The run without flags, 50 of its 250 steps of it: exact match of 256 held-out answers.
+
+    0.49 -> [0.57 to 0.63], rewarded by a coin [0.03 to 0.2].
+    """
+    (tmp_path / "mine.py").write_text(REWARDS)
+    flags = ("--steps", 50, "--max-new-tokens", 12, "--eval-every", 0, "--sample-show", 0, *SEED)
+    shares = {}
+    for name, rewards in (("exact", ()), ("coin", ("--rewards", f"{tmp_path}/mine.py:coin"))):
+        forked("grpo", *flags, *rewards, "--out", tmp_path / name)
+        steps = [json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")]
+        shares[name] = [row["val_accuracy"] for row in steps if "val_accuracy" in row]
+    before, after = shares["exact"]
+    assert after > before + 0.04
+    assert shares["coin"][0] == before > shares["coin"][1]
+
+
 def test_held_out_answers_do_what_is_rewarded_and_not_what_is_not(forked, tmp_path):
     """The share of one letter, from a random model: 0.004 -> [0.25 to 1.0], by a coin [0.0]."""
     write_jsonl(tmp_path / "train.jsonl", practice("train", 192))
