@@ -170,9 +170,7 @@ def main(config: Config):
         more_state=rollouts.state if config.on_policy else None,
         resume_key={"teacher": key},
     )
-    card = ta.model_card(run, train_data, figures)
-    ta.export(model, tokenizer, run.folder / "final", card=card)
-    return run.folder / "final", figures
+    return ta.export_run(run, model, tokenizer, train_data, figures)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import ta
 from ta import Range
@@ -110,42 +110,38 @@ def loss_settings(config: Config) -> dict:
 def preference_loss(loss: str, settings: dict, policy, ref, batch):
     """(P,) values of the loss, computed from the log-probabilities and the flags that it takes."""
     losses = ta.losses
-    beta: Any = settings.get("beta")
     match loss:
         case "sigmoid":
-            return losses.sigmoid(
-                policy, ref, beta=beta, label_smoothing=settings["label_smoothing"]
-            )
+            return losses.sigmoid(policy, ref, **settings)
         case "sigmoid_with_margin":
-            return losses.sigmoid_with_margin(policy, ref, margin=batch.margin, beta=beta)
+            return losses.sigmoid_with_margin(policy, ref, margin=batch.margin, **settings)
         case "hinge":
-            return losses.hinge(policy, ref, beta=beta)
+            return losses.hinge(policy, ref, **settings)
         case "ipo":
-            return losses.ipo(policy, ref, beta=beta, average=settings["average"])
+            return losses.ipo(policy, ref, **settings)
         case "kto_pair":
-            return losses.kto_pair(
-                policy, ref, kl_chosen=batch.kl[0], kl_rejected=batch.kl[1], beta=beta
-            )
+            kl = {"kl_chosen": batch.kl[0], "kl_rejected": batch.kl[1]}
+            return losses.kto_pair(policy, ref, **kl, **settings)
         case "slic_hf":
-            return losses.slic_hf(policy, delta=settings["delta"], alpha=settings["alpha"])
+            return losses.slic_hf(policy, **settings)
         case "cpo":
-            return losses.cpo(policy, beta=beta, alpha=settings["alpha"])
+            return losses.cpo(policy, **settings)
         case "orpo":
-            return losses.orpo(policy, beta=beta)
+            return losses.orpo(policy, **settings)
         case "simpo":
-            return losses.simpo(policy, beta=beta, gamma=settings["gamma"])
+            return losses.simpo(policy, **settings)
         case "apo_zero":
-            return losses.apo_zero(policy, ref, beta=beta)
+            return losses.apo_zero(policy, ref, **settings)
         case "apo_down":
-            return losses.apo_down(policy, ref, beta=beta)
+            return losses.apo_down(policy, ref, **settings)
         case "asft":
-            return losses.asft(policy, beta=beta)
+            return losses.asft(policy, **settings)
         case "dpop":
-            return losses.dpop(policy, ref, beta=beta, penalty=settings["penalty"])
+            return losses.dpop(policy, ref, **settings)
         case "nca_pair":
-            return losses.nca_pair(policy, ref, beta=beta)
+            return losses.nca_pair(policy, ref, **settings)
         case "cal_dpo":
-            return losses.cal_dpo(policy, ref, beta=beta)
+            return losses.cal_dpo(policy, ref, **settings)
     raise ValueError(f"no loss {loss}")
 
 
@@ -188,31 +184,21 @@ def main(config: Config):
     files, val_files = ta.data_or_builtin(
         config.data.data, config.data.val_data, "concise", config.model.hub
     )
-    train_data = ta.prepare_pairs(files, tokenizer, config.chat, config.data, run.seed)
-    val_data = ta.prepare_pairs(val_files, tokenizer, config.chat, config.data, run.seed)
+    asked = (tokenizer, config.chat, config.data, run.seed)
+    train_data, val_data = (ta.prepare_pairs(some, *asked) for some in (files, val_files))
     for data in (train_data, val_data):
         ta.check_margins(data, "needed" if config.loss == "sigmoid_with_margin" else "unused")
-    model = ta.load_model(
-        config.model, config.adapter, config.compute, tokenizer, run.device, seed=run.seed
-    )
+    setup = config.model, config.adapter, config.compute
+    model = ta.load_model(*setup, tokenizer, run.device, seed=run.seed)
     ta.check_context(model, train_data, val_data)
 
     reference = None
     if config.loss not in WITHOUT_REFERENCE:
-        reference = ta.open_reference(
-            config.reference,
-            model,
-            tokenizer,
-            config.model,
-            config.adapter,
-            config.compute,
-            run.seed,
-        )
+        reference = ta.open_reference(config.reference, model, tokenizer, *setup, run.seed)
         # with --reference cached its log-probabilities are computed here, once
         cached = (reference, ta.collate_pairs, config.batches, model.packed, config.data.cache_dir)
-        train_data, val_data = (
-            ta.with_cached_reference(data, *cached) for data in (train_data, val_data)
-        )
+        train_data = ta.with_cached_reference(train_data, *cached)
+        val_data = ta.with_cached_reference(val_data, *cached)
     batches = ta.train_batches(
         train_data,
         config.batches,
@@ -235,9 +221,8 @@ def main(config: Config):
             # a synced reference moves every --sync-every steps
             reference.follow(done)
             micro_batches = reference.add_to(micro_batches)
-        if config.loss == "kto_pair" and micro_batches:
-            return with_kl(model, micro_batches)
-        return micro_batches
+        needs_kl = config.loss == "kto_pair" and micro_batches
+        return with_kl(model, micro_batches) if needs_kl else micro_batches
 
     def evaluate(done):
         # at step 0 no reference moves
@@ -268,9 +253,7 @@ def main(config: Config):
         more_state=reference.state if reference else None,
         resume_key=settings,
     )
-    card = ta.model_card(run, train_data, figures)
-    ta.export(model, tokenizer, run.folder / "final", card=card)
-    return run.folder / "final", figures
+    return ta.export_run(run, model, tokenizer, train_data, figures)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def step(policy: ta.rl.PolicyConfig, watch, model, batch):
 
 def main(config: Config):
     """Train; returns the folder of the export and the last figures of held-out records."""
-    policy = config.policy.filled()
+    policy, longest = config.policy.filled(), config.rollouts.max_new_tokens
     ta.check_engine(config.engine, config.vllm)
     if config.rollouts.num_answers < 2:
         raise ValueError("--num-answers 1: answers are compared with each other, give 2 or more")
@@ -82,22 +82,19 @@ def main(config: Config):
     sources = config.data.data, config.data.val_data
     files, val_files = ta.data_or_builtin(*sources, "practice", config.model.hub)
     tools = ta.rl.open_tools(config.tools, tokenizer, config.reward)
-    asked = (tokenizer, config.chat, config.data, run.seed, tools.schemas if tools else ())
+    asked = (tokenizer, config.chat, config.data, run.seed, tools)
     prompts, data = ta.rl.prepare_prompts(files, *asked)
-    held_out = ta.rl.prepare_prompts(val_files, *asked)[0] if val_files else []
+    held_out, _ = ta.rl.prepare_prompts(val_files, *asked)
     setup = config.model, config.adapter, config.compute
     model = ta.load_model(*setup, tokenizer, run.device, seed=run.seed)
     # the policy that is sampled is the policy that trains
     model.dropout, model.temperature = False, config.rollouts.temperature
     model.eval()
-    longest, updates = config.rollouts.max_new_tokens, config.rollouts.updates
     ta.check_prompts([ids for _, ids in prompts + held_out], *ta.limits_of(model), room=longest)
 
-    batches = ta.rl.rollout_steps(
-        ta.train_batches(data, config.batches, packed=model.packed, default_batch_size=32),
-        updates,
-        config.batches,
-    )
+    batches = ta.train_batches(data, config.batches, packed=model.packed, default_batch_size=32)
+    updates = config.rollouts.updates
+    batches = ta.rl.rollout_steps(batches, updates, config.batches)
     # which log-probabilities of the answers a rollout's file holds beside the sampler's
     logprobs, reference = {}, None
     if updates > 1:
@@ -116,23 +113,10 @@ def main(config: Config):
     # where a server reads new weights
     weights = run.folder / "rollouts" / "weights"
     engine = ta.rl.start_engine(config.engine, config.vllm, config.model, model, tokenizer, weights)
-    rollouts = ta.rl.Rollouts(
-        run.folder,
-        prompts,
-        batches,
-        tokenizer,
-        config.rollouts,
-        policy,
-        pool=pool,
-        logprobs=logprobs,
-        engine=engine,
-        tools=tools,
-    )
+    made_of = (prompts, batches, tokenizer, config.rollouts, policy)
+    rollouts = ta.rl.Rollouts(run.folder, *made_of, pool, logprobs, engine, tools)
     # stops the run where sampler and trainer disagree
     watch = ta.rl.MismatchWatch(policy.max_mismatch)
-    samples = config.samples
-    if not samples.sample_max_new_tokens:
-        samples = replace(samples, sample_max_new_tokens=longest)
 
     def before_step(number, _):
         watch.check()
@@ -151,18 +135,13 @@ def main(config: Config):
         return ta.rl.rollout_batches(rows[part], advantages[part], policy, *limits, figures)
 
     def evaluate(done):
-        return ta.generate_samples(
-            model,
-            tokenizer,
-            [ta.rl.with_right_answer(record) for record, _ in held_out],
-            config.chat,
-            samples,
-            run.folder,
-            done,
-            seed=run.seed,
-            reference=reference and reference.of_new,
-            respond=rollouts.respond,
-        )
+        samples = config.samples
+        if not samples.sample_max_new_tokens:
+            samples = replace(samples, sample_max_new_tokens=longest)
+        chats = [ta.rl.with_right_answer(record) for record, _ in held_out]
+        made_by = {"reference": reference and reference.of_new, "respond": rollouts.respond}
+        asked = (chats, config.chat, samples, run.folder, done)
+        return ta.generate_samples(model, tokenizer, *asked, seed=run.seed, **made_by)
 
     figures = ta.train(
         run,
@@ -177,8 +156,7 @@ def main(config: Config):
         resume_key=asdict(policy),
     )
     rollouts.close()
-    ta.export(model, tokenizer, run.folder / "final", card=ta.model_card(run, data, figures))
-    return run.folder / "final", figures
+    return ta.export_run(run, model, tokenizer, data, figures)
 
 
 if __name__ == "__main__":

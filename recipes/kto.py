@@ -183,9 +183,7 @@ def main(config: Config):
         before_step=before_step,
         more_state=reference.state,
     )
-    card = ta.model_card(run, train_data, figures)
-    ta.export(model, tokenizer, run.folder / "final", card=card)
-    return run.folder / "final", figures
+    return ta.export_run(run, model, tokenizer, train_data, figures)
 
 
 def with_collate(config: Config, reference, data, model):

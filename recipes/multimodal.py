@@ -141,9 +141,7 @@ def main(config: Config):
         evaluate=evaluate if val_data or config.samples.samples_data else None,
         resume_key=key | {"projector_lr": projector_lr},
     )
-    card = ta.model_card(run, train_data, figures)
-    ta.export(model, tokenizer, run.folder / "final", card=card)
-    return run.folder / "final", figures
+    return ta.export_run(run, model, tokenizer, train_data, figures)
 
 
 if __name__ == "__main__":

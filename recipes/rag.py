@@ -185,9 +185,7 @@ def main(config: Config):
         more_state={"table": retriever.table} if config.reembed_every else None,
         resume_key=key,
     )
-    card = ta.model_card(run, train_data, figures)
-    ta.export(model, tokenizer, run.folder / "final", card=card)
-    return run.folder / "final", figures
+    return ta.export_run(run, model, tokenizer, train_data, figures)
 
 
 if __name__ == "__main__":

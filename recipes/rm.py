@@ -128,9 +128,7 @@ def main(config: Config):
         optim,
         evaluate=evaluate if val_data else None,
     )
-    card = ta.model_card(run, train_data, figures)
-    ta.export(model, tokenizer, run.folder / "final", card=card)
-    return run.folder / "final", figures
+    return ta.export_run(run, model, tokenizer, train_data, figures)
 
 
 if __name__ == "__main__":

@@ -97,9 +97,7 @@ def main(config: Config):
         evaluate=evaluate if val_data or config.samples.samples_data else None,
     )
     records = ta.first_records(val_data, config.samples.sample_records)
-    card = ta.model_card(run, train_data, figures)
-    ta.export(model, tokenizer, run.folder / "final", records, card=card)
-    return run.folder / "final", figures
+    return ta.export_run(run, model, tokenizer, train_data, figures, records)
 
 
 if __name__ == "__main__":

@@ -54,15 +54,19 @@ def prepare_prompts(
     chat: ChatConfig,
     data: DataConfig,
     seed: int = 0,
-    tools: Sequence[dict] = (),
-) -> tuple[list[Question], Prepared]:
+    tools: Tools | None = None,
+) -> tuple[list[Question], Prepared | None]:
     """([(record, prompt ids)], the prompts as data from which `train_batches` chooses).
 
     The answer at the end of a chat is taken off and becomes the record's "reference". A record
-    without an "id" gets its number. `tools` are those of records that have none.
+    without an "id" gets its number. `tools` are those of records that have none. ([], None) of no
+    files.
     """
+    if not files:
+        return [], None
     drops = Drops(data.on_bad_record, data.max_bad_share)
-    prompts = read_prompts(files, tokenizer, chat, drops, seed, tools=tools)
+    known = tools.schemas if tools else ()
+    prompts = read_prompts(files, tokenizer, chat, drops, seed, tools=known)
     if drops.counts:
         say(f"left out: {drops.table()}")
     for number, (record, _) in enumerate(prompts):

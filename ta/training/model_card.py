@@ -4,12 +4,34 @@ from __future__ import annotations
 
 import html
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from ta.chat.tokenizer import ChatTokenizer
 from ta.data.prepare import Prepared
 from ta.flags import changed_settings, command_of
+from ta.model.export import export
+from ta.model.language_model import LanguageModel
 from ta.printable import masked, one_line
 from ta.training.run_folder import Run, evaluations, versions
+
+
+def export_run(
+    run: Run,
+    model: LanguageModel,
+    tokenizer: ChatTokenizer,
+    prepared: Prepared | None,
+    figures: dict[str, float],
+    records: Sequence[dict] = (),
+) -> tuple[Path, dict[str, float]]:
+    """Export the trained model with its card into OUT/final; returns that folder and the figures.
+
+    `records` are those of `export`.
+    """
+    folder = run.folder / "final"
+    export(model, tokenizer, folder, records, model_card(run, prepared, figures))
+    return folder, figures
 
 
 def model_card(run: Run, prepared: Prepared | None, figures: dict[str, float]) -> str:
