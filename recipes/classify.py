@@ -50,13 +50,14 @@ class Config:
 
 def with_num_labels(config: Config) -> Config:
     """The config with its number of classes; ValueError where names and number differ."""
-    labels, given = config.labels, config.num_labels
-    if labels and (len({*labels}) < max(2, len(labels)) or given not in (None, len(labels))):
+    labels, given, n = config.labels, config.num_labels, len(config.labels)
+    differ = n > 1 and len(set(labels)) == n
+    if labels and not (differ and given in (None, n)):
         raise ValueError(
             f"--labels {' '.join(labels)}: give two or more different names, as many as "
             "--num-labels where that is given too"
         )
-    return replace(config, num_labels=given or len(labels) or 3)
+    return replace(config, num_labels=given or n or 3)
 
 
 def weights_of(config: Config, labels):
@@ -66,22 +67,22 @@ def weights_of(config: Config, labels):
     """
     import torch
 
-    given = config.class_weights
+    given, n = config.class_weights, config.num_labels
     if not given:
         return None
     if given == ("auto",):
-        return ta.losses.balanced_weights(labels, config.num_labels)
+        return ta.losses.balanced_weights(labels, n)
     try:
-        weights = [float(text) for text in given]
+        weights = torch.tensor([float(text) for text in given])
     except ValueError:
-        weights = []
-    in_range = all(0 <= weight < float("inf") for weight in weights)
-    if len(weights) != config.num_labels or not in_range or not any(weights):
+        weights = torch.zeros(n)
+    sound = weights.isfinite().all() and weights.min() >= 0 and weights.any()
+    if len(weights) != n or not sound:
         raise ValueError(
-            f"--class-weights {' '.join(given)}: give auto, or {config.num_labels} numbers from 0 "
-            "on, not all of them 0"
+            f"--class-weights {' '.join(given)}: give auto, or {n} numbers from 0 on, not all of "
+            "them 0"
         )
-    return torch.tensor(weights)
+    return weights
 
 
 def step(weights, gamma, model, batch):
@@ -113,11 +114,11 @@ def show_classes(config: Config, run, tokenizer, data, probabilities, labels, do
     chosen = probabilities[: config.samples.sample_records].tolist()
     for i, (shares, label) in enumerate(zip(chosen, labels, strict=False)):
         text = tokenizer.fast.decode(ta.sequence(data, i)[0], skip_special_tokens=True)
+        best, rounded = shares.index(max(shares)), [round(p, 6) for p in shares]
         sample = {"step": done, "line": int(data.origin[i][1]), "text": text, "label": label}
-        sample["predicted"] = shares.index(max(shares))
-        sample["probabilities"] = [round(p, 6) for p in shares]
+        sample |= {"predicted": best, "probabilities": rounded}
         ta.append_line(run.folder / "samples.jsonl", sample)
-        rows.append((text, sample["predicted"], f"{max(shares):.3f}", label))
+        rows.append((text, best, f"{max(shares):.3f}", label))
     header = ("text", "class", "probability", "right class")
     shown = ta.table(rows[: config.samples.sample_show], header)
     ta.parallel.say(f"\nsamples at step {done}\n{shown}\n" if rows else "")
@@ -134,8 +135,8 @@ def main(config: Config):
         config.data.data, config.data.val_data, "classes", config.model.hub
     )
     prepare = partial(ta.prepare_classes, labels=config.labels)
-    train_data = prepare(files, tokenizer, config.chat, config.data, run.seed)
-    val_data = prepare(val_files, tokenizer, config.chat, config.data, run.seed)
+    asked = (tokenizer, config.chat, config.data, run.seed)
+    train_data, val_data = prepare(files, *asked), prepare(val_files, *asked)
     weights = weights_of(config, ta.labels_of(train_data, config.num_labels))
     val_labels = torch.tensor(ta.labels_of(val_data, config.num_labels)) if val_data else None
     tokenizer = ta.with_own_pad_token(tokenizer, train_data, val_data)

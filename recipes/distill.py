@@ -110,7 +110,9 @@ def main(config: Config):
     config = ta.train_builtin_first(config, "builtin-begun")
     run = ta.start_run(config)
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat, day=run.day)
-    files, val_files = ta.data_or_builtin(config.data.data, config.data.val_data, "practice")
+    files, val_files = ta.data_or_builtin(
+        config.data.data, config.data.val_data, "practice", config.model.hub
+    )
     asked = (tokenizer, config.chat, config.data, run.seed)
     prompts = []
     if config.on_policy:

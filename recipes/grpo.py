@@ -63,7 +63,7 @@ def step(policy: ta.rl.PolicyConfig, watch, model, batch):
             kl = ta.rl.k2(logps, batch.reference) * log_ratios.detach().exp()
             values = values + policy.kl_coef * kl
     # the weights of tokens are what --divide asks for
-    return (values * sequences.weights).sum(), len(logps), figures | batch.logged()
+    return (values * sequences.weights).sum(), len(logps), figures | batch.figures
 
 
 def main(config: Config):

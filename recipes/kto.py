@@ -60,10 +60,8 @@ def step(config: Config, model, batch):
         desirable_weight=config.desirable_weight,
         undesirable_weight=config.undesirable_weight,
     )
-    logps = logps.detach()
+    logps, good = logps.detach(), batch.desirable
     reward = config.beta * (logps - ref)
-    good = batch.desirable
-    right = (reward > config.beta * batch.kl) == good
     # the mean of a side is its sum over its own number; without that side there is no figure
     better = reward[good].sum(), good.sum()
     worse = reward[~good].sum(), (~good).sum()
@@ -71,7 +69,7 @@ def step(config: Config, model, batch):
         "reward_desirable": [better],
         "reward_undesirable": [worse],
         "reward_margin": [better, (-worse[0], worse[1])],
-        "reward_accuracy": right.sum(),
+        "reward_accuracy": ((reward > config.beta * batch.kl) == good).sum(),
         "logp": logps.sum(),
         "kl": batch.kl * len(values),
     }
@@ -99,17 +97,14 @@ def preference(model, batches) -> dict[str, float]:
     """
     import torch
 
-    rewards, labels = [], []
+    pairs = []
     with torch.no_grad():
         for batch in batches:
             ratio = ta.sequence_logps(model, batch.sequences) - batch.reference[:, 0]
-            rewards += ratio.tolist()
-            labels += batch.desirable.tolist()
-    shares = ta.parallel.gather_objects((rewards, labels))
-    all_rewards = [reward for rewards, _ in shares for reward in rewards]
-    all_labels = [label for _, labels in shares for label in labels]
-    both = len(set(all_labels)) == 2
-    return {"preference": ta.roc_auc(all_rewards, all_labels)} if both else {}
+            pairs += zip(ratio.tolist(), batch.desirable.tolist(), strict=True)
+    every = [pair for share in ta.parallel.gather_objects(pairs) for pair in share]
+    both = len({label for _, label in every}) == 2
+    return {"preference": ta.roc_auc(*zip(*every, strict=True))} if both else {}
 
 
 def main(config: Config):
@@ -120,24 +115,15 @@ def main(config: Config):
     files, val_files = ta.data_or_builtin(
         config.data.data, config.data.val_data, "labelled", config.model.hub
     )
-    train_data = ta.prepare_labelled(files, tokenizer, config.chat, config.data, run.seed)
-    val_data = ta.prepare_labelled(val_files, tokenizer, config.chat, config.data, run.seed)
-    model = ta.load_model(
-        config.model, config.adapter, config.compute, tokenizer, run.device, seed=run.seed
-    )
+    asked = (tokenizer, config.chat, config.data, run.seed)
+    train_data, val_data = (ta.prepare_labelled(some, *asked) for some in (files, val_files))
+    setup = config.model, config.adapter, config.compute
+    model = ta.load_model(*setup, tokenizer, run.device, seed=run.seed)
     ta.check_context(model, train_data, val_data)
 
-    reference = ta.open_reference(
-        config.reference, model, tokenizer, config.model, config.adapter, config.compute, run.seed
-    )
+    reference = ta.open_reference(config.reference, model, tokenizer, *setup, run.seed)
     train_data, collate = with_collate(config, reference, train_data, model)
-    batches = ta.train_batches(
-        train_data,
-        config.batches,
-        packed=model.packed,
-        collate=collate,
-        default_batch_size=64,
-    )
+    batches = ta.train_batches(train_data, config.batches, packed=model.packed, collate=collate)
     ta.note_sync(config.reference, batches.steps)
     val_batches = []
     if val_data:
@@ -190,16 +176,8 @@ def with_collate(config: Config, reference, data, model):
     """The data, with the values of a cached reference, and the function that makes its batches."""
     seed = config.batches.seed
     collate = ta.labelled_collate(data, seed)
-    data = ta.with_cached_reference(
-        data,
-        reference,
-        collate,
-        config.batches,
-        model.packed,
-        config.data.cache_dir,
-        depends=["mismatched by", seed],
-    )
-    return data, collate
+    cached = (reference, collate, config.batches, model.packed, config.data.cache_dir)
+    return ta.with_cached_reference(data, *cached, depends=["mismatched by", seed]), collate
 
 
 if __name__ == "__main__":

@@ -72,9 +72,8 @@ def main(config: Config):
     files, val_files = ta.data_or_builtin(
         config.data.data, config.data.val_data, "pictures", config.model.hub
     )
-    prepare = ta.media.prepare_media_chats
-    train_data = prepare(files, tokenizer, config.chat, config.data, run.seed)
-    val_data = prepare(val_files, tokenizer, config.chat, config.data, run.seed)
+    prepare, asked = ta.media.prepare_media_chats, (tokenizer, config.chat, config.data, run.seed)
+    train_data, val_data = prepare(files, *asked), prepare(val_files, *asked)
     model = ta.load_model(
         config.model,
         config.adapter,

@@ -92,8 +92,8 @@ def main(config: Config):
     files, val_files = ta.data_or_builtin(
         config.data.data, config.data.val_data, "questions", config.model.hub
     )
-    train_data = ta.prepare_questions(files, tokenizer, config.chat, config.data, run.seed)
-    val_data = ta.prepare_questions(val_files, tokenizer, config.chat, config.data, run.seed)
+    asked = (tokenizer, config.chat, config.data, run.seed)
+    train_data, val_data = (ta.prepare_questions(some, *asked) for some in (files, val_files))
     model = ta.load_model(
         config.model,
         config.adapter,

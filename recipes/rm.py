@@ -83,8 +83,8 @@ def main(config: Config):
     files, val_files = ta.data_or_builtin(
         config.data.data, config.data.val_data, "preferences", config.model.hub
     )
-    train_data = ta.prepare_pairs(files, tokenizer, config.chat, config.data, run.seed)
-    val_data = ta.prepare_pairs(val_files, tokenizer, config.chat, config.data, run.seed)
+    asked = (tokenizer, config.chat, config.data, run.seed)
+    train_data, val_data = (ta.prepare_pairs(some, *asked) for some in (files, val_files))
     for data in (train_data, val_data):
         ta.check_margins(data, "used")
     tokenizer = ta.with_own_pad_token(tokenizer, train_data, val_data)

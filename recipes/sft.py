@@ -46,9 +46,8 @@ def main(config: Config):
     )
     train_data = ta.prepare_chats(files, tokenizer, config.chat, config.data, run.seed)
     val_data = ta.prepare_chats(val_files, tokenizer, config.chat, config.data, run.seed)
-    model = ta.load_model(
-        config.model, config.adapter, config.compute, tokenizer, run.device, seed=run.seed
-    )
+    setup = config.model, config.adapter, config.compute
+    model = ta.load_model(*setup, tokenizer, run.device, seed=run.seed)
     ta.check_context(model, train_data, val_data)
     parts = ta.row_parts(config.context, model)
 
@@ -67,9 +66,7 @@ def main(config: Config):
     reference = None
     if "kl_to_reference" in config.samples.sample_metrics:
         # the model at its start; dropout is off beside it
-        reference = ta.open_reference(
-            ta.ReferenceConfig(), model, tokenizer, config.model, config.adapter, config.compute
-        )
+        reference = ta.open_reference(ta.ReferenceConfig(), model, tokenizer, *setup)
 
     def evaluate(done):
         figures = ta.mean_over(model, val_batches, step)

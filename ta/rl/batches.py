@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +25,8 @@ from ta.training.memory import memory_report
 from ta.training.run_folder import LoopConfig
 
 NAMES = ("logprobs", "trainer_logprobs", "reference_logprobs")
-# a tuple is a quotient
-Figures = dict[str, float | tuple[float, float]]
+# metrics of a step as quotients
+Figures = dict[str, list[tuple[float, float]]]
 
 
 class RolloutBatch(NamedTuple):
@@ -45,16 +45,8 @@ class RolloutBatch(NamedTuple):
     old: Tensor
     # (M,) log p by the reference; empty where there is none
     reference: Tensor
-    # of the whole step, for the log
+    # of the whole step, for the log, in the first micro-batch of a process
     figures: Figures
-
-    def logged(self) -> dict[str, Any]:
-        """The figures as sums over the tokens of this micro-batch."""
-        m = len(self.sampled)
-        return {
-            name: [(value[0] * m, value[1] * m)] if isinstance(value, tuple) else value * m
-            for name, value in self.figures.items()
-        }
 
 
 def own(values: Sequence[float | None]) -> list[float]:
@@ -102,7 +94,6 @@ def figures_of(rows: Sequence[dict], spent: Mapping[str, float]) -> Figures:
         "entropy": -sum(logprobs) / len(logprobs),
         "rollout_seconds": spent["rollout_seconds"],
         "reward_seconds": spent["reward_seconds"],
-        "rollout_tokens_per_second": (spent["tokens"], spent["rollout_seconds"]),
     }
     if "turns" in answers[0]:
         results = [m for answer in answers for m in answer["turns"] if m["role"] == "tool"]
@@ -112,7 +103,8 @@ def figures_of(rows: Sequence[dict], spent: Mapping[str, float]) -> Figures:
         for name in names:
             known = own([answer["parts"][name] for answer in answers])
             figures[f"reward {name}"] = sum(known) / max(1, len(known))
-    return figures
+    speed = {"rollout_tokens_per_second": [(spent["tokens"], spent["rollout_seconds"])]}
+    return speed | {name: [(value, 1.0)] for name, value in figures.items()}
 
 
 class Sampled(NamedTuple):
@@ -197,7 +189,8 @@ def answer_batches(
         sequences = lay_out_answers(some, packed)
         advantages = torch.tensor([sample.advantage for sample in some])[sequences.owners]
         logps = (token_values(some, name) for name in NAMES)
-        batches.append(RolloutBatch(sequences, advantages, *logps, figures or {}))
+        shown = {} if batches else figures or {}
+        batches.append(RolloutBatch(sequences, advantages, *logps, shown))
     return batches
 
 

@@ -257,7 +257,10 @@ class Rollouts:
         wanted, rows, spare, drawn = self.batches.batch_size, [], [], 0
         resample = self.policy.resample
         for attempt in range(resample + 1):
-            found = self._drawn(model, number + attempt * self.batches.steps, about)
+            draw = number + attempt * self.batches.steps
+            make = partial(self._rollouts_of, model, draw, about)
+            found = _shared_out(self.batches.records(draw).tolist(), make)
+            found = [row for row in found if row["answers"]]
             drawn, spare = drawn + len(found), spare or found
             rows += [row for row in found if not resample or not is_flat(row)]
             if len(rows) >= min(wanted, len(found)):
@@ -270,12 +273,6 @@ class Rollouts:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         on_rank_zero(lambda: write_atomic(path, "".join(lines)))
         self.held[number] = rows
-
-    def _drawn(self, model: LanguageModel, draw: int, about: dict) -> list[dict]:
-        """The records of one draw; each process answers its share of the prompts and judges it."""
-        chosen = self.batches.records(draw).tolist()
-        rows = _shared_out(chosen, lambda mine: self._rollouts_of(model, mine, draw, about))
-        return [row for row in rows if row["answers"]]
 
     def _add_logprobs(
         self, model: LanguageModel, rows: list[dict], name: str, function: Callable
@@ -331,7 +328,7 @@ class Rollouts:
             talk.parts, talk.reward = parts, reward
 
     def _rollouts_of(
-        self, model: LanguageModel, mine: list[int], draw: int, about: dict
+        self, model: LanguageModel, draw: int, about: dict, mine: list[int]
     ) -> list[dict]:
         """The records of the prompts `mine` with their answers and rewards."""
         config, longest = self.config, self.config.max_new_tokens

@@ -10,7 +10,8 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice, takewhile
+from itertools import islice
+from os.path import commonprefix
 from typing import Any, NamedTuple
 
 from ta.chat.messages import ANSWER, template_arguments
@@ -206,19 +207,13 @@ def messages_of(
     said: str, calls: Sequence[Call], results: Sequence[str], turn: int = 1
 ) -> list[dict]:
     """An answer with calls and their results, as messages of a chat."""
-    # some templates ask for ids of nine letters or digits
-    names = [f"{1000 * turn + n:09}" for n in range(len(calls))]
-    asked = [
-        {"id": name, "type": "function", "function": call._asdict()}
-        for name, call in zip(names, calls, strict=True)
-    ]
-    return [
-        {"role": ANSWER, "content": said.strip(), "tool_calls": asked},
-        *(
-            {"role": "tool", "name": call.name, "tool_call_id": name, "content": text}
-            for name, call, text in zip(names, calls, results, strict=True)
-        ),
-    ]
+    asked, told = [], []
+    for n, (call, text) in enumerate(zip(calls, results, strict=True)):
+        # some templates ask for ids of nine letters or digits
+        name = f"{1000 * turn + n:09}"
+        asked.append({"id": name, "type": "function", "function": call._asdict()})
+        told.append({"role": "tool", "name": call.name, "tool_call_id": name, "content": text})
+    return [{"role": ANSWER, "content": said.strip(), "tool_calls": asked}, *told]
 
 
 def ids_behind(
@@ -231,13 +226,12 @@ def ids_behind(
     weights = [0.0] * len(messages)
     rendered = render_chat(messages, tokenizer.template, weights, True, arguments)
     (found,) = tokenize_chats([rendered], tokenizer.vocabulary)
-    last = len(messages) - results
+    ids, last = found.tokens.ids, len(messages) - results
     start, end = sum(found.lengths[: last - 1]), sum(found.lengths[:last])
-    ids = found.tokens.ids
-    ends = [place for place in range(start, end) if ids[place] in tokenizer.stop_ids]
-    if not ends:
-        raise ValueError("the chat template ends no answer by a token that stops it")
-    return ids[ends[-1] + 1 :]
+    for place in range(end - 1, start - 1, -1):
+        if ids[place] in tokenizer.stop_ids:
+            return ids[place + 1 :]
+    raise ValueError("the chat template ends no answer by a token that stops it")
 
 
 def call_form(tokenizer: ChatTokenizer, schemas: Sequence[dict]) -> JsonForm | TaggedForm:
@@ -255,27 +249,20 @@ def call_form(tokenizer: ChatTokenizer, schemas: Sequence[dict]) -> JsonForm | T
         except ValueError:
             continue
         one = value[0] if isinstance(value, list) and value else value
-        keys = {json.dumps(x): key for key, x in one.items()} if isinstance(one, dict) else {}
-        if json.dumps(NAME) in keys and json.dumps(ARGUMENTS) in keys:
-            names = keys[json.dumps(NAME)], keys[json.dumps(ARGUMENTS)]
-            return JsonForm(text[:start].strip(), *names)
+        keys = {str(x): key for key, x in one.items()} if isinstance(one, dict) else {}
+        if keys.keys() >= {NAME, str(ARGUMENTS)}:
+            return JsonForm(text[:start].strip(), keys[NAME], keys[str(ARGUMENTS)])
     marks = (NAME, *(part for item in ARGUMENTS.items() for part in item))
     between_marks = "(.*?)".join(["", *map(re.escape, marks), ""])
     if found := re.fullmatch(between_marks, text, re.DOTALL):
         before, to_key, to_value, between, again, end = found.groups()
         # what closes a value, and what then opens a key
-        same = takewhile(lambda pair: pair[0] == pair[1], zip(between, end, strict=False))
-        close = "".join(letter for letter, _ in same)
+        close = commonprefix([between, end])  # noqa: RUF071 (of texts, not of paths)
         key = between.removeprefix(close)
         tag = before.rstrip().rpartition("\n")[2]
         if tag and key and close and to_value == again and to_key.endswith(key):
-            inner = (key, "(.+?)", to_value, "(.*?)", close)
-            name = (tag, "(.+?)", to_key.removesuffix(key))
-            return TaggedForm(*(_pattern(parts) for parts in (name, inner)))
+            parts = (tag, to_key.removesuffix(key), key, to_value, close)
+            tag, after, key, to_value, close = map(re.escape, parts)
+            patterns = f"{tag}(.+?){after}", f"{key}(.+?){to_value}(.*?){close}"
+            return TaggedForm(*(re.compile(pattern, re.DOTALL) for pattern in patterns))
     raise ValueError(f"the chat template writes calls in a way that is not read: {text[:80]!r}")
-
-
-def _pattern(parts: Sequence[str]) -> re.Pattern:
-    """Finds texts with what stands between them, each second of `parts` a group."""
-    groups = (part if i % 2 else re.escape(part) for i, part in enumerate(parts))
-    return re.compile("".join(groups), re.DOTALL)

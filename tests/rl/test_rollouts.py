@@ -442,10 +442,10 @@ def test_a_step_is_its_formula(preset, updates):
             for name, noise in noises.items():
                 answer[name] = (logps + noise * rng.normal(size=len(logps))).tolist()
     advantages = torch.tensor([[1.0, -2.0, 0.5], [0, 0, 0], [2.0, 0.0, -1.0]], dtype=torch.float64)
-    (batch,) = rollout_batches(made, advantages, policy, 10, 100, True, {"reward": 2.0})
+    (batch,) = rollout_batches(made, advantages, policy, 10, 100, True, {"reward": [(2.0, 1.0)]})
     loss, count, figures = page.step(policy, MismatchWatch(9), model, batch)
     tokens = sum(len(answer["tokens"]) for row in made for answer in row["answers"])
-    assert count == tokens and figures["kl"] > 0 and figures["reward"] == 2 * tokens
+    assert count == tokens and figures["kl"] > 0 and figures["reward"] == [(2.0, 1.0)]
     total = 0.0
     for i, row in enumerate(made):
         for k, answer in enumerate(row["answers"]):

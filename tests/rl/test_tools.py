@@ -235,8 +235,8 @@ def test_what_a_tool_wrote_is_seen_and_not_learned(tools):
     assert len(token_values(sampled([row]), "logprobs")) == len(own) + 2
     spent = Counter(tokens=9, rollout_seconds=3)
     figures = figures_of([row], spent)
-    assert figures["length"] == (len(own) + 2) / 2 and figures["tool_calls"] == 0.5
-    assert figures["rollout_tokens_per_second"] == (9, 3)
+    assert figures["length"] == [((len(own) + 2) / 2, 1)] and figures["tool_calls"] == [(0.5, 1)]
+    assert figures["rollout_tokens_per_second"] == [(9, 3)]
 
 
 def test_a_template_without_calls_in_json_is_refused(door, tmp_path):
