@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ta.chat.encode import Drop, encode_answers
-from ta.chat.messages import ANSWER
+from ta.chat.messages import ANSWER, template_arguments
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.data.loader import split_micro
 from ta.folders import ModelConfig, read_folder, resolve
+from ta.generation.generate import limits_of
 from ta.generation.vllm_engine import VllmEngine, score_vllm
 from ta.model.adapters import adapter_labels
 from ta.model.load import load_for_inference
@@ -92,6 +93,42 @@ def _micro_batches(
             yield places, to_device(lay_out(*chosen, model.packed), device)
 
 
+class RewardModel:
+    """The reward model in a folder, which reads chats through its own tokenizer and template.
+
+    A forward pass has at most `max_tokens` tokens. ValueError for a folder that holds none.
+    """
+
+    def __init__(self, folder: str, device: Any = "cpu", max_tokens: int = 8192):
+        from ta.model.language_model import wrap
+
+        config = ModelConfig(model_path=folder)
+        if (labels := num_labels_of(config)) != 1:
+            raise ValueError(f"{folder} gives {labels} scores: give a reward model, which gives 1")
+        self.tokenizer = load_chat_tokenizer(config, TokenizerConfig(), ChatConfig())
+        self.model, _ = wrap(load_for_inference(config, str(device), 1))
+        self.max_tokens = max_tokens
+        self.longest = min(max_tokens, limits_of(self.model)[1] or max_tokens)
+
+    def score(
+        self, records: Sequence[dict], answers: Sequence[str]
+    ) -> list[tuple[float | None, str]]:
+        """For each record of "messages" with its answer (its reward, ""), or (None, why not)."""
+        chats = [record["messages"] for record in records]
+        turns = [[{"role": ANSWER, "content": text}] for text in answers]
+        about = [template_arguments(record) for record in records]
+        out: list[tuple[float | None, str]] = []
+        fitting = []
+        for found in encode_answers(chats, turns, self.tokenizer, ChatConfig(), about):
+            fault = found.detail if isinstance(found, Drop) else ""
+            if not fault and (size := len(found[0].ids)) > self.longest:
+                fault = f"{size} tokens are more than the reward model can read"
+            out.append((None, fault))
+            fitting += [] if fault else found
+        rows = iter(score(self.model, fitting, self.max_tokens))
+        return [(None, fault) if fault else (next(rows)[0], "") for _, fault in out]
+
+
 def reward_answers(
     folder: str, chats: Sequence[list[dict]], answers: Sequence[Sequence[str]], device: Any = "cpu"
 ) -> list[list[float]]:
@@ -99,20 +136,14 @@ def reward_answers(
 
     ValueError where it is no reward model or an answer does not fit.
     """
-    from ta.model.language_model import wrap
-
-    config = ModelConfig(model_path=folder)
-    if num_labels_of(config) != 1:
-        raise ValueError(f"{folder} is a classifier: give a reward model, which has one score")
-    tokenizer = load_chat_tokenizer(config, TokenizerConfig(), ChatConfig())
-    turns = [[{"role": ANSWER, "content": text} for text in group] for group in answers]
-    encoded = encode_answers(chats, turns, tokenizer, ChatConfig())
-    for place, drop in enumerate(encoded):
-        if isinstance(drop, Drop):
-            raise ValueError(f"chat {place + 1} has no reward by {folder}: {drop.detail}")
-    model, _ = wrap(load_for_inference(config, str(device), 1))
-    scores = iter(score(model, [tokens for group in encoded for tokens in group]))
-    return [[next(scores)[0] for _ in group] for group in answers]
+    groups = zip(chats, answers, strict=True)
+    asked = [({"messages": chat}, text) for chat, group in groups for text in group]
+    scored = RewardModel(folder, device).score(*zip(*asked, strict=True)) if asked else []
+    for (_, text), (_, fault) in zip(asked, scored, strict=True):
+        if fault:
+            raise ValueError(f"answer {text[:80]!r} has no reward by {folder}: {fault}")
+    rewards = (reward for reward, _ in scored)
+    return [[next(rewards) for _ in group] for group in answers]
 
 
 def kl_to_reference(

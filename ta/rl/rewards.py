@@ -22,7 +22,7 @@ from ta.rl.function_pool import FunctionPool
 from ta.rl.reward_functions import BUILTIN, built_in
 
 if TYPE_CHECKING:
-    from ta.rl.model_reward import ModelReward
+    from ta.generation.score import RewardModel
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,14 @@ class RewardPool:
         self.rewards = [parse_reward(text) for text in config.rewards]
         # of each function, how often it gave no usable number and that was counted
         self.bad: Counter[str] = Counter()
-        self.models: dict[int, ModelReward] = {}
+        self.models: dict[int, RewardModel] = {}
         names = [reward.text for reward in self.rewards]
         for f, name in enumerate(names):
             if name.startswith("model:"):
                 # torch comes with it
-                from ta.rl.model_reward import ModelReward
+                from ta.generation.score import RewardModel
 
-                self.models[f] = ModelReward(name.removeprefix("model:"), device, max_tokens)
+                self.models[f] = RewardModel(name.removeprefix("model:"), device, max_tokens)
                 # no function of the processes
                 names[f] = ""
         self.functions = FunctionPool(names, config.reward_processes, config.reward_seconds)
