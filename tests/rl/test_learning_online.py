@@ -26,19 +26,20 @@ def coin(messages, answer, record):
 
 
 def test_right_answers_become_more_where_they_are_rewarded_and_fewer_by_a_coin(forked, tmp_path):
-    """The run without flags, 50 of its 250 steps of it: exact match of 256 held-out answers.
+    """The run without flags, shorter and with a coin's reward shorter still: exact match of 256 held-out answers.
 
-    0.49 -> [0.57 to 0.63], rewarded by a coin [0.03 to 0.2].
+    0.49 -> [0.6 to 0.66] in 80 steps, by a coin [0.2 to 0.4] in 24.
     """
     (tmp_path / "mine.py").write_text(REWARDS)
-    flags = ("--steps", 50, "--max-new-tokens", 12, "--eval-every", 0, "--sample-show", 0, *SEED)
+    flags = ("--batch-size", 24, "--max-new-tokens", 12, "--eval-every", 0, *SEED)
+    coin = ("--steps", 24, "--rewards", f"{tmp_path}/mine.py:coin")
     shares = {}
-    for name, rewards in (("exact", ()), ("coin", ("--rewards", f"{tmp_path}/mine.py:coin"))):
-        forked("grpo", *flags, *rewards, "--out", tmp_path / name)
+    for name, more in (("exact", ("--steps", 80)), ("coin", coin)):
+        forked("grpo", *flags, *more, "--sample-show", 0, "--out", tmp_path / name)
         steps = [json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")]
         shares[name] = [row["val_accuracy"] for row in steps if "val_accuracy" in row]
     before, after = shares["exact"]
-    assert after > before + 0.04
+    assert after > before + 0.06
     assert shares["coin"][0] == before > shares["coin"][1]
 
 
