@@ -69,15 +69,15 @@ def metrics_of(config: Config) -> list[str]:
     for flag in ("data", "perplexity"):
         if config.answers and getattr(config, flag):
             raise ValueError(f"--answers are there, so --{flag} has no effect: leave one out")
-    if config.retrieval != ta.rag.RetrievalConfig() and (
-        config.answers or not config.retrieval.index
-    ):
+    retrieves = config.retrieval.index and not config.answers
+    if config.retrieval != ta.rag.RetrievalConfig() and not retrieves:
         raise ValueError("settings of retrieval are for --data with --index: leave them out")
     if config.perplexity:
         if config.reward_model or config.metrics != Config.metrics:
             raise ValueError("--perplexity generates nothing for other metrics: leave them out")
         return ["perplexity"] + ["retrieval_utility"] * bool(config.retrieval.index)
-    names = list(dict.fromkeys([*config.metrics, *["reward"] * bool(config.reward_model)]))
+    rewarded = ["reward"] if config.reward_model else []
+    names = list(dict.fromkeys([*config.metrics, *rewarded]))
     if not names:
         raise ValueError("no metric to measure: give some in --metrics")
     check_metrics(names, {key for metric in METRICS.values() for key in metric.inputs})
@@ -96,9 +96,8 @@ def in_tokens(names: list[str]) -> list[str]:
 
 def read_data(config: Config, tokenizer) -> list[tuple[dict, list[int]]]:
     """(record, token ids of its prompt) of every chat of --data."""
-    builtin = "questions" if config.retrieval.index else "chats"
-    files = config.data or ta.data_or_builtin((), (), builtin)[1]
-    drops = ta.Drops()
+    builtin, drops = "questions" if config.retrieval.index else "chats", ta.Drops()
+    files = ta.given_or_held_out(config.data, builtin, config.model.hub)
     prompts = ta.read_prompts(files, tokenizer, config.chat, drops)
     if drops.counts:
         ta.parallel.tell(f"left out: {drops.table()}")
@@ -107,10 +106,8 @@ def read_data(config: Config, tokenizer) -> list[tuple[dict, list[int]]]:
 
 def with_passages(config: Config, prompts, tokenizer, device: str) -> list[tuple[dict, list[int]]]:
     """The prompts with the passages found for them; without --index as they are."""
-    hub = config.model.hub
-    return ta.rag.retrieve_for_prompts(
-        config.retrieval, prompts, tokenizer, config.chat, device, hub
-    )
+    by = (tokenizer, config.chat, device, config.model.hub)
+    return ta.rag.retrieve_for_prompts(config.retrieval, prompts, *by)
 
 
 def model_answers(config: Config, tokenizer, device: str) -> list[dict]:
@@ -144,7 +141,7 @@ def given_answers(config: Config, tokenizer, device: str) -> list[dict]:
     model, _ = ta.wrap(ta.load_for_inference(config.model, device))
     budget = config.max_tokens_per_micro
     if not config.retrieval.index:
-        files = config.data or ta.data_or_builtin((), (), "chats")[1]
+        files = ta.given_or_held_out(config.data, "chats", config.model.hub)
         data = ta.prepare_chats(files, tokenizer, config.chat, ta.DataConfig())
         sequences = [ta.sequence(data, i) for i in range(len(data.origin))]
         return [{"logprobs": row} for row in ta.answer_logprobs(model, sequences, budget)]
@@ -155,12 +152,14 @@ def given_answers(config: Config, tokenizer, device: str) -> list[dict]:
     whole = ta.encode_answers(chats, turns, tokenizer, config.chat, arguments)
     if dropped := [drop for drop in whole if isinstance(drop, Drop)]:
         raise ValueError(f"{len(dropped)} answers do not fit ({dropped[0].detail})")
+    learned = [zip(tokens.ids, tokens.weights, strict=True) for (tokens,) in whole]
+    answers = [[i for i, weight in pairs if weight] for pairs in learned]
     rows, found = [], with_passages(config, prompts, tokenizer, device)
     for asked in (prompts, found):
-        sequences = []
-        for (_, ids), (tokens,) in zip(asked, whole, strict=True):
-            end = [i for i, weight in zip(tokens.ids, tokens.weights, strict=True) if weight]
-            sequences.append((ids + end, [0.0] * len(ids) + [1.0] * len(end)))
+        sequences = [
+            (ids + answer, [0.0] * len(ids) + [1.0] * len(answer))
+            for (_, ids), answer in zip(asked, answers, strict=True)
+        ]
         ta.check_prompts([ids for ids, _ in sequences], *ta.limits_of(model), room=0)
         rows.append(ta.answer_logprobs(model, sequences, budget))
     return [
@@ -185,37 +184,32 @@ def with_rewards(config: Config, records: list[dict], device: str) -> list[dict]
 def main(config: Config) -> dict:
     """Measure; returns {metric: Figure}, or {metric: Comparison} of two files."""
     with locked_file(config.out, config.overwrite):
-        return measured(config)
+        names, device = metrics_of(config), ta.parallel.pick_device()
+        if in_tokens(names) or not config.answers:
+            config = ta.prefer_trained_builtin(config)
+            tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat)
+        if config.answers:
+            files = filter(None, [config.answers, config.against])
+            sides = evaluation.paired([evaluation.read_answers(file) for file in files])
+        elif config.perplexity:
+            sides = [given_answers(config, tokenizer, device)]
+        else:
+            sides = [model_answers(config, tokenizer, device)]
+        if config.reward_model:
+            sides = [with_rewards(config, side, device) for side in sides]
+        inputs = [[evaluation.metric_inputs(record) for record in side] for side in sides]
+        if in_tokens(names):
+            inputs = [evaluation.with_tokens(side, tokenizer.fast) for side in inputs]
+        references = [text for record in inputs[0] for text in record.get("references", ())]
+        ta.parallel.say(ta.spacing_note(names, references))
 
-
-def measured(config: Config) -> dict:
-    """Measure and write --out; returns what `main` does."""
-    names, device = metrics_of(config), ta.parallel.pick_device()
-    if in_tokens(names) or not config.answers:
-        config = ta.prefer_trained_builtin(config)
-        tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat)
-    if config.answers:
-        files = [config.answers, *[config.against] * bool(config.against)]
-        sides = evaluation.paired([evaluation.read_answers(file) for file in files])
-    elif config.perplexity:
-        sides = [given_answers(config, tokenizer, device)]
-    else:
-        sides = [model_answers(config, tokenizer, device)]
-    if config.reward_model:
-        sides = [with_rewards(config, side, device) for side in sides]
-    inputs = [[evaluation.metric_inputs(record) for record in side] for side in sides]
-    if in_tokens(names):
-        inputs = [evaluation.with_tokens(side, tokenizer.fast) for side in inputs]
-    references = [text for record in inputs[0] for text in record.get("references", ())]
-    ta.parallel.say(ta.spacing_note(names, references))
-
-    measure = evaluation.compare if config.against else evaluation.figure
-    figures = {name: measure(name, *inputs, config.generation.seed) for name in names}
-    print(ta.table(*evaluation.table_of(figures)))
-    ids = [record.get("id", place) for place, record in enumerate(sides[0])]
-    write_atomic(Path(config.out), evaluation.to_json(figures, inputs, ids))
-    ta.parallel.tell(f"{config.out}: figures of {len(ids):,} records")
-    return figures
+        measure = evaluation.compare if config.against else evaluation.figure
+        figures = {name: measure(name, *inputs, config.generation.seed) for name in names}
+        print(ta.table(*evaluation.table_of(figures)))
+        ids = [record.get("id", place) for place, record in enumerate(sides[0])]
+        write_atomic(Path(config.out), evaluation.to_json(figures, inputs, ids))
+        ta.parallel.tell(f"{config.out}: figures of {len(ids):,} records")
+        return figures
 
 
 if __name__ == "__main__":

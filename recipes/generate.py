@@ -85,8 +85,7 @@ def output_path(config: Config, name: str) -> Path:
 def read_data(config: Config, tokenizer, media, device: str) -> list[tuple[dict, list[int]]]:
     """(record, token ids of its prompt) of every chat, with passages in the prompt where asked."""
     builtin = "pictures" if media else "questions" if config.retrieval.index else "chats"
-    given, held_out = ta.data_or_builtin(config.data, (), builtin, config.model.hub)
-    files = given if config.data else held_out
+    files = ta.given_or_held_out(config.data, builtin, config.model.hub)
     drops = ta.Drops(config.on_bad_record, config.max_bad_share)
     prompts = ta.read_prompts(
         files,
@@ -106,9 +105,8 @@ def read_data(config: Config, tokenizer, media, device: str) -> list[tuple[dict,
             "--index with a model of pictures or sounds: passages are found for text alone; "
             "leave it out"
         )
-    return ta.rag.retrieve_for_prompts(
-        config.retrieval, prompts, tokenizer, config.chat, device, config.model.hub
-    )
+    by = (tokenizer, config.chat, device, config.model.hub)
+    return ta.rag.retrieve_for_prompts(config.retrieval, prompts, *by)
 
 
 def has_media(prompt: tuple[dict, list[int]]) -> bool:

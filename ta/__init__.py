@@ -10,7 +10,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # what the package gives, listed here for editors and for face()
     from ta import losses as losses, media as media, parallel as parallel, rag as rag, rl as rl
-    from ta.builtin.data_files import data_or_builtin as data_or_builtin
+    from ta.builtin.data_files import (
+        data_or_builtin as data_or_builtin,
+        given_or_held_out as given_or_held_out,
+    )
     from ta.builtin.fine_tuned import (
         prefer_trained_builtin as prefer_trained_builtin,
         train_builtin_first as train_builtin_first,

@@ -56,6 +56,12 @@ def data_or_builtin(
     return (paths[0],), tuple(val_data) or (paths[1],)
 
 
+def given_or_held_out(data: Sequence[str], kind: str, hub: bool = False) -> tuple[str, ...]:
+    """The sources given, or the built-in held-out records of `kind`."""
+    given, held_out = data_or_builtin(data, (), kind, hub)
+    return given if data else held_out
+
+
 def records_file(name: str, make: Callable[[], list[dict]]) -> Path:
     """The file of built-in records of that name, or else `make` gives the records for it."""
     path = builtin_cache() / name
