@@ -14,15 +14,13 @@ from dataclasses import dataclass
 from itertools import product
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from ta.command_line import Range
+from ta.generation.score import RewardModel
 from ta.parallel import gather_objects, say
 from ta.rl.function_pool import FunctionPool
 from ta.rl.reward_functions import BUILTIN, built_in
-
-if TYPE_CHECKING:
-    from ta.generation.score import RewardModel
 
 
 @dataclass(frozen=True)
@@ -102,9 +100,6 @@ class RewardPool:
         names = [reward.text for reward in self.rewards]
         for f, name in enumerate(names):
             if name.startswith("model:"):
-                # torch comes with it
-                from ta.generation.score import RewardModel
-
                 self.models[f] = RewardModel(name.removeprefix("model:"), device, max_tokens)
                 # no function of the processes
                 names[f] = ""
