@@ -234,20 +234,20 @@ def log1mexp(x: Tensor) -> Tensor:
     return torch.where(x > -math.log(2), near_zero, far)
 
 
-def _float(x: Tensor) -> Tensor:
+def at_least_float(x: Tensor) -> Tensor:
+    """The tensor in float32, or in float64 where it is."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def _floats(pair: Pair) -> Pair:
-    return pair._replace(chosen=_float(pair.chosen), rejected=_float(pair.rejected))
+    return pair._replace(chosen=at_least_float(pair.chosen), rejected=at_least_float(pair.rejected))
 
 
 def _log_ratios(policy: Pair, ref: Pair) -> Pair:
     """The r of both answers, with the policy's lengths."""
-    return policy._replace(
-        chosen=_float(policy.chosen) - _float(ref.chosen),
-        rejected=_float(policy.rejected) - _float(ref.rejected),
-    )
+    policy, ref = _floats(policy), _floats(ref)
+    chosen, rejected = policy.chosen - ref.chosen, policy.rejected - ref.rejected
+    return policy._replace(chosen=chosen, rejected=rejected)
 
 
 def _per_token(pair: Pair) -> Pair:
@@ -256,7 +256,8 @@ def _per_token(pair: Pair) -> Pair:
             "the pair has no lengths, of which this method makes means; give Pair(chosen, "
             "rejected, chosen_len, rejected_len)"
         )
-    return Pair(_float(pair.chosen) / pair.chosen_len, _float(pair.rejected) / pair.rejected_len)
+    pair = _floats(pair)
+    return Pair(pair.chosen / pair.chosen_len, pair.rejected / pair.rejected_len)
 
 
 def kto(
@@ -278,7 +279,7 @@ def kto(
     The weights are the paper's lambda_D and lambda_U. Choose them so that weight times number of
     desirable answers is 1 to 4/3 of that of the others.
     """
-    ratio = _float(logps) - _float(ref_logps) - kl.detach()  # (N,)
+    ratio = at_least_float(logps) - at_least_float(ref_logps) - kl.detach()  # (N,)
     good = desirable_weight * torch.sigmoid(-beta * ratio)
     bad = undesirable_weight * torch.sigmoid(beta * ratio)
     return torch.where(desirable, good, bad)
@@ -300,7 +301,7 @@ def reward_loss(
 
     All tensors are (P,).
     """
-    h = _float(chosen_scores) - _float(rejected_scores)
+    h = at_least_float(chosen_scores) - at_least_float(rejected_scores)
     return -logsigmoid(h if margin is None else h - margin.to(h.dtype))
 
 
@@ -319,7 +320,7 @@ def class_loss(
             f"gamma={gamma} would stress what is already right; give 0 (cross-entropy) or more (2 "
             "is the paper's)"
         )
-    logp = _float(logits).log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)  # (N,)
+    logp = at_least_float(logits).log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)  # (N,)
     loss = -logp
     if gamma > 0:
         # p is held one rounding step below 1, where the power has no finite slope for gamma < 1
@@ -355,4 +356,4 @@ def rag_loss(seq_logps: Tensor, doc_scores: Tensor) -> Tensor:
     the answer (a sum over its tokens) after passage k. `doc_scores` (Q, K) is question times
     passage, -inf where a question has fewer than K passages; at least one must be there.
     """
-    return -(_float(seq_logps) + _float(doc_scores).log_softmax(-1)).logsumexp(-1)
+    return -(at_least_float(seq_logps) + at_least_float(doc_scores).log_softmax(-1)).logsumexp(-1)

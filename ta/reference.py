@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -311,59 +312,45 @@ def with_cached_reference(
     """
     if reference is None or reference.kind != "cached" or prepared is None:
         return prepared
-    n, folder = len(prepared.origin), cache_folder(cache_dir) / "references"
-    about = [[*reference.key, depends], prepared.info["fingerprint"]]
-    name = hash_json([*about, Path(prepared.info.get("folder", "")).name, n])[:32]
-    whole = folder / f"{name}.safetensors"
-    known = _read_table(whole, n)
-    if known is not None:
-        say(f"reference log-probabilities of {n:,} records: from {whole}")
-        return prepared._replace(reference=known)
-    table = _compute_table(reference, prepared, collate, config, packed, folder / name)
-    if rank() == 0:
-        _write_table(whole, table)
-        for path in folder.glob(f"{name}-*.safetensors"):
-            path.unlink()
-    return prepared._replace(reference=table)
-
-
-def _compute_table(
-    reference: Reference,
-    prepared: Prepared,
-    collate: Collate,
-    config: BatchConfig,
-    packed: bool,
-    stem: Path,
-) -> Tensor:
-    """(n, 2) log-probabilities of both answers of each record, PART records at a time."""
     import numpy as np
     import torch
 
     from ta.data.batch import to_device
 
-    n, parts = len(prepared.origin), []
+    n, folder = len(prepared.origin), cache_folder(cache_dir) / "references"
+    about = [[*reference.key, depends], prepared.info["fingerprint"]]
+    name = hash_json([*about, Path(prepared.info.get("folder", "")).name, n])[:32]
+    whole = folder / f"{name}.safetensors"
+    table = _read_table(whole, n)
+    if table is not None:
+        say(f"reference log-probabilities of {n:,} records: from {whole}")
+        return prepared._replace(reference=table)
+    with_records = lambda data, chosen, packed: (collate(data, chosen, packed), chosen)
+    parts, size = [], config.max_tokens_per_micro
     bar = progress(n, "reference", "record", show=rank() == 0, delay=2, leave=False)
     for start in range(0, n, PART):
         records = np.arange(start, min(n, start + PART))
-        path = stem.with_name(f"{stem.name}-{start}.safetensors")
-        known = _read_table(path, len(records))
-        if known is None:
+        path = folder / f"{name}-{start}.safetensors"
+        part = _read_table(path, len(records))
+        if part is None:
             by_record, dtype = {}, torch.float32
-            with_records = lambda data, chosen, packed: (collate(data, chosen, packed), chosen)
-            size = config.max_tokens_per_micro
             for batch, chosen in micro_batches(prepared, records, size, packed, with_records):
                 values = to_device(batch, reference.device).both(reference.logps)  # (P, 2)
-                by_record |= dict(zip(chosen.tolist(), values.tolist(), strict=True))
+                by_record |= zip(chosen.tolist(), values.tolist(), strict=True)
                 dtype = values.dtype
-            shares = gather_objects(by_record)
-            merged = {r: values for share in shares for r, values in share.items()}
-            known = torch.tensor([merged[record] for record in records.tolist()], dtype=dtype)
+            merged = dict(chain(*(share.items() for share in gather_objects(by_record))))
+            part = torch.tensor([merged[record] for record in records.tolist()], dtype=dtype)
             if rank() == 0:
-                _write_table(path, known)
-        parts.append(known)
+                _write_table(path, part)
+        parts.append(part)
         bar.update(len(records))
     bar.close()
-    return torch.cat(parts)
+    table = torch.cat(parts)
+    if rank() == 0:
+        _write_table(whole, table)
+        for path in folder.glob(f"{name}-*.safetensors"):
+            path.unlink()
+    return prepared._replace(reference=table)
 
 
 def _read_table(path: Path, n: int) -> Tensor | None:

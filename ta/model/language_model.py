@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ta.data.batch import Batch, lay_out, to_device
 from ta.folders import copy_media
+from ta.losses import at_least_float
 from ta.model.adapters import is_prompt_learning
 from ta.model.attention import Documents
 from ta.model.logprobs import (
@@ -42,28 +43,27 @@ class LanguageModel(nn.Module):
 
     METHODS = ("loss", "logprobs", "scores", "hidden", "outputs", "divergences")
 
+    # for the user: why the model does not run packed
+    note = ""
+    # whether the backward pass computes the blocks again
+    recomputed = False
+    # whether the elementwise operations of the head are compiled
+    compiled = False
+    # the model's error in a mode that it cannot run
+    refusal = ""
+    # holds the encoders and projectors that the model was made with, and that it keeps
+    media_folder: str | None = None
+    # where False, train() leaves dropout off: a reference must then agree to the last bit
+    dropout = True
+    # the model is softmax(logits / temperature), in training and in generation
+    temperature = 1.0
+    # of exported weights; None: as they are
+    export_dtype: torch.dtype | None = None
+
     def __init__(self, inner: nn.Module, mode: Mode, autocast: torch.dtype | None = None):
         super().__init__()
-        self.inner = inner
-        self.mode = mode
-        self.autocast = autocast
-        # for the user: why the model does not run packed
-        self.note = ""
+        self.inner, self.mode, self.autocast = inner, mode, autocast
         self.half_precision = autocast is not None
-        # whether the backward pass computes the blocks again
-        self.recomputed = False
-        # whether the elementwise operations of the head are compiled
-        self.compiled = False
-        # the model's error in a mode that it cannot run
-        self.refusal = ""
-        # holds the encoders and projectors that the model was made with, and that it keeps
-        self.media_folder: str | None = None
-        # where False, train() leaves dropout off: a reference must then agree to the last bit
-        self.dropout = True
-        # the model is softmax(logits / temperature), in training and in generation
-        self.temperature = 1.0
-        # of exported weights; None: as they are
-        self.export_dtype: torch.dtype | None = None
 
     def train(self, mode: bool = True) -> LanguageModel:
         """As in torch, but dropout stays off where `dropout` is False."""
@@ -121,7 +121,7 @@ class LanguageModel(nn.Module):
             else:
                 last = self._hidden(batch, embeds).flatten(0, 1)[batch.ends]  # (N, D)
                 scores = self.base.score(last)
-            return scores if scores.dtype == torch.float64 else scores.float()
+            return at_least_float(scores)
 
     def hidden(self, batch: Batch) -> Tensor:
         """The last hidden states before the head, (B, T, D)."""
@@ -227,9 +227,8 @@ class LanguageModel(nn.Module):
         inputs = {"input_ids": batch.tokens} if embeds is None else {"inputs_embeds": embeds}
         logits = self.inner(**inputs, attention_mask=_real(batch), use_cache=False).logits
         virtual = logits.shape[1] - batch.tokens.shape[1]
-        logits = logits[:, virtual:].flatten(0, 1)[batch.learned]
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        logits = logits / self.temperature
+        learned = logits[:, virtual:].flatten(0, 1)[batch.learned]
+        logits = at_least_float(learned) / self.temperature
         return logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
 
 
