@@ -122,14 +122,14 @@ def encoder(flags) -> Figures:
 
 
 def building(flags) -> Figures:
-    from ta.builtin import models
+    from ta.builtin import tasks
     from ta.rag.embedding import Texts, open_encoder
     from ta.rag.embedding_settings import EncoderConfig
     from ta.rag.index import begin_index, build_index
 
     with tempfile.TemporaryDirectory() as folder:
         records, path = passages(flags, Path(folder))
-        models.write_jsonl(Path(folder) / "passages.jsonl", records)
+        tasks.write_jsonl(Path(folder) / "passages.jsonl", records)
         import torch
 
         from ta.rag.embedding_settings import embedding_settings

@@ -50,7 +50,7 @@ def write_inputs(folder: Path) -> None:
     from PIL import Image
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from ta.builtin import models
+    from ta.builtin import models, tasks
     from ta.builtin.tasks import chats
 
     folder.mkdir()
@@ -63,11 +63,11 @@ def write_inputs(folder: Path) -> None:
     shutil.copytree(folder / "model", folder / "rm")
     head = AutoModelForSequenceClassification.from_pretrained(folder / "model", num_labels=1)
     head.save_pretrained(folder / "rm")
-    models.write_jsonl(folder / "chats.jsonl", chats("held_out", 24))
-    models.write_jsonl(folder / "candidates.jsonl", models.candidates("held_out", 24))
-    models.write_jsonl(folder / "passages.jsonl", models.passages()[:60])
+    tasks.write_jsonl(folder / "chats.jsonl", chats("held_out", 24))
+    tasks.write_jsonl(folder / "candidates.jsonl", tasks.candidates("held_out", 24))
+    tasks.write_jsonl(folder / "passages.jsonl", tasks.passages()[:60])
     answers = ({"id": i, "answer": str(i % 3), "reference": "1"} for i in range(24))
-    models.write_jsonl(folder / "answers.jsonl", answers)
+    tasks.write_jsonl(folder / "answers.jsonl", answers)
     (folder / "pictures").mkdir()
     for i in range(24):
         Image.new("RGB", (32, 32), (10 * i, 0, 255 - 10 * i)).save(folder / "pictures" / f"{i}.png")

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from test_structure import MODULES, RECIPES, ROOT
 
-from ta.builtin import models
+from ta.builtin import models, tasks
 from ta.chat.render import Tokens, show, spans
 from ta.command_line import guard
 from ta.parallel import say, tell
@@ -214,10 +214,10 @@ def hostile_files(tmp_path):
         }
         for i in range(6)
     ]
-    models.write_jsonl(folder / "chats.jsonl", chats)
+    tasks.write_jsonl(folder / "chats.jsonl", chats)
     bad = [{"messages": [{"role": HOSTILE, "content": "x"}]}, {"messages": HOSTILE}, {HOSTILE: 1}]
-    models.write_jsonl(folder / "bad.jsonl", [*chats, *bad])
-    models.write_jsonl(folder / "passages.jsonl", [{"id": HOSTILE, "text": "a"}] * 2)
+    tasks.write_jsonl(folder / "bad.jsonl", [*chats, *bad])
+    tasks.write_jsonl(folder / "passages.jsonl", [{"id": HOSTILE, "text": "a"}] * 2)
     (folder / "root").mkdir()
     (folder / "root" / f"{NAME}.png").write_bytes(b"no picture")
     Image.new("RGB", (8, 8)).save(folder / "root" / "good.png")
@@ -287,7 +287,7 @@ def test_a_template_that_fails_is_one_line(door, tmp_path, template):
     settings = json.loads(path.read_text())
     path.write_text(json.dumps({k: v for k, v in settings.items() if k != "chat_template"}))
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    models.write_jsonl(tmp_path / "chats.jsonl", [{"messages": chat}])
+    tasks.write_jsonl(tmp_path / "chats.jsonl", [{"messages": chat}])
     for recipe in ("inspect_data", "generate"):
         more = ("--out", tmp_path / "a.jsonl") if recipe == "generate" else ()
         code, said = door(
@@ -317,7 +317,7 @@ def test_secrets_are_masked_by_name():
 
 def test_a_secret_of_a_flag_is_in_no_file_of_a_run(door, tmp_path):
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    models.write_jsonl(tmp_path / "chats.jsonl", [{"messages": chat}] * 4)
+    tasks.write_jsonl(tmp_path / "chats.jsonl", [{"messages": chat}] * 4)
     flags = ("--data", tmp_path / "chats.jsonl", "--steps", 1, "--out", tmp_path / "run")
     code, said = door("sft", *flags, "--model-args", "token=hf_VERYSECRET", "revision=main")
     assert code == 0, said

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from ta.builtin import models
+from ta.builtin import models, tasks
 from ta.builtin.model_folders import builtin_cache, pictures_folder
 from ta.files import fetch_datasets, locked
 
@@ -51,7 +51,7 @@ def data_or_builtin(
         return (str(folder / "train.jsonl"),), tuple(val_data) or (str(folder / "held_out.jsonl"),)
     paths = []
     for split, n in zip(("train", "held_out"), SIZES[kind], strict=True):
-        make = partial(getattr(models, kind), split, n)
+        make = partial(getattr(tasks, kind), split, n)
         paths.append(str(records_file(f"{kind}-{split}-{n}.jsonl", make)))
     return (paths[0],), tuple(val_data) or (paths[1],)
 
@@ -69,10 +69,10 @@ def records_file(name: str, make: Callable[[], list[dict]]) -> Path:
         with locked(path, waiting=lambda: None):
             # another process may have written the file while this one waited
             if not path.exists():
-                models.write_jsonl(path, make())
+                tasks.write_jsonl(path, make())
     return path
 
 
 def passages_file() -> Path:
     """The built-in passages, about which the built-in questions ask."""
-    return records_file("passages.jsonl", models.passages)
+    return records_file("passages.jsonl", tasks.passages)

@@ -5,12 +5,12 @@ They are made once, in the cache, by recipes/sft.py in a process of its own.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,7 +88,7 @@ def train_builtin_first(config: Any, name: str = TUNED) -> Any:
     parallel.say(
         f"no --model-path: starting from the fine-tuned built-in model in {tuned_folder(name)}"
     )
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, model_path=name))
+    return replace(config, model=replace(config.model, model_path=name))
 
 
 def prefer_trained_builtin(config: Any) -> Any:
@@ -105,7 +105,7 @@ def prefer_trained_builtin(config: Any) -> Any:
         )
         return config
     parallel.say(f"no --model-path: the fine-tuned built-in model in {tuned_folder(TUNED)} answers")
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, model_path=TUNED))
+    return replace(config, model=replace(config.model, model_path=TUNED))
 
 
 def fine_tune(name: str = TUNED) -> None:

@@ -10,44 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ta.builtin import tasks
-from ta.builtin.tasks import (
-    candidates,
-    chats,
-    classes,
-    concise,
-    labelled,
-    passages,
-    practice,
-    preferences,
-    questions,
-    readings,
-    wordy,
-    write_jsonl,
-)
 
 if TYPE_CHECKING:
     from transformers import (
-        BertModel,
         LlamaConfig,
         LlamaForCausalLM,
         LlamaForSequenceClassification,
         PreTrainedTokenizerFast,
     )
-
-__all__ = [
-    "candidates",
-    "chats",
-    "classes",
-    "concise",
-    "labelled",
-    "passages",
-    "practice",
-    "preferences",
-    "questions",
-    "readings",
-    "wordy",
-    "write_jsonl",
-]
 
 # The tiny model learns the tasks in TINY_STEPS steps that see TINY_STEPS * TINY_BATCH chats once.
 TINY_STEPS = 1400
@@ -89,7 +59,7 @@ def _trained_backend(catalogue: bool | tuple[str, ...] = False) -> str:
         words = [f"{gap}{word}" for word in known for gap in ("", " ")]
         words += [f"{number:02}" for number in range(100)] + ["number of"]
     else:
-        records = chats("train", 2000) + classes("train", 500)
+        records = tasks.chats("train", 2000) + tasks.classes("train", 500)
         texts = [message["content"] for record in records for message in record["messages"]]
         words = (*tasks.THINGS, *tasks.COLOURS, *tasks.NAMES, *itertools.chain(*tasks.TOPICS))
     texts += [*words, "system", "user", "assistant"] * 2
@@ -167,29 +137,6 @@ def tiny_classifier(num_labels: int, seed: int = 0, **more: Any) -> LlamaForSequ
     return _seeded(LlamaForSequenceClassification, tiny_config(num_labels=num_labels, **more), seed)
 
 
-def tiny_encoder(seed: int = 0, **more: Any) -> BertModel:
-    """A seeded random text encoder of one layer for tiny_tokenizer(True).
-
-    Its vector of a text is little more than a mixture of the text's words.
-    """
-    from transformers import BertConfig, BertModel
-
-    tokenizer = tiny_tokenizer(True)
-    settings = {
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 128,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "initializer_range": 0.05,
-        "vocab_size": len(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    return _seeded(BertModel, BertConfig(**settings | more), seed)
-
-
 def _seeded(model_class: type, config: Any, seed: int) -> Any:
     import torch
 
@@ -211,8 +158,26 @@ def write_tiny(
 
 
 def write_encoder(folder: str | os.PathLike, seed: int = 0, **more: Any) -> None:
-    """Save the tiny encoder and its tokenizer as a folder that from_pretrained loads."""
-    _write(folder, tiny_encoder(seed, **more), True)
+    """Save a seeded random text encoder of one layer and its tokenizer in the same way.
+
+    Its vector of a text is little more than a mixture of the text's words.
+    """
+    from transformers import BertConfig, BertModel
+
+    tokenizer = tiny_tokenizer(True)
+    settings = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.05,
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    _write(folder, _seeded(BertModel, BertConfig(**settings | more), seed), True)
 
 
 def write_small(folder: str | os.PathLike, seed: int = 0) -> None:

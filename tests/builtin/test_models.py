@@ -23,13 +23,13 @@ from ta.data.records import (
 from ta.data.sources import USED
 
 MAKERS = {
-    "chats": (models.chats, check_chat),
-    "wordy": (models.wordy, check_chat),
-    "concise": (models.concise, check_pair),
-    "preferences": (models.preferences, check_pair),
-    "labelled": (models.labelled, check_labelled),
-    "candidates": (models.candidates, check_candidates),
-    "classes": (models.classes, check_class),
+    "chats": (tasks.chats, check_chat),
+    "wordy": (tasks.wordy, check_chat),
+    "concise": (tasks.concise, check_pair),
+    "preferences": (tasks.preferences, check_pair),
+    "labelled": (tasks.labelled, check_labelled),
+    "candidates": (tasks.candidates, check_candidates),
+    "classes": (tasks.classes, check_class),
 }
 
 
@@ -65,37 +65,37 @@ def test_solver_by_hand():
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
 def test_answers_are_right(split):
-    for record in models.chats(split, 400):
+    for record in tasks.chats(split, 400):
         for place, message in enumerate(record["messages"]):
             if message["role"] == "assistant":
                 assert message["content"] == solve(record["messages"][:place])
         assert record["messages"][-1]["content"] == record["answer"]
-    for record in models.preferences(split, 400):
+    for record in tasks.preferences(split, 400):
         assert (
             record["answer_w"]["content"]
             == solve(record["context"])
             != record["answer_l"]["content"]
         )
-    labelled = models.labelled(split, 400)
+    labelled = tasks.labelled(split, 400)
     assert all(
         record["is_desirable"] == (record["answer"]["content"] == solve(record["context"]))
         for record in labelled
     )
     assert 0.4 < sum(record["is_desirable"] for record in labelled) / 400 < 0.6
-    pairs = models.concise(split, 400)
+    pairs = tasks.concise(split, 400)
     assert all(record["answer_w"]["content"] == solve(record["context"]) for record in pairs)
     assert all(record["answer_w"] != record["answer_l"] for record in pairs)
     for records, name, share in ((pairs, "answer_l", 1 / 2), (labelled, "answer", 1 / 4)):
         wordy = [r[name]["content"] == f"{solve(r['context'])}, of course!" for r in records]
         assert abs(sum(wordy) / 400 - share) < 0.06
-    for record in models.candidates(split, 400):
+    for record in tasks.candidates(split, 400):
         texts = [answer["content"] for answer in record["answers"]]
         assert (
             len(set(texts)) == len(texts) >= 2
             and texts.count(solve(record["messages"])) == 1
             and record["answer"] == solve(record["messages"])
         )
-    for record in models.classes(split, 400):
+    for record in tasks.classes(split, 400):
         words = record["messages"][0]["content"][len("Words: ") : -1].split()
         assert sum(word in tasks.TOPICS[record["label"]] for word in words) == 2
 
@@ -103,7 +103,7 @@ def test_answers_are_right(split):
 def test_wordy_chats_are_the_same_with_three_of_four_answers_in_more_words():
     bare, more = (
         [message for record in make("train", 400) for message in record["messages"]]
-        for make in (models.chats, models.wordy)
+        for make in (tasks.chats, tasks.wordy)
     )
     changed = [(b, m) for b, m in zip(bare, more, strict=True) if b != m]
     for b, m in changed:
@@ -112,10 +112,10 @@ def test_wordy_chats_are_the_same_with_three_of_four_answers_in_more_words():
 
 
 def test_chats_are_varied():
-    records = models.chats("train", 500)
+    records = tasks.chats("train", 500)
     assert {r["id"].split("-")[0] for r in records} == {"lookup", "repeat", "add"}
     for kind in SIZES:
-        (record,) = getattr(models, kind)("train", 1)
+        (record,) = getattr(tasks, kind)("train", 1)
         assert USED.issuperset(record), f"a field of {kind} that no method reads"
     roles = [tuple(message["role"] for message in record["messages"]) for record in records]
     assert any(role[0] == "system" for role in roles) and any(
@@ -141,8 +141,8 @@ def test_repeatable_disjoint_and_accepted(kind):
 
 
 def test_records_equal_in_another_process():
-    made = "(models.chats('train', 50), models._trained_backend())"
-    code = f"from ta.builtin import models; import hashlib; print(hashlib.sha256(repr({made}).encode()).hexdigest())"
+    made = "(tasks.chats('train', 50), models._trained_backend())"
+    code = f"from ta.builtin import models, tasks; import hashlib; print(hashlib.sha256(repr({made}).encode()).hexdigest())"
     run = lambda seed: subprocess.run(
         [sys.executable, "-c", code],
         env={"PYTHONPATH": ".", "PYTHONHASHSEED": seed, "PATH": ""},
@@ -154,10 +154,10 @@ def test_records_equal_in_another_process():
 
 
 def test_rare_class():
-    count = sum(record["label"] == 2 for record in models.classes("train", 4000, rare=True))
+    count = sum(record["label"] == 2 for record in tasks.classes("train", 4000, rare=True))
     assert 0.035 < count / 4000 < 0.065
     assert (
-        abs(sum(record["label"] == 2 for record in models.classes("train", 4000)) / 4000 - 1 / 3)
+        abs(sum(record["label"] == 2 for record in tasks.classes("train", 4000)) / 4000 - 1 / 3)
         < 0.03
     )
 
@@ -226,7 +226,7 @@ def test_folder_loads_back_equal(tmp_path, num_labels):
         AutoTokenizer.from_pretrained(tmp_path / "tiny"),
     )
     made = models.tiny_model(5) if num_labels is None else models.tiny_classifier(num_labels, 5)
-    chat = models.chats("train", 1)[0]["messages"]
+    chat = tasks.chats("train", 1)[0]["messages"]
     text = TOKENIZER.apply_chat_template(chat, tokenize=False)
     assert (
         tokenizer.encode(text) == TOKENIZER.encode(text)
@@ -245,7 +245,7 @@ def test_folder_loads_back_equal(tmp_path, num_labels):
 
 def test_jsonl_is_whole_or_absent(tmp_path):
     path = tmp_path / "records.jsonl"
-    models.write_jsonl(path, [{"text": "é\n"}, {"n": 1}])
+    tasks.write_jsonl(path, [{"text": "é\n"}, {"n": 1}])
     assert [json.loads(line) for line in path.read_text("utf-8").splitlines()] == [
         {"text": "é\n"},
         {"n": 1},
@@ -256,16 +256,16 @@ def test_jsonl_is_whole_or_absent(tmp_path):
         raise RuntimeError("torn")
 
     with pytest.raises(RuntimeError, match="torn"):
-        models.write_jsonl(path, torn())
+        tasks.write_jsonl(path, torn())
     assert len(path.read_text("utf-8").splitlines()) == 2 and list(tmp_path.iterdir()) == [path]
 
 
 def test_each_answer_stands_in_one_passage_whose_words_no_question_has():
     """So that only what was learned leads from a question to its passage; held-out questions ask for pairs that no other one does."""
     catalogue = {
-        passage["id"]: f"{passage['title']}\n{passage['text']}" for passage in models.passages()
+        passage["id"]: f"{passage['title']}\n{passage['text']}" for passage in tasks.passages()
     }
-    asked = {split: models.questions(split, 300) for split in ("train", "held_out")}
+    asked = {split: tasks.questions(split, 300) for split in ("train", "held_out")}
     for record in (*asked["train"], *asked["held_out"]):
         assert (
             check_question(record)["gold"] == record["gold"]
@@ -282,7 +282,7 @@ def test_each_answer_stands_in_one_passage_whose_words_no_question_has():
     assert not known & new and {half for name in new for half in name.split("-")} <= {
         half for name in known for half in name.split("-")
     }
-    reading = models.readings("train", 1)[0]
+    reading = tasks.readings("train", 1)[0]
     assert (
         reading["messages"][0]["content"]
         == f"{catalogue[reading['gold'][0]]}\n\n{asked['train'][0]['messages'][0]['content']}"

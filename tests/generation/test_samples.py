@@ -125,7 +125,7 @@ def test_settings_sources_and_metrics_of_several_answers(tokenizer, tmp_path, ca
     """Figures carry the names of settings and sources; each is what the metric gives for those answers."""
     model, _ = wrap(load_base(ModelConfig()))
     for name, answers in (("easy", ["4", "5"]), ("hard", ["6", "7", "8"])):
-        models.write_jsonl(tmp_path / f"{name}.jsonl", [with_answer(text) for text in answers])
+        tasks.write_jsonl(tmp_path / f"{name}.jsonl", [with_answer(text) for text in answers])
     config = SamplesConfig(
         samples_data=(str(tmp_path / "easy.jsonl"), f"{tmp_path / 'hard.jsonl'}@2,system=Short."),
         sample_records=2,
@@ -187,7 +187,7 @@ def test_sources_of_one_file_name_have_figures_of_their_own(tokenizer, tmp_path)
     model, _ = wrap(load_base(ModelConfig()))
     for i, name in enumerate(("easy", "hard")):
         (tmp_path / name).mkdir()
-        models.write_jsonl(tmp_path / name / "test.jsonl", tasks.chats("held_out", 4)[i::2])
+        tasks.write_jsonl(tmp_path / name / "test.jsonl", tasks.chats("held_out", 4)[i::2])
     files = tuple(str(tmp_path / name / "test.jsonl") for name in ("easy", "hard"))
     config = SamplesConfig(samples_data=files, sample_max_new_tokens=2)
     figures = generate_samples(model, tokenizer, None, ChatConfig(), config, tmp_path, 0)

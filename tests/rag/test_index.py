@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 
-from ta.builtin import models
+from ta.builtin import models, tasks
 from ta.files import clean_up, locked
 from ta.rag import index
 from ta.rag.embedding_settings import EncoderConfig
@@ -18,7 +18,7 @@ from ta.rag.index import begin_index, build_index, open_index
 def given(tmp_path_factory):
     folder = tmp_path_factory.mktemp("given")
     models.write_encoder(folder / "encoder")
-    models.write_jsonl(folder / "passages.jsonl", models.passages()[:90])
+    tasks.write_jsonl(folder / "passages.jsonl", tasks.passages()[:90])
     return folder
 
 
@@ -102,7 +102,7 @@ def test_a_build_goes_on_where_it_was_killed(given, tmp_path):
 
 def test_a_kill_while_it_is_published_leaves_the_old_index_or_the_new_one(given, tmp_path):
     expected, out, step = whole(given, tmp_path / "whole"), tmp_path / "index", 0
-    models.write_jsonl(tmp_path / "other.jsonl", models.passages()[:7])
+    tasks.write_jsonl(tmp_path / "other.jsonl", tasks.passages()[:7])
     begin_index(out, [str(tmp_path / "other.jsonl")], config(given))
     build_index(out, "cpu")
     shutil.copytree(out, tmp_path / "old")
@@ -142,7 +142,7 @@ def test_what_was_begun_is_not_gone_on_with_otherwise(given, tmp_path):
         begin_index(out, sources, config(given))
     with pytest.raises(ValueError, match="begun with another reading"):
         begin_index(out, sources, config(given, pooling="cls"), resume=True)
-    models.write_jsonl(tmp_path / "other.jsonl", models.passages()[:7])
+    tasks.write_jsonl(tmp_path / "other.jsonl", tasks.passages()[:7])
     with pytest.raises(ValueError, match="begun with another sources"):
         begin_index(out, [str(tmp_path / "other.jsonl")], config(given), resume=True)
     begin_index(out, [str(tmp_path / "other.jsonl")], config(given), overwrite=True)
@@ -177,9 +177,9 @@ def test_the_recipe_on_one_process_and_on_two(forked, given, tmp_path):
 
 def test_wrong_input_is_answered_in_a_line_and_nothing_is_written(door, given, tmp_path):
     twice = tmp_path / "twice.jsonl"
-    models.write_jsonl(twice, [{"id": "a", "text": "x"}, {"id": "a", "text": "y"}])
+    tasks.write_jsonl(twice, [{"id": "a", "text": "x"}, {"id": "a", "text": "y"}])
     (tmp_path / "empty.jsonl").write_text("")
-    models.write_jsonl(tmp_path / "blank.jsonl", [{"text": "x"}, {"text": ""}])
+    tasks.write_jsonl(tmp_path / "blank.jsonl", [{"text": "x"}, {"text": ""}])
     cases = (
         (("--passages", twice), "twice.jsonl:2: id 'a' is that of"),
         (("--passages", tmp_path / "empty.jsonl"), "empty.jsonl: empty, no record in it"),

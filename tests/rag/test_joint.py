@@ -9,7 +9,7 @@ import pytest
 import torch
 from small import sft_step
 
-from ta.builtin import models
+from ta.builtin import models, tasks
 from ta.chat.encode import encode_chats
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
@@ -35,18 +35,18 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rag")
     models.write_encoder(folder / "encoder")
     models.write_small(folder / "generator")
-    passages = models.passages()[:40]
-    models.write_jsonl(
+    passages = tasks.passages()[:40]
+    tasks.write_jsonl(
         folder / "passages.jsonl",
         [p | {"text": p["text"] * (i % 3 + 1)} for i, p in enumerate(passages)],
     )
     names = [p["id"] for p in passages]
-    records = [q for q in models.questions("train", 400) if q["gold"][0] in names][:6]
+    records = [q for q in tasks.questions("train", 400) if q["gold"][0] in names][:6]
     for i, record in enumerate(records):
         record["messages"][-1]["content"] *= i % 3 + 1
     del records[5]["gold"]
     records[4]["messages"][-1]["loss"] = 0.5
-    models.write_jsonl(folder / "questions.jsonl", records)
+    tasks.write_jsonl(folder / "questions.jsonl", records)
     begin_index(
         folder / "index",
         [str(folder / "passages.jsonl")],
@@ -286,8 +286,8 @@ def test_tools_of_a_record_reach_the_template_beside_passages(made, tmp_path):
         ModelConfig(str(tmp_path / "generator")), TokenizerConfig(), ChatConfig()
     )
     tools = [{"type": "function", "function": {"name": "lookup", "parameters": {}}}]
-    record = {"messages": models.questions("train", 1)[0]["messages"], "tools": tools}
-    models.write_jsonl(tmp_path / "asked.jsonl", [record | {"id": "q"}])
+    record = {"messages": tasks.questions("train", 1)[0]["messages"], "tools": tools}
+    tasks.write_jsonl(tmp_path / "asked.jsonl", [record | {"id": "q"}])
     prepared = prepare_questions(
         [str(tmp_path / "asked.jsonl")],
         tokenizer,
@@ -312,8 +312,8 @@ def test_tools_of_a_record_reach_the_template_beside_passages(made, tmp_path):
 
 def test_gold_that_is_no_passage_is_named_by_its_line(made, tmp_path):
     _, retriever, _, _ = made
-    record = models.questions("train", 1)[0] | {"gold": ["unheard-of"]}
-    models.write_jsonl(tmp_path / "q.jsonl", [record])
+    record = tasks.questions("train", 1)[0] | {"gold": ["unheard-of"]}
+    tasks.write_jsonl(tmp_path / "q.jsonl", [record])
     prepared = prepare_questions(
         [str(tmp_path / "q.jsonl")],
         retriever.tokenizer,
@@ -352,9 +352,9 @@ def test_reembedding_with_unchanged_weights_gives_the_table_again(made):
 
 def test_a_question_over_the_limit_is_counted(made, tmp_path):
     _, retriever, _, _ = made
-    records = models.questions("train", 2)
+    records = tasks.questions("train", 2)
     records[1]["messages"][0]["content"] *= 30
-    models.write_jsonl(tmp_path / "q.jsonl", records)
+    tasks.write_jsonl(tmp_path / "q.jsonl", records)
     config = replace(ChatConfig(), max_tokens=40)
     prepared = prepare_questions(
         [str(tmp_path / "q.jsonl")],

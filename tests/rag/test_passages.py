@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ta.builtin import models
+from ta.builtin import models, tasks
 from ta.chat.encode import Drop, encode_chats, encode_prompts
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
@@ -36,7 +36,7 @@ def tokenizer(tmp_path_factory):
 
 
 def written(folder, records):
-    models.write_jsonl(folder / "given.jsonl", records)
+    tasks.write_jsonl(folder / "given.jsonl", records)
     return Passages(
         folder / "kept.jsonl", write_passages([str(folder / "given.jsonl")], folder / "kept.jsonl")
     )

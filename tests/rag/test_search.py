@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ta.builtin import models
+from ta.builtin import models, tasks
 from ta.rag.embedding_settings import EncoderConfig
 from ta.rag.index import begin_index, build_index, open_index
 from ta.rag.search import top_k
@@ -56,7 +56,7 @@ def made(tmp_path_factory):
     """A folder with an encoder, passages and their index."""
     folder = tmp_path_factory.mktemp("made")
     models.write_encoder(folder / "encoder")
-    models.write_jsonl(folder / "passages.jsonl", models.passages()[:30])
+    tasks.write_jsonl(folder / "passages.jsonl", tasks.passages()[:30])
     begin_index(
         folder / "index",
         [str(folder / "passages.jsonl")],

@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ta.builtin import models
+from ta.builtin import models, tasks
 from ta.generation.evaluation import compare, figure, interval, metric_inputs, read_answers
 from ta.generation.metrics import METRICS
 
 
 def written(path, records):
-    models.write_jsonl(path, records)
+    tasks.write_jsonl(path, records)
     return str(path)
 
 
@@ -155,7 +155,7 @@ def test_perplexity_and_win_rate_by_models(door, tmp_path):
     """Of the answers in a file, as plain transformers computes it in float64; rewards decide who wins."""
     models.write_tiny(tmp_path / "model")
     models.write_tiny(tmp_path / "rm", num_labels=1, seed=2)
-    chats = models.chats("held_out", 6)
+    chats = tasks.chats("held_out", 6)
     data = written(tmp_path / "chats.jsonl", chats)
     flags = ("--model-path", tmp_path / "model", "--data", data)
     found = result(door, tmp_path, *flags, "--perplexity", "--loss-on", "last")

@@ -10,7 +10,7 @@ import shutil
 
 import pytest
 
-from ta.builtin import model_folders, models
+from ta.builtin import model_folders, tasks
 from ta.training.report import meaning
 
 pytestmark = pytest.mark.slow
@@ -77,8 +77,8 @@ def test_rewards_rank_answers(taught, forked, tmp_path):
     said = forked("rm", "--out", tmp_path / "run", "--eval-every", 0, *SEED)
     last = logged(tmp_path / "run")[-1]
     assert last["val_ranking_accuracy"] >= 0.9 and "ranking_accuracy 0." in said
-    pairs = models.preferences("held_out", 256)
-    models.write_jsonl(
+    pairs = tasks.preferences("held_out", 256)
+    tasks.write_jsonl(
         tmp_path / "others.jsonl",
         [
             {"messages": other["context"], "answers": [pair["answer_w"], pair["answer_l"]]}
@@ -101,8 +101,8 @@ def wordy(folder, step):
 @pytest.mark.parametrize(
     ("recipe", "make", "n", "figure"),
     [
-        ("dpo", models.concise, 256, "reward_accuracy"),
-        ("kto", models.labelled, 512, "preference"),
+        ("dpo", tasks.concise, 256, "reward_accuracy"),
+        ("kto", tasks.labelled, 512, "preference"),
     ],
 )
 def test_few_words_are_preferred_and_the_task_stays(
@@ -114,7 +114,7 @@ def test_few_words_are_preferred_and_the_task_stays(
     89 to 99 %; right in any number of words: 92.6 to 100 % before, and -0.9 to +4.7 points. Held-out
     rewards: dpo 93.8 to 97.3 %, kto 91.6 to 94.4 %.
     """
-    models.write_jsonl(tmp_path / "held_out.jsonl", make("held_out", n))
+    tasks.write_jsonl(tmp_path / "held_out.jsonl", make("held_out", n))
     more = ("--val-data", tmp_path / "held_out.jsonl", "--sample-records", n, "--eval-every", 0)
     said = forked(recipe, "--out", tmp_path / "run", *more, *SEED)
     first, *_, last = logged(tmp_path / "run")
@@ -130,13 +130,13 @@ def test_nothing_is_preferred_where_half_of_the_pairs_are_turned_round(taught, f
 
     Of 64 samples: 0 to 6 % -> 5 to 13 %, beside 97 to 100 % where all pairs are the right way round.
     """
-    records = models.concise("train", 2400)
+    records = tasks.concise("train", 2400)
     more_words = [r for r in records if "of course" in r["answer_l"]["content"]]
     wrong = [r for r in records if "of course" not in r["answer_l"]["content"]]
     for record in (*more_words[::2], *wrong[::2]):
         record["answer_w"], record["answer_l"] = record["answer_l"], record["answer_w"]
-    models.write_jsonl(tmp_path / "turned.jsonl", records)
-    models.write_jsonl(tmp_path / "held_out.jsonl", models.concise("held_out", 256))
+    tasks.write_jsonl(tmp_path / "turned.jsonl", records)
+    tasks.write_jsonl(tmp_path / "held_out.jsonl", tasks.concise("held_out", 256))
     data = ("--data", tmp_path / "turned.jsonl", "--val-data", tmp_path / "held_out.jsonl")
     forked("dpo", "--out", tmp_path / "run", *data, "--eval-every", 0, *SEED)
     first, *_, last = logged(tmp_path / "run")
@@ -147,11 +147,11 @@ def test_labels_turned_round_teach_the_opposite(taught, forked, tmp_path):
     """KTO with every label turned round: answers in few words stay away (4 % -> 0), and right ones
     are rewarded below the others (12 % of pairs the right way round).
     """
-    records = models.labelled("train", 2400)
+    records = tasks.labelled("train", 2400)
     for record in records:
         record["is_desirable"] = not record["is_desirable"]
-    models.write_jsonl(tmp_path / "turned.jsonl", records)
-    models.write_jsonl(tmp_path / "held_out.jsonl", models.labelled("held_out", 128))
+    tasks.write_jsonl(tmp_path / "turned.jsonl", records)
+    tasks.write_jsonl(tmp_path / "held_out.jsonl", tasks.labelled("held_out", 128))
     data = ("--data", tmp_path / "turned.jsonl", "--val-data", tmp_path / "held_out.jsonl")
     forked("kto", "--out", tmp_path / "run", *data, "--eval-every", 0, "--steps", 12, *SEED)
     last = logged(tmp_path / "run")[-1]

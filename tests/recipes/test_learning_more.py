@@ -6,7 +6,7 @@ import random
 import pytest
 from test_learning import SEED, logged
 
-from ta.builtin import models
+from ta.builtin import tasks
 
 pytestmark = pytest.mark.slow
 
@@ -16,7 +16,7 @@ def test_classes_are_learned_also_where_one_is_rare(forked, tmp_path, rare):
     more = ()
     if rare:
         for split, n in (("train", 4800), ("held_out", 256)):
-            models.write_jsonl(tmp_path / f"{split}.jsonl", models.classes(split, n, rare=True))
+            tasks.write_jsonl(tmp_path / f"{split}.jsonl", tasks.classes(split, n, rare=True))
         more = (
             "--data",
             tmp_path / "train.jsonl",
@@ -32,12 +32,12 @@ def test_classes_are_learned_also_where_one_is_rare(forked, tmp_path, rare):
 
 def test_shuffled_labels_teach_no_class(forked, tmp_path):
     """Held-out classes stay at chance, a third (33 %)."""
-    records = models.classes("train", 2400)
+    records = tasks.classes("train", 2400)
     labels = [record["label"] for record in records]
     random.Random(0).shuffle(labels)
     shuffled = [record | {"label": label} for record, label in zip(records, labels, strict=True)]
-    models.write_jsonl(tmp_path / "train.jsonl", shuffled)
-    models.write_jsonl(tmp_path / "held_out.jsonl", models.classes("held_out", 256))
+    tasks.write_jsonl(tmp_path / "train.jsonl", shuffled)
+    tasks.write_jsonl(tmp_path / "held_out.jsonl", tasks.classes("held_out", 256))
     data = ("--data", tmp_path / "train.jsonl", "--val-data", tmp_path / "held_out.jsonl")
     forked("classify", "--out", tmp_path / "run", *data, "--eval-every", 0, "--steps", 40, *SEED)
     assert logged(tmp_path / "run")[-1]["val_accuracy"] < 0.5
@@ -89,7 +89,7 @@ def test_pictures_are_looked_at(forked, tmp_path):
         names = [record["messages"][0]["content"] for record in alike]
         for record, name in zip(alike, names[7:] + names[:7], strict=True):
             record["messages"][0]["content"] = name
-    models.write_jsonl(tmp_path / "shuffled.jsonl", records)
+    tasks.write_jsonl(tmp_path / "shuffled.jsonl", records)
     ask = (
         "--data",
         tmp_path / "shuffled.jsonl",

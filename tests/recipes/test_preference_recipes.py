@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from ta.builtin import fine_tuned, models
+from ta.builtin import fine_tuned, models, tasks
 from ta.model.adapters import load_adapter
 
 KIND = {"dpo": "preferences", "rm": "preferences", "kto": "labelled", "classify": "classes"}
@@ -66,7 +66,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     for kind in sorted(set(KIND.values())):
         for split, n in (("train", 40), ("held_out", 12)):
-            models.write_jsonl(folder / f"{kind}-{split}.jsonl", getattr(models, kind)(split, n))
+            tasks.write_jsonl(folder / f"{kind}-{split}.jsonl", getattr(tasks, kind)(split, n))
     return folder
 
 
@@ -221,13 +221,13 @@ def test_a_cached_reference_and_lora_across_a_resume(forked, model, data, tmp_pa
 
 
 def write(path, records):
-    models.write_jsonl(path, records)
+    tasks.write_jsonl(path, records)
     return path
 
 
 def test_wrong_input_is_answered_before_anything_is_written(door, model, data, tmp_path):
     out = tmp_path / "run"
-    pair = models.preferences("train", 4)
+    pair = tasks.preferences("train", 4)
     lacking = write(
         tmp_path / "lacking.jsonl",
         [*pair[:2], {k: v for k, v in pair[2].items() if k != "answer_l"}],
@@ -235,7 +235,7 @@ def test_wrong_input_is_answered_before_anything_is_written(door, model, data, t
     equal = write(tmp_path / "equal.jsonl", [{**p, "answer_l": p["answer_w"]} for p in pair])
     labels = write(
         tmp_path / "labels.jsonl",
-        [{**r, "label": i} for i, r in enumerate(models.classes("train", 5))],
+        [{**r, "label": i} for i, r in enumerate(tasks.classes("train", 5))],
     )
     models.write_tiny(tmp_path / "three", num_labels=3)
     cases = (
@@ -295,7 +295,7 @@ def test_an_unknown_loss_is_answered_with_those_that_there_are(door, model, data
 
 
 def test_a_share_of_equal_pairs_is_counted(door, model, data, tmp_path):
-    pair = models.preferences("train", 40)
+    pair = tasks.preferences("train", 40)
     pair[3]["answer_l"] = pair[3]["answer_w"]
     mixed = write(tmp_path / "mixed.jsonl", pair)
     more = flags("rm", model, data, tmp_path / "run", "--data", mixed, "--steps", 1)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from ta.builtin import models
+from ta.builtin import models, tasks
 from ta.rag.embedding_settings import EncoderConfig
 from ta.rag.index import begin_index, build_index, open_index
 
@@ -44,12 +44,12 @@ def given(tmp_path_factory):
     folder = tmp_path_factory.mktemp("given")
     models.write_small(folder / "model")
     models.write_encoder(folder / "encoder")
-    kept = models.passages()[:60]
+    kept = tasks.passages()[:60]
     names = {p["id"] for p in kept}
-    models.write_jsonl(folder / "passages.jsonl", kept)
+    tasks.write_jsonl(folder / "passages.jsonl", kept)
     for split, n in (("train", 40), ("held_out", 12)):
-        found = [q for q in models.questions(split, 1000) if q["gold"][0] in names][:n]
-        models.write_jsonl(folder / f"{split}.jsonl", found)
+        found = [q for q in tasks.questions(split, 1000) if q["gold"][0] in names][:n]
+        tasks.write_jsonl(folder / f"{split}.jsonl", found)
     begin_index(
         folder / "index",
         [str(folder / "passages.jsonl")],
@@ -178,10 +178,10 @@ def test_wrong_input_is_answered_before_anything_is_written(door, given, tmp_pat
     out = tmp_path / "run"
     models.write_encoder(tmp_path / "other", seed=3)
     chat = {"messages": [{"role": "system", "content": "x"}, {"role": "assistant", "content": "y"}]}
-    asked = models.questions("train", 1)[0]
-    models.write_jsonl(tmp_path / "none.jsonl", [chat])
-    models.write_jsonl(tmp_path / "odd.jsonl", [asked | {"gold": [True]}])
-    models.write_jsonl(tmp_path / "gone.jsonl", [asked | {"gold": "nowhere"}])
+    asked = tasks.questions("train", 1)[0]
+    tasks.write_jsonl(tmp_path / "none.jsonl", [chat])
+    tasks.write_jsonl(tmp_path / "odd.jsonl", [asked | {"gold": [True]}])
+    tasks.write_jsonl(tmp_path / "gone.jsonl", [asked | {"gold": "nowhere"}])
     cases = (
         (("--index", tmp_path / "nothing"), "no index at"),
         (("--encoder-path", tmp_path / "other"), "was built with another encoder"),
@@ -216,7 +216,7 @@ def test_wrong_input_of_answering_from_an_index(door, given, tmp_path):
         "--out",
         tmp_path / "out.jsonl",
     )
-    models.write_jsonl(
+    tasks.write_jsonl(
         tmp_path / "long.jsonl", [{"messages": [{"role": "user", "content": "key " * 99}]}]
     )
     cases = (
@@ -240,7 +240,7 @@ def test_wrong_input_of_answering_from_an_index(door, given, tmp_path):
 def test_evaluate_measures_what_a_passage_adds(door, given, tmp_path):
     """Of an index of one passage: log p of each answer behind it less that without it, a token, by plain transformers."""
     passage = {"id": "one", "title": "Keys", "text": "Anna's is red tea."}
-    models.write_jsonl(tmp_path / "passages.jsonl", [passage])
+    tasks.write_jsonl(tmp_path / "passages.jsonl", [passage])
     encoder = EncoderConfig(encoder_path=str(given / "encoder"))
     begin_index(tmp_path / "index", [str(tmp_path / "passages.jsonl")], encoder)
     build_index(tmp_path / "index", "cpu")

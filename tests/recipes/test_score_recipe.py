@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from ta.builtin import models
+from ta.builtin import models, tasks
 
 
 def lines(path):
@@ -17,8 +17,8 @@ def lines(path):
 def files(tmp_path):
     models.write_tiny(tmp_path / "rm", num_labels=1)
     models.write_tiny(tmp_path / "classes", num_labels=3)
-    models.write_jsonl(tmp_path / "candidates.jsonl", models.candidates("held_out", 20))
-    models.write_jsonl(tmp_path / "chats.jsonl", models.classes("held_out", 20))
+    tasks.write_jsonl(tmp_path / "candidates.jsonl", tasks.candidates("held_out", 20))
+    tasks.write_jsonl(tmp_path / "chats.jsonl", tasks.classes("held_out", 20))
     return tmp_path
 
 
@@ -52,7 +52,7 @@ def test_rewards_equal_transformers_and_drive_the_choice(door, files):
         == 0
     )
     scored = lines(out)
-    assert [r["id"] for r in scored] == [r["id"] for r in models.candidates("held_out", 20)]
+    assert [r["id"] for r in scored] == [r["id"] for r in tasks.candidates("held_out", 20)]
     for record in scored:
         chats = [
             [*record["messages"], {"role": "assistant", "content": a["content"]}]
@@ -109,7 +109,7 @@ def test_classes_and_probabilities(door, files):
 
 
 def test_wrong_input_is_answered(door, files):
-    few = [json.dumps(record) for record in models.candidates("held_out", 5)]
+    few = [json.dumps(record) for record in tasks.candidates("held_out", 5)]
     few.append(
         json.dumps(
             {
@@ -159,7 +159,7 @@ def candidate(texts, rewards, name="a"):
 
 def test_what_is_chosen_is_no_repeat_and_can_be_chosen_from_again(door, tmp_path):
     """Of equal answers the best rewarded stays; rewards are those of the chosen; the output is an input."""
-    models.write_jsonl(
+    tasks.write_jsonl(
         tmp_path / "scored.jsonl", [candidate("aabbc", [1, 3, 2, 2, 0]), candidate("zz", [1, 1])]
     )
     for method in ("best", "rejection", "random"):
@@ -187,7 +187,7 @@ def test_pairs_set_the_best_against_the_worst(door, tmp_path):
     """And the next best against the next worst; equal rewards are no pair. dpo.py's checker reads them."""
     from ta.data.records import check_pair
 
-    models.write_jsonl(
+    tasks.write_jsonl(
         tmp_path / "scored.jsonl",
         [candidate("abcde", [1, 5, 2, 4, 2], "x"), candidate("ab", [1, 1]), candidate("a", [3])],
     )

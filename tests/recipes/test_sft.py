@@ -17,7 +17,7 @@ from conftest import ROOT, settings_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ta.builtin import models
+from ta.builtin import tasks
 from ta.command_line import cli
 
 QUICK = (
@@ -41,8 +41,8 @@ def write(path, records):
 
 @pytest.fixture
 def data(tmp_path):
-    return write(tmp_path / "train.jsonl", models.chats("train", 40)), write(
-        tmp_path / "val.jsonl", models.chats("held_out", 12)
+    return write(tmp_path / "train.jsonl", tasks.chats("train", 40)), write(
+        tmp_path / "val.jsonl", tasks.chats("held_out", 12)
     )
 
 
@@ -113,7 +113,7 @@ def test_export_renders_what_was_trained(door, capsys, data, tmp_path):
         )
     shown = capsys.readouterr()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "final")
-    for line, record in zip(shown.out.splitlines(), models.chats("train", 40), strict=True):
+    for line, record in zip(shown.out.splitlines(), tasks.chats("train", 40), strict=True):
         assert json.loads(line)["ids"] == tokenizer.apply_chat_template(
             record["messages"], return_dict=False
         )
@@ -288,7 +288,7 @@ def test_a_bad_line_is_named(door, tmp_path, word):
 def test_a_cut_gzip_file_is_named(door, tmp_path):
     path = tmp_path / "cut.jsonl.gz"
     path.write_bytes(
-        gzip.compress(b"".join(json.dumps(r).encode() + b"\n" for r in models.chats("train", 50)))[
+        gzip.compress(b"".join(json.dumps(r).encode() + b"\n" for r in tasks.chats("train", 50)))[
             :-20
         ]
     )
@@ -297,7 +297,7 @@ def test_a_cut_gzip_file_is_named(door, tmp_path):
 
 
 def test_all_dropped_says_why(door, tmp_path):
-    path = write(tmp_path / "long.jsonl", models.chats("train", 5))
+    path = write(tmp_path / "long.jsonl", tasks.chats("train", 5))
     code, text = door("inspect_data", "--data", path, "--max-tokens", 6)
     assert code == 2 and "all 5 records are dropped" in text and "max_tokens" in text
 

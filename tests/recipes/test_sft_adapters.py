@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import ta
 from ta import parallel
-from ta.builtin import models
+from ta.builtin import models, tasks
 from ta.builtin.model_folders import tiny_folder
 from ta.chat.tokenizer import load_tokenizer
 from ta.model.adapters import load_adapter, merge_adapter
@@ -27,7 +27,7 @@ KINDS = {
 @pytest.fixture
 def data(tmp_path):
     path = tmp_path / "chats.jsonl"
-    models.write_jsonl(path, models.chats("train", 16))
+    tasks.write_jsonl(path, tasks.chats("train", 16))
     return path
 
 

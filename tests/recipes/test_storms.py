@@ -66,17 +66,17 @@ def test_what_other_commands_publish_is_on_the_disk_before_it_has_its_name(place
     from test_encoders import save_clip
 
     from ta import __main__ as ta_command
-    from ta.builtin import fine_tuned, models
+    from ta.builtin import fine_tuned, tasks
     from ta.builtin.pictures import write_pictures
 
     given, out = place / "given", place / "out"
     write_pictures(place / "pictures", 4, 2)
     save_clip(place / "clip", whole=True)
-    names = {p["id"] for p in models.passages()[:60]}
-    asked = [q for q in models.questions("train", 1000) if q["gold"][0] in names][:8]
-    models.write_jsonl(place / "asked.jsonl", asked)
-    models.write_jsonl(place / "pairs.jsonl", models.concise("train", 8))
-    models.write_jsonl(place / "practice.jsonl", models.practice("train", 8))
+    names = {p["id"] for p in tasks.passages()[:60]}
+    asked = [q for q in tasks.questions("train", 1000) if q["gold"][0] in names][:8]
+    tasks.write_jsonl(place / "asked.jsonl", asked)
+    tasks.write_jsonl(place / "pairs.jsonl", tasks.concise("train", 8))
+    tasks.write_jsonl(place / "practice.jsonl", tasks.practice("train", 8))
     (place / "mine.py").write_text("def spread(prompt, answer, record):\n    return len(answer)\n")
     (place / "pickled").mkdir()
     torch.save({"a": torch.ones(2)}, place / "pickled" / "pytorch_model.bin")

@@ -9,7 +9,7 @@ from judged import recipe
 from small import prepared, tiny
 
 from ta.builtin.model_folders import tiny_folder
-from ta.builtin.models import chats, write_jsonl
+from ta.builtin.tasks import chats, write_jsonl
 from ta.data.loader import collate_chats
 from ta.rl.settings import RolloutConfig
 

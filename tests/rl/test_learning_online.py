@@ -9,7 +9,7 @@ import os
 import pytest
 
 from ta.builtin.model_folders import tiny_folder
-from ta.builtin.models import practice, write_jsonl
+from ta.builtin.tasks import practice, write_jsonl
 from ta.training.report import meaning
 
 pytestmark = pytest.mark.slow

@@ -14,7 +14,7 @@ from small import tiny
 
 import ta
 from ta.builtin.model_folders import tiny_folder
-from ta.builtin.models import practice, write_jsonl
+from ta.builtin.tasks import practice, write_jsonl
 from ta.data.batch import lay_out
 from ta.data.records import check_candidates
 from ta.data.sources import read_records

@@ -18,7 +18,8 @@ from test_rollouts import die_at, rollouts, story
 from test_vllm_rollouts import write_model
 
 import ta
-from ta.builtin.models import practice, tiny_tokenizer, write_jsonl
+from ta.builtin.models import tiny_tokenizer
+from ta.builtin.tasks import practice, write_jsonl
 from ta.data.batch import lay_out, sequences_of
 from ta.generation.generate import generate
 from ta.generation.settings import GenerateConfig

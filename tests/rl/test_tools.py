@@ -12,7 +12,7 @@ from test_rollouts import die_at, rollouts, story
 
 import ta
 from ta.builtin.model_folders import tiny_folder
-from ta.builtin.models import practice, write_jsonl
+from ta.builtin.tasks import practice, write_jsonl
 from ta.chat.encode import encode_prompt
 from ta.chat.render import render_chat
 from ta.data.batch import lay_out
