@@ -193,6 +193,7 @@ def ours(
     from ta.model.load import multiply_in_float8
     from ta.training.optim import OptimConfig
 
+    assert not (kept and compiled), "compiled blocks choose themselves what they keep"
     model = build(flags, size, register())
     steps = chats(flags, model.config.vocab_size)
     flops = counted(model, steps[2:], adapted)

@@ -163,9 +163,9 @@ def update(
 ) -> Tensor:
     """Divide the summed gradients by `count`, clip them and take one optimizer step.
 
-    Returns the gradient norm. Where the loss or the norm is not finite it returns nan and updates
-    nothing. `loss`, `count` and the norm are () tensors on the device; an optimizer that can skip a
-    step by itself, as fused AdamW, is not waited for. The gradients are left to the caller.
+    Returns the gradient norm, nan where it or the loss is not finite: fused AdamW then moves
+    nothing, other optimizers leave weights that must not be used. `loss`, `count` and the norm are
+    () tensors on the device, which is not waited for. The gradients are left to the caller.
     """
     import torch
 
@@ -175,13 +175,13 @@ def update(
     norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm) / count
     finite = norm.isfinite() & loss.isfinite()
     divisor = count * ((norm + 1e-6) / clip).clamp(min=1) if clip else count
+    # gradients that are not finite stay as they are, to be looked at
+    divisor = divisor.where(finite, 1.0)
     set_lr(optimizer, [lr * group.get("lr_scale", 1.0) for group in optimizer.param_groups])
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         # torch's own names for the divisor and for the sign to skip the step
-        optimizer.grad_scale = divisor.float()
-        optimizer.found_inf = (~finite).float()
-        optimizer.step()
-    elif finite:
-        torch._foreach_div_(grads, divisor.item())
-        optimizer.step()
+        optimizer.grad_scale, optimizer.found_inf = divisor.float(), (~finite).float()
+    else:
+        torch._foreach_div_(grads, divisor.to(grads[0].dtype))
+    optimizer.step()
     return norm.where(finite, math.nan)
