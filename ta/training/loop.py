@@ -476,7 +476,8 @@ def _stop_non_finite(run: Run, number: int, total, model, batches, micro_batches
     raise ValueError(
         f"loss {total['loss'] / total['count']} or its gradient is not finite at step "
         f"{number + 1}; first bad gradient: {bad}; records: {_where(batches, number)}. "
-        f"No checkpoint holds this step; token ids are in {path}. Lower --lr or look at these records"
+        f"No checkpoint holds this step; token ids are in {path}. Lower --lr or look at these "
+        "records"
     )
 
 
