@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, get_type_hints
 from ta.files import full_disk, keep_inputs
 from ta.flags import docs_of, our_words, settings_of, short_help, start_of
 from ta.printable import one_line
+from ta.screen import COLOUR
 
 WRONG_INPUT, NO_ROOM = 2, 3
 MAKE_ROOM = (
@@ -110,8 +111,7 @@ def cli(main: Callable[[Any], Any], config_class: type, argv: list[str] | None =
 def what_is_wrong(box: str) -> str:
     """What tyro says of flags in a box of many lines, in one."""
     # a box of colours where stdout is a terminal
-    plain = re.sub("\x1b\\[[0-9;]*m", "", box)
-    lines = [line.strip(" │|") for line in plain.splitlines()]
+    lines = [line.strip(" │|") for line in COLOUR.sub("", box).splitlines()]
     # the first line is a title
     text = " ".join(re.sub("[─╭╰╮╯]+|-{4,}", " ", " ".join(lines[1:])).split())
     message, _, more = text.partition("Perhaps you meant:")

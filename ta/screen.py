@@ -173,7 +173,8 @@ def _wrapped(text: str, width: int, most: int) -> list[str]:
         text = f"{text[:reach]}\n{text[-reach:]}"
     out = []
     for line in text.split("\n"):
-        while (cut := _fits(line, width)) < len(line):
+        # as many of its first characters as take at most `width` columns
+        while (cut := bisect_right(list(accumulate(map(columns, line))), width)) < len(line):
             space = line.rfind(" ", 1, cut + 1)
             cut = space if space > 0 else max(cut, 1)
             out.append(line[:cut].rstrip())
@@ -182,8 +183,3 @@ def _wrapped(text: str, width: int, most: int) -> list[str]:
     if len(out) > most:
         out = [*out[: most // 2], "…", *out[most // 2 + 1 - most :]]
     return out
-
-
-def _fits(line: str, width: int) -> int:
-    """How many of the first characters take at most `width` columns."""
-    return bisect_right(list(accumulate(map(columns, line))), width)

@@ -7,7 +7,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from ta.parallel import any_rank, world
 
@@ -85,11 +85,9 @@ class Signals:
         self.received, self.evaluating = 0, False
         self.before = {}
         Signals.now = self
-        try:
+        # outside the main thread signals belong to the caller
+        with suppress(ValueError):
             self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:
-            # outside the main thread signals belong to the caller
-            pass
         return self
 
     def _note(self, number, frame):
@@ -108,9 +106,8 @@ class Signals:
         """What is done in it may be left."""
         self.evaluating = True
         try:
-            yield
-        except Stopped:
-            pass
+            with suppress(Stopped):
+                yield
         finally:
             self.evaluating = False
 

@@ -262,7 +262,7 @@ def thin(points: Curve, most: int = POINTS) -> Curve:
     return [points[0], *middle, points[-1]]
 
 
-def ticks(low: float, high: float, count: int = 4) -> list[float]:
+def ticks(low: float, high: float, count: int) -> list[float]:
     """About `count` round numbers that enclose [low, high].
 
     They are multiples of 1, 2 or 5 times a power of ten.
@@ -305,7 +305,7 @@ def chart(title: str, curves: dict[str, Curve]) -> str:
     least, most = min(values), max(values)
     far = title == "loss" and 1e-9 < 20 * least < most
     scale = math.log10 if far else float
-    y_ticks = (log_ticks if far else ticks)(least, most)
+    y_ticks = log_ticks(least, most) if far else ticks(least, most, 4)
     bottom, height = scale(y_ticks[0]), scale(y_ticks[-1]) - scale(y_ticks[0])
     x_low, x_high = places[0], max(places[-1], places[0] + 1)
     right, floor = WIDTH - RIGHT, HEIGHT - BOTTOM

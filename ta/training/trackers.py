@@ -134,14 +134,14 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def open_trackers(
-    names: Sequence[str], folder: Path, first: int = 0, config: Mapping[str, Any] | None = None
+    names: Sequence[str], folder: Path, first: int, config: Mapping[str, Any]
 ) -> list[Write]:
     """The write functions of the services in `names`, for a run that goes on after step `first`."""
     path, writers = folder / "trackers.json", []
     known = json.loads(path.read_text()) if path.exists() else {}
     for name in names:
         earlier = known.get(name) if first else None
-        write, own = TRACKERS[name](folder, first, config or {}, earlier)
+        write, own = TRACKERS[name](folder, first, config, earlier)
         writers.append(write)
         if own:
             known[name] = own

@@ -19,7 +19,7 @@ FIGURES = [(1, {"loss": 2.5, "lr": 0.1}), (1, {"val_loss": 3.0}), (2, {"loss": 1
 
 def write(name, folder):
     pytest.importorskip(name)
-    (log,) = open_trackers([name], folder)
+    (log,) = open_trackers([name], folder, 0, {})
     for step, figures in FIGURES:
         log(step, figures, SAMPLES if "val_loss" in figures else [])
 
