@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ta.files import read_json_lines, write_atomic
+from ta.files import is_ours, read_json_lines, write_atomic
 from ta.generation.evaluation import DRAWS, interval
 from ta.generation.metrics import METRICS
 from ta.generation.text_metrics import UNSPACED, plain, words
@@ -588,10 +588,11 @@ def comparison(folders: Sequence[Path]) -> str:
         raise ValueError(f"{len(folders)} runs: give 2 to 4 run folders")
     runs, settings, sides = {}, [], {}
     for place, folder in enumerate(folders, 1):
-        if not all((folder / name).exists() for name in ("config.json", "metrics.jsonl")):
+        logs = folder / "metrics.jsonl"
+        if not is_ours(folder, "config.json", ["config"]) or not logs.exists():
             raise ValueError(f"{folder} holds no config.json and metrics.jsonl: give a run folder")
         run, samples = f"run {place}", read_json_lines(folder / "samples.jsonl")
-        runs[run] = charts_of(read_json_lines(folder / "metrics.jsonl"))
+        runs[run] = charts_of(read_json_lines(logs))
         settings.append(settings_of_run(own := read_settings(folder)))
         last_step = max((sample.get("step", 0) for sample in samples), default=0)
         sides[run] = answers_at(samples, last_step)

@@ -55,6 +55,10 @@ def test_other_numbers_of_runs_are_refused(count, tmp_path):
         comparison([tmp_path] * count)
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
+@pytest.mark.parametrize("settings", [None, "[1]", '{"config": ', '{"model_type": "llama"}'])
+def test_a_folder_that_is_no_run_is_refused(settings, tmp_path):
+    if settings:
+        (tmp_path / "config.json").write_text(settings)
+        (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(ValueError, match="give a run folder"):
         comparison([tmp_path, tmp_path])
