@@ -183,24 +183,20 @@ def clean_up(path: Path) -> None:
     """Take away what killed processes of this machine left beside `path` when they wrote it; what
     they had set aside goes back where nothing is.
     """
-    if not path.parent.is_dir():
-        return
-    for name in os.listdir(path.parent):
-        found = ASIDE.fullmatch(name)
-        if found is None or found["name"] != path.name or _alive(found):
+    clean_inside(path.parent, path.name)
+
+
+def clean_inside(folder: Path, name: str | None = None) -> None:
+    """`clean_up` for all that stands in a folder of ours, or for what has one name."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    for found in filter(None, map(ASIDE.fullmatch, names)):
+        path = folder / found["name"]
+        if name not in (None, path.name) or _alive(found):
             continue
-        left = path.with_name(name)
         if found["kind"] == "old" and not os.path.lexists(path):
-            os.rename(left, path)
+            os.rename(folder / found[0], path)
         else:
-            remove(left)
-
-
-def clean_inside(folder: Path) -> None:
-    """`clean_up` for all that stands in a folder of ours."""
-    left = [ASIDE.fullmatch(path.name) for path in folder.glob(".*")]
-    for name in {found["name"] for found in left if found}:
-        clean_up(folder / name)
+            remove(folder / found[0])
 
 
 def _aside(path: Path, kind: str = "tmp") -> Path:
