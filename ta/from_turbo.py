@@ -48,7 +48,17 @@ TRAINER_DEFAULTS = {
     "load_best_model_at_end": True,
 }
 KTO_DEFAULTS = {"desirable_weight": 1.33}
-METHODS = {  # of the trainer_settings of a recipe
+LOSS_DEFAULTS = {  # of losses other than these: beta 0.1
+    "slic_hf": {"delta": 1.0, "lam": 0.1},
+    "simpo": {"beta": 0.1, "gamma": 0.1},
+    "dpop": {"beta": 0.1, "lam": 0.1},
+}
+METHODS = {  # of the trainer_settings of a recipe, and of a loss that has no beta
+    "slic_hf": {
+        "loss_settings.loss_type": "--loss",
+        "loss_settings.delta": "--delta",
+        "loss_settings.lam": "--alpha",
+    },
     "classify": {"loss_settings.alpha": "--class-weights", "loss_settings.gamma": "--gamma"},
     "dpo": {
         "loss_settings.loss_type": "--loss",
@@ -58,6 +68,7 @@ METHODS = {  # of the trainer_settings of a recipe
         "loss_settings.alpha": "--alpha",
         "loss_settings.delta": "--delta",
         "loss_settings.penalty": "--penalty",
+        "loss_settings.lam": "--penalty",
     },
     "kto": {
         "desirable_weight": "--desirable-weight",
@@ -432,10 +443,14 @@ def _trainer(given: Settings, recipe: str, evaluated: bool) -> list[str]:
     if (given.pop(f"{path}.load_best_model_at_end") and evaluated) or stops:
         flags += ["--keep-best", "loss", *_given("--patience", patience if stops else None)]
     flags += given.flags(path, {"gradient_checkpointing": "--activation-checkpointing"})
-    loss, sync = f"{path}.loss_settings.loss_type", f"{path}.sync_ref_settings"
-    if given.get(loss) == "kto":
-        given[loss] = "kto_pair"
-    flags += given.flags(path, METHODS.get(recipe, {}))
+    loss, sync = f"{path}.loss_settings", f"{path}.sync_ref_settings"
+    kind = given.get(f"{loss}.loss_type", "")
+    if recipe == "dpo":
+        given.fill(loss, LOSS_DEFAULTS.get(kind, {"beta": 0.1}))
+    if kind == "kto":
+        given[f"{loss}.loss_type"] = "kto_pair"
+    method = kind if kind == "slic_hf" else recipe
+    flags += given.flags(path, METHODS.get(method, {}))
     if given.take(f"{sync}.sync_ref_model"):
         return [*flags, "--reference", "synced", *given.flags(sync, SYNC)]
     given.under(sync)

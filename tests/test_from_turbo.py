@@ -232,6 +232,20 @@ def test_every_method_of_training():
     )
 
 
+@pytest.mark.parametrize("loss", judged.recipe("dpo").FLAGS)
+def test_every_loss_has_the_settings_it_had(loss):
+    """The loss takes the flags, and what was left out there is 0.1 where our usual value is another."""
+    named = {"loss_type": "kto" if loss == "kto_pair" else loss, "beta": 0.1}
+    for own in (named, {"loss_type": named["loss_type"]}):
+        pairs = training("pair_preferences", trainer_settings__loss_settings=own)
+        config = only(pairs)[1]
+        settings = judged.recipe("dpo").loss_settings(config)
+        assert config.loss == loss and settings.pop("beta", 0.1) == 0.1
+        more = {"slic_hf": {"delta": 1, "alpha": 0.1}, "cpo": {"alpha": 1}}
+        more |= {"simpo": {"gamma": 0.1}, "dpop": {"penalty": 0.1}}
+        assert settings == more.get(loss, settings)
+
+
 def test_pictures():
     media = {
         "modality_token_mapping": {"image": "<img>", "audio": "<audio>"},
