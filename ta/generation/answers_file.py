@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,16 +68,7 @@ class AnswersFile:
         Torn lines are left out; where the file is to be replaced nothing counts as done. ValueError
         where they hold something else: answers to other records, or by other settings.
         """
-        if self.overwrite:
-            return {}
-        wanted = set(keys)
-        for path in (self.path, *self._parts()):
-            if any(record.get("key") not in wanted for record in read_json_lines(path)):
-                raise ValueError(
-                    f"--resume: {path} holds what was made of other data, another model or other "
-                    "settings: give the same ones, another --out, or --overwrite to start anew"
-                )
-        return self._read(wanted)
+        return {} if self.overwrite else self._read(keys, alone=True)
 
     def share(self, keys: Sequence[str], done: Iterable[str] = ()) -> list[int]:
         """The numbers of the objects that this process makes: every world-th that is not `done`."""
@@ -103,14 +95,15 @@ class AnswersFile:
             show = self.rank == 0 and total > 0
             self.bar = stack.enter_context(progress(total, name, "record", show=show))
             self.seconds, self.tokens, self.made = time.perf_counter(), 0, 0
-            stack.enter_context(when_stopped(lambda: self._kept(total)))
+            stack.enter_context(
+                when_stopped(
+                    lambda: (
+                        f"{self.made:,} of {total:,} records are kept beside {self.path}; "
+                        "the same command with --resume goes on"
+                    )
+                )
+            )
             yield self
-
-    def _kept(self, total: int) -> str:
-        return (
-            f"{self.made:,} of {total:,} records are kept beside {self.path}; "
-            "the same command with --resume goes on"
-        )
 
     def append(self, record: dict, tokens: int = 0) -> None:
         """Add an object, for which `tokens` were computed.
@@ -152,12 +145,18 @@ class AnswersFile:
                 "or --overwrite to start anew"
             )
 
-    def _read(self, keys: Iterable[str]) -> dict[str, dict]:
+    def _read(self, keys: Iterable[str], alone: bool = False) -> dict[str, dict]:
         wanted, records = set(keys), {}
         for path in (self.path, *self._parts()):
             for record in read_json_lines(path):  # none where another process has just published it
                 if record.get("key") in wanted:
                     records.setdefault(record["key"], record)
+                elif alone:
+                    raise ValueError(
+                        f"--resume: {path} holds what was made of other data, another model or "
+                        "other settings: give the same ones, another --out, or --overwrite to "
+                        "start anew"
+                    )
         return records
 
     def _own_parts(self) -> list[Path]:
@@ -168,14 +167,9 @@ class AnswersFile:
         return [part for part in self._parts() if _number(part) % self.world == self.rank]
 
     def _parts(self) -> list[Path]:
-        if not self.path.parent.is_dir():
-            return []
         head = f".{self.path.name}.part-"
-        return sorted(
-            path
-            for path in self.path.parent.iterdir()
-            if path.name.startswith(head) and path.name[len(head) :].isdigit()
-        )
+        found = self.path.parent.glob(f"{escape(head)}*")
+        return sorted(path for path in found if path.name.removeprefix(head).isdigit())
 
 
 def model_key(model: ModelConfig, tokenizer: ChatTokenizer, chat: ChatConfig) -> list:

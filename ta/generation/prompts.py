@@ -77,13 +77,12 @@ def read_prompts(
         if reference is not None:
             record.data["reference"] = reference
         record.data["messages"] = with_system(kept, sources[record.source].system_prompt)
-    jobs = [(record.data["messages"], template_arguments(record.data)) for record in records]
 
-    def encode_jobs(some: Sequence[tuple[list[dict], dict]]) -> list:
-        chats, arguments = ([job[k] for job in some] for k in (0, 1))
-        return encode(chats, tokenizer, chat, arguments)
+    def encode_some(some: Sequence[dict]) -> list:
+        chats = [data["messages"] for data in some]
+        return encode(chats, tokenizer, chat, [template_arguments(data) for data in some])
 
-    encoded = pin_errors(encode_jobs, jobs)
+    encoded = pin_errors(encode_some, [record.data for record in records])
     prompts = []
     for record, ids in zip(records, encoded, strict=True):
         place = record.source, sources[record.source].path, record.line

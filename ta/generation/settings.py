@@ -98,15 +98,13 @@ def answers_to_json(
 
     Log-probabilities (nats) where asked: "sum" of the whole answer, "tokens" of each id too.
     """
-    shown = [
-        {"id": str(k), "content": answer.text, "finish": answer.finish}
-        for k, answer in enumerate(answers)
-    ]
-    for entry, answer in zip(shown, answers, strict=True):
+    shown = []
+    for k, answer in enumerate(answers):
+        shown.append({"id": str(k), "content": answer.text, "finish": answer.finish})
         if logprobs != "none":
-            entry["logprob"] = sum(answer.logprobs)
+            shown[k]["logprob"] = sum(answer.logprobs)
         if logprobs == "tokens":
-            entry |= {"tokens": answer.ids, "logprobs": answer.logprobs}
+            shown[k] |= {"tokens": answer.ids, "logprobs": answer.logprobs}
     return shown
 
 

@@ -29,6 +29,7 @@ from ta.model.load import cast_parameters, load_for_inference
 from ta.parallel import world
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
@@ -149,13 +150,14 @@ def start_vllm(
     )
     check_parallel(settings.get_text_config(decoder=True), how.tensor_parallel_size)
     temporary = tempfile.TemporaryDirectory(prefix="ta-vllm-")
-    more, lora = {"enable_prompt_embeds": True} if embeds else {}, None
+    lora, more = None, {}
+    if embeds:
+        more["enable_prompt_embeds"] = True
     if rollouts:
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         more["logprobs_mode"] = "processed_logprobs"
     if num_labels:
         check_head(settings)
-        more = {"runner": "pooling"}
+        more["runner"] = "pooling"
     if sources.adapter is not None:
         rank = lora_rank(sources.adapter, how.adapter_in_vllm == "runtime")
         if how.adapter_in_vllm == "runtime":
@@ -163,14 +165,34 @@ def start_vllm(
             room = next((known for known in RANKS if known >= rank), rank)
             more |= {"enable_lora": True, "max_lora_rank": room}
         else:
-            folder = _merge(model, dtype, temporary.name, num_labels)
+            folder = temporary.name
+            _merge(model, getattr(torch, dtype), folder, num_labels)
     check_tables(folder)
     if folder != temporary.name:
         # vLLM looks for it beside the tokenizer, and waits
         settings.save_pretrained(temporary.name)
     tokenizer.save_pretrained(temporary.name)  # with its new tokens, wherever the weights lie
+    # vLLM takes these from the environment alone
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if rollouts or (not cuda and how.tensor_parallel_size == 1):
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # a minute less to start
+    memory = config.kv_cache_gb if config.kv_cache_gb is not None or cuda else 1.0
+    if memory is not None:
+        more["kv_cache_memory_bytes"] = int(memory * 2**30)
     llm = _start(
-        folder, temporary.name, dtype, config, model, seed, more, cuda, how.tensor_parallel_size
+        model=folder,
+        tokenizer=temporary.name,
+        dtype=dtype,
+        seed=seed,
+        tensor_parallel_size=how.tensor_parallel_size,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        max_model_len=config.max_model_len,
+        enforce_eager=config.enforce_eager or not cuda,
+        generation_config="vllm",  # a model's own sampling settings must not leak in
+        max_logprobs=-1,  # beam search asks for as many as it needs
+        trust_remote_code=model.trust_remote_code,
+        **more,
     )
     about = llm.llm_engine.model_config
     limits = (context_of(settings), config.max_model_len, about.max_model_len)
@@ -179,69 +201,28 @@ def start_vllm(
         from vllm.lora.request import LoRARequest
 
         request = LoRARequest("adapter", 1, str(Path(lora).resolve()))
-    context = min(n for n in limits if n)
+    context = min(filter(None, limits))
     return VllmEngine(llm, tokenizer, about.get_vocab_size(), context, request, temporary)
 
 
-def _start(
-    folder: str,
-    tokenizer: str,
-    dtype: str,
-    config: VllmConfig,
-    model: ModelConfig,
-    seed: int,
-    more: dict,
-    cuda: bool,
-    parts: int,
-):
-    # vLLM takes these from the environment alone
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    if not cuda and parts == 1:
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # a minute less to start
-    memory = config.kv_cache_gb if config.kv_cache_gb is not None or cuda else 1.0
-    if memory is not None:
-        more = more | {"kv_cache_memory_bytes": int(memory * 2**30)}
+def _merge(model: ModelConfig, dtype: torch.dtype, folder: str, num_labels: int) -> None:
+    """Write the model with its adapter merged in float32 into `folder`, in `dtype`."""
+    exact = dataclasses.replace(model, dtype="float32")
+    merged = load_for_inference(exact, num_labels=num_labels or None)
+    cast_parameters(merged, dtype)
+    merged.save_pretrained(folder)
+
+
+def _start(**arguments: Any) -> Any:
     try:
         from vllm import LLM
 
-        return LLM(
-            model=folder,
-            tokenizer=tokenizer,
-            dtype=dtype,
-            seed=seed,
-            tensor_parallel_size=parts,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            max_model_len=config.max_model_len,
-            enforce_eager=config.enforce_eager or not cuda,
-            generation_config="vllm",  # a model's own sampling settings must not leak in
-            max_logprobs=-1,  # beam search asks for as many as it needs
-            trust_remote_code=model.trust_remote_code,
-            **more,
-        )
-    except (
-        ValueError,
-        RuntimeError,
-        AssertionError,
-        NotImplementedError,
-        KeyError,
-        ImportError,
-    ) as error:
+        return LLM(**arguments)
+    except (ValueError, RuntimeError, AssertionError, KeyError, ImportError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         raise ValueError(
-            f"vLLM does not run {folder}: {reason.strip()}; --engine hf may"
+            f"vLLM does not run {arguments['model']}: {reason.strip()}; --engine hf may"
         ) from error
-
-
-def _merge(model: ModelConfig, dtype: str, folder: str, num_labels: int) -> str:
-    """Write the model with its adapter merged in float32 into `folder`, in `dtype`."""
-    import torch
-
-    exact = dataclasses.replace(model, dtype="float32")
-    merged = load_for_inference(exact, num_labels=num_labels or None)
-    cast_parameters(merged, getattr(torch, dtype))
-    merged.save_pretrained(folder)
-    return folder
 
 
 def generate_vllm(
@@ -264,19 +245,17 @@ def generate_vllm(
     limits = [min(config.max_new_tokens, engine.context - len(prompt)) for prompt in prompts]
     ending = Ending(engine.tokenizer, frozenset(stop_ids), config)
     run = _sample if config.beams == 1 else _search
+    keys = range(len(prompts)) if keys is None else keys
     answers: list[list[Answer]] = []
     at_once = max(1, AT_ONCE // max(config.num_answers, config.beams))
     for start in range(0, len(prompts), at_once):
-        part = range(start, min(start + at_once, len(prompts)))
-        numbers = [i if keys is None else keys[i] for i in part]
-        requests = [
-            {"prompt_token_ids": list(prompts[i])}
-            if embeds is None
-            else {"prompt_embeds": embeds[i].cpu()}
-            for i in part
-        ]
-        results = run(engine, requests, [limits[i] for i in part], config, stop_ids, numbers)
-        for i, generated in zip(part, results, strict=True):
+        part = slice(start, start + at_once)
+        if embeds is None:
+            requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts[part]]
+        else:
+            requests = [{"prompt_embeds": rows.cpu()} for rows in embeds[part]]
+        results = run(engine, requests, limits[part], config, stop_ids, keys[part])
+        for i, generated in enumerate(results, start):
             answers.append([ending.answer(ids, logprobs) for ids, logprobs in generated])
             if on_answer is not None:
                 on_answer(i, answers[-1])
@@ -359,14 +338,15 @@ def _search(engine, prompts, limits, config, stop_ids, numbers) -> Generated:
             ended[i] = sorted(ended[i] + complete, key=rank, reverse=True)[:width]
             running[i] = [beam for beam in beams if beam[0][-1] not in stop_ids][:width]
             full = len(ended[i]) == width
-            if last or not running[i] or (full and rank(running[i][0]) <= rank(ended[i][-1])):
+            better = running[i] and not (full and rank(running[i][0]) <= rank(ended[i][-1]))
+            if last or not better:
                 running[i] = []
     return [beams[: config.num_answers] for beams in ended]
 
 
 def _answer_of(output: Any) -> tuple[list[int], list[float]]:
-    ids = list(output.token_ids)
-    return ids, [step[token].logprob for token, step in zip(ids, output.logprobs, strict=True)]
+    steps = zip(output.token_ids, output.logprobs, strict=True)
+    return list(output.token_ids), [step[token].logprob for token, step in steps]
 
 
 def score_vllm(engine: VllmEngine, sequences: Sequence[Tokens]) -> list[list[float]]:
