@@ -14,12 +14,12 @@ from ta.command_line import Range
 from ta.data.prepare import first_records
 from ta.data.sources import Drops, parse_source, source_names
 from ta.files import append_line, read_json_lines
-from ta.generation.evaluation import having, measured
+from ta.generation.evaluation import having, measured, metric_inputs
 from ta.generation.generate import generate
 from ta.generation.metrics import check_metrics, spacing_note
 from ta.generation.prompts import asked, read_prompts
 from ta.generation.score import kl_to_reference, reward_answers
-from ta.generation.settings import GenerateConfig, parse_settings
+from ta.generation.settings import GenerateConfig, answers_to_json, parse_settings
 from ta.parallel import rank, say
 from ta.screen import progress, table
 
@@ -274,8 +274,16 @@ def _figures(
 ) -> dict[str, float]:
     """The figure of each metric; those of references are over the answers that have one."""
     size = model.inner.get_input_embeddings().weight.shape[0]
-    inputs = [_inputs(sample) | {"vocab_size": size} for sample in samples]
-    rewarded = any("rewards" in record for record in inputs)
+    inputs, rewarded = [], False
+    for prompt, answers, rewards in samples:
+        record: dict = {"answers": answers_to_json(answers, "tokens")}
+        if prompt.reference is not None:
+            record["reference"] = prompt.reference
+        given = metric_inputs(record) | {"vocab_size": size}
+        given["tokens"] = [answer.ids for answer in answers]
+        if own := [reward for reward in rewards if reward is not None]:
+            given["rewards"], rewarded = own, True
+        inputs.append(given)
     values = {}
     for name in dict.fromkeys([*config.sample_metrics, *["reward"] * rewarded]):
         if name == KL:
@@ -286,48 +294,29 @@ def _figures(
     return {name: value for name, value in values.items() if value == value}
 
 
-def _inputs(sample: Sample) -> dict[str, list]:
-    """What metrics are made of, as far as a sample has it."""
-    texts = [answer.text for answer in sample.answers]
-    inputs: dict[str, list] = {"answers": texts, "groups": [texts]}
-    inputs["tokens"] = [answer.ids for answer in sample.answers]
-    inputs["logprobs"] = [answer.logprobs for answer in sample.answers]
-    if sample.prompt.reference is not None:
-        right = [sample.prompt.reference] * len(texts)
-        inputs |= {"references": right, "predictions": texts, "labels": right}
-    if rewards := [x for x in sample.rewards if x is not None]:
-        inputs["rewards"] = rewards
-    return inputs
-
-
 def _rows(samples: Sequence[Sample], step: int, settings: str) -> list[dict]:
     """The lines of samples.jsonl, one an answer; `row` is the same at every step."""
     rows = []
     for place, (prompt, answers, rewards) in enumerate(samples):
         for k, answer in enumerate(answers):
-            row = {"step": step, "row": f"{settings} {place} {k}".strip()}
-            row |= {"id": prompt.record.get("id", place), "prompt": asked_text(prompt.chat)}
-            row |= {"chat": prompt.chat, "answer": answer.text, "reference": prompt.reference}
-            more = {"source": prompt.source, "settings": settings}
-            row |= {name: text for name, text in more.items() if text}
-            if rewards and rewards[k] is not None:
-                row["reward"] = rewards[k]
-            if "passages" in prompt.record:
-                row["passages"] = prompt.record["passages"]
+            row = {
+                "step": step,
+                "row": f"{settings} {place} {k}".strip(),
+                "id": prompt.record.get("id", place),
+                "prompt": asked_text(prompt.chat),
+                "chat": prompt.chat,
+                "answer": answer.text,
+                "reference": prompt.reference,
+            }
+            more = {
+                "source": prompt.source,
+                "settings": settings,
+                "reward": rewards[k] if rewards else None,
+                "passages": prompt.record.get("passages"),
+            }
+            row |= {name: value for name, value in more.items() if value not in (None, "")}
             rows.append(row | {"finish": answer.finish})
     return rows
-
-
-def _earlier_answers(path: Path, step: int) -> tuple[dict[str, str], dict[str, str]]:
-    """{row: answer} of the first evaluation and of the last one before `step`."""
-    # rollouts stand there too
-    rows = [row for row in read_json_lines(path) if row["step"] < step and "row" in row]
-    steps = [row["step"] for row in rows]
-    first, last = (
-        {row["row"]: row["answer"] for row in rows if row["step"] == at}
-        for at in (min(steps, default=0), max(steps, default=0))
-    )
-    return first, last
 
 
 def _show(rows: Sequence[dict], path: Path, n: int, settings: str) -> None:
@@ -335,8 +324,11 @@ def _show(rows: Sequence[dict], path: Path, n: int, settings: str) -> None:
 
     The title counts the answers that changed since the last one.
     """
-    step = rows[0]["step"]
-    first, last = _earlier_answers(path, step)
+    step, earlier = rows[0]["step"], {}
+    for row in read_json_lines(path):
+        if row["step"] < step and "row" in row:  # rollouts stand there too
+            earlier.setdefault(row["step"], {})[row["row"]] = row["answer"]
+    first, last = (earlier.get(at(earlier, default=0), {}) for at in (min, max))
     header = ["question", "before", "answer", "right answer", "reward"]
     changed = [row for row in rows if last.get(row["row"], row["answer"]) != row["answer"]]
     cells = []
