@@ -191,20 +191,21 @@ class SlotEngine:
             self.seen[fresh] = False
             for row, n in enumerate(which, first):
                 self.seen[row, self._sent(self.work.prompts[group[n]])] = True
-        self._renew_draws(first)
-        self._append(first, *self._chosen(logits, fresh))
+        self._renew_draws(fresh)
+        self._append(fresh, *self._chosen(logits, fresh))
 
     def step(self) -> None:
         """One more token for every row."""
         self._make_room()
-        self._renew_draws(0)
+        live = slice(0, len(self.rows))
+        self._renew_draws(live)
         chosen = self._replayed() if self.fixed else None
         if chosen is None:
-            chosen = self._chosen(self._logits(), slice(0, len(self.rows)))
+            chosen = self._chosen(self._logits(), live)
         self.window.end += 1
         for row in self.rows:
             row.length += 1
-        self._append(0, *chosen)
+        self._append(live, *chosen)
 
     def _make_room(self) -> None:
         """See that the next column is in the buffer, and near the live ones where widths are
@@ -248,7 +249,8 @@ class SlotEngine:
         n, slots = len(self.rows), self.window.slots
         key = rows_bucket(n, slots), bucket(self.window.end + 1)
         # an empty slot, of length 0, sees the column that it writes and no other
-        places = [self.window.end, *(row.length for row in self.rows), *[0] * (key[0] - n)]
+        lengths = [row.length for row in self.rows]
+        places = [self.window.end, *lengths, *[0] * (key[0] - n)]
         self.places[: len(places)].copy_(self._pinned(places), non_blocking=True)
         known = key in self.fixed.replays
         try:
@@ -301,21 +303,18 @@ class SlotEngine:
         finally:
             window.column = None
 
-    def _renew_draws(self, first: int) -> None:
-        """Put down the next random number of every row from `first` on."""
+    def _renew_draws(self, rows: slice) -> None:
+        """Put down the next random number of some rows."""
         if self.config.temperature:
-            drawn = [row.uniforms[row.asked] for row in self.rows[first:]]
-            self.draws[first : len(self.rows)].copy_(self._pinned(drawn), non_blocking=True)
+            drawn = [row.uniforms[row.asked] for row in self.rows[rows]]
+            self.draws[rows].copy_(self._pinned(drawn), non_blocking=True)
 
-    def _append(self, first: int, ids: Tensor, logprobs: Tensor) -> None:
-        """Give every row from `first` on its next token, read what is due, and drop the rows that
-        have ended.
-        """
-        fresh = self.rows[first:]
-        last = first + len(fresh)
-        self.tokens[first:last] = ids
+    def _append(self, rows: slice, ids: Tensor, logprobs: Tensor) -> None:
+        """Give rows their next tokens, read what is due, and drop the rows that have ended."""
+        fresh = self.rows[rows]
+        self.tokens[rows] = ids
         if self.seen is not None:
-            self.seen[first:last].scatter_(1, ids[:, None], True)
+            self.seen[rows].scatter_(1, ids[:, None], True)
         for row in fresh:
             row.asked += 1
         arrived = None
