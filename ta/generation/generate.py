@@ -53,7 +53,7 @@ def generate(
         return generate_vllm(model, prompts, config, stop_ids, on_answer, embeds, keys)
     from ta.generation.hf_generate import run_beams, run_driven
     from ta.generation.slot_cache import attention_for, plain_cache
-    from ta.generation.slot_engine import Job, SlotEngine, Work
+    from ta.generation.slot_engine import SlotEngine, Work
     from ta.model.language_model import base_model
 
     inner = getattr(model, "inner", model)
@@ -66,34 +66,23 @@ def generate(
             "embeds and prompts differ in length: give one row of embeddings for every token "
             "of every prompt"
         )
-    n, room = config.num_answers, math.inf if context is None else context
-    keyed = zip(prompts, range(len(prompts)) if keys is None else keys, strict=True)
-    jobs = [
-        Job(i, min(config.max_new_tokens, room - len(prompt)), (config.seed, key, k))
-        for i, (prompt, key) in enumerate(keyed)
-        for k in range(n)
-    ]
-    ending = Ending(tokenizer, frozenset(stop_ids), config)
-    answers: list[list[Answer | None]] = [[None] * n for _ in prompts]
-
-    def advance(job: int, ids: list[int]) -> bool:
-        if on_token is not None:
-            on_token(*divmod(job, n), ids)
-        return ending.reached(ids)
-
-    def finished(job: int, ids: list[int], logprobs: list[float]) -> None:
-        i, k = divmod(job, n)
-        answers[i][k] = ending.answer(ids, logprobs)
-        if on_answer is not None and all(answers[i]):
-            on_answer(i, answers[i])
-
-    work = Work(prompts, embeds, jobs, config, advance, finished)
+    room = math.inf if context is None else context
+    work = Work(
+        prompts,
+        embeds,
+        [min(config.max_new_tokens, room - len(prompt)) for prompt in prompts],
+        range(len(prompts)) if keys is None else keys,
+        Ending(tokenizer, frozenset(stop_ids), config),
+        on_answer,
+        on_token,
+        [[None] * config.num_answers for _ in prompts],
+    )
     prefix = virtual and inner.active_peft_config.peft_type == "PREFIX_TUNING"
     driven = config.beams > 1 or prefix or not plain_cache(base)
     temperature = getattr(model, "temperature", 1.0)
     with _at_rest(model, inner, base, attention_for(base, not driven)):
         if config.beams > 1:
-            run_beams(inner, work, ending, virtual)
+            run_beams(inner, work, virtual)
         elif driven:
             run_driven(inner, work, temperature, virtual)
         else:
@@ -107,7 +96,7 @@ def generate(
             # a graph holds the work of one device
             whole = not sharded and {p.device for p in base.parameters()} == {device}
             SlotEngine(_forward(run, base, temperature), work, device, fixed and whole).run()
-    return answers
+    return work.answers
 
 
 def limits_of(model) -> tuple[int, int | None]:

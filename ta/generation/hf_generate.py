@@ -12,37 +12,34 @@ import torch
 from torch import Tensor
 from transformers import TemperatureLogitsWarper
 
-from ta.generation.settings import Ending
-from ta.generation.slot_engine import Job, Row, Work, choose, left_pad, uniforms
+from ta.generation.slot_engine import Work, choose, left_pad
 
 
-def _batches(work: Work, jobs: Sequence[Job], rows: int, virtual: bool) -> Iterator[list[int]]:
-    """Jobs in batches of like length.
+def _batches(work: Work, n: int, rows: int, virtual: bool) -> Iterator[list[tuple[int, int]]]:
+    """(prompt, answer) of `n` answers to each prompt, in batches of prompts of like length.
 
     Of one length where padding would be penalised, or stand behind virtual tokens, or where limits
     differ.
     """
-    config, lengths = work.config, [len(work.prompts[job.prompt]) for job in jobs]
-    equal = (
-        config.repetition_penalty != 1
-        or virtual
-        or any(job.limit < config.max_new_tokens for job in jobs)
-    )
-    batch: list[int] = []
-    for j in sorted(range(len(jobs)), key=lambda j: lengths[j]):
-        if batch and (len(batch) == rows or (equal and lengths[j] != lengths[batch[0]])):
-            yield batch
-            batch = []
-        batch.append(j)
+    config, lengths = work.ending.config, [len(prompt) for prompt in work.prompts]
+    short = any(limit < config.max_new_tokens for limit in work.limits)
+    equal = config.repetition_penalty != 1 or virtual or short
+    batch: list[tuple[int, int]] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        for k in range(n):
+            if batch and (len(batch) == rows or (equal and lengths[i] != lengths[batch[0][0]])):
+                yield batch
+                batch = []
+            batch.append((i, k))
     if batch:
         yield batch
 
 
-def _inputs(work: Work, chosen: Sequence[int], device) -> dict[str, Tensor]:
-    """The arguments of generate for the prompts chosen, but for positions, which it makes."""
-    padded = left_pad([work.prompts[i] for i in chosen], device)
+def _inputs(work: Work, batch: Sequence[tuple[int, int]], device) -> dict[str, Tensor]:
+    """The arguments of generate for a batch, but for positions, which it makes."""
+    padded = left_pad([work.prompts[i] for i, _ in batch], device)
     if work.embeds is not None:
-        padded |= left_pad([work.embeds[i] for i in chosen], device)
+        padded |= left_pad([work.embeds[i] for i, _ in batch], device)
     del padded["position_ids"]
     return padded
 
@@ -54,26 +51,26 @@ def run_driven(inner, work: Work, temperature: float, virtual: bool) -> None:
 
     temperature: of the model's own distribution. virtual: an adapter puts virtual tokens in front.
     """
-    device, jobs, config = next(inner.parameters()).device, work.jobs, work.config
-    for batch in _batches(work, jobs, config.slots, virtual):
-        rows = [Row(j, (*uniforms(jobs[j], config), 0.0)) for j in batch]
+    device, config = next(inner.parameters()).device, work.ending.config
+    for batch in _batches(work, config.num_answers, config.slots, virtual):
+        rows = [work.row(*place) for place in batch]
 
         def pick(_, logits: Tensor, rows=rows) -> Tensor:
             """Choose the next token of every row, which is then the only one possible."""
             drawn, seen = None, None
             if config.temperature:
-                drawn = torch.tensor([row.uniforms[len(row.ids)] for row in rows])
+                drawn = torch.tensor([(*row.uniforms, 0.0)[len(row.ids)] for row in rows])
             if config.repetition_penalty != 1:
                 seen = torch.zeros_like(logits, dtype=torch.bool)
                 for marks, row in zip(seen, rows, strict=True):
-                    marks[[*work.prompts[jobs[row.job].prompt], *row.ids]] = True
+                    marks[[*work.prompts[row.prompt], *row.ids]] = True
             tokens, logprobs = choose(logits, drawn, seen, config)
             work.take(rows, tokens, logprobs)
             return torch.full_like(logits, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
         inner.generate(
-            **_inputs(work, [jobs[j].prompt for j in batch], device),
-            max_new_tokens=max(jobs[j].limit for j in batch),
+            **_inputs(work, batch, device),
+            max_new_tokens=max(row.limit for row in rows),
             do_sample=False,
             logits_processor=[TemperatureLogitsWarper(temperature), pick],
             stopping_criteria=[
@@ -82,11 +79,11 @@ def run_driven(inner, work: Work, temperature: float, virtual: bool) -> None:
         )
 
 
-def run_beams(inner, work: Work, ending: Ending, virtual: bool) -> None:
+def run_beams(inner, work: Work, virtual: bool) -> None:
     """transformers' beam search; log-probabilities from one more forward over each answer."""
-    device, config, n = next(inner.parameters()).device, work.config, work.config.num_answers
-    firsts = work.jobs[::n]  # of each prompt
-    for batch in _batches(work, firsts, max(1, config.slots // config.beams), virtual):
+    device, ending, config = next(inner.parameters()).device, work.ending, work.ending.config
+    n = config.num_answers
+    for batch in _batches(work, 1, max(1, config.slots // config.beams), virtual):
         inputs = _inputs(work, batch, device)
         width = inputs["input_ids"].shape[1]
 
@@ -97,7 +94,7 @@ def run_beams(inner, work: Work, ending: Ending, virtual: bool) -> None:
 
         out = inner.generate(
             **inputs,
-            max_new_tokens=firsts[batch[0]].limit,
+            max_new_tokens=work.limits[batch[0][0]],
             num_beams=config.beams,
             num_return_sequences=n,
             repetition_penalty=config.repetition_penalty,
@@ -107,7 +104,7 @@ def run_beams(inner, work: Work, ending: Ending, virtual: bool) -> None:
             stopping_criteria=[stopped] if config.stop_strings else [],
         )
         for place, row in enumerate(out[:, width:].tolist()):
-            prompt = batch[place // n]
+            prompt = batch[place // n][0]
             ends = (k for k in range(1, len(row) + 1) if ending.reached(row[:k]))
             ids = torch.tensor(row[: next(ends, len(row))], device=device)
             if work.embeds is None:
@@ -119,4 +116,4 @@ def run_beams(inner, work: Work, ending: Ending, virtual: bool) -> None:
                 whole = {"inputs_embeds": torch.cat([before, tokens])[None]}
             logits = inner(**whole, use_cache=False).logits[0, -len(ids) - 1 : -1].float()
             chosen = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
-            work.finished(prompt * n + place % n, ids.tolist(), chosen.tolist())
+            work.finish(prompt, place % n, ids.tolist(), chosen.tolist())

@@ -25,7 +25,7 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import Cache
 
 from ta.generation.graphs import Graphs
-from ta.generation.settings import GenerateConfig
+from ta.generation.settings import Answer, Ending, GenerateConfig
 from ta.generation.slot_cache import CacheWindow, SlotLayer
 from ta.parallel import say
 
@@ -35,23 +35,41 @@ NARROWEST = 128  # columns of the narrowest step of fixed shapes
 AGREEMENT = 0.05  # of the spread of a row's logits: what arithmetic in 16 bits may differ by
 
 
-class Job(NamedTuple):
-    prompt: int  # which prompt
+@dataclass
+class Row:
+    """An answer under way: to which prompt, the how many-th, and what is written so far."""
+
+    prompt: int
+    answer: int
     limit: int  # new tokens at most
-    seed: tuple[int, ...]  # of its sampling, which nothing else takes part in
+    # one number in [0, 1) for each new token; empty where decoding is greedy
+    uniforms: Sequence[float]
+    length: int = 0  # tokens in the cache
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    asked: int = 0  # tokens computed, of which `ids` lacks those not read yet
+    ended: bool = False
 
 
 class Work(NamedTuple):
-    """What is asked of an engine, and what it tells of the answers."""
+    """What is asked of an engine, and its answers, of which it tells as they are made."""
 
     prompts: Sequence[Sequence[int]]
     embeds: Sequence[Tensor] | None  # (L, D) in place of each prompt
-    jobs: Sequence[Job]
-    config: GenerateConfig
-    # after each token: (job, ids so far) -> whether the answer has ended
-    advance: Callable[[int, list[int]], bool]
-    # (job, ids, log-probabilities), as each ends
-    finished: Callable[[int, list[int], list[float]], None]
+    limits: Sequence[int]  # new tokens at most, for each prompt
+    keys: Sequence[int]  # of each prompt's sampling, which nothing beside it takes part in
+    ending: Ending
+    on_answer: Callable[[int, list[Answer]], None] | None
+    on_token: Callable[[int, int, list[int]], None] | None
+    answers: list[list[Answer | None]]  # num_answers to each prompt
+
+    def row(self, prompt: int, answer: int) -> Row:
+        """The row of an answer; its random numbers are made when its turn comes."""
+        config, limit, uniforms = self.ending.config, self.limits[prompt], ()
+        if config.temperature:
+            random = np.random.default_rng((config.seed, self.keys[prompt], answer))
+            uniforms = random.random(limit, np.float32).tolist()
+        return Row(prompt, answer, limit, uniforms)
 
     def take(self, rows: Sequence[Row], ids: Tensor, logprobs: Tensor) -> None:
         """Give each row its next token. What a row gets after its end is nothing.
@@ -68,28 +86,22 @@ class Work(NamedTuple):
                 )
             row.ids.append(token)
             row.logprobs.append(logprob)
-            full = len(row.ids) == self.jobs[row.job].limit
-            if self.advance(row.job, row.ids) or full:
-                row.ended = True
-                self.finished(row.job, row.ids, row.logprobs)
+            if self.on_token is not None:
+                self.on_token(row.prompt, row.answer, row.ids)
+            row.ended = self.ending.reached(row.ids) or len(row.ids) == row.limit
+            if row.ended:
+                self.finish(row.prompt, row.answer, row.ids, row.logprobs)
 
-
-@dataclass
-class Row:
-    """One live slot: the job it works on and what it has written so far."""
-
-    job: int
-    # one number in [0, 1) for each new token; empty where decoding is greedy
-    uniforms: Sequence[float]
-    length: int = 0  # tokens in the cache
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    asked: int = 0  # tokens computed, of which `ids` lacks those not read yet
-    ended: bool = False
+    def finish(self, prompt: int, answer: int, ids: list[int], logprobs: list[float]) -> None:
+        """Keep an answer of all its ids."""
+        answers = self.answers[prompt]
+        answers[answer] = self.ending.answer(ids, logprobs)
+        if self.on_answer is not None and all(answers):
+            self.on_answer(prompt, answers)
 
 
 class SlotEngine:
-    """Does all the work, at most `config.slots` jobs at a time.
+    """Does all the work, at most `config.slots` answers at a time.
 
     forward: the model's keyword arguments -> logits (B, V) of the last column.
     fixed_shapes: steps of few different shapes, replayed as CUDA graphs on a GPU; said and given up
@@ -104,14 +116,15 @@ class SlotEngine:
         fixed_shapes: bool = False,
     ):
         self.forward, self.work, self.device = forward, work, device
-        self.jobs, self.config = jobs, config = work.jobs, work.config
+        self.config = config = work.ending.config
         # a repetition penalty looks at the tokens, whatever is fed in their place
         self.inputs = work.prompts if work.embeds is None else work.embeds
         self.lengths = [len(x) for x in self.inputs]  # of each prompt, in columns
-        # jobs, taken from the end: longest prompts first
-        self.waiting = sorted(range(len(jobs)), key=lambda j: self.lengths[jobs[j].prompt])
-        slots, longest = min(config.slots, len(jobs)), self.next_length()
-        capacity = longest + min(longest // 2 + 64, max((job.limit for job in jobs), default=0))
+        # prompts, each as often as it gets answers, taken from the end: the longest first
+        numbers = sorted(range(len(self.lengths)), key=self.lengths.__getitem__)
+        self.waiting = [(i, k) for i in numbers for k in range(config.num_answers)]
+        slots, longest = min(config.slots, len(self.waiting)), self.next_length()
+        capacity = longest + min(longest // 2 + 64, max(work.limits, default=0))
         self.window = CacheWindow(slots, bucket(capacity) if fixed_shapes else capacity, longest)
         self.cache = Cache(layer_class_to_replicate=functools.partial(SlotLayer, self.window))
         self.rows: list[Row] = []
@@ -154,17 +167,17 @@ class SlotEngine:
 
     def next_length(self) -> int:
         """Tokens of the next waiting prompt, which is the longest that still waits."""
-        return self.lengths[self.jobs[self.waiting[-1]].prompt] if self.waiting else 0
+        return self.lengths[self.waiting[-1][0]] if self.waiting else 0
 
     def prefill(self) -> None:
-        """Admit as many waiting jobs as fit, each prompt computed once however many answers it
+        """Admit as many waiting answers as fit, each prompt computed once however many answers it
         gets.
         """
         window, first, width = self.window, len(self.rows), self.next_length()
-        group: list[int] = []  # prompts, whose jobs wait one after another
-        which: list[int] = []  # for each job its place in the group
+        group: list[int] = []  # prompts
+        which: list[int] = []  # for each row its place in the group
         while self.waiting and first + len(which) < window.slots:
-            prompt = self.jobs[self.waiting[-1]].prompt
+            prompt = self.waiting[-1][0]
             if prompt not in group[-1:]:
                 padded = (len(group) + 1) * width
                 uneven = padded > EFFICIENT and self.lengths[prompt] < 0.85 * width
@@ -172,9 +185,8 @@ class SlotEngine:
                     break
                 group.append(prompt)
             which.append(len(group) - 1)
-            job = self.waiting.pop()
-            drawn = uniforms(self.jobs[job], self.config)
-            self.rows.append(Row(job, drawn, self.lengths[prompt]))
+            self.rows.append(self.work.row(*self.waiting.pop()))
+            self.rows[-1].length = self.lengths[prompt]
         window.rows, window.past = slice(first, first + len(group)), 0
         inputs = left_pad([self.inputs[i] for i in group], self.device)
         # (prompts of the group, V)
@@ -337,7 +349,7 @@ class SlotEngine:
     def _drop(self) -> None:
         """Fill the slots of rows that need no further step with the last rows."""
         rows = self.rows
-        stays = [not row.ended and row.asked < self.jobs[row.job].limit for row in rows]
+        stays = [not row.ended and row.asked < row.limit for row in rows]
         left = sum(stays)
         holes = [r for r in range(left) if not stays[r]]
         if holes:
@@ -381,13 +393,6 @@ def rows_bucket(rows: int, slots: int) -> int:
 
 
 say_once = functools.cache(say)
-
-
-def uniforms(job: Job, config: GenerateConfig) -> Sequence[float]:
-    """The random numbers of one answer, made when its turn comes."""
-    if not config.temperature:
-        return ()
-    return np.random.default_rng(job.seed).random(job.limit, np.float32).tolist()
 
 
 def choose(
