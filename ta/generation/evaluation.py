@@ -15,13 +15,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
-from ta.data.jsonl import BadRecord, parse_record
+from ta.data.jsonl import parse_record
 from ta.data.readers import read_rows
 from ta.generation.metrics import METRICS, check_metrics
 
 # names of fields in files of answers
 ANSWER = ("answer", "prediction", "output", "response", "completion")
 REFERENCE = ("reference", "label", "target", "gold_answer", "expected")
+
+Inputs = dict[str, Any]  # of metrics, of one record
 
 LEVEL = 0.95
 # resamples of a mean of records, and of a metric that is computed anew for each resample
@@ -58,33 +60,30 @@ def check_answers(data: dict) -> dict:
     given = data.get("answers") or _first(data, ANSWER)
     if given is None:
         names = ", ".join(ANSWER)
-        raise BadRecord(
-            "no answers", f"no answers: give some as generate.py writes them, or one of {names}"
-        )
+        raise ValueError(f"no answers: give some as generate.py writes them, or one of {names}")
     answers = []
     for place, answer in enumerate(given if isinstance(given, list) else [given]):
         answer = answer if isinstance(answer, dict) else {"content": answer}
         if not isinstance(answer.get("content"), (str, int, float)):
-            raise BadRecord("content is not text", f"answer {place + 1} has no text as its content")
+            raise ValueError(f"answer {place + 1} has no text as its content")
         name = str(answer.get("id", place))
         answers.append(answer | {"id": name, "content": str(answer["content"])})
     if rewards := data.get("rewards"):
         own = [rewards.get(a["id"]) for a in answers] if isinstance(rewards, dict) else None
         if not _numbers(own):
-            message = "rewards lacks an answer: give each id its number"
-            raise BadRecord("rewards do not fit", message)
+            raise ValueError("rewards lacks an answer: give each id its number")
     reference = _first(data, REFERENCE)
     return data | {"answers": answers} | ({} if reference is None else {"reference": reference})
 
 
-def metric_inputs(record: Mapping[str, Any]) -> dict[str, Any]:
+def metric_inputs(record: Mapping[str, Any]) -> Inputs:
     """What the metrics are made of, as far as a record has it.
 
     Beside answers and a reference that is what generate.py writes of passages ("gold" names those
     wanted), what score.py writes of rewards and classes, and log-probabilities of given answers.
     A field of another form is none of them.
     """
-    inputs: dict[str, Any] = {}
+    inputs: Inputs = {}
     if answers := record.get("answers"):
         texts = [answer["content"] for answer in answers]
         inputs = {"answers": texts, "groups": [texts]}
@@ -122,7 +121,7 @@ def _first(record: Mapping[str, Any], names: Iterable[str]) -> Any:
     return next((record[name] for name in names if record.get(name) is not None), None)
 
 
-def with_tokens(inputs: Sequence[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
+def with_tokens(inputs: Sequence[Inputs], tokenizer: Any) -> list[Inputs]:
     """The inputs with the token ids of the answers, without those that a template adds."""
 
     def ids(text: str) -> list[int]:
@@ -161,12 +160,12 @@ def check_comparable(names: Iterable[str]) -> None:
             )
 
 
-def values_of(name: str, records: Sequence[Mapping[str, Any]]) -> list[float]:
+def values_of(name: str, records: Sequence[Inputs]) -> list[float]:
     """The metric of each record alone; nan where a record lacks an input or has no value."""
     return [measured(name, [record]) for record in records]
 
 
-def figure(name: str, records: Sequence[Mapping[str, Any]], seed: int = 0) -> Figure:
+def figure(name: str, records: Sequence[Inputs], seed: int = 0) -> Figure:
     """A metric over all answers of the records that have its inputs, with its interval.
 
     Metrics of variety have no interval: a resample repeats answers, which is what they count.
@@ -185,15 +184,15 @@ def figure(name: str, records: Sequence[Mapping[str, Any]], seed: int = 0) -> Fi
             return measured(name, [kept[i] for i in drawn])
 
         return Figure(value, *interval(again, n, SLOW_DRAWS, seed), len(kept))
-    sizes = np.array([len(record[metric.inputs[0]]) for record in kept], float)
-    sums = np.array(values_of(name, kept)) * sizes
-    whole = ~np.isnan(sums)
-    sums, sizes = sums[whole], sizes[whole]
+    values = np.array(values_of(name, kept))
+    sizes = np.array([len(record[metric.inputs[0]]) for record in kept])
+    whole = ~np.isnan(values)
+    values, sizes = values[whole], sizes[whole]
 
     def mean(drawn: Any) -> float:
-        return sums[drawn].sum() / sizes[drawn].sum()
+        return np.average(values[drawn], weights=sizes[drawn])
 
-    return Figure(value, *interval(mean, len(sums), DRAWS, seed), len(sums))
+    return Figure(value, *interval(mean, len(values), DRAWS, seed), len(values))
 
 
 def interval(
@@ -226,8 +225,8 @@ class Comparison(NamedTuple):
 
 def compare(
     name: str,
-    first: Sequence[Mapping[str, Any]],
-    second: Sequence[Mapping[str, Any]],
+    first: Sequence[Inputs],
+    second: Sequence[Inputs],
     seed: int = 0,
 ) -> Comparison:
     """The paired difference of a metric between two sets of answers, record by record.
@@ -240,12 +239,15 @@ def compare(
     before, after = (np.array(values_of(name, side)) for side in (first, second))
     both = ~np.isnan(after - before)
     before, after = before[both], after[both]
-    means, figures = [], []
-    for values in (before, after, after - before, (np.sign(after - before) + 1) / 2):
-        means.append(float(values.mean()) if len(values) else math.nan)
+    figures = []
+    for values in (after - before, (np.sign(after - before) + 1) / 2):
         ends = interval(lambda at, v=values: v[at].mean(), len(values), DRAWS, seed)
-        figures.append(Figure(means[-1], *ends, len(values)))
-    return Comparison(*means[:2], *figures[2:])
+        figures.append(Figure(_mean(values), *ends, len(values)))
+    return Comparison(_mean(before), _mean(after), *figures)
+
+
+def _mean(values: Any) -> float:
+    return float(values.mean()) if len(values) else math.nan
 
 
 def table_of(figures: Mapping[str, Figure | Comparison]) -> tuple[list[tuple], tuple[str, ...]]:
@@ -285,7 +287,7 @@ def _plain(value: Any) -> Any:
     return None if value != value else value
 
 
-def measured(name: str, records: Sequence[Mapping[str, Any]]) -> float:
+def measured(name: str, records: Sequence[Inputs]) -> float:
     """A metric over all answers of the records; nan where one lacks an input."""
     if len(having(name, records)) < len(records):
         return math.nan
@@ -298,7 +300,7 @@ def measured(name: str, records: Sequence[Mapping[str, Any]]) -> float:
     return METRICS[name].function(*inputs)
 
 
-def having(name: str, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def having(name: str, records: Sequence[Inputs]) -> list[Inputs]:
     """The records that have all inputs of a metric."""
     inputs = set(METRICS[name].inputs)
     return [record for record in records if inputs <= record.keys()]
