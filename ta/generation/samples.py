@@ -140,7 +140,7 @@ def prompts_of(
     has no right answer beside it and is left out, as is a plain text, which asks nothing. `system`
     stands in place of a record's own.
     """
-    chosen, chats, references = [], [], []
+    prompts = []
     for i, record in enumerate(records):
         if record.get("is_desirable") is False or is_text(dialogue_of(record)):
             continue
@@ -148,12 +148,14 @@ def prompts_of(
         dialogue = [{**m, "role": canonical_role(m["role"])} for m in dialogue_of(record)]
         question, reference = asked(dialogue, cut)
         if question:
-            chosen.append(record)
-            chats.append(with_system(question, system))
-            references.append(reference)
-    encoded = encode(chats, tokenizer, chat, [template_arguments(record) for record in chosen])
-    prompts = zip(chosen, chats, encoded, references, strict=True)
-    return [Prompt(*fields, source) for fields in prompts if not isinstance(fields[2], Drop)]
+            prompts.append(Prompt(record, with_system(question, system), [], reference, source))
+    given = [template_arguments(prompt.record) for prompt in prompts]
+    encoded = encode([prompt.chat for prompt in prompts], tokenizer, chat, given)
+    return [
+        prompt._replace(ids=ids)
+        for prompt, ids in zip(prompts, encoded, strict=True)
+        if not isinstance(ids, Drop)
+    ]
 
 
 def all_prompts(

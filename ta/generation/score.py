@@ -79,7 +79,7 @@ def _micro_batches(
     model: LanguageModel,
     ids: Sequence[Sequence[int]],
     weights: Sequence[Sequence[float]],
-    max_tokens: int,
+    max_tokens: int = 8192,
 ) -> Iterator[tuple[list[int], Batch]]:
     """(Places of some sequences, their batch on the model's device), until all have had a turn."""
     import numpy as np
@@ -150,7 +150,6 @@ def kl_to_reference(
     model: LanguageModel,
     reference: Callable[[Batch], Tensor],
     sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
-    max_tokens_per_micro: int = 8192,
 ) -> float:
     """Mean over the tokens of answers of log p(model) - log p(reference), nats a token.
 
@@ -167,7 +166,7 @@ def kl_to_reference(
     was_training, gap = model.training, 0.0
     model.eval()
     with torch.no_grad():
-        for _, batch in _micro_batches(model, ids, weights, max_tokens_per_micro):
+        for _, batch in _micro_batches(model, ids, weights):
             ours = sequence_sums(model.logprobs(batch), batch.owners, len(batch.ends))
             gap += (ours.double() - reference(batch).double()).sum().item()
     model.train(was_training)

@@ -26,15 +26,15 @@ class CacheWindow:
 
     All layers share it.
 
-    A step of fixed shapes reads the first `width` columns whatever they hold, and writes the column
-    whose number stands in the tensor `column` (1,); elsewhere `column` is None.
+    A step reads the last `past` columns and writes the next one. One of fixed shapes reads the
+    first `past` + 1 columns whatever they hold, and writes the column whose number stands in the
+    tensor `column` (1,); elsewhere `column` is None.
     """
 
     def __init__(self, slots: int, capacity: int, end: int):
         self.slots, self.capacity, self.end = slots, capacity, end
         self.rows, self.past = slice(0, 0), 0
         self.column: Tensor | None = None
-        self.width = 0
 
 
 class SlotLayer(CacheLayerMixin):
@@ -72,7 +72,7 @@ class SlotLayer(CacheLayerMixin):
         if w.column is not None:
             rows = buffer[w.rows]
             rows.index_copy_(2, w.column, states)
-            return rows[:, :, : w.width]
+            return rows[:, :, : w.past + 1]
         if not w.past:
             buffer[w.rows, :, w.end - states.shape[2] : w.end] = states
             return states
@@ -85,8 +85,7 @@ class SlotLayer(CacheLayerMixin):
         return self.window.column is not None
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        w = self.window
-        return (w.past + query_length if w.column is None else w.width), 0
+        return self.window.past + query_length, 0
 
     def get_seq_length(self) -> int | Tensor:
         return self.window.past if self.window.column is None else self.window.column[0]

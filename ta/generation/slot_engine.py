@@ -134,7 +134,7 @@ class SlotEngine:
         # (slots,): the last token of each row
         self.tokens = torch.zeros(slots, dtype=torch.long, device=device)
         self.draws = torch.zeros(slots, device=device)  # a random number in [0, 1) for each row
-        # of steps of fixed shapes: the column to write, then each row's length (1 + slots,)
+        # (1 + slots,): the column that a step writes, then each row's length
         self.places = torch.zeros(1 + slots, dtype=torch.long, device=device)
         self.fixed = Graphs(self._fixed, device) if fixed_shapes else None
         self.checked = False
@@ -188,6 +188,7 @@ class SlotEngine:
             self.rows.append(self.work.row(*self.waiting.pop()))
             self.rows[-1].length = self.lengths[prompt]
         window.rows, window.past = slice(first, first + len(group)), 0
+        window.column = None
         inputs = left_pad([self.inputs[i] for i in group], self.device)
         # (prompts of the group, V)
         logits = self.forward(inputs | {"past_key_values": self.cache})
@@ -209,11 +210,15 @@ class SlotEngine:
     def step(self) -> None:
         """One more token for every row."""
         self._make_room()
-        live = slice(0, len(self.rows))
+        live, slots = slice(0, len(self.rows)), self.window.slots
+        lengths = [row.length for row in self.rows]
+        # an empty slot, of length 0, sees the column that it writes and no other
+        places = [self.window.end, *lengths, *[0] * (slots - len(lengths))]
+        self.places.copy_(self._pinned(places), non_blocking=True)
         self._renew_draws(live)
         chosen = self._replayed() if self.fixed else None
         if chosen is None:
-            chosen = self._chosen(self._logits(), live)
+            chosen = self._chosen(self._plain_logits(), live)
         self.window.end += 1
         for row in self.rows:
             row.length += 1
@@ -239,18 +244,24 @@ class SlotEngine:
         for layer in self.cache.layers:
             layer.rebase(width, len(self.rows), end)
 
-    def _logits(self) -> Tensor:
+    def _plain_logits(self) -> Tensor:
         """(B, V) after each live row's last token."""
-        window, width = self.window, max(row.length for row in self.rows)
-        n = len(self.rows)
-        lengths = torch.tensor([row.length for row in self.rows], device=self.device)
-        window.rows, window.past = slice(0, n), width
-        columns = torch.arange(width + 1, device=self.device)
-        return self._outputs(n, columns >= width - lengths[:, None], lengths[:, None])
+        return self._logits(len(self.rows), max(row.length for row in self.rows) + 1)
 
-    def _outputs(self, n: int, mask: Tensor, lengths: Tensor) -> Tensor:
-        """(n, V) after the last token of the first n rows, of these lengths (n, 1)."""
-        inputs = {"input_ids": self.tokens[:n, None], "attention_mask": mask.long()}
+    def _logits(self, rows: int, width: int, fixed: bool = False) -> Tensor:
+        """(rows, V) after the last token of the first `rows` slots.
+
+        They look at the last `width` columns, the new one included; in a step of fixed shapes at
+        the first `width` columns of the buffer.
+        """
+        window, end, lengths = self.window, self.places[:1], self.places[1 : 1 + rows, None]
+        columns = torch.arange(width, device=self.device)
+        mask = columns >= (end if fixed else width - 1) - lengths
+        if fixed:
+            mask = mask & (columns <= end)
+        window.rows, window.past = slice(0, rows), width - 1
+        window.column = end if fixed else None
+        inputs = {"input_ids": self.tokens[:rows, None], "attention_mask": mask.long()}
         return self.forward(inputs | {"position_ids": lengths, "past_key_values": self.cache})
 
     def _replayed(self) -> tuple[Tensor, Tensor] | None:
@@ -260,10 +271,6 @@ class SlotEngine:
         """
         n, slots = len(self.rows), self.window.slots
         key = rows_bucket(n, slots), bucket(self.window.end + 1)
-        # an empty slot, of length 0, sees the column that it writes and no other
-        lengths = [row.length for row in self.rows]
-        places = [self.window.end, *lengths, *[0] * (key[0] - n)]
-        self.places[: len(places)].copy_(self._pinned(places), non_blocking=True)
         known = key in self.fixed.replays
         try:
             if not self.checked:
@@ -284,8 +291,8 @@ class SlotEngine:
         """RuntimeError where a step of fixed shapes gives other logits than a plain one, for more
         rows than rounding may.
         """
-        plain = self._logits().float()
-        fixed = self._fixed_logits(rows, width)[: len(plain)].float()
+        plain = self._plain_logits().float()
+        fixed = self._logits(rows, width, fixed=True)[: len(plain)].float()
         spread = (plain - plain.mean(1, keepdim=True)).norm(dim=1)
         alike = (fixed - plain).norm(dim=1) <= AGREEMENT * spread
         if alike.float().mean().item() < 7 / 8:
@@ -294,26 +301,13 @@ class SlotEngine:
 
     def _fixed(self, rows: int, width: int) -> tuple[Tensor, Tensor]:
         """ids (rows,) and log-probabilities (rows,), from tensors that stay where they are."""
-        return self._chosen(self._fixed_logits(rows, width), slice(0, rows))
+        return self._chosen(self._logits(rows, width, fixed=True), slice(0, rows))
 
     def _chosen(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """The next ids and their log-probabilities of some rows."""
         draws = self.draws[rows] if self.config.temperature else None
         seen = None if self.seen is None else self.seen[rows]
         return choose(logits, draws, seen, self.config)
-
-    def _fixed_logits(self, rows: int, width: int) -> Tensor:
-        """(rows, V) after the last token of the first `rows` slots, of `width` columns of the
-        cache.
-        """
-        window, end, lengths = self.window, self.places[:1], self.places[1 : 1 + rows, None]
-        columns = torch.arange(width, device=self.device)
-        mask = (columns <= end) & (columns >= end - lengths)
-        window.rows, window.column, window.width = slice(0, rows), end, width
-        try:
-            return self._outputs(rows, mask, lengths)
-        finally:
-            window.column = None
 
     def _renew_draws(self, rows: slice) -> None:
         """Put down the next random number of some rows."""

@@ -80,36 +80,35 @@ def bleu(answers: Units, references: Units, max_n: int = 4) -> float:
     return _bleu(orders, *lengths) if orders[-1][1] else 0.0
 
 
-def self_bleu(answers: Units, max_n: int = 4) -> float:
+def self_bleu(answers: Units) -> float:
     """Self-BLEU, arXiv 1802.01886: mean sentence BLEU of each answer with the others as references.
 
     0 for a single answer, which is like no other.
 
     Of words, not letters. Sentence BLEU as in sacrebleu: orders that the answer is too short for do
-    not count. One pass keeps the two answers that have an n-gram most often: the greatest count
-    among the others is that of the first one, or of the second where the first is the answer.
+    not count. One pass keeps the two greatest counts of an n-gram: the greatest among the others
+    is the first one, or the second where the first is the answer's own.
     """
     units = _units(answers)
     if len(units) == 1:
         return 0.0
     orders: list[list[tuple[int, int]]] = [[] for _ in units]
-    for n in range(1, max_n + 1):
+    for n in range(1, 5):
         every = [Counter(_ngrams(answer, n)) for answer in units]
-        # gram -> (greatest count, its answer, greatest count of the other answers)
-        most: dict[tuple, tuple[int, int, int]] = {}
-        for i, grams in enumerate(every):
+        first, second = {}, {}
+        for grams in every:
             for gram, count in grams.items():
-                first, owner, second = most.get(gram, (0, -1, 0))
-                if count > first:
-                    most[gram] = count, i, first
-                elif count > second:
-                    most[gram] = first, owner, count
-        for i, grams in enumerate(every):
+                greatest = first.get(gram, 0)
+                if count > greatest:
+                    first[gram], second[gram] = count, greatest
+                elif count > second[gram]:
+                    second[gram] = count
+        for order, grams in zip(orders, every, strict=True):
             matches = 0
             for gram, count in grams.items():
-                first, owner, second = most[gram]
-                matches += min(count, second if owner == i else first)
-            orders[i].append((matches, grams.total()))
+                others = second if count == first[gram] else first
+                matches += min(count, others[gram])
+            order.append((matches, grams.total()))
     lengths = sorted(len(answer) for answer in units)
     return mean(
         _bleu(counts, len(answer), _closest(lengths, len(answer)))

@@ -30,16 +30,15 @@ def check_parallel(config, size: int) -> None:
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
     units = getattr(config, "intermediate_size", None) or size
-    if size < 1 or heads % size or (groups % size and size % groups) or units % size:
-        fits = [
-            n
-            for n in range(1, heads + 1)
-            if heads % n == 0 and (groups % n == 0 or n % groups == 0) and units % n == 0
-        ]
+
+    def fits(n: int) -> bool:
+        return not (heads % n or (groups % n and n % groups) or units % n)
+
+    if size < 1 or not fits(size):
         raise ValueError(
             f"--tensor-parallel-size {size} does not divide the model's {heads} attention heads "
             f"({groups} for keys and values, {units} hidden units): "
-            f"give one of {', '.join(map(str, fits))}"
+            f"give one of {', '.join(str(n) for n in range(1, heads + 1) if fits(n))}"
         )
 
 

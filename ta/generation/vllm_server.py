@@ -68,7 +68,7 @@ class VllmServer:
         prompts: Sequence[Sequence[int]],
         config: GenerateConfig,
         stop_ids: Collection[int],
-        keys: Sequence[int] | None = None,
+        keys: Sequence[int],
     ) -> list[list[Answer]]:
         """`generate` on the server: the same answers when greedy (to rounding)."""
         refuse_settings(config)
@@ -79,7 +79,7 @@ class VllmServer:
         def ask(number: int) -> Answer:
             i, k = divmod(number, n)
             limit = min(config.max_new_tokens, self.context - len(prompts[i]))
-            given = sampling_of(config, limit, stop_ids, i if keys is None else keys[i], k)
+            given = sampling_of(config, limit, stop_ids, keys[i], k)
             prompt = {"model": self.model, "prompt": list(prompts[i]), "return_token_ids": True}
             (choice,) = self.post("v1/completions", **prompt, **given)["choices"]
             return ending.answer(choice["token_ids"], choice["logprobs"]["token_logprobs"])

@@ -171,13 +171,12 @@ def join_passages(
     joined = [put_before(chat, passages, settings.separator) for chat, passages in pairs]
     encoded = encode(joined)
     results = []
-    for i, (base, tokens) in enumerate(zip(alone, encoded, strict=True)):
+    for chat, base, messages, passages, tokens in zip(
+        chats, alone, joined, kept, encoded, strict=True
+    ):
         # the joined text was cut after all: the chat goes without passages
         lost = base is not None and (isinstance(tokens, Drop) or _length(tokens) < _length(base))
-        if lost:
-            results.append((base, list(chats[i]), 0))
-        else:
-            results.append((tokens, joined[i], len(kept[i])))
+        results.append((base, list(chat), 0) if lost else (tokens, messages, len(passages)))
     return results
 
 

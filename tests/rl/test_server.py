@@ -168,7 +168,7 @@ def test_new_weights_and_answers_of_the_server_are_the_models(folder, server):
                 weights.add_(0.1 * torch.randn_like(weights))
         engine.put_weights(model.named_parameters(remove_duplicate=False))
         wanted = generate(model, tokenizer.fast, prompts, greedy, [2])
-        got = engine.generate(tokenizer.fast, prompts, greedy, [2])
+        got = engine.generate(tokenizer.fast, prompts, greedy, [2], range(len(prompts)))
         for (a,), (b,) in zip(got, wanted, strict=True):
             assert a.ids == b.ids and a.text == b.text and a.finish == b.finish
             assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
