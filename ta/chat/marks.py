@@ -10,6 +10,7 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from ta.chat.messages import REASONING, Message
@@ -127,21 +128,19 @@ def mark_chat(
     for place, depth in depths.items():
         new = marked[place] = dict(messages[place])
         for key, value in new.items():
-            label = Label(place, key, 0)
             if key == "content":
                 whole = depth if isinstance(value, str) else None
-                new[key] = marker.walk(value, label, whole, {"text": depth, "content": depth})
+                below = {"text": depth, "content": depth}
+                new[key] = marker.walk(value, Label(place, key, 0), whole, below)
             elif key in REASONING:
-                new[key] = marker.walk(value, label._replace(field="reasoning"), depth)
+                new[key] = marker.walk(value, Label(place, "reasoning", 0), depth)
             elif key == "tool_calls":
-                calls = enumerate(value)
-                label = label._replace(field="calls")
                 new[key] = [
-                    marker.walk(call, label._replace(call=number), None, call_depths)
-                    for number, call in calls
+                    marker.walk(call, Label(place, "calls", number), None, call_depths)
+                    for number, call in enumerate(value)
                 ]
             elif key != "role":
-                new[key] = marker.walk(value, label)
+                new[key] = marker.walk(value, Label(place, key, 0))
     values = {key: marker.walk(value, Label(-1, key, 0)) for key, value in arguments.items()}
     return marked, values, marker.labels
 
@@ -152,22 +151,18 @@ def _mark(kind: str, label: int) -> str:
 
 def read_marks(text: str) -> Written:
     """The text without its marks, and where the marked strings stand in it."""
-    clean: list[str] = []
+    # text, then each mark's kind and number with the text behind it
+    parts = _MARK.split(text)
+    clean, kinds, numbers = parts[::3], parts[1::3], parts[2::3]
     places: dict[int, list[tuple[int, int]]] = {}
     begun: dict[int, int] = {}
-    size = at = 0
     broken = False
-    for mark in _MARK.finditer(text):
-        clean.append(text[at : mark.start()])
-        size += mark.start() - at
-        at = mark.end()
-        label = int(mark[2].translate(_NUMBERS))
-        if mark[1] == _OPEN:
-            broken = broken or label in begun
-            begun[label] = size
-        elif label in begun:
-            places.setdefault(label, []).append((begun.pop(label), size))
-        else:
+    for size, kind, number in zip(accumulate(map(len, clean)), kinds, numbers, strict=False):
+        label = int(number.translate(_NUMBERS))
+        if (kind == _OPEN) == (label in begun):
             broken = True
-    clean.append(text[at:])
+        elif kind == _OPEN:
+            begun[label] = size
+        else:
+            places.setdefault(label, []).append((begun.pop(label), size))
     return Written("".join(clean), places, broken or bool(begun))

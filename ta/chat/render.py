@@ -297,35 +297,30 @@ def spans(
     `files` has names for the token. With `most`, the middle of a longer sequence is left out and
     counted.
     """
-    ids, weights = list(tokens.ids), list(tokens.weights)
-    if 0 < most < len(ids):
-        half, rest = most // 2, len(ids) - most
-        learned = sum(map(bool, weights[half : half + rest]))
+    pairs = list(zip(*tokens, strict=True))
+    if 0 < most < len(pairs):
+        half, rest = most // 2, len(pairs) - most
+        learned = sum(map(bool, tokens.weights[half : half + rest]))
         cut = (f" … {rest:,} tokens, {learned:,} of them learned … ", 0.0)
-        parts = (slice(half), slice(half + rest, None))
-        first, last = (
-            spans(Tokens(ids[part], weights[part]), decode, files=files) for part in parts
-        )
+        ends = (pairs[:half], pairs[half + rest :])
+        first, last = (spans(Tokens(*zip(*end, strict=True)), decode, files=files) for end in ends)
         return [*first, cut, *last]
     found: list[tuple[str, float]] = []
-    for weight, stretch in groupby(zip(ids, weights, strict=True), key=lambda pair: pair[1]):
-        text, plain = "", []
-        for token, run in groupby(i for i, _ in stretch):
-            count = len(list(run))
-            if count < RUN:
-                plain += [token] * count
+    for weight, stretch in groupby(pairs, key=lambda pair: pair[1]):
+        text = ""
+        runs = [(token, len([*run])) for token, run in groupby(i for i, _ in stretch)]
+        for long, some in groupby(runs, key=lambda run: run[1] >= RUN):
+            if not long:
+                text += decode([token for token, count in some for _ in range(count)])
                 continue
-            name = next(files.get(token, iter(())), decode([token]))
-            text += (decode(plain) if plain else "") + f"[{name}, {count:,} tokens]"
-            plain = []
-        found.append((text + (decode(plain) if plain else ""), weight))
+            for token, count in some:
+                name = next(files.get(token, iter(())), decode([token]))
+                text += f"[{name}, {count:,} tokens]"
+        found.append((text, weight))
     return found
 
 
 def show(found: list[tuple[str, float]]) -> str:
     """Spans for a terminal: learned ones green (yellow where the weight is not 1), others dim."""
-    colours = (("2" if not weight else "32" if weight == 1 else "33") for _, weight in found)
-    return "".join(
-        f"\x1b[{colour}m{printable(text)}\x1b[0m"
-        for colour, (text, _) in zip(colours, found, strict=True)
-    )
+    colour = lambda weight: "2" if not weight else "32" if weight == 1 else "33"
+    return "".join(f"\x1b[{colour(weight)}m{printable(text)}\x1b[0m" for text, weight in found)

@@ -156,6 +156,11 @@ def _split_explicit(
 ) -> list[Span]:
     notes += [f"{name} of the record is not written by --prefix-template" for name in arguments]
     spans = []
+
+    def prefix(role: str) -> tuple[Part]:
+        bos = "" if spans else template.bos
+        return (Part(bos + template.prefix.format(role=template.role_tags[role]), "template"),)
+
     for i, message in enumerate(messages):
         content = message.get("content") or ""
         if message.get("tool_calls") or not isinstance(content, str):
@@ -167,24 +172,11 @@ def _split_explicit(
         notes += [
             f"{key} is not written by --prefix-template" for key in REASONING if key in message
         ]
-        answer = message["role"] == ANSWER
-        spans.append(
-            Span(
-                (
-                    Part(
-                        template.prefix.format(role=template.role_tags[message["role"]]), "template"
-                    ),
-                ),
-                content_parts(content, message.get("parts"), "answer" if answer else "other"),
-                template.suffix,
-            )
-        )
+        by = "answer" if message["role"] == ANSWER else "other"
+        body = content_parts(content, message.get("parts"), by)
+        spans.append(Span(prefix(message["role"]), body, template.suffix))
     if opened:
-        prefix = template.prefix.format(role=template.role_tags[ANSWER])
-        spans.append(Span((Part(prefix, "template"),), (), ""))
-    if spans and template.bos:
-        first = spans[0].prefix[0]
-        spans[0] = spans[0]._replace(prefix=(first._replace(text=template.bos + first.text),))
+        spans.append(Span(prefix(ANSWER), (), ""))
     return spans
 
 

@@ -14,6 +14,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -34,6 +35,8 @@ SPLITS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+# by the first bytes of a file, what pyarrow reads it as
+ARROW_KINDS = {b"PAR1": "parquet", b"ARRO": "file", b"\xff\xff\xff\xff": "stream"}
 # columns of a CSV file whose cells are JSON; all others are text
 JSON_COLUMNS = (
     *("messages", "conversations", "context", "answer_w", "answer_l", "answers", "rewards"),
@@ -149,29 +152,23 @@ def read_rows(path: str, keep: Keep | None = None) -> Iterator[tuple[int, bytes]
 
 def _reader(file: str, keep: Keep | None) -> Callable[[str], Iterator[tuple[int, bytes]]]:
     regular_file(file)
-    with open(file, "rb") as start:
-        first = start.read(6)
     if file.endswith((".csv", ".csv.gz")):
         return _csv_rows
-    if first.startswith(b"PAR1"):
-        return partial(_arrow_rows, kind="parquet", keep=keep)
-    if first == b"ARROW1":
-        return partial(_arrow_rows, kind="file", keep=keep)
-    if first.startswith(b"\xff\xff\xff\xff"):
-        return partial(_arrow_rows, kind="stream", keep=keep)
+    with open(file, "rb") as start:
+        kind = ARROW_KINDS.get(start.read(4))
+    if kind:
+        return partial(_arrow_rows, kind=kind, keep=keep)
     return _list_rows if _is_list(file) else read_lines
 
 
 def _is_list(file: str) -> bool:
     """Whether the first sign in a JSON file opens a list."""
-    try:
-        with gzip.open(file) if file.endswith(".gz") else open(file, "rb") as start:
-            while block := start.read(4096).removeprefix(b"\xef\xbb\xbf"):
-                if block := block.lstrip():
-                    return block.startswith(b"[")
-    except (EOFError, gzip.BadGzipFile, zlib.error):
-        pass
+    opened = gzip.open if file.endswith(".gz") else open
     # read_lines says what is wrong
+    with suppress(EOFError, gzip.BadGzipFile, zlib.error), opened(file, "rb") as start:
+        while block := start.read(4096).removeprefix(b"\xef\xbb\xbf"):
+            if block := block.lstrip():
+                return block.startswith(b"[")
     return False
 
 
