@@ -11,6 +11,7 @@ import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache, partial
 from itertools import accumulate, pairwise
 from operator import itemgetter
@@ -167,8 +168,12 @@ def split_jinja(
     if plain := plain_contents(messages, template, opened, arguments):
         skeleton, contents = plain
         notes += skeleton.notes
-        written = map(_filled, skeleton.spans, contents, messages)
-        return [*written, *skeleton.spans[len(contents) :]]
+        spans = skeleton.spans[:]
+        for i, content in enumerate(contents):
+            *lead, x = spans[i].body
+            parts = content_parts(content, messages[i].get("parts"), x.by)
+            spans[i] = spans[i]._replace(body=(*lead, *parts))
+        return spans
     given = [_given(message, template.role_tags) for message in messages]
     for key, own in template.reasoning_keys.items():
         if any(key in message for message in given):
@@ -194,10 +199,6 @@ def _given(message: Message, tags: Tags) -> Message:
     if len(message) == 2 and tags[message["role"]] == message["role"]:
         return message
     return {k: v for k, v in message.items() if k not in OURS} | {"role": tags[message["role"]]}
-
-
-def _is_plain(message: Message) -> bool:
-    return isinstance(message.get("content"), str) and message.keys() <= PLAIN
 
 
 def _spellings(given: list[Message]) -> Iterator[tuple[list[Message], str]]:
@@ -239,10 +240,9 @@ def _call_with(call: dict, change: Callable[[Any], Any]) -> dict:
 
 
 def _parsed(value: Any) -> Any:
-    try:
-        return json.loads(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+    with suppress(ValueError, TypeError):
+        return json.loads(value)
+    return value
 
 
 def _dumped(value: Any) -> Any:
@@ -257,9 +257,11 @@ def plain_contents(
     None for other messages, and where the template looks at contents.
     """
     roles = tuple([message["role"] for message in messages])
-    known = template.role_tags.keys() >= {*roles}
-    if arguments or not known or not all(map(_is_plain, messages)):
+    if arguments or not template.role_tags.keys() >= {*roles}:
         return None
+    for message in messages:
+        if not isinstance(message.get("content"), str) or not message.keys() <= PLAIN:
+            return None
     skeleton = template.skeletons.get((roles, opened))
     if skeleton is None:
         if len(template.skeletons) >= MEMORY:
@@ -276,30 +278,21 @@ def plain_contents(
     return contents and (skeleton, contents)
 
 
-def _filled(span: Span, content: str, message: Message) -> Span:
-    """The span of a skeleton with a content of its own."""
-    *lead, x = span.body
-    parts = content_parts(content, message.get("parts"), x.by)
-    return span._replace(body=(*lead, *parts))
-
-
 def _skeleton(roles: tuple[str, ...], template: JinjaTemplate, opened: bool) -> Skeleton:
     given = [{"role": template.role_tags[role], "content": "x"} for role in roles]
     named = [{"role": role, "content": "x"} for role in roles]
     notes: list[str] = []
     spans = _split(given, named, template, opened, {}, notes)
-    texts, before = [], ""
-    for i, span in enumerate(spans):
-        parts = [*span.prefix, *span.body]
-        content = parts.pop() if span.body else None
-        absent = i < len(roles) and (content is None or content.by == "template")
-        if absent or any(part.by != "template" for part in parts):
-            raise ValueError("the contents do not stand one behind another")
-        before += "".join([part.text for part in parts])
+    texts = [""]
+    for i, (prefix, body, suffix, _) in enumerate(spans):
+        *around, content = *prefix, *body, Part("", "other")
         if i < len(roles):
-            texts.append(before)
-            before = span.suffix
-    return Skeleton((*texts, before), spans, notes, {})
+            *around, content = around
+        if content.by == "template" or any(part.by != "template" for part in around):
+            raise ValueError("the contents do not stand one behind another")
+        texts[-1] += "".join([part.text for part in around])
+        texts += [suffix] * (i < len(roles))
+    return Skeleton(tuple(texts), spans, notes, {})
 
 
 def _contents(text: str, texts: tuple[str, ...], messages: Sequence[Message]) -> list[str] | None:
@@ -379,30 +372,16 @@ def _split(
     arguments: Arguments,
     notes: list[str],
 ) -> list[Span]:
+    """The spans of messages in one spelling, `given`.
+
+    They are found by marks that change nothing of the text that the template writes. Some templates
+    look at how a text begins or ends, some take it apart: marks stand around the whole of it,
+    behind tokens and tags, or further inside.
+    """
     text = template.render(given, opened, arguments)
     null = "None" in text and any(message.get("content", "") is None for message in given)
     if null and "None" not in json.dumps([given, arguments]) + template.source:
         raise ValueError("the chat template writes null content as the word None")
-    chat = _marked(given, messages, template, opened, arguments, text)
-    ends, begins, faults = _borders(chat, notes)
-    for i, fault in _unwritten(chat, notes).items():
-        faults[i] = fault
-    return _spans(chat, ends, begins, faults)
-
-
-def _marked(
-    given: list[Message],
-    messages: Sequence[Message],
-    template: JinjaTemplate,
-    opened: bool,
-    arguments: Arguments,
-    text: str,
-) -> Marked:
-    """The chat with marks that change nothing of the text that the template writes.
-
-    Some templates look at how a text begins or ends, some take it apart: marks stand around the
-    whole of it, behind tokens and tags, or further inside.
-    """
     roles = tuple(message["role"] for message in messages)
     media = {i: message["parts"] for i, message in enumerate(messages) if "parts" in message}
     own = {name: value for name, value in arguments.items() if name not in ("tools", "documents")}
@@ -421,14 +400,19 @@ def _marked(
 
     for answers, others, names in WAYS:
         depths = {i: answers if role == ANSWER else others for i, role in enumerate(roles)}
-        if found := mark(depths | dict.fromkeys(media, 0), names):
-            return found
-    bad = (i for i in range(len(given)) if not any(mark({i: d}, False) for d in (0, 1, 2)))
-    place = next(bad, 0)
-    raise ValueError(
-        f"message {place + 1} ({roles[place]}) cannot be split faithfully: the tokenizer's chat "
-        f"template changes its text or writes it depending on it; {REMEDY}"
-    )
+        if chat := mark(depths | dict.fromkeys(media, 0), names):
+            break
+    else:
+        bad = (i for i in range(len(given)) if not any(mark({i: d}, False) for d in (0, 1, 2)))
+        place = next(bad, 0)
+        raise ValueError(
+            f"message {place + 1} ({roles[place]}) cannot be split faithfully: the tokenizer's "
+            f"chat template changes its text or writes it depending on it; {REMEDY}"
+        )
+    ends, begins, faults = _borders(chat, notes)
+    for i, fault in _unwritten(chat, notes).items():
+        faults[i] = fault
+    return _spans(chat, ends, begins, faults)
 
 
 def _places(
