@@ -192,9 +192,9 @@ def tokenizer_settings(tokenizer: ChatTokenizer, chat: ChatConfig) -> dict[str, 
     """All that decides how a dialogue becomes ids and weights, as JSON values."""
     placeholders = {name: [p.text, p.check_key] for name, p in tokenizer.placeholders.items()}
     template = tokenizer.template
+    told = {"media": placeholders, "day": tokenizer.day}
     return {
-        **({"media": placeholders} if placeholders else {}),
-        **({"day": tokenizer.day} if tokenizer.day else {}),
+        **{name: value for name, value in told.items() if value},
         "template": repr(tuple(template))
         if isinstance(template, ExplicitTemplate)
         else [template.source, tokenizer.fast.chat_template],
@@ -238,24 +238,11 @@ def add_tokens(fast: PreTrainedTokenizerFast, init_tokens: Sequence[str]) -> lis
     is checked before anything is changed. Returns one NewToken per entry, in order. ValueError for
     a token or text that cannot work.
     """
+    from tokenizers import AddedToken
+
     pairs = [parse_init_token(text) for text in init_tokens]
-    _check_pairs(pairs)
-    known, words = fast.get_added_vocab(), fast.get_vocab()
-    for token, _ in pairs:
-        if token in words and token not in known:
-            raise ValueError(
-                f"new token {token!r}: is an ordinary piece of the vocabulary already; give "
-                f"another, such as '<{token}>'"
-            )
-    pieces = {token: _pieces(fast, token, text) for token, text in pairs}
-    absent = [token for token, _ in pairs if token not in known]
-    _extend(fast, absent)
-    ids = fast.get_added_vocab()
-    return [NewToken(token, ids[token], pieces[token], token in absent) for token, _ in pairs]
-
-
-def _check_pairs(pairs: Sequence[tuple[str, str]]) -> None:
     tokens = [token for token, _ in pairs]
+    known, words = fast.get_added_vocab(), fast.get_vocab()
     for token, text in pairs:
         if tokens.count(token) > 1:
             raise ValueError(
@@ -271,6 +258,26 @@ def _check_pairs(pairs: Sequence[tuple[str, str]]) -> None:
                 f"new token {token!r}: its text {text!r} contains the new token {inside[0]!r}; "
                 "give a text of known words"
             )
+        if token in words and token not in known:
+            raise ValueError(
+                f"new token {token!r}: is an ordinary piece of the vocabulary already; give "
+                f"another, such as '<{token}>'"
+            )
+    pieces = [_pieces(fast, token, text) for token, text in pairs]
+    absent = [token for token in tokens if token not in known]
+    fast.add_tokens([AddedToken(token, special=True, normalized=False) for token in absent])
+    added = fast.get_added_vocab()
+    for token in absent:
+        ids = fast(token, add_special_tokens=False)["input_ids"]
+        if ids != [added[token]]:
+            raise ValueError(
+                f"new token {token!r}: another token takes a part of it (ids {ids}); give a text "
+                "that no other token begins"
+            )
+    return [
+        NewToken(token, added[token], own, token in absent)
+        for token, own in zip(tokens, pieces, strict=True)
+    ]
 
 
 def _pieces(fast: PreTrainedTokenizerFast, token: str, text: str) -> tuple[int, ...]:
@@ -291,19 +298,6 @@ def _pieces(fast: PreTrainedTokenizerFast, token: str, text: str) -> tuple[int, 
             "known words"
         )
     return tuple(ids)
-
-
-def _extend(fast: PreTrainedTokenizerFast, tokens: Sequence[str]) -> None:
-    from tokenizers import AddedToken
-
-    fast.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
-    for token in tokens:
-        ids = fast(token, add_special_tokens=False)["input_ids"]
-        if ids != [fast.get_added_vocab()[token]]:
-            raise ValueError(
-                f"new token {token!r}: another token takes a part of it (ids {ids}); give a text "
-                "that no other token begins"
-            )
 
 
 def load_tokenizer(
@@ -453,11 +447,10 @@ def _literal(source: dict[str, Any], special: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _steps(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    if step:
+def _steps(*steps: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    for step in filter(None, steps):
         yield step
-        for inner in (*step.get("pretokenizers", ()), *step.get("normalizers", ())):
-            yield from _steps(inner)
+        yield from _steps(*step.get("pretokenizers", ()), *step.get("normalizers", ()))
 
 
 def _begins(source: dict[str, Any]) -> str | None:
@@ -466,7 +459,7 @@ def _begins(source: dict[str, Any]) -> str | None:
     "first": at its very beginning only; "always": after each special token too.
     """
     found = None
-    for step in (*_steps(source["normalizer"]), *_steps(source["pre_tokenizer"])):
+    for step in _steps(source["normalizer"], source["pre_tokenizer"]):
         if (
             step["type"] == "Prepend"
             or step.get("add_prefix_space")
@@ -480,10 +473,11 @@ def _begins(source: dict[str, Any]) -> str | None:
 
 def _without_prefix(source: dict[str, Any]) -> dict[str, Any]:
     source = source | deepcopy({key: source[key] for key in ("normalizer", "pre_tokenizer")})
-    for step in (*_steps(source["normalizer"]), *_steps(source["pre_tokenizer"])):
+    for step in _steps(source["normalizer"], source["pre_tokenizer"]):
         if step["type"] == "Prepend":
-            step.clear()
-            step.update({"type": "Replace", "pattern": {"String": "\u2581"}, "content": "\u2581"})
+            # as much as nothing
+            step |= {"type": "Replace", "pattern": {"String": "\u2581"}, "content": "\u2581"}
+            del step["prepend"]
         if "add_prefix_space" in step:
             step["add_prefix_space"] = False
         if "prepend_scheme" in step:
