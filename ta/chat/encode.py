@@ -99,6 +99,7 @@ def encode_dialogues(
     groups = [[_prepared(dialogue, config) for dialogue in group] for group in dialogues]
     arguments = arguments or [NO_ARGUMENTS] * len(groups)
     jobs = [Fitting(*given, rule) for given in zip(groups, arguments, strict=True)]
+    bos = tokenizer.fast.bos_token_id
     while waiting := [job for job in jobs if job.result is None]:
         rendered = []
         for job in waiting:
@@ -109,8 +110,10 @@ def encode_dialogues(
         tokenized = iter(tokenize_chats(rendered, tokenizer.vocabulary))
         for job in waiting:
             variants = [next(tokenized) for _ in job.group]
-            if is_text(job.group[0]):
-                _begin_text(variants[0].tokens, tokenizer)
+            if is_text(job.group[0]) and tokenizer.fast("")["input_ids"][:1] == [bos]:
+                # where the tokenizer itself puts it in front of a text
+                variants[0].tokens.ids.insert(0, bos)
+                variants[0].tokens.weights.insert(0, 0.0)
             job.fit(variants, config)
     for job, said in zip(jobs, notes or (), strict=False):
         if isinstance(job.result, list):
@@ -154,7 +157,10 @@ class Fitting:
             self.notes.append("the last answer is cut and teaches no end")
             sequences = [Tokens(x[:limit], w[:limit]) for x, w in sequences]
         if self.cut or not over:
-            self.result = _learnable(sequences, rule)
+            self.result = sequences
+            if not rule.opened and not all(any(tokens.weights) for tokens in sequences):
+                why = "no token of the chat has a weight: see loss_on and the messages' own loss"
+                self.result = Drop("nothing to learn", why)
             return
         # what a template writes once (BOS) counts with the first message; should that message go,
         # the next round counts again
@@ -177,14 +183,6 @@ class Fitting:
 def is_text(dialogue: Chat) -> bool:
     """Whether a dialogue is a plain text, which no template writes around."""
     return bool(dialogue) and bool(dialogue[-1].get("plain"))
-
-
-def _begin_text(tokens: Tokens, tokenizer: ChatTokenizer) -> None:
-    """Put BOS in front, where the tokenizer itself puts it in front of a text."""
-    bos = tokenizer.fast.bos_token_id
-    if tokenizer.fast("")["input_ids"][:1] == [bos]:
-        tokens.ids.insert(0, bos)
-        tokens.weights.insert(0, 0.0)
 
 
 def _of_use(group: Sequence[Chat], rule: EncodeRule) -> tuple[list[int], Drop | None]:
@@ -242,15 +240,6 @@ def _cut_in_answer(
             return list(range(i + 1)) if answers and learned else []
         total += length
     return []
-
-
-def _learnable(sequences: list[Tokens], rule: EncodeRule) -> list[Tokens] | Drop:
-    if rule.opened or all(any(tokens.weights) for tokens in sequences):
-        return sequences
-    return Drop(
-        "nothing to learn",
-        "no token of the chat has a weight: see loss_on and the messages' own loss",
-    )
 
 
 def encode_chats(
@@ -350,7 +339,16 @@ def encode_prompt(
 
 def _prepared(dialogue: Chat, config: ChatConfig) -> list[Message]:
     """The dialogue with the role's one name and the system prompt that the user asks for."""
-    messages = [_canonical(message, i) for i, message in enumerate(dialogue)]
+    messages = []
+    for i, message in enumerate(dialogue):
+        role, content = message.get("role"), message.get("content")
+        beside_calls = content is None and message.get("tool_calls")
+        if not isinstance(role, str) or not (isinstance(content, str | list) or beside_calls):
+            wrong, given = ("content", content) if isinstance(role, str) else ("role", role)
+            raise ValueError(
+                f"message {i + 1} has {wrong} {given!r}, which is no text; give a string"
+            )
+        messages.append({**message, "role": ANSWER} if role == "bot" else message)
     if is_text(messages):
         if len(messages) > 1 or config.system_prompt is not None:
             raise ValueError(
@@ -359,14 +357,3 @@ def _prepared(dialogue: Chat, config: ChatConfig) -> list[Message]:
             )
         return messages
     return with_system(messages, config.system_prompt, config.ignore_system_prompt)
-
-
-def _canonical(message: Message, index: int) -> Message:
-    role, content = message.get("role"), message.get("content")
-    beside_calls = content is None and message.get("tool_calls")
-    if not isinstance(role, str) or not (isinstance(content, str | list) or beside_calls):
-        wrong, given = ("role", role) if not isinstance(role, str) else ("content", content)
-        raise ValueError(
-            f"message {index + 1} has {wrong} {given!r}, which is no text; give a string"
-        )
-    return {**message, "role": ANSWER} if role == "bot" else message

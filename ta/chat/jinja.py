@@ -410,8 +410,7 @@ def _split(
             f"chat template changes its text or writes it depending on it; {REMEDY}"
         )
     ends, begins, faults = _borders(chat, notes)
-    for i, fault in _unwritten(chat, notes).items():
-        faults[i] = fault
+    _note_unwritten(chat, faults, notes)
     return _spans(chat, ends, begins, faults)
 
 
@@ -448,13 +447,12 @@ def _reach(text: str, pieces: Sequence[str]) -> int:
     return at
 
 
-def _unwritten(chat: Marked, notes: list[str]) -> dict[int, str]:
-    """Of each answer whose tool calls the template leaves out, why it cannot be learned.
+def _note_unwritten(chat: Marked, faults: list[str], notes: list[str]) -> None:
+    """Put into `faults` which answers cannot be learned, because the template leaves out a call.
 
     A note says where reasoning is left out, or a remark beside calls. ValueError for a message
     whose content is left out, or written twice.
     """
-    faults: dict[int, str] = {}
     there = {place.number for place in chat.places}
     often = {place.number for place in chat.places if not place.once}
     speak = {place.label.message for place in chat.places}
@@ -487,7 +485,6 @@ def _unwritten(chat: Marked, notes: list[str]) -> dict[int, str]:
                 if i < last
                 else f"{key} of the last answer is not written by the chat template"
             )
-    return faults
 
 
 def _borders(chat: Marked, notes: list[str]) -> tuple[list[int], list[int], list[str]]:
@@ -517,25 +514,18 @@ def _borders(chat: Marked, notes: list[str]) -> tuple[list[int], list[int], list
         min(max(begin, before), end)
         for begin, before, end in zip(opens, [0, *ends], ends, strict=False)
     ]
-    for i in _entangled(chat, own, begins, ends):
-        faults[i] = faults[i] or "its text and another message's stand in each other"
-    return ends, begins, faults[:count]
-
-
-def _entangled(
-    chat: Marked, places: list[Place], begins: list[int], ends: list[int]
-) -> Iterator[int]:
-    """The messages of which some text does not stand where the message does."""
-    count = len(ends)
-    begun = {place.home for place in places if place.home == place.label.message}
-    for place in places:
+    begun = {place.home for place in own if place.home == place.label.message}
+    for place in own:
+        # the message that it is of, and the one in which it stands
         i, there = place.label.message, bisect_right(ends, place.start)
         answer = chat.roles[i] == ANSWER
         early = i == there and answer and place.start < begins[i]
         # what an answer says beside its calls may stand behind what they gave
         behind = i in begun and there < count and answer and chat.roles[there] != ANSWER
         if there != place.home or early or not (i == there or behind):
-            yield from {i, there}.difference((count,))
+            for k in {i, there}.difference((count,)):
+                faults[k] = faults[k] or "its text and another message's stand in each other"
+    return ends, begins, faults[:count]
 
 
 def _border(chat: Marked, i: int, anchor: Place | None, gap: str) -> Border:

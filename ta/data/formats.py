@@ -153,11 +153,11 @@ def from_completion(data: dict) -> dict:
         if not isinstance(data[key], str | list):
             what = f"{key} is {named(data[key])}; give text or messages"
             raise BadRecord(f"{key} is not text", what)
-    prompt = [
-        {**message, "loss": False} if _answers(message) else message
-        for message in _messages_of(data["prompt"], "user")
-    ]
-    return {"messages": [*prompt, *_messages_of(data["completion"], ANSWER)]}
+    messages = []
+    for message in _messages_of(data["prompt"], "user"):
+        answer = isinstance(message, dict) and message.get("role") in (ANSWER, "bot")
+        messages.append({**message, "loss": False} if answer else message)
+    return {"messages": messages + _messages_of(data["completion"], ANSWER)}
 
 
 def from_prompt(data: dict) -> dict:
@@ -370,10 +370,6 @@ def _turns_of(text: str, key: str) -> list[dict]:
 def _messages_of(given: Any, role: str) -> Any:
     """Text as one message of the role; messages as they are."""
     return [{"role": role, "content": given}] if isinstance(given, str) else given
-
-
-def _answers(message: Any) -> bool:
-    return isinstance(message, dict) and message.get("role") in (ANSWER, "bot")
 
 
 def _turns(data: dict) -> bool:

@@ -151,7 +151,7 @@ def train_batches(
     """
     assert prepared is not None, "recipes train on built-in data where none is given"
     check_budget(prepared, config.max_tokens_per_micro, parts)
-    batch_size = default_batch_size if config.batch_size is None else config.batch_size
+    batch_size = config.batch_size or default_batch_size
     n = len(prepared.origin)
     steps = config.steps if config.steps is not None else steps_in(n, batch_size, config.epochs)
     return TrainBatches(
@@ -429,9 +429,9 @@ def labelled_collate(prepared: Prepared, seed: int) -> Collate:
 
     def collate(prepared: Prepared, records: np.ndarray, packed: bool) -> LabelledBatch:
         batch = collate_chats(prepared, records, packed)
-        others = [partner(int(record)) for record in records]
-        pairs = zip(records, others, strict=True)
-        swapped = [mismatch(prepared, int(record), other) for record, other in pairs]
+        others = [partner(i) for i in records.tolist()]
+        pairs = zip(records.tolist(), others, strict=True)
+        swapped = [mismatch(prepared, i, other) for i, other in pairs]
         mismatched = lay_out([ids for ids, _ in swapped], [w for _, w in swapped], batch.packed)
         matched = torch.tensor([other is not None for other in others], dtype=torch.bool)
         labelled = LabelledBatch(batch, mismatched, matched, torch.from_numpy(desirable[records]))
