@@ -99,7 +99,6 @@ def encode_dialogues(
     groups = [[_prepared(dialogue, config) for dialogue in group] for group in dialogues]
     arguments = arguments or [NO_ARGUMENTS] * len(groups)
     jobs = [Fitting(*given, rule) for given in zip(groups, arguments, strict=True)]
-    bos = tokenizer.fast.bos_token_id
     while waiting := [job for job in jobs if job.result is None]:
         rendered = []
         for job in waiting:
@@ -110,10 +109,12 @@ def encode_dialogues(
         tokenized = iter(tokenize_chats(rendered, tokenizer.vocabulary))
         for job in waiting:
             variants = [next(tokenized) for _ in job.group]
-            if is_text(job.group[0]) and tokenizer.fast("")["input_ids"][:1] == [bos]:
-                # where the tokenizer itself puts it in front of a text
-                variants[0].tokens.ids.insert(0, bos)
-                variants[0].tokens.weights.insert(0, 0.0)
+            if is_text(job.group[0]):
+                # BOS, where the tokenizer itself puts it in front of a text
+                bos, (ids, weights) = tokenizer.fast.bos_token_id, variants[0].tokens
+                if tokenizer.fast("")["input_ids"][:1] == [bos]:
+                    ids.insert(0, bos)
+                    weights.insert(0, 0.0)
             job.fit(variants, config)
     for job, said in zip(jobs, notes or (), strict=False):
         if isinstance(job.result, list):

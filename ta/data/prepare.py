@@ -499,7 +499,7 @@ def _build(
                 except ValueError:
                     # some record is wrong: encode smaller groups to find it
                     results = pin_errors(lambda some: encode_dialogues(*encoder.inputs(some)), jobs)
-                done = encoder.usable(jobs, results, source, drops)
+                done = encoder.usable(jobs, results, drops)
                 if done:
                     arrays.append(done)
                 used[index] += len({record.line for record, _ in done})
@@ -531,7 +531,6 @@ class ToEncode(NamedTuple):
     """A record's dialogues to encode, with what the template is given beside them."""
 
     record: Record
-    raw: bytes
     group: list[Chat]
     arguments: Arguments
     # what the template leaves out of them
@@ -555,11 +554,9 @@ class RecordEncoder(NamedTuple):
             more["labels"] = kind.labels
         return partial(kind.check, **more) if more else kind.check
 
-    def jobs(
-        self, chunk: list[tuple[Record, bytes]], source: Source, drops: Drops
-    ) -> Iterator[ToEncode]:
+    def jobs(self, chunk: list[Record], source: Source, drops: Drops) -> Iterator[ToEncode]:
         """The dialogues of some records, with a source's own system prompt."""
-        for record, raw in chunk:
+        for record in chunk:
             data = record.data
             for key in ("messages", "context"):
                 if source.system_prompt and key in data:
@@ -567,42 +564,41 @@ class RecordEncoder(NamedTuple):
             try:
                 groups = [self.kind.dialogues(data, self.tokenizer)]
             except ValueError as error:
-                drops.bad_record(record.source, source.path, record.line, error, raw)
+                drops.bad_record(record, error)
                 continue
             if self.chat.split_turns:
                 groups = [[turn] for turn in turns_of(groups[0][0])] or groups
             for group in groups:
-                yield ToEncode(record, raw, group, template_arguments(data), [])
+                yield ToEncode(record, group, template_arguments(data), [])
 
     def inputs(self, jobs: Sequence[ToEncode]) -> tuple:
         """What `encode_dialogues` takes."""
-        groups, given, notes = ([job[field] for job in jobs] for field in (2, 3, 4))
+        groups, given, notes = ([job[field] for job in jobs] for field in (1, 2, 3))
         return groups, self.tokenizer, self.chat, self.kind.rule, given, notes
 
     def usable(
         self,
         jobs: Sequence[ToEncode],
         results: Sequence[list[Tokens] | Drop | ValueError],
-        source: Source,
         drops: Drops,
     ) -> list[tuple[Record, Encoded]]:
         """The records that can be used, encoded; the others are counted in `drops`."""
         done, wrong = [], set()
         for job, result in zip(jobs, results, strict=True):
-            index, line, data = job.record
+            record = job.record
             if self.kind.distinct and isinstance(result, list):
                 result = drop_equal(result)
-            if line in wrong:
+            if record.line in wrong:
                 continue
             if isinstance(result, ValueError):
-                wrong.add(line)
-                drops.bad_record(index, source.path, line, result, job.raw)
+                wrong.add(record.line)
+                drops.bad_record(record, result)
             elif isinstance(result, Drop):
-                drops.drop(index, source.path, line, result.reason)
+                drops.drop(record, result.reason)
             else:
                 for note in job.notes:
-                    drops.note(index, line, note)
-                done.append((job.record, self.encoded(result, data)))
+                    drops.note(record, note)
+                done.append((record, self.encoded(result, record.data)))
         return done
 
     def encoded(self, seqs: list[Tokens], record: dict) -> Encoded:

@@ -53,10 +53,16 @@ class Source(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One checked record with its origin: index of the source and 1-based line."""
+    """One record with its origin."""
 
+    # index of the source
     source: int
+    # from 1
     line: int
+    path: str
+    # the line itself
+    raw: bytes
+    # as the checker gives it; {} where it is wrong
     data: dict
 
 
@@ -172,38 +178,39 @@ class Drops:
     # hashes of the ids so far
     ids: set[int] = field(default_factory=set)
 
-    def bad_record(self, source: int, path: str, line: int, error: ValueError, raw: bytes) -> None:
+    def bad_record(self, record: Record, error: ValueError) -> None:
         """Count a bad record, or raise ValueError.
 
         It raises where bad records are not skipped, and where more are skipped than `max_bad_share`
         allows. A record that is only unusable is dropped.
         """
         if getattr(error, "unusable", False):
-            return self.drop(source, path, line, error.reason)
+            return self.drop(record, error.reason)
+        what = f"{record.path}:{record.line}: {error}"
         if self.on_bad_record != "skip":
-            raise ValueError(f"{path}:{line}: {error}") from None
+            raise ValueError(what) from None
         self.bad += 1
-        text = (raw if len(raw) <= MAX_LINE else raw[:1000]).decode(errors="backslashreplace")
+        shown = record.raw if len(record.raw) <= MAX_LINE else record.raw[:1000]
         reason = getattr(error, "reason", "") or str(error).partition(":")[0]
-        self.drop(source, path, line, reason, text)
+        self.drop(record, reason, shown.decode(errors="backslashreplace"))
         if self.bad > self.max_bad_share * self.expected:
             raise ValueError(
-                f"{path}:{line}: {error}\nbad records: {self.bad} so far of {self.expected}, over "
+                f"{what}\nbad records: {self.bad} so far of {self.expected}, over "
                 f"--max-bad-share {self.max_bad_share}; mend them or raise it. "
                 f"By reason: {self.table()}"
             ) from None
 
-    def drop(self, source: int, path: str, line: int, reason: str, text: str | None = None) -> None:
+    def drop(self, record: Record, reason: str, text: str | None = None) -> None:
         """Count a well-formed record that cannot be used (or, with `text`, a bad one)."""
-        _count(self.counts, reason, source, line)
+        _count(self.counts, reason, record)
         if self.aside:
-            entry = {"source": source, "file": path, "line": line, "reason": reason}
-            entry |= {} if text is None else {"text": text}
+            origin = {"source": record.source, "file": record.path, "line": record.line}
+            entry = {**origin, "reason": reason} | ({} if text is None else {"text": text})
             self.aside.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
-    def note(self, source: int, line: int, remark: str) -> None:
+    def note(self, record: Record, remark: str) -> None:
         """Count a remark on a record that is used."""
-        _count(self.notes, remark, source, line)
+        _count(self.notes, remark, record)
 
     def reasons(self) -> Table:
         """The counts, most frequent first."""
@@ -221,11 +228,11 @@ class Drops:
         )
 
 
-def _count(table: Table, key: str, source: int, line: int) -> None:
+def _count(table: Table, key: str, record: Record) -> None:
     entry = table.setdefault(key, {"count": 0, "first": []})
     entry["count"] += 1
     if entry["count"] <= EXAMPLES:
-        entry["first"].append((source, line))
+        entry["first"].append((record.source, record.line))
 
 
 def _sorted(table: Table) -> Table:
@@ -234,8 +241,8 @@ def _sorted(table: Table) -> Table:
 
 def scan(
     index: int, source: Source, keep: Sequence[int], check: Check, drops: Drops
-) -> Iterator[tuple[Record, bytes]]:
-    """Stream the chosen records of one source, checked, each with its line as bytes.
+) -> Iterator[Record]:
+    """Stream the chosen records of one source, checked.
 
     The other records are counted in `drops`.
     """
@@ -243,10 +250,11 @@ def scan(
     family = None
     flagged = zip(read_rows(source.path), keep, strict=False)
     for line, raw in (numbered for numbered, kept in flagged if kept):
+        record = Record(index, line, source.path, raw, {})
         try:
             data, form = canonical(parse_record(raw), check, family)
         except ValueError as error:
-            drops.bad_record(index, source.path, line, error, raw)
+            drops.bad_record(record, error)
             continue
         if form:
             formats[form] += 1
@@ -254,13 +262,13 @@ def scan(
         drops.unused.update(data.keys() - USED)
         if "id" in data and len(drops.ids) < MAX_IDS:
             if (name := hash(str(data["id"]))) in drops.ids:
-                drops.note(index, line, "id given twice")
+                drops.note(record, "id given twice")
             drops.ids.add(name)
         roles = [message["role"] for message in data.get("messages") or data.get("context") or ()]
         roles += ["assistant"] * ("context" in data)
         if any(a == b == "assistant" for a, b in pairwise(roles)):
-            drops.note(index, line, "answers twice in a row")
-        yield Record(index, line, data), raw
+            drops.note(record, "answers twice in a row")
+        yield record._replace(data=data)
 
 
 def canonical(data: dict, check: Check, family: str | None = None) -> tuple[dict, Format | None]:
@@ -311,15 +319,15 @@ def source_names(paths: Sequence[str]) -> list[str]:
     return names
 
 
-def chunks(stream: Iterable[tuple[Record, bytes]]) -> Iterator[list[tuple[Record, bytes]]]:
+def chunks(stream: Iterable[Record]) -> Iterator[list[Record]]:
     """Lists of at most CHUNK_RECORDS records and about CHUNK_BYTES bytes.
 
     Memory therefore does not grow with the data.
     """
     chunk, size = [], 0
-    for record, raw in stream:
-        chunk.append((record, raw))
-        size += len(raw)
+    for record in stream:
+        chunk.append(record)
+        size += len(record.raw)
         if len(chunk) == CHUNK_RECORDS or size > CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0
@@ -366,5 +374,6 @@ def read_records(
     kept = [select(source, seed) for source in parsed]
     drops.expected = sum(sum(keep) for keep, _ in kept)
     for index, (source, (keep, _)) in enumerate(zip(parsed, kept, strict=True)):
-        for record, _ in scan(index, source, keep, check, drops):
-            yield record
+        for record in scan(index, source, keep, check, drops):
+            # many may be held at once
+            yield record._replace(raw=b"")

@@ -85,11 +85,10 @@ def read_prompts(
     encoded = pin_errors(encode_some, [record.data for record in records])
     prompts = []
     for record, ids in zip(records, encoded, strict=True):
-        place = record.source, sources[record.source].path, record.line
         if isinstance(ids, ValueError):
-            drops.bad_record(*place, ids, b"")
+            drops.bad_record(record, ids)
         elif isinstance(ids, Drop):
-            drops.drop(*place, ids.reason)
+            drops.drop(record, ids.reason)
         else:
             prompts.append((record.data, ids))
     if not prompts:

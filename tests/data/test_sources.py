@@ -12,6 +12,7 @@ from ta.data.jsonl import read_lines
 from ta.data.records import check_chat
 from ta.data.sources import (
     Drops,
+    Record,
     Source,
     chunks,
     no_long_collections,
@@ -148,7 +149,7 @@ def test_a_bad_record_stops_or_is_skipped_and_written_aside(tmp_path):
     with pytest.raises(ValueError, match=r"mixed.jsonl:201: messages is a list of 0; give"):
         run(path)
     records, drops, aside = run(path, on_bad_record="skip")
-    assert [record.line for record, _ in records] == list(range(1, 201)) and drops.bad == 2
+    assert [record.line for record in records] == list(range(1, 201)) and drops.bad == 2
     assert drops.table() == "1 no messages (line 201), 1 not UTF-8 (line 202)"
     assert aside == [
         {
@@ -179,8 +180,8 @@ def test_too_many_bad_records_are_an_error_again(tmp_path):
 def test_drops_are_counted_and_are_not_bad():
     drops = Drops()
     for line in range(1, 8):
-        drops.drop(0, "a.jsonl", line, "too long")
-        drops.note(1, line, "odd")
+        drops.drop(Record(0, line, "a.jsonl", b"", {}), "too long")
+        drops.note(Record(1, line, "b.jsonl", b"", {}), "odd")
     assert drops.bad == 0 and drops.reasons() == {
         "too long": {"count": 7, "first": [(0, 1), (0, 2), (0, 3)]}
     }
@@ -233,12 +234,10 @@ def test_errors_are_pinned_to_their_records():
 
 
 def test_chunks_are_bounded_by_number_and_bytes():
-    sizes = [
-        [len(raw) for _, raw in chunk]
-        for chunk in chunks((None, b"x" * (3 << 20)) for _ in range(7))
-    ]
+    large, small = (Record(0, 1, "a", b"x" * size, {}) for size in (3 << 20, 0))
+    sizes = [[len(record.raw) for record in chunk] for chunk in chunks([large] * 7)]
     assert sizes == [[3 << 20] * 3, [3 << 20] * 3, [3 << 20]]
-    assert [len(chunk) for chunk in chunks((None, b"") for _ in range(2500))] == [1000, 1000, 500]
+    assert [len(chunk) for chunk in chunks([small] * 2500)] == [1000, 1000, 500]
 
 
 def test_dead_cycles_of_a_chunk_do_not_stay_while_long_collections_rest():
@@ -249,7 +248,7 @@ def test_dead_cycles_of_a_chunk_do_not_stay_while_long_collections_rest():
         node = Node()
         node.self = node
         alive.add(weakref.ref(node, alive.discard))
-        return None, b""
+        return Record(0, 1, "a", b"", {})
 
     alive, most = set(), 0
     with pytest.raises(ValueError), no_long_collections():
