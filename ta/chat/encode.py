@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ta.chat.cut import cut_dialogue
 from ta.chat.jinja import NO_ARGUMENTS, Arguments
 from ta.chat.messages import (
     ANSWER,
-    SYSTEM,
     Chat,
     Message,
     is_question,
+    leading_systems,
     message_weight,
     strip_trailing_answers,
     with_system,
@@ -170,7 +171,7 @@ class Fitting:
         if config.cut_answer and rule.end_in_answer:
             ending = _cut_in_answer(messages, longest, limit, rule.keep_end)
             self.cut = len(ending) > len(places)
-            places = ending if self.cut else places
+            places = max(places, ending, key=len)
         self.stay = [self.stay[place] for place in places]
         # the next round says again what is left out
         self.notes.clear()
@@ -227,20 +228,17 @@ def _cut_in_answer(
     """
     if is_text(messages):
         return [0]
-    first = next((i for i, m in enumerate(messages) if m["role"] != SYSTEM), len(messages))
     if keep_end:
+        first = leading_systems(messages)
         asked = max(i for i, message in enumerate(messages) if is_question(message))
         while asked > first and messages[asked]["role"] == "tool":
             asked -= 1
         return [*range(first), *range(asked, len(messages))]
-    total = 0
-    for i, (message, length) in enumerate(zip(messages, tokenized.lengths, strict=True)):
-        if total + length > max_tokens:
-            answers = message["role"] == ANSWER and any(map(is_question, messages[:i]))
-            learned = any(tokenized.tokens.weights[total:max_tokens])
-            return list(range(i + 1)) if answers and learned else []
-        total += length
-    return []
+    ends = [*accumulate(tokenized.lengths)]
+    over = next(i for i, end in enumerate(ends) if end > max_tokens)
+    answers = messages[over]["role"] == ANSWER and any(map(is_question, messages[:over]))
+    learned = any(tokenized.tokens.weights[ends[over] - tokenized.lengths[over] : max_tokens])
+    return [*range(over + 1)] if answers and learned else []
 
 
 def encode_chats(

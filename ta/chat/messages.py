@@ -68,9 +68,13 @@ def with_system(messages: Chat, prompt: str | None, ignore: bool = False) -> lis
         )
     if prompt is None and not ignore:
         return list(messages)
-    first = next((i for i, m in enumerate(messages) if m["role"] != SYSTEM), len(messages))
     new = [] if prompt is None else [{"role": SYSTEM, "content": prompt, "loss": False}]
-    return [*new, *messages[first:]]
+    return [*new, *messages[leading_systems(messages) :]]
+
+
+def leading_systems(messages: Chat) -> int:
+    """The number of system messages at the beginning."""
+    return next((i for i, m in enumerate(messages) if m["role"] != SYSTEM), len(messages))
 
 
 def is_question(message: Message) -> bool:

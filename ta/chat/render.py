@@ -150,34 +150,23 @@ def _in_pieces(
             )
         # an answer stands apart, learned or not: training ids begin with the ids of its prompt
         apart = role == ANSWER or weight != 0
-        joins = glued and not border, glued and not apart
-        rendered.append(_pieces(span, weight, weights, glued, *joins))
+        pieces, joins, before = [], glued and not border, None
+        for text, by, _ in span.prefix:
+            pieces.append(Piece(text, 0.0, by, joins))
+            joins = glued
+        joins = glued and not apart
+        for text, by, owner in (*span.body, (span.suffix, "template", None)):
+            if text:
+                own = weight if owner is None else weights[owner]
+                joins, before = joins and owner == before, owner
+                pieces.append(Piece(text, 0.0 if by == "media" else own, by, joins))
+                joins = glued
+        rendered.append(pieces)
         border = apart or any(part.owner is not None for part in span.body)
         if border and glued and template.border.search(span.suffix):
             # the token that ends an answer keeps it apart
             border = False
     return rendered
-
-
-def _pieces(
-    span: Span,
-    weight: float,
-    weights: Sequence[float],
-    glued: bool,
-    prefix_joins: bool,
-    joins: bool,
-) -> list[Piece]:
-    pieces, before = [], None
-    for text, by, _ in span.prefix:
-        pieces.append(Piece(text, 0.0, by, prefix_joins))
-        prefix_joins = glued
-    for text, by, owner in (*span.body, (span.suffix, "template", None)):
-        if text:
-            own = weight if owner is None else weights[owner]
-            joins, before = joins and owner == before, owner
-            pieces.append(Piece(text, 0.0 if by == "media" else own, by, joins))
-            joins = glued
-    return pieces
 
 
 def tokenize_with_loss_mask(rendered: Rendered, vocabulary: Vocabulary) -> Tokens:

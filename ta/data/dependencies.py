@@ -19,6 +19,15 @@ from ta.files import hash_json
 
 INSTALLED = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
 INSTALLED.append(str(Path(__file__).parents[1]))
+# what an object of these types consists of
+PARTS = {
+    partial: ("func", "args", "keywords"),
+    partialmethod: ("func", "args", "keywords"),
+    MethodType: ("__func__", "__self__"),
+    cached_property: ("func",),
+    property: ("fget", "fset"),
+    CodeType: ("co_code", "co_names", "co_consts"),
+}
 # attributes of a class that say nothing of what it does
 NOT_MEANT = ("__dict__", "__weakref__", "__doc__", "__firstlineno__", "__module__")
 
@@ -45,16 +54,11 @@ def _hash(value: Any, known: dict[int, tuple[Any, str]]) -> str:
 def _described(value: Any, follow: Callable[[Any], str]) -> Any:
     if isinstance(value, bool | int | float | str | bytes | None):
         return repr(value)
-    if isinstance(value, partial | partialmethod):
-        return ["partial", *map(follow, (value.func, value.args, value.keywords))]
-    if isinstance(value, MethodType):
-        return ["method", follow(value.__func__), follow(value.__self__)]
+    for kind, parts in PARTS.items():
+        if isinstance(value, kind):
+            return [kind.__name__, *(follow(getattr(value, part)) for part in parts)]
     if isinstance(value, BuiltinFunctionType) and not isinstance(value.__self__, ModuleType | None):
         return ["method", value.__name__, follow(value.__self__)]
-    if isinstance(value, cached_property):
-        return follow(value.func)
-    if isinstance(value, property):
-        return [follow(part) for part in (value.fget, value.fset)]
     if isinstance(value, ModuleType):
         return value.__name__
     if isinstance(value, list | tuple):
@@ -71,8 +75,6 @@ def _described(value: Any, follow: Callable[[Any], str]) -> Any:
     if hasattr(value, "__wrapped__"):
         # a static or class method, or a function that remembers its results
         return [type(value).__qualname__, follow(value.__wrapped__)]
-    if isinstance(value, CodeType):
-        return [value.co_code.hex(), value.co_names, follow(value.co_consts)]
     if hasattr(value, "__qualname__"):
         return [str(getattr(value, "__module__", "")), value.__qualname__]
     if _of_the_user(type(value).__module__) and hasattr(value, "__dict__"):
