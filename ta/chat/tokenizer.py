@@ -10,6 +10,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from datetime import date, datetime
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -136,11 +137,12 @@ def load_chat_tokenizer(
     made = chat_tokenizer(fast, chat, content, new, placeholders, day)
     _keep_when_decoded(fast, made.vocabulary.content)
     ends, texts = known_ends(model, len(fast))
-    # the texts belong to the folder's own template
-    texts = [] if isinstance(made.template, ExplicitTemplate) else texts
+    if isinstance(made.template, ExplicitTemplate):
+        # the texts belong to the folder's own template
+        texts = []
     return made._replace(
         stop_ids=sorted({*made.stop_ids, *ends}),
-        stop_strings=list(dict.fromkeys([*made.stop_strings, *texts])),
+        stop_strings=[*dict.fromkeys([*made.stop_strings, *texts])],
     )
 
 
@@ -535,10 +537,8 @@ def template_of(tokenizer: PreTrainedTokenizerFast, config: ChatConfig, day: str
     )
 
     with_tools = tokenizer.get_chat_template(tools=[{}])  # a tokenizer may have one of its own
-    source, named = (
-        tokenizer.get_chat_template(),
-        {**tokenizer.special_tokens_map, CLOCK: _clock(day)},
-    )
+    source = tokenizer.get_chat_template()
+    named = {**tokenizer.special_tokens_map, CLOCK: _clock(day)}
 
     def render(messages: Sequence[Message], opened: bool, arguments: Arguments) -> str:
         """The template's text; ValueError where it refuses the messages."""
@@ -668,18 +668,14 @@ def disagreement(
     """
     source, written = export_template(template), {CLOCK: _clock(day)}
     for i, (chat, ids) in enumerate(zip(chats, encoded, strict=True)):
-        plain = [
-            {key: message[key] for key in message if key not in ("loss", "disable_loss")}
-            for message in chat
-        ]
+        own = ("loss", "disable_loss")
+        plain = [{key: m[key] for key in m if key not in own} for m in chat]
         theirs = tokenizer.apply_chat_template(
             plain, chat_template=source, tokenize=True, return_dict=False, **written
         )
         if list(ids) != theirs:
-            at = next(
-                (k for k, (a, b) in enumerate(zip(ids, theirs, strict=False)) if a != b),
-                min(len(ids), len(theirs)),
-            )
+            pairs = enumerate(zip_longest(ids, theirs))
+            at = next(k for k, (a, b) in pairs if a != b)
             mine, other = (
                 tokenizer.convert_ids_to_tokens(list(side[at : at + 3])) for side in (ids, theirs)
             )

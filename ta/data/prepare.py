@@ -397,13 +397,10 @@ def summary(prepared: Prepared) -> dict[str, Any]:
     inner = {f"{share} %": share for share in (5, 25, 50, 75, 95, 99)}
     shares = {"least": 0, **inner, "most": 100}
     sizes = np.percentile(lengths(prepared), [*shares.values()], method="lower").tolist()
-    sources = [
-        {name: source[name] for name in ("source", "used", "records")}
-        for source in prepared.info["sources"]
-    ]
+    known = ("source", "used", "records")
     return {
         **{name: prepared.info[name] for name in names},
-        "sources": sources,
+        "sources": [{name: source[name] for name in known} for source in prepared.info["sources"]],
         "lengths": dict(zip(shares, map(int, sizes), strict=True)),
     }
 
@@ -682,14 +679,18 @@ def _open(
     too_many = info["bad"] > config.max_bad_share * info["expected"]
     if info["bad"] and (config.on_bad_record == "error" or too_many):
         return ""
-    names = [name for name in arrays if name.startswith("extra-")]
-    extras = {name.removeprefix("extra-"): arrays[name] for name in names}
+    extras = {
+        name.removeprefix("extra-"): array
+        for name, array in arrays.items()
+        if name.startswith("extra-")
+    }
+    paths = [source.path for source in sources]
+    names = source_names(paths)
+    for entry, text, path, name in zip(info["sources"], texts, paths, names, strict=True):
+        entry |= {"source": text, "path": path, "name": name}
     for table in (info["drops"], info["notes"]):
         for entry in table.values():
-            entry["first"] = [f"{sources[index].path}:{line}" for index, line in entry["first"]]
-    names = source_names([source.path for source in sources])
-    for entry, source, text, name in zip(info["sources"], sources, texts, names, strict=True):
-        entry |= {"source": text, "path": source.path, "name": name}
+            entry["first"] = [f"{paths[index]}:{line}" for index, line in entry["first"]]
     info["folder"] = str(folder)
     media = (arrays["media"], arrays["media_ends"]) if "media" in arrays else None
     columns = [arrays[name] for name in ("ids", "weights", "offsets", "origin")]

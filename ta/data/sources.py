@@ -80,14 +80,14 @@ def parse_source(text: str) -> Source:
     if not cuts or os.path.exists(text):
         return Source(text)
     present = [i for i in reversed(cuts) if os.path.exists(text[:i])]
-    failure = None
+    failures = []
     for i in present[:1] or cuts:
         try:
             return _with_choice(text[:i], text[i + 1 :])
         except ValueError as error:
-            failure = failure or error
+            failures.append(error)
     raise ValueError(
-        f"source {text!r}: {failure}; give file.jsonl@0.1 (share), @500 (count), "
+        f"source {text!r}: {failures[0]}; give file.jsonl@0.1 (share), @500 (count), "
         "@500,offset=10,rows=100,system=TEXT"
     )
 
