@@ -276,7 +276,7 @@ def turns_of(messages: Chat) -> list[list[Message]]:
     return turns
 
 
-def with_answers(context: Chat, answers: Sequence[Message]) -> list[list[Message]]:
+def with_answers(context: Chat, answers: Chat) -> list[list[Message]]:
     """The context followed by each of the answers; nothing of the context is learned."""
     before = [{**message, "loss": False} for message in context]
     return [[*before, {"role": ANSWER, **answer}] for answer in answers]
@@ -284,7 +284,7 @@ def with_answers(context: Chat, answers: Sequence[Message]) -> list[list[Message
 
 def encode_answers(
     contexts: Sequence[Chat],
-    answers: Sequence[Sequence[Message]],
+    answers: Sequence[Chat],
     tokenizer: ChatTokenizer,
     config: ChatConfig,
     arguments: Sequence[Arguments] | None = None,

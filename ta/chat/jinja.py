@@ -17,14 +17,14 @@ from itertools import accumulate, pairwise
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
-from ta.chat.marks import Label, mark_chat, read_marks
-from ta.chat.messages import ANSWER, REASONING, SYSTEM, Message
+from ta.chat.marks import Label, Pattern, mark_chat, read_marks
+from ta.chat.messages import ANSWER, REASONING, SYSTEM, Chat, Message
 
 Tags = Mapping[str, str]  # role -> the template's name for it
 # what a template is given beside the messages: tools, documents, and arguments of its own
 Arguments = Mapping[str, Any]
 # (messages, add_generation_prompt, arguments) -> text; ValueError where the template refuses
-Render = Callable[[Sequence[Message], bool, Arguments], str]
+Render = Callable[[Chat, bool, Arguments], str]
 
 DEFAULT_TAGS = {role: role for role in (SYSTEM, "developer", "user", ANSWER, "tool")}
 REMEDY = (
@@ -100,9 +100,9 @@ class JinjaTemplate(NamedTuple):
     role_tags: Tags
     source: str
     # finds the tokenizer's tokens in a text, and keeps them when it splits
-    border: re.Pattern[str]
+    border: Pattern
     # the same with the tags that templates look for
-    tags: re.Pattern[str]
+    tags: Pattern
     # names of the arguments that the template reads
     reads: Callable[[], frozenset[str]]
     # roles and whether an answer is opened -> Skeleton, or why there is none
@@ -147,14 +147,14 @@ def jinja_template(
 
 
 @lru_cache(maxsize=64)
-def special_border(names: frozenset[str]) -> re.Pattern[str]:
+def special_border(names: frozenset[str]) -> Pattern:
     """Finds any of the names, the longest first, and keeps it when it splits."""
     longest_first = sorted(names, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})" if names else "((?!))")
 
 
 def split_jinja(
-    messages: Sequence[Message],
+    messages: Chat,
     template: JinjaTemplate,
     opened: bool,
     arguments: Arguments,
@@ -250,7 +250,7 @@ def _dumped(value: Any) -> Any:
 
 
 def plain_contents(
-    messages: Sequence[Message], template: JinjaTemplate, opened: bool, arguments: Arguments
+    messages: Chat, template: JinjaTemplate, opened: bool, arguments: Arguments
 ) -> tuple[Skeleton, list[str]] | None:
     """The skeleton of messages that have contents only, and the contents as they are written.
 
@@ -295,7 +295,7 @@ def _skeleton(roles: tuple[str, ...], template: JinjaTemplate, opened: bool) -> 
     return Skeleton(tuple(texts), spans, notes, {})
 
 
-def _contents(text: str, texts: tuple[str, ...], messages: Sequence[Message]) -> list[str] | None:
+def _contents(text: str, texts: tuple[str, ...], messages: Chat) -> list[str] | None:
     """The contents as the template wrote them, as they are or stripped.
 
     None where the text is not texts and contents in turn.
@@ -366,7 +366,7 @@ class Marked(NamedTuple):
 
 def _split(
     given: list[Message],
-    messages: Sequence[Message],
+    messages: Chat,
     template: JinjaTemplate,
     opened: bool,
     arguments: Arguments,
@@ -418,7 +418,7 @@ def _places(
     labels: Sequence[Label],
     found: Mapping[int, list[tuple[int, int]]],
     text: str,
-    border: re.Pattern[str],
+    border: Pattern,
 ) -> list[Place]:
     """The places of the marked texts in `text`, in order."""
     places, end, home = [], 0, -1
@@ -602,7 +602,7 @@ def _border_of(chat: Marked, i: int, anchor: Place | None, gap: str, kept: Seque
 def _end(
     tail: Callable[[bool], str | None],
     gap: str,
-    border: re.Pattern[str],
+    border: Pattern,
     opening: str,
     own: bool,
 ) -> tuple[int, str]:
@@ -621,7 +621,7 @@ def _end(
     return 0, f"{alone!r} ends it alone, {gap!r} when more follows"
 
 
-def _common(alone: str, within: str, border: re.Pattern[str]) -> int:
+def _common(alone: str, within: str, border: Pattern) -> int:
     """How much of `within` is a beginning of `alone`, in whole parts with a token among them."""
     end, seen = 0, False
     for mine, other in zip(border.split(alone), border.split(within), strict=False):

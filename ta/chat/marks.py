@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from ta.chat.messages import REASONING, Message
+from ta.chat.messages import REASONING, Chat, Message
 
+Pattern = re.Pattern[str]
 _NONCE = "".join(chr(0xE100 + byte) for byte in secrets.token_bytes(8))
 _OPEN, _CLOSE, _END = "\ue000", "\ue001", "\ue002"
 _SIGNS = "".join(chr(0xE010 + digit) for digit in range(10))
@@ -53,7 +54,7 @@ class Marker(NamedTuple):
     """Puts marks into strings, and remembers the label of each."""
 
     # finds the tokens and tags that a text may hold
-    border: re.Pattern[str]
+    border: Pattern
     labels: list[Label]
 
     def walk(
@@ -110,9 +111,9 @@ class Marker(NamedTuple):
 
 
 def mark_chat(
-    messages: Sequence[Message],
+    messages: Chat,
     arguments: Mapping[str, Any],
-    border: re.Pattern[str],
+    border: Pattern,
     depths: Mapping[int, int],
     names: bool = True,
 ) -> tuple[list[Message], dict[str, Any], list[Label]]:

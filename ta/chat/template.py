@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -18,7 +17,7 @@ from ta.chat.jinja import (
     content_parts,
     split_jinja,
 )
-from ta.chat.messages import ANSWER, REASONING, Message, canonical_role
+from ta.chat.messages import ANSWER, REASONING, Chat, canonical_role
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def explicit_template(
 
 
 def split_chat(
-    messages: Sequence[Message],
+    messages: Chat,
     template: Template,
     opened: bool = False,
     arguments: Arguments = NO_ARGUMENTS,
@@ -148,7 +147,7 @@ def split_chat(
 
 
 def _split_explicit(
-    messages: Sequence[Message],
+    messages: Chat,
     template: ExplicitTemplate,
     opened: bool,
     arguments: Arguments,

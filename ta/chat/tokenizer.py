@@ -12,10 +12,10 @@ from datetime import date, datetime
 from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ta.chat.jinja import DEFAULT_TAGS, Arguments, jinja_template, special_border
-from ta.chat.messages import ANSWER, SYSTEM, Message, canonical_role
+from ta.chat.messages import ANSWER, SYSTEM, Chat, Message, canonical_role
 from ta.chat.render import SPACE, Vocabulary
 from ta.chat.template import (
     ChatConfig,
@@ -26,7 +26,7 @@ from ta.chat.template import (
     export_template,
     split_chat,
 )
-from ta.chat.tokenizer_files import CONTENT_TOKENS, read_tokenizer
+from ta.chat.tokenizer_files import CONTENT_TOKENS, Json, read_tokenizer
 from ta.files import hash_json
 from ta.folders import ModelConfig, local_folder, resolve, value_of
 from ta.printable import one_line
@@ -190,7 +190,7 @@ def chat_tokenizer(
     )
 
 
-def tokenizer_settings(tokenizer: ChatTokenizer, chat: ChatConfig) -> dict[str, Any]:
+def tokenizer_settings(tokenizer: ChatTokenizer, chat: ChatConfig) -> Json:
     """All that decides how a dialogue becomes ids and weights, as JSON values."""
     placeholders = {name: [p.text, p.check_key] for name, p in tokenizer.placeholders.items()}
     template = tokenizer.template
@@ -394,7 +394,7 @@ def vocabulary(
     )
 
 
-def _encoder(source: dict[str, Any]):
+def _encoder(source: Json):
     from tokenizers import Tokenizer
 
     backend: Tokenizer = Tokenizer.from_str(json.dumps(source))
@@ -408,7 +408,7 @@ def _encoder(source: dict[str, Any]):
     return encode
 
 
-def _literal(source: dict[str, Any], special: dict[str, int]) -> dict[str, Any]:
+def _literal(source: Json, special: dict[str, int]) -> Json:
     """The tokenizer without special tokens.
 
     They are neither its added tokens nor words of its model, which could match them in plain text.
@@ -449,13 +449,13 @@ def _literal(source: dict[str, Any], special: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _steps(*steps: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+def _steps(*steps: Json | None) -> Iterator[Json]:
     for step in filter(None, steps):
         yield step
         yield from _steps(*step.get("pretokenizers", ()), *step.get("normalizers", ()))
 
 
-def _begins(source: dict[str, Any]) -> str | None:
+def _begins(source: Json) -> str | None:
     """Where the tokenizer puts a space in front of a text; None: nowhere.
 
     "first": at its very beginning only; "always": after each special token too.
@@ -473,7 +473,7 @@ def _begins(source: dict[str, Any]) -> str | None:
     return found
 
 
-def _without_prefix(source: dict[str, Any]) -> dict[str, Any]:
+def _without_prefix(source: Json) -> Json:
     source = source | deepcopy({key: source[key] for key in ("normalizer", "pre_tokenizer")})
     for step in _steps(source["normalizer"], source["pre_tokenizer"]):
         if step["type"] == "Prepend":
@@ -540,7 +540,7 @@ def template_of(tokenizer: PreTrainedTokenizerFast, config: ChatConfig, day: str
     source = tokenizer.get_chat_template()
     named = {**tokenizer.special_tokens_map, CLOCK: _clock(day)}
 
-    def render(messages: Sequence[Message], opened: bool, arguments: Arguments) -> str:
+    def render(messages: Chat, opened: bool, arguments: Arguments) -> str:
         """The template's text; ValueError where it refuses the messages."""
         try:
             texts, _ = render_jinja_template(
@@ -656,7 +656,7 @@ def known_ends(model: ModelConfig, size: int) -> tuple[list[int], list[str]]:
 def disagreement(
     tokenizer: PreTrainedTokenizerFast,
     template: Template,
-    chats: Sequence[Sequence[Message]],
+    chats: Sequence[Chat],
     encoded: Sequence[Sequence[int]],
     day: str = "",
 ) -> str:

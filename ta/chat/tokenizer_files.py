@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+# an object of a JSON file
+Json = dict[str, Any]
 # the class that reads tokenizer.json as it stands, in transformers 4 and 5
 PLAIN = "PreTrainedTokenizerFast"
 # key in tokenizer_config.json: declared tokens that are real in content too
@@ -65,7 +67,7 @@ def _by_class(folder: Path) -> Any:
     )
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def _settings(folder: Path) -> Json:
     file = folder / "tokenizer_config.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
@@ -127,7 +129,7 @@ def _has_more(fast: PreTrainedTokenizerFast, file: Path) -> bool:
     return not now <= {(t["id"], t["content"], t["special"]) for t in known}
 
 
-def _choose_class(fast: PreTrainedTokenizerFast, folder: Path, settings: dict[str, Any]) -> None:
+def _choose_class(fast: PreTrainedTokenizerFast, folder: Path, settings: Json) -> None:
     """Write tokenizer_config.json with a class by which AutoTokenizer gives the ids of `fast`."""
     import transformers
 
@@ -190,7 +192,7 @@ PROBES = (
 )
 
 
-def _described(backend: Tokenizer) -> dict[str, Any]:
+def _described(backend: Tokenizer) -> Json:
     """A backend as JSON values, without padding and truncation, which its last caller has set."""
     return json.loads(backend.to_str()) | {"padding": None, "truncation": None}
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy import ndarray
 from torch import Tensor
 
 # On a GPU a row has a multiple of COLUMNS columns and of DOCUMENTS documents, so that kernels meet
@@ -82,8 +83,8 @@ class Batch(NamedTuple):
 
 
 def lay_out(
-    ids: Sequence[np.ndarray],
-    weights: Sequence[np.ndarray],
+    ids: Sequence[ndarray],
+    weights: Sequence[ndarray],
     packed: bool = True,
     shared: Sequence[int] = (),
 ) -> Batch:
@@ -125,14 +126,12 @@ def lay_out(
     )
 
 
-def _starts(lengths: np.ndarray) -> np.ndarray:
+def _starts(lengths: ndarray) -> ndarray:
     """(N,) where each of sequences that follow one another begins."""
     return np.cumsum(lengths) - lengths
 
 
-def _places(
-    lengths: np.ndarray, prefixes: np.ndarray, starts: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _places(lengths: ndarray, prefixes: ndarray, starts: ndarray) -> tuple[ndarray, ndarray]:
     """Of every token of all sequences its place in its sequence, and its place in the row.
 
     The first `prefixes[i]` tokens of a sequence stand in the row where the sequence does that it
@@ -184,7 +183,7 @@ def sequences_of(batch: Batch) -> list[list[int]]:
     return [row[lead : lead + prefix] + row[at : at + n] for at, n, lead, prefix in places]
 
 
-def leads(prefixes) -> np.ndarray:
+def leads(prefixes) -> ndarray:
     """(N,) for each document the one that holds its prefix.
 
     That is the last document without a prefix, up to the document itself.
@@ -216,12 +215,12 @@ def cuts_of(lengths: tuple[int, ...], prefixes: tuple[int, ...] = ()) -> Cuts:
     return Cuts(columns, *bounds, _power_of_two(queries), _power_of_two(keys), seen)
 
 
-def _power_of_two(lengths: np.ndarray) -> int:
+def _power_of_two(lengths: ndarray) -> int:
     """The least power of two, from 256 on, that is at least the greatest length."""
     return 1 << max(8, int(lengths.max() - 1).bit_length())
 
 
-def _bounds(lengths: np.ndarray) -> np.ndarray:
+def _bounds(lengths: ndarray) -> ndarray:
     """(C + 1,) int32 cumulative lengths; empty documents fill C up to a multiple of DOCUMENTS."""
     out = np.full(-(-len(lengths) // DOCUMENTS) * DOCUMENTS + 1, lengths.sum(), np.int32)
     out[0], out[1 : len(lengths) + 1] = 0, np.cumsum(lengths)

@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+# (number from 1, JSON bytes) of the records of a file
+Rows = Iterator[tuple[int, bytes]]
 # bytes
 MAX_LINE = 32 << 20
 
@@ -56,7 +58,7 @@ def regular_file(path: str) -> os.stat_result:
     return status
 
 
-def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
+def read_lines(path: str) -> Rows:
     """Stream (1-based line, bytes) of the lines that are not blank.
 
     A line over MAX_LINE is cut to its first MAX_LINE + 1 bytes. ValueError for a file that cannot

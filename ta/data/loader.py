@@ -18,12 +18,12 @@ from ta.data.prepare import Prepared, lengths, sequence
 from ta.parallel import rank, say, world
 
 if TYPE_CHECKING:
-    import numpy as np
+    from numpy import ndarray
 
     from ta.data.batch import Batch, ClassBatch, LabelledBatch, PairBatch
 
     # (data, its records, packed) -> a batch
-    Collate = Callable[[Prepared, np.ndarray, bool], Any]
+    Collate = Callable[[Prepared, ndarray, bool], Any]
 
 # records that are tried for a mismatched answer
 TRIES = 1000
@@ -124,7 +124,7 @@ class TrainBatches:
             self.parts,
         )
 
-    def records(self, step: int) -> np.ndarray:
+    def records(self, step: int) -> ndarray:
         """The records of `step`, over all processes."""
         step = {0: self.heaviest, self.heaviest: 0}.get(step, step)
         return records_of_step(len(self.prepared.origin), self.batch_size, self.seed, step)
@@ -220,7 +220,7 @@ def val_batches(
     return batches
 
 
-def source_rows(prepared: Prepared) -> dict[str, np.ndarray]:
+def source_rows(prepared: Prepared) -> dict[str, ndarray]:
     """The records of each source by its name; {} where there is one source."""
     import numpy as np
 
@@ -233,7 +233,7 @@ def source_rows(prepared: Prepared) -> dict[str, np.ndarray]:
 
 def micro_batches(
     prepared: Prepared,
-    records: np.ndarray,
+    records: ndarray,
     max_tokens: int,
     packed: bool,
     collate: Collate,
@@ -259,7 +259,7 @@ def steps_in(n: int, batch_size: int, epochs: float) -> int:
 
 
 @lru_cache(maxsize=2)
-def _order(n: int, seed: int, epoch: int) -> np.ndarray:
+def _order(n: int, seed: int, epoch: int) -> ndarray:
     """(n,) the seeded order of the records in a pass."""
     import numpy as np
 
@@ -267,13 +267,13 @@ def _order(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(bits).permutation(n)
 
 
-def records_of_step(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+def records_of_step(n: int, batch_size: int, seed: int, step: int) -> ndarray:
     """The records of optimizer step `step` (from 0), the same on any number of processes."""
     epoch, place = divmod(step, -(-n // batch_size))
     return _order(n, seed, epoch)[place * batch_size : (place + 1) * batch_size]
 
 
-def heaviest_step(sizes: np.ndarray, batch_size: int, seed: int, steps: int) -> int:
+def heaviest_step(sizes: ndarray, batch_size: int, seed: int, steps: int) -> int:
     """The step with the most tokens in the first pass, among the first `steps`; sizes (n,)."""
     import numpy as np
 
@@ -374,7 +374,7 @@ def check_budget(prepared: Prepared, max_tokens_per_micro: int, parts: int = 1) 
         )
 
 
-def collate_pairs(prepared: Prepared, records: np.ndarray, packed: bool) -> PairBatch:
+def collate_pairs(prepared: Prepared, records: ndarray, packed: bool) -> PairBatch:
     """Pairs with their margins (0 where a record gives none) and, where known, the reference."""
     import torch
 
@@ -385,7 +385,7 @@ def collate_pairs(prepared: Prepared, records: np.ndarray, packed: bool) -> Pair
     return with_known_reference(batch, prepared, records)
 
 
-def with_known_reference(batch: Any, prepared: Prepared, records: np.ndarray) -> Any:
+def with_known_reference(batch: Any, prepared: Prepared, records: ndarray) -> Any:
     """The batch with the reference log-probabilities that the data holds, if it holds them."""
     if prepared.reference is None:
         return batch
@@ -427,7 +427,7 @@ def labelled_collate(prepared: Prepared, seed: int) -> Collate:
 
     partner, desirable = partners(prepared, seed), prepared.extras["desirable"] > 0
 
-    def collate(prepared: Prepared, records: np.ndarray, packed: bool) -> LabelledBatch:
+    def collate(prepared: Prepared, records: ndarray, packed: bool) -> LabelledBatch:
         batch = collate_chats(prepared, records, packed)
         others = [partner(i) for i in records.tolist()]
         pairs = zip(records.tolist(), others, strict=True)
@@ -470,7 +470,7 @@ def partners(prepared: Prepared, seed: int) -> Callable[[int], int | None]:
     return partner
 
 
-def mismatch(prepared: Prepared, i: int, j: int | None) -> tuple[np.ndarray, np.ndarray]:
+def mismatch(prepared: Prepared, i: int, j: int | None) -> tuple[ndarray, ndarray]:
     """Ids and weights of record i's context with record j's answer.
 
     Where j is None they are those of record i, and nothing is learned.
@@ -486,12 +486,12 @@ def mismatch(prepared: Prepared, i: int, j: int | None) -> tuple[np.ndarray, np.
     return both, np.concatenate([weights[:start], other_weights[cut:]])
 
 
-def first_learned(weights: np.ndarray) -> int:
+def first_learned(weights: ndarray) -> int:
     """The index of the first learned token, where the answer starts."""
     return int((weights != 0).argmax())
 
 
-def collate_classes(prepared: Prepared, records: np.ndarray, packed: bool) -> ClassBatch:
+def collate_classes(prepared: Prepared, records: ndarray, packed: bool) -> ClassBatch:
     """Texts and their classes."""
     import torch
 
@@ -501,7 +501,7 @@ def collate_classes(prepared: Prepared, records: np.ndarray, packed: bool) -> Cl
     return ClassBatch(collate_chats(prepared, records, packed), labels)
 
 
-def labels_of(prepared: Prepared, num_labels: int) -> np.ndarray:
+def labels_of(prepared: Prepared, num_labels: int) -> ndarray:
     """(n,) int64 labels; a note on the screen names absent classes.
 
     ValueError names the first record whose label is none of `num_labels`.

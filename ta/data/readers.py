@@ -13,13 +13,13 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from ta.data.jsonl import MAX_LINE, read_lines, regular_file
+from ta.data.jsonl import MAX_LINE, Rows, read_lines, regular_file
 from ta.files import HUB, dataset_snapshot
 
 # characters of a JSON list that are read at once, and rows of a parquet file
@@ -131,7 +131,7 @@ def _ending(file: str) -> str:
 Keep = Callable[[bytes], str]
 
 
-def read_rows(path: str, keep: Keep | None = None) -> Iterator[tuple[int, bytes]]:
+def read_rows(path: str, keep: Keep | None = None) -> Rows:
     """Stream (1-based number, JSON bytes) of the records of a source's path.
 
     The number is that of the line where a record begins in JSON and CSV files, and of the row in
@@ -150,7 +150,7 @@ def read_rows(path: str, keep: Keep | None = None) -> Iterator[tuple[int, bytes]
         raise ValueError(f"{path}: empty, no record in it; give one with records")
 
 
-def _reader(file: str, keep: Keep | None) -> Callable[[str], Iterator[tuple[int, bytes]]]:
+def _reader(file: str, keep: Keep | None) -> Callable[[str], Rows]:
     regular_file(file)
     if file.endswith((".csv", ".csv.gz")):
         return _csv_rows
@@ -178,7 +178,7 @@ def _opened(path: str, newline: str | None = None) -> IO[str]:
     return opened(path, "rt", encoding="utf-8-sig", newline=newline)
 
 
-def _list_rows(path: str) -> Iterator[tuple[int, bytes]]:
+def _list_rows(path: str) -> Rows:
     """(line where it begins, JSON bytes) of each element of a JSON list; it is never held whole."""
     decode, gap = json.JSONDecoder().raw_decode, re.compile(r"\s*,?\s*")
     line, fault = 1, ""
@@ -224,7 +224,7 @@ def _list_rows(path: str) -> Iterator[tuple[int, bytes]]:
         ) from None
 
 
-def _csv_rows(path: str) -> Iterator[tuple[int, bytes]]:
+def _csv_rows(path: str) -> Rows:
     """(line where it begins, JSON bytes) of each row of a CSV file whose first row has the names.
 
     Cells are text; those of JSON_COLUMNS are JSON where they are (numbers, true, lists), and null
@@ -271,7 +271,7 @@ def _cell(name: str, cell: str) -> Any:
         return cell
 
 
-def _arrow_rows(path: str, kind: str, keep: Keep | None) -> Iterator[tuple[int, bytes]]:
+def _arrow_rows(path: str, kind: str, keep: Keep | None) -> Rows:
     """(row from 1, JSON bytes) of the rows of a parquet or Arrow file.
 
     Rows of such files have every key that some row has. A key that is null is therefore left out,
