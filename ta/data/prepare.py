@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -278,7 +279,12 @@ def prepare(
         if isinstance(prepared := opened(), str):
             raise OSError(f"{folder}: what was just written cannot be read ({prepared})")
     prepared.info["cached"] = not made
-    _check_equal(prepared.info, data)
+    equal, pairs = prepared.info["drops"].get(EQUAL), prepared.info["expected"]
+    if equal and equal["count"] > data.max_bad_share * pairs:
+        raise ValueError(
+            f"{equal['first'][0]}: {EQUAL}, as in {equal['count']:,} of {pairs:,} pairs, over "
+            f"--max-bad-share {data.max_bad_share}: mend them or raise it"
+        )
     return prepared._replace(check=encoder.check)
 
 
@@ -463,16 +469,6 @@ def _parse(texts: Sequence[str], config: DataConfig, chat: ChatConfig) -> list[S
     return parsed
 
 
-def _check_equal(info: dict[str, Any], config: DataConfig) -> None:
-    """ValueError where the share of pairs with two equal answers exceeds `max_bad_share`."""
-    equal = info["drops"].get(EQUAL, {"count": 0, "first": [""]})
-    if equal["count"] > config.max_bad_share * info["expected"]:
-        raise ValueError(
-            f"{equal['first'][0]}: {EQUAL}, as in {equal['count']:,} of {info['expected']:,} "
-            f"pairs, over --max-bad-share {config.max_bad_share}: mend them or raise it"
-        )
-
-
 def _build(
     folder: Path, sources: list[Source], encoder: RecordEncoder, config: DataConfig, seed: int
 ) -> dict:
@@ -514,7 +510,8 @@ def _build(
         | {"formats": [f"{form.name}, {n:,} {form.unit}" for form, n in drops.formats[i].items()]}
         for i, (keep, remark) in enumerate(kept)
     ]
-    return arrays.counts | {
+    return {
+        **arrays.counts,
         "expected": expected,
         "bad": drops.bad,
         "drops": drops.reasons(),
@@ -615,8 +612,7 @@ class Arrays:
     def __init__(self, folder: Path):
         self.folder = folder
         self.columns: dict[str, Column] = {}
-        names = ("tokens", "learned_tokens", "records", "k", "media_bytes")
-        self.counts = dict.fromkeys(names, 0) | {"max_id": -1}
+        self.counts: Counter[str] = Counter()
 
     def append(self, done: list[tuple[Record, Encoded]]) -> None:
         """Add the encoded records of one chunk; the first chunk opens the columns."""

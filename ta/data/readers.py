@@ -61,8 +61,9 @@ def files_of(path: str) -> list[str]:
     elif not os.path.exists(path):
         root, _, split = path.rstrip("/").rpartition("/")
     if not os.path.isdir(root):
-        regular_file(root if path.startswith(HUB) else path)
-        return [root if path.startswith(HUB) else path]
+        file = root if path.startswith(HUB) else path
+        regular_file(file)
+        return [file]
     groups = _groups(Path(root))
     named = {name for name in groups if split in ("", name) or name.endswith("/" + split)}
     if len(named) == 1:

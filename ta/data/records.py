@@ -37,17 +37,17 @@ PART_KEYS = ("content", "text", "image", "image_url", "audio", "path", "url")
 Check = Callable[[dict], dict]
 
 
-def check_chat(data: dict, need_answer: bool = True, types: tuple[str, ...] = ("text",)) -> dict:
+def check_chat(data: dict, need_answer: bool = True, media: bool = False) -> dict:
     """{"messages": [{role, content, loss?}]}: the record with canonical messages.
 
     A message may also hold what chat templates read: reasoning_content, tool_calls, tool_call_id,
     name; the record tools, documents and chat_template_kwargs. Unknown keys stay; an optional key
     that is null counts as absent. With `need_answer` some
-    message must be an answer or have a `loss` of its own. `types` are the allowed types of
-    messages.
+    message must be an answer or have a `loss` of its own. With `media` they may be pictures and
+    sounds.
     """
     data = _with_arguments(data)
-    messages = _messages(data, "messages", types)
+    messages = _messages(data, "messages", media)
     roles = {message["role"]: None for message in messages}
     learned = "assistant" in roles or any(message.get("loss") for message in messages)
     if need_answer and not learned:
@@ -71,7 +71,7 @@ def check_media(data: dict, need_answer: bool = True) -> dict:
     list of such parts. Pictures and sounds stand in messages that are neither answers nor system
     prompts and, with `need_answer`, before some answer.
     """
-    data = check_chat(data, need_answer, types=("text", "image", "audio"))
+    data = check_chat(data, need_answer, media=True)
     messages = [*enumerate(data["messages"])]
     last = max((i for i, message in messages if message["role"] == "assistant"), default=-1)
     for place, message in messages:
@@ -240,16 +240,16 @@ def _without_null(data: dict, *keys: str) -> dict:
     return {key: value for key, value in data.items() if value is not None or key not in keys}
 
 
-def _messages(data: dict, key: str, types: tuple[str, ...] = ("text",)) -> list[dict]:
+def _messages(data: dict, key: str, media: bool = False) -> list[dict]:
     given = data.get(key)
     if not isinstance(given, list) or not given:
         raise BadRecord(
             "no messages", f"{key} is {_shown(data, key)}; give a list of {{role, content}}"
         )
-    return [_message(message, f"{key}[{place}]", types) for place, message in enumerate(given)]
+    return [_message(message, f"{key}[{place}]", media) for place, message in enumerate(given)]
 
 
-def _message(given: object, where: str, types: tuple[str, ...] = ("text",)) -> dict:
+def _message(given: object, where: str, media: bool = False) -> dict:
     if not isinstance(given, dict):
         raise BadRecord(
             "message is not an object", f"{where} is {named(given)}; give {{role, content}}"
@@ -264,6 +264,7 @@ def _message(given: object, where: str, types: tuple[str, ...] = ("text",)) -> d
     role = ROLES.get(role, role)
     if isinstance(content, str) and len(given) == 2:
         return {"role": role, "content": content}
+    types = ("text", "image", "audio") if media else ("text",)
     if isinstance(content, list) and content:
         content = [
             _part(part, f"{where}.content[{place}]", types) for place, part in enumerate(content)
@@ -419,10 +420,10 @@ def _answer(data: dict, key: str) -> dict:
             "no answer", f"{key} is {_shown(data, key)}; give {{role, content}} or text"
         )
     if isinstance(given, list) and len(given) == 1:
-        given = given[0]
-    answer = _message(
-        {"role": "assistant", "content": given} if isinstance(given, str) else given, key
-    )
+        (given,) = given
+    if isinstance(given, str):
+        given = {"role": "assistant", "content": given}
+    answer = _message(given, key)
     if answer["role"] != "assistant":
         raise BadRecord(
             "answer of another role",

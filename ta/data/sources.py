@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -93,14 +94,11 @@ def parse_source(text: str) -> Source:
 
 
 def _with_choice(path: str, choice: str) -> Source:
-    fields: dict[str, Any] = {}
-    separator = "system=" if choice.startswith("system=") else ",system="
-    options, given_system, system = choice.partition(separator)
-    if given_system and not system:
+    options, *system = re.split("(?:^|,)system=", choice, maxsplit=1)
+    if system == [""]:
         raise ValueError("system= without a text (--ignore-system-prompt removes system messages)")
-    if given_system:
-        fields["system_prompt"] = system
-    for option in options.split(",") if options or not given_system else ():
+    fields: dict[str, Any] = {"system_prompt": system[0]} if system else {}
+    for option in options.split(",") if options or not system else ():
         key, given, value = option.partition("=")
         if not given:
             key, value = ("count" if option.strip().isdigit() else "share"), option
