@@ -35,8 +35,7 @@ class Label(NamedTuple):
     # "content", "reasoning", "calls", or the key of another field
     field: str
     # of a tool call, its place among the message's calls
-    call: int
-    text: str = ""
+    call: int = 0
     # what stands beside it in the same string, without marks of its own
     before: str = ""
     after: str = ""
@@ -89,10 +88,9 @@ class Marker(NamedTuple):
         out, at = "", 0
         cores = self._cores(text, depth)
         for start, stop in cores:
-            before, core = text[at:start], text[start:stop]
-            number = len(self.labels)
-            out += before + _mark(_OPEN, number) + core + _mark(_CLOSE, number)
-            self.labels.append(Label(*label[:3], core, before))
+            sign = _NONCE + str(len(self.labels)).translate(_DIGITS) + _END
+            out += text[at:start] + _OPEN + sign + text[start:stop] + _CLOSE + sign
+            self.labels.append(label._replace(before=text[at:start]))
             at = stop
         if cores:
             self.labels[-1] = self.labels[-1]._replace(after=text[at:])
@@ -105,8 +103,7 @@ class Marker(NamedTuple):
         found = map(partial(_CORE.search, text), edges[::2], edges[1::2])
         cores = [core.span() for core in found if core]
         if depth == 2:
-            thirds = [(stop - start) // 3 for start, stop in cores]
-            cores = [(a + third, b - third) for (a, b), third in zip(cores, thirds, strict=True)]
+            cores = [(a + (b - a) // 3, b - (b - a) // 3) for a, b in cores]
         return cores or ([core.span()] if (core := _CORE.search(text)) else [])
 
 
@@ -132,22 +129,18 @@ def mark_chat(
             if key == "content":
                 whole = depth if isinstance(value, str) else None
                 below = {"text": depth, "content": depth}
-                new[key] = marker.walk(value, Label(place, key, 0), whole, below)
+                new[key] = marker.walk(value, Label(place, key), whole, below)
             elif key in REASONING:
-                new[key] = marker.walk(value, Label(place, "reasoning", 0), depth)
+                new[key] = marker.walk(value, Label(place, "reasoning"), depth)
             elif key == "tool_calls":
                 new[key] = [
                     marker.walk(call, Label(place, "calls", number), None, call_depths)
                     for number, call in enumerate(value)
                 ]
             elif key != "role":
-                new[key] = marker.walk(value, Label(place, key, 0))
-    values = {key: marker.walk(value, Label(-1, key, 0)) for key, value in arguments.items()}
+                new[key] = marker.walk(value, Label(place, key))
+    values = {key: marker.walk(value, Label(-1, key)) for key, value in arguments.items()}
     return marked, values, marker.labels
-
-
-def _mark(kind: str, label: int) -> str:
-    return f"{kind}{_NONCE}{str(label).translate(_DIGITS)}{_END}"
 
 
 def read_marks(text: str) -> Written:
