@@ -112,7 +112,7 @@ def mark_chat(
     arguments: Mapping[str, Any],
     border: Pattern,
     depths: Mapping[int, int],
-    names: bool = True,
+    names: bool,
 ) -> tuple[list[Message], dict[str, Any], list[Label]]:
     """The messages and template arguments with marks, and the label of each mark.
 

@@ -311,8 +311,9 @@ def load_tokenizer(
     """
     from transformers import PreTrainedTokenizerFast
 
-    folder = Path(config.tokenizer_path or path or "")
-    if not (config.tokenizer_path or path) or not folder.is_dir():
+    path = config.tokenizer_path or path
+    folder = Path(path or "")
+    if not path or not folder.is_dir():
         raise ValueError(
             f"tokenizer folder {str(folder)!r} does not exist; give the folder of a tokenizer in "
             "--tokenizer-path"

@@ -113,8 +113,8 @@ def save_tokenizer(
     if chat_template is not None:
         templates["default"] = chat_template
     for name, text in templates.items():
-        file = folder / "additional_chat_templates" / f"{name}.jinja"
-        file = folder / "chat_template.jinja" if name == "default" else file
+        another = f"additional_chat_templates/{name}.jinja"
+        file = folder / ("chat_template.jinja" if name == "default" else another)
         file.parent.mkdir(exist_ok=True)
         file.write_text(text, encoding="utf-8")
     _choose_class(fast, folder, settings)

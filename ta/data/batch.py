@@ -299,11 +299,11 @@ def to_device(batch, device):
     Tensors for an accelerator are copied from pinned memory and without waiting. A packed Batch
     gets its `cuts` there.
     """
+    gpu = torch.device(device).type == "cuda"
     if isinstance(batch, Tensor):
-        to_gpu = torch.device(device).type == "cuda" and batch.device.type == "cpu"
-        return (batch.pin_memory() if to_gpu else batch).to(device, non_blocking=True)
-    uncut = isinstance(batch, Batch) and batch.packed and batch.cuts is None
-    if uncut and torch.device(device).type == "cuda":
+        pinned = gpu and batch.device.type == "cpu"
+        return (batch.pin_memory() if pinned else batch).to(device, non_blocking=True)
+    if gpu and isinstance(batch, Batch) and batch.packed and batch.cuts is None:
         batch = batch._replace(cuts=cuts_of(batch.lengths, batch.prefixes))
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(part, device) for part in batch))

@@ -546,7 +546,7 @@ class RecordEncoder(NamedTuple):
             more["need_answer"] = False
         if kind.labels:
             more["labels"] = kind.labels
-        return partial(kind.check, **more) if more else kind.check
+        return partial(kind.check, **more)
 
     def jobs(self, chunk: list[Record], source: Source, drops: Drops) -> Iterator[ToEncode]:
         """The dialogues of some records, with a source's own system prompt."""
