@@ -103,8 +103,6 @@ class JinjaTemplate(NamedTuple):
     border: Pattern
     # the same with the tags that templates look for
     tags: Pattern
-    # names of the arguments that the template reads
-    reads: Callable[[], frozenset[str]]
     # roles and whether an answer is opened -> Skeleton, or why there is none
     skeletons: dict[tuple, Skeleton | str]
     borders: dict[tuple, Border]
@@ -115,16 +113,12 @@ class JinjaTemplate(NamedTuple):
 
 
 def jinja_template(
-    render: Render,
-    special: Iterable[str],
-    source: str,
-    tags: Tags,
-    reads: Callable[[], frozenset[str]],
+    render: Render, special: Iterable[str], source: str, tags: Tags
 ) -> JinjaTemplate:
     """A tokenizer's chat template.
 
     `special` are its added tokens. `tags` has the roles known, each with the name that the template
-    is given for it. `reads` gives the arguments that it reads.
+    is given for it.
     """
     names = frozenset(name for name in special if name.strip(" \n\t\u2581"))
     border = special_border(names)
@@ -143,7 +137,17 @@ def jinja_template(
     read = [key for key in REASONING if re.search(rf"\.{key}\b|(['\"]){key}\1", source)]
     keys = {key: read[0] for key in REASONING if read and key not in read}
     tokens = special_border(names.union(TAGS))
-    return JinjaTemplate(render, tags, source, border, tokens, reads, {}, {}, opening, keys)
+    return JinjaTemplate(render, tags, source, border, tokens, {}, {}, opening, keys)
+
+
+@lru_cache(maxsize=64)
+def _reads(source: str) -> frozenset[str]:
+    """The names of the arguments that a template reads."""
+    from jinja2.meta import find_undeclared_variables
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    compiled = _compile_jinja_template(source)
+    return frozenset(find_undeclared_variables(compiled.environment.parse(source)))
 
 
 @lru_cache(maxsize=64)
@@ -179,7 +183,7 @@ def split_jinja(
         if any(key in message for message in given):
             notes.append(f"{key} is given to the chat template as {own}, which it reads")
             given = [{own if k == key else k: v for k, v in m.items()} for m in given]
-    unread = [name for name in arguments if name not in template.reads()]
+    unread = [name for name in arguments if name not in _reads(template.source)]
     error = None
     for spelled, how in _spellings(given):
         found: list[str] = []

@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from datetime import date, datetime
-from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -531,11 +530,7 @@ def template_of(tokenizer: PreTrainedTokenizerFast, config: ChatConfig, day: str
             "the tokenizer has no chat template; give --prefix-template and --suffix-template (and "
             "--role-tags)"
         )
-    from jinja2.meta import find_undeclared_variables
-    from transformers.utils.chat_template_utils import (
-        _compile_jinja_template,
-        render_jinja_template,
-    )
+    from transformers.utils.chat_template_utils import render_jinja_template
 
     with_tools = tokenizer.get_chat_template(tools=[{}])  # a tokenizer may have one of its own
     source = tokenizer.get_chat_template()
@@ -555,14 +550,8 @@ def template_of(tokenizer: PreTrainedTokenizerFast, config: ChatConfig, day: str
             raise ValueError(f"the tokenizer's chat template refuses this chat: {why}") from None
         return texts[0]
 
-    @lru_cache(maxsize=1)
-    def reads() -> frozenset[str]:
-        """The names of the arguments that the template reads."""
-        compiled = _compile_jinja_template(source)
-        return frozenset(find_undeclared_variables(compiled.environment.parse(source)))
-
     special = tokenizer.get_added_vocab()
-    return jinja_template(render, special, source, tags or DEFAULT_TAGS, reads)
+    return jinja_template(render, special, source, tags or DEFAULT_TAGS)
 
 
 def _turn_tokens(
