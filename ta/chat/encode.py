@@ -25,7 +25,6 @@ from ta.chat.template import ChatConfig, check_chat_config
 if TYPE_CHECKING:
     from ta.chat.tokenizer import ChatTokenizer
 
-EQUAL = "chosen equals rejected"
 LossOn = Literal["answers", "last", "all"]
 
 
@@ -296,13 +295,6 @@ def encode_answers(
     """
     dialogues = [with_answers(*group) for group in zip(contexts, answers, strict=True)]
     return encode_dialogues(dialogues, tokenizer, config, ONE_ANSWER, arguments)
-
-
-def drop_equal(sequences: list[Tokens]) -> list[Tokens] | Drop:
-    """The sequences of a pair, or a Drop where both have the same tokens."""
-    if sequences[0].ids == sequences[1].ids:
-        return Drop(EQUAL, "the two answers have the same tokens")
-    return sequences
 
 
 def encode_prompts(

@@ -19,11 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ta.chat.encode import (
     AS_CONFIGURED,
-    EQUAL,
     ONE_ANSWER,
     Drop,
     EncodeRule,
-    drop_equal,
     encode_dialogues,
     turns_of,
     with_answers,
@@ -36,6 +34,7 @@ from ta.data.dependencies import dependencies
 from ta.data.jsonl import parse_record
 from ta.data.readers import files_of, read_rows
 from ta.data.records import (
+    EQUAL,
     Check,
     check_chat,
     check_class,
@@ -580,8 +579,8 @@ class RecordEncoder(NamedTuple):
         done, wrong = [], set()
         for job, result in zip(jobs, results, strict=True):
             record = job.record
-            if self.kind.distinct and isinstance(result, list):
-                result = drop_equal(result)
+            if self.kind.distinct and isinstance(result, list) and result[0].ids == result[1].ids:
+                result = Drop(EQUAL, "the two answers have the same tokens")
             if record.line in wrong:
                 continue
             if isinstance(result, ValueError):

@@ -34,6 +34,9 @@ ROLES = {"bot": ANSWER, "function": "tool"}
 # where the parts of a message have their text or path
 PART_KEYS = ("content", "text", "image", "image_url", "audio", "path", "url")
 
+# why a pair is of no use
+EQUAL = "chosen equals rejected"
+
 Check = Callable[[dict], dict]
 
 
@@ -100,9 +103,7 @@ def check_pair(data: dict) -> dict:
     context = _messages(data, "context")
     better, worse = _answer(data, "answer_w"), _answer(data, "answer_l")
     if better | {"loss": None} == worse | {"loss": None}:
-        raise BadRecord(
-            "chosen equals rejected", "both answers have the same content", unusable=True
-        )
+        raise BadRecord(EQUAL, "both answers have the same content", unusable=True)
     margin = _number(data, "precomputed_margin", "precomputed_margin is not a number")
     data |= {"context": context, "answer_w": better, "answer_l": worse}
     return _without_null(data | {"precomputed_margin": margin}, "precomputed_margin")
