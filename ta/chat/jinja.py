@@ -27,10 +27,6 @@ Arguments = Mapping[str, Any]
 Render = Callable[[Chat, bool, Arguments], str]
 
 DEFAULT_TAGS = {role: role for role in (SYSTEM, "developer", "user", ANSWER, "tool")}
-REMEDY = (
-    "give --prefix-template, --suffix-template and --role-tags instead of the tokenizer's own "
-    "template"
-)
 # keys of a message that are ours, not the template's
 OURS = ("loss", "disable_loss", "type", "parts")
 PLAIN = {"role", "content"}.union(OURS)
@@ -411,7 +407,8 @@ def _split(
         place = next(bad, 0)
         raise ValueError(
             f"message {place + 1} ({roles[place]}) cannot be split faithfully: the tokenizer's "
-            f"chat template changes its text or writes it depending on it; {REMEDY}"
+            "chat template changes its text or writes it depending on it; give --prefix-template, "
+            "--suffix-template and --role-tags instead of the tokenizer's own template"
         )
     ends, begins, faults = _borders(chat, notes)
     _note_unwritten(chat, faults, notes)

@@ -296,16 +296,16 @@ def spans(
         return [*first, cut, *last]
     found: list[tuple[str, float]] = []
     for weight, stretch in groupby(pairs, key=lambda pair: pair[1]):
-        text = ""
-        runs = [(token, len([*run])) for token, run in groupby(i for i, _ in stretch)]
-        for long, some in groupby(runs, key=lambda run: run[1] >= RUN):
-            if not long:
-                text += decode([token for token, count in some for _ in range(count)])
+        text, plain = "", []
+        for token, run in groupby(i for i, _ in stretch):
+            count = len(list(run))
+            if count < RUN:
+                plain += [token] * count
                 continue
-            for token, count in some:
-                name = next(files.get(token, iter(())), decode([token]))
-                text += f"[{name}, {count:,} tokens]"
-        found.append((text, weight))
+            name = next(files.get(token, iter(())), decode([token]))
+            text += (decode(plain) if plain else "") + f"[{name}, {count:,} tokens]"
+            plain = []
+        found.append((text + (decode(plain) if plain else ""), weight))
     return found
 
 

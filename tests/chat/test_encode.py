@@ -234,6 +234,7 @@ def test_a_chat_by_hand():
     assert made.decode(tokens.ids) == made.apply_chat_template(
         chat, tokenize=False
     ) and tokens.ids == real(made, chat)
+    assert render_chat([], tokenizer.template) == []
     assert render_chat(chat, tokenizer.template)[2] == [
         Piece("<|im_start|>assistant\n", 0.0, "template", True),
         Piece("yes", 1.0, "answer", False),
