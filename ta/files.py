@@ -460,26 +460,16 @@ class Parts:
 
 
 class Column:
-    """A .npy file that grows along its first axis; its header is written again at the end."""
+    """A .npy file that grows along its first axis; its header is written at the end."""
+
+    HEADER = 128  # bytes
 
     def __init__(self, path: Path, dtype: np.dtype | str, row: tuple[int, ...] = ()):
         import numpy as np
 
         self.dtype, self.row, self.count = np.dtype(dtype), row, 0
         self.file = open(path, "wb")  # noqa: SIM115 - lives as long as the column
-        self.start = self._write_header()
-
-    def _write_header(self) -> int:
-        from numpy.lib import format as npy
-
-        self.file.seek(0)
-        header = {
-            "descr": npy.dtype_to_descr(self.dtype),
-            "fortran_order": False,
-            "shape": (self.count, *self.row),
-        }
-        npy.write_array_header_1_0(self.file, header)
-        return self.file.tell()
+        self.file.seek(self.HEADER)
 
     def append(self, values: ndarray) -> None:
         """Add values (m, *row)."""
@@ -489,9 +479,17 @@ class Column:
         self.count += len(values)
 
     def close(self) -> None:
-        """Finish the header."""
-        end = self._write_header()
-        assert end == self.start, "numpy leaves room for the count to grow"
+        """Write the header."""
+        from numpy.lib import format as npy
+
+        self.file.seek(0)
+        header = {
+            "descr": npy.dtype_to_descr(self.dtype),
+            "fortran_order": False,
+            "shape": (self.count, *self.row),
+        }
+        npy.write_array_header_1_0(self.file, header)
+        assert self.file.tell() == self.HEADER, "numpy's header has another size"
         self.file.close()
 
 
