@@ -13,14 +13,13 @@ rewards; with --as-chats, one chat for each; with --as-pairs, a pair of the best
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import ta
 from ta import Range
 from ta.data.records import check_candidates
-from ta.files import locked, write_atomic
+from ta.files import locked, write_jsonl
 
 
 @dataclass(frozen=True)
@@ -139,8 +138,7 @@ def main(config: Config) -> None:
             made = lines_of(config, place, record.data, answers)
             without += not made
             lines += made
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_atomic(config.out, text)
+        write_jsonl(config.out, lines)
     ta.parallel.tell(f"{config.out}: {len(lines):,} lines")
     if repeated:
         ta.parallel.tell(

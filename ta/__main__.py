@@ -14,7 +14,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import runpy
@@ -26,7 +25,7 @@ from pathlib import Path
 
 from ta.command_line import guard
 from ta.convert import convert
-from ta.files import cache_folder, write_atomic
+from ta.files import cache_folder, write_atomic, write_jsonl
 from ta.folders import read_json
 from ta.from_turbo import from_turbo, script
 from ta.recipe_files import PACKAGE, RECIPES, recipe_names
@@ -119,7 +118,7 @@ def turbo(path: str) -> None:
     for name, records in made.files.items():
         if Path(name).exists():
             raise ValueError(f"{name} exists, and the records of {path} would replace it")
-        write_atomic(Path(name), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+        write_jsonl(name, records)
     print(script(made))
 
 

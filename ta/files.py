@@ -122,6 +122,12 @@ def append_line(path: str | Path, record: dict, durable: bool = False) -> None:
         sync(Path(path).parent)
 
 
+def write_jsonl(path: str | Path, records: Iterable[dict]) -> None:
+    """Write one record a line; the file appears whole or not at all."""
+    with writing(path) as aside, open(aside, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
 def read_json_lines(path: str | Path) -> list[dict]:
     """The whole objects of a file of JSON lines, none where there is no file.
 

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
-import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
-from ta.files import writing
+from ta.files import write_jsonl as write_jsonl
 
 Split = Literal["train", "held_out"]
 Record = dict[str, Any]
@@ -333,9 +331,3 @@ def readings(split: Split, n: int, seed: int = 0) -> list[Record]:
 
 def _answer(text: str) -> Record:
     return {"role": "assistant", "content": text}
-
-
-def write_jsonl(path: str | os.PathLike, records: Iterable[Record]) -> None:
-    """Write one record a line; the file appears complete or not at all."""
-    with writing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ta.chat.tokenizer import tokenizer_settings
 from ta.command_line import when_stopped
-from ta.files import append_line, locked, read_json_lines, shares, write_atomic
+from ta.files import append_line, locked, read_json_lines, shares, write_jsonl
 from ta.folders import ModelConfig, fingerprint, resolve
 from ta.parallel import rank, world
 from ta.printable import masked
@@ -132,8 +132,7 @@ class AnswersFile:
                 )
             if len(made) < len(set(keys)):
                 return False
-            lines = [json.dumps(made[key], ensure_ascii=False) + "\n" for key in keys]
-            write_atomic(self.path, "".join(lines))
+            write_jsonl(self.path, (made[key] for key in keys))
             for part in self._parts():
                 part.unlink(missing_ok=True)
         return True

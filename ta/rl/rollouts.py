@@ -7,7 +7,6 @@ Letters: P prompts, G answers to a prompt, N answers, M tokens of answers.
 
 from __future__ import annotations
 
-import json
 import time
 from collections import ChainMap, Counter
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from ta.data.batch import Batch, to_device
 from ta.data.loader import BatchConfig, TrainBatches
 from ta.data.prepare import DataConfig, Prepared
 from ta.data.sources import Drops
-from ta.files import append_line, hash_json, read_json_lines, write_atomic
+from ta.files import append_line, hash_json, read_json_lines, write_jsonl
 from ta.generation.generate import generate
 from ta.generation.prompts import read_prompts
 from ta.generation.samples import Prompt, asked_text
@@ -270,8 +269,7 @@ class Rollouts:
         rows = [row | {"drawn": drawn} for row in (rows or spare)[:wanted]]
         for name, function in self.logprobs.items():
             self._add_logprobs(model, rows, f"{name}_logprobs", function)
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        on_rank_zero(lambda: write_atomic(path, "".join(lines)))
+        on_rank_zero(lambda: write_jsonl(path, rows))
         self.held[number] = rows
 
     def _add_logprobs(

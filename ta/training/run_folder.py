@@ -25,6 +25,7 @@ from ta.files import (
     read_json_lines,
     remove_whole,
     write_atomic,
+    write_jsonl,
 )
 from ta.flags import changed_settings, command_of
 from ta.folders import fingerprint, resolve
@@ -51,8 +52,7 @@ def cut_back(path: Path, step: int) -> None:
     """Drop logged objects of steps after `step`, so that a resumed run logs no step twice."""
     if path.exists():
         kept = [record for record in read_json_lines(path) if record.get("step", 0) <= step]
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in kept]
-        write_atomic(path, "".join(lines))
+        write_jsonl(path, kept)
 
 
 @dataclass(frozen=True)
