@@ -103,24 +103,18 @@ def clip(folder: Path) -> Encoder:
 
     LLaVA reads CLIP so (arXiv 2310.03744).
     """
-    from transformers import CLIPVisionConfig, CLIPVisionModel
+    from transformers import CLIPVisionModel
 
-    config = _config(CLIPVisionConfig, folder, "clip", "clip_vision_model")
-    # the state before the last layer is the last state of a model with one layer fewer
-    config.num_hidden_layers -= 1
-    tower = load_tower(CLIPVisionModel, folder, config)
     # the class token comes first
-    return _patches("clip", folder, CLIP, config, LastState(tower, "pixel_values", 1))
+    patches = partial(LastState, name="pixel_values", skip=1)
+    return _vision("clip", folder, CLIP, CLIPVisionModel, patches)
 
 
 def siglip(folder: Path) -> Encoder:
     """SigLIP's vision model (arXiv 2303.15343): hidden_states[-2]; it has no class token."""
-    from transformers import SiglipVisionConfig, SiglipVisionModel
+    from transformers import SiglipVisionModel
 
-    config = _config(SiglipVisionConfig, folder, "siglip", "siglip_vision_model")
-    config.num_hidden_layers -= 1
-    tower = load_tower(SiglipVisionModel, folder, config)
-    return _patches("siglip", folder, SIGLIP, config, SiglipPatches(tower))
+    return _vision("siglip", folder, SIGLIP, SiglipVisionModel, SiglipPatches)
 
 
 def imagebind(folder: Path) -> Encoder:
@@ -147,9 +141,9 @@ def whisper(folder: Path) -> Encoder:
     A sound shorter than the window is padded with silence. The features lie on a line; the grid
     cuts the line into rows of equal length, as near to a square as possible.
     """
-    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
+    from transformers import WhisperFeatureExtractor, WhisperModel
 
-    config = _config(WhisperConfig, folder, "whisper")
+    config = _config(WhisperModel, folder, "whisper")
     config.decoder_layers = 0
     if not (folder / "preprocessor_config.json").is_file():
         raise ValueError(
@@ -183,9 +177,14 @@ def _values(settings: Any, names: str) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in names.split()}
 
 
-def _patches(
-    name: str, folder: Path, default: Preprocessing, config: Any, module: nn.Module
+def _vision(
+    name: str, folder: Path, default: Preprocessing, kind: Any, patches: Callable[..., nn.Module]
 ) -> Encoder:
+    """An encoder whose features are `patches` of transformers' model without its last layer."""
+    config = _config(kind, folder, name, f"{name}_vision_model")
+    # the state before the last layer is the last state of a model with one layer fewer
+    config.num_hidden_layers -= 1
+    module = patches(load_tower(kind, folder, config))
     how = read_preprocessing(folder, default)
     given, edge = how.crop or (how.size if isinstance(how.size, tuple) else None), config.image_size
     if given != (edge, edge):
@@ -208,7 +207,7 @@ def _config(kind: Any, folder: Path, *types: str) -> Any:
             f"{' or '.join(types)}"
         )
     with loading(folder, f"an encoder of type {model_type}"):
-        return kind.from_pretrained(str(folder), local_files_only=True)
+        return kind.config_class.from_pretrained(str(folder), local_files_only=True)
 
 
 def load_tower(kind: Any, folder: Path, config: Any) -> nn.Module:

@@ -59,9 +59,8 @@ def export_llava(
     or the disk cannot be written to.
     """
     from ta.model.export import check_room, check_tokenizer, model_bytes, published, save_model
-    from ta.model.language_model import base_model
 
-    settings, base = media["image"].settings, base_model(model.inner)
+    settings, base = media["image"].settings, model.base
     image = tokenizer.placeholders["image"]
     whole = assembled(settings, base, model.projectors["image"], image.id)
     check_tokenizer(tokenizer.fast, whole.config)
@@ -152,9 +151,9 @@ def difference(whole, media: Modalities, model: MediaModel, tokenizer: ChatToken
     import torch
 
     from ta.media.multimodal import embed_modalities
-    from ta.model.language_model import base_model, native_attention
+    from ta.model.language_model import native_attention
 
-    placeholder, base = tokenizer.placeholders["image"], base_model(model.inner)
+    placeholder, base = tokenizer.placeholders["image"], model.base
     edge = whole.config.vision_config.image_size
     pixels = torch.randn(1, 3, edge, edge, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([[1, *[placeholder.id] * placeholder.count, 2, 3]])

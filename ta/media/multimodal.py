@@ -32,6 +32,7 @@ from ta.media.modalities import PROJECTORS, MediaConfig, Modalities, encoded, in
 from ta.media.projectors import load_projector, projector_of
 from ta.model.export import gathered
 from ta.model.language_model import LanguageModel, base_model
+from ta.model.new_rows import token_table
 from ta.parallel import rank
 
 if TYPE_CHECKING:
@@ -97,12 +98,12 @@ class MediaModel(LanguageModel):
         language: LanguageModel,
         projectors: Mapping[str, nn.Module],
         media: Modalities,
-        ids: Mapping[str, int],
+        tokenizer: ChatTokenizer,
     ):
         super().__init__(language.inner, language.mode, language.autocast)
-        self.projectors = nn.ModuleDict(projectors)
-        self.media = media
-        self.ids = dict(ids)  # modality -> id of its placeholder
+        self.projectors, self.media = nn.ModuleDict(projectors), media
+        # modality -> id of its placeholder
+        self.ids = {name: known.id for name, known in tokenizer.placeholders.items()}
 
     def embed(self, batch: MediaBatch) -> Tensor:
         """(B, T, D) embeddings of the tokens, projected features in place of placeholders."""
@@ -112,7 +113,7 @@ class MediaModel(LanguageModel):
     def _inputs(self, batch: MediaBatch) -> tuple[Batch, Tensor]:
         """The sequences, and the embeddings (B, T, D) that the language model reads for them."""
         tokens = batch.sequences.tokens
-        embeds = base_model(self.inner).get_input_embeddings()(tokens)
+        embeds = self.base.get_input_embeddings()(tokens)
         for name, projector in self.projectors.items():
             features = getattr(batch, name).to(next(projector.parameters()).dtype)
             embeds = embed_modalities(embeds, tokens, projector(features), self.ids[name])
@@ -140,22 +141,17 @@ def with_projectors(
 
     A projector starts from the weights that its modality names, else it is drawn from `seed`.
     """
-    table = base_model(language.inner).get_input_embeddings()
+    table, projectors = token_table(language.base), {}
     if freeze:
         language.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        projectors = {
-            name: projector_of(modality.settings, table.weight.shape[1])
-            for name, modality in media.items()
-        }
-    for name, modality in media.items():
-        if modality.projector_path:
-            load_projector(projectors[name], modality.projector_path)
-    ids = {name: placeholder.id for name, placeholder in tokenizer.placeholders.items()}
-    model = MediaModel(language, projectors, media, ids)
-    device = "cpu" if table.weight.is_meta else table.weight.device
-    model.projectors.to(device, table.weight.dtype)
+        for name, modality in media.items():
+            projectors[name] = projector_of(modality.settings, table.shape[1])
+            if modality.projector_path:
+                load_projector(projectors[name], modality.projector_path)
+    model = MediaModel(language, projectors, media, tokenizer)
+    model.projectors.to("cpu" if table.is_meta else table.device, table.dtype)
     return model
 
 

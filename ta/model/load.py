@@ -173,9 +173,7 @@ def check_context(model: LanguageModel, *data: Prepared | None) -> None:
     """ValueError where a sequence has more tokens than the model takes; None is no data."""
     import numpy as np
 
-    from ta.model.language_model import base_model
-
-    base = base_model(model.inner)
+    base = model.base
     limit = getattr(base.config.get_text_config(), "max_position_embeddings", None) or np.inf
     for name, module in base.named_modules():
         # the positions of RoBERTa and its kind begin behind that of padding
@@ -205,7 +203,7 @@ def load_for_inference(
     """
     import torch
 
-    from ta.model.language_model import LanguageModel, base_model, check_runs
+    from ta.model.language_model import LanguageModel, check_runs
 
     sources = resolve(model)
     task: Task = "causal" if num_labels is None else "seq_cls"
@@ -218,10 +216,10 @@ def load_for_inference(
         loaded = adapted if few_bits or is_prompt_learning(adapted) else merge_adapter(adapted)
     if is_half(model, device):
         cast_parameters(loaded, torch.bfloat16)
-    loaded = loaded.requires_grad_(False).eval()
-    if getattr(base_model(loaded), "is_quantized", False):
+    root = LanguageModel(loaded.requires_grad_(False).eval(), "native")
+    if getattr(root.base, "is_quantized", False):
         # not every shape is held in few bits on every device
-        check_runs(LanguageModel(loaded, "native"))
+        check_runs(root)
     return loaded
 
 
@@ -366,10 +364,10 @@ def check_generation(folder: str, config: GenerationConfig) -> None:
     """
     idle = () if config.do_sample else SAMPLING
     idle += () if (config.num_beams or 1) > 1 else BEAMS
-    without = type(config)()
-    given = [name for name in idle if getattr(config, name, None) != getattr(without, name, None)]
+    usual = {name: getattr(type(config)(), name, None) for name in idle}
+    given = [name for name, value in usual.items() if getattr(config, name, None) != value]
     for name in given:
-        setattr(config, name, getattr(without, name))
+        setattr(config, name, usual[name])
     if given:
         say(
             f"note: {', '.join(given)} of {folder}/generation_config.json have no effect there "
@@ -472,8 +470,7 @@ def _name_classes(model: PreTrainedModel, names: Sequence[str]) -> None:
     ValueError where the model's own classes have other names.
     """
     own = [model.config.id2label[i] for i in range(len(names))]
-    unnamed = own == [f"LABEL_{i}" for i in range(len(names))]
-    if not unnamed and own != list(names):
+    if own not in (list(names), [f"LABEL_{i}" for i in range(len(names))]):
         raise ValueError(
             f"--labels {' '.join(names)}: the model's own classes are {' '.join(own)}, in this "
             "order; give these"
@@ -496,13 +493,11 @@ def _place(
     from ta.model.language_model import LanguageModel, wrap
 
     if rank():
-        wrapper = LanguageModel(model, "packed")
-        mode, note = gather_objects(None)[0]
-        wrapper.set_mode(mode)
+        wrapper, note = LanguageModel(model, "packed"), ""
     else:
         wrapper, note = wrap(model, compute.packing, torch.bfloat16 if half else None)
-        gather_objects((wrapper.mode, note))
-    wrapper.media_folder = media
+    mode, note = gather_objects((wrapper.mode, note))[0]
+    wrapper.set_mode(mode).media_folder = media
     if around is not None:
         wrapper = around(wrapper)
     wrapper.note = note

@@ -2,6 +2,7 @@
 
 import math
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -50,7 +51,8 @@ def root_of(kind):
     torch.manual_seed(1)
     if kind == "media":
         projectors = {"image": torch.nn.Linear(5, 32).double()}
-        return MediaModel(root, projectors, Modalities({}), {"image": 9})
+        known = SimpleNamespace(placeholders={"image": SimpleNamespace(id=9)})
+        return MediaModel(root, projectors, Modalities({}), known)
     if kind == "retrieval":
         sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
         quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
