@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ta.files import SETTLED, Parts, content_hash, locked, stamp, write_atomic, writing
+from ta.folders import loading
 from ta.parallel import gather_objects, rank, world
 
 if TYPE_CHECKING:
@@ -158,15 +159,10 @@ def content_hashes(files: Sequence[Path], notes: Path) -> list[str]:
 
 def _opened(path: Path) -> tuple[Any, dict[str, str]]:
     """safetensors' reader of a file, and its metadata; ValueError where it is no such file."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
+    with loading(path, "a cache of features, which recipes/preprocess_images.py makes"):
         handle = safe_open(str(path), framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{path}: not a safetensors file ({error}); make the cache with "
-            "recipes/preprocess_images.py"
-        ) from error
     return handle, handle.metadata() or {}
 
 
@@ -187,17 +183,10 @@ def read_features(path: str | Path, fingerprint: str | None = None) -> Features:
             f"{path} is a safetensors file, but not a cache of features; "
             "make one with recipes/preprocess_images.py"
         )
-    try:
+    with loading(path, "a whole cache (recipes/preprocess_images.py --overwrite makes it again)"):
         info = json.loads(known[FORMAT])
         made_by, shape, hashes = str(info["fingerprint"]), tuple(info["shape"]), info["hashes"]
-        fits = set(hashes) == set(handle.keys()) and len(shape) == 2
-    except (ValueError, KeyError, TypeError, RecursionError):
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"{path}: its header is damaged; make it again with "
-            "recipes/preprocess_images.py --overwrite"
-        )
+        assert set(hashes) == set(handle.keys()) and len(shape) == 2, "its header is damaged"
     if fingerprint not in (None, made_by):
         raise ValueError(
             f"{path} was made by another encoder or other settings ({made_by[:12]}, "
@@ -208,12 +197,7 @@ def read_features(path: str | Path, fingerprint: str | None = None) -> Features:
 
 
 def take(features: Features, key: str) -> torch.Tensor:
-    """(F, E) features of one file, read from the cache; ValueError where it does not hold them."""
-    if key not in features.hashes:
-        raise ValueError(
-            f"{key!r} is not among the {len(features.hashes)} files of the cache {features.path}; "
-            "preprocess it too"
-        )
+    """(F, E) features of a file that `check_features` found in the cache, read from it."""
     found = features.handle.get_tensor(key)
     if found.shape != features.shape:
         raise ValueError(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ta.folders import differing, read_json, read_tensors, write_tensors
+from ta.folders import differing, loading, read_json, read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -226,12 +226,8 @@ def load_trunk(folder: str | Path) -> Trunk:
         raise ValueError(
             f"{folder}: no converted ImageBind trunk; make one with ta convert imagebind_huge.pth"
         )
-    try:
-        config = TrunkConfig(**{**given, "size": tuple(given["size"])})
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{paths[0]}: not the config of a trunk ({error}); convert the checkpoint again"
-        ) from error
+    with loading(paths[0], "the config of a trunk"):
+        config = TrunkConfig(**given | {"size": tuple(given["size"])})
     with torch.device("meta"):
         trunk = Trunk(config)
     weights = read_tensors(paths[1])

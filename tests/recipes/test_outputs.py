@@ -129,7 +129,10 @@ def test_a_feature_cache_replaces_feature_caches_only(door, tmp_path):
     models.write_tiny(tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     before = weights.read_bytes()
-    for out, word in ((weights, "is no cache of features"), (tmp_path / "t", "not a safetensors")):
+    for out, word in (
+        (weights, "is no cache of features"),
+        (tmp_path / "t", "does not load as a cache"),
+    ):
         (tmp_path / "t").write_text("text")
         code, said = door("preprocess_images", *flags, "--out", out, "--overwrite")
         assert code == 2 and word in said
