@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ta.data.readers import read_rows
 from ta.files import HUB, publishing, write_atomic
-from ta.folders import write_tensors
+from ta.folders import loading, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,12 +74,8 @@ def load_pickled(path: Path) -> dict[str, Tensor]:
     """The tensors of a pickled state dict by name; ValueError for any other content."""
     import torch
 
-    try:
+    with loading(path, "a checkpoint of weights alone"):
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    # torch raises UnpicklingError, RuntimeError, EOFError and more for what is no checkpoint
-    except Exception as error:
-        line = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path} is no checkpoint of weights alone ({line})") from None
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     whole = isinstance(loaded, dict) and all(isinstance(t, torch.Tensor) for t in loaded.values())
@@ -138,15 +134,9 @@ def _folder(source: Path, target: Path) -> str:
         if spm:
             from transformers import AutoTokenizer
 
-            try:
+            with loading(source, "a tokenizer (pip install sentencepiece protobuf)"):
                 tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-                tokenizer.save_pretrained(folder)
-            except (ImportError, OSError, ValueError, KeyError) as error:
-                line = str(error).strip().splitlines()[0]
-                raise ValueError(
-                    f"{source}/tokenizer.model cannot be read ({line}): pip install sentencepiece "
-                    "protobuf"
-                ) from None
+            tokenizer.save_pretrained(folder)
             made.append("tokenizer.json")
     return f"{target}: {', '.join(made)}"
 

@@ -148,29 +148,17 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     with open(path, "rb") as file, warnings.catch_warnings():
         # Pillow warns of big pictures and wrong metadata; here a limit is an error
         warnings.simplefilter("ignore")
-        try:
+        with loading(path, f"a picture ({', '.join(FORMATS)} are read)"):
             image = Image.open(file, formats=FORMATS)
-            pixels = image.width * image.height
-        except Image.DecompressionBombError as error:
-            raise ValueError(f"{path}: the picture is too large to decode: {error}") from error
-        # Pillow raises OSError, SyntaxError, struct.error and more for a file that it cannot read
-        except Exception as error:
-            raise ValueError(
-                f"{path}: not a picture that can be read ({error}); give one of "
-                f"{', '.join(FORMATS)}"
-            ) from error
+        pixels = image.width * image.height
         if pixels > max_pixels:
             raise ValueError(
                 f"{path}: {image.width} x {image.height} is {pixels} pixels, the limit is "
                 f"{max_pixels}; scale it down first"
             )
-        try:
+        with loading(path, "a whole picture (it is broken or cut short: write it again)"):
             image.load()
             upright = ImageOps.exif_transpose(image)
-        except Exception as error:
-            raise ValueError(
-                f"{path}: the picture is broken or cut short ({error}); write it again or remove it"
-            ) from error
         try:
             return np.asarray(_to_rgb(upright, image.format))
         except ValueError as error:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ta.chat.template import export_template
 from ta.chat.tokenizer_files import save_tokenizer
-from ta.folders import read_json, read_tensors, write_tensors
+from ta.folders import loading, read_json, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -130,18 +130,13 @@ def assembled(settings: dict, base: PreTrainedModel, projector: nn.Module, place
         vision_feature_layer=-2,
     )
     whole = transformers.LlavaForConditionalGeneration(config).eval()
-    try:
+    what = "a part of the Llava layout (serve it with recipes/generate.py)"
+    with loading(type(base).__name__, what):
         whole.model.vision_tower.load_state_dict(tower.state_dict())
         whole.model.language_model.load_state_dict(base.base_model.state_dict())
         whole.lm_head.load_state_dict(base.get_output_embeddings().state_dict())
         for name, layer in zip(("linear_1", "linear_2"), projector.layers[::2], strict=True):
             getattr(whole.model.multi_modal_projector, name).load_state_dict(layer.state_dict())
-    except RuntimeError as error:
-        why = str(error).splitlines()[-1].strip()
-        raise ValueError(
-            f"{type(base).__name__} does not fit the Llava layout ({why}); "
-            "serve it with recipes/generate.py"
-        ) from error
     whole.generation_config = base.generation_config
     return whole
 

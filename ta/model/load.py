@@ -373,12 +373,8 @@ def check_generation(folder: str, config: GenerationConfig) -> None:
             f"note: {', '.join(given)} of {folder}/generation_config.json have no effect there "
             "(nothing is sampled, or no beams are searched) and are left out of what is exported"
         )
-    try:
-        with quiet():
-            config.validate(strict=True)
-    except ValueError as error:
-        what = " ".join(str(error).split())[:200]
-        raise ValueError(f"{folder}/generation_config.json cannot be: {what}; mend it") from None
+    with quiet(), loading(f"{folder}/generation_config.json", "settings of generation (mend it)"):
+        config.validate(strict=True)
 
 
 def multiply_in_float8(model: LanguageModel) -> None:

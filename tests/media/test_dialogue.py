@@ -190,9 +190,9 @@ def spoiled(folder):
     return {
         "none.png": "no such file",
         "cut.png": "broken or cut short",
-        "broken.png": "broken|not a picture",
+        "broken.png": "broken|does not load as a picture",
         "empty.png": "0 bytes",
-        "text.png": "not a picture",
+        "text.png": "does not load as a picture",
         "bomb.png": "169000000 pixels",
         "folder.png": "is a folder",
         "fifo.png": "not a regular file",
