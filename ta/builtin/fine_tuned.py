@@ -37,39 +37,27 @@ class FineTuning(NamedTuple):
     # the kind of built-in records
     records: str
     steps: int
-    batch_size: int
-    lr: float
     # for the user
     description: str
+    batch_size: int = TINY_BATCH
+    lr: float = TINY_LR
 
 
 FINE_TUNINGS = {
-    TUNED: FineTuning(
-        "builtin",
-        "chats",
-        TINY_STEPS,
-        TINY_BATCH,
-        TINY_LR,
-        "the built-in model on built-in chats",
-    ),
+    TUNED: FineTuning("builtin", "chats", TINY_STEPS, "the built-in model on built-in chats"),
     WORDY: FineTuning(
         TUNED,
         "wordy",
         150,
+        'that model on chats whose answers are mostly wordy ("5, of course!")',
         16,
         3e-4,
-        'that model on chats whose answers are mostly wordy ("5, of course!")',
     ),
     BEGUN: FineTuning(
-        "builtin",
-        "chats",
-        350,
-        TINY_BATCH,
-        TINY_LR,
-        "the built-in model on a quarter of the built-in chats",
+        "builtin", "chats", 350, "the built-in model on a quarter of the built-in chats"
     ),
     READER: FineTuning(
-        SMALL, "readings", 150, 32, 3e-3, "a small built-in model on questions with their passages"
+        SMALL, "readings", 150, "a small built-in model on questions with their passages", 32, 3e-3
     ),
 }
 

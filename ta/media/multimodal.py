@@ -63,22 +63,22 @@ def embed_modalities(
     placeholders, or where the N of a picture or sound do not follow each other in one row.
     """
     places = (tokens.flatten() == placeholder_id).nonzero()[:, 0]
-    each = features.shape[1]
-    count = features.shape[0] * each
-    if len(places) != count:
+    items, each = features.shape[:2]
+    if len(places) != items * each:
         raise ValueError(
-            f"{len(places)} placeholders of id {placeholder_id} for {count} embeddings "
-            f"({features.shape[0]} x {features.shape[1]}): "
+            f"{len(places)} placeholders of id {placeholder_id} for {items * each} embeddings "
+            f"({items} x {each}): "
             "every picture or sound needs one placeholder for each of its embeddings"
         )
-    first = places[::each].repeat_interleave(each)
-    run = torch.arange(each, device=places.device).repeat(len(features))
-    apart = (places != first + run) | (places // tokens.shape[1] != first // tokens.shape[1])
+    runs, columns = places.view(items, each), tokens.shape[1]
+    first = runs[:, :1]
+    follow = runs == first + torch.arange(each, device=places.device)
+    apart = ~(follow & (runs // columns == first // columns)).all(1)
     if apart.any():
-        item = int(apart.nonzero()[0]) // each
+        item = int(apart.nonzero()[0])
         raise ValueError(
             f"the {each} placeholders of picture or sound {item + 1}, from row "
-            f"{int(first[item * each]) // tokens.shape[1] + 1} on, do not follow each other: "
+            f"{int(first[item]) // columns + 1} on, do not follow each other: "
             f"a record before it has more or fewer than {each} for each"
         )
     flat = token_embeds.flatten(0, 1)

@@ -223,15 +223,16 @@ def _with_old_rope(settings: dict[str, Any]) -> dict[str, Any]:
     theta, local = main["rope_theta"], (rope.get("sliding_attention") or {}).get("rope_theta")
     fraction = main.get("partial_rotary_factor")
     rest = {k: v for k, v in main.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    kind = settings.get("model_type", "")
     older = {
         "rope_theta": theta,
         "rope_scaling": None if rest == {"rope_type": "default"} else rest,
         "partial_rotary_factor": fraction,
-        "rope_local_base_freq": local if "gemma3" in settings.get("model_type", "") else None,
+        "rope_local_base_freq": local if "gemma3" in kind else None,
     }
-    if settings.get("model_type", "").startswith("modernbert"):
+    if kind.startswith("modernbert"):
         older = {"global_rope_theta": theta, "local_rope_theta": local}
-    if settings.get("model_type", "").startswith("gpt_neox"):
+    if kind.startswith("gpt_neox"):
         older |= {"rotary_emb_base": theta, "rotary_pct": fraction}
     return settings | {key: value for key, value in older.items() if value is not None}
 
