@@ -149,8 +149,8 @@ def content_hashes(files: Sequence[Path], notes: Path) -> list[str]:
     fresh = {
         name: [stamps[name], value] for part in gather_objects(read) for name, value in part.items()
     }
-    now = time.time_ns()
-    settled = {name: note for name, note in fresh.items() if now - max(note[0][1:3]) > SETTLED}
+    latest = time.time_ns() - SETTLED
+    settled = {name: note for name, note in fresh.items() if max(note[0][1:3]) < latest}
     if settled and rank() == 0:
         write_atomic(notes, json.dumps(known | settled))
     known |= fresh

@@ -326,7 +326,8 @@ def embed_media_prompts(
     numbers = [end // TOKENS_AT_ONCE for end in accumulate(map(len, prompts))]
     for _, group in groupby(zip(numbers, prompts, encoded, strict=True), itemgetter(0)):
         _, ids, results = zip(*group, strict=True)
-        batch = lay_out([np.array(x) for x in ids], [np.zeros(len(x)) for x in ids])
+        ids = [np.array(x) for x in ids]
+        batch = lay_out(ids, [np.zeros(len(x)) for x in ids])
         paths: dict[str, tuple[str, ...]] = dict.fromkeys(media, ())
         for name, path in chain(*(items for _, items in results)):
             paths[name] += (path,)

@@ -175,10 +175,11 @@ def _check_names(model: PreTrainedModel, flag: str, targets: Sequence[str]) -> N
     modules = {name: module for name, module in model.named_modules() if name}
     for target in targets:
         if not any(_hits(name, [target]) for name in modules):
-            leaves = {n.rsplit(".")[-1] for n, m in modules.items() if not list(m.children())}
+            leaves = [name for name, module in modules.items() if not list(module.children())]
+            names = {name.rpartition(".")[2] for name in leaves}
             raise ValueError(
                 f"{flag} {target}: the model has no module of that name; it has "
-                f"{', '.join(sorted(leaves))}"
+                f"{', '.join(sorted(names))}"
             )
 
 
@@ -279,7 +280,7 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
         if p is not table and p.is_floating_point() and p.ndim == 2 and not p.is_meta
     ]
     step = max(1, len(sampled) // SAMPLED)
-    sample = {name: p.detach()[0, :4].float().tolist() for name, p in sampled[::step]}
+    starts = {name: p.detach()[0, :4] for name, p in sampled[::step]}
     task, config, labels = task_of(model), model.config, {}
     if task == "SEQ_CLS":
         labels = {"num_labels": config.num_labels, "id2label": config.id2label}
@@ -288,7 +289,7 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
         "architecture": type(model).__name__,
         "task": task,
         "vocabulary": len(table),
-        "sample": sample,
+        "sample": {name: start.float().tolist() for name, start in starts.items()},
     } | labels
 
 
@@ -802,5 +803,7 @@ def _rows(model: PreTrainedModel, ids: Sequence[int], path: str | None = None) -
         # a model without weights is not on rank 0, which has the rows and saves them
         return {}
     index = torch.tensor(sorted(set(ids)))
-    rows = {name: table.detach()[index].float().cpu() for name, table in tables(model).items()}
-    return {"ids": index, **rows}
+    rows = {"ids": index}
+    for name, table in tables(model).items():
+        rows[name] = table.detach()[index].float().cpu()
+    return rows

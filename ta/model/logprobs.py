@@ -309,7 +309,8 @@ class _PerPosition(torch.autograd.Function):
     def backward(ctx, grad):
         """Gradients of any loss of the values, chunk by chunk."""
         inputs, (head, slopes, chunk) = ctx.saved_tensors, ctx.plan
-        hidden, head = inputs[0].to(ctx.dtype), head._replace(weight=inputs[1].to(ctx.dtype))
+        hidden, weight = (x.to(ctx.dtype) for x in inputs[:2])
+        head = head._replace(weight=weight)
         gradients = _Gradients(hidden, head, ctx.needs_input_grad[:3])
         for here, h in _chunks(hidden, chunk):
             logits, slope = _logits(h, head)
