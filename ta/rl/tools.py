@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from os.path import commonprefix
 from typing import Any, NamedTuple
@@ -39,43 +40,28 @@ class Call(NamedTuple):
     arguments: dict[str, Any]
 
 
-class JsonForm(NamedTuple):
-    """Calls written as JSON behind some text, with the keys of name and arguments."""
+class CallForm(NamedTuple):
+    """How a template writes calls."""
 
-    before: str
-    name: str
-    arguments: str
-
-    def read(self, text: str) -> tuple[int, list[Call]]:
-        """(where the first call begins, all calls); broken ones raise what JSON raises."""
-        places = list(re.finditer(re.escape(self.before) + r"\s*", text))
-        calls = []
-        for place in places if self.before else places[:1]:
-            value, end = DECODER.raw_decode(text, place.end())
-            if not self.before and text[end:].strip():
-                return 0, []
-            for one in value if isinstance(value, list) else [value]:
-                calls.append(Call(one[self.name], dict(one[self.arguments])))
-        return (places[0].start() if places else 0), calls
+    # finds where calls begin
+    opening: re.Pattern
+    # (text, what opened, where the next calls begin) -> the calls; what is broken raises
+    read: Callable[[str, re.Match, int], list[Call]]
 
 
-class TaggedForm(NamedTuple):
-    """Calls written as names and texts between tags, as <function=NAME><parameter=KEY>TEXT."""
+def json_calls(name: str, arguments: str, text: str, place: re.Match, end: int) -> list[Call]:
+    """Calls written as JSON, with the keys of name and arguments; nothing follows bare JSON."""
+    value, stop = DECODER.raw_decode(text, place.end())
+    if not place[0].strip() and text[stop:].strip():
+        raise ValueError("a text begins with JSON")
+    calls = value if isinstance(value, list) else [value]
+    return [Call(call[name], dict(call[arguments])) for call in calls]
 
-    # finds a name
-    name: re.Pattern
-    # finds a key and a text
-    parameter: re.Pattern
 
-    def read(self, text: str) -> tuple[int, list[Call]]:
-        """(where the first call begins, all calls)."""
-        places = list(self.name.finditer(text))
-        ends = [*(place.start() for place in places[1:]), len(text)]
-        return (places[0].start() if places else 0), [
-            # the last tag of a name may open a parameter
-            Call(place[1], dict(self.parameter.findall(text[place.end() - 1 : end])))
-            for place, end in zip(places, ends, strict=True)
-        ]
+def tagged_calls(parameter: re.Pattern, text: str, place: re.Match, end: int) -> list[Call]:
+    """A call written as a name and texts between tags: <function=NAME><parameter=KEY>TEXT."""
+    # the last tag of a name may open a parameter
+    return [Call(place[1], dict(parameter.findall(text[place.end() - 1 : end])))]
 
 
 @dataclass
@@ -130,11 +116,14 @@ class Tools:
 
     def calls_in(self, text: str) -> tuple[str, list[Call]]:
         """(the text before the first call, the calls) of an answer; one that is broken is none."""
+        places = list(self.form.opening.finditer(text))
+        ends = [*(place.start() for place in places[1:]), len(text)]
         try:
-            start, calls = self.form.read(text)
-            return (text[:start], [self._typed(call) for call in calls]) if calls else (text, [])
+            read = [self.form.read(text, *pair) for pair in zip(places, ends, strict=False)]
+            calls = [self._typed(call) for some in read for call in some]
         except (ValueError, KeyError, TypeError):
             return text, []
+        return (text[: places[0].start()], calls) if calls else (text, [])
 
     def _typed(self, call: Call) -> Call:
         """The call with JSON in place of texts, where its tool takes no text."""
@@ -234,7 +223,7 @@ def ids_behind(
     raise ValueError("the chat template ends no answer by a token that stops it")
 
 
-def call_form(tokenizer: ChatTokenizer, schemas: Sequence[dict]) -> JsonForm | TaggedForm:
+def call_form(tokenizer: ChatTokenizer, schemas: Sequence[dict]) -> CallForm:
     """How the template writes calls; ValueError where it is in neither way."""
     call, asked = Call(NAME, ARGUMENTS), {"role": "user", "content": "x"}
     messages = [asked, *messages_of("", [call], ["x"])]
@@ -251,7 +240,9 @@ def call_form(tokenizer: ChatTokenizer, schemas: Sequence[dict]) -> JsonForm | T
         one = value[0] if isinstance(value, list) and value else value
         keys = {str(x): key for key, x in one.items()} if isinstance(one, dict) else {}
         if keys.keys() >= {NAME, str(ARGUMENTS)}:
-            return JsonForm(text[:start].strip(), keys[NAME], keys[str(ARGUMENTS)])
+            before = re.escape(text[:start].strip()) or r"\A"
+            read = partial(json_calls, keys[NAME], keys[str(ARGUMENTS)])
+            return CallForm(re.compile(before + r"\s*"), read)
     marks = (NAME, *(part for item in ARGUMENTS.items() for part in item))
     between_marks = "(.*?)".join(["", *map(re.escape, marks), ""])
     if found := re.fullmatch(between_marks, text, re.DOTALL):
@@ -263,6 +254,7 @@ def call_form(tokenizer: ChatTokenizer, schemas: Sequence[dict]) -> JsonForm | T
         if tag and key and close and to_value == again and to_key.endswith(key):
             parts = (tag, to_key.removesuffix(key), key, to_value, close)
             tag, after, key, to_value, close = map(re.escape, parts)
-            patterns = f"{tag}(.+?){after}", f"{key}(.+?){to_value}(.*?){close}"
-            return TaggedForm(*(re.compile(pattern, re.DOTALL) for pattern in patterns))
+            parameter = re.compile(f"{key}(.+?){to_value}(.*?){close}", re.DOTALL)
+            name = re.compile(f"{tag}(.+?){after}", re.DOTALL)
+            return CallForm(name, partial(tagged_calls, parameter))
     raise ValueError(f"the chat template writes calls in a way that is not read: {text[:80]!r}")

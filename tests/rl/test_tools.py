@@ -101,7 +101,7 @@ def test_schemas_and_the_form_of_calls(tools):
     parameters = {"city": {"type": "string"}, "days": {"type": "integer"}}
     assert weather["parameters"]["properties"] == parameters
     assert weather["parameters"]["required"] == ["city"]
-    assert tools.form == ("<tool_call>", "name", "arguments")
+    assert tools.form.opening.pattern == r"<tool_call>\s*"
     one, two = call("f", x=1), call("f", x=2)
     calls = [Call("f", {"x": 1}), Call("f", {"x": 2})]
     assert tools.calls_in("So: " + one + "\n" + two) == ("So: ", calls)
@@ -129,6 +129,22 @@ def test_calls_between_tags(tools, folder):
     assert found == calls and text.count("<function=") == 3
     broken = text.replace("\n2\n", "\ntwo\n")
     assert tagged.calls_in(broken) == (broken, []) and tagged.calls_in("none") == ("none", [])
+
+
+def test_calls_that_are_bare_json(tools, folder):
+    """As Llama 3.1 writes them: the answer is a call, or none where anything follows."""
+    write_template(folder, TEMPLATE.replace("<tool_call>\n", "").replace("\n</tool_call>", ""))
+    try:
+        bare = open_tools(folder)
+    finally:
+        write_template(folder, TEMPLATE)
+    bare.functions.close()
+    text = json.dumps({"name": "weather", "arguments": {"city": "Rome"}})
+    wanted = [Call("weather", {"city": "Rome"})]
+    assert bare.calls_in(f" {text}\n") == ("", wanted)
+    assert bare.calls_in(f"[{text}]") == ("", wanted)
+    for other in ("Rome", f"{text} and more", f"So: {text}", text[:-1]):
+        assert bare.calls_in(other) == (other, [])
 
 
 def test_what_is_appended_are_the_ids_that_the_template_writes(tools):
