@@ -66,16 +66,6 @@ class Config:
     """Replace an output that exists."""
 
 
-def named_settings(config: Config) -> dict[str, ta.GenerateConfig]:
-    """The settings of --settings by name, or those of the flags under no name."""
-    named = [ta.parse_settings(text, config.generation) for text in config.settings]
-    if len(dict(named)) < len(named):
-        raise ValueError(
-            "--settings use a name twice and would write one file twice: give each its own name"
-        )
-    return dict(named) or {"": config.generation}
-
-
 def output_path(config: Config, name: str) -> Path:
     """OUT, with the name of the settings before its ending."""
     out = Path(config.out)
@@ -121,15 +111,8 @@ def load_engine(config: Config, tokenizer, media, device: str):
     """The model that answers: ours over transformers', or a started vLLM."""
     if config.engine == "hf":
         return ta.load_for_inference(config.model, device)
-    seed = config.generation.seed
-    return ta.start_vllm(
-        config.model,
-        tokenizer.fast,
-        config.vllm,
-        config.vllm_model,
-        seed=seed,
-        embeds=media is not None,
-    )
+    asked = (config.model, tokenizer.fast, config.vllm, config.vllm_model)
+    return ta.start_vllm(*asked, seed=config.generation.seed, embeds=media is not None)
 
 
 def load_projectors(config: Config, tokenizer, media, model):
@@ -167,13 +150,12 @@ def answer(config: Config, model, tokenizer, prompts, settings, places, keys, ou
     def finished(n: int, answers: list) -> None:
         i = places[n]
         record, ids = prompts[i]
-        record = {key: value for key, value in record.items() if key not in OF_OLD_ANSWERS}
+        made = {key: value for key, value in record.items() if key not in OF_OLD_ANSWERS}
         if config.with_prompt:
             special = settings.skip_special_tokens
-            prompt = tokenizer.fast.decode(ids, skip_special_tokens=special)
-            record = record | {"prompt": prompt}
-        made = {"answers": ta.answers_to_json(answers, config.logprobs), "key": keys[i]}
-        out.append(record | made, tokens=sum(len(a.ids) for a in answers))
+            made["prompt"] = tokenizer.fast.decode(ids, skip_special_tokens=special)
+        made |= {"answers": ta.answers_to_json(answers, config.logprobs), "key": keys[i]}
+        out.append(made, tokens=sum(len(a.ids) for a in answers))
 
     ta.generate(
         model,
@@ -191,7 +173,7 @@ def main(config: Config) -> None:
     config = ta.prefer_trained_builtin(config)
     # each process works on its own share and waits for no other
     device = ta.parallel.pick_device()
-    named = named_settings(config)
+    named = ta.named_settings("--settings", config.settings, config.generation)
     ta.check_engine(config.engine, config.vllm, config.vllm_model, settings=named.values())
     outs = [
         (name, settings, ta.AnswersFile(output_path(config, name), config.resume, config.overwrite))

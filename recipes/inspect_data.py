@@ -71,11 +71,8 @@ def json_lines(prepared: Prepared) -> Iterator[str]:
     )
     records = [(*origin, i) for i, origin in enumerate(prepared.origin.tolist())]
     for source, line, record in sorted([*records, *drops], key=lambda entry: entry[:2]):
-        head = (
-            {"file": prepared.info["sources"][source]["path"]}
-            if len(prepared.info["sources"]) > 1
-            else {}
-        )
+        sources = prepared.info["sources"]
+        head = {"file": sources[source]["path"]} if len(sources) > 1 else {}
         dropped = isinstance(record, str)  # the reason, else its number
         body = {"dropped": record} if dropped else record_of(prepared, record)
         yield json.dumps(head | {"line": line} | body)

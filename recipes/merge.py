@@ -139,9 +139,9 @@ def main(config: Config) -> None:
         merged = ta.merge_adapter(ta.load_adapter(model, adapter))
         if tokenizer is not None:
             ta.check_vocabulary(tokenizer, merged)
-        if tokenizer is not None and not merged.can_generate():
-            # a classifier's score is read at the last token that is not padding
-            merged.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+            if not merged.can_generate():
+                # a classifier's score is read at the last token that is not padding
+                merged.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         ta.cast_parameters(merged, dtype)
         with publishing(out, replace=True) as folder:
             save_model(merged, folder)

@@ -103,6 +103,7 @@ if TYPE_CHECKING:  # what the package gives, listed here for editors and for fac
         GenerateConfig as GenerateConfig,
         answers_to_json as answers_to_json,
         check_prompts as check_prompts,
+        named_settings as named_settings,
         parse_settings as parse_settings,
         with_stop_strings as with_stop_strings,
     )

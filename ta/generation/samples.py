@@ -19,7 +19,7 @@ from ta.generation.generate import generate
 from ta.generation.metrics import check_metrics, spacing_note
 from ta.generation.prompts import asked, read_prompts
 from ta.generation.score import kl_to_reference, reward_answers
-from ta.generation.settings import GenerateConfig, answers_to_json, parse_settings
+from ta.generation.settings import GenerateConfig, answers_to_json, named_settings
 from ta.parallel import rank, say
 from ta.screen import progress, table
 
@@ -81,10 +81,7 @@ class SamplesConfig:
         """
         longest = self.sample_max_new_tokens or 64
         default = GenerateConfig(longest, stop_strings=tuple(stop_strings))
-        named = [parse_settings(text, default) for text in self.sample_settings]
-        if len(dict(named)) < len(named):
-            raise ValueError("--sample-settings use a name twice: give each its own name")
-        return dict(named) or {"": default}
+        return named_settings("--sample-settings", self.sample_settings, default)
 
 
 KL = "kl_to_reference"

@@ -144,6 +144,19 @@ def parse_settings(text: str, default: GenerateConfig) -> tuple[str, GenerateCon
     return name, settings
 
 
+def named_settings(
+    flag: str, texts: Sequence[str], default: GenerateConfig
+) -> dict[str, GenerateConfig]:
+    """The settings that the texts of a flag name, or `default` under no name.
+
+    ValueError where two have one name, as they would write one file.
+    """
+    named = [parse_settings(text, default) for text in texts]
+    if len(dict(named)) < len(named):
+        raise ValueError(f"{flag} use a name twice: give each its own name")
+    return dict(named) or {"": default}
+
+
 def check_prompts(
     prompts: Sequence[Sequence[int]], vocabulary: int, context: int | None, room: int = 1
 ) -> None:

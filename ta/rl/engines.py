@@ -62,14 +62,14 @@ def merged_weights(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
 
 def weights_hash(model: LanguageModel) -> int:
     """A hash of the bits of all weights that train, the same on any number of processes."""
-    names, sums = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            sharded = hasattr(parameter, "to_local")
-            local = parameter.detach().to_local() if sharded else parameter.detach()
-            kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
-            counted = local.contiguous().view(kind).sum(dtype=torch.int64)
-            sums.append(counted if sharded or rank() == 0 else torch.zeros_like(counted))
-            names.append(name)
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    sums = []
+    for tensor in trained.values():
+        sharded = hasattr(tensor, "to_local")
+        local = tensor.to_local() if sharded else tensor
+        kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
+        counted = local.contiguous().view(kind).sum(dtype=torch.int64)
+        # what is not sharded is the same everywhere
+        sums.append(counted * (sharded or rank() == 0))
     totals = sum_over_ranks(torch.stack(sums))
-    return int(hash_json([names, totals.tolist()])[:15], 16)
+    return int(hash_json([list(trained), totals.tolist()])[:15], 16)

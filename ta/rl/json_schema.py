@@ -66,8 +66,8 @@ def follows(value: Any, schema: Any) -> bool:
             follows(part, schema.get("items", True)) for part in value
         )
     if isinstance(value, str):
-        found = re.search(schema["pattern"], value) if "pattern" in schema else True
-        return bool(found) and _within(len(value), schema, "minLength", "maxLength")
+        found = re.search(schema.get("pattern", ""), value)
+        return found is not None and _within(len(value), schema, "minLength", "maxLength")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return _within(value, schema, "minimum", "maximum")
     return True

@@ -67,11 +67,13 @@ def schema_of(tool: Callable) -> dict:
 
     A parameter whose annotation is no type of JSON may be anything.
     """
-    parameters = inspect.signature(tool).parameters.values()
-    # annotations may be texts
-    kinds = {p.name: getattr(p.annotation, "__name__", str(p.annotation)) for p in parameters}
-    known = {name: {"type": TYPES[kind]} if kind in TYPES else {} for name, kind in kinds.items()}
-    needed = [p.name for p in parameters if p.default is p.empty]
+    known, needed = {}, []
+    for name, parameter in inspect.signature(tool).parameters.items():
+        # annotations may be texts
+        kind = getattr(parameter.annotation, "__name__", str(parameter.annotation))
+        known[name] = {"type": TYPES[kind]} if kind in TYPES else {}
+        if parameter.default is parameter.empty:
+            needed.append(name)
     about = {"name": tool.__name__, "description": inspect.getdoc(tool) or ""}
     about["parameters"] = {"type": "object", "properties": known, "required": needed}
     return {"type": "function", "function": about}

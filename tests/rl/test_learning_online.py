@@ -28,7 +28,7 @@ def coin(messages, answer, record):
 def test_right_answers_become_more_where_they_are_rewarded_and_fewer_by_a_coin(forked, tmp_path):
     """The run without flags, shorter and with a coin's reward shorter still: exact match of 256 held-out answers.
 
-    0.49 -> [0.6 to 0.66] in 80 steps, by a coin [0.2 to 0.4] in 24.
+    0.49 to 0.56 -> [0.60 to 0.65] in 80 steps, by a coin [0.15 to 0.41] in 24.
     """
     (tmp_path / "mine.py").write_text(REWARDS)
     flags = ("--batch-size", 24, "--max-new-tokens", 12, "--eval-every", 0, *SEED)
