@@ -127,7 +127,8 @@ def main(config: Config) -> None:
 
     from ta.model.export import check_room, check_tokenizer, model_bytes, save_model, stored_dtype
 
-    out, inputs = Path(config.out).resolve(), [Path(base).resolve(), Path(adapter).resolve()]
+    out = Path(config.out).resolve()
+    inputs = [Path(base).resolve(), Path(adapter).resolve()]
     with locked(out):
         check_out(config, [*inputs, media])
         model = load_base(config.model, adapter)

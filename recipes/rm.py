@@ -61,7 +61,8 @@ def show_pairs(config: Config, run, tokenizer, model, pairs, done: int) -> None:
     n, rows = config.samples.sample_records, []
     scores = ta.scores_of(model, pairs, n, config.batches.max_tokens_per_micro)  # (n, 2, 1)
     for i, both in enumerate(scores.squeeze(2).tolist() if ta.parallel.rank() == 0 else []):
-        (ids, weights), (other, other_weights) = (ta.sequence(pairs, 2 * i + j) for j in (0, 1))
+        ids, weights = ta.sequence(pairs, 2 * i)
+        other, other_weights = ta.sequence(pairs, 2 * i + 1)
         texts = (ids[weights == 0], ids[weights != 0], other[other_weights != 0])
         asked, chosen, rejected = (
             tokenizer.fast.decode(text, skip_special_tokens=True).strip() for text in texts

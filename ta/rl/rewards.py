@@ -129,7 +129,9 @@ class RewardPool:
                 keep(i, f, value, fault)
         functions = [f for f in range(len(self.rewards)) if f not in self.models]
         places = list(product(range(len(answers)), functions))
-        calls = [(f, [records[i]["messages"], answers[i], records[i]]) for i, f in places]
+        calls = []
+        for i, f in places:
+            calls.append((f, [records[i]["messages"], answers[i], records[i]]))
         with closing(self.functions.run(calls)) as results:
             for place, value, fault in results:
                 keep(*places[place], value, fault)

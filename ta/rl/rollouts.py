@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,7 +72,8 @@ def prepare_prompts(
         record.setdefault("id", number)
     n, ids = len(prompts), [ids for _, ids in prompts]
     flat = np.concatenate(ids).astype(np.int32)
-    origin = np.stack([np.zeros(n), np.arange(1, n + 1)], 1).astype(np.int32)
+    lines = np.arange(1, n + 1)
+    origin = np.stack([np.zeros(n), lines], 1).astype(np.int32)
     source = {"path": "prompt", "source": " ".join(files), "records": n, "used": n}
     info = {"fingerprint": hash_json(prompts), "sources": [source]}
     info |= {"tokens": len(flat), "learned_tokens": 0}
@@ -240,7 +241,7 @@ class Rollouts:
             questions = [(p.record | {"messages": p.chat}, p.ids) for p in mine]
             talks = self._talks(model, questions, settings, places)
             self._judge(talks)
-            return _groups(talks, settings.num_answers)
+            return talks
 
         self._hand_over(model, weights_hash(model))
         made = _shared_out(range(len(prompts)), answer)
@@ -294,8 +295,8 @@ class Rollouts:
         questions: Sequence[Question],
         settings: GenerateConfig,
         keys: Sequence[int],
-    ) -> list[Talk]:
-        """All answers to the questions, with the calls that they make."""
+    ) -> list[list[Talk]]:
+        """Answers to each of the questions, with the calls that they make."""
         answer = partial(generate, self.engine or model)
         if isinstance(self.engine, VllmServer):
             answer = self.engine.generate
@@ -308,19 +309,18 @@ class Rollouts:
         with unsharded(model):
             answers = ask([ids for _, ids in questions], config=settings, keys=keys)
             talks = [
-                Talk(*question, (key, k), a.ids, list(a.logprobs), a)
-                for question, key, group in zip(questions, keys, answers, strict=True)
-                for k, a in enumerate(group)
+                [Talk(*asked, (key, k), answer) for k, answer in enumerate(group)]
+                for asked, key, group in zip(questions, keys, answers, strict=True)
             ]
             if self.tools is not None:
-                self.tools.converse(talks, ask, settings)
+                self.tools.converse([*chain(*talks)], ask, settings)
         return talks
 
-    def _judge(self, talks: Sequence[Talk]) -> None:
+    def _judge(self, groups: Sequence[Sequence[Talk]]) -> None:
         """Give each talk its values of the functions and their weighted sum."""
-        records = [
-            talk.record | {"messages": [*talk.record["messages"], *talk.turns]} for talk in talks
-        ]
+        talks, records = [*chain(*groups)], []
+        for talk in talks:
+            records.append(talk.record | {"messages": [*talk.record["messages"], *talk.turns]})
         scored = self.pool.score(records, [talk.last.text for talk in talks])
         for talk, (parts, reward) in zip(talks, scored, strict=True):
             talk.parts, talk.reward = parts, reward
@@ -342,10 +342,10 @@ class Rollouts:
         # an answer depends on the seed, the draw, the record and the answer's number alone
         keys = [draw * len(self.prompts) + i for i in mine]
         start = time.perf_counter()
-        talks = self._talks(model, [self.prompts[i] for i in mine], settings, keys)
-        seconds = time.perf_counter() - start
+        groups = self._talks(model, [self.prompts[i] for i in mine], settings, keys)
+        seconds, talks = time.perf_counter() - start, [*chain(*groups)]
         if self.pool is not None:
-            self._judge(talks)
+            self._judge(groups)
         if overlong := self.policy.overlong:
             for talk in talks:
                 penalty = overlong_penalty(len(talk.ids), longest, overlong * longest)
@@ -354,7 +354,7 @@ class Rollouts:
         self.counted["tokens"] += sum(len(own(talk.logprobs)) for talk in talks)
         self.counted["rollout_seconds"] += seconds
         self.counted["reward_seconds"] += time.perf_counter() - start - seconds
-        return [self._row(group, about) for group in _groups(talks, config.num_answers)]
+        return [self._row(group, about) for group in groups]
 
     def _row(self, talks: Sequence[Talk], about: dict) -> dict:
         """A record with its answers and their rewards; answers without one stand apart."""
@@ -375,11 +375,6 @@ class Rollouts:
             if self.pool:
                 judged["rewards"][answer["id"]] = talk.reward
         return row | judged
-
-
-def _groups(talks: Sequence[Talk], n: int) -> list[list[Talk]]:
-    """The talks about each record, of which there are n."""
-    return [list(talks[i : i + n]) for i in range(0, len(talks), n)]
 
 
 def _shared_out(items: Sequence, make: Callable[[Sequence], list]) -> list:

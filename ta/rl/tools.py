@@ -72,10 +72,6 @@ class Talk:
     prompt: list[int]
     # its sampling is seeded with these
     key: tuple[int, int]
-    # behind the prompt, results included
-    ids: list[int]
-    # of each id; None where a tool or the template wrote it
-    logprobs: list[float | None]
     # the last turn
     last: Answer
     # the messages before it: answers with calls, and results
@@ -85,6 +81,12 @@ class Talk:
     # values of reward functions, and their weighted sum
     parts: dict[str, float | None] = field(default_factory=dict)
     reward: float | None = None
+
+    def __post_init__(self):
+        # behind the prompt, results included
+        self.ids = list(self.last.ids)
+        # of each id; None where a tool or the template wrote it
+        self.logprobs: list[float | None] = list(self.last.logprobs)
 
 
 def open_tools(config: ToolConfig, tokenizer: ChatTokenizer, limits: RewardConfig) -> Tools | None:
@@ -156,7 +158,7 @@ class Tools:
                 if len(talk.ids) + len(more) >= longest:
                     talk.last = talk.last._replace(finish="length")
                     continue
-                talk.ids = talk.ids + more
+                talk.ids += more
                 talk.logprobs += [None] * len(more)
                 live.append(talk)
             if not live:
@@ -167,7 +169,7 @@ class Tools:
             keys = [int(hash_json([*talk.key, turn])[:15], 16) for talk in live]
             for talk, (answer,) in zip(live, ask(prompts, config=one, keys=keys), strict=True):
                 talk.last = self._cut(answer, longest - len(talk.ids))
-                talk.ids = talk.ids + talk.last.ids
+                talk.ids += talk.last.ids
                 talk.logprobs += talk.last.logprobs
 
     def _results(self, calls: Sequence[Call]) -> Iterator[tuple[str, str]]:

@@ -185,7 +185,7 @@ def talk(tools, first, *later, longest=4000):
         return [script(tools, next(coming)) for _ in prompts]
 
     (begun,) = script(tools, first)
-    found = Talk(record, [7, 8], (3, 0), begun.ids, list(begun.logprobs), begun)
+    found = Talk(record, [7, 8], (3, 0), begun)
     tools.converse([found], ask, GenerateConfig(longest))
     return found, asked
 
@@ -238,7 +238,7 @@ def test_turns_and_tokens_have_a_limit(tools):
 def test_what_a_tool_wrote_is_seen_and_not_learned(tools):
     found, _ = talk(tools, call("weather", city="Rome"), "Sunny.")
     last = Answer([5, 6], "x", "stop", [-1.0, -2.0])
-    plain = Talk({}, [7, 8], (3, 1), [5, 6], [-1.0, -2.0], last)
+    plain = Talk({}, [7, 8], (3, 1), last)
     answers = [
         {"id": str(k), "tokens": t.ids, "logprobs": t.logprobs, "finish": "stop", "turns": t.turns}
         | {"failed_calls": 0, "parts": {"exact": 1.0}}
