@@ -206,10 +206,7 @@ def main(config: Config) -> None:
                     known = media, tokenizer, config.chat, projectors
                     embeds = list(ta.media.embed_media_prompts(*known, chats, ids))
                 answer(config, model, tokenizer, prompts, settings, places, keys, out, embeds)
-        if out.publish(keys):
-            ta.parallel.tell(
-                f"{out.path}: {len(keys):,} records, {len(done):,} of them from before"
-            )
+        out.publish(keys, done)
 
 
 if __name__ == "__main__":

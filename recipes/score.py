@@ -145,8 +145,7 @@ def main(config: Config) -> None:
                 if keys[i] not in done:
                     tokens = sum(len(tokens.ids) for tokens in group)
                     out.append(records[i] | result | {"key": keys[i]}, tokens)
-    if out.publish(keys):
-        ta.parallel.tell(f"{out.path}: {len(keys):,} records, {len(done):,} of them from before")
+    out.publish(keys, done)
 
 
 if __name__ == "__main__":

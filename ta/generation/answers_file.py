@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from glob import escape
 from pathlib import Path
@@ -20,7 +20,7 @@ from ta.chat.tokenizer import tokenizer_settings
 from ta.command_line import when_stopped
 from ta.files import append_line, locked, read_json_lines, shares, write_jsonl
 from ta.folders import ModelConfig, fingerprint, resolve
-from ta.parallel import rank, world
+from ta.parallel import rank, tell, world
 from ta.printable import masked
 from ta.screen import progress
 
@@ -118,10 +118,11 @@ class AnswersFile:
             self.bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
             self.bar.update()
 
-    def publish(self, keys: Sequence[str]) -> bool:
+    def publish(self, keys: Sequence[str], done: Collection[str] = ()) -> bool:
         """Write the file in the order of `keys` and delete the parts, if all are there; else False.
 
-        Then other processes are still at work. ValueError where what this one made is gone.
+        Then other processes are still at work. A line says how many records there are, and how many
+        of them were `done` before. ValueError where what this one made is gone.
         """
         with locked(self.path, waiting=lambda: None):
             made = self._read(keys)
@@ -135,6 +136,7 @@ class AnswersFile:
             write_jsonl(self.path, (made[key] for key in keys))
             for part in self._parts():
                 part.unlink(missing_ok=True)
+        tell(f"{self.path}: {len(keys):,} records, {len(done):,} of them from before")
         return True
 
     def _check_absent(self) -> None:
