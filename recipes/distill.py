@@ -145,10 +145,10 @@ def main(config: Config):
         config.optim, config.model, config.adapter, full=1e-5, adapted=1e-4, builtin=1e-3
     )
     made_of = (prompts, batches, tokenizer, config.rollouts)
-    rollouts = ta.rl.Rollouts(run.folder, *made_of, logprobs=logprobs)
+    rollouts = ta.rl.Rollouts(run.folder, model, *made_of, logprobs=logprobs)
 
     def before_step(number, _):
-        rows = rollouts.at(model, number)[number % updates :: updates]
+        rows = rollouts.at(number)[number % updates :: updates]
         made = ta.rl.answer_batches(ta.rl.sampled(rows), batches.max_tokens, model.packed)
         return made if sampled else [batch.sequences for batch in made]
 

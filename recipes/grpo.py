@@ -114,7 +114,7 @@ def main(config: Config):
     weights = run.folder / "rollouts" / "weights"
     engine = ta.rl.start_engine(config.engine, config.vllm, config.model, model, tokenizer, weights)
     made_of = (prompts, batches, tokenizer, config.rollouts, policy)
-    rollouts = ta.rl.Rollouts(run.folder, *made_of, pool, logprobs, engine, tools)
+    rollouts = ta.rl.Rollouts(run.folder, model, *made_of, pool, logprobs, engine, tools)
     # stops the run where sampler and trainer disagree
     watch = ta.rl.MismatchWatch(policy.max_mismatch)
 
@@ -123,7 +123,7 @@ def main(config: Config):
         if reference is not None:
             reference.follow(number)
         # generated, rewarded and written to a file, or read from it
-        rows = rollouts.at(model, number)
+        rows = rollouts.at(number)
         rewards = ta.rl.rewards_of(rows)  # (P, G)
         if policy.kl_coef and policy.kl == "reward":
             rewards = rewards - policy.kl_coef * ta.rl.kl_of(rows)

@@ -109,6 +109,8 @@ class Rollouts:
     """The rollouts of a run, by round: one round of answers serves one or more updates."""
 
     run_folder: Path
+    # the policy
+    model: LanguageModel
     prompts: Sequence[Question]
     batches: TrainBatches
     tokenizer: ChatTokenizer
@@ -142,7 +144,7 @@ class Rollouts:
         """What a checkpoint must hold."""
         return {"rollouts/made_by": self.made_by}
 
-    def at(self, model: LanguageModel, step: int) -> list[dict]:
+    def at(self, step: int) -> list[dict]:
         """The records of the round of `step` (from 0): read where they are there, else made.
 
         With config.ahead the last update of a round makes the next one too, by the weights that it
@@ -151,24 +153,24 @@ class Rollouts:
         number, update = divmod(step, self.config.updates)
         self.join()
         # a round that was made ahead, or is read between its updates, is of the weights noted
-        self._hold(model, number, fresh=not update and not (self.config.ahead and number))
+        self._hold(number, fresh=not update and not (self.config.ahead and number))
         self.held = {number: self.held[number]}
         self.spent, self.counted = self.counted, Counter()
         last = update == self.config.updates - 1
         if self.config.ahead and last and step + 1 < self.batches.steps:
-            self._hold(model, number + 1, fresh=True, later=True)
+            self._hold(number + 1, fresh=True, later=True)
         if self.pool is not None and not update:
             self._show_extremes(self.held[number], step + 1)
         return self.held[number]
 
-    def _hold(self, model: LanguageModel, number: int, fresh: bool, later: bool = False) -> None:
+    def _hold(self, number: int, fresh: bool, later: bool = False) -> None:
         """Have the records of a round, from its file, which is written first where it is not there.
 
         With `later` a server makes them while this step trains, up to `join`.
         """
         if number in self.held:
             return
-        now = weights_hash(model)
+        now = weights_hash(self.model)
         if fresh:
             self.made_by[number % 2] = now
         weights = int(self.made_by[number % 2])
@@ -187,12 +189,12 @@ class Rollouts:
         if rows:
             self.held[number] = rows
             return
-        self._hand_over(model, now)
+        self._hand_over(now)
         # log-probabilities are of the weights that the update changes
         if later and isinstance(self.engine, VllmServer) and not self.logprobs:
-            self.coming = self.thread.submit(self._make, model, number, now, path)
+            self.coming = self.thread.submit(self._make, number, now, path)
         else:
-            self._make(model, number, now, path)
+            self._make(number, now, path)
 
     def join(self) -> None:
         """Wait for the round that is being made: no update may come before its file is there."""
@@ -200,10 +202,10 @@ class Rollouts:
             self.coming.result()
             self.coming = None
 
-    def _hand_over(self, model: LanguageModel, weights: int) -> None:
+    def _hand_over(self, weights: int) -> None:
         """Give the engine the weights of the model, unless it has them."""
         if self.engine is not None and weights != self.engine_weights:
-            self.engine.put_weights(merged_weights(model))
+            self.engine.put_weights(merged_weights(self.model))
             self.engine_weights = weights
 
     def close(self) -> None:
@@ -239,16 +241,16 @@ class Rollouts:
         def answer(places: Sequence[int]) -> list[list[Talk]]:
             mine = [prompts[i] for i in places]
             questions = [(p.record | {"messages": p.chat}, p.ids) for p in mine]
-            talks = self._talks(model, questions, settings, places)
+            talks = self._talks(questions, settings, places)
             self._judge(talks)
             return talks
 
-        self._hand_over(model, weights_hash(model))
+        self._hand_over(weights_hash(model))
         made = _shared_out(range(len(prompts)), answer)
         answers = [[talk.last for talk in talks] for talks in made]
         return answers, [[talk.reward for talk in talks] for talks in made]
 
-    def _make(self, model: LanguageModel, number: int, weights: int, path: Path) -> None:
+    def _make(self, number: int, weights: int, path: Path) -> None:
         """Make the records of a round and their file.
 
         Prompts are drawn again until enough groups differ.
@@ -258,7 +260,7 @@ class Rollouts:
         resample = self.policy.resample
         for attempt in range(resample + 1):
             draw = number + attempt * self.batches.steps
-            make = partial(self._rollouts_of, model, draw, about)
+            make = partial(self._rollouts_of, draw, about)
             found = _shared_out(self.batches.records(draw).tolist(), make)
             found = [row for row in found if row["answers"]]
             drawn, spare = drawn + len(found), spare or found
@@ -269,15 +271,14 @@ class Rollouts:
             raise ValueError(f"no answer of step {number + 1} has a reward: look at --rewards")
         rows = [row | {"drawn": drawn} for row in (rows or spare)[:wanted]]
         for name, function in self.logprobs.items():
-            self._add_logprobs(model, rows, f"{name}_logprobs", function)
+            self._add_logprobs(rows, f"{name}_logprobs", function)
         on_rank_zero(lambda: write_jsonl(path, rows))
         self.held[number] = rows
 
-    def _add_logprobs(
-        self, model: LanguageModel, rows: list[dict], name: str, function: Callable
-    ) -> None:
+    def _add_logprobs(self, rows: list[dict], name: str, function: Callable) -> None:
         """Give every answer a list `name` of log p of its tokens, each process for its share."""
-        answers, found, device = sampled(rows), {}, next(model.parameters()).device
+        answers, found, model = sampled(rows), {}, self.model
+        device = next(model.parameters()).device
         for places in micro_places(answers, self.batches.max_tokens, model.packed):
             some = [answers[i] for i in places]
             batch = to_device(lay_out_answers(some, model.packed), device)
@@ -290,23 +291,19 @@ class Rollouts:
             answers[i].answer[name] = logprobs
 
     def _talks(
-        self,
-        model: LanguageModel,
-        questions: Sequence[Question],
-        settings: GenerateConfig,
-        keys: Sequence[int],
+        self, questions: Sequence[Question], settings: GenerateConfig, keys: Sequence[int]
     ) -> list[list[Talk]]:
         """Answers to each of the questions, with the calls that they make."""
-        answer = partial(generate, self.engine or model)
+        answer = partial(generate, self.engine or self.model)
         if isinstance(self.engine, VllmServer):
             answer = self.engine.generate
         if self.engine is not None:
             # vLLM knows no temperature of the model
-            temperature = settings.temperature * model.temperature
+            temperature = settings.temperature * self.model.temperature
             settings = replace(settings, temperature=temperature)
         ask = partial(answer, self.tokenizer.fast, stop_ids=self.tokenizer.stop_ids)
         # processes may take unequal numbers of turns
-        with unsharded(model):
+        with unsharded(self.model):
             answers = ask([ids for _, ids in questions], config=settings, keys=keys)
             talks = [
                 [Talk(*asked, (key, k), answer) for k, answer in enumerate(group)]
@@ -325,9 +322,7 @@ class Rollouts:
         for talk, (parts, reward) in zip(talks, scored, strict=True):
             talk.parts, talk.reward = parts, reward
 
-    def _rollouts_of(
-        self, model: LanguageModel, draw: int, about: dict, mine: list[int]
-    ) -> list[dict]:
+    def _rollouts_of(self, draw: int, about: dict, mine: list[int]) -> list[dict]:
         """The records of the prompts `mine` with their answers and rewards."""
         config, longest = self.config, self.config.max_new_tokens
         settings = GenerateConfig(
@@ -342,7 +337,7 @@ class Rollouts:
         # an answer depends on the seed, the draw, the record and the answer's number alone
         keys = [draw * len(self.prompts) + i for i in mine]
         start = time.perf_counter()
-        groups = self._talks(model, [self.prompts[i] for i in mine], settings, keys)
+        groups = self._talks([self.prompts[i] for i in mine], settings, keys)
         seconds, talks = time.perf_counter() - start, [*chain(*groups)]
         if self.pool is not None:
             self._judge(groups)
