@@ -28,7 +28,7 @@ def coin(messages, answer, record):
 def test_right_answers_become_more_where_they_are_rewarded_and_fewer_by_a_coin(forked, tmp_path):
     """The run without flags, shorter and with a coin's reward shorter still: exact match of 256 held-out answers.
 
-    0.49 to 0.56 -> [0.60 to 0.65] in 80 steps, by a coin [0.15 to 0.41] in 24.
+    0.49 to 0.56 -> [+0.055 to +0.113] in 80 steps, by a coin [-0.15 to -0.41] in 24.
     """
     (tmp_path / "mine.py").write_text(REWARDS)
     flags = ("--batch-size", 24, "--max-new-tokens", 12, "--eval-every", 0, *SEED)
@@ -39,7 +39,7 @@ def test_right_answers_become_more_where_they_are_rewarded_and_fewer_by_a_coin(f
         steps = [json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")]
         shares[name] = [row["val_accuracy"] for row in steps if "val_accuracy" in row]
     before, after = shares["exact"]
-    assert after > before + 0.04
+    assert after > before + 0.02
     assert shares["coin"][0] == before > shares["coin"][1]
 
 
