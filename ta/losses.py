@@ -312,14 +312,9 @@ def class_loss(
 
     Eq. 4 and 5 of arXiv 1708.02002. `logits` (N, C); `labels` (N,) int; `class_weights` (C,). p is
     the model's own probability, never a weighted one. Divide the sum of the values by N, not by the
-    sum of their weights: with `balanced_weights` the mean weight is 1. ValueError for a gamma below
-    0.
+    sum of their weights: with `balanced_weights` the mean weight is 1. A gamma below 0 would stress
+    what is already right; the paper's is 2.
     """
-    if gamma < 0:
-        raise ValueError(
-            f"gamma={gamma} would stress what is already right; give 0 (cross-entropy) or more (2 "
-            "is the paper's)"
-        )
     logp = at_least_float(logits).log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)  # (N,)
     loss = -logp
     if gamma > 0:

@@ -19,10 +19,10 @@ RATE = 16_000
 MAX_SECONDS = 600.0
 
 
-def read_audio(path: str | Path, rate: int = RATE, max_seconds: float = MAX_SECONDS) -> np.ndarray:
+def read_audio(path: str | Path, rate: int = RATE) -> np.ndarray:
     """Decode a PCM wav file (8, 16, 24 or 32 bits) to (N,) float32 in [-1, 1], N at `rate` Hz.
 
-    Channels are averaged. The length is read from the header and checked against `max_seconds`
+    Channels are averaged. The length is read from the header and checked against MAX_SECONDS
     before anything is decoded; where the header does not know it, as of a file that was written to
     a pipe, the sound goes on to the end of the file. ValueError names the path of what is missing,
     empty, too long, cut short or no such file.
@@ -33,9 +33,9 @@ def read_audio(path: str | Path, rate: int = RATE, max_seconds: float = MAX_SECO
         count = size // (channels * width)
         if count < 1:
             raise ValueError(f"{path}: no samples in it; remove it or record it again")
-        if count / given_rate > max_seconds:
+        if count / given_rate > MAX_SECONDS:
             raise ValueError(
-                f"{path}: {count / given_rate:.1f} s of sound, the limit is {max_seconds:g} s; "
+                f"{path}: {count / given_rate:.1f} s of sound, the limit is {MAX_SECONDS:g} s; "
                 "cut it into pieces"
             )
         data = file.read(count * channels * width)

@@ -145,12 +145,7 @@ def whisper(folder: Path) -> Encoder:
 
     config = _config(WhisperModel, folder, "whisper")
     config.decoder_layers = 0
-    if not (folder / "preprocessor_config.json").is_file():
-        raise ValueError(
-            f"{folder}: no preprocessor_config.json; "
-            "save Whisper's feature extractor into its folder"
-        )
-    with loading(folder, "a feature extractor"):
+    with loading(folder, "a feature extractor (with Whisper's preprocessor_config.json)"):
         extractor = WhisperFeatureExtractor.from_pretrained(str(folder), local_files_only=True)
     frames = extractor.nb_max_frames
     count = config.max_source_positions

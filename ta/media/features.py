@@ -170,8 +170,6 @@ def read_features(path: str | Path, fingerprint: str | None = None) -> Features:
     """Open a cache; ValueError if it is no cache, its header is damaged, or another encoder (or
     other settings) made it. `fingerprint` None takes any encoder's.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file; make the cache with recipes/preprocess_images.py")
     handle, known = _opened(Path(path))
     if known.get("format") == FORMAT_1:
         raise ValueError(

@@ -135,13 +135,13 @@ def check_file(path: str | Path) -> None:
         raise ValueError(f"{path} is empty (0 bytes); remove it or write it again")
 
 
-def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def read_image(path: str | Path) -> np.ndarray:
     """Decode a picture, or the first frame of an animation, to (H, W, 3) uint8 RGB.
 
     It is turned upright by its EXIF orientation.
 
     Transparent pixels are put over white, 16-bit grey is scaled to 8 bits. Width x height is read
-    from the header and checked against `max_pixels` before anything is decoded. ValueError names
+    from the header and checked against MAX_PIXELS before anything is decoded. ValueError names
     the path of what is missing, empty, huge, broken or no picture.
     """
     check_file(path)
@@ -151,10 +151,10 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         with loading(path, f"a picture ({', '.join(FORMATS)} are read)"):
             image = Image.open(file, formats=FORMATS)
         pixels = image.width * image.height
-        if pixels > max_pixels:
+        if pixels > MAX_PIXELS:
             raise ValueError(
                 f"{path}: {image.width} x {image.height} is {pixels} pixels, the limit is "
-                f"{max_pixels}; scale it down first"
+                f"{MAX_PIXELS}; scale it down first"
             )
         with loading(path, "a whole picture (it is broken or cut short: write it again)"):
             image.load()

@@ -155,8 +155,6 @@ def load_projector(projector: nn.Module, path: str | Path) -> None:
 
     ValueError, and nothing is changed, where a name or a shape is another one.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file; give the projector's safetensors file")
     wanted = projector.state_dict()
     given = renamed(read_tensors(Path(path)), wanted)
     if different := differing(given, wanted):

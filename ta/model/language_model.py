@@ -90,13 +90,8 @@ class LanguageModel(nn.Module):
     def predictions(self, batch: Batch) -> tuple[Tensor, Head]:
         """(hidden states (M, D) of learned targets, the head that makes logits of them).
 
-        The model is not sharded. ValueError where its head cannot be separated.
+        The model is not sharded, and not in native mode.
         """
-        if self.mode == "native":
-            raise ValueError(
-                "this model gives log-probabilities of targets and not of all tokens"
-                + (f" ({self.note})" if self.note else "")
-            )
         with self._arithmetic():
             return self._predictions(*self._inputs(batch))
 
@@ -104,7 +99,6 @@ class LanguageModel(nn.Module):
         self, batch: Batch, teacher: tuple[Tensor, Head], kind: Divergence, beta: float = 0.5
     ) -> Tensor:
         """(M,) how far this model is from a teacher's `predictions` at each learned target."""
-        assert self.mode != "native", "the head cannot be separated"
         with self._arithmetic():
             return divergences(*self._predictions(*self._inputs(batch)), *teacher, kind, beta)
 
@@ -204,6 +198,7 @@ class LanguageModel(nn.Module):
 
     def _predictions(self, batch: Batch, embeds: Tensor | None) -> tuple[Tensor, Head]:
         """`predictions` of a batch and the embeddings of its tokens."""
+        assert self.mode != "native", "the head cannot be separated"
         return self._hidden(batch, embeds).flatten(0, 1)[batch.learned], self._head()
 
     def _head(self) -> Head:

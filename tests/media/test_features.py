@@ -206,7 +206,7 @@ def test_stale_and_foreign_caches_are_refused(tmp_path, paths):
     for name, reason in (
         ("weights", "not a cache"),
         ("text", "does not load as a cache"),
-        ("none", "no such file"),
+        ("none", "No such file"),
     ):
         with pytest.raises(ValueError, match=reason):
             read_features(tmp_path / f"{name}.safetensors")

@@ -145,7 +145,7 @@ def test_weights_go_through_a_file(kind, tmp_path):
     (tmp_path / "no.safetensors").write_bytes(b"{}")
     for name, reason in (
         ("no.safetensors", "as a complete safetensors file"),
-        ("none.safetensors", "no such file"),
+        ("none.safetensors", "No such file"),
     ):
         with pytest.raises(ValueError, match=reason):
             load_projector(other, tmp_path / name)
