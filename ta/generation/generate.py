@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ta.command_line import check_config
 from ta.generation.settings import Answer, Ending, GenerateConfig, check_prompts, context_of
 from ta.generation.vllm_engine import VllmEngine, generate_vllm
-from ta.model.adapters import is_prompt_learning, virtual_embeddings
+from ta.model.adapters import is_prompt_learning
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -159,7 +159,7 @@ def _with_virtual_tokens(inner, base, prompts, embeds) -> list[Tensor]:
     import torch
 
     table = base.get_input_embeddings()
-    virtual = virtual_embeddings(inner).to(table.weight.dtype)  # (virtual tokens, D)
+    virtual = inner.get_prompt(batch_size=1)[0].to(table.weight.dtype)  # (virtual tokens, D)
     if embeds is None:
         embeds = [table(torch.tensor(prompt, device=table.weight.device)) for prompt in prompts]
     return [torch.cat([virtual, x.to(virtual.device)]) for x in embeds]

@@ -194,17 +194,6 @@ def read_features(path: str | Path, fingerprint: str | None = None) -> Features:
     return Features(Path(path), made_by, shape, hashes, handle)
 
 
-def take(features: Features, key: str) -> torch.Tensor:
-    """(F, E) features of a file that `check_features` found in the cache, read from it."""
-    found = features.handle.get_tensor(key)
-    if found.shape != features.shape:
-        raise ValueError(
-            f"{features.path}: {key!r} has features {tuple(found.shape)}, its header tells "
-            f"{features.shape}; make it again with recipes/preprocess_images.py --overwrite"
-        )
-    return found
-
-
 def check_features(features: Features, key: str, file: Path, content: str | None = None) -> None:
     """ValueError unless a file is in the cache under `key` with the content that was encoded.
 

@@ -19,7 +19,7 @@ from ta.data.readers import files_of
 from ta.data.sources import parse_source
 from ta.files import hash_json
 from ta.folders import local_folder, read_json
-from ta.media.features import Features, check_features, read_features, take
+from ta.media.features import Features, check_features, read_features
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -354,7 +354,7 @@ def inputs_of(modality: Modality, path: str) -> Tensor:
     from ta.media.images import media_key, media_path
 
     if modality.cache is not None:
-        return take(modality.cache, media_key(path))
+        return modality.cache.handle.get_tensor(media_key(path))
     return torch.from_numpy(modality.read(media_path(modality.root, path)))
 
 

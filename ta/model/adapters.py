@@ -711,19 +711,6 @@ def is_prompt_learning(model: nn.Module) -> bool:
     return settings is not None and settings.is_prompt_learning
 
 
-def virtual_embeddings(model: PeftModel) -> Tensor:
-    """The input embeddings (virtual tokens, D) of prompt tuning and p-tuning.
-
-    ValueError for other adapters.
-    """
-    if not is_prompt_learning(model) or model.active_peft_config.peft_type == "PREFIX_TUNING":
-        raise ValueError(
-            f"{type(model).__name__} has no virtual tokens with embeddings: give a model with "
-            "prompt tuning or p-tuning"
-        )
-    return model.get_prompt(batch_size=1)[0]
-
-
 def _wrap(
     model: PreTrainedModel,
     settings: PeftConfig,

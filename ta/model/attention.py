@@ -129,14 +129,10 @@ def _by_document(
     window: int,
 ) -> Tensor:
     """One call a document, on any device and in any type: (1, T, H, D)."""
-    lengths, columns = documents.lengths, query.shape[2]
+    lengths = documents.lengths
     whole = query, *_repeated(query, key, value)
     if len(lengths) < 2:
         return _causal(*whole, scaling, dropout, window).transpose(1, 2).contiguous()
-    if sum(lengths) != columns or key.shape[2] != columns:
-        raise ValueError(
-            f"documents of {sum(lengths)} tokens in all do not make a row of {columns} columns"
-        )
     # the gradient of a split part is as large as the part, that of a slice as large as the row
     parts = [x.split(lengths, 2) for x in whole]
     prefixes = documents.prefixes or (0,) * len(lengths)

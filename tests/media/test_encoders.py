@@ -19,7 +19,7 @@ from ta.builtin.pictures import (
     write_pictures,
 )
 from ta.media.encoders import ENCODERS, encoder_fingerprint, load_encoder
-from ta.media.features import Layout, check_features, extract, read_features, take
+from ta.media.features import Layout, check_features, extract, read_features
 from ta.media.imagebind import write_trunk
 from ta.media.images import find_media
 
@@ -338,6 +338,6 @@ def test_cached_features_are_the_encoders_own(tmp_path):
     inputs = torch.stack([torch.from_numpy(encoder.read(path)) for path in paths.values()])
     for size in (1, 2, 8):  # in batches of other sizes, too
         assert torch.equal(
-            torch.stack([take(cache, key) for key in paths]),
+            torch.stack([cache.handle.get_tensor(key) for key in paths]),
             torch.cat([encoder.encode(part) for part in inputs.split(size)]),
         )

@@ -25,7 +25,6 @@ from ta.media.features import (
     content_hashes,
     extract,
     read_features,
-    take,
 )
 
 LAYOUT = Layout("f" * 64, (3, 2), "F32")
@@ -88,7 +87,9 @@ def test_written_is_read(tmp_path, paths, workers):
         key: content_hash(path) for key, path in paths.items()
     }
     order = list(reversed(paths))
-    assert all(torch.equal(take(features, key), expected(7 - i)) for i, key in enumerate(order))
+    assert all(
+        torch.equal(features.handle.get_tensor(key), expected(7 - i)) for i, key in enumerate(order)
+    )
     assert sorted(load_file(out)) == sorted(paths)  # plain safetensors
     check_all(features, paths)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache.safetensors", "media"]
@@ -115,7 +116,9 @@ def test_an_interrupted_run_goes_on(tmp_path, paths, finished, more):
         [],
     )
     features = read_features(out, LAYOUT.fingerprint)
-    assert all(torch.equal(take(features, key), expected(i)) for i, key in enumerate(paths))
+    assert all(
+        torch.equal(features.handle.get_tensor(key), expected(i)) for i, key in enumerate(paths)
+    )
     check_all(features, paths)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache.safetensors", "media"]
 
@@ -246,7 +249,9 @@ def test_bad_files_stop_or_are_counted(tmp_path, paths, workers):
 def test_half_precision(tmp_path, paths, dtype):
     layout = LAYOUT._replace(dtype={torch.float16: "F16", torch.bfloat16: "BF16"}[dtype])
     extract(tmp_path / "c", paths, read, lambda x: encode(x).to(dtype), layout)
-    assert torch.equal(take(read_features(tmp_path / "c"), "sub/5.png"), expected(5).to(dtype))
+    assert torch.equal(
+        read_features(tmp_path / "c").handle.get_tensor("sub/5.png"), expected(5).to(dtype)
+    )
 
 
 def test_wrong_shapes_and_names_are_refused(tmp_path, paths):
