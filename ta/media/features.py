@@ -72,15 +72,9 @@ class FeatureFile:
         for one cache.
         """
         self.out, self.layout, self.parts = out, layout, Parts(out)
-        keys = list(paths)
-        if "__metadata__" in keys:
+        if sum(2 * len(json.dumps(key)) + ENTRY for key in paths) > MAX_HEADER:
             raise ValueError(
-                "a media file named '__metadata__' cannot be cached: safetensors keeps that name; "
-                "rename it"
-            )
-        if sum(2 * len(json.dumps(key)) + ENTRY for key in keys) > MAX_HEADER:
-            raise ValueError(
-                f"{out}: {len(keys):,} files are too many for one cache (safetensors reads no "
+                f"{out}: {len(paths):,} files are too many for one cache (safetensors reads no "
                 f"header over {MAX_HEADER:,} bytes); split the folder"
             )
         about = [FORMAT, *json.loads(json.dumps(layout))]

@@ -31,19 +31,17 @@ class Head(NamedTuple):
     compiled: bool = False
 
 
-def cross_entropy_sum(
-    hidden: Tensor, head: Head, targets: Tensor, weights: Tensor, chunk: int | None = None
-) -> Tensor:
+def cross_entropy_sum(hidden: Tensor, head: Head, targets: Tensor, weights: Tensor) -> Tensor:
     """sum_m weights[m] * -log p(targets[m] | hidden[m]), a float32 (or float64) scalar.
 
     Shapes: hidden (M, D), targets (M,), weights (M,). Gradients are made in the forward pass while
-    the logits of a chunk exist: three matrix products in all, with `chunk` rows of logits at a
-    time.
+    the logits of a chunk exist: three matrix products in all, with `chunk_rows` rows of logits at
+    a time.
     """
-    return _CrossEntropySum.apply(hidden, head.weight, head.bias, head, targets, weights, chunk)
+    return _CrossEntropySum.apply(hidden, head.weight, head.bias, head, targets, weights)
 
 
-def token_logprobs(hidden: Tensor, head: Head, targets: Tensor, chunk: int | None = None) -> Tensor:
+def token_logprobs(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     """log p(targets[m] | hidden[m]) -> (M,) float32 (or float64), for any loss on top.
 
     Shapes: hidden (M, D), targets (M,). The backward pass computes the logits of each chunk again.
@@ -67,7 +65,7 @@ def token_logprobs(hidden: Tensor, head: Head, targets: Tensor, chunk: int | Non
             return _compiled(_slopes)(logits, norm, target, -share, dtype)
         return logits.sub_(norm).exp_().mul_(-share).scatter_add_(1, target, share)
 
-    return _PerPosition.apply(hidden, head.weight, head.bias, head, values, slopes, chunk)
+    return _PerPosition.apply(hidden, head.weight, head.bias, head, values, slopes)
 
 
 Divergence = Literal["forward", "reverse", "js"]
@@ -80,7 +78,6 @@ def divergences(
     teacher_head: Head,
     kind: Divergence,
     beta: float = 0.5,
-    chunk: int | None = None,
 ) -> Tensor:
     """A divergence of student q from teacher p over the whole vocabulary at each position -> (M,).
 
@@ -105,7 +102,7 @@ def divergences(
     def slopes(logits: Tensor, here: slice, share: Tensor, dtype: torch.dtype) -> Tensor:
         return both(logits, here)[1] * share
 
-    return _PerPosition.apply(hidden, head.weight, head.bias, head, values, slopes, chunk)
+    return _PerPosition.apply(hidden, head.weight, head.bias, head, values, slopes)
 
 
 def _first_rows(head: Head, rows: int) -> Head:
@@ -200,9 +197,9 @@ def _cast(hidden: Tensor, head: Head, like: Tensor) -> tuple[Tensor, Head]:
     return hidden.to(dtype), head._replace(weight=head.weight.to(dtype))
 
 
-def _chunks(hidden: Tensor, chunk: int | None) -> Iterator[tuple[slice, Tensor]]:
+def _chunks(hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Where each chunk of positions is, and its hidden states."""
-    size = chunk or chunk_rows(hidden.device)
+    size = chunk_rows(hidden.device)
     for start in range(0, len(hidden), size):
         here = slice(start, start + size)
         yield here, hidden[here]
@@ -242,7 +239,7 @@ class _Gradients:
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head, targets, weights, chunk):
+    def forward(ctx, hidden, weight, bias, head, targets, weights):
         """The sum; the gradients of each chunk are made while its logits exist."""
         ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype if bias is not None else None
         hidden, head = _cast(hidden, head, hidden)
@@ -250,7 +247,7 @@ class _CrossEntropySum(torch.autograd.Function):
         gradients = _Gradients(hidden, head, needed) if any(needed) else None
         total = torch.zeros((), dtype=wide, device=hidden.device)
         compiled = head.compiled and head.cap is None
-        for here, h in _chunks(hidden, chunk):
+        for here, h in _chunks(hidden):
             target, share = targets[here, None], weights[here, None].to(wide)
             logits, slope = _logits(h, head)
             if compiled:
@@ -282,7 +279,7 @@ class _CrossEntropySum(torch.autograd.Function):
         """
         saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         parts = [None if d is None else d.mul_(grad).to(dtype) for d, dtype in saved]
-        return *parts, None, None, None, None
+        return *parts, None, None, None
 
 
 class _PerPosition(torch.autograd.Function):
@@ -293,14 +290,14 @@ class _PerPosition(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head, values, slopes, chunk):
+    def forward(ctx, hidden, weight, bias, head, values, slopes):
         """The values, chunk by chunk."""
         ctx.save_for_backward(hidden, weight, bias)
-        ctx.plan = head, slopes, chunk
+        ctx.plan = head, slopes
         hidden, head = _cast(hidden, head, hidden)
         ctx.dtype = hidden.dtype
         out = torch.empty(len(hidden), dtype=_wide(hidden), device=hidden.device)
-        for here, h in _chunks(hidden, chunk):
+        for here, h in _chunks(hidden):
             out[here] = values(_logits(h, head)[0], here)
         return out
 
@@ -308,11 +305,11 @@ class _PerPosition(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         """Gradients of any loss of the values, chunk by chunk."""
-        inputs, (head, slopes, chunk) = ctx.saved_tensors, ctx.plan
+        inputs, (head, slopes) = ctx.saved_tensors, ctx.plan
         hidden, weight = (x.to(ctx.dtype) for x in inputs[:2])
         head = head._replace(weight=weight)
         gradients = _Gradients(hidden, head, ctx.needs_input_grad[:3])
-        for here, h in _chunks(hidden, chunk):
+        for here, h in _chunks(hidden):
             logits, slope = _logits(h, head)
             rows = slopes(logits, here, grad[here, None] * head.scale, gradients.dtype)
             gradients.add(here, h, rows, slope)
@@ -320,7 +317,7 @@ class _PerPosition(torch.autograd.Function):
         sums = gradients.hidden, gradients.weight, gradients.bias
         pairs = zip(sums, inputs, strict=True)
         cast = [d.to(x.dtype) if d is not None else None for d, x in pairs]
-        return *cast, None, None, None, None
+        return *cast, None, None, None
 
 
 def _divergence(

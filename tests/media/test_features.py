@@ -258,8 +258,6 @@ def test_wrong_shapes_and_names_are_refused(tmp_path, paths):
     for wrong in (lambda x: encode(x)[:, :2], lambda x: encode(x).half(), lambda x: encode(x)[:1]):
         with pytest.raises(ValueError, match="the encoder gave features"):
             extract(tmp_path / "c", paths, read, wrong, LAYOUT, batch_size=4)
-    with pytest.raises(ValueError, match="__metadata__"):
-        extract(tmp_path / "d", {"__metadata__": paths["sub/0.png"]}, read, encode, LAYOUT)
 
 
 def test_too_long_a_header_is_said_first(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ta.model import logprobs
 from ta.model.logprobs import (
     Head,
     cross_entropy_sum,
@@ -23,7 +24,8 @@ def plain(hidden, head, targets):
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
-def test_values_and_gradients_equal_full_logits(cap, scale, bias, chunk):
+def test_values_and_gradients_equal_full_logits(cap, scale, bias, chunk, monkeypatch):
+    monkeypatch.setattr(logprobs, "chunk_rows", lambda device: chunk)
     torch.manual_seed(0)
     hidden, weight, b = (
         torch.randn(*shape, dtype=torch.float64, requires_grad=True)
@@ -35,11 +37,11 @@ def test_values_and_gradients_equal_full_logits(cap, scale, bias, chunk):
     expected = plain(hidden, head, targets)
     loss = -(expected * weights.double()).sum()
     gradients = torch.autograd.grad(loss, inputs)
-    ours = cross_entropy_sum(hidden, head, targets, weights, chunk)
+    ours = cross_entropy_sum(hidden, head, targets, weights)
     torch.testing.assert_close(ours, loss, rtol=1e-12, atol=1e-12)
     for got, want in zip(torch.autograd.grad(ours * 3, inputs), gradients, strict=True):
         torch.testing.assert_close(got, want * 3, rtol=1e-12, atol=1e-12)
-    logps = token_logprobs(hidden, head, targets, chunk)
+    logps = token_logprobs(hidden, head, targets)
     torch.testing.assert_close(logps, expected, rtol=1e-12, atol=1e-12)
     for got, want in zip(
         torch.autograd.grad(-(logps * weights.double()).sum(), inputs), gradients, strict=True
@@ -54,8 +56,6 @@ def test_what_is_compiled_computes_the_same(bias, cap, monkeypatch):
     from functools import partial
 
     from torch._dynamo.testing import CompileCounterWithBackend
-
-    from ta.model import logprobs
 
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
@@ -137,7 +137,8 @@ def test_a_second_backward_pass_is_refused():
 @pytest.mark.parametrize("cap", [None, 5.0])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
-def test_divergences_equal_those_of_full_logits(kind, cap, bias, chunk):
+def test_divergences_equal_those_of_full_logits(kind, cap, bias, chunk, monkeypatch):
+    monkeypatch.setattr(logprobs, "chunk_rows", lambda device: chunk)
     """In float64, values and gradients, with scales, and with a teacher of another width and a longer table."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -156,7 +157,7 @@ def test_divergences_equal_those_of_full_logits(kind, cap, bias, chunk):
         "reverse": (q * (log_q - log_p)).sum(-1),
         "js": beta * (p * (log_p - log_m)).sum(-1) + (1 - beta) * (q * (log_q - log_m)).sum(-1),
     }[kind]
-    got = divergences(hidden, head, other, teacher, kind, beta, chunk)
+    got = divergences(hidden, head, other, teacher, kind, beta)
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
     assert (got > 0).all()
     gradients = [torch.autograd.grad((x * weights).sum(), inputs) for x in (got, wanted)]
