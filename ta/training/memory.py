@@ -64,8 +64,7 @@ def estimate(
     from ta.model.logprobs import chunk_rows
 
     # shared tensors count once
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    weights = sum(_size(tensor) for tensor in tensors.values())
+    weights = sum(map(_size, {*model.parameters(), *model.buffers()}))
     trained = [p for p in model.parameters() if p.requires_grad]
     if tokens is None:
         first_steps = range(min(FIRST_STEPS, batches.steps))
@@ -74,19 +73,20 @@ def estimate(
     config = base_model(model.inner).config.get_text_config()
     width, layers = config.hidden_size, config.num_hidden_layers
     hidden = getattr(config, "intermediate_size", 4 * width)
-    half = model.half_precision
-    block = tokens * (KEPT_WIDTHS * width + KEPT_HIDDEN * hidden) * (2 if half else 4)
-    inputs = layers * tokens * width * (2 if half else 4)
+    number = 2 if model.half_precision else 4  # bytes
+    block = tokens * (KEPT_WIDTHS * width + KEPT_HIDDEN * hidden) * number
+    inputs = layers * tokens * width * number
     kept = inputs + block if model.recomputed else layers * block
     logits = 2 * min(tokens, chunk_rows(trained[0].device)) * config.vocab_size * 4
-    sizes = sum(_size(p) for p in trained)
+    sizes = sum(map(_size, trained))
     parts = {
         "weights": weights,
         "gradients": sizes,
         "moments": moments_of(optimizer) * sizes,
         "activations": kept + logits,
     }
-    return {name: size / 1e9 for name, size in (parts | {"in all": sum(parts.values())}).items()}
+    parts["in all"] = sum(parts.values())
+    return {name: size / 1e9 for name, size in parts.items()}
 
 
 def memory_report(
@@ -98,12 +98,11 @@ def memory_report(
     """Numbers of parameters, of trained ones and of steps, and the estimate, for a person."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    lines = [
-        f"{total:,} parameters, {trained:,} of them trained; {batches.steps:,} steps",
-        "memory on this device (GB), estimated:",
-    ]
-    parts = estimate(model, batches, optimizer, tokens)
-    return "\n".join(lines + [f"  {name:<14} {size:9.3f}" for name, size in parts.items()])
+    text = f"{total:,} parameters, {trained:,} of them trained; {batches.steps:,} steps\n"
+    text += "memory on this device (GB), estimated:"
+    for name, size in estimate(model, batches, optimizer, tokens).items():
+        text += f"\n  {name:<14} {size:9.3f}"
+    return text
 
 
 def _size(tensor) -> int:
