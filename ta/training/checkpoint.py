@@ -75,7 +75,8 @@ def save(
     tensors, rows = {}, {}
     for name, tensor in (trained(model) | (more_state or {}) | states).items():
         local, start, whole = _local(tensor)
-        if local is not None:
+        # what is not sharded belongs to rank 0
+        if rank() == 0 or hasattr(tensor, "to_local"):
             rows[name] = {"start": start, "rows": len(local) if local.dim() else 1, "shape": whole}
             tensors[name] = local.contiguous()
     with published(target) as temporary:
@@ -269,54 +270,52 @@ class Shards:
         from safetensors import safe_open
 
         self.path = found.path
-        self.rows = [dict(shard["rows"]) for shard in found.manifest["shards"]]
-        self.files = [safe_open(found.path / s["file"], "pt") for s in found.manifest["shards"]]
+        self.files = [
+            (dict(shard["rows"]), safe_open(found.path / shard["file"], "pt"))
+            for shard in found.manifest["shards"]
+        ]
         if found.manifest["format"] == 1:
             # moments are cut like their parameters
-            for rows, file in zip(self.rows, self.files, strict=True):
+            for rows, file in self.files:
                 for full in file.keys():  # noqa: SIM118 safe_open is no mapping
                     key, _, name = full.partition("/")
                     if key in MOMENTS and name in rows:
                         rows[full] = rows[name]
-        self.names = {name for rows in self.rows for name in rows}
+        self.names = {name for rows, _ in self.files for name in rows}
 
     def shape(self, name: str) -> list[int]:
         """The shape of the whole tensor."""
-        return next(rows[name]["shape"] for rows in self.rows if name in rows)
+        return next(rows[name]["shape"] for rows, _ in self.files if name in rows)
 
     def copy_to(self, tensor: torch.Tensor, name: str) -> None:
         """Fill this process's rows of `tensor`; ValueError where the shapes differ."""
         import torch
 
-        local, start, whole = _local(tensor, owner_only=False)
+        local, start, whole = _local(tensor)
         if self.shape(name) != whole:
             raise ValueError(
                 f"{self.path}: {name} has shape {self.shape(name)}, this run's has {whole}"
             )
         pieces = []
-        for rows, file in zip(self.rows, self.files, strict=True):
+        for rows, file in self.files:
             if (held := rows.get(name)) is None:
                 continue
             first, end = held["start"], start + (len(local) if local.dim() else 1)
             low, high = max(start, first), min(end, first + held["rows"])
-            if low < high and local.dim():
+            if low < high and whole:
                 pieces.append(file.get_slice(name)[low - first : high - first])
             elif low < high:
-                pieces.append(file.get_tensor(name))
+                pieces.append(file.get_tensor(name)[None])
         if pieces:
             with torch.no_grad():
-                local.copy_(torch.cat(pieces) if local.dim() else pieces[0])
+                local.copy_(torch.cat(pieces).view_as(local))
 
 
-def _local(tensor, owner_only: bool = True):
-    """(this rank's rows, index of the first, whole shape) of a tensor.
-
-    A tensor that is not sharded belongs to rank 0; with `owner_only` the other ranks get None for
-    its rows.
-    """
+def _local(tensor: torch.Tensor) -> tuple[torch.Tensor, int, list[int]]:
+    """(this rank's rows, index of the first, whole shape) of a tensor."""
     whole = list(tensor.shape)
     if not hasattr(tensor, "to_local"):
-        return (None if owner_only and rank() else tensor.detach()), 0, whole
+        return tensor.detach(), 0, whole
     return tensor.to_local().detach(), local_rows(tensor)[0], whole
 
 
