@@ -47,11 +47,12 @@ TRAINER_DEFAULTS = {
     "fp16": True,
     "load_best_model_at_end": True,
 }
-KTO_DEFAULTS = {"desirable_weight": 1.33}
-LOSS_DEFAULTS = {  # of losses other than these: beta 0.1
-    "slic_hf": {"delta": 1.0, "lam": 0.1},
-    "simpo": {"beta": 0.1, "gamma": 0.1},
-    "dpop": {"beta": 0.1, "lam": 0.1},
+METHOD_DEFAULTS = {  # of a recipe, or of a loss that has others
+    "kto": {"desirable_weight": 1.33},
+    "dpo": {"loss_settings.beta": 0.1},
+    "slic_hf": {"loss_settings.delta": 1.0, "loss_settings.lam": 0.1},
+    "simpo": {"loss_settings.beta": 0.1, "loss_settings.gamma": 0.1},
+    "dpop": {"loss_settings.beta": 0.1, "loss_settings.lam": 0.1},
 }
 METHODS = {  # of the trainer_settings of a recipe, and of a loss that has no beta
     "slic_hf": {
@@ -393,7 +394,6 @@ def _train(given: Settings) -> None:
     if kind not in KINDS:
         raise ValueError(f"dataset_type {kind!r} cannot be trained: {', '.join(KINDS)} can")
     recipe, model = KINDS[kind], "model_settings"
-    labels = given.take(f"{model}.model_kwargs.num_labels")
     if recipe == "dpo" and given.take(f"{model}.model_type") == "seq_cls":
         recipe = "rm"
     flags = []
@@ -408,10 +408,10 @@ def _train(given: Settings) -> None:
     chat = _chat(given, "train_dataset_settings")
     if _chat(given, "val_dataset_settings") not in ([], chat):
         given.notes.append("val_dataset_settings has another template or cut; training's is used")
+    if recipe == "classify":
+        flags += given.flags("model_settings.model_kwargs", {"num_labels": "--num-labels"})
     flags += [*_model(given, model), *_adapter(given, model)]
     flags += [*given.flags("", TOKENIZER), *chat]
-    if recipe == "classify":
-        flags += _given("--num-labels", labels)
     if recipe == "multimodal":
         flags += _media(given, "train_dataset_settings")
         given.under("val_dataset_settings")
@@ -427,7 +427,11 @@ def _trainer(given: Settings, recipe: str, evaluated: bool) -> list[str]:
     for number, other in (("warmup_steps", "warmup_ratio"), ("max_steps", "num_train_epochs")):
         unused = other if (given.get(f"{path}.{number}") or 0) > 0 else number
         given[f"{path}.{unused}"] = None
-    given.fill(path, TRAINER_DEFAULTS | (KTO_DEFAULTS if recipe == "kto" else {}))
+    method, loss = recipe, f"{path}.loss_settings.loss_type"
+    if recipe == "dpo" and loss in given:
+        method = given[loss] = given[loss].replace("kto", "kto_pair")
+    given.fill(path, TRAINER_DEFAULTS)
+    given.fill(path, METHOD_DEFAULTS.get(method) or METHOD_DEFAULTS.get(recipe, {}))
     size = given.pop(f"{path}.per_device_train_batch_size")
     size *= given.pop(f"{path}.gradient_accumulation_steps")
     given.notes.append(f"--batch-size {size} is of one device: multiply by how many there were")
@@ -443,14 +447,8 @@ def _trainer(given: Settings, recipe: str, evaluated: bool) -> list[str]:
     if (given.pop(f"{path}.load_best_model_at_end") and evaluated) or stops:
         flags += ["--keep-best", "loss", *_given("--patience", patience if stops else None)]
     flags += given.flags(path, {"gradient_checkpointing": "--activation-checkpointing"})
-    loss, sync = f"{path}.loss_settings", f"{path}.sync_ref_settings"
-    kind = given.get(f"{loss}.loss_type", "")
-    if recipe == "dpo":
-        given.fill(loss, LOSS_DEFAULTS.get(kind, {"beta": 0.1}))
-    if kind == "kto":
-        given[f"{loss}.loss_type"] = "kto_pair"
-    method = kind if kind == "slic_hf" else recipe
-    flags += given.flags(path, METHODS.get(method, {}))
+    flags += given.flags(path, METHODS.get(method) or METHODS.get(recipe, {}))
+    sync = f"{path}.sync_ref_settings"
     if given.take(f"{sync}.sync_ref_model"):
         return [*flags, "--reference", "synced", *given.flags(sync, SYNC)]
     given.under(sync)
