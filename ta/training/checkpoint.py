@@ -22,8 +22,10 @@ from ta.parallel import gather_objects, local_rows, rank, world
 from ta.training.optim import set_lr
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    Tensors = dict[str, Tensor]  # by name
 
 FORMAT = 2
 # bytes of a file, about
@@ -41,7 +43,7 @@ class Found(NamedTuple):
     damaged: dict[str, str]
 
 
-def trained(model: nn.Module) -> dict[str, torch.Tensor]:
+def trained(model: nn.Module) -> Tensors:
     """The tensors that training changes, by name."""
     return {
         name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
@@ -52,10 +54,10 @@ def save(
     folder: Path,
     step: int,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     identity: dict[str, Any],
     keep: int = 2,
-    more_state: dict[str, torch.Tensor] | None = None,
+    more_state: Tensors | None = None,
     damaged: dict[str, str] | None = None,
     logged: dict[str, float] | None = None,
     pinned: int | None = None,
@@ -119,7 +121,7 @@ def save(
     return target
 
 
-def _shares(tensors: dict[str, torch.Tensor]) -> list[list[str]]:
+def _shares(tensors: Tensors) -> list[list[str]]:
     """The names, in files of about FILE_SIZE bytes; one file where there is nothing."""
     starts = accumulate((tensor.nbytes for tensor in tensors.values()), initial=0)
     files = groupby(zip(tensors, starts, strict=False), lambda pair: pair[1] // FILE_SIZE)
@@ -144,8 +146,8 @@ def prune(folder: Path, step: int, keep: int, damaged: Collection[str], pinned: 
 
 
 def _optimizer_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
+    model: nn.Module, optimizer: Optimizer
+) -> tuple[Tensors, dict[str, dict[str, float]]]:
     """({KEY/NAME: tensor}, {NAME: {KEY: number}}) of an optimizer's state for each parameter."""
     import torch
 
@@ -199,8 +201,8 @@ def at_step(folder: Path, step: int) -> Found | None:
 def load(
     found: Found,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    more_state: dict[str, torch.Tensor] | None = None,
+    optimizer: Optimizer,
+    more_state: Tensors | None = None,
 ) -> int:
     """Copy tensors and optimizer state into place; returns the number of steps done.
 
@@ -249,7 +251,7 @@ def load(
     return step
 
 
-def _make_state(optimizer: torch.optim.Optimizer) -> None:
+def _make_state(optimizer: Optimizer) -> None:
     """Let an optimizer make its own state, by a step that moves nothing."""
     import torch
 
@@ -287,7 +289,7 @@ class Shards:
         """The shape of the whole tensor."""
         return next(rows[name]["shape"] for rows, _ in self.files if name in rows)
 
-    def copy_to(self, tensor: torch.Tensor, name: str) -> None:
+    def copy_to(self, tensor: Tensor, name: str) -> None:
         """Fill this process's rows of `tensor`; ValueError where the shapes differ."""
         import torch
 
@@ -311,7 +313,7 @@ class Shards:
                 local.copy_(torch.cat(pieces).view_as(local))
 
 
-def _local(tensor: torch.Tensor) -> tuple[torch.Tensor, int, list[int]]:
+def _local(tensor: Tensor) -> tuple[Tensor, int, list[int]]:
     """(this rank's rows, index of the first, whole shape) of a tensor."""
     whole = list(tensor.shape)
     if not hasattr(tensor, "to_local"):

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
+    from torch.optim import Optimizer
 
     from ta.data.loader import TrainBatches
 
@@ -19,7 +19,7 @@ KEPT_WIDTHS = 13
 KEPT_HIDDEN = 4
 
 
-def moments_of(optimizer: torch.optim.Optimizer) -> float:
+def moments_of(optimizer: Optimizer) -> float:
     """The bytes of an optimizer's moments for each byte of the weights that it moves."""
     weights = moments = 0
     # torchao's optimizers hold a moment in one byte
@@ -33,7 +33,7 @@ def moments_of(optimizer: torch.optim.Optimizer) -> float:
     return moments / weights
 
 
-def check_disk(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def check_disk(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """ValueError where the disk of a run folder has no room for a checkpoint and the export."""
     from ta.model.export import check_room, model_bytes
 
@@ -47,7 +47,7 @@ def check_disk(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
 def estimate(
     model: nn.Module,
     batches: TrainBatches,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     tokens: int | None = None,
 ) -> dict[str, float]:
     """GB at the peak of a step, this process's share on its device, by arithmetic.
@@ -92,7 +92,7 @@ def estimate(
 def memory_report(
     model: nn.Module,
     batches: TrainBatches,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     tokens: int | None = None,
 ) -> str:
     """Numbers of parameters, of trained ones and of steps, and the estimate, for a person."""

@@ -31,6 +31,7 @@ from ta.training.run_folder import read_settings
 LONGEST = 4000  # characters of one text
 
 Curve = list[tuple[float, float]]  # (step, value)
+Charts = dict[str, dict[str, Curve]]  # by title and by name
 
 # a chart and its margins, in SVG units
 WIDTH, HEIGHT = 460, 230
@@ -142,7 +143,7 @@ def page(
     return whole_page(name, headline(settings, metrics, whole), sections, live)
 
 
-def chart_grid(figures: Mapping[str, dict[str, Curve]]) -> str:
+def chart_grid(figures: Charts) -> str:
     """The charts of figures by their titles; "" without one."""
     return grid(chart(title, curves) for title, curves in figures.items())
 
@@ -158,7 +159,7 @@ def folded(summary: str, text: str) -> str:
     return text and f"<details><summary>{summary}</summary>{text}</details>"
 
 
-def sets_table(figures: Mapping[str, dict[str, Curve]]) -> str:
+def sets_table(figures: Charts) -> str:
     """The first and the last value of each figure, over all held-out records and of each set.
 
     "" where there are not several sets.
@@ -191,7 +192,7 @@ def whole_page(name: str, head: str, sections: dict[str, str], live: bool = Fals
     )
 
 
-def headline(settings: dict, metrics: Sequence[dict], figures: Mapping[str, dict]) -> str:
+def headline(settings: dict, metrics: Sequence[dict], figures: Charts) -> str:
     """The step that the run has reached, and the main figures at its beginning and now."""
     done = max((m.get("step", 0) for m in metrics), default=0)
     steps = settings.get("identity", {}).get("steps")
@@ -221,7 +222,7 @@ def before_and_after(folder: Path, figures: Mapping[str, float]) -> str:
     return f"{said}; answers in {folder / 'report.html'}" if changes else ""
 
 
-def charts_of(metrics: Sequence[dict]) -> dict[str, dict[str, Curve]]:
+def charts_of(metrics: Sequence[dict]) -> Charts:
     """{title: {name of a curve: its points}}, loss first.
 
     The training and held-out values of a metric share one chart.

@@ -25,10 +25,11 @@ from ta.files import write_atomic
 from ta.printable import printable
 
 Write = Callable[[int, dict[str, float], Sequence[dict]], None]
+Settings = Mapping[str, Any]
 Started = tuple[Write, str | None]
 
 
-def tensorboard(folder: Path, first: int, config: Mapping[str, Any], _: str | None) -> Started:
+def tensorboard(folder: Path, first: int, config: Settings, _: str | None) -> Started:
     """Event files in the run folder; what an interrupted run wrote after step `first` is purged."""
     from torch.utils.tensorboard import SummaryWriter
 
@@ -51,7 +52,7 @@ def tensorboard(folder: Path, first: int, config: Mapping[str, Any], _: str | No
     return write, None
 
 
-def wandb(folder: Path, first: int, config: Mapping[str, Any], known: str | None) -> Started:
+def wandb(folder: Path, first: int, config: Settings, known: str | None) -> Started:
     """A Weights & Biases run; WANDB_MODE=offline keeps it local."""
     import wandb as service
 
@@ -66,7 +67,7 @@ def wandb(folder: Path, first: int, config: Mapping[str, Any], known: str | None
     return _with_table(run, service.Table), run.id
 
 
-def trackio(folder: Path, first: int, config: Mapping[str, Any], known: str | None) -> Started:
+def trackio(folder: Path, first: int, config: Settings, known: str | None) -> Started:
     """A Trackio run, kept on this machine."""
     import trackio as service
 
@@ -87,7 +88,7 @@ def _with_table(run: Any, table: Callable) -> Write:
     return write
 
 
-def clearml(folder: Path, _: int, config: Mapping[str, Any], known: str | None) -> Started:
+def clearml(folder: Path, _: int, config: Settings, known: str | None) -> Started:
     """A ClearML task."""
     from clearml import Task
 
@@ -133,9 +134,7 @@ def check_trackers(names: Sequence[str]) -> None:
             raise ValueError(f"--log {name}: the package is not installed: pip install {name}")
 
 
-def open_trackers(
-    names: Sequence[str], folder: Path, first: int, config: Mapping[str, Any]
-) -> list[Write]:
+def open_trackers(names: Sequence[str], folder: Path, first: int, config: Settings) -> list[Write]:
     """The write functions of the services in `names`, for a run that goes on after step `first`."""
     path, writers = folder / "trackers.json", []
     known = json.loads(path.read_text()) if path.exists() else {}
