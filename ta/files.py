@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from numpy import ndarray
     from torch import Tensor
 
+PathLike = str | Path
 # ns; a file written later than this before its hashing may change again within one clock tick
 SETTLED = 2_000_000_000
 SMALL = 4 << 20  # bytes that are hashed in some 10 ms
@@ -42,7 +43,7 @@ ASIDE = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d{1,9})(@(?P<host>[^@]*))?\.(?P<ki
 # Files
 
 
-def write_atomic(path: str | Path, content: str | bytes) -> None:
+def write_atomic(path: PathLike, content: str | bytes) -> None:
     """Write a file (text in UTF-8): `path` holds what it held or all of `content`, never a part,
     and it does so after a power cut too.
     """
@@ -51,7 +52,7 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
 
 
 @contextmanager
-def writing(path: str | Path) -> Iterator[Path]:
+def writing(path: PathLike) -> Iterator[Path]:
     """Give the path of an empty file beside `path` to write into; it takes that name when the block
     ends, and goes when the block fails.
 
@@ -96,7 +97,7 @@ def full_disk(error: BaseException) -> int:
 
 
 @contextmanager
-def _room_for(path: str | Path) -> Iterator[None]:
+def _room_for(path: PathLike) -> Iterator[None]:
     """Name `path` in the error of a full disk, whichever library met it."""
     try:
         yield
@@ -106,7 +107,7 @@ def _room_for(path: str | Path) -> Iterator[None]:
         raise
 
 
-def append_line(path: str | Path, record: dict, durable: bool = False) -> None:
+def append_line(path: PathLike, record: dict, durable: bool = False) -> None:
     """Append one JSON object as a line; a last line that a kill has torn is cut off first. A
     `durable` line is on the disk, with the name of its file, when this returns.
     """
@@ -122,13 +123,13 @@ def append_line(path: str | Path, record: dict, durable: bool = False) -> None:
         sync(Path(path).parent)
 
 
-def write_jsonl(path: str | Path, records: Iterable[dict]) -> None:
+def write_jsonl(path: PathLike, records: Iterable[dict]) -> None:
     """Write one record a line; the file appears whole or not at all."""
     with writing(path) as aside, open(aside, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
-def read_json_lines(path: str | Path) -> list[dict]:
+def read_json_lines(path: PathLike) -> list[dict]:
     """The whole objects of a file of JSON lines, none where there is no file.
 
     What a kill has torn, such as a last line without its end, and what is no object is left out;
@@ -148,7 +149,7 @@ def read_json_lines(path: str | Path) -> list[dict]:
 
 
 @contextmanager
-def publishing(folder: str | Path, replace: bool = False) -> Iterator[Path]:
+def publishing(folder: PathLike, replace: bool = False) -> Iterator[Path]:
     """Give an empty folder beside `folder` to write into; it takes that name when the block ends,
     and goes when the block fails.
 
@@ -318,7 +319,7 @@ def check_replaceable(folder: Path, what: str, mark: str, keys: Collection[str],
         )
 
 
-def keep_inputs(out: str | Path, inputs: Iterable[str | Path | None]) -> None:
+def keep_inputs(out: PathLike, inputs: Iterable[PathLike | None]) -> None:
     """ValueError where `out` is, or holds, one of the files and folders that are read."""
     target = Path(os.path.realpath(out))
     for path in inputs:
@@ -336,7 +337,7 @@ def keep_inputs(out: str | Path, inputs: Iterable[str | Path | None]) -> None:
 
 @contextmanager
 def locked(
-    out: str | Path,
+    out: PathLike,
     *,
     share: str = "",
     waiting: Callable[[], None] | None = None,
@@ -361,7 +362,7 @@ def locked(
 
 
 @contextmanager
-def locked_file(out: str | Path, overwrite: bool) -> Iterator[None]:
+def locked_file(out: PathLike, overwrite: bool) -> Iterator[None]:
     """Hold the lock of a file to write; ValueError where it exists and is not to be replaced."""
     with locked(out):
         if os.path.exists(out) and not overwrite:
@@ -369,7 +370,7 @@ def locked_file(out: str | Path, overwrite: bool) -> Iterator[None]:
         yield
 
 
-def hold_lock(out: str | Path) -> IO[str]:
+def hold_lock(out: PathLike) -> IO[str]:
     """Take the lock inside a folder for as long as the file that is returned stays open. ValueError
     where another process holds it.
     """
@@ -416,7 +417,7 @@ class Parts:
     `about.json` among them tells (JSON values) what they belong to.
     """
 
-    def __init__(self, out: str | Path):
+    def __init__(self, out: PathLike):
         out = Path(out)
         self.folder = out.with_name(f".{out.name}.parts")
 
@@ -594,13 +595,13 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def stamp(path: str | Path) -> list[int]:
+def stamp(path: PathLike) -> list[int]:
     """What changes when a file does: size, mtime and ctime in ns, inode."""
     found = os.stat(path)
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
-def content_hash(path: str | Path, notes: Path | None = None) -> str:
+def content_hash(path: PathLike, notes: Path | None = None) -> str:
     """Hex SHA-256 of a file's bytes; remembered in the folder `notes` by real path and stamp, where
     an unchanged file is not read again.
     """
@@ -641,7 +642,7 @@ def damage(
     return ""
 
 
-def _sha256(path: str | Path) -> str:
+def _sha256(path: PathLike) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

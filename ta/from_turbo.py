@@ -209,12 +209,15 @@ REASONS = {  # of fields without a counterpart: why
 }
 
 
+Fields = dict[str, Any]  # by name or path
+
+
 class Settings(dict):
     """The fields of a settings file by path (a.b.0.c), of which those that are read are taken out,
     and what they become.
     """
 
-    def __init__(self, settings: dict[str, Any]):
+    def __init__(self, settings: Fields):
         super().__init__(_flat("", settings))
         # each: the recipe's name and its flags
         self.commands = []
@@ -228,7 +231,7 @@ class Settings(dict):
         value = self.pop(path, None)
         return default if value is None else value
 
-    def under(self, path: str) -> dict[str, Any]:
+    def under(self, path: str) -> Fields:
         """The values below a path by the rest of their paths; they are gone then."""
         start = path + "."
         found = [name for name in self if name.startswith(start)]
@@ -257,7 +260,7 @@ class Settings(dict):
         return list(takewhile(self.has, items))
 
 
-def _flat(path: str, value: Any) -> dict[str, Any]:
+def _flat(path: str, value: Any) -> Fields:
     """{path: value} of all that lies below a path."""
     inner = value if isinstance(value, dict) else {}
     of_groups = isinstance(value, list) and any(isinstance(item, dict) for item in value)
@@ -271,7 +274,7 @@ def _flat(path: str, value: Any) -> dict[str, Any]:
     return found
 
 
-def from_turbo(settings: dict[str, Any]) -> Settings:
+def from_turbo(settings: Fields) -> Settings:
     """The commands that do what a settings file of turbo-alignment asked for.
 
     ValueError for a file that is none of theirs, and for a method that is not here.
@@ -567,7 +570,7 @@ def _inference(given: Settings) -> None:
             given.commands.append([*words, "--out", file])
 
 
-def _generation(given: Settings, path: str, custom_path: str) -> dict[str, Any]:
+def _generation(given: Settings, path: str, custom_path: str) -> Fields:
     """One of the settings of generation as settings of ours, with the defaults they had."""
     own, custom = given.under(path), given.under(custom_path)
     own.setdefault("max_new_tokens", own.pop("max_tokens", 15))

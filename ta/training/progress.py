@@ -11,24 +11,26 @@ from contextlib import contextmanager, suppress
 
 from ta.parallel import any_rank, world
 
+Figures = dict[str, float]  # a value by the name of a figure
+
 
 class StepSums:
     """Sums since the last logged step."""
 
-    def __init__(self, state: dict[str, float] | None = None):
+    def __init__(self, state: Figures | None = None):
         """Nothing yet, or what `state` gave."""
         self.sums: Counter[str] = Counter(state or {})
         self.start = time.perf_counter() - self.sums.pop("seconds", 0.0)
 
-    def state(self) -> dict[str, float]:
+    def state(self) -> Figures:
         """All that a later process needs to go on."""
         return {**self.sums, "seconds": time.perf_counter() - self.start}
 
-    def add(self, total: dict[str, float]) -> None:
+    def add(self, total: Figures) -> None:
         """Add the sums of one step."""
         self.sums.update(total)
 
-    def mean(self) -> dict[str, float]:
+    def mean(self) -> Figures:
         """Means over the steps since the last log line, with their tokens and seconds."""
         sizes = {
             "tokens": int(self.sums["tokens"]),
@@ -41,7 +43,7 @@ class StepSums:
         return join_figures(means(self.sums), sizes)
 
 
-def means(sums: dict[str, float]) -> dict[str, float]:
+def means(sums: Figures) -> Figures:
     """{"loss": ..., metric: ...} of summed steps; a metric that is no number gives no figure."""
     count = sums["count"] or math.nan
     figures = {}
@@ -56,7 +58,7 @@ def means(sums: dict[str, float]) -> dict[str, float]:
     return join_figures({"loss": sums["loss"] / count}, figures)
 
 
-def join_figures(*parts: dict[str, float]) -> dict[str, float]:
+def join_figures(*parts: Figures) -> Figures:
     """All figures in one dict; ValueError where two parts have one of the same name."""
     joined = {}
     for part in parts:
@@ -123,14 +125,14 @@ def leave_if_asked() -> None:
         raise Stopped
 
 
-def line(record: dict[str, float]) -> str:
+def line(record: Figures) -> str:
     """A logged step as one short line."""
     speed = record["learned_tokens"] / max(record["seconds"], 1e-9)
     figures = f"loss {record['loss']:.4f}, lr {record['lr']:.1e}, {speed:,.0f} tok/s"
     return f"{figures}, {record['memory_gb']:.1f} GB"
 
 
-def memory() -> dict[str, float]:
+def memory() -> Figures:
     """{"memory_gb": peak memory so far in GB}, of the accelerator, else of this process."""
     import resource
 

@@ -41,8 +41,10 @@ RUN_NAMES = (
 )
 MARKS = ("config", "versions", "identity")
 
+Json = dict[str, Any]  # an object of JSON
 
-def read_settings(folder: Path) -> dict[str, Any]:
+
+def read_settings(folder: Path) -> Json:
     """The object of config.json; {} where there is none."""
     path = folder / "config.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -113,7 +115,7 @@ class Run:
     def folder(self) -> Path:
         return Path(self.loop.out)
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Json:
         """The recipe's config as JSON values, secrets masked."""
         return masked(dataclasses.asdict(self.config)) if self.config else {}
 
@@ -143,11 +145,11 @@ class Run:
                 parallel.say(f"kept in {self.folder}, as a run does not write it: {names}")
         return lock
 
-    def identity(self) -> dict[str, Any] | None:
+    def identity(self) -> Json | None:
         """The settings that config.json keeps of an earlier start; None where there was none."""
         return read_settings(self.folder).get("identity")
 
-    def record(self, key: dict[str, Any], records: dict[str, Any]) -> None:
+    def record(self, key: Json, records: Json) -> None:
         """Write config.json (rank 0); `key` holds the settings that must not differ on a resume,
         and `records` says what there is to learn from.
 
@@ -229,7 +231,7 @@ def best_step(folder: Path, loop: LoopConfig) -> tuple[int | None, int]:
     return values[best][0], len(values) - 1 - best
 
 
-def evaluations(folder: Path) -> list[dict[str, Any]]:
+def evaluations(folder: Path) -> list[Json]:
     """The lines of metrics.jsonl that hold figures of held-out records."""
     records = read_json_lines(folder / "metrics.jsonl")
     return [record for record in records if any(key.startswith("val_") for key in record)]
@@ -306,7 +308,7 @@ COMPARED_OTHERWISE = [
 ]
 
 
-def resume_key(run: Run, batches: Any, optimizer: Any, optim: Any, more: dict[str, Any]) -> dict:
+def resume_key(run: Run, batches: Any, optimizer: Any, optim: Any, more: Json) -> dict:
     """Settings that must not differ when a run resumes: data, model, steps, optimizer, method.
 
     The method's settings are all fields of the recipe's own config and of its groups that are not

@@ -23,8 +23,9 @@ from typing import Any
 
 from ta.files import write_atomic
 from ta.printable import printable
+from ta.training.progress import Figures
 
-Write = Callable[[int, dict[str, float], Sequence[dict]], None]
+Write = Callable[[int, Figures, Sequence[dict]], None]
 Settings = Mapping[str, Any]
 Started = tuple[Write, str | None]
 
@@ -37,7 +38,7 @@ def tensorboard(folder: Path, first: int, config: Settings, _: str | None) -> St
     if not first:
         writer.add_text("config", "    " + json.dumps(config, indent=1).replace("\n", "\n    "))
 
-    def write(step: int, figures: dict[str, float], samples: Sequence[dict]) -> None:
+    def write(step: int, figures: Figures, samples: Sequence[dict]) -> None:
         for name, value in figures.items():
             writer.add_scalar(name, value, step)
         if samples:
@@ -81,7 +82,7 @@ def trackio(folder: Path, first: int, config: Settings, known: str | None) -> St
 
 
 def _with_table(run: Any, table: Callable) -> Write:
-    def write(step: int, figures: dict[str, float], samples: Sequence[dict]) -> None:
+    def write(step: int, figures: Figures, samples: Sequence[dict]) -> None:
         shown = {"samples": table(*sample_rows(samples))} if samples else {}
         run.log(figures | shown, step=step)
 
@@ -101,7 +102,7 @@ def clearml(folder: Path, _: int, config: Settings, known: str | None) -> Starte
     task.connect_configuration(dict(config), name="config")
     logger = task.get_logger()
 
-    def write(step: int, figures: dict[str, float], samples: Sequence[dict]) -> None:
+    def write(step: int, figures: Figures, samples: Sequence[dict]) -> None:
         for name, value in figures.items():
             logger.report_scalar(name, name, value, step)
         if samples:
