@@ -33,28 +33,30 @@ def field_text(record: dict, name: str) -> str:
     return text
 
 
-def equals_reference(messages: list[dict], answer: str, record: dict) -> float:
-    """1 where the answer is the record's right one, up to white space around it, else 0."""
-    return float(answer.strip() == field_text(record, "reference").strip())
-
-
-def holds_reference(messages: list[dict], answer: str, record: dict) -> float:
-    """1 where the right answer stands in the answer, else 0."""
-    return float(field_text(record, "reference").strip() in answer)
-
-
 def last_number(text: str) -> float | None:
     """The last number of a text, such as 1,234.5 or -2e3; None where there is none."""
     found = NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None
 
 
-def same_number(messages: list[dict], answer: str, record: dict) -> float:
-    """1 where the last numbers of the answer and of the right answer are equal, else 0."""
-    right = last_number(field_text(record, "reference"))
-    if right is None:
-        raise ValueError(f"the reference {record['reference']!r} holds no number")
-    return float(last_number(answer) == right)
+def same_number(answer: str, right: str) -> bool:
+    """Whether the last numbers of two texts are equal; ValueError where the right one has none."""
+    if (number := last_number(right)) is None:
+        raise ValueError(f"the reference {right!r} holds no number")
+    return last_number(answer) == number
+
+
+# name: whether an answer is as the right one says
+COMPARISONS: dict[str, Callable[[str, str], bool]] = {
+    "exact": lambda answer, right: answer.strip() == right.strip(),
+    "number": same_number,
+    "contains": lambda answer, right: right.strip() in answer,
+}
+
+
+def compares(name: str, messages: list[dict], answer: str, record: dict) -> float:
+    """1 where the comparison holds for the answer and the right one of the record, else 0."""
+    return float(COMPARISONS[name](answer, field_text(record, "reference")))
 
 
 def matches_regex(pattern: re.Pattern, messages: list[dict], answer: str, record: dict) -> float:
@@ -86,7 +88,7 @@ def passes_tests(level: str, messages: list[dict], answer: str, record: dict) ->
     return float(run_python(blocks[-1] if blocks else answer, tests, CODE_SECONDS, level))
 
 
-BUILTIN = ("exact", "number", "contains", "regex", "length", "schema", "code")
+BUILTIN = (*COMPARISONS, "regex", "length", "schema", "code")
 
 
 def built_in(name: str, argument: str) -> RewardFunction:
@@ -95,8 +97,7 @@ def built_in(name: str, argument: str) -> RewardFunction:
         case "exact" | "number" | "contains":
             if argument:
                 raise ValueError(f"{name} takes no argument")
-            plain = {"exact": equals_reference, "number": same_number, "contains": holds_reference}
-            return plain[name]
+            return partial(compares, name)
         case "regex":
             if not argument:
                 raise ValueError("give regex:PATTERN")

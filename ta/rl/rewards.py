@@ -41,9 +41,8 @@ class RewardConfig:
         """ValueError for a reward that does not exist."""
         if not self.rewards:
             raise ValueError("--rewards names nothing: give exact or FILE.py:NAME")
-        parsed = [parse_reward(text) for text in self.rewards]
-        names = [reward.text for reward in parsed]
-        if len(set(names)) < len(names):
+        names = {parse_reward(text).text for text in self.rewards}
+        if len(names) < len(self.rewards):
             raise ValueError(f"--rewards {' '.join(self.rewards)}: one is given twice")
 
 

@@ -154,7 +154,9 @@ class Tools:
                 given = list(islice(results, len(calls)))
                 talk.failed += sum(bool(fault) for _, fault in given)
                 talk.turns += messages_of(before, calls, [text for text, _ in given], turn)
-                more = self._behind(talk, len(calls))
+                messages = [*talk.record["messages"], *talk.turns]
+                about = template_arguments(talk.record)
+                more = ids_behind(self.tokenizer, messages, len(calls), about)
                 if len(talk.ids) + len(more) >= longest:
                     talk.last = talk.last._replace(finish="length")
                     continue
@@ -178,11 +180,6 @@ class Tools:
         for place, text, fault in self.functions.run([(0, list(call)) for call in calls]):
             told[place] = (f"error: {fault}" if fault else text), fault
         return (told[place] for place in range(len(calls)))
-
-    def _behind(self, talk: Talk, results: int) -> list[int]:
-        """The ids that the template writes between the end of the last answer and the next one."""
-        messages = [*talk.record["messages"], *talk.turns]
-        return ids_behind(self.tokenizer, messages, results, template_arguments(talk.record))
 
     def _cut(self, answer: Answer, room: int) -> Answer:
         if len(answer.ids) <= room:
