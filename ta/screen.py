@@ -58,8 +58,7 @@ def progress(
         def status_printer(file):
             def write(text: str) -> None:
                 if text.strip():
-                    file.write(text.strip() + "\n")
-                    file.flush()
+                    print(text.strip(), file=file, flush=True)
 
             return write
 
@@ -173,8 +172,7 @@ def _wrapped(text: str, width: int, most: int) -> list[str]:
         text = f"{text[:reach]}\n{text[-reach:]}"
     out = []
     for line in text.split("\n"):
-        # as many of its first characters as take at most `width` columns
-        while (cut := bisect_right(list(accumulate(map(columns, line))), width)) < len(line):
+        while (cut := _fits(line, width)) < len(line):
             space = line.rfind(" ", 1, cut + 1)
             cut = space if space > 0 else max(cut, 1)
             out.append(line[:cut].rstrip())
@@ -183,3 +181,9 @@ def _wrapped(text: str, width: int, most: int) -> list[str]:
     if len(out) > most:
         out = [*out[: most // 2], "…", *out[most // 2 + 1 - most :]]
     return out
+
+
+def _fits(line: str, width: int) -> int:
+    """How many of the first characters take at most `width` columns."""
+    ends = accumulate(map(columns, line))
+    return bisect_right(list(ends), width)
