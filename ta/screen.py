@@ -58,7 +58,8 @@ def progress(
         def status_printer(file):
             def write(text: str) -> None:
                 if text.strip():
-                    print(text.strip(), file=file, flush=True)
+                    file.write(text.strip() + "\n")
+                    file.flush()
 
             return write
 
