@@ -77,7 +77,7 @@ def test_nothing_is_printed_on_another_way():
         "recipes.chat:main",  # the names of its commands
         "recipes.chat:obey",
         "recipes.inspect_data:main",
-        "recipes.evaluate:measured",  # a table, which is printable
+        "recipes.evaluate:main",  # a table, which is printable
         "ta.data.prepare:preview",  # spans of text, which are printable
     }
     found = set()
