@@ -530,25 +530,21 @@ def template_of(tokenizer: PreTrainedTokenizerFast, config: ChatConfig, day: str
             "the tokenizer has no chat template; give --prefix-template and --suffix-template (and "
             "--role-tags)"
         )
-    from transformers.utils.chat_template_utils import render_jinja_template
+    from transformers.utils.chat_template_utils import _compile_jinja_template
 
     with_tools = tokenizer.get_chat_template(tools=[{}])  # a tokenizer may have one of its own
     source = tokenizer.get_chat_template()
-    named = {**tokenizer.special_tokens_map, CLOCK: _clock(day)}
+    named = {"tools": None, "documents": None, **tokenizer.special_tokens_map, CLOCK: _clock(day)}
 
     def render(messages: Chat, opened: bool, arguments: Arguments) -> str:
         """The template's text; ValueError where it refuses the messages."""
+        given = {"messages": messages, "add_generation_prompt": opened, **named, **arguments}
         try:
-            texts, _ = render_jinja_template(
-                conversations=[messages],
-                chat_template=with_tools if arguments.get("tools") else source,
-                add_generation_prompt=opened,
-                **named | dict(arguments),
-            )
+            compiled = _compile_jinja_template(with_tools if arguments.get("tools") else source)
+            return compiled.render(given)
         except Exception as error:  # a template is a program: it may raise anything
             why = one_line(str(error), 500) or type(error).__name__
             raise ValueError(f"the tokenizer's chat template refuses this chat: {why}") from None
-        return texts[0]
 
     special = tokenizer.get_added_vocab()
     return jinja_template(render, special, source, tags or DEFAULT_TAGS)

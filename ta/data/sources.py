@@ -248,16 +248,18 @@ def scan(
     family = None
     flagged = zip(read_rows(source.path), keep, strict=False)
     for line, raw in (numbered for numbered, kept in flagged if kept):
-        record = Record(index, line, source.path, raw, {})
+        origin = index, line, source.path, raw
         try:
             data, form = canonical(parse_record(raw), check, family)
         except ValueError as error:
-            drops.bad_record(record, error)
+            drops.bad_record(Record(*origin, {}), error)
             continue
+        record = Record(*origin, data)
         if form:
             formats[form] += 1
         family = form.family if form else ""
-        drops.unused.update(data.keys() - USED)
+        if unused := data.keys() - USED:
+            drops.unused.update(unused)
         if "id" in data and len(drops.ids) < MAX_IDS:
             if (name := hash(str(data["id"]))) in drops.ids:
                 drops.note(record, "id given twice")
@@ -266,7 +268,7 @@ def scan(
         roles += ["assistant"] * ("context" in data)
         if any(a == b == "assistant" for a, b in pairwise(roles)):
             drops.note(record, "answers twice in a row")
-        yield record._replace(data=data)
+        yield record
 
 
 def canonical(data: dict, check: Check, family: str | None = None) -> tuple[dict, Format | None]:
