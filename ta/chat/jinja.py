@@ -98,8 +98,8 @@ class JinjaTemplate(NamedTuple):
     border: Pattern
     # the same with the tags that templates look for
     tags: Pattern
-    # roles and whether an answer is opened -> Skeleton, or why there is none
-    skeletons: dict[tuple, Skeleton | str]
+    # roles and whether an answer is opened -> Skeleton, or None where there is none
+    skeletons: dict[tuple, Skeleton | None]
     borders: dict[tuple, Border]
     # what the generation prompt writes behind a question, by arguments
     opening: Callable[[str], str]
@@ -255,16 +255,14 @@ def _plain(
     for message in messages:
         if not isinstance(message.get("content"), str) or not message.keys() <= PLAIN:
             return None
-    skeleton = template.skeletons.get((roles, opened))
-    if skeleton is None:
-        if len(template.skeletons) >= MEMORY:
-            template.skeletons.clear()
-        try:
-            skeleton = _skeleton(roles, template, opened)
-        except ValueError as error:
-            skeleton = str(error)
-        template.skeletons[roles, opened] = skeleton
-    if isinstance(skeleton, str):
+    key, skeletons = (roles, opened), template.skeletons
+    if key not in skeletons:
+        if len(skeletons) >= MEMORY:
+            skeletons.clear()
+        skeletons[key] = None
+        with suppress(ValueError):
+            skeletons[key] = _skeleton(roles, template, opened)
+    if (skeleton := skeletons[key]) is None:
         return None
     given = [_given(message, template.role_tags) for message in messages]
     text, texts = template.render(given, opened, {}), skeleton.texts

@@ -110,10 +110,9 @@ def render_chat(
     spans = split_chat(messages, template, opened, arguments, notes)
     glued = isinstance(template, JinjaTemplate)
     rendered, border = [], False
-    for i, span in enumerate(spans):
-        role, weight = ANSWER, 0.0
-        if i < len(messages):
-            role, weight = messages[i]["role"], weights[i]
+    roles = [*(message["role"] for message in messages), ANSWER]
+    written = zip(spans, roles, [*weights, 0.0], strict=False)
+    for i, (span, role, weight) in enumerate(written):
         if weight and span.fault:
             raise ValueError(
                 f"message {i + 1} ({role}) is to be learned, but the chat template does not show "
