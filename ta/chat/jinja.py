@@ -388,8 +388,8 @@ def _split(
         if chat := mark(depths | dict.fromkeys(media, 0), names):
             break
     else:
-        bad = (i for i in range(len(given)) if not any(mark({i: d}, False) for d in (0, 1, 2)))
-        place = next(bad, 0)
+        alone = lambda i: any(mark({i: depth}, False) for depth in (0, 1, 2))
+        place = next((i for i in range(len(given)) if not alone(i)), 0)
         raise ValueError(
             f"message {place + 1} ({roles[place]}) cannot be split faithfully: the tokenizer's "
             "chat template changes its text or writes it depending on it; give --prefix-template, "

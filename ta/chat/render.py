@@ -237,9 +237,10 @@ def _join(units: list[Unit], messages: int, runs: Mapping[Run, list[int]]) -> To
         weights += [weight] * size
         lengths[message] += size
         # where no token stands on both sides of the border, each side has its own weight
-        if head and part[: len(runs[head[0]])] == runs[head[0]]:
+        before = runs[head[0]] if head else []
+        if before and part[: len(before)] == before:
             begin = len(ids) - size
-            weights[begin : begin + len(runs[head[0]])] = [head[1]] * len(runs[head[0]])
+            weights[begin : begin + len(before)] = [head[1]] * len(before)
     return Tokenized(tokens, lengths)
 
 

@@ -107,7 +107,8 @@ def lay_out(
     starts = _starts(sizes) if packed else np.arange(len(ids)) * sizes.max()
     column, place = _places(full, skip, starts)
     owner = np.repeat(np.arange(len(ids)), full)
-    tokens = np.zeros((1, sizes.sum()) if packed else (len(ids), sizes.max()), np.int64)
+    shape = (1, sizes.sum()) if packed else (len(ids), sizes.max())
+    tokens = np.zeros(shape, np.int64)
     positions = np.zeros_like(tokens)
     tokens.ravel()[place] = flat
     positions.ravel()[place] = column
