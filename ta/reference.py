@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from ta.chat.tokenizer import ChatTokenizer, TokenizerConfig, load_tokenizer
+from ta.chat.tokenizer import ChatTokenizer, load_tokenizer
 from ta.command_line import Range
 from ta.data.loader import BatchConfig, micro_batches
 from ta.data.prepare import Prepared
@@ -282,7 +282,7 @@ def _second_model(
 def check_same_vocabulary(flag: str, folder: str, tokenizer: ChatTokenizer) -> None:
     """ValueError where the tokenizer in `folder`, which `flag` named, gives other ids."""
     policy = tokenizer.fast.get_vocab()
-    reference = load_tokenizer(folder, TokenizerConfig()).get_vocab()
+    reference = load_tokenizer(folder).get_vocab()
     declared = {token.text for token in tokenizer.new_tokens}
     declared |= set(tokenizer.fast.all_special_tokens)
     differ = [t for t, i in reference.items() if policy.get(t) != i]

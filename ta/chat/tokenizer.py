@@ -7,7 +7,7 @@ import json
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import date, datetime
 from itertools import zip_longest
 from pathlib import Path
@@ -121,10 +121,8 @@ def load_chat_tokenizer(
     tokenizer, a token that cannot be added.
     """
     check_chat_config(chat)
-    if tokenizer.tokenizer_path:
-        path = local_folder(tokenizer.tokenizer_path, model.hub)
-        tokenizer = replace(tokenizer, tokenizer_path=path)
-    fast = load_tokenizer(resolve(model).tokenizer, tokenizer)
+    own = tokenizer.tokenizer_path
+    fast = load_tokenizer(local_folder(own, model.hub) if own else resolve(model).tokenizer)
     meanings = _meanings(placeholders)
     media_tokens = [f"{token}={text}" for token, text in meanings.items()]
     new = add_tokens(fast, (*tokenizer.init_tokens, *media_tokens))
@@ -301,16 +299,13 @@ def _pieces(fast: PreTrainedTokenizerFast, token: str, text: str) -> tuple[int, 
     return tuple(ids)
 
 
-def load_tokenizer(
-    path: str | None, config: TokenizerConfig = TokenizerConfig()
-) -> PreTrainedTokenizerFast:
-    """The tokenizer in config.tokenizer_path, else in `path` (the model's folder).
+def load_tokenizer(path: str | None) -> PreTrainedTokenizerFast:
+    """The tokenizer in a folder.
 
     Nothing is looked up on a hub. ValueError: no such folder, no fast tokenizer in it.
     """
     from transformers import PreTrainedTokenizerFast
 
-    path = config.tokenizer_path or path
     folder = Path(path or "")
     if not path or not folder.is_dir():
         raise ValueError(
@@ -522,10 +517,10 @@ def template_of(tokenizer: PreTrainedTokenizerFast, config: ChatConfig, day: str
             for text in (config.prefix_template, config.suffix_template)
         )
         return explicit_template(prefix, suffix, tags, tokenizer.bos_token or tokenizer.cls_token)
-    if not tokenizer.chat_template and tokenizer.cls_token and tokenizer.sep_token:
-        # an encoder, such as BERT: its own marks before the text and behind each message
-        return explicit_template("", tokenizer.sep_token, tags, tokenizer.cls_token)
     if not tokenizer.chat_template:
+        if tokenizer.cls_token and tokenizer.sep_token:
+            # an encoder, such as BERT: its own marks before the text and behind each message
+            return explicit_template("", tokenizer.sep_token, tags, tokenizer.cls_token)
         raise ValueError(
             "the tokenizer has no chat template; give --prefix-template and --suffix-template (and "
             "--role-tags)"

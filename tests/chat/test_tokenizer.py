@@ -45,10 +45,8 @@ def test_a_tokenizer_saved_and_loaded_encodes_the_same(tmp_path):
     assert encode_chats(chats, chat_tokenizer(again, PLAIN), PLAIN) == encode_chats(
         chats, tokenizer, PLAIN
     )
-    assert (
-        load_tokenizer("/not/there", TokenizerConfig(tokenizer_path=str(tmp_path))).bos_token
-        == "<s>"
-    )
+    own = TokenizerConfig(tokenizer_path=str(tmp_path))
+    assert load_chat_tokenizer(ModelConfig(str(tiny_folder())), own, PLAIN).fast.bos_token == "<s>"
 
 
 def test_loading_says_what_is_wrong(tmp_path):
