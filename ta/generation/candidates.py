@@ -22,7 +22,8 @@ def choose_best(rewards: Sequence[float], n: int) -> list[int]:
     Of equal rewards the earlier candidate.
     """
     _check(rewards)
-    return sorted(range(len(rewards)), key=lambda i: -rewards[i])[: _within(n, len(rewards))]
+    order = sorted(range(len(rewards)), key=lambda i: -rewards[i])
+    return order[: _within(n, len(rewards))]
 
 
 def choose_rejection(

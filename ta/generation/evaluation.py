@@ -273,10 +273,10 @@ def _shown(found: Figure) -> str:
 def to_json(figures: Mapping[str, Any], sides: Sequence[Sequence[dict]], ids: Sequence) -> str:
     """The figures in all and, for each record, the values of each side; nan is null."""
     each = {name: [values_of(name, side) for side in sides] for name in figures}
-    records = [
-        {"id": key} | {name: [_plain(side[i]) for side in of] for name, of in each.items()}
-        for i, key in enumerate(ids)
-    ]
+    records = [{"id": key} for key in ids]
+    for name, of_sides in each.items():
+        for record, *values in zip(records, *of_sides, strict=True):
+            record[name] = [_plain(value) for value in values]
     whole = {name: _plain(found) for name, found in figures.items()}
     return json.dumps({"figures": whole, "records": records}, ensure_ascii=False, indent=1) + "\n"
 

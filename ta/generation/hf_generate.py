@@ -27,7 +27,8 @@ def _batches(work: Work, n: int, rows: int, virtual: bool) -> Iterator[list[tupl
     batch: list[tuple[int, int]] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         for k in range(n):
-            if batch and (len(batch) == rows or (equal and lengths[i] != lengths[batch[0][0]])):
+            other = equal and batch and lengths[i] != lengths[batch[0][0]]
+            if other or len(batch) == rows:
                 yield batch
                 batch = []
             batch.append((i, k))
@@ -114,6 +115,6 @@ def run_beams(inner, work: Work, virtual: bool) -> None:
                 tokens = inner.get_input_embeddings()(ids)
                 before = work.embeds[prompt].to(device)
                 whole = {"inputs_embeds": torch.cat([before, tokens])[None]}
-            logits = inner(**whole, use_cache=False).logits[0, -len(ids) - 1 : -1].float()
-            chosen = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+            logits = inner(**whole, use_cache=False).logits[0, -len(ids) - 1 : -1]
+            chosen = logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
             work.finish(prompt, place % n, ids.tolist(), chosen.tolist())

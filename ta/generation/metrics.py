@@ -207,7 +207,11 @@ def measure(names: Iterable[str], **data: Any) -> dict[str, float]:
     """
     names = list(names)
     check_metrics(names, [key for key, value in data.items() if value is not None])
-    return {name: METRICS[name].function(*map(data.get, METRICS[name].inputs)) for name in names}
+    values = {}
+    for name in names:
+        function, inputs, _ = METRICS[name]
+        values[name] = function(*map(data.get, inputs))
+    return values
 
 
 def check_metrics(names: Iterable[str], given: Collection[str]) -> None:
@@ -231,9 +235,10 @@ def _counts(predictions: Classes, labels: Classes) -> list[tuple[int, int, int]]
 
 def spacing_note(names: Iterable[str], texts: Iterable[str]) -> str:
     """A line for a person where metrics of words meet texts without spaces between words, or ""."""
-    texts, other = list(texts), [f"{name}_characters" for name in names]
-    count = sum(any(map(UNSPACED.match, text)) for text in texts)
-    if not count or not (other := [name for name in other if name in METRICS]):
+    texts = list(texts)
+    count = sum(UNSPACED.search(text) is not None for text in texts)
+    other = [f"{name}_characters" for name in names if f"{name}_characters" in METRICS]
+    if not (count and other):
         return ""
     return (
         f"note: {count} of {len(texts)} texts are in a script without spaces between words, whose "

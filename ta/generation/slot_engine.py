@@ -406,7 +406,8 @@ def choose(
         lowered = torch.where(scores < 0, scores * penalty, scores / penalty)
         scores = torch.where(seen, lowered, scores)
     ids = scores.argmax(-1) if uniforms is None else _draw(scores, uniforms, config)
-    return ids, logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1)
+    chosen = logits.gather(1, ids[:, None])[:, 0]
+    return ids, chosen - logits.logsumexp(-1)
 
 
 def _draw(scores: Tensor, uniforms: Tensor, config: GenerateConfig) -> Tensor:

@@ -57,9 +57,8 @@ def diversity(answers: Units) -> float:
     0 for an empty answer.
     """
     totals = ((Counter(units), len(units)) for units in _units(answers))
-    return mean(
-        -sum(c / total * math.log(c / total) for c in counts.values()) for counts, total in totals
-    )
+    shares = [[count / total for count in counts.values()] for counts, total in totals]
+    return mean(-sum(share * math.log(share) for share in each) for each in shares)
 
 
 def bleu(answers: Units, references: Units, max_n: int = 4) -> float:
@@ -130,16 +129,15 @@ def rouge_n(answers: Units, references: Units, n: int = 1) -> float:
     Words are lower-cased runs of letters and digits, marks with the letter before them.
     """
     grams = [
-        [Counter(_ngrams(units, n)) for units in pair]
-        for pair in zip(_words(answers), _words(references), strict=True)
+        [Counter(_ngrams(units, n)) for units in pair] for pair in _word_pairs(answers, references)
     ]
-    return mean(2 * (a & r).total() / max(a.total() + r.total(), 1) for a, r in grams)
+    return mean(_f1((a & r).total(), a.total() + r.total()) for a, r in grams)
 
 
 def rouge_l(answers: Units, references: Units) -> float:
     """ROUGE-L (Lin 2004): mean F1 of the longest common subsequence of words as in `rouge_n`."""
-    pairs = zip(_words(answers), _words(references), strict=True)
-    return mean(2 * _common_subsequence(a, r) / max(len(a) + len(r), 1) for a, r in pairs)
+    pairs = _word_pairs(answers, references)
+    return mean(_f1(_common_subsequence(a, r), len(a) + len(r)) for a, r in pairs)
 
 
 def meteor(answers: Units, references: Units) -> float:
@@ -157,7 +155,7 @@ def meteor(answers: Units, references: Units) -> float:
         p, r = matched / len(answer), matched / len(reference)
         return 10 * p * r / (r + 9 * p) * (1 - 0.5 * (chunks / matched) ** 3)
 
-    return mean(one(a, r) for a, r in zip(_words(answers), _words(references), strict=True))
+    return mean(one(a, r) for a, r in _word_pairs(answers, references))
 
 
 def mean(values: Iterable[float]) -> float:
@@ -213,8 +211,12 @@ def _units(texts: Units, cut: Callable = str.split) -> list[list[Hashable]]:
     return [cut(text) if isinstance(text, str) else list(text) for text in texts]
 
 
-def _words(texts: Units) -> list[list[Hashable]]:
-    return _units(texts, words)
+def _word_pairs(answers: Units, references: Units) -> Iterable[tuple]:
+    return zip(_units(answers, words), _units(references, words), strict=True)
+
+
+def _f1(common: int, total: int) -> float:
+    return 2 * common / max(total, 1)
 
 
 def _ngrams(units: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:

@@ -337,9 +337,9 @@ def _search(engine, prompts, limits, config, stop_ids, numbers) -> Generated:
             complete = [beam for beam in beams[:width] if last or beam[0][-1] in stop_ids]
             ended[i] = sorted(ended[i] + complete, key=rank, reverse=True)[:width]
             running[i] = [beam for beam in beams if beam[0][-1] not in stop_ids][:width]
-            full = len(ended[i]) == width
-            better = running[i] and not (full and rank(running[i][0]) <= rank(ended[i][-1]))
-            if last or not better:
+            best = running[i][:1]
+            beaten = len(ended[i]) == width and best and rank(best[0]) <= rank(ended[i][-1])
+            if last or beaten:
                 running[i] = []
     return [beams[: config.num_answers] for beams in ended]
 

@@ -147,7 +147,8 @@ def embed(
     with torch.no_grad():
         for group in groups + [[]] * missing:
             texts = pad([ids[i] for i in group], pad_id)
-            parts.append(forward(Texts(*(x.to(device) for x in texts)))[: len(group)])
+            vectors = forward(Texts(*(x.to(device) for x in texts)))
+            parts.append(vectors[: len(group)])
     place = torch.tensor(order, dtype=torch.int64, device=device).argsort()
     out = torch.cat(parts)[place]  # (N, E)
     broken = (~out.isfinite().all(1)).nonzero()[:, 0]

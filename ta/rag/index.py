@@ -193,7 +193,7 @@ def begin_index(
             "format": FORMAT,
             "encoder": fingerprint(folder),
             "encoder_path": str(Path(folder).resolve()),
-            "reading": json.loads(json.dumps(embedding_settings(folder, config)._asdict())),
+            "reading": embedding_settings(folder, config)._asdict(),
             "width": width_of(folder),
             "sources": [[source_hash(source.path, notes), *source[1:]] for source in parsed],
         }
