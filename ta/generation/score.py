@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from ta.data.batch import Batch
     from ta.model.language_model import LanguageModel
 
+    # token ids and their weights
+    Weighted = tuple[Sequence[int], Sequence[float]]
+
 
 def num_labels_of(config: ModelConfig) -> int:
     """How many scores the head of a saved classifier gives. ValueError for a model without one."""
@@ -66,31 +69,28 @@ def score(
     import torch
 
     rows: dict[int, list[float]] = {}
-    ids = [sequence.ids for sequence in sequences]
-    nothing = [[0.0] * len(x) for x in ids]  # is learned
-    for places, batch in _micro_batches(model, ids, nothing, max_tokens_per_micro):
+    unlearned = [(tokens.ids, [0.0] * len(tokens.ids)) for tokens in sequences]
+    for places, batch in _micro_batches(model, unlearned, max_tokens_per_micro):
         with torch.no_grad():
             scores = model.scores(batch).double()  # (N, C)
         rows.update(zip(places, scores.tolist(), strict=True))
-    return [rows[i] for i in range(len(ids))]
+    return [rows[i] for i in range(len(rows))]
 
 
 def _micro_batches(
-    model: LanguageModel,
-    ids: Sequence[Sequence[int]],
-    weights: Sequence[Sequence[float]],
-    max_tokens: int = 8192,
+    model: LanguageModel, sequences: Sequence[Weighted], max_tokens: int = 8192
 ) -> Iterator[tuple[list[int], Batch]]:
     """(Places of some sequences, their batch on the model's device), until all have had a turn."""
     import numpy as np
 
     from ta.data.batch import lay_out, to_device
 
-    device = next(model.parameters()).device
-    for places in split_micro([len(x) for x in ids], max_tokens, packed=model.packed)[0]:
+    device, sizes = next(model.parameters()).device, [len(ids) for ids, _ in sequences]
+    for places in split_micro(sizes, max_tokens, packed=model.packed)[0]:
         if places:
-            chosen = [[np.array(side[i]) for i in places] for side in (ids, weights)]
-            yield places, to_device(lay_out(*chosen, model.packed), device)
+            sides = zip(*(sequences[i] for i in places), strict=True)
+            ids, weights = ([np.array(x) for x in side] for side in sides)
+            yield places, to_device(lay_out(ids, weights, model.packed), device)
 
 
 class RewardModel:
@@ -161,12 +161,11 @@ def kl_to_reference(
 
     from ta.model.logprobs import sequence_sums
 
-    ids = [[*prompt, *answer] for prompt, answer in sequences]
-    weights = [[0.0] * len(p) + [1.0] * len(a) for p, a in sequences]
+    weighted = [([*p, *a], [0.0] * len(p) + [1.0] * len(a)) for p, a in sequences]
     was_training, gap = model.training, 0.0
     model.eval()
     with torch.no_grad():
-        for _, batch in _micro_batches(model, ids, weights):
+        for _, batch in _micro_batches(model, weighted):
             ours = sequence_sums(model.logprobs(batch), batch.owners, len(batch.ends))
             gap += (ours.double() - reference(batch).double()).sum().item()
     model.train(was_training)
@@ -175,19 +174,18 @@ def kl_to_reference(
 
 def answer_logprobs(
     model: LanguageModel,
-    sequences: Sequence[tuple[Sequence[int], Sequence[float]]],
+    sequences: Sequence[Weighted],
     max_tokens_per_micro: int = 8192,
 ) -> list[list[float]]:
     """log p of every learned token of each sequence of (token ids, their weights), in nats."""
     import torch
 
     rows: dict[int, list[float]] = {}
-    ids, weights = [ids for ids, _ in sequences], [weights for _, weights in sequences]
     model.eval()
-    for places, batch in _micro_batches(model, ids, weights, max_tokens_per_micro):
+    for places, batch in _micro_batches(model, sequences, max_tokens_per_micro):
         with torch.no_grad():
             rows.update(zip(places, by_sequence(model, batch), strict=True))
-    return [rows[i] for i in range(len(ids))]
+    return [rows[i] for i in range(len(rows))]
 
 
 def by_sequence(model: LanguageModel, batch: Batch) -> list[list[float]]:

@@ -106,16 +106,6 @@ class VllmServer:
         values = [found[i][at] for i, at in zip(batch.owners.tolist(), places, strict=True)]
         return torch.tensor(values, device=batch.tokens.device)
 
-    def check_tokenizer(self, tokenizer: ChatTokenizer, flag: str) -> None:
-        """ValueError where the server encodes a text otherwise."""
-        body = {"model": self.model, "prompt": SAMPLE, "add_special_tokens": False}
-        theirs = self.post("tokenize", **body)["tokens"]
-        if theirs != tokenizer.fast.encode(SAMPLE, add_special_tokens=False):
-            raise ValueError(
-                f"{flag} {self.url}: its tokenizer gives other ids, so tokens cannot be compared; "
-                "give a server of the same vocabulary"
-            )
-
 
 def open_server(
     url: str, flag: str, tokenizer: ChatTokenizer, folder: Path | None = None
@@ -130,7 +120,13 @@ def open_server(
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{flag} {url}: no vLLM server answers there ({error})") from None
     server = VllmServer(url, served["id"], served["max_model_len"], folder)
-    server.check_tokenizer(tokenizer, flag)
+    body = {"model": server.model, "prompt": SAMPLE, "add_special_tokens": False}
+    ours = tokenizer.fast.encode(SAMPLE, add_special_tokens=False)
+    if server.post("tokenize", **body)["tokens"] != ours:
+        raise ValueError(
+            f"{flag} {url}: its tokenizer gives other ids, so tokens cannot be compared; "
+            "give a server of the same vocabulary"
+        )
     return server
 
 

@@ -173,7 +173,8 @@ def begin_index(
         for share in sorted({"", "part-0"} | shares(out)):
             stack.enter_context(locked(out, share=share))
         begun = parts.about()
-        if _stands(out):
+        empty = out.is_dir() and not any(out.iterdir())  # as good as none
+        if os.path.lexists(out) and not empty:
             if not (overwrite or (resume and begun)):
                 more = "--resume to finish what was begun, " if begun else ""
                 raise ValueError(
@@ -213,11 +214,6 @@ def begin_index(
             parts.clear()
             raise
     return Begun(len(offsets) - 1, made_of)
-
-
-def _stands(out: Path) -> bool:
-    """Whether something stands at `out`; an empty folder is as good as none."""
-    return os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir()))
 
 
 def build_index(

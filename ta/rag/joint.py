@@ -48,10 +48,8 @@ class Questions(NamedTuple):
     """Questions whose passages are yet to be found."""
 
     sequences: Batch  # without passages
-    records: list[int]  # their places in the prepared set
-    chats: list[list[dict]]
-    gold: list[list[int]]  # rows of the passages that hold the answer, where the record names them
-    arguments: list[Arguments]  # what the template is given beside each chat
+    places: list[int]  # in the prepared set
+    records: list[dict]  # "gold": rows of the passages that hold the answer, where it names them
 
 
 class RagBatch(NamedTuple):
@@ -119,14 +117,11 @@ def question_collate(prepared: Prepared, passages: Passages) -> Collate:
                 f"{name_of(prepared, place)}: gold names passage {absent[0]!r}, which "
                 f"{passages.path} has not: mend it, or build the index anew"
             )
+        record["gold"] = [rows[name] for name in record["gold"]]
 
     def collate(prepared: Prepared, chosen: np.ndarray, packed: bool) -> Questions:
         batch = collate_chats(prepared, chosen, packed)
-        asked = [records[i] for i in chosen]
-        gold = [[rows[name] for name in record["gold"]] for record in asked]
-        chats = [record["messages"] for record in asked]
-        given = [template_arguments(record) for record in asked]
-        return Questions(batch, chosen.tolist(), chats, gold, given)
+        return Questions(batch, chosen.tolist(), [records[i] for i in chosen])
 
     return collate
 
@@ -148,17 +143,17 @@ def with_passages(
     passages too, for figures. All processes take part. ValueError where the candidates of a
     question do not fit into a micro-batch.
     """
-    chats, golds, records, given = (
-        [x for batch in batches for x in getattr(batch, name)]
-        for name in ("chats", "gold", "records", "arguments")
-    )
+    asked = [record for batch in batches for record in batch.records]
+    places = [place for batch in batches for place in batch.places]
+    chats, golds = ([record[name] for record in asked] for name in ("messages", "gold"))
+    given = [template_arguments(record) for record in asked]
     k = retriever.passage_settings.num_passages
     was_training = model.training
     model.eval()
     _, rows, ids = find_passages(retriever, model.embed, chats, max(k, ranked), _most)
     model.train(was_training)
     found = rows.tolist()
-    candidates = candidate_rows(records, found, golds, k, gold, in_batch)
+    candidates = candidate_rows(places, found, golds, k, gold, in_batch)
     joined = _joined(retriever, chats, candidates, given)
     packed = model.mode == "packed"
     micros = _split(joined, max_tokens_per_micro, packed)

@@ -116,7 +116,8 @@ def brute(made, k, gold=False):
         [text_of(p) for p in read_passages(retriever.passages, range(40))],
     )
     loss = 0.0
-    for chat, right in zip(asked.chats, asked.gold, strict=True):
+    for record in asked.records:
+        chat, right = record["messages"], record["gold"]
         ids = torch.tensor([retriever.encoder_tokenizer(chat[0]["content"]).input_ids])
         hidden = model.encoder.model(input_ids=ids).last_hidden_state.mean(1)[0]
         q = hidden / hidden.norm()
@@ -261,7 +262,9 @@ def test_answers_read_what_training_reads(made):
     (asked,) = micro_batches(prepared, np.arange(6), 8192, True, collate)
     (batch,) = batches(made, k=1)
     embed = lambda texts: model.embed(texts)
-    found = prompts_with_passages(one, embed, [{"messages": chat} for chat in asked.chats])
+    found = prompts_with_passages(
+        one, embed, [{"messages": record["messages"]} for record in asked.records]
+    )
     starts = np.cumsum([0, *batch.sequences.lengths])
     for (record, prompt), start, rows in zip(found, starts, batch.found, strict=False):
         assert batch.sequences.tokens[0, start : start + len(prompt)].tolist() == prompt
