@@ -21,17 +21,16 @@ def _batches(work: Work, n: int, rows: int, virtual: bool) -> Iterator[list[tupl
     Of one length where padding would be penalised, or stand behind virtual tokens, or where limits
     differ.
     """
-    config, lengths = work.ending.config, [len(prompt) for prompt in work.prompts]
+    config = work.ending.config
     short = any(limit < config.max_new_tokens for limit in work.limits)
     equal = config.repetition_penalty != 1 or virtual or short
     batch: list[tuple[int, int]] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        for k in range(n):
-            other = equal and batch and lengths[i] != lengths[batch[0][0]]
-            if other or len(batch) == rows:
-                yield batch
-                batch = []
-            batch.append((i, k))
+    for i, k in work.by_length(n):
+        other = equal and batch and len(work.prompts[i]) != len(work.prompts[batch[0][0]])
+        if other or len(batch) == rows:
+            yield batch
+            batch = []
+        batch.append((i, k))
     if batch:
         yield batch
 

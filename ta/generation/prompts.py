@@ -68,15 +68,16 @@ def read_prompts(
     records = list(read_records(paths, check, drops, seed))
     names = source_names([source.path for source in sources])
     for n, record in enumerate(records):
+        data = record.data
         if tools:
-            record.data.setdefault("tools", list(tools))
+            data.setdefault("tools", list(tools))
         if len(sources) > 1:
-            record.data["file"] = names[record.source]
+            data["file"] = names[record.source]
         generator = random.Random(f"{seed} {n}") if cut else None
-        kept, reference = asked(record.data["messages"], generator)
+        kept, reference = asked(data["messages"], generator)
         if reference is not None:
-            record.data["reference"] = reference
-        record.data["messages"] = with_system(kept, sources[record.source].system_prompt)
+            data["reference"] = reference
+        data["messages"] = with_system(kept, sources[record.source].system_prompt)
 
     def encode_some(some: Sequence[dict]) -> list:
         chats = [data["messages"] for data in some]

@@ -49,8 +49,8 @@ def class_names_of(config: ModelConfig) -> list[str]:
     sources = resolve(config)
     settings = adapter_labels(sources.adapter) if sources.adapter else {}
     named = settings.get("id2label") or read_folder(sources.base, config.hub).config.get("id2label")
-    by_number = {int(number): name for number, name in (named or {}).items()}
-    names = [by_number[number] for number in sorted(by_number)]
+    by_number = sorted((int(number), name) for number, name in (named or {}).items())
+    names = [name for _, name in by_number]
     return [] if names == [f"LABEL_{i}" for i in range(len(names))] else names
 
 

@@ -63,6 +63,11 @@ class Work(NamedTuple):
     on_token: Callable[[int, int, list[int]], None] | None
     answers: list[list[Answer | None]]  # num_answers to each prompt
 
+    def by_length(self, n: int) -> list[tuple[int, int]]:
+        """(prompt, answer) of `n` answers to each prompt, the shortest prompts first."""
+        order = sorted(range(len(self.prompts)), key=lambda i: len(self.prompts[i]))
+        return [(i, k) for i in order for k in range(n)]
+
     def row(self, prompt: int, answer: int) -> Row:
         """The row of an answer; its random numbers are made when its turn comes."""
         config, limit, uniforms = self.ending.config, self.limits[prompt], ()
@@ -120,9 +125,8 @@ class SlotEngine:
         # a repetition penalty looks at the tokens, whatever is fed in their place
         self.inputs = work.prompts if work.embeds is None else work.embeds
         self.lengths = [len(x) for x in self.inputs]  # of each prompt, in columns
-        # prompts, each as often as it gets answers, taken from the end: the longest first
-        numbers = sorted(range(len(self.lengths)), key=self.lengths.__getitem__)
-        self.waiting = [(i, k) for i in numbers for k in range(config.num_answers)]
+        # taken from the end: the longest first
+        self.waiting = work.by_length(config.num_answers)
         slots, longest = min(config.slots, len(self.waiting)), self.next_length()
         capacity = longest + min(longest // 2 + 64, max(work.limits, default=0))
         self.window = CacheWindow(slots, bucket(capacity) if fixed_shapes else capacity, longest)
