@@ -240,7 +240,7 @@ def generate_samples(
                 on_answer=lambda *_: bar.update(),
                 embeds=embeds,
             )
-            made[name] = answers, [[] for _ in prompts]
+            made[name] = answers, [[None] * settings.num_answers for _ in prompts]
     for name, (answers, rewards) in made.items():
         if config.sample_reward_model:
             texts = [[answer.text for answer in group] for group in answers]
@@ -310,7 +310,7 @@ def _rows(samples: Sequence[Sample], step: int, settings: str) -> list[dict]:
             more = {
                 "source": prompt.source,
                 "settings": settings,
-                "reward": rewards[k] if rewards else None,
+                "reward": rewards[k],
                 "passages": prompt.record.get("passages"),
             }
             row |= {name: value for name, value in more.items() if value not in (None, "")}

@@ -161,7 +161,10 @@ def kl_to_reference(
 
     from ta.model.logprobs import sequence_sums
 
-    weighted = [([*p, *a], [0.0] * len(p) + [1.0] * len(a)) for p, a in sequences]
+    weighted = []
+    for prompt, answer in sequences:
+        weights = [0.0] * len(prompt) + [1.0] * len(answer)
+        weighted.append(([*prompt, *answer], weights))
     was_training, gap = model.training, 0.0
     model.eval()
     with torch.no_grad():

@@ -270,16 +270,16 @@ def _sample(engine, prompts, limits, config, stop_ids, numbers) -> Generated:
     """Greedy decoding or sampling; `numbers` seed what each prompt gets."""
     from vllm import SamplingParams
 
-    requests, parameters = [], []
-    for prompt, limit, number in zip(prompts, limits, numbers, strict=True):
-        for k in range(config.num_answers):
-            given = sampling_of(config, limit, stop_ids, number, k)
-            requests.append(prompt)
-            parameters.append(SamplingParams(**given, detokenize=bool(config.stop_strings)))
-    done = engine.llm.generate(requests, parameters, lora_request=engine.lora, use_tqdm=False)
-    answers = [_answer_of(request.outputs[0]) for request in done]
-    n = config.num_answers
-    return [answers[i : i + n] for i in range(0, len(answers), n)]
+    n, cut = config.num_answers, bool(config.stop_strings)
+    requests = [prompt for prompt in prompts for _ in range(n)]
+    parameters = [
+        SamplingParams(**sampling_of(config, limit, stop_ids, number, k), detokenize=cut)
+        for limit, number in zip(limits, numbers, strict=True)
+        for k in range(n)
+    ]
+    made = engine.llm.generate(requests, parameters, lora_request=engine.lora, use_tqdm=False)
+    outputs = iter([request.outputs[0] for request in made])
+    return [[_answer_of(next(outputs)) for _ in range(n)] for _ in prompts]
 
 
 def sampling_of(
@@ -336,10 +336,10 @@ def _search(engine, prompts, limits, config, stop_ids, numbers) -> Generated:
             last = len(beams[0][0]) == limits[i]
             complete = [beam for beam in beams[:width] if last or beam[0][-1] in stop_ids]
             ended[i] = sorted(ended[i] + complete, key=rank, reverse=True)[:width]
-            running[i] = [beam for beam in beams if beam[0][-1] not in stop_ids][:width]
-            best = running[i][:1]
-            beaten = len(ended[i]) == width and best and rank(best[0]) <= rank(ended[i][-1])
-            if last or beaten:
+            going = [] if last else [beam for beam in beams if beam[0][-1] not in stop_ids]
+            running[i] = going[:width]
+            full = len(ended[i]) == width
+            if full and running[i] and rank(running[i][0]) <= rank(ended[i][-1]):
                 running[i] = []
     return [beams[: config.num_answers] for beams in ended]
 
