@@ -95,9 +95,9 @@ def metric_inputs(record: Mapping[str, Any]) -> Inputs:
             inputs["logprobs"] = logprobs
         if rewards := record.get("rewards"):
             inputs["rewards"] = [rewards[answer["id"]] for answer in answers]
-    scores = record.get("probabilities")
-    if {"label", "prediction"} <= record.keys() and _numbers(scores) and len(scores) == 2:
-        inputs |= {"labels": [record["label"]], "predictions": [record["prediction"]]}
+    label, scores = record.get("label"), record.get("probabilities")
+    if isinstance(label, int) and _numbers(scores) and len(scores) == 2:
+        inputs |= {"labels": [label], "predictions": [record.get("prediction")]}
         inputs["scores"] = scores[1:]
     gold, passages = record.get("gold"), record.get("passages")
     if isinstance(gold, list) and _list_of(dict, passages):

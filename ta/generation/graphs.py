@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+Launch = Callable[[], tuple[Tensor, ...]]
 WARM_UPS = 2  # plain calls of a key before it is recorded: libraries settle what they do at first
 
 
@@ -24,7 +25,7 @@ class Graphs:
         self.work, self.device = work, device
         self.records = device.type == "cuda"
         self.calls: Counter = Counter()
-        self.replays: dict[tuple, Callable[[], tuple[Tensor, ...]]] = {}
+        self.replays: dict[tuple, Launch] = {}
         self.pool = None  # memory that all graphs share, as only one runs at a time
 
     def __call__(self, *key) -> tuple[Tensor, ...]:
@@ -39,7 +40,7 @@ class Graphs:
         self.replays[key] = self.record(lambda: self.work(*key))
         return self.replays[key]()
 
-    def record(self, work: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+    def record(self, work: Launch) -> Launch:
         """A function that replays what `work` launches, into the same tensors every time."""
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()

@@ -121,7 +121,7 @@ def roc_auc(scores: Sequence[float], labels: Sequence[int | bool]) -> float:
             f"{len(values)} scores and {len(positive)} labels do not pair up; "
             "give one label a score"
         )
-    wins, losses = np.sort(values[positive]), np.sort(values[~positive])
+    wins, losses = values[positive], np.sort(values[~positive])
     if not len(wins) or not len(losses):
         return math.nan
     below = np.searchsorted(losses, wins, "left") + np.searchsorted(losses, wins, "right")

@@ -104,6 +104,7 @@ OTHER_FORMS = [  # (fields, a metric, the line about it)
     ({"logprobs": -1.5}, "perplexity", "perplexity needs logprobs, and there is only answers, "),
     ({"gold": ["p"], "passages": ["p"]}, "mrr", "mrr needs retrieved and gold"),
     ({"label": 1, "probabilities": 3}, "roc_auc", "roc_auc needs scores"),
+    ({"label": "0", "prediction": 0, "probabilities": [0.9, 0.1]}, "roc_auc", "needs scores"),
     ({}, "", "no metric to measure"),
 ]
 
