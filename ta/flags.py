@@ -19,13 +19,7 @@ from ta.printable import masked
 from ta.recipe_files import RECIPES
 from ta.screen import hanging, wrapped_page
 
-EQUAL = {  # flags of other tools, and older names of ours, that mean the same as one of ours
-    "--cherry-records": "--sample-records",
-    "--cherry-show": "--sample-show",
-    "--cherry-max-new-tokens": "--sample-max-new-tokens",
-    "--cherry-metrics": "--sample-metrics",
-    "--cherry-random-cut": "--sample-random-cut",
-    "--no-cherry-random-cut": "--no-sample-random-cut",
+EQUAL = {  # flags of other tools that mean the same as one of ours
     "--model-name-or-path": "--model-path",
     "--output-dir": "--out",
     "--dataset": "--data",
@@ -156,7 +150,8 @@ def our_words(words: list[str], config_class: type) -> list[str]:
             if flag in SETTING and SETTING[flag][0] in switches:
                 out += SETTING[flag] if _is_on(rest) else ()
                 continue
-            known = EQUAL.get(flag, flag)
+            # --sample-X had the name --cherry-X
+            known = EQUAL.get(flag, flag.replace("-cherry-", "-sample-"))
             flag = known if known.replace("--no-", "--") in switches else flag
         if switches.get(flag) and not equals and not _is_on(rest):
             flag = "--no" + flag[1:]
