@@ -271,7 +271,10 @@ def _shown(found: Figure) -> str:
 
 
 def to_json(figures: Mapping[str, Any], sides: Sequence[Sequence[dict]], ids: Sequence) -> str:
-    """The figures in all and, for each record, the values of each side; nan is null."""
+    """The figures in all and, for each record, the values of each side.
+
+    Numbers that are not finite, which JSON has none of, are null.
+    """
     each = {name: [values_of(name, side) for side in sides] for name in figures}
     records = [{"id": key} for key in ids]
     for name, of_sides in each.items():
@@ -284,7 +287,7 @@ def to_json(figures: Mapping[str, Any], sides: Sequence[Sequence[dict]], ids: Se
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return {name: _plain(part) for name, part in value._asdict().items()}
-    return None if value != value else value
+    return value if not isinstance(value, float) or math.isfinite(value) else None
 
 
 def measured(name: str, records: Sequence[Inputs]) -> float:
