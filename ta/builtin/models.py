@@ -190,14 +190,14 @@ def write_small(folder: str | os.PathLike, seed: int = 0) -> None:
     _write(folder, tiny_model(seed, catalogue=True, **heads, **shape), True)
 
 
-def write_pictures_model(folder: str | os.PathLike, texts: tuple[str, ...], seed: int = 0) -> None:
+def write_pictures_model(folder: str | os.PathLike, texts: tuple[str, ...]) -> None:
     """Save a language model whose tokens are the words of `texts`.
 
     `texts` are those of the generated pictures.
     """
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
     shape = {"hidden_size": 128, "intermediate_size": 352}
-    _write(folder, tiny_model(seed, catalogue=texts, **heads, **shape), texts)
+    _write(folder, tiny_model(catalogue=texts, **heads, **shape), texts)
 
 
 def _write(

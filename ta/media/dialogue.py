@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ta.chat.encode import Drop, encode_chats, encode_prompts
+from ta.chat.encode import Drop, encode_prompts
 from ta.chat.jinja import Arguments
 from ta.chat.messages import Message
-from ta.chat.render import Tokens
 from ta.data.jsonl import BadRecord
 from ta.data.prepare import RecordKind, prepare
 from ta.data.records import check_media
@@ -66,21 +65,15 @@ def encode_media(
     tokenizer: ChatTokenizer,
     config: ChatConfig,
     arguments: Sequence[Arguments] | None = None,
-    prompts: bool = False,
-) -> list[tuple[Tokens | list[int], Media] | Drop]:
-    """`encode_chats` of chats with pictures and sounds: each with those that were not cut away.
-
-    With `prompts` it is `encode_prompts`.
-    """
-    placeholders, latest = tokenizer.placeholders, prompts or config.keep_end
+) -> list[tuple[list[int], Media] | Drop]:
+    """`encode_prompts` of chats with pictures and sounds: each with those that were not cut away."""
+    placeholders = tokenizer.placeholders
     placed = [place_media(chat, placeholders) for chat in chats]
-    encode = encode_prompts if prompts else encode_chats
     messages = [messages for messages, _ in placed]
-    results = encode(messages, tokenizer, config, arguments=arguments)
+    results = encode_prompts(messages, tokenizer, config, arguments)
     for n, (_, media) in enumerate(placed):
         if not isinstance(results[n], Drop):
-            ids = results[n] if prompts else results[n].ids
-            results[n] = results[n], kept_media(media, ids, placeholders, latest)
+            results[n] = results[n], kept_media(media, results[n], placeholders, latest=True)
     return results
 
 

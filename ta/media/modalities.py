@@ -187,7 +187,7 @@ def open_media(
     media = Modalities()
     if folder is not None:
         _check_kept(config, folder)
-        media = reopen_media(folder, config.files, sources, device, hub=hub)
+        media = reopen_media(folder, config.files, sources, device, hub)
     root = media_root(config.files.image_root, sources)
     builtin = None if sources or config.audio_encoder or folder else "builtin"
     encoders = {"image": config.image_encoder or builtin, "audio": config.audio_encoder}
@@ -272,7 +272,6 @@ def reopen_media(
     files: MediaFiles,
     sources: Sequence[str],
     device: str,
-    half: bool = False,
     hub: bool = False,
 ) -> Modalities | None:
     """The modalities of an exported model; None where it has none.
@@ -292,7 +291,7 @@ def reopen_media(
                 f"the {settings['encoder']} encoder of {folder} is not at {path}: give its folder "
                 f"in --{name}-encoder-path"
             )
-        encoder, fingerprint = load_with_fingerprint(settings["encoder"], path, device, half)
+        encoder, fingerprint = load_with_fingerprint(settings["encoder"], path, device)
         if fingerprint != settings["fingerprint"]:
             raise ValueError(
                 f"{folder} was trained with another {settings['encoder']} encoder than {path} "

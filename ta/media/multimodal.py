@@ -239,7 +239,7 @@ def prompts_media(
     def hash_of(name: str, path: str) -> str:
         return content_hash(media_path(media[name].root, path), notes)
 
-    encoded = encode_media(chats, tokenizer, chat, prompts=True)
+    encoded = encode_media(chats, tokenizer, chat)
     return [[hash_of(*item) for item in items] for _, items in encoded]
 
 
@@ -306,7 +306,7 @@ def encode_media_prompts(
     arguments: Sequence[dict] | None = None,
 ) -> list:
     """Token ids of each chat's prompt, pictures and sounds as placeholders, or a Drop."""
-    results = encode_media(chats, tokenizer, chat, arguments, prompts=True)
+    results = encode_media(chats, tokenizer, chat, arguments)
     return [result if isinstance(result, Drop) else result[0] for result in results]
 
 
@@ -321,7 +321,7 @@ def embed_media_prompts(
     """(L, D) of each prompt that `encode_media_prompts` gave: its tokens' embeddings with its
     pictures and sounds in place. All processes must call this with equal prompts.
     """
-    encoded = encode_media(chats, tokenizer, chat, prompts=True)
+    encoded = encode_media(chats, tokenizer, chat)
     device = next(model.parameters()).device
     numbers = [end // TOKENS_AT_ONCE for end in accumulate(map(len, prompts))]
     for _, group in groupby(zip(numbers, prompts, encoded, strict=True), itemgetter(0)):

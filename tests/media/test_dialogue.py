@@ -7,14 +7,14 @@ import pytest
 from PIL import Image
 
 from ta.builtin.pictures import draw_scene, make_scene
-from ta.chat.encode import Drop
+from ta.chat.encode import Drop, encode_chats
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import Placeholder, TokenizerConfig, load_chat_tokenizer
 from ta.data import records
 from ta.data.jsonl import BadRecord
 from ta.data.prepare import DataConfig
 from ta.folders import ModelConfig
-from ta.media.dialogue import encode_media, prepare_media_chats
+from ta.media.dialogue import encode_media, kept_media, place_media, prepare_media_chats
 from ta.media.modalities import MediaConfig, MediaFiles, open_media
 from ta.media.multimodal import media_of
 
@@ -45,7 +45,21 @@ def encode(tokenizer, chats, prompts=False, **chat):
         records.check_media({"messages": chat}, need_answer=not prompts)["messages"]
         for chat in chats
     ]
-    return encode_media(chats, tokenizer, ChatConfig(**chat), prompts=prompts)
+    config = ChatConfig(**chat)
+    return encode_media(chats, tokenizer, config) if prompts else learned(chats, tokenizer, config)
+
+
+def learned(chats, tokenizer, config):
+    """Each chat as it is learned, with those of its pictures that were not cut away, or a Drop."""
+    known = tokenizer.placeholders
+    placed = [place_media(chat, known) for chat in chats]
+    results = encode_chats([messages for messages, _ in placed], tokenizer, config)
+    return [
+        result
+        if isinstance(result, Drop)
+        else (result, kept_media(media, result.ids, known, config.keep_end))
+        for result, (_, media) in zip(results, placed, strict=True)
+    ]
 
 
 def test_placeholders_stand_where_the_picture_stood(tokenizer):
@@ -112,7 +126,7 @@ def test_templates_that_strip_contents_are_followed(tokenizer):
     stripping = tokenizer._replace(template=template_of(tokenizer.fast, ChatConfig()))
     tokenizer.fast.chat_template = kept
     chat = records.check_media({"messages": [{"role": "user", "content": parts}, A]})["messages"]
-    (tokens, media) = encode_media([chat], stripping, ChatConfig())[0]
+    (tokens, media) = learned([chat], stripping, ChatConfig())[0]
     assert (
         tokenizer.fast.decode(tokens.ids)
         == "[user]x <MS><img><img><img></MS> y<|im_end|>[assistant]red<|im_end|>"
