@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from transformers import (
         LlamaConfig,
         LlamaForCausalLM,
-        LlamaForSequenceClassification,
         PreTrainedTokenizerFast,
     )
 
@@ -127,16 +126,6 @@ def tiny_model(seed: int = 0, **more: Any) -> LlamaForCausalLM:
     return model
 
 
-def tiny_classifier(num_labels: int, seed: int = 0, **more: Any) -> LlamaForSequenceClassification:
-    """The same body with a classification head of `num_labels` scores.
-
-    They are read at the last token that is not padding.
-    """
-    from transformers import LlamaForSequenceClassification
-
-    return _seeded(LlamaForSequenceClassification, tiny_config(num_labels=num_labels, **more), seed)
-
-
 def _seeded(model_class: type, config: Any, seed: int) -> Any:
     import torch
 
@@ -150,10 +139,16 @@ def write_tiny(
 ) -> None:
     """Save the tiny model and its tokenizer as a folder that from_pretrained loads.
 
-    With `num_labels` it is the classifier.
+    With `num_labels` it is the same body with a classification head of as many scores, which are
+    read at the last token that is not padding.
     """
-    classifier = num_labels is not None
-    model = tiny_classifier(num_labels, seed, **more) if classifier else tiny_model(seed, **more)
+    from transformers import LlamaForSequenceClassification
+
+    if num_labels is None:
+        model = tiny_model(seed, **more)
+    else:
+        config = tiny_config(num_labels=num_labels, **more)
+        model = _seeded(LlamaForSequenceClassification, config, seed)
     _write(folder, model)
 
 

@@ -66,7 +66,7 @@ def encode_media(
     config: ChatConfig,
     arguments: Sequence[Arguments] | None = None,
 ) -> list[tuple[list[int], Media] | Drop]:
-    """`encode_prompts` of chats with pictures and sounds: each with those that were not cut away."""
+    """`encode_prompts` of chats with pictures and sounds, each with those that are not cut away."""
     placeholders = tokenizer.placeholders
     placed = [place_media(chat, placeholders) for chat in chats]
     messages = [messages for messages, _ in placed]

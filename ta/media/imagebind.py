@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -176,26 +176,18 @@ _RENAMES = {
 }
 
 
-def convert_names(names: Iterable[str], modality: str) -> dict[str, str]:
-    """{published name: ours} of the weights of one modality, without the logit scale.
+def convert_weights(published: Mapping[str, Tensor], modality: str) -> dict[str, Tensor]:
+    """The published weights of one modality under our names, without the logit scale.
 
     Published names are those of imagebind_huge.pth of github.com/facebookresearch/ImageBind. bias_k
     and bias_v become the two rows of `attention.extra`.
     """
-    section = _SECTIONS[modality]
-    return {
-        name: match.expand(ours)
-        for name in names
-        for pattern, ours in _RENAMES.items()
-        if (match := re.fullmatch("modality_" + pattern.replace("M", section, 1), name))
-    }
-
-
-def convert_weights(published: Mapping[str, Tensor], modality: str) -> dict[str, Tensor]:
-    """The published state dict's weights of one modality under our names."""
-    named = {
-        ours: published[name].float() for name, ours in convert_names(published, modality).items()
-    }
+    section, named = _SECTIONS[modality], {}
+    for pattern, ours in _RENAMES.items():
+        known = re.compile("modality_" + pattern.replace("M", section, 1))
+        for name, tensor in published.items():
+            if match := known.fullmatch(name):
+                named[match.expand(ours)] = tensor.float()
     for name in [name for name in named if name.endswith("extra.k")]:
         rows = [named.pop(name).flatten(), named.pop(f"{name[:-1]}v").flatten()]
         named[name[:-2]] = torch.stack(rows)

@@ -217,7 +217,12 @@ def test_model_is_seeded_and_about_a_million_weights():
 
 @pytest.mark.parametrize("num_labels", [None, 3])
 def test_folder_loads_back_equal(tmp_path, num_labels):
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        LlamaForSequenceClassification,
+    )
 
     models.write_tiny(tmp_path / "tiny", seed=5, num_labels=num_labels)
     kind = AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
@@ -225,7 +230,10 @@ def test_folder_loads_back_equal(tmp_path, num_labels):
         kind.from_pretrained(tmp_path / "tiny").eval(),
         AutoTokenizer.from_pretrained(tmp_path / "tiny"),
     )
-    made = models.tiny_model(5) if num_labels is None else models.tiny_classifier(num_labels, 5)
+    made = models.tiny_model(5)
+    if num_labels is not None:
+        config = models.tiny_config(num_labels=num_labels)
+        made = models._seeded(LlamaForSequenceClassification, config, 5)
     chat = tasks.chats("train", 1)[0]["messages"]
     text = TOKENIZER.apply_chat_template(chat, tokenize=False)
     assert (

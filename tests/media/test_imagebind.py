@@ -13,7 +13,6 @@ from ta.media.imagebind import (
     IMAGE_HUGE,
     Trunk,
     TrunkConfig,
-    convert_names,
     convert_weights,
     load_trunk,
     write_trunk,
@@ -144,16 +143,11 @@ def test_published_sizes_and_names():
     assert (
         630e6 < sum(weight.numel() for weight in image.parameters()) < 635e6
     )  # ViT-H/14 with a two-frame stem
-    assert convert_names(
-        [
-            "modality_trunks.audio.blocks.11.attn.bias_k",
-            "modality_trunks.text.blocks.0.norm_1.bias",
-        ],
-        "audio",
-    ) == {"modality_trunks.audio.blocks.11.attn.bias_k": "blocks.11.attention.extra.k"}
-    assert convert_names(["modality_preprocessors.vision.rgbt_stem.proj.1.weight"], "image") == {
-        "modality_preprocessors.vision.rgbt_stem.proj.1.weight": "stem.weight"
-    }
+    one, block = torch.ones(1), "modality_trunks.audio.blocks.11"
+    audio = {f"{block}.attn.bias_k": one, f"{block}.attn.bias_v": one, f"{block}.text": one}
+    assert convert_weights(audio, "audio").keys() == {"blocks.11.attention.extra"}
+    stem = {"modality_preprocessors.vision.rgbt_stem.proj.1.weight": one}
+    assert convert_weights(stem, "image").keys() == {"stem.weight"}
 
 
 def test_a_checkpoint_becomes_a_folder(tmp_path):
