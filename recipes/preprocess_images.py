@@ -64,7 +64,7 @@ def main(config: Config) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     shape = (encoder.n_modality_embs, encoder.emb_dim)
     with ta.progress(len(paths), "encode", encoder.modality) as bar:
-        result = ta.media.extract(
+        done, before, unread = ta.media.extract(
             out,
             paths,
             encoder.read,
@@ -77,14 +77,11 @@ def main(config: Config) -> None:
             config.overwrite,
         )
 
-    skipped += result.skipped
+    skipped += unread
     for key, why in skipped[:10]:
         ta.parallel.say(f"left out {key}: {why}")
     left_out = f", {len(skipped):,} left out" if skipped else ""
-    before = result.done - result.encoded
-    ta.parallel.say(
-        f"{out}: features of {result.done:,} files, {before:,} of them from before{left_out}"
-    )
+    ta.parallel.say(f"{out}: features of {done:,} files, {before:,} of them from before{left_out}")
 
 
 if __name__ == "__main__":

@@ -50,14 +50,6 @@ class Features(NamedTuple):
     handle: Any  # safetensors' memory-mapped reader
 
 
-class Extracted(NamedTuple):
-    """What `extract` did."""
-
-    done: int  # features in the published file
-    encoded: int  # of these, encoded by this call; the others by one that was stopped
-    skipped: list[tuple[str, str]]  # (key, why)
-
-
 class FeatureFile:
     """A cache that is being made; `hashes` {key: content hash} says what it holds.
 
@@ -210,8 +202,11 @@ def extract(
     skip_bad: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
     overwrite: bool = False,
-) -> Extracted:
+) -> tuple[int, int, list[tuple[str, str]]]:
     """Encode the files of `paths` {key: file} into the cache `out`.
+
+    Returns the number of features in the published file, how many of them are from a call that was
+    stopped, and (key, why) of the files that were left out.
 
     It goes on where an interrupted call stopped, and its memory does not grow with the files.
     `read` makes one input of a file, in `workers` processes (0: in this one); `encode` makes
@@ -252,7 +247,7 @@ def extract(
             why = f"; the first: {skipped[0][1]}" if skipped else ""
             raise ValueError(f"{out}: none of the {len(paths)} files could be encoded{why}")
         partial.publish()
-        return Extracted(len(partial.hashes), len(partial.hashes) - before, skipped)
+        return len(partial.hashes), before, skipped
 
 
 def check_absent(out: Path, overwrite: bool = False) -> None:

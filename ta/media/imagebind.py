@@ -156,7 +156,6 @@ class Trunk(nn.Module):
         return self.head_norm(x)  # (I or I * clips, 1 + patches, D)
 
 
-_SECTIONS = {"image": "vision", "audio": "audio"}
 # published name, after "modality_" and with M for the section: ours
 _RENAMES = {
     r"preprocessors\.M\.cls_token": "class_token",
@@ -182,7 +181,7 @@ def convert_weights(published: Mapping[str, Tensor], modality: str) -> dict[str,
     Published names are those of imagebind_huge.pth of github.com/facebookresearch/ImageBind. bias_k
     and bias_v become the two rows of `attention.extra`.
     """
-    section, named = _SECTIONS[modality], {}
+    section, named = "vision" if modality == "image" else modality, {}
     for pattern, ours in _RENAMES.items():
         known = re.compile("modality_" + pattern.replace("M", section, 1))
         for name, tensor in published.items():

@@ -329,7 +329,7 @@ def test_cached_features_are_the_encoders_own(tmp_path):
             layout,
             batch_size=3,
             workers=2,
-        ).done
+        )[0]
         == 8
     )
     cache = read_features(tmp_path / "c.safetensors", encoder_fingerprint(load_encoder("builtin")))
