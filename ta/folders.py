@@ -51,8 +51,6 @@ class Folder(NamedTuple):
     base: str | None
     # config.json, or an adapter's adapter_config.json
     config: dict[str, Any]
-    # whether encoders and projectors for pictures or sounds belong to it
-    media: bool
 
     @property
     def num_labels(self) -> int:
@@ -78,17 +76,16 @@ def read_folder(path: str, hub: bool = False) -> Folder:
     ValueError for a folder that does not exist or holds none of these.
     """
     folder = Path(model_folder(path, hub))
-    media = _holds(folder, "media.json")
     if not _holds(folder, "config.json"):
         config = read_json(folder / "adapter_config.json")
         base = config.get("base_model_name_or_path")
         if not isinstance(base, str | None):
             raise ValueError(f"{folder} names the base {base!r}: give its folder in --model-path")
-        return Folder(str(folder), "adapter", base, config, media)
+        return Folder(str(folder), "adapter", base, config)
     config = read_json(folder / "config.json")
     with loading(folder / "config.json", "the settings of a model"):
         head = any("SequenceClassification" in name for name in config.get("architectures") or ())
-        found = Folder(str(folder), "classifier" if head else "model", None, config, media)
+        found = Folder(str(folder), "classifier" if head else "model", None, config)
         assert not head or found.num_labels > 0, "num_labels"
     return found
 

@@ -32,8 +32,6 @@ def test_the_kinds_of_folders(tmp_path, base):
     assert read_folder(folder(tmp_path / "head", config=head)).kind == "classifier"
     adapter = folder(tmp_path / "adapter", adapter_config={"base_model_name_or_path": base})
     assert read_folder(adapter)[:3] == (adapter, "adapter", base)
-    seeing = folder(tmp_path / "seeing", config={"model_type": "llama"}, media={})
-    assert read_folder(seeing).media and not read_folder(base).media
 
 
 def test_an_adapter_as_the_model_is_that_adapter_on_its_base(tmp_path, base):
