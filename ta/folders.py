@@ -77,11 +77,9 @@ def read_folder(path: str, hub: bool = False) -> Folder:
     """
     folder = Path(model_folder(path, hub))
     if not _holds(folder, "config.json"):
-        config = read_json(folder / "adapter_config.json")
-        base = config.get("base_model_name_or_path")
-        if not isinstance(base, str | None):
-            raise ValueError(f"{folder} names the base {base!r}: give its folder in --model-path")
-        return Folder(str(folder), "adapter", base, config)
+        file = folder / "adapter_config.json"
+        base = value_of(file, "base_model_name_or_path", str)
+        return Folder(str(folder), "adapter", base, read_json(file))
     config = read_json(folder / "config.json")
     with loading(folder / "config.json", "the settings of a model"):
         head = any("SequenceClassification" in name for name in config.get("architectures") or ())
@@ -123,15 +121,6 @@ def resolve(config: ModelConfig) -> Sources:
 
 def _holds(folder: Path, *names: str) -> bool:
     return any((folder / name).exists() for name in names)
-
-
-def _final(path: str) -> str:
-    """The folder itself, or the `final/` of a run folder."""
-    final, config = Path(path, "final"), Path(path, "config.json")
-    run = final.is_dir() and not Path(path, "adapter_config.json").exists()
-    if run and config.exists():
-        run = "model_type" not in read_json(config)
-    return str(final) if run else path
 
 
 def copy_media(source: str, folder: Path) -> None:
@@ -273,7 +262,12 @@ def _downloaded(name: str) -> str:
 
 def local_folder(path: str, hub: bool = False) -> str:
     """The folder at `path`, the `final/` of a run folder, or that of a name on the hub."""
-    return _final(_downloaded(path) if hub else path)
+    path = _downloaded(path) if hub else path
+    final, config = Path(path, "final"), Path(path, "config.json")
+    run = final.is_dir() and not Path(path, "adapter_config.json").exists()
+    if run and config.exists():
+        run = "model_type" not in read_json(config)
+    return str(final) if run else path
 
 
 def encoder_folder(path: str = "builtin", hub: bool = False) -> str:
