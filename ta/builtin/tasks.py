@@ -245,16 +245,16 @@ def candidates(split: Split, n: int, seed: int = 0) -> list[Record]:
     return records
 
 
-def classes(split: Split, n: int, seed: int = 0, rare: bool = False) -> list[Record]:
+def classes(split: Split, n: int, seed: int = 0) -> list[Record]:
     """n dialogues of one message {"id", "messages", "label"}.
 
     The message has three words, two of the label's topic (animals 0, food 1, weather 2) and one of
-    another. The topics are equally frequent; with `rare` the last one has about 5 %.
+    another. The topics are equally frequent.
     """
-    rng = _generator(f"class {rare}", split, seed)
+    rng = _generator("class False", split, seed)
     records = []
     while len(records) < n:
-        label = rng.choices(range(3), (0.475, 0.475, 0.05) if rare else (1, 1, 1))[0]
+        label = rng.choices(range(3))[0]
         other = rng.choice([topic for topic in range(3) if topic != label])
         words = rng.sample(TOPICS[label], 2) + rng.sample(TOPICS[other], 1)
         rng.shuffle(words)
