@@ -120,6 +120,24 @@ class Modality(NamedTuple):
         """The settings that say what it computes, wherever its encoder lies."""
         return {key: value for key, value in self.settings.items() if key != "path"}
 
+    def inputs_of(self, path: str) -> Tensor:
+        """The encoder's input for one file, or its features (F, E) where they are cached."""
+        import torch
+
+        from ta.media.images import media_key, media_path
+
+        if self.cache is not None:
+            return self.cache.handle.get_tensor(media_key(path))
+        return torch.from_numpy(self.read(media_path(self.root, path)))
+
+    def features_of(self, inputs: Tensor | None) -> Tensor:
+        """(I, F, E) features of what `inputs_of` gave for several files; of none, (0, F, E)."""
+        import torch
+
+        if inputs is None:
+            return torch.empty(0, self.settings["features"], self.settings["emb_dim"])
+        return inputs if self.encode is None else self.encode(inputs)
+
 
 class Modalities(dict[str, Modality]):
     """The modalities of a model by name: "image", "audio" or both."""
@@ -344,23 +362,3 @@ def _file_check(modality: Modality) -> Callable[[str], None]:
             raise ValueError(reason(path))
 
     return check
-
-
-def inputs_of(modality: Modality, path: str) -> Tensor:
-    """The encoder's input for one file, or its features (F, E) where they are cached."""
-    import torch
-
-    from ta.media.images import media_key, media_path
-
-    if modality.cache is not None:
-        return modality.cache.handle.get_tensor(media_key(path))
-    return torch.from_numpy(modality.read(media_path(modality.root, path)))
-
-
-def encoded(modality: Modality, inputs: Tensor | None) -> Tensor:
-    """(I, F, E) features of what `inputs_of` gave for several files; of none at all, (0, F, E)."""
-    import torch
-
-    if inputs is None:
-        return torch.empty(0, modality.settings["features"], modality.settings["emb_dim"])
-    return inputs if modality.encode is None else modality.encode(inputs)

@@ -28,7 +28,7 @@ from ta.folders import write_tensors
 from ta.media.dialogue import encode_media
 from ta.media.features import check_features, content_hashes
 from ta.media.images import media_key, media_path
-from ta.media.modalities import PROJECTORS, MediaConfig, Modalities, encoded, inputs_of
+from ta.media.modalities import PROJECTORS, MediaConfig, Modalities
 from ta.media.projectors import load_projector, projector_of
 from ta.model.export import gathered
 from ta.model.language_model import LanguageModel, base_model
@@ -270,7 +270,7 @@ def collate_media(
     for record in map(int, records):
         for name, path in media_of(prepared, record):
             with _naming(prepared, record):
-                items[name].append(inputs_of(media[name], path) if read else path)
+                items[name].append(media[name].inputs_of(path) if read else path)
     batch = MediaBatch(collate_chats(prepared, records, packed))
     return batch._replace(
         **{name: torch.stack(x) if read and x else tuple(x) for name, x in items.items()}
@@ -284,9 +284,9 @@ def with_features(media: Modalities, batch: MediaBatch) -> MediaBatch:
     for name, modality in media.items():
         inputs = getattr(batch, name)
         if isinstance(inputs, tuple):
-            read = [inputs_of(modality, path) for path in inputs]
+            read = [modality.inputs_of(path) for path in inputs]
             inputs = torch.stack(read) if read else None
-        features[name] = encoded(modality, inputs).to(device)
+        features[name] = modality.features_of(inputs).to(device)
     return batch._replace(**features)
 
 
