@@ -30,19 +30,20 @@ def read_audio(path: str | Path, rate: int = RATE) -> np.ndarray:
     check_file(path)
     with open(path, "rb") as file:
         channels, width, given_rate, size = _wav_header(file, path)
-        count = size // (channels * width)
+        count, rest = divmod(size, channels * width)
+        seconds = count / given_rate
         if count < 1:
             raise ValueError(f"{path}: no samples in it; remove it or record it again")
-        if count / given_rate > MAX_SECONDS:
+        if seconds > MAX_SECONDS:
             raise ValueError(
-                f"{path}: {count / given_rate:.1f} s of sound, the limit is {MAX_SECONDS:g} s; "
-                "cut it into pieces"
+                f"{path}: {seconds:.1f} s of sound, the limit is {MAX_SECONDS:g} s; cut it into "
+                "pieces"
             )
-        data = file.read(count * channels * width)
-    if len(data) != count * channels * width:
+        promised = size - rest
+        data = file.read(promised)
+    if len(data) != promised:
         raise ValueError(
-            f"{path}: cut short: {len(data)} bytes of sound, its header promises "
-            f"{count * channels * width}"
+            f"{path}: cut short: {len(data)} bytes of sound, its header promises {promised}"
         )
     raw = np.frombuffer(data, np.uint8)
     if width == 1:
