@@ -28,13 +28,13 @@ def coin(messages, answer, record):
 def test_right_answers_become_more_where_they_are_rewarded_and_fewer_by_a_coin(forked, tmp_path):
     """The run without flags, shorter and with a coin's reward shorter still: exact match of 256 held-out answers.
 
-    0.49 to 0.56 -> [+0.055 to +0.113] in 80 steps, by a coin [-0.15 to -0.41] in 24.
+    0.49 to 0.56 at first, [+0.047 to +0.109] in 60 steps, by a coin [-0.12 to -0.25] in 16.
     """
     (tmp_path / "mine.py").write_text(REWARDS)
     flags = ("--batch-size", 24, "--max-new-tokens", 12, "--eval-every", 0, *SEED)
-    coin = ("--steps", 24, "--rewards", f"{tmp_path}/mine.py:coin")
+    coin = ("--steps", 16, "--rewards", f"{tmp_path}/mine.py:coin")
     shares = {}
-    for name, more in (("exact", ("--steps", 80)), ("coin", coin)):
+    for name, more in (("exact", ("--steps", 60)), ("coin", coin)):
         forked("grpo", *flags, *more, "--sample-show", 0, "--out", tmp_path / name)
         steps = [json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")]
         shares[name] = [row["val_accuracy"] for row in steps if "val_accuracy" in row]
