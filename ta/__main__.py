@@ -37,6 +37,7 @@ EXTRAS = {  # module: what to install, what it adds
     "bitsandbytes": ("bitsandbytes", "--quantize 4bit and 8bit"),
     "torchao": ("torchao", "--optimizer adamw8bit and --float8"),
     "faiss": ("faiss-cpu", "--approximate search"),
+    "jsonschema": ("jsonschema", "schema:FILE rewards"),
     "pyarrow": ("pyarrow", "data in parquet and arrow files"),
     "sentencepiece": ("sentencepiece protobuf", "ta convert tokenizer.model"),
     "tensorboard": ("tensorboard", "--log tensorboard"),

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ta.rl.json_schema import check_schema, follows
 from ta.rl.sandbox import LEVELS, check_level, run_python
 
 RewardFunction = Callable[[list[dict], str, dict], Any]
@@ -69,13 +68,34 @@ def within_length(most: int, messages: list[dict], answer: str, record: dict) ->
     return -min(1.0, max(0, len(answer) - most) / most)
 
 
-def follows_schema(wanted: Any, messages: list[dict], answer: str, record: dict) -> float:
-    """1 where the answer is JSON that follows the schema, else 0."""
+def follows_schema(validator: Any, messages: list[dict], answer: str, record: dict) -> float:
+    """1 where the answer is JSON that follows the schema of jsonschema's validator, else 0."""
     try:
         value = json.loads(answer)
     except ValueError:
         return 0.0
-    return float(follows(value, wanted))
+    return float(validator.is_valid(value))
+
+
+def schema_validator(schema: Any, name: str) -> Any:
+    """jsonschema's validator of a schema, of the draft that it names; it reaches no network.
+
+    ValueError for what is no schema, and where jsonschema is not there.
+    """
+    try:
+        from jsonschema.exceptions import SchemaError
+        from jsonschema.validators import validator_for
+        from referencing import Registry
+    except ImportError as error:
+        raise ValueError(
+            f"schema:FILE needs jsonschema (pip install jsonschema): {error}"
+        ) from None
+    kind = validator_for(schema)
+    try:
+        kind.check_schema(schema)
+    except SchemaError as error:
+        raise ValueError(f"{name} is no JSON schema: {error.message}") from None
+    return kind(schema, registry=Registry())
 
 
 def passes_tests(level: str, messages: list[dict], answer: str, record: dict) -> float:
@@ -116,8 +136,7 @@ def built_in(name: str, argument: str) -> RewardFunction:
                 wanted = json.loads(Path(argument).read_text())
             except ValueError as error:
                 raise ValueError(f"{argument} is no JSON ({error})") from None
-            check_schema(wanted, argument)
-            return partial(follows_schema, wanted)
+            return partial(follows_schema, schema_validator(wanted, argument))
     level = argument or "offline"
     if level not in LEVELS:
         raise ValueError(f"there is no sandbox {level!r}; give code:{' or code:'.join(LEVELS)}")
