@@ -76,6 +76,7 @@ class Skeleton(NamedTuple):
     texts: tuple[str, ...]  # n + 1: before each content, and after the last
     spans: list[Span]  # one a message, whose body ends in its content; and the opened answer
     notes: list[str]
+    frames: dict  # the caller's own, by what its messages weigh
 
 
 class Border(NamedTuple):
@@ -164,9 +165,15 @@ def split_jinja(
     `notes` gets a line for each thing that the template leaves out or writes otherwise. ValueError
     where the template cannot write the chat, or leaves out what a message says.
     """
-    if plain := _plain(messages, template, opened, arguments):
-        notes += plain.notes
-        return plain.spans
+    if plain := plain_contents(messages, template, opened, arguments):
+        skeleton, contents = plain
+        notes += skeleton.notes
+        spans = skeleton.spans[:]
+        for i, content in enumerate(contents):
+            *lead, x = spans[i].body
+            parts = content_parts(content, messages[i].get("parts"), x.by)
+            spans[i] = spans[i]._replace(body=(*lead, *parts))
+        return spans
     given = [_given(message, template.role_tags) for message in messages]
     for key, own in template.reasoning_keys.items():
         if any(key in message for message in given):
@@ -242,16 +249,16 @@ def _dumped(value: Any) -> Any:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _plain(
+def plain_contents(
     messages: Chat, template: JinjaTemplate, opened: bool, arguments: Arguments
-) -> Skeleton | None:
-    """The skeleton of messages that have contents only, with these as they are written.
+) -> tuple[Skeleton, list[str]] | None:
+    """The skeleton of messages that have contents only, and the contents as they are written.
 
     None for other messages, and where the template looks at contents.
     """
-    if arguments:
-        return None
     roles = tuple([message["role"] for message in messages])
+    if arguments or not template.role_tags.keys() >= {*roles}:
+        return None
     for message in messages:
         if not isinstance(message.get("content"), str) or not message.keys() <= PLAIN:
             return None
@@ -265,22 +272,8 @@ def _plain(
     if (skeleton := skeletons[key]) is None:
         return None
     given = [_given(message, template.role_tags) for message in messages]
-    text, texts = template.render(given, opened, {}), skeleton.texts
-    if not text.startswith(texts[0]):
-        return None
-    at, spans = len(texts[0]), skeleton.spans[:]
-    for i, (message, rest) in enumerate(zip(messages, texts[1:], strict=True)):
-        form = content = message["content"]
-        if not text.startswith(content + rest, at):
-            forms = (content.lstrip(), content.rstrip(), content.strip())
-            form = next((form for form in forms if text.startswith(form + rest, at)), None)
-            if form is None:
-                return None
-        at += len(form) + len(rest)
-        prefix, (*lead, x), suffix, fault = spans[i]
-        parts = content_parts(form, message.get("parts"), x.by)
-        spans[i] = Span(prefix, (*lead, *parts), suffix, fault)
-    return skeleton._replace(spans=spans) if at == len(text) else None
+    contents = _contents(template.render(given, opened, {}), skeleton.texts, given)
+    return contents and (skeleton, contents)
 
 
 def _skeleton(roles: tuple[str, ...], template: JinjaTemplate, opened: bool) -> Skeleton:
@@ -297,7 +290,27 @@ def _skeleton(roles: tuple[str, ...], template: JinjaTemplate, opened: bool) -> 
             raise ValueError("the contents do not stand one behind another")
         texts[-1] += "".join([part.text for part in around])
         texts += [suffix] * (i < len(roles))
-    return Skeleton(tuple(texts), spans, notes)
+    return Skeleton(tuple(texts), spans, notes, {})
+
+
+def _contents(text: str, texts: tuple[str, ...], messages: Chat) -> list[str] | None:
+    """The contents as the template wrote them, as they are or stripped.
+
+    None where the text is not texts and contents in turn.
+    """
+    if not text.startswith(texts[0]):
+        return None
+    at, found = len(texts[0]), []
+    for message, rest in zip(messages, texts[1:], strict=True):
+        form = content = message["content"]
+        if not text.startswith(content + rest, at):
+            forms = (content.lstrip(), content.rstrip(), content.strip())
+            form = next((form for form in forms if text.startswith(form + rest, at)), None)
+            if form is None:
+                return None
+        found.append(form)
+        at += len(form) + len(rest)
+    return found if at == len(text) else None
 
 
 def content_parts(content: str, parts: Sequence | None, by: Writer) -> tuple[Part, ...]:

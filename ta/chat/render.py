@@ -10,7 +10,9 @@ from ta.chat.jinja import (
     NO_ARGUMENTS,
     Arguments,
     JinjaTemplate,
+    Span,
     Writer,
+    plain_contents,
     special_border,
 )
 from ta.chat.messages import ANSWER, Chat, message_weight
@@ -22,6 +24,8 @@ Rendered = list[list["Piece"]]  # the pieces of each message, in order
 
 # chats that are encoded by one call of the tokenizer
 GROUP = 128
+# weights of the messages of one skeleton that are remembered
+FRAMES = 256
 # equal tokens in a row that are shown as one with their number
 RUN = 8
 
@@ -107,7 +111,32 @@ def render_chat(
     """
     if weights is None:
         weights = [message_weight(m, i, m["role"] == ANSWER) for i, m in enumerate(messages)]
-    spans = split_chat(messages, template, opened, arguments, notes)
+    plain = isinstance(template, JinjaTemplate) and plain_contents(
+        messages, template, opened, arguments
+    )
+    if not plain or not all(plain[1]) or any("parts" in message for message in messages):
+        spans = split_chat(messages, template, opened, arguments, notes)
+        return _in_pieces(spans, messages, template, weights)
+    # the same but for contents: what is around them is written once
+    skeleton, contents = plain
+    key = tuple(weights)
+    if key not in skeleton.frames:
+        if len(skeleton.frames) >= FRAMES:
+            skeleton.frames.clear()
+        skeleton.frames[key] = _in_pieces(skeleton.spans, messages, template, weights)
+    if notes is not None:
+        notes += skeleton.notes
+    rendered = [*map(list.copy, skeleton.frames[key])]
+    for span, pieces, content in zip(skeleton.spans, rendered, contents, strict=False):
+        at = len(span.prefix) + len(span.body) - 1
+        _, weight, by, joins = pieces[at]
+        pieces[at] = Piece(content, weight, by, joins)
+    return rendered
+
+
+def _in_pieces(
+    spans: Sequence[Span], messages: Chat, template: Template, weights: Sequence[float]
+) -> Rendered:
     glued = isinstance(template, JinjaTemplate)
     rendered, border = [], False
     roles = [*(message["role"] for message in messages), ANSWER]
