@@ -6,7 +6,7 @@
     python recipes/distill.py --teacher-url http://HOST:8000 --divergence reverse ...
 
 On policy (GKD, arXiv 2306.13649) the answers are the student's own, written to
-OUT/rollouts/STEP.jsonl before the update; the answers of the data are then not read. Held-out
+OUT/rollouts (a file a round) before the update; the answers of the data are then not read. Held-out
 figures are those of the data's answers, on policy too. The divergences stand in
 ta/model/logprobs.py; no tensor of tokens times vocabulary exists.
 
@@ -49,7 +49,7 @@ class Config:
     divergence: Literal["forward", "reverse", "js"] = "forward"
     """KL(teacher || student), KL(student || teacher), or the generalised Jensen-Shannon."""
     js_beta: Annotated[float, Range(0, below=1, above=True)] = 0.5
-    """Of js: the share of the teacher in the mixture that both are compared with."""
+    """Only for js: the share of the teacher in the mixture that both are compared with."""
 
 
 def step(config: Config, teacher, model, batch):

@@ -9,7 +9,7 @@ Without flags the model mostly says "5, of course!" at first, and the built-in p
 words. Of the samples' metrics, accuracy counts right answers in few words, and contains counts
 right answers in any number of words. The losses stand in ta/losses.py.
 
-A record, one line of the file (the margin is optional; prompt, chosen, rejected works too):
+A record, one line of the file (the margin is optional; prompt, chosen, rejected work too):
 
     {"context": [{"role": "user", "content": "2 + 2?"}],
      "answer_w": {"role": "assistant", "content": "4"},
@@ -46,21 +46,22 @@ class Config:
     """Which loss; sigmoid is DPO's. What each computes, and where it is from, stands in
     ta/losses.py."""
     beta: Annotated[float | None, Range(0, above=True)] = None
-    """Of the losses that have it: how much the policy may leave its reference. Default, here and
+    """Only for losses that have it: how much the policy may leave its reference. Default, here and
     below: the one published with the loss, which is 0.1 but for hinge 0.05, simpo 2, dpop 0.3,
     nca_pair 0.01 and cal_dpo 0.002."""
     label_smoothing: Annotated[float | None, Range(0, below=0.5)] = None
-    """Of sigmoid: the share of pairs believed to be labelled the wrong way round. Default: 0."""
+    """Only for sigmoid: the share of pairs believed to be labelled the wrong way round. Default:
+    0."""
     gamma: Annotated[float | None, Range(0)] = None
-    """Of simpo: the margin that is wanted between the rewards. Default: 1."""
+    """Only for simpo: the margin that is wanted between the rewards. Default: 1."""
     alpha: Annotated[float | None, Range(0)] = None
-    """Of slic_hf and cpo: the weight of the likelihood of the chosen answer. Default: 1."""
+    """Only for slic_hf and cpo: the weight of the likelihood of the chosen answer. Default: 1."""
     delta: Annotated[float | None, Range(0, above=True)] = None
-    """Of slic_hf: the margin that is wanted between the log-probabilities. Default: 1."""
+    """Only for slic_hf: the margin that is wanted between the log-probabilities. Default: 1."""
     penalty: Annotated[float | None, Range(0)] = None
-    """Of dpop: the weight of the chosen answer's loss of likelihood. Default: 50."""
+    """Only for dpop: the weight of the chosen answer's loss of likelihood. Default: 50."""
     average: bool | None = None
-    """Of ipo: means over tokens instead of sums. Default: sums."""
+    """Only for ipo: means over tokens instead of sums. Default: sums."""
 
 
 # the flags of each loss, with the values that were published with it

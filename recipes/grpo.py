@@ -6,8 +6,8 @@
     torchrun --nproc-per-node 8 recipes/grpo.py ...    # the same rollouts and losses on 8 devices
 
 A step answers --batch-size prompts --num-answers times each, rewards the answers, writes both to
-OUT/rollouts/STEP.jsonl, and makes answers more likely that are better than the others of their
-prompt. The formulas stand in ta/rl/policy.py, the presets in ta/rl/settings.py.
+OUT/rollouts (a file a round), and makes answers more likely that are better than the others of
+their prompt. The formulas stand in ta/rl/policy.py, the presets in ta/rl/settings.py.
 
 A record, one line of the file; the answer at its end is taken off and becomes the "reference", and
 all of the record reaches the reward functions, (messages, answer, record) -> number or None:

@@ -34,7 +34,7 @@ class Config:
     n: Annotated[int, Range(0)] = 1
     """Answers to keep of each record; all of them where there are fewer."""
     beta: Annotated[float, Range(0, above=True)] = 0.5
-    """Of rejection: the temperature; towards 0 it is best, large it is random."""
+    """Only for rejection: the temperature; towards 0 it is best, large it is random."""
     seed: int = 0
     """Seed of the choice; each record's depends on its place and this alone."""
     as_chats: bool = False

@@ -84,7 +84,8 @@ OURS = {  # flags of other tools whose meaning differs: what to give here
 COMMON = (  # what --help shows of a recipe beside the flags of its own
     "model_path adapter_path adapter lora_rank dtype hub data val_data loss_on max_tokens steps "
     "epochs batch_size max_tokens_per_micro lr out save_every eval_every keep_best patience resume "
-    "overwrite dry_run max_new_tokens temperature num_answers image_encoder image_root index"
+    "overwrite dry_run max_new_tokens temperature num_answers image_encoder image_encoder_path "
+    "image_root index rewards"
 )
 
 

@@ -35,8 +35,8 @@ class ChatConfig:
     """Which messages are learned: every answer, the last answer, or every message. A message's own
     "loss" wins."""
     max_tokens: int | None = None
-    """Longest sequence in tokens, everything counted; whole messages go until it fits. None: no
-    limit."""
+    """Longest sequence in tokens, everything counted; whole messages go until it fits.
+    Default: no limit."""
     keep_end: bool = False
     """Cut dialogues keep their latest messages, not their earliest. Prompts and answers that are
     compared always keep the latest."""

@@ -41,7 +41,7 @@ CLOCK = "strftime_now"
 @dataclass(frozen=True)
 class TokenizerConfig:
     tokenizer_path: str | None = None
-    """Folder of the tokenizer; None: that of the model."""
+    """Folder of the tokenizer. Default: that of the model."""
     bos_token: str | None = None
     """BOS token for a tokenizer that names none; must be in its vocabulary."""
     eos_token: str | None = None

@@ -36,8 +36,8 @@ class BatchConfig:
     epochs: Annotated[float, Range(0, above=True)] = 1.0
     """Passes over the data, where --steps is not given."""
     batch_size: Annotated[int | None, Range(1)] = None
-    """Records per optimizer step, over all devices together. Default: 64; fewer where the built-in
-    model is trained."""
+    """Records per optimizer step, over all devices together. Default: 64; 32 for grpo,
+    distill and rag, fewer where the built-in model is trained."""
     max_tokens_per_micro: Annotated[int, Range(1)] = 8192
     """Tokens in one forward pass on one device: the memory knob. It never changes results."""
     seed: Annotated[int, Range(0)] = 0

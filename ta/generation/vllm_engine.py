@@ -44,9 +44,9 @@ class VllmConfig:
     gpu_memory_utilization: Annotated[float, Range(0, 1, above=True)] = 0.9
     """Share of a device's memory that vLLM takes."""
     kv_cache_gb: Annotated[float | None, Range(0, above=True)] = None
-    """Memory for keys and values in GiB; None: what is left on a GPU, 1 on CPU."""
+    """Memory for keys and values in GiB. Default: what is left on a GPU, 1 on CPU."""
     max_model_len: Annotated[int | None, Range(1)] = None
-    """Tokens of prompt and answer at most; None: the model's context."""
+    """Tokens of prompt and answer at most. Default: the model's context."""
     enforce_eager: bool = False
     """Skip compilation and CUDA graphs: starts sooner, runs slower. Always so on CPU."""
 

@@ -1,7 +1,8 @@
 """Rollouts: answers that the policy gives to the prompts of a step, with their rewards, in a file.
 
-OUT/rollouts/STEP.jsonl holds candidate records, which score.py and sample.py read. It is written
-before the update and has the token ids that are trained; a resumed run reads what is there.
+OUT/rollouts/ROUND.jsonl (from 000000) holds candidate records, which score.py and sample.py read.
+It is written before the update and has the token ids that are trained; a resumed run reads what is
+there.
 Letters: P prompts, G answers to a prompt, N answers, M tokens of answers.
 """
 

@@ -60,7 +60,7 @@ class PolicyConfig:
     answer."""
     divide: Divide | None = None
     """The loss is a mean over the tokens of a step, over its answers of the means over their
-    tokens, or a sum over answers times --max-new-tokens."""
+    tokens, or a sum over tokens divided by answers and --max-new-tokens."""
     clip_ratio: Clip | None = None
     """A ratio out of bounds takes the gradient away (PPO), or is a weight that stays in bounds
     (CISPO)."""

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class OptimConfig:
     lr: Annotated[float | None, Range(0)] = None
-    """Peak learning rate. Default: 2e-5, with an adapter 2e-4; for dpo and kto 1e-6 and 1e-5; more
-    on the built-in model."""
+    """Peak learning rate. Default: 2e-5, with an adapter 2e-4; for dpo, kto and grpo 1e-6 and 1e-5,
+    for distill 1e-5 and 1e-4; more on the built-in model."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up."""
     warmup: Annotated[float, Range(0)] = 0.03
