@@ -53,10 +53,11 @@ def environment(folder: Path, end: str) -> Path:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", required=True, type=Path, help="where environments are made")
-    parser.add_argument("ends", nargs="*", choices=ENDS, default=ENDS)
+    parser.add_argument("end", nargs="?", choices=ENDS, help="both where none is given")
     arguments = parser.parse_args()
     failed = []
-    for end in arguments.ends:
+    ends = [arguments.end] if arguments.end else ENDS
+    for end in ends:
         python = environment(arguments.folder.resolve(), end)
         listed = subprocess.run(
             [python, "-m", "pip", "list"], capture_output=True, text=True, check=True
@@ -66,7 +67,7 @@ def main() -> int:
         tests = [python, "-m", "pytest", "-m", "not slow", "tests"]
         if subprocess.run(tests, cwd=ROOT).returncode:
             failed.append(end)
-    print("failed: " + ", ".join(failed) if failed else "passed: " + ", ".join(arguments.ends))
+    print("failed: " + ", ".join(failed) if failed else "passed: " + ", ".join(ends))
     return bool(failed)
 
 
