@@ -152,7 +152,9 @@ def fbank_clips(path: str | Path, mels: int, frames: int, clips: int) -> np.ndar
     last = max(len(samples) - length, 0)
     starts = [round(i * last / max(clips - 1, 1)) for i in range(clips)]
     banks = [kaldi_fbank(samples[start : start + length], mels)[:, :frames] for start in starts]
-    padded = np.stack([np.pad(bank, ((0, 0), (0, frames - bank.shape[1]))) for bank in banks])
+    padded = np.zeros((clips, mels, frames))
+    for clip, bank in zip(padded, banks, strict=True):
+        clip[:, : bank.shape[1]] = bank
     return ((padded[:, None] + 4.268) / 9.138).astype(np.float32)
 
 

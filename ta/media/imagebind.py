@@ -144,13 +144,13 @@ class Trunk(nn.Module):
         return joint.reshape(len(inputs), -1, self.config.joint_dim).mean(dim=1)
 
     def _states(self, inputs: Tensor) -> Tensor:
-        still = self.config.modality == "image"
-        x = (
-            inputs[:, :, None].expand(-1, -1, 2, -1, -1) if still else inputs.flatten(0, 1)
-        )  # two equal frames, or (I * clips, 1, mels, frames)
+        if self.config.modality == "image":
+            x = inputs[:, :, None].expand(-1, -1, 2, -1, -1)  # two equal frames
+        else:
+            x = inputs.flatten(0, 1)  # (I * clips, 1, mels, frames)
         x = self.stem_norm(self.stem(x).flatten(2).transpose(1, 2))  # (B, patches, D)
-        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1) + self.positions
-        x = self.norm(x)
+        first = self.class_token.expand(len(x), -1, -1)
+        x = self.norm(torch.cat([first, x], dim=1) + self.positions)
         for block in self.blocks:
             x = block(x)
         return self.head_norm(x)  # (I or I * clips, 1 + patches, D)
