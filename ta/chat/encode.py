@@ -98,7 +98,7 @@ def encode_dialogues(
     rule = rule.within(config)
     groups = [[_prepared(dialogue, config) for dialogue in group] for group in dialogues]
     arguments = arguments or [NO_ARGUMENTS] * len(groups)
-    jobs = [Fitting(*given, rule) for given in zip(groups, arguments, strict=True)]
+    jobs = [CutToFit(*given, rule) for given in zip(groups, arguments, strict=True)]
     while waiting := [job for job in jobs if job.result is None]:
         rendered = []
         for job in waiting:
@@ -123,7 +123,7 @@ def encode_dialogues(
 
 
 @dataclass
-class Fitting:
+class CutToFit:
     """A group of dialogues on its way to token ids."""
 
     group: Sequence[Chat]

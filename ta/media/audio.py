@@ -152,7 +152,7 @@ def fbank_clips(path: str | Path, mels: int, frames: int, clips: int) -> np.ndar
     last = max(len(samples) - length, 0)
     starts = [round(i * last / max(clips - 1, 1)) for i in range(clips)]
     banks = [kaldi_fbank(samples[start : start + length], mels)[:, :frames] for start in starts]
-    padded = np.zeros((clips, mels, frames))
+    padded = np.zeros((clips, mels, frames), np.float32)
     for clip, bank in zip(padded, banks, strict=True):
         clip[:, : bank.shape[1]] = bank
     return ((padded[:, None] + 4.268) / 9.138).astype(np.float32)
