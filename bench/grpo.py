@@ -12,7 +12,6 @@ letter, so that groups differ though nothing is learned. CPU seconds a step, wit
 import tempfile
 import time
 from pathlib import Path
-from unittest.mock import patch
 
 try:
     from harness import compare, parser, read
@@ -56,6 +55,9 @@ def chats(flags) -> list[list[dict]]:
 
 def train_ours(flags, shared: bool = True) -> dict[str, float]:
     import json
+
+    # at the head of the file it would take bench/tokenize.py for Python's own
+    from unittest.mock import patch
 
     import ta
     from recipes import grpo
