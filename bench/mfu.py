@@ -12,7 +12,6 @@ the CPU, which only shows that the script works: its figures are not yet measure
 import itertools
 import tempfile
 import time
-import traceback
 
 try:
     from harness import Figures, compare, parser, read
@@ -162,6 +161,9 @@ def fits(work):
         except torch.OutOfMemoryError:
             return {"out_of_memory": 1.0}
         except Exception:
+            # at the head of the file it would take bench/tokenize.py for Python's own
+            import traceback
+
             traceback.print_exc()
             return {"failed": 1.0}
 

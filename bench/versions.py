@@ -16,7 +16,6 @@ import re
 import subprocess
 import sys
 import tomllib
-import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +40,9 @@ def environment(folder: Path, end: str) -> Path:
     """The Python of an environment with one end of the ranges; it is made where it is not there."""
     python = folder / end / "bin" / "python"
     if not (folder / end / "done").exists():
+        # at the head of the file it would take bench/tokenize.py for Python's own
+        import venv
+
         venv.create(folder / end, with_pip=True, clear=True)
         install = [str(python), "-m", "pip", "install", "--quiet", "--upgrade"]
         subprocess.run([*install, *requirements(end)], check=True)

@@ -111,3 +111,25 @@ def test_a_trace_counts_flops_bytes_and_the_peak():
     assert list(relu.writes.values()) == [8 * 32 * 4]
     assert trace.peak == 2 * 8 * 32 * 4
     assert trace.live == 8 * 32 * 4  # of the two only relu's is still held
+
+
+HEAD = """
+import runpy, sys
+sys.path[0], sys.argv = sys.argv[1].rpartition("/")[0], sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit:
+    import tokenize
+    print(tokenize.__file__)
+"""
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "bench").glob("*.py")), ids=lambda x: x.stem)
+def test_no_script_takes_our_tokenize_for_that_of_python(script):
+    """A script's folder comes first in its path: what it imports before that is changed must not need the module."""
+    done = subprocess.run(
+        [sys.executable, "-c", HEAD, script, "--help"], capture_output=True, text=True
+    )
+    if script.stem not in ("harness", "work"):
+        assert done.stdout.splitlines()[-1].endswith("/tokenize.py"), done.stderr
+        assert not done.stdout.splitlines()[-1].startswith(str(ROOT / "bench")), script.stem
