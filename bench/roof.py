@@ -382,6 +382,9 @@ LINES = {
     "8B full, checkpointing, small": partial(
         step, size="8B", tokens=8192, checkpointing=True, small=True
     ),
+    "8B full, checkpointing, small, compiled": partial(
+        step, size="8B", tokens=8192, checkpointing=True, small=True, compiled=True
+    ),
     "8B full, products kept, small": partial(
         step, size="8B", tokens=8192, checkpointing=True, kept=True, small=True
     ),
