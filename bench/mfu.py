@@ -124,6 +124,24 @@ def counted(model, steps: list, frozen: bool) -> float:
     return k * body * sum(lengths) + attention + k * c.hidden_size * c.vocab_size * float(learned)
 
 
+def attention_of(config, batch) -> float:
+    """FLOPs of one layer's attention over a packed batch, forward."""
+    prefixes = batch.prefixes or (0,) * len(batch.lengths)
+    seen = sum(n * p + n * (n + 1) / 2 for n, p in zip(batch.lengths, prefixes, strict=True))
+    return 4 * config.hidden_size * seen
+
+
+def wanted(config, body: int, batch, adapted: bool, reference: bool = False) -> float:
+    """FLOPs that a packed batch asks for, as `counted`, and the forward pass of a reference.
+
+    `body` is the number of weights in the blocks' matrices.
+    """
+    k = (2 if reference else 0) + (4 if adapted else 6)
+    head = config.hidden_size * config.vocab_size * len(batch.targets)
+    attention = config.num_hidden_layers * attention_of(config, batch)
+    return k * (body * sum(batch.lengths) + head) + (4 if reference else 3) * attention
+
+
 def matrix_rate() -> float:
     """FLOP/s of a large product in bfloat16."""
     import torch

@@ -316,13 +316,7 @@ def step(
     else:
         documents = mfu.chats(SimpleNamespace(steps=1, tokens=tokens), config.vocab_size)[0]
         batch = lay_out([ids for ids, _ in documents], [weights for _, weights in documents])
-    prefixes = batch.prefixes or (0,) * len(batch.lengths)
-    seen = sum(n * p + n * (n + 1) / 2 for n, p in zip(batch.lengths, prefixes, strict=True))
-    attention = 4 * config.hidden_size * seen
-    head = config.hidden_size * config.vocab_size * len(batch.targets)
-    again = 2 if dpo else 0  # the reference: a forward pass more
-    wanted = (again + (4 if adapted else 6)) * (body * sum(batch.lengths) + head)
-    wanted += (3 + again / 2) * config.num_hidden_layers * attention
+    wanted = mfu.wanted(config, body, batch, adapted, reference=bool(dpo))
 
     inner = meta_model(size, adapted)
     with as_on_a_gpu():
@@ -332,7 +326,7 @@ def step(
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         batch = on_device(batch)
-        with Trace(attention) as trace:
+        with Trace(mfu.attention_of(config, batch)) as trace:
             if dpo:
                 with torch.no_grad(), model.inner.disable_adapter():
                     model.logprobs(batch)
@@ -387,6 +381,10 @@ LINES = {
     ),
     "8B full, products kept, small": partial(
         step, size="8B", tokens=8192, checkpointing=True, kept=True, small=True
+    ),
+    "1B LoRA 8k, compiled": partial(step, size="1B", tokens=8192, adapted=True, compiled=True),
+    "8B full, small, not checkpointed, compiled": partial(
+        step, size="8B", tokens=8192, small=True, compiled=True
     ),
     "DPO 1B LoRA": partial(step, size="1B", tokens=0, adapted=True, dpo="shared"),
     "DPO 1B LoRA, prompts twice": partial(step, size="1B", tokens=0, adapted=True, dpo="twice"),
