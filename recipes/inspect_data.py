@@ -10,7 +10,6 @@ where nothing is learned, or {"line", "dropped"}. A line of data:
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import sys
@@ -24,6 +23,7 @@ from ta import Range
 from ta.builtin.data_files import NAMES
 from ta.chat.render import Tokens, show, spans
 from ta.data.prepare import Prepared, lengths, read_drops, report
+from ta.files import json_text
 from ta.printable import printable
 from ta.screen import shown
 
@@ -75,7 +75,7 @@ def json_lines(prepared: Prepared) -> Iterator[str]:
         head = {"file": sources[source]["path"]} if len(sources) > 1 else {}
         dropped = isinstance(record, str)  # the reason, else its number
         body = {"dropped": record} if dropped else record_of(prepared, record)
-        yield json.dumps(head | {"line": line} | body)
+        yield json_text(head | {"line": line} | body)
 
 
 def record_of(prepared: Prepared, i: int) -> dict:

@@ -9,14 +9,13 @@ dtype, and read back and checked once more.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import ta
 from ta.chat.tokenizer_files import UNCHANGED, VOCABULARIES, read_tokenizer, save_tokenizer
-from ta.files import check_replaceable, keep_inputs, locked, publishing
+from ta.files import check_replaceable, json_text, keep_inputs, locked, publishing
 from ta.model.adapters import adapter_labels, read_config
 from ta.model.load import check_generation
 
@@ -151,7 +150,7 @@ def main(config: Config) -> None:
             if media:
                 ta.copy_media(media, folder)
             made_of = {"base": str(inputs[0]), "adapter": str(inputs[1])}
-            (folder / MARK).write_text(json.dumps(made_of))
+            (folder / MARK).write_text(json_text(made_of))
             check_saved(merged, folder)
     ta.parallel.tell(
         f"{base} + {adapter} -> {config.out} ({str(dtype).removeprefix('torch.')}; logits agree)"

@@ -12,6 +12,7 @@ import errno
 import fnmatch
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -107,6 +108,22 @@ def _room_for(path: PathLike) -> Iterator[None]:
         raise
 
 
+def json_text(value: Any, **options: Any) -> str:
+    """`json.dumps`, with null for numbers that are not finite, which JSON has none of."""
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:
+        return json.dumps(_finite(value), **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else None
+
+
 def append_line(path: PathLike, record: dict, durable: bool = False) -> None:
     """Append one JSON object as a line; a last line that a kill has torn is cut off first. A
     `durable` line is on the disk, with the name of its file, when this returns.
@@ -117,7 +134,7 @@ def append_line(path: PathLike, record: dict, durable: bool = False) -> None:
             if file.read(1) != b"\n":
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        file.write(json_text(record, ensure_ascii=False).encode() + b"\n")
     if durable:
         sync(Path(path))
         sync(Path(path).parent)
@@ -126,7 +143,7 @@ def append_line(path: PathLike, record: dict, durable: bool = False) -> None:
 def write_jsonl(path: PathLike, records: Iterable[dict]) -> None:
     """Write one record a line; the file appears whole or not at all."""
     with writing(path) as aside, open(aside, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        file.writelines(json_text(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def read_json_lines(path: PathLike) -> list[dict]:
@@ -425,7 +442,7 @@ class Parts:
         """Make the folder, empty but for what the parts will belong to."""
         self.clear()
         with publishing(self.folder) as aside:
-            (aside / "about.json").write_text(json.dumps(about))
+            (aside / "about.json").write_text(json_text(about))
 
     def about(self) -> Any:
         """What the parts belong to; None where none are begun."""
@@ -548,7 +565,7 @@ def made_once(
 def write_manifest(folder: Path, info: dict[str, Any]) -> None:
     """Write the manifest that `open_arrays` checks the files of `folder` against."""
     files = {file.name: digest(file) for file in folder.iterdir()}
-    (folder / "manifest.json").write_text(json.dumps({"files": files, "info": info}))
+    (folder / "manifest.json").write_text(json_text({"files": files, "info": info}))
 
 
 # Data sets on the hub
@@ -616,7 +633,7 @@ def content_hash(path: PathLike, notes: Path | None = None) -> str:
             return known["sha256"]
     digest = _sha256(path)
     if before == stamp(path) and time.time_ns() - max(before[1:3]) > SETTLED:
-        write_atomic(note, json.dumps({"stamp": before, "sha256": digest}))
+        write_atomic(note, json_text({"stamp": before, "sha256": digest}))
     return digest
 
 

@@ -137,6 +137,14 @@ def test_one_name_stands_in_one_module():
     assert not twice, twice
 
 
+def test_json_files_are_written_by_one_function():
+    """`json_text` knows that JSON has no number that is not finite; plain json.dumps does not."""
+    for path in [*MODULES.values(), *RECIPES]:
+        for node in nodes(path):
+            if isinstance(node, ast.Call) and re.search(r"\bwrite(?!r)", ast.unparse(node.func)):
+                assert "json.dump" not in ast.unparse(node), f"{path}:{node.lineno}"
+
+
 @functools.cache
 def all_flags() -> frozenset[str]:
     """Every flag of every recipe, and its --no- form."""

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ta.files import json_text
 from ta.folders import value_of
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def _choose_class(fast: PreTrainedTokenizerFast, folder: Path, settings: Json) -
     classes = [came] if exists and came not in ("TokenizersBackend", "PythonBackend") else []
     why = ""
     for name in dict.fromkeys([*classes, PLAIN]):
-        text = json.dumps(settings | {"tokenizer_class": name}, indent=2, ensure_ascii=False)
+        text = json_text(settings | {"tokenizer_class": name}, indent=2, ensure_ascii=False)
         (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
         try:
             read = _by_class(folder)

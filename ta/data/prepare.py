@@ -60,6 +60,7 @@ from ta.files import (
     cache_folder,
     content_hash,
     hash_json,
+    json_text,
     made_once,
     open_arrays,
     stamp,
@@ -391,7 +392,7 @@ def write_drops(prepared: Prepared, path: str) -> None:
     ):
         for entry in read_drops(prepared):
             del entry["source"]
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            file.write(json_text(entry, ensure_ascii=False) + "\n")
 
 
 def summary(prepared: Prepared) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from ta.data.jsonl import parse_record
 from ta.data.readers import read_rows
+from ta.files import json_text
 from ta.generation.metrics import METRICS, check_metrics
 
 # names of fields in files of answers
@@ -271,23 +272,20 @@ def _shown(found: Figure) -> str:
 
 
 def to_json(figures: Mapping[str, Any], sides: Sequence[Sequence[dict]], ids: Sequence) -> str:
-    """The figures in all and, for each record, the values of each side.
-
-    Numbers that are not finite, which JSON has none of, are null.
-    """
+    """The figures in all and, for each record, the values of each side."""
     each = {name: [values_of(name, side) for side in sides] for name in figures}
     records = [{"id": key} for key in ids]
     for name, of_sides in each.items():
         for record, *values in zip(records, *of_sides, strict=True):
-            record[name] = [_plain(value) for value in values]
+            record[name] = values
     whole = {name: _plain(found) for name, found in figures.items()}
-    return json.dumps({"figures": whole, "records": records}, ensure_ascii=False, indent=1) + "\n"
+    return json_text({"figures": whole, "records": records}, ensure_ascii=False, indent=1) + "\n"
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return {name: _plain(part) for name, part in value._asdict().items()}
-    return value if not isinstance(value, float) or math.isfinite(value) else None
+    return value
 
 
 def measured(name: str, records: Sequence[Inputs]) -> float:

@@ -17,7 +17,7 @@ from multiprocessing import parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ta.files import SETTLED, Parts, content_hash, locked, stamp, write_atomic, writing
+from ta.files import SETTLED, Parts, content_hash, json_text, locked, stamp, write_atomic, writing
 from ta.folders import loading
 from ta.parallel import gather_objects, rank, world
 
@@ -138,7 +138,7 @@ def content_hashes(files: Sequence[Path], notes: Path) -> list[str]:
     latest = time.time_ns() - SETTLED
     settled = {name: note for name, note in fresh.items() if max(note[0][1:3]) < latest}
     if settled and rank() == 0:
-        write_atomic(notes, json.dumps(known | settled))
+        write_atomic(notes, json_text(known | settled))
     known |= fresh
     return [known[str(file)][1] for file in files]
 

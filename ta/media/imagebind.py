@@ -8,7 +8,6 @@ without the fixed logit scale of its training: one token, in a space that pictur
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ta.files import json_text
 from ta.folders import differing, loading, read_json, read_tensors, write_tensors
 
 
@@ -205,7 +205,7 @@ def write_trunk(
         _check(Trunk(config), weights, source)
     folder.mkdir()
     write_tensors(weights, folder / "model.safetensors")
-    text = json.dumps({"model_type": "imagebind", **asdict(config)}, indent=2) + "\n"
+    text = json_text({"model_type": "imagebind", **asdict(config)}, indent=2) + "\n"
     (folder / "config.json").write_text(text)
 
 

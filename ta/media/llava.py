@@ -5,12 +5,12 @@ One folder holds CLIP or SigLIP, an mlp projector and a language model.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ta.chat.template import export_template
 from ta.chat.tokenizer_files import save_tokenizer
+from ta.files import json_text
 from ta.folders import loading, read_json, read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -84,8 +84,8 @@ def export_llava(
         save_model(whole, folder, dtype)
         _published_names(folder)
         save_tokenizer(tokenizer.fast, folder, export_template(tokenizer.template))
-        (folder / "preprocessor_config.json").write_text(json.dumps(reader, indent=1))
-        (folder / "processor_config.json").write_text(json.dumps(processor, indent=1))
+        (folder / "preprocessor_config.json").write_text(json_text(reader, indent=1))
+        (folder / "processor_config.json").write_text(json_text(processor, indent=1))
     return gap
 
 
@@ -105,7 +105,7 @@ def _published_names(folder: Path) -> None:
     for file in folder.glob("*.safetensors.index.json"):
         index = read_json(file)
         index["weight_map"] = {name(key): shard for key, shard in index["weight_map"].items()}
-        file.write_text(json.dumps(index, indent=1))
+        file.write_text(json_text(index, indent=1))
 
 
 def assembled(settings: dict, base: PreTrainedModel, projector: nn.Module, placeholder: int):

@@ -5,7 +5,6 @@ Features come from the encoder or from a cache. Letters: I inputs, F features of
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +16,7 @@ from ta.chat.tokenizer import Placeholder
 from ta.command_line import Range
 from ta.data.readers import files_of
 from ta.data.sources import parse_source
-from ta.files import hash_json
+from ta.files import hash_json, json_text
 from ta.folders import local_folder, read_json
 from ta.media.features import Features, check_features, read_features
 
@@ -157,7 +156,7 @@ class Modalities(dict[str, Modality]):
     def save(self, folder: Path) -> None:
         """Write media.json, from which `reopen_media` opens the modalities again, into `folder`."""
         settings = {name: modality.settings for name, modality in self.items()}
-        text = json.dumps({"format": 1, "modalities": settings}, indent=1)
+        text = json_text({"format": 1, "modalities": settings}, indent=1)
         (folder / MANIFEST).write_text(text + "\n")
 
 

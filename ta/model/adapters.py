@@ -6,13 +6,13 @@ vocabulary, D model width, C classes, N new tokens.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from ta.files import json_text
 from ta.folders import differing, loading, read_json, read_tensors, value_of, write_tensors
 from ta.model.new_rows import resize, tables, token_table
 
@@ -617,7 +617,7 @@ def save_adapter(
     write_tensors(weights, folder / WEIGHTS, format="pt")
     settings.save_pretrained(str(folder))
     base, rows = model.adapter_facts
-    (folder / BASE).write_text(json.dumps(base, indent=1))
+    (folder / BASE).write_text(json_text(base, indent=1))
     if rows:
         write_tensors(rows, folder / ROWS)
     if settings.peft_type == "P_TUNING" and not model.peft_config["default"].inference_mode:

@@ -7,7 +7,6 @@ tokens that end an answer.
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
@@ -20,7 +19,7 @@ from ta.chat.messages import ANSWER, template_arguments
 from ta.chat.template import ChatConfig, export_template
 from ta.chat.tokenizer import ChatTokenizer, disagreement, unlearned_end
 from ta.chat.tokenizer_files import save_tokenizer
-from ta.files import publishing
+from ta.files import json_text, publishing
 from ta.folders import quiet, read_json
 from ta.model.adapters import save_adapter, saved_tables
 from ta.model.language_model import LanguageModel
@@ -189,7 +188,7 @@ def save_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None =
         model.save_pretrained(folder, state_dict=state, max_shard_size=MAX_FILE)
     file = folder / "config.json"
     settings = _with_dtype(read_json(file), str(dtype).removeprefix("torch."))
-    file.write_text(json.dumps(_for_older(model.config, settings), indent=2) + "\n")
+    file.write_text(json_text(_for_older(model.config, settings), indent=2) + "\n")
 
 
 def _with_dtype(settings: dict[str, Any], dtype: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from ta.files import json_text
 from ta.folders import loading, read_json, value_of
 
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
@@ -170,7 +171,7 @@ def save_embedding_settings(folder: Path, settings: EmbeddingSettings) -> None:
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(content, indent=2))
+        path.write_text(json_text(content, indent=2))
 
 
 def width_of(folder: str) -> int:

@@ -6,7 +6,6 @@ is published whole when all parts are there. Letters: N passages, E width of a v
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from ta.files import (
     check_replaceable,
     content_hash,
     damage,
+    json_text,
     locked,
     publishing,
     shares,
@@ -320,4 +320,4 @@ def save_index(folder: Path, passages: Passages, vectors: Tensor, manifest: dict
     for path in folder.iterdir():
         known[f"{path.stem}_stamp"] = stamp(path)[:2]
         known[f"{path.stem}_sha256"] = content_hash(path)
-    (folder / MANIFEST).write_text(json.dumps({**manifest, **known}, indent=2))
+    (folder / MANIFEST).write_text(json_text({**manifest, **known}, indent=2))

@@ -16,7 +16,16 @@ from itertools import accumulate, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ta.files import clean_inside, damage, digest, full_disk, hash_json, remove_whole, sync
+from ta.files import (
+    clean_inside,
+    damage,
+    digest,
+    full_disk,
+    hash_json,
+    json_text,
+    remove_whole,
+    sync,
+)
 from ta.model.export import published
 from ta.parallel import gather_objects, local_rows, rank, world
 from ta.training.optim import set_lr
@@ -111,8 +120,9 @@ def save(
                 "shards": entries,
                 "logged": logged,
             }
-            manifest["sha256"] = hash_json(manifest)
-            (temporary / "manifest.json").write_text(json.dumps(manifest))
+            # the hash is of what is read
+            own = {"sha256": hash_json(json.loads(json_text(manifest)))}
+            (temporary / "manifest.json").write_text(json_text(manifest | own))
     passed = [name for name in damaged or () if int(name[5:]) <= step]
     if rank() == 0:
         prune(folder, step, keep, {*passed} - {target.name}, pinned)

@@ -25,7 +25,7 @@ from ta.command_line import when_stopped
 from ta.data.batch import batch_of, to_device
 from ta.data.loader import TrainBatches, collate_chats, micro_batches
 from ta.data.prepare import Prepared, summary, write_drops
-from ta.files import append_line, read_json_lines
+from ta.files import append_line, json_text, read_json_lines
 from ta.parallel import gather_objects, on_rank_zero, rank, say, seed_dropout, sum_over_ranks, world
 from ta.screen import fitted, progress
 from ta.training import checkpoint, run_folder
@@ -362,7 +362,7 @@ def _logged(folder: Path, step: int) -> dict[str, float]:
     """The figures of the evaluation that was logged at `step`; none where it was not finished."""
 
     def read() -> dict[str, float]:
-        for record in read_json_lines(folder / "metrics.jsonl"):
+        for record in run_folder.read_metrics(folder):
             if record.get("step") == step and "loss" not in record:
                 return {key.removeprefix("val_"): x for key, x in record.items() if key != "step"}
         run_folder.cut_back(folder / "samples.jsonl", step - 1)
@@ -391,7 +391,7 @@ def _log(folder: Path, record: dict[str, float], trackers: list, samples: list =
 
 def _changes(loop, where: Path, before: dict, key: dict[str, Any], older: bool) -> list[str]:
     """What differs of what was allowed to change; ValueError for any other change."""
-    now = json.loads(json.dumps(key))
+    now = json.loads(json_text(key))
     if unknown := set(loop.allow_change) - now.keys():
         raise ValueError(f"--allow-change {min(unknown)}: give one of {', '.join(now)}")
     names = [*now, *(name for name in before if name not in now and before[name] is not None)]

@@ -17,14 +17,16 @@ Figures = dict[str, float]  # a value by the name of a figure
 class StepSums:
     """Sums since the last logged step."""
 
-    def __init__(self, state: Figures | None = None):
+    def __init__(self, state: dict[str, float | str] | None = None):
         """Nothing yet, or what `state` gave."""
-        self.sums: Counter[str] = Counter(state or {})
+        sums = {name: float(value) for name, value in (state or {}).items()}
+        self.sums: Counter[str] = Counter(sums)
         self.start = time.perf_counter() - self.sums.pop("seconds", 0.0)
 
-    def state(self) -> Figures:
-        """All that a later process needs to go on."""
-        return {**self.sums, "seconds": time.perf_counter() - self.start}
+    def state(self) -> dict[str, float | str]:
+        """All that a later process needs to go on, numbers that JSON has none of as text."""
+        sums = {**self.sums, "seconds": time.perf_counter() - self.start}
+        return {name: x if math.isfinite(x) else str(x) for name, x in sums.items()}
 
     def add(self, total: Figures) -> None:
         """Add the sums of one step."""

@@ -26,7 +26,7 @@ from ta.generation.evaluation import DRAWS, interval
 from ta.generation.metrics import METRICS
 from ta.generation.text_metrics import UNSPACED, plain, words
 from ta.printable import printable
-from ta.training.run_folder import read_settings
+from ta.training.run_folder import read_metrics, read_settings
 
 LONGEST = 4000  # characters of one text
 
@@ -111,7 +111,7 @@ def write_report(folder: Path, live: bool = False) -> None:
     Files that do not exist are left out. `live` is of a run that goes on: a browser reads the page
     again now and then.
     """
-    metrics = read_json_lines(folder / "metrics.jsonl")
+    metrics = read_metrics(folder)
     samples = read_json_lines(folder / "samples.jsonl")
     text = page(folder.resolve().name, read_settings(folder), metrics, samples, live)
     write_atomic(folder / "report.html", text)
@@ -211,7 +211,7 @@ def before_and_after(folder: Path, figures: Mapping[str, float]) -> str:
 
     Figures of single sources are left to the report; "" without an evaluation before training.
     """
-    metrics = read_json_lines(folder / "metrics.jsonl")
+    metrics = read_metrics(folder)
     first = next((record for record in metrics if record["step"] == 0), {})
     changes = [
         f"{name} {number(first[f'val_{name}'])} -> {number(value)}"
@@ -432,7 +432,8 @@ def by_how_much(groups: Mapping[tuple, list], titles: Sequence[str]) -> str:
 def is_right(sample: dict) -> bool | None:
     """Whether an answer, a class or a ranking is the right one; None where nothing says what is."""
     if "scores" in sample:
-        return sample["scores"][0] > sample["scores"][1]
+        first, second = sample["scores"]
+        return None not in (first, second) and first > second
     right = sample.get("reference", sample.get("label"))
     said = sample.get("answer", sample.get("predicted"))
     return None if right is None or said is None else plain(str(said)) == plain(str(right))
@@ -593,7 +594,7 @@ def comparison(folders: Sequence[Path]) -> str:
         if not is_ours(folder, "config.json", ["config"]) or not logs.exists():
             raise ValueError(f"{folder} holds no config.json and metrics.jsonl: give a run folder")
         run, samples = f"run {place}", read_json_lines(folder / "samples.jsonl")
-        runs[run] = charts_of(read_json_lines(logs))
+        runs[run] = charts_of(read_metrics(folder))
         settings.append(settings_of_run(own := read_settings(folder)))
         last_step = max((sample.get("step", 0) for sample in samples), default=0)
         sides[run] = answers_at(samples, last_step)

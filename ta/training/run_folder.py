@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 import sys
@@ -21,6 +22,7 @@ from ta.files import (
     foreign,
     hold_lock,
     is_ours,
+    json_text,
     keep_inputs,
     read_json_lines,
     remove_whole,
@@ -31,6 +33,7 @@ from ta.flags import changed_settings, command_of
 from ta.folders import fingerprint, resolve
 from ta.model.arguments import check_quantize
 from ta.printable import masked
+from ta.training.progress import Figures
 from ta.training.trackers import check_trackers
 
 # what a run writes into its folder; config.json has MARKS, by which the folder is known as ours, so
@@ -169,7 +172,7 @@ class Run:
             "machine": parallel.machine(),
             "day": self.day,
         }
-        write_atomic(self.folder / "config.json", json.dumps(about, indent=1, ensure_ascii=False))
+        write_atomic(self.folder / "config.json", json_text(about, indent=1, ensure_ascii=False))
 
     def forget(self) -> None:
         """Remove the folder of a run that wrote nothing but its settings and drops."""
@@ -212,7 +215,8 @@ def best_step(folder: Path, loop: LoopConfig) -> tuple[int | None, int]:
     """(step of the best evaluation that is logged, evaluations since); None where none is logged.
 
     It is a function of metrics.jsonl, so that a resumed run goes on as the first one would have.
-    Of equal values the first is the best. ValueError where the evaluations lack the figure.
+    Of equal values the first is the best, and one that is not finite is none. ValueError where the
+    evaluations lack the figure.
     """
     name = f"val_{loop.keep_best}"
     records = evaluations(folder)
@@ -220,21 +224,31 @@ def best_step(folder: Path, loop: LoopConfig) -> tuple[int | None, int]:
     if records and not values:
         known = ", ".join(key.removeprefix("val_") for key in records[-1] if key != "step")
         raise ValueError(f"--keep-best {loop.keep_best}: the evaluations give {known}; name one")
-    if not values:
+    finite = [place for place, (_, value) in enumerate(values) if math.isfinite(value)]
+    if not finite:
         return None, 0
     figure = re.split("[@/]", loop.keep_best)[0]
     lower = loop.best_is == "lower"
     if loop.best_is == "auto":
         lower = figure.startswith(("loss", "perplexity", "kl"))
     better = min if lower else max
-    best = better(range(len(values)), key=lambda place: values[place][1])
+    best = better(finite, key=lambda place: values[place][1])
     return values[best][0], len(values) - 1 - best
 
 
 def evaluations(folder: Path) -> list[Json]:
     """The lines of metrics.jsonl that hold figures of held-out records."""
-    records = read_json_lines(folder / "metrics.jsonl")
+    records = read_metrics(folder)
     return [record for record in records if any(key.startswith("val_") for key in record)]
+
+
+def read_metrics(folder: Path) -> list[Figures]:
+    """The objects of metrics.jsonl, with nan for null, as which figures that are not finite stand.
+
+    None where there is no file.
+    """
+    records = read_json_lines(folder / "metrics.jsonl")
+    return [{k: math.nan if v is None else v for k, v in record.items()} for record in records]
 
 
 def start_run(config: Any) -> Run:

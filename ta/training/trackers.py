@@ -21,7 +21,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ta.files import write_atomic
+from ta.files import json_text, write_atomic
 from ta.printable import printable
 from ta.training.progress import Figures
 
@@ -145,5 +145,5 @@ def open_trackers(names: Sequence[str], folder: Path, first: int, config: Settin
         writers.append(write)
         if own:
             known[name] = own
-            write_atomic(path, json.dumps(known))
+            write_atomic(path, json_text(known))
     return writers

@@ -21,6 +21,7 @@ from ta.training import checkpoint
 from ta.training import loop as training_loop
 from ta.training.loop import mean_over
 from ta.training.optim import OptimConfig, lr_at, make_optimizer
+from ta.training.report import comparison
 from ta.training.run_folder import LoopConfig, Run, first_day
 
 
@@ -569,3 +570,53 @@ def test_settings_of_evaluation_without_held_out_data_are_refused(door, tmp_path
     ):
         code, text = door("sft", "--data", data, "--out", tmp_path / "run", *flags)
         assert code == 2 and said in text and not (tmp_path / "run").exists()
+
+
+def test_what_is_not_finite_is_null_in_all_that_is_written_and_read_as_such(tmp_path, capsys):
+    """Python's json is the judge, told to refuse NaN and Infinity. A resumed run writes the same lines."""
+    limits, values = {0: math.nan, 2: 5.0, 4: math.inf, 6: math.nan}, []
+
+    def run(name, stop=None, **more):
+        def step(model, batch):
+            loss, count, metrics = sft_step(model, batch)
+            return loss, count, metrics | {"high": math.inf, "none": math.nan}
+
+        def evaluate(done):
+            sample = {"step": done, "line": 1, "prompt": "a", "scores": [limits[done], 1.0]}
+            append_line(tmp_path / name / "samples.jsonl", sample)
+            return {"loss": limits[done], "right": limits[done]}
+
+        def before_step(done, micro_batches):
+            if done == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return micro_batches
+
+        settings = {"log_every": 2, "eval_every": 2, "keep_best": "loss", **more}
+        run = Run(LoopConfig(out=str(tmp_path / name), **settings))
+        batches, optim = batches_of(prepared()), OptimConfig(lr=1e-2)
+        how = {"evaluate": evaluate, "before_step": before_step}
+        return train(tiny(), batches, step, run, optim, resume_key={"far": math.inf}, **how)
+
+    figures = run("whole")
+    assert figures == {"loss": 5.0, "right": 5.0}, "a loss that is not finite is never the best"
+    with pytest.raises(SystemExit):
+        run("cut", stop=2)
+    assert run("cut", resume=True) == figures
+    for name in ("whole", "cut"):
+        written = [p for p in (tmp_path / name).rglob("*.json*") if p.is_file()]
+        assert len(written) >= 4
+        for path in written:
+            whole = path.suffix == ".json"
+            for text in [path.read_text()] if whole else path.read_text().splitlines():
+                json.loads(text, parse_constant=pytest.fail)
+        lines = map(json.loads, open(tmp_path / name / "metrics.jsonl"))
+        timed = ("seconds", "memory_gb", "update_seconds", "update_tokens_per_second")
+        values.append([{k: x for k, x in line.items() if k not in timed} for line in lines])
+        assert run(name, resume=True, keep_best="") == pytest.approx(
+            {"loss": math.nan, "right": math.nan}, nan_ok=True
+        )
+    assert values[0] == values[1]
+    assert [row["high"] for row in values[0] if "high" in row] == [None] * 3
+    assert [row["val_right"] for row in values[0] if "val_right" in row] == [None, 5.0, None, None]
+    assert "before -> after training: loss nan -> nan" in capsys.readouterr().err
+    assert "<svg" in comparison([tmp_path / "whole", tmp_path / "cut"])
