@@ -207,7 +207,7 @@ def rollout_batches(
 
     A group whose advantages are all 0 counts in the divisor and is not computed, unless all groups
     are so or a KL is learned from it too. With policy.drop_truncated answers that reached their
-    `longest` length have no part in the loss.
+    `longest` length have no part in the loss; where all did, there is a batch without answers.
     """
     everyone, taught = [], []
     for row, values in zip(rows, advantages, strict=True):

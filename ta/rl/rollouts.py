@@ -392,7 +392,8 @@ def _shared_out(items: Sequence, make: Callable[[Sequence], list]) -> list:
 
 
 class MismatchWatch:
-    """How far the log-probabilities of sampler and trainer are apart, step after step.
+    """How far the log-probabilities of sampler and trainer are apart, step after step, and whether
+    there are any.
 
     They are those of one policy where nothing has been updated between; what is left is arithmetic.
     """
@@ -401,6 +402,8 @@ class MismatchWatch:
         self.most = most
         # steps in a row in which they were further apart
         self.large = 0
+        # steps in a row without an answer
+        self.empty = 0
         # (2,) sum and number of a step's differences
         self.sums: Tensor | None = None
 
@@ -412,11 +415,19 @@ class MismatchWatch:
         return total
 
     def check(self) -> None:
-        """Close a step, on all processes. ValueError at the third large one in a row."""
+        """Close a step, on all processes. ValueError at the third large or empty one in a row."""
         if self.sums is None:
             return
         total, count = sum_over_ranks(self.sums).tolist()
         self.sums = None
+        self.empty = 0 if count else self.empty + 1
+        if self.empty == 3:
+            raise ValueError(
+                "all answers of three steps in a row reached --max-new-tokens, and "
+                "--drop-truncated leaves them out: the model may never end an answer, or answers "
+                "need more room; give more --max-new-tokens, a model that ends its answers, or "
+                "leave --drop-truncated out"
+            )
         mean = total / max(1.0, count)
         self.large = self.large + 1 if mean > self.most else 0
         if self.large == 3:

@@ -71,9 +71,9 @@ def train(
 
     A checkpoint holds the model, the state of any optimizer, and the tensors of `more_state`, which
     names everything else that changes in training. `resume_key` adds settings that must not differ
-    on --resume. `optim` gives the schedule of the learning rate and the clipping. A signal ends the
-    program after the running step, or at once in an evaluation, and a checkpoint: SystemExit(143 or
-    130).
+    on --resume. `optim` gives the schedule of the learning rate and the clipping. A step without
+    tokens updates nothing, and a line says so. A signal ends the program after the running step, or
+    at once in an evaluation, and a checkpoint: SystemExit(143 or 130).
     """
     loop, folder = run.loop, run.folder
     if loop.dry_run:
@@ -139,16 +139,22 @@ def train(
                 totals = sum_over_ranks(_row(sums, device))
                 named = dict(zip(sums, totals, strict=True))
                 lr = lr_at(number, batches.steps, optim)
-                norm = update(optimizer, lr, named["loss"], named["count"] / world(), optim.clip)
+                # where this process has no token, perhaps none has
+                skipped = not sums["tokens"] and not named["count"].item()
+                norm = named["count"]
+                if not skipped:
+                    norm = update(optimizer, lr, named["loss"], norm / world(), optim.clip)
                 # the next batch is made while an accelerator still computes this step
                 ready = _on_device(batches, number + 1, device)
                 *values, norm = torch.cat([totals, norm.double()[None]]).tolist()
                 total = dict(zip(sums, values, strict=True))
-                if not total["count"]:
+                if skipped:
+                    say(f"step {number + 1} has no token to learn: no update")
+                elif not total["count"]:
                     raise ValueError(
                         f"step {number + 1} has nothing to learn in {_where(batches, number)}"
                     )
-                if not math.isfinite(norm):
+                elif not math.isfinite(norm):
                     _stop_non_finite(run, number, total, model, batches, micro_batches)
                 optimizer.zero_grad(set_to_none=True)
                 if before_step:

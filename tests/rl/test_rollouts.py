@@ -406,6 +406,34 @@ def test_truncated_answers_may_be_left_out():
     torch.testing.assert_close(shares.sum(), torch.tensor(1.0))
 
 
+def test_a_step_whose_answers_are_all_cut_has_figures_and_the_third_in_a_row_ends_the_run():
+    page, made, watch = recipe("grpo"), rows(), MismatchWatch(9)
+    policy = PolicyConfig(drop_truncated=True, kl_coef=0.1, kl="loss").filled()
+    for row in made:
+        for answer in row["answers"]:
+            answer["finish"] = "length"
+    advantages = torch.tensor([[1.0, -2.0, 0.5]] * 3)
+    for packed in (True, False):
+        limits = 9, 100, packed
+        (batch,) = rollout_batches(made, advantages, policy, *limits, {"truncated": [(1.0, 1.0)]})
+        loss, count, figures = page.step(policy, watch, tiny(), batch)
+        assert loss.item() == count == 0 and figures["truncated"] == [(1.0, 1.0)]
+        watch.check()
+    page.step(policy, watch, tiny(), batch)
+    with pytest.raises(ValueError, match="all answers of three steps in a row reached --max-new-"):
+        watch.check()
+
+
+@pytest.mark.slow
+def test_a_run_whose_answers_are_all_cut_skips_updates_and_then_says_what_to_give(grpo):
+    cut = ("--drop-truncated", "--max-new-tokens", 1)
+    said = grpo("two", *cut, steps=2, told=True)
+    assert "step 2 has no token to learn: no update" in said
+    said = grpo("cut", *cut, steps=6, code=2, told=True)
+    assert said.count("has no token to learn: no update") == 3
+    assert "error: all answers of three steps in a row" in said and "give more --max-new-" in said
+
+
 def test_prompts_have_a_name_and_a_reference(tmp_path):
     chats = [record | {"id": f"r{n}"} for n, record in enumerate(practice("train", 2))]
     del chats[1]["id"]

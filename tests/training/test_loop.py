@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from small import prepared, sft_step, tiny
 
+from ta.data.batch import lay_out
 from ta.data.loader import BatchConfig, collate_chats, train_batches, val_batches
 from ta.files import append_line
 from ta.training import checkpoint
@@ -264,6 +265,38 @@ def test_a_step_that_learns_nothing_is_an_error(tmp_path):
     data = data._replace(weights=np.zeros_like(data.weights))
     with pytest.raises(ValueError, match="nothing to learn"):
         train(tiny(), batches_of(data), sft_step, loop(tmp_path), OptimConfig(lr=1e-3))
+
+
+def test_a_step_without_a_token_moves_nothing_and_goes_on_bit_for_bit(tmp_path, capsys):
+    """AdamW moves weights by its momentum alone too; the weights of the step before are the judge."""
+    seen = {}
+
+    def run(name, stop=None, **more):
+        model = tiny()
+
+        def before_step(done, micro_batches):
+            seen.setdefault(done, weights(model))
+            if done == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return [lay_out([], [])] if done in (2, 3) else micro_batches
+
+        settings, batches = loop(tmp_path / name, **more), batches_of(prepared())
+        train(model, batches, sft_step, settings, OptimConfig(lr=1e-2), before_step=before_step)
+        return weights(model)
+
+    whole = run("whole")
+    assert "step 3 has no token to learn: no update\nstep 4 has" in capsys.readouterr().err
+    for name, value in seen[2].items():
+        assert torch.equal(value, seen[3][name]) and torch.equal(value, seen[4][name])
+    assert any(not torch.equal(value, seen[5][name]) for name, value in seen[4].items())
+    rows = [json.loads(line) for line in open(tmp_path / "whole" / "metrics.jsonl")]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["loss"] is None and row["grad_norm"] == 0 for row in rows[1:5]] == [0, 1, 1, 0]
+    with pytest.raises(SystemExit):
+        run("cut", stop=2)
+    resumed = run("cut", resume=True)
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
 def test_evaluation_is_the_token_mean_over_all_records():
