@@ -82,7 +82,7 @@ def generate(
     temperature = getattr(model, "temperature", 1.0)
     with _at_rest(model, inner, base, attention_for(base, not driven)):
         if config.beams > 1:
-            run_beams(inner, work, virtual)
+            run_beams(inner, work, temperature, virtual)
         elif driven:
             run_driven(inner, work, temperature, virtual)
         else:

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from transformers import TemperatureLogitsWarper
+from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper
 
-from ta.generation.slot_engine import Work, choose, left_pad
+from ta.generation.slot_engine import BROKEN, Work, choose, left_pad
 
 
 def _batches(work: Work, n: int, rows: int, virtual: bool) -> Iterator[list[tuple[int, int]]]:
@@ -79,10 +79,22 @@ def run_driven(inner, work: Work, temperature: float, virtual: bool) -> None:
         )
 
 
-def run_beams(inner, work: Work, virtual: bool) -> None:
-    """transformers' beam search; log-probabilities from one more forward over each answer."""
+def run_beams(inner, work: Work, temperature: float, virtual: bool) -> None:
+    """transformers' beam search; log-probabilities from one more forward over each answer.
+
+    temperature, virtual: as above. ValueError for logits that are no numbers.
+    """
+
+    def own(_, logps: Tensor) -> Tensor:
+        """Log-probabilities of the next token under the model's own distribution."""
+        if logps.isnan().any():
+            raise ValueError(BROKEN)
+        return logps if temperature == 1.0 else (logps / temperature).log_softmax(-1)
+
     device, ending, config = next(inner.parameters()).device, work.ending, work.ending.config
-    n = config.num_answers
+    n, processors = config.num_answers, [own]
+    if config.repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
     for batch in _batches(work, 1, max(1, config.slots // config.beams), virtual):
         inputs = _inputs(work, batch, device)
         width = inputs["input_ids"].shape[1]
@@ -97,7 +109,7 @@ def run_beams(inner, work: Work, virtual: bool) -> None:
             max_new_tokens=work.limits[batch[0][0]],
             num_beams=config.beams,
             num_return_sequences=n,
-            repetition_penalty=config.repetition_penalty,
+            logits_processor=processors,
             do_sample=False,
             eos_token_id=sorted(ending.stop_ids) or None,
             pad_token_id=min(ending.stop_ids, default=0),
@@ -115,5 +127,5 @@ def run_beams(inner, work: Work, virtual: bool) -> None:
                 before = work.embeds[prompt].to(device)
                 whole = {"inputs_embeds": torch.cat([before, tokens])[None]}
             logits = inner(**whole, use_cache=False).logits[0, -len(ids) - 1 : -1]
-            chosen = logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+            chosen = (logits.float() / temperature).log_softmax(-1).gather(1, ids[:, None])[:, 0]
             work.finish(prompt, place % n, ids.tolist(), chosen.tolist())

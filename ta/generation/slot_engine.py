@@ -32,6 +32,9 @@ from ta.parallel import say
 PREFILL_TOKENS = 8192  # padded prompt tokens in one prefill: bounds its activations
 EFFICIENT = 1024  # from here on a prefill gains less from being larger than it loses to padding
 NARROWEST = 128  # columns of the narrowest step of fixed shapes
+BROKEN = (
+    "the model's logits are not numbers (NaN): its weights or the arithmetic (dtype) are broken"
+)
 AGREEMENT = 0.05  # of the spread of a row's logits: what arithmetic in 16 bits may differ by
 
 
@@ -85,10 +88,7 @@ class Work(NamedTuple):
             if row.ended:
                 continue
             if logprob != logprob:
-                raise ValueError(
-                    "the model's logits are not numbers (NaN): its weights or the arithmetic "
-                    "(dtype) are broken"
-                )
+                raise ValueError(BROKEN)
             row.ids.append(token)
             row.logprobs.append(logprob)
             if self.on_token is not None:

@@ -300,6 +300,11 @@ class Rollouts:
             answer = self.engine.generate
         if self.engine is not None:
             # vLLM knows no temperature of the model
+            if settings.beams > 1 and self.model.temperature != 1:
+                raise ValueError(
+                    f"--temperature {self.model.temperature}: vLLM searches beams of the model at "
+                    "1; leave it out, or give --sample-settings without beams"
+                )
             temperature = settings.temperature * self.model.temperature
             settings = replace(settings, temperature=temperature)
         ask = partial(answer, self.tokenizer.fast, stop_ids=self.tokenizer.stop_ids)

@@ -344,15 +344,20 @@ def test_embeddings_give_what_their_tokens_give(name):
     )
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_beams_equal_transformers_one_by_one(penalty):
+@pytest.mark.parametrize("penalty, temperature", [(1.0, 1.0), (1.3, 1.0), (1.0, 3.0), (1.3, 0.4)])
+def test_beams_equal_transformers_one_by_one(penalty, temperature):
+    """Of a model with a temperature of its own the judge is the plain one whose head is divided by it."""
     model, prompts = build(), random_prompts(6)
+    wrapper = LanguageModel(build(), "native")
+    wrapper.temperature = temperature
+    with torch.no_grad():
+        model.lm_head.weight.div_(temperature)
     stop = one_by_one(model, prompts[:1], max_new_tokens=5)[0][-1]
     model.generation_config = T.GenerationConfig()
     config = GenerateConfig(
         max_new_tokens=12, beams=4, num_answers=2, repetition_penalty=penalty, slots=12
     )
-    got = generate(model, TOKENIZER, prompts, config, [stop])
+    got = generate(wrapper, TOKENIZER, prompts, config, [stop])
     for prompt, answers in zip(prompts, got, strict=True):
         x = torch.tensor([prompt])
         with torch.no_grad():
@@ -534,8 +539,9 @@ def test_broken_weights_are_said(name):
     model = build(name)
     with torch.no_grad():
         model.get_output_embeddings().weight[3] = torch.nan
-    with pytest.raises(ValueError, match="NaN"):
-        generate(model, TOKENIZER, [[1]], GenerateConfig(), [])
+    for config in (GenerateConfig(), GenerateConfig(beams=2)):
+        with pytest.raises(ValueError, match="NaN"):
+            generate(model, TOKENIZER, [[1]], config, [])
 
 
 @pytest.mark.parametrize("name", ["llama", "mamba-no-plain-cache", "virtual tokens"])

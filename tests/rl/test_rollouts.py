@@ -5,6 +5,8 @@ import math
 import os
 import shutil
 import signal
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from ta.builtin.tasks import practice, write_jsonl
 from ta.data.batch import lay_out
 from ta.data.records import check_candidates
 from ta.data.sources import read_records
+from ta.generation.settings import GenerateConfig
 from ta.rl.batches import (
     groups_of,
     lay_out_answers,
@@ -27,8 +30,8 @@ from ta.rl.batches import (
     token_values,
 )
 from ta.rl.engines import weights_hash
-from ta.rl.rollouts import MismatchWatch
-from ta.rl.settings import PolicyConfig
+from ta.rl.rollouts import MismatchWatch, Rollouts
+from ta.rl.settings import PolicyConfig, RolloutConfig
 
 
 def rows(prompts=(5, 3, 8), answers=((4, 2, 3), (1, 6, 2), (5, 5, 1)), seed=0):
@@ -432,6 +435,17 @@ def test_a_run_whose_answers_are_all_cut_skips_updates_and_then_says_what_to_giv
     said = grpo("cut", *cut, steps=6, code=2, told=True)
     assert said.count("has no token to learn: no update") == 3
     assert "error: all answers of three steps in a row" in said and "give more --max-new-" in said
+
+
+def test_beams_over_vllm_are_refused_at_a_temperature():
+    """It searches those of the plain model, and the policy is the model at its temperature."""
+    model, tokenizer = tiny(), SimpleNamespace(fast=None, stop_ids=[])
+    model.temperature, engine = 0.5, SimpleNamespace(put_weights=list)
+    some = Rollouts(Path(), model, [], None, tokenizer, RolloutConfig(), engine=engine)
+    with pytest.raises(
+        ValueError, match="--temperature 0.5: vLLM searches beams of the model at 1"
+    ):
+        some.respond(model, [], GenerateConfig(beams=2))
 
 
 def test_prompts_have_a_name_and_a_reference(tmp_path):
