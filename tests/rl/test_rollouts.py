@@ -442,9 +442,7 @@ def test_beams_over_vllm_are_refused_at_a_temperature():
     model, tokenizer = tiny(), SimpleNamespace(fast=None, stop_ids=[])
     model.temperature, engine = 0.5, SimpleNamespace(put_weights=list)
     some = Rollouts(Path(), model, [], None, tokenizer, RolloutConfig(), engine=engine)
-    with pytest.raises(
-        ValueError, match="--temperature 0.5: vLLM searches beams of the model at 1"
-    ):
+    with pytest.raises(ValueError, match=r"--temperature 0.5: vLLM searches beams"):
         some.respond(model, [], GenerateConfig(beams=2))
 
 
