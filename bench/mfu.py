@@ -197,13 +197,16 @@ def ours(
     kept: bool = False,
     small: bool = False,
     float8: bool = False,
+    micro: int = 1,
     seconds: list[float] | None = None,
 ) -> Figures:
     """Our loop; `seconds` is filled with those of each step after the first, so that late compilations show.
 
     `kept` is --keep-products, `small` --optimizer adamw8bit --weights bfloat16; it and `float8` need
-    torchao and are left out without a GPU.
+    torchao and are left out without a GPU. A step has `micro` micro-batches of --tokens.
     """
+    from argparse import Namespace
+
     import torch
 
     from ta import parallel
@@ -215,8 +218,9 @@ def ours(
 
     assert not (kept and compiled), "compiled blocks choose themselves what they keep"
     model = build(flags, size, register())
-    steps = chats(flags, model.config.vocab_size)
-    flops = counted(model, steps[2:], adapted)
+    many = Namespace(**vars(flags) | {"steps": micro * flags.steps})
+    batches = chats(many, model.config.vocab_size)
+    flops = counted(model, batches[2 * micro :], adapted)
     model, note = wrap(lora(model) if adapted else model, autocast=torch.bfloat16)
     assert model.mode == "packed", note
     parallel.frozen_to_bfloat16(model)
@@ -234,15 +238,17 @@ def ours(
     marks = train_timed(
         model,
         flags.steps,
-        lambda number: [lay_out(*map(list, zip(*steps[number], strict=True)))],
+        lambda number: [
+            lay_out(*map(list, zip(*batch, strict=True)))
+            for batch in batches[micro * number : micro * (number + 1)]
+        ],
         lambda model, batch: (model.loss(batch), batch.weights.sum(), {}),
         optim=optim,
     )
     if seconds is not None:
         seconds.extend(b - a for a, b in itertools.pairwise(marks))
-    return rates(
-        flops, sum(len(ids) for step in steps[2:] for ids, _ in step), marks[-1] - marks[2]
-    )
+    tokens = sum(len(ids) for batch in batches[2 * micro :] for ids, _ in batch)
+    return rates(flops, tokens, marks[-1] - marks[2])
 
 
 def hf(flags, size: str) -> Figures:
