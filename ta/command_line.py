@@ -10,11 +10,11 @@ import math
 import os
 import re
 import select
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from itertools import chain
-from types import MappingProxyType
-from typing import Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 from ta.files import full_disk, keep_inputs
 from ta.flags import docs_of, our_words, settings_of, short_help, start_of
@@ -93,7 +93,7 @@ def cli(main: Callable[[Any], Any], config_class: type, argv: list[str] | None =
         import tyro
 
         flat, said = (tyro.conf.OmitArgPrefixes,), io.StringIO()
-        prog = " ".join(start_of(config_class))
+        prog = shlex.join(start_of(config_class))
         try:
             with contextlib.redirect_stderr(said):
                 config = tyro.cli(config_class, prog=prog, description=doc, args=words, config=flat)
@@ -154,14 +154,22 @@ def _check_names(config_class: type) -> None:
 def _join_help(config_class: type) -> None:
     """Give each field, here and in configs inside, its docstring as help in one paragraph.
 
-    tyro itself would keep the line breaks of the source, because continued lines are indented.
+    tyro itself would keep the line breaks of the source, because continued lines are indented, and
+    show None as the default of what is off, or has a default that its docstring tells.
     """
-    docs = docs_of(config_class)
+    from tyro.conf import arg
+
+    docs, hints = docs_of(config_class), get_type_hints(config_class, include_extras=True)
     for field in dataclasses.fields(config_class):
         if dataclasses.is_dataclass(field.default):
             _join_help(type(field.default))
         elif text := docs.get(field.name):
-            field.metadata = MappingProxyType({**field.metadata, "help": text})
+            shown = arg(help=text, help_behavior_hint=_default_in_help)
+            config_class.__annotations__[field.name] = Annotated[hints[field.name], shown]
+
+
+def _default_in_help(default: str) -> str:
+    return "" if default in ("None", "") else f"(default: {default})"
 
 
 def guard(action: Callable[[], Any]) -> int:

@@ -220,8 +220,14 @@ def command_of(config: Any) -> str:
 
 
 def start_of(config_class: type) -> list[str]:
-    """The words that start the recipe of a config class: ta sft, or python my_page.py."""
+    """The words that start the recipe of a config class: ta sft, or python my_page.py.
+
+    A page that this process was started with has the name that was typed.
+    """
     page = Path(getattr(sys.modules[config_class.__module__], "__file__", None) or "RECIPE.py")
+    typed = sys.argv[0]
+    if typed in sys.orig_argv and Path(typed).name == page.name:
+        return ["python", typed]
     return ["ta", page.stem] if page.parent == RECIPES else ["python", str(page)]
 
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import runpy
 import shlex
+import subprocess
 import sys
 import tomllib
 from dataclasses import dataclass
@@ -133,6 +135,22 @@ def test_a_file_that_cannot_be_is_answered_in_a_line(name, text, said, tmp_path,
 def test_the_command_of_a_config_gives_it_again(words):
     config = parsed(*shlex.split(words))
     assert parsed(*shlex.split(command_of(config))[2:]) == config
+
+
+def test_a_page_is_called_what_was_typed(tmp_path):
+    """A copy and a recipe by its file are their files, a recipe by its name is ta and its name."""
+    copied = tmp_path / "my page.py"
+    copied.write_text((RECIPES / "compare.py").read_text())
+    known = str(RECIPES / "compare.py")
+    for words, shown in (
+        (["my page.py"], "python 'my page.py'"),
+        ([known], f"python {known}"),
+        (["-m", "ta", "compare"], "ta compare"),
+    ):
+        command = [sys.executable, *words, "--help-all"]
+        wide = os.environ | {"COLUMNS": "500"}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=wide)
+        assert done.stdout.startswith(f"usage: {shown} [-h] "), done.stderr
 
 
 def test_the_short_help_shows_the_own_flags_and_how_to_see_all(capsys):

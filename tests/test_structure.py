@@ -307,7 +307,7 @@ def helps() -> dict[str, dict]:
         text=True,
         cwd=ROOT,
         check=True,
-        env={"PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+        env={"PYTHONPATH": str(ROOT), "COLUMNS": "100"},
     )
     return json.loads(done.stdout)
 
@@ -315,6 +315,13 @@ def helps() -> dict[str, dict]:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_help_answers_without_anything_heavy(path):
     assert helps()[str(path)]["heavy"] == []
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_help_shows_no_default_that_says_nothing(path):
+    """Of a flag that is off or whose words tell the default it would be None, "" or no word."""
+    shown = " ".join(re.sub("[│─╭╰╮╯]", " ", helps()[str(path)]["text"]).split())
+    assert "(default: " in shown and not re.findall(r"\S+ \(default:( None)? ?\)", shown)
 
 
 def flags_of(path: Path) -> list[str]:
