@@ -154,6 +154,7 @@ if TYPE_CHECKING:  # what the package gives, listed here for editors and for fac
     from ta.training.model_card import export_run as export_run, model_card as model_card
     from ta.training.optim import (
         OptimConfig as OptimConfig,
+        ScheduleConfig as ScheduleConfig,
         make_optimizer as make_optimizer,
         with_default_lr as with_default_lr,
     )

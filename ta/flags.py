@@ -12,6 +12,7 @@ import tomllib
 import types
 from collections import deque
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -236,7 +237,8 @@ def docs_of(config_class: type) -> dict[str, str]:
     # tyro requires this package and reads docstrings with it
     from docstring_parser import parse_from_object
 
-    params = parse_from_object(config_class).params
+    bases = reversed(config_class.__mro__[:-1])
+    params = chain.from_iterable(parse_from_object(base).params for base in bases)
     return {p.arg_name: " ".join((p.description or "").split()) for p in params}
 
 

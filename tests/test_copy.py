@@ -37,7 +37,10 @@ EDITS = {  # what stands in recipes/dpo.py: what stands in the copy
         "        torch.optim.SGD(model.parameters(), lr=optim.lr, momentum=0.9),\n"
     ),
     "    settings = loss_settings(config)\n": "    import torch\n\n    settings = loss_settings(config)\n",
-    # another evaluation
+    "    optim: ta.OptimConfig = ta.OptimConfig()\n": "    optim: ta.ScheduleConfig = ta.ScheduleConfig()\n",
+    # another evaluation, without the settings of the old one
+    '    samples: ta.SamplesConfig = ta.SamplesConfig(sample_metrics=("accuracy", "contains"))\n': "",
+    "if val_data or config.samples.samples_data else": "if val_data else",
     "        samples = ta.generate_samples(\n"
     "            model,\n"
     "            tokenizer,\n"
@@ -109,6 +112,12 @@ def test_a_copied_page_with_a_method_of_its_own_resumes_bit_for_bit(page, tmp_pa
     assert sum(last) / 10 < 8
     settings = json.loads((tmp_path / "whole" / "config.json").read_text())["identity"]
     assert settings["optimizer"] == "SGD" and settings["target"] == 3.0
+
+    for flag in ("--optimizer=muon", "--beta1=0.5", "--sample-records=3"):
+        none = start(page, tmp_path / "none", flag)
+        assert f"Unrecognized options: {flag[:7]}" in none.communicate(timeout=60)[1]
+        assert none.returncode == 2
+    assert settings["clip"] == 1.0 and "beta1" not in settings
 
     cut = start(page, tmp_path / "cut")
     log = tmp_path / "cut" / "metrics.jsonl"

@@ -30,7 +30,7 @@ from ta.parallel import gather_objects, on_rank_zero, rank, say, seed_dropout, s
 from ta.screen import fitted, progress
 from ta.training import checkpoint, run_folder
 from ta.training.memory import check_disk, memory_report
-from ta.training.optim import OptimConfig, lr_at, update
+from ta.training.optim import ScheduleConfig, lr_at, update
 from ta.training.progress import (
     Signals,
     StepSums,
@@ -54,7 +54,7 @@ def train(
     batches: TrainBatches,
     step: Step,
     optimizer: torch.optim.Optimizer,
-    optim: OptimConfig,
+    optim: ScheduleConfig,
     *,
     evaluate: Callable[[int], dict[str, float]] | None = None,
     before_step: Callable[[int, list], list] | None = None,
