@@ -80,7 +80,7 @@ def train(
         say(memory_report(model, batches, optimizer))
         raise SystemExit(0)
     on_rank_zero(lambda: check_disk(folder, model, optimizer))
-    key = run_folder.resume_key(run, batches, optimizer, optim, resume_key or {})
+    key = run_folder.identity_of(run, batches, optimizer, optim, resume_key or {})
     run.open()
     device = next(model.parameters()).device
     first, damaged, window = 0, {}, StepSums()

@@ -322,7 +322,7 @@ COMPARED_OTHERWISE = [
 ]
 
 
-def resume_key(run: Run, batches: Any, optimizer: Any, optim: Any, more: Json) -> dict:
+def identity_of(run: Run, batches: Any, optimizer: Any, optim: Any, more: Json) -> dict:
     """Settings that must not differ when a run resumes: data, model, steps, optimizer, method.
 
     The method's settings are all fields of the recipe's own config and of its groups that are not
