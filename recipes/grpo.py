@@ -42,8 +42,9 @@ class Config:
     reference: ta.ReferenceConfig = ta.ReferenceConfig()
     vllm: ta.VllmConfig = ta.VllmConfig()
     engine: str = "hf"
-    """What answers: the model itself (hf), vLLM in this process (vllm), or a vLLM server (a URL)
-    that sees the files of --out; vLLM gets the weights after each update."""
+    """What answers: the model itself (hf), vLLM in this process (vllm), or a vLLM server (a URL).
+    vLLM gets the weights after each update: a server by files of --out that it sees, or by its own
+    weight transfer where it was started with one."""
 
 
 def step(policy: ta.rl.PolicyConfig, watch, model, batch):

@@ -50,6 +50,7 @@ def test_every_flag_exists(path):
         *("--job-name", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"),
         *("--time", "--requeue", "--signal", "--node-rank", "--master-addr", "--master-port"),
         *("--learning-rate", "--gradient-accumulation-steps", "--logprobs-mode"),
+        "--weight-transfer-config",
     }
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", text))
     assert flags - foreign - {"--no" + flag[1:] for flag in known} <= known

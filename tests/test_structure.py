@@ -163,6 +163,7 @@ def test_every_flag_named_in_a_string_exists():
         "--help-all",
         "--config",
         "--logprobs-mode",
+        "--weight-transfer-config",
         "--no",
         *("--tmpfs", "--dev", "--chdir", "--unshare-all", "--die-with-parent", "--ro-bind"),
     }

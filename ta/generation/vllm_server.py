@@ -2,7 +2,8 @@
 
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs
 
-Its weights are changed by its own `reload_weights`, from a folder that both machines see.
+Its weights are changed by its own `reload_weights`, from a folder that both machines see, or by its
+own weight transfer where it was started with --weight-transfer-config.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ta.files import writing
 from ta.generation.settings import Answer, Ending, GenerateConfig
 from ta.generation.vllm_checks import refuse_settings
 from ta.generation.vllm_engine import sampling_of
+from ta.generation.weight_transfer import WeightTransfer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +46,8 @@ class VllmServer:
     context: int
     # where weights are handed over
     folder: Path | None = None
+    # hands them over without a file
+    transfer: WeightTransfer | None = None
 
     def post(self, path: str, **body: Any) -> Any:
         """The JSON that the server answers; ValueError with what it says of an error."""
@@ -51,6 +55,13 @@ class VllmServer:
 
     def put_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Put (name, tensor) in the place of all weights; what is cached of the old ones goes."""
+        if self.transfer is not None:
+            self.transfer.send(weights)
+        else:
+            self._put_file(weights)
+        self.post("reset_prefix_cache")
+
+    def _put_file(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         from safetensors.torch import save_file
 
         # tensors that are tied are written twice, which safetensors does not do by itself
@@ -60,7 +71,6 @@ class VllmServer:
             save_file(tensors, path, {"format": "pt"})
         where = {"weights_path": str(self.folder.resolve())}
         self.post("collective_rpc", method="reload_weights", kwargs=where)
-        self.post("reset_prefix_cache")
 
     def generate(
         self,
@@ -127,6 +137,11 @@ def open_server(
             f"{flag} {url}: its tokenizer gives other ids, so tokens cannot be compared; "
             "give a server of the same vocabulary"
         )
+    if folder is not None:
+        about = _request(f"{url}/server_info?config_format=json")["vllm_config"]
+        if given := about["weight_transfer_config"]:
+            workers = _request(f"{url}/get_world_size")["world_size"]
+            server.transfer = WeightTransfer(url, given["backend"], workers, server.post)
     return server
 
 

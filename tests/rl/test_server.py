@@ -34,6 +34,8 @@ class StandIn(BaseHTTPRequestHandler):
 
     model = tokenizer = None
     lock, asked, closed = threading.Lock(), [], ()
+    # as a server tells of --weight-transfer-config
+    transfer = None
 
     def log_message(self, *_):
         pass
@@ -46,7 +48,11 @@ class StandIn(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self):
-        self.reply({"data": [{"id": "served", "max_model_len": 200}]})
+        told = {"/v1/models": {"data": [{"id": "served", "max_model_len": 200}]}}
+        config = {"weight_transfer_config": self.transfer}
+        told["/server_info?config_format=json"] = {"vllm_config": config}
+        told["/get_world_size"] = {"world_size": 2}
+        self.reply(told[self.path])
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -107,26 +113,33 @@ def server(folder):
 
     StandIn.model = LlamaForCausalLM.from_pretrained(folder / "model").eval()
     StandIn.tokenizer = tiny_tokenizer()
+    yield from serve(StandIn)
+
+
+def serve(stand_in):
+    """The URL of a server that answers as `stand_in` does."""
     ThreadingHTTPServer.request_queue_size = 128
-    made = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
+    made = ThreadingHTTPServer(("127.0.0.1", 0), stand_in)
     threading.Thread(target=made.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{made.server_address[1]}"
     made.shutdown()
 
 
-def real(folder):
+def real(folder, *flags, **environment):
+    """The URL of vLLM's server of the model in a folder."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
     command += [folder / "model", "--dtype", "float32", "--enforce-eager", "--host", "127.0.0.1"]
     command += ["--port", port, "--max-model-len", 200, "--logprobs-mode", "processed_logprobs"]
+    command += flags
     about = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     with open(folder / "said", "w") as said:
+        env = {**os.environ, **about, **environment}
         process = subprocess.Popen(
-            list(map(str, command)), stdout=said, stderr=said, env={**os.environ, **about},
-            start_new_session=True,
-        )  # fmt: skip
+            list(map(str, command)), stdout=said, stderr=said, env=env, start_new_session=True
+        )
     try:
         url = f"http://127.0.0.1:{port}"
         for _ in range(300):
@@ -161,7 +174,8 @@ def test_new_weights_and_answers_of_the_server_are_the_models(folder, server):
     model = ta.load_for_inference(ta.ModelConfig(str(folder / "model"), dtype="float32"))
     engine = open_server(server, "--engine", tokenizer, folder / "weights")
     wrapped, _ = ta.wrap(model)
-    greedy, prompts = GenerateConfig(max_new_tokens=12), [[5, 6, 7, 8], [9, 10, 11]] * 2
+    # as long as a block of the cache and more
+    greedy, prompts = GenerateConfig(max_new_tokens=12), [[5, 6, 7, 8] * 40, [9, 10, 11] * 50] * 2
     for _ in range(3):
         with torch.no_grad():
             for weights in model.parameters():

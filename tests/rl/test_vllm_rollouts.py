@@ -43,7 +43,8 @@ def test_after_an_update_greedy_answers_are_the_trainers(tied, tmp_path):
     )
     small = ta.VllmConfig(kv_cache_gb=0.06, max_model_len=200)
     engine = start_engine("vllm", small, config, plain, tokenizer, tmp_path)
-    prompts, greedy = [[5, 6, 7, 8], [9, 10, 11]] * 2, GenerateConfig(max_new_tokens=12)
+    # as long as a block of the cache and more
+    prompts, greedy = [[5, 6, 7, 8] * 40, [9, 10, 11] * 50] * 2, GenerateConfig(max_new_tokens=12)
     seen = []
     for model in (plain, plain, lora, lora):
         with torch.no_grad():
