@@ -55,18 +55,16 @@ def train_ours(flags, kind: str, shared: bool = True) -> dict[str, float]:
     from recipes.dpo import FLAGS, step
     from ta import parallel
     from ta.data.batch import PairBatch, lay_out
-    from ta.reference import Reference, adapter_off_logps, frozen_logps
+    from ta.reference import Reference
     from ta.training.optim import OptimConfig
 
     parallel.init()
     records, losses = pairs(flags), []
     model = packed_model(flags, adapted=kind == "adapter_off")
     model.dropout = False
-    if kind == "adapter_off":
-        logps = adapter_off_logps(model)
-    else:
-        frozen = packed_model(flags).requires_grad_(False).eval()
-        logps = frozen_logps(frozen)
+    other = model
+    if kind != "adapter_off":
+        other = packed_model(flags).requires_grad_(False).eval()
 
     def at(number: int) -> list[PairBatch]:
         ids, weights, same = [], [], []
@@ -77,10 +75,10 @@ def train_ours(flags, kind: str, shared: bool = True) -> dict[str, float]:
         sequences = lay_out(ids, weights, True, same if shared else ())
         return [PairBatch(sequences, torch.zeros(flags.pairs))]
 
-    reference = Reference(kind, logps)
+    reference = Reference(kind, other, adapter_off=other is model)
     if kind == "cached":
-        known = [Reference("frozen", logps).add_to(at(number)) for number in range(flags.steps)]
-        at, logps, frozen = known.__getitem__, None, None
+        known = [Reference("frozen", other).add_to(at(number)) for number in range(flags.steps)]
+        at, other, reference.model = known.__getitem__, None, None
 
     def noted(model, batch) -> tuple:
         loss, count, metrics = step("sigmoid", FLAGS["sigmoid"], model, batch)

@@ -102,7 +102,7 @@ def main(config: Config):
         logprobs["trainer"] = model.logprobs
     if policy.kl_coef:
         reference = ta.open_reference(config.reference, model, tokenizer, *setup, run.seed)
-        logprobs["reference"] = partial(reference.token_logps, model)
+        logprobs["reference"] = reference.token_logps
     optim = ta.with_default_lr(
         config.optim, config.model, config.adapter, full=1e-6, adapted=1e-5, builtin=3e-4
     )

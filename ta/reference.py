@@ -7,6 +7,7 @@ training, or a copy that follows the policy. Letters: N sequences, P pairs of an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -57,8 +58,10 @@ class Reference:
     """An open reference; a cached one has already put its log-probabilities into the data."""
 
     kind: str
-    # log-probabilities of a batch's sequences, without gradients
-    logps: Logps | None = None
+    # a copy, or the policy
+    model: LanguageModel
+    # whether it is the base under the model's adapter
+    adapter_off: bool = False
     # JSON that decides the values of a cached reference
     key: Any = None
     # steps between two updates of a synced reference
@@ -66,7 +69,6 @@ class Reference:
     alpha: float = 1.0
     # (tensor of a synced reference, tensor of the policy)
     moving: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    copy: Any = None
     # tensors of a synced reference that a checkpoint must hold
     state: dict[str, Tensor] = field(default_factory=dict)
     device: str = "cpu"
@@ -85,15 +87,17 @@ class Reference:
             return placed
         return [batch._replace(reference=batch.both(self.logps)) for batch in placed]
 
-    def token_logps(self, policy: LanguageModel, batch: Batch) -> Tensor:
-        """(M,) log p of each learned token of a batch, by a reference that is no table."""
+    def token_logps(self, batch: Batch) -> Tensor:
+        """(M,) log p of each learned token of a batch, without gradients."""
         import torch
 
-        with torch.no_grad():
-            if self.copy is not None:
-                return self.copy.logprobs(batch)
-            with policy.inner.disable_adapter():
-                return policy.logprobs(batch)
+        off = self.model.inner.disable_adapter() if self.adapter_off else nullcontext()
+        with torch.no_grad(), off:
+            return self.model.logprobs(batch)
+
+    def logps(self, batch: Batch) -> Tensor:
+        """(N,) their sum over each sequence."""
+        return _sums(self.token_logps(batch), batch)
 
     def follow(self, done: int) -> None:
         """Move a synced reference towards the policy, where `done` is a multiple of `every`.
@@ -105,9 +109,9 @@ class Reference:
 
         if self.kind != "synced" or not done or done % self.every:
             return
-        if hasattr(self.copy, "reshard"):
+        if hasattr(self.model, "reshard"):
             # a sharded root stays gathered after a forward pass without a backward pass
-            self.copy.reshard()
+            self.model.reshard()
         with torch.no_grad():
             for pair in self.moving:
                 moved, policy = (x.to_local() if hasattr(x, "to_local") else x for x in pair)
@@ -116,9 +120,13 @@ class Reference:
 
 def sequence_logps(model: LanguageModel, batch: Batch) -> Tensor:
     """(N,) the sum of log p over the learned tokens of each sequence."""
+    return _sums(model.logprobs(batch), batch)
+
+
+def _sums(logps: Tensor, batch: Batch) -> Tensor:
     from ta.model.logprobs import sequence_sums
 
-    return sequence_sums(model.logprobs(batch), batch.owners, len(batch.ends))
+    return sequence_sums(logps, batch.owners, len(batch.ends))
 
 
 def count_learned(batch: Batch) -> Tensor:
@@ -126,36 +134,6 @@ def count_learned(batch: Batch) -> Tensor:
     import torch
 
     return torch.bincount(batch.owners, minlength=len(batch.ends))
-
-
-def frozen_logps(model: LanguageModel) -> Logps:
-    """A function from a batch to the (N,) log-probabilities of a model that does not train."""
-    import torch
-
-    @torch.no_grad()
-    def logps(batch: Batch) -> Tensor:
-        return sequence_logps(model, batch)
-
-    return logps
-
-
-def adapter_off_logps(model: LanguageModel) -> Logps:
-    """The same for the base under the policy's adapter, without a second model."""
-    import torch
-
-    from ta.data.batch import lay_out, to_device
-
-    if hasattr(model, "unshard"):
-        # FSDP takes the type of gradients from the weights that train at the first pass; without
-        # the adapter no weight trains
-        with torch.no_grad():
-            model.hidden(to_device(lay_out([], []), next(model.parameters()).device))
-
-    def logps(batch: Batch) -> Tensor:
-        with torch.no_grad(), model.inner.disable_adapter():
-            return sequence_logps(model, batch)
-
-    return logps
 
 
 def choose_reference(config: ReferenceConfig, model: ModelConfig, adapter: AdapterConfig) -> str:
@@ -204,33 +182,39 @@ def open_reference(
     The policy's dropout is turned off for good. ValueError for settings that have no effect or
     cannot work.
     """
+    import torch
+
+    from ta.data.batch import lay_out, to_device
+
     choice = choose_reference(config, model, adapter)
     sources = resolve(model)
     model = replace(model, model_path=sources.base, adapter_path=sources.adapter)
     device = str(next(policy.parameters()).device)
     policy.dropout = False
     policy.eval()
-    if choice == "adapter_off":
-        return Reference(choice, adapter_off_logps(policy), device=device)
-    if choice == "cached" and config.ref_path is None:
-        new = adapter.adapter != "none"
-        logps = adapter_off_logps(policy) if new else frozen_logps(policy)
-        start = model.adapter_path and fingerprint(model.adapter_path)
-        key = [fingerprint(model.model_path, model.hub), None if new else start]
-        copy = None
-    else:
+    new = adapter.adapter != "none"
+    # what the policy is at its start, without a second model
+    own = choice == "adapter_off" or (choice == "cached" and config.ref_path is None)
+    reference = Reference(choice, policy, device=device)
+    reference.adapter_off = own and (new or choice == "adapter_off")
+    if reference.adapter_off and hasattr(policy, "unshard"):
+        # FSDP takes the type of gradients from the weights that train at the first pass; without
+        # the adapter no weight trains
+        with torch.no_grad():
+            policy.hidden(to_device(lay_out([], []), device))
+    if not own:
         if config.ref_path is not None:
             model = replace(model, model_path=config.ref_path, adapter_path=None)
             check_same_vocabulary("--ref-path", resolve(model).tokenizer, tokenizer)
         if choice != "synced" and not model.adapter_path:
             adapter = AdapterConfig()
-        copy = _second_model(policy, tokenizer, model, adapter, compute, seed)
-        logps = frozen_logps(copy)
-        key = [fingerprint(model.model_path, model.hub)]
+        reference.model = _second_model(policy, tokenizer, model, adapter, compute, seed)
     if choice == "cached":
+        start = None if new else model.adapter_path and fingerprint(model.adapter_path)
         tokens = [[token.text, *token.pieces] for token in tokenizer.new_tokens]
-        key += [model.dtype, compute.quantize, device.partition(":")[0], tokens, model.model_args]
-    reference = Reference(choice, logps, key, copy=copy, device=device)
+        key = [fingerprint(model.model_path, model.hub), *[start] * own, model.dtype]
+        key += [compute.quantize, device.partition(":")[0], tokens, model.model_args]
+        reference.key = key
     if choice == "synced":
         reference.every, reference.alpha = config.sync_every, config.sync_alpha
         _follow_policy(reference, policy)
@@ -242,7 +226,7 @@ def _follow_policy(reference: Reference, policy: LanguageModel) -> None:
 
     ValueError where their shapes differ.
     """
-    copy = dict(reference.copy.named_parameters())
+    copy = dict(reference.model.named_parameters())
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     differ = [n for n, p in trained.items() if n not in copy or copy[n].shape != p.shape]
     if differ:

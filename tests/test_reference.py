@@ -29,9 +29,7 @@ from ta.model.load import ComputeConfig, load_model
 from ta.reference import (
     Reference,
     ReferenceConfig,
-    adapter_off_logps,
     choose_reference,
-    frozen_logps,
     note_sync,
     open_reference,
     with_cached_reference,
@@ -55,7 +53,7 @@ def opened(tokenizer, adapter=AdapterConfig(), **more):  # noqa: B008
 
 def frozen(model):
     """A reference that is another model."""
-    return Reference("frozen", frozen_logps(model.eval()))
+    return Reference("frozen", model.eval())
 
 
 def learn(name="sigmoid"):
@@ -116,8 +114,10 @@ def test_adapter_off_is_the_base_also_when_the_adapter_has_learned(tokenizer):
     data = pair_set()
     (batch,) = micro_batches(data, np.arange(13), 10_000, True, collate_pairs)
     sequences = batch.sequences
-    assert torch.equal(adapter_off_logps(model)(sequences), frozen_logps(base)(sequences))
-    assert not torch.allclose(frozen_logps(model)(sequences), frozen_logps(base)(sequences))
+    assert torch.equal(
+        Reference("adapter_off", model, True).logps(sequences), frozen(base).logps(sequences)
+    )
+    assert not torch.allclose(frozen(model).logps(sequences), frozen(base).logps(sequences))
     assert all(p.requires_grad for n, p in model.named_parameters() if "lora" in n)
 
 
@@ -125,13 +125,13 @@ class Counted:
     """A reference that counts its passes and fails in one of them."""
 
     def __init__(self, model, fail_at=None):
-        self.logps, self.calls, self.fail_at = frozen_logps(model.eval()), 0, fail_at
+        self.model, self.calls, self.fail_at = model.eval(), 0, fail_at
 
-    def __call__(self, batch):
+    def logprobs(self, batch):
         self.calls += 1
         if self.calls == self.fail_at:
             raise KeyboardInterrupt
-        return self.logps(batch)
+        return self.model.logprobs(batch)
 
 
 @pytest.mark.parametrize("kind", ["pairs", "labelled"])
@@ -141,8 +141,8 @@ def test_a_table_is_computed_once_and_resumed(tmp_path, monkeypatch, capsys, kin
     collate = collate_pairs if kind == "pairs" else labelled_collate(data, 0)
     config = BatchConfig(max_tokens_per_micro=60)
 
-    def make(logps, key, folder=tmp_path / "cache", depends=None):
-        ref = Reference("cached", logps, key)
+    def make(counted, key, folder=tmp_path / "cache", depends=None):
+        ref = Reference("cached", counted, key=key)
         return with_cached_reference(data, ref, collate, config, True, str(folder), depends)
 
     model = tiny(dtype=torch.float64)
@@ -168,7 +168,7 @@ def test_a_table_is_computed_once_and_resumed(tmp_path, monkeypatch, capsys, kin
     known = make(Counted(model, fail_at=1), ["a"])
     for i in range(13):  # each row is its own record's, whatever batch it was computed in
         batch = collate(data, np.array([i]), True)
-        values = batch.both(frozen_logps(model))[0]
+        values = batch.both(frozen(model).logps)[0]
         torch.testing.assert_close(values, table[i], rtol=1e-10, atol=1e-12)
         assert torch.equal(collate(known, np.array([i]), True).reference, table[[i]])
     assert with_cached_reference(data, frozen(model), collate, config, True) is data
@@ -177,7 +177,7 @@ def test_a_table_is_computed_once_and_resumed(tmp_path, monkeypatch, capsys, kin
 def synced(policy, copy, every, alpha):
     """A reference that follows the policy."""
     copy.requires_grad_(False)
-    ref = Reference("synced", frozen_logps(copy.eval()), every=every, alpha=alpha, copy=copy)
+    ref = Reference("synced", copy.eval(), every=every, alpha=alpha)
     reference._follow_policy(ref, policy)
     return ref
 

@@ -33,7 +33,7 @@ from ta.data.loader import (
     train_batches,
 )
 from ta.data.prepare import lengths, sequence
-from ta.reference import Reference, frozen_logps, sequence_logps
+from ta.reference import Reference, sequence_logps
 from ta.training.loop import add_sums
 from ta.training.progress import StepSums, means
 
@@ -188,7 +188,7 @@ def policy():
 
 @pytest.fixture(scope="module")
 def reference():
-    return Reference("frozen", frozen_logps(tiny(seed=1, dtype=torch.float64).eval()))
+    return Reference("frozen", tiny(seed=1, dtype=torch.float64).eval())
 
 
 def preference(name, reference):
@@ -257,7 +257,7 @@ def test_the_reference_point_is_over_all_micro_batches(policy, reference):
     models = (policy, raised) if sign > 0 else (raised, policy)
     batches = micro_batches(data, np.arange(len(data.origin)), 40, True, labelled_collate(data, 0))
     assert len(batches) > 3
-    theirs = Reference("frozen", frozen_logps(models[1]))
+    theirs = Reference("frozen", models[1])
     filled = kto.with_kl(models[0], theirs.add_to(batches))
     for batch in filled:
         assert batch.kl.item() == pytest.approx(sign * np.mean(ratios), rel=1e-9) and batch.kl > 0
