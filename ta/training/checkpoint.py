@@ -39,9 +39,6 @@ if TYPE_CHECKING:
 FORMAT = 2
 # bytes of a file, about
 FILE_SIZE = 4_000_000_000
-# format 1 held AdamW's two moments only, cut like their parameters
-READABLE = (1, 2)
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Found(NamedTuple):
@@ -248,17 +245,13 @@ def load(
         like_parameter = shape == list(parameter.shape)
         state[key] = torch.zeros_like(parameter) if like_parameter else parameter.new_zeros(shape)
         shards.copy_to(state[key], full)
-    step = found.manifest["step"]
     on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
     for name, parameter in parameters.items():
-        numbers = found.manifest.get("optimizer", {}).get(name, {})
-        if found.manifest["format"] == 1 and parameter in optimizer.state:
-            numbers = {"step": float(step)}
         device = parameter.device if on_device else "cpu"
-        for key, value in numbers.items():
+        for key, value in found.manifest["optimizer"].get(name, {}).items():
             number = torch.tensor(value, dtype=torch.float32, device=device)
             optimizer.state[parameter][key] = number
-    return step
+    return found.manifest["step"]
 
 
 def _make_state(optimizer: Optimizer) -> None:
@@ -286,13 +279,6 @@ class Shards:
             (dict(shard["rows"]), safe_open(found.path / shard["file"], "pt"))
             for shard in found.manifest["shards"]
         ]
-        if found.manifest["format"] == 1:
-            # moments are cut like their parameters
-            for rows, file in self.files:
-                for full in file.keys():  # noqa: SIM118 safe_open is no mapping
-                    key, _, name = full.partition("/")
-                    if key in MOMENTS and name in rows:
-                        rows[full] = rows[name]
         self.names = {name for rows, _ in self.files for name in rows}
 
     def shape(self, name: str) -> list[int]:
@@ -347,7 +333,7 @@ def read_manifest(path: Path, hashes: bool = True) -> dict[str, Any] | str:
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        if manifest["format"] not in READABLE:
+        if manifest["format"] != FORMAT:
             return f"format {manifest['format']}, this version reads {FORMAT}"
         known = manifest.pop("sha256", None)
         if known and known != hash_json(manifest):

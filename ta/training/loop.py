@@ -395,16 +395,12 @@ def _log(folder: Path, record: dict[str, float], trackers: list, samples: list =
         write(record["step"], figures, samples)
 
 
-def _changes(loop, where: Path, before: dict, key: dict[str, Any], older: bool) -> list[str]:
+def _changes(loop, where: Path, before: dict, key: dict[str, Any]) -> list[str]:
     """What differs of what was allowed to change; ValueError for any other change."""
     now = json.loads(json_text(key))
     if unknown := set(loop.allow_change) - now.keys():
         raise ValueError(f"--allow-change {min(unknown)}: give one of {', '.join(now)}")
     names = [*now, *(name for name in before if name not in now and before[name] is not None)]
-    if older:
-        # an older version recorded fewer settings
-        before = before | {"optimizer": "AdamW"}
-        names = [name for name in now if name in before]
     changed = {
         name: f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
         for name in names
@@ -432,22 +428,11 @@ def _resume(
     found = checkpoint.newest(folder / "checkpoints")
     if found is None:
         before = gather_objects(run.identity() if rank() == 0 else None)[0]
-        changed = _changes(loop, folder, before, key, False) if before else []
+        changed = _changes(loop, folder, before, key) if before else []
         say("; ".join([f"no checkpoint in {folder}: starting before step 1", *changed]))
         _cut_back(folder, -1)
         return 0, {}, StepSums()
-    older = found.manifest["format"] == 1
-    changed = _changes(loop, found.path, found.manifest["identity"], key, older)
-    before = found.manifest["identity"]
-    if found.manifest["format"] == 1 and more_state:
-        # that version moved a synced reference before it saved, this one moves it after
-        every = before.get("sync_every")
-        if every and found.manifest["step"] % every == 0:
-            raise ValueError(
-                f"{found.path} is of an older version and holds a synced reference that has just "
-                "moved, which would move twice: delete it to go on from an earlier checkpoint "
-                f"whose step is no multiple of --sync-every {every}, or start anew with --overwrite"
-            )
+    changed = _changes(loop, found.path, found.manifest["identity"], key)
     step = checkpoint.load(found, model, optimizer, more_state)
     for name, reason in found.damaged.items():
         say(f"skipped damaged checkpoint {name}: {reason}")
