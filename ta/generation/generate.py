@@ -126,19 +126,19 @@ def _at_rest(model, inner, base, attention: str) -> Iterator[None]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from transformers import GenerationConfig
 
-    training = [module for module in model.modules() if module.training]
+    from ta.model.language_model import evaluating
+
     before, settings = base.config._attn_implementation, base.generation_config
     device, autocast = base.get_input_embeddings().weight.device, getattr(model, "autocast", None)
     # on a GPU without cuDNN's attention: it plans anew for each length of the keys
     kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     try:
-        model.eval()
         # peft keeps a second copy
         base.generation_config = inner.generation_config = GenerationConfig()
         if before in ("ta", "sdpa"):  # any other was chosen by the user
             base.set_attn_implementation(attention)
         with (
-            torch.no_grad(),
+            evaluating(model),
             sdpa_kernel(kernels),
             torch.autocast(device.type, dtype=autocast, enabled=autocast is not None),
         ):
@@ -147,8 +147,6 @@ def _at_rest(model, inner, base, attention: str) -> Iterator[None]:
         if base.config._attn_implementation != before:
             base.set_attn_implementation(before)
         base.generation_config = inner.generation_config = settings
-        for module in training:
-            module.training = True
 
 
 def _with_virtual_tokens(inner, base, prompts, embeds) -> list[Tensor]:

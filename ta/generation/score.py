@@ -66,14 +66,27 @@ def score(
     """
     if isinstance(model, VllmEngine):
         return score_vllm(model, sequences)
-    import torch
-
-    rows: dict[int, list[float]] = {}
     unlearned = [(tokens.ids, [0.0] * len(tokens.ids)) for tokens in sequences]
-    for places, batch in _micro_batches(model, unlearned, max_tokens_per_micro):
-        with torch.no_grad():
-            scores = model.scores(batch).double()  # (N, C)
-        rows.update(zip(places, scores.tolist(), strict=True))
+
+    def scores(batch: Batch) -> list[list[float]]:
+        return model.scores(batch).double().tolist()  # (N, C)
+
+    return _each(model, unlearned, max_tokens_per_micro, scores)
+
+
+def _each(
+    model: LanguageModel,
+    sequences: Sequence[Weighted],
+    max_tokens: int,
+    values: Callable[[Batch], list],
+) -> list:
+    """The value of each sequence, by a function that gives those of a batch."""
+    from ta.model.language_model import evaluating
+
+    rows: dict[int, Any] = {}
+    with evaluating(model):
+        for places, batch in _micro_batches(model, sequences, max_tokens):
+            rows.update(zip(places, values(batch), strict=True))
     return [rows[i] for i in range(len(rows))]
 
 
@@ -157,21 +170,18 @@ def kl_to_reference(
     the reference (k1 of `metrics.kl`). `reference` gives the (N,) sums of a batch's sequences;
     `sequences` are (prompt, answer) token ids. All processes take part in both.
     """
-    import torch
-
+    from ta.model.language_model import evaluating
     from ta.model.logprobs import sequence_sums
 
     weighted = []
     for prompt, answer in sequences:
         weights = [0.0] * len(prompt) + [1.0] * len(answer)
         weighted.append(([*prompt, *answer], weights))
-    was_training, gap = model.training, 0.0
-    model.eval()
-    with torch.no_grad():
+    gap = 0.0
+    with evaluating(model):
         for _, batch in _micro_batches(model, weighted):
             ours = sequence_sums(model.logprobs(batch), batch.owners, len(batch.ends))
             gap += (ours.double() - reference(batch).double()).sum().item()
-    model.train(was_training)
     return gap / max(sum(len(answer) for _, answer in sequences), 1)
 
 
@@ -181,14 +191,7 @@ def answer_logprobs(
     max_tokens_per_micro: int = 8192,
 ) -> list[list[float]]:
     """log p of every learned token of each sequence of (token ids, their weights), in nats."""
-    import torch
-
-    rows: dict[int, list[float]] = {}
-    model.eval()
-    for places, batch in _micro_batches(model, sequences, max_tokens_per_micro):
-        with torch.no_grad():
-            rows.update(zip(places, by_sequence(model, batch), strict=True))
-    return [rows[i] for i in range(len(rows))]
+    return _each(model, sequences, max_tokens_per_micro, lambda batch: by_sequence(model, batch))
 
 
 def by_sequence(model: LanguageModel, batch: Batch) -> list[list[float]]:

@@ -234,6 +234,19 @@ def _real(batch: Batch) -> Tensor:
     return (torch.arange(columns, device=device) < lengths[:, None]).long()
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, without gradients; the modules that trained before do so after it."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def native_attention(base) -> str:
     """The name of the attention of transformers that computes what the model defines.
 

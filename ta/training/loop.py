@@ -26,6 +26,7 @@ from ta.data.batch import batch_of, to_device
 from ta.data.loader import TrainBatches, collate_chats, micro_batches
 from ta.data.prepare import Prepared, summary, write_drops
 from ta.files import append_line, json_text, read_json_lines
+from ta.model.language_model import evaluating
 from ta.parallel import gather_objects, on_rank_zero, rank, say, seed_dropout, sum_over_ranks, world
 from ta.screen import fitted, progress
 from ta.training import checkpoint, run_folder
@@ -41,7 +42,7 @@ from ta.training.progress import (
     memory,
 )
 from ta.training.report import before_and_after, write_report
-from ta.training.run_folder import Run, best_step
+from ta.training.run_folder import Run, best_step, evaluations
 from ta.training.trackers import open_trackers
 
 if TYPE_CHECKING:
@@ -222,6 +223,9 @@ class _HeldOut:
         if step in self.due:
             self.figures = _logged(self.run.folder, step)
             if not self.figures:
+                if rank() == 0:
+                    # what an evaluation has left that was not finished
+                    run_folder.cut_back(self.run.folder / "samples.jsonl", step - 1)
                 return self.look(step, stop, trackers)
         self._find_best()
         return False
@@ -310,10 +314,9 @@ def mean_over(model: nn.Module, batches: Iterable, step: Step) -> dict[str, floa
     Where the batches are of several sources, each figure also stands there as NAME/SOURCE. {} where
     there are no batches.
     """
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval()
+    device = next(model.parameters()).device
     sums: dict[str, dict[str, Any]] = {}
-    with torch.no_grad():
+    with evaluating(model):
         for batch in progress(
             None, "evaluate", "part", iterable=batches, show=rank() == 0, delay=2, leave=False
         ):
@@ -322,7 +325,6 @@ def mean_over(model: nn.Module, batches: Iterable, step: Step) -> dict[str, floa
             loss, count, metrics = step(model, batch)
             own = sums.setdefault(batch_of(batch).source, {})
             add_sums(own, loss, count, batch, metrics)
-    model.train(was_training)
     if not sums:
         return {}
     rows = torch.cat([_row(own, device) for own in sums.values()])
@@ -343,7 +345,7 @@ def scores_of(model: nn.Module, prepared: Prepared, n: int, max_tokens: int) -> 
 
     All processes take part; a forward pass has at most `max_tokens` tokens.
     """
-    device, was_training = next(model.parameters()).device, model.training
+    device = next(model.parameters()).device
     records = np.arange(min(n, len(prepared.origin)))
     batches = micro_batches(
         prepared,
@@ -352,13 +354,11 @@ def scores_of(model: nn.Module, prepared: Prepared, n: int, max_tokens: int) -> 
         model.packed,
         lambda data, chosen, packed: (collate_chats(data, chosen, packed), chosen),
     )
-    model.eval()
     scored = []
-    with torch.no_grad():
+    with evaluating(model):
         for batch, chosen in batches:
             scores = model.scores(to_device(batch, device))  # (N, C)
             scored.append((chosen, scores.unflatten(0, (-1, prepared.k)).cpu()))
-    model.train(was_training)
     shares = [part for share in gather_objects(scored) for part in share]
     order = np.argsort(np.concatenate([chosen for chosen, _ in shares]))
     return torch.cat([scores for _, scores in shares])[order]
@@ -367,14 +367,7 @@ def scores_of(model: nn.Module, prepared: Prepared, n: int, max_tokens: int) -> 
 def _logged(folder: Path, step: int) -> dict[str, float]:
     """The figures of the evaluation that was logged at `step`; none where it was not finished."""
 
-    def read() -> dict[str, float]:
-        for record in run_folder.read_metrics(folder):
-            if record.get("step") == step and "loss" not in record:
-                return {key.removeprefix("val_"): x for key, x in record.items() if key != "step"}
-        run_folder.cut_back(folder / "samples.jsonl", step - 1)
-        return {}
-
-    return gather_objects(read() if rank() == 0 else None)[0]
+    return gather_objects(evaluations(folder).get(step, {}) if rank() == 0 else None)[0]
 
 
 def _end(folder: Path, step: int, stop: Signals, bar: Any) -> None:
@@ -453,12 +446,9 @@ def _cut_back(folder: Path, step: int) -> None:
 
 def _stop_non_finite(run: Run, number: int, total, model, batches, micro_batches) -> None:
     """Write the token ids of a step whose loss or gradient is not finite, and raise ValueError."""
-    bad = "none (the loss itself)"
-    for name, parameter in model.named_parameters():
-        gradient = parameter.grad if parameter.requires_grad else None
-        if gradient is not None and not gradient.isfinite().all():
-            bad = name
-            break
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+    first = bad[0] if bad else "none (the loss itself)"
     path = run.folder / "non_finite.jsonl"
     for i, batch in enumerate(micro_batches):
         tokens = batch_of(batch).tokens.tolist()
@@ -466,7 +456,7 @@ def _stop_non_finite(run: Run, number: int, total, model, batches, micro_batches
         append_line(path, record)
     raise ValueError(
         f"loss {total['loss'] / total['count']} or its gradient is not finite at step "
-        f"{number + 1}; first bad gradient: {bad}; records: {_where(batches, number)}. "
+        f"{number + 1}; first bad gradient: {first}; records: {_where(batches, number)}. "
         f"No checkpoint holds this step; token ids are in {path}. Lower --lr or look at these "
         "records"
     )

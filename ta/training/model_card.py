@@ -55,11 +55,11 @@ def model_card(run: Run, prepared: Prepared | None, figures: dict[str, float]) -
         lines += [f"| {name} | {n} |" for name, n in zip(names, counts, strict=True)]
         lines += ["", f"{info['tokens']:,} tokens, {share:.0f} % of them learned.", ""]
     if figures:
-        first = next(iter(evaluations(run.folder)), {})
+        first = evaluations(run.folder).get(0, {})
         lines += ["## Figures of held-out records", ""]
         lines += ["| figure | before | after |", "|---|---|---|"]
         lines += [
-            f"| {name} | {_shown(first.get(f'val_{name}'))} | {_shown(value)} |"
+            f"| {name} | {_shown(first.get(name))} | {_shown(value)} |"
             for name, value in figures.items()
         ]
         lines += [""]

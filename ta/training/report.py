@@ -26,7 +26,7 @@ from ta.generation.evaluation import DRAWS, interval
 from ta.generation.metrics import METRICS
 from ta.generation.text_metrics import UNSPACED, plain, words
 from ta.printable import printable
-from ta.training.run_folder import read_metrics, read_settings
+from ta.training.run_folder import evaluations, read_metrics, read_settings
 
 LONGEST = 4000  # characters of one text
 
@@ -211,12 +211,11 @@ def before_and_after(folder: Path, figures: Mapping[str, float]) -> str:
 
     Figures of single sources are left to the report; "" without an evaluation before training.
     """
-    metrics = read_metrics(folder)
-    first = next((record for record in metrics if record["step"] == 0), {})
+    first = evaluations(folder).get(0, {})
     changes = [
-        f"{name} {number(first[f'val_{name}'])} -> {number(value)}"
+        f"{name} {number(first[name])} -> {number(value)}"
         for name, value in figures.items()
-        if f"val_{name}" in first and "/" not in name
+        if name in first and "/" not in name
     ]
     said = f"held out, before -> after training: {', '.join(changes)}"
     return f"{said}; answers in {folder / 'report.html'}" if changes else ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -218,28 +217,29 @@ def best_step(folder: Path, loop: LoopConfig) -> tuple[int | None, int]:
     Of equal values the first is the best, and one that is not finite is none. ValueError where the
     evaluations lack the figure.
     """
-    name = f"val_{loop.keep_best}"
-    records = evaluations(folder)
-    values = [(record["step"], record[name]) for record in records if name in record]
-    if records and not values:
-        known = ", ".join(key.removeprefix("val_") for key in records[-1] if key != "step")
-        raise ValueError(f"--keep-best {loop.keep_best}: the evaluations give {known}; name one")
-    finite = [place for place, (_, value) in enumerate(values) if math.isfinite(value)]
+    name, logged = loop.keep_best, evaluations(folder)
+    values = {step: figures[name] for step, figures in logged.items() if name in figures}
+    if logged and not values:
+        *_, last = logged.values()
+        raise ValueError(f"--keep-best {name}: the evaluations give {', '.join(last)}; name one")
+    finite = [step for step, value in values.items() if math.isfinite(value)]
     if not finite:
         return None, 0
-    figure = re.split("[@/]", loop.keep_best)[0]
     lower = loop.best_is == "lower"
     if loop.best_is == "auto":
-        lower = figure.startswith(("loss", "perplexity", "kl"))
-    better = min if lower else max
-    best = better(finite, key=lambda place: values[place][1])
-    return values[best][0], len(values) - 1 - best
+        lower = name.startswith(("loss", "perplexity", "kl"))
+    best = (min if lower else max)(finite, key=values.get)
+    return best, len(values) - 1 - list(values).index(best)
 
 
-def evaluations(folder: Path) -> list[Json]:
-    """The lines of metrics.jsonl that hold figures of held-out records."""
-    records = read_metrics(folder)
-    return [record for record in records if any(key.startswith("val_") for key in record)]
+def evaluations(folder: Path) -> dict[int, Figures]:
+    """{step: its figures of held-out records} of metrics.jsonl."""
+    logged: dict[int, Figures] = {}
+    for record in read_metrics(folder):
+        for key, value in record.items():
+            if key.startswith("val_"):
+                logged.setdefault(record["step"], {})[key.removeprefix("val_")] = value
+    return logged
 
 
 def read_metrics(folder: Path) -> list[Figures]:

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 import signal
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,13 +11,11 @@ from datetime import date
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from small import prepared, sft_step, tiny
 
 from ta.data.batch import lay_out
 from ta.data.loader import BatchConfig, collate_chats, train_batches, val_batches
 from ta.files import append_line
-from ta.training import checkpoint
 from ta.training import loop as training_loop
 from ta.training.loop import mean_over
 from ta.training.optim import OptimConfig, lr_at, make_optimizer
