@@ -110,40 +110,14 @@ def loss_settings(config: Config) -> dict:
 
 def preference_loss(loss: str, settings: dict, policy, ref, batch):
     """(P,) values of the loss, computed from the log-probabilities and the flags that it takes."""
-    losses = ta.losses
+    both = (policy,) if loss in WITHOUT_REFERENCE else (policy, ref)
     match loss:
-        case "sigmoid":
-            return losses.sigmoid(policy, ref, **settings)
         case "sigmoid_with_margin":
-            return losses.sigmoid_with_margin(policy, ref, margin=batch.margin, **settings)
-        case "hinge":
-            return losses.hinge(policy, ref, **settings)
-        case "ipo":
-            return losses.ipo(policy, ref, **settings)
+            settings = settings | {"margin": batch.margin}
         case "kto_pair":
-            kl = {"kl_chosen": batch.kl[0], "kl_rejected": batch.kl[1]}
-            return losses.kto_pair(policy, ref, **kl, **settings)
-        case "slic_hf":
-            return losses.slic_hf(policy, **settings)
-        case "cpo":
-            return losses.cpo(policy, **settings)
-        case "orpo":
-            return losses.orpo(policy, **settings)
-        case "simpo":
-            return losses.simpo(policy, **settings)
-        case "apo_zero":
-            return losses.apo_zero(policy, ref, **settings)
-        case "apo_down":
-            return losses.apo_down(policy, ref, **settings)
-        case "asft":
-            return losses.asft(policy, **settings)
-        case "dpop":
-            return losses.dpop(policy, ref, **settings)
-        case "nca_pair":
-            return losses.nca_pair(policy, ref, **settings)
-        case "cal_dpo":
-            return losses.cal_dpo(policy, ref, **settings)
-    raise ValueError(f"no loss {loss}")
+            settings = settings | {"kl_chosen": batch.kl[0], "kl_rejected": batch.kl[1]}
+    # the function of that name
+    return getattr(ta.losses, loss)(*both, **settings)
 
 
 def step(loss: str, settings: dict, model, batch):

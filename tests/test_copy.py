@@ -26,11 +26,11 @@ EDITS = {  # what stands in recipes/dpo.py: what stands in the copy
     '    "cal_dpo": {"beta": 0.002},\n': (
         '    "cal_dpo": {"beta": 0.002},\n    "squared": {"target": 2.0},\n'
     ),
-    '        case "cal_dpo":\n': (
+    '        case "kto_pair":\n': (
         '        case "squared":\n'
         "            ratios = policy.chosen - ref.chosen - policy.rejected + ref.rejected\n"
         '            return (ratios - settings["target"]) ** 2\n'
-        '        case "cal_dpo":\n'
+        '        case "kto_pair":\n'
     ),
     # another optimizer
     "        ta.make_optimizer(model, optim),\n": (
