@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import re
 import unicodedata
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 # argument names whose values are secrets, and our own names that only look like them
@@ -33,6 +35,18 @@ def _shown(character: str) -> str:
 def one_line(text: str, most: int = 2000) -> str:
     """`printable` text on one line of at most about `most` characters."""
     return printable(" ".join(text.split("\n")), most)
+
+
+def plain_markdown(value: Any) -> str:
+    """A value as text that is no markup where Markdown stands, also in a table."""
+    text = html.escape(printable(str(value), 4000), quote=False)
+    return text.replace("\n", "<br>").replace("|", "\\|")
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence]) -> str:
+    """A table of Markdown, whose cells are plain."""
+    lines = (header, ["---"] * len(header), *rows)
+    return "".join(f"| {' | '.join(map(plain_markdown, line))} |\n" for line in lines)
 
 
 def masked(value: Any) -> Any:

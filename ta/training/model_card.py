@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from ta.data.prepare import Prepared
 from ta.flags import changed_settings, command_of
 from ta.model.export import export
 from ta.model.language_model import LanguageModel
-from ta.printable import masked, one_line
+from ta.printable import markdown_table, masked, plain_markdown
 from ta.training.run_folder import Run, evaluations, versions
 
 
@@ -44,36 +43,39 @@ def model_card(run: Run, prepared: Prepared | None, figures: dict[str, float]) -
         return ""
     info, config = prepared.info if prepared else {}, run.config
     base = config.model.adapter_path or config.model.model_path
-    lines = ["---", "library_name: transformers", f"base_model: {json.dumps(base)}", "---", ""]
-    lines += [f"# {_cell(run.folder.name)}", "", f"Trained from {_cell(base)} with ta.", ""]
+    data = held_out = ""
     if "tokens" in info:
         share = 100 * info["learned_tokens"] / max(info["tokens"], 1)
-        lines += ["## Data", "", "| source | records used |", "|---|---|"]
-        sources = info["sources"]
-        counts = (f"{s['used']:,} of {s['records']:,}" for s in sources)
-        names = (_cell(s["source"]) for s in sources)
-        lines += [f"| {name} | {n} |" for name, n in zip(names, counts, strict=True)]
-        lines += ["", f"{info['tokens']:,} tokens, {share:.0f} % of them learned.", ""]
+        counts = [(s["source"], f"{s['used']:,} of {s['records']:,}") for s in info["sources"]]
+        table = markdown_table(("source", "records used"), counts)
+        tokens = f"{info['tokens']:,} tokens, {share:.0f} % of them learned."
+        data = f"## Data\n\n{table}\n{tokens}\n\n"
     if figures:
         first = evaluations(run.folder).get(0, {})
-        lines += ["## Figures of held-out records", ""]
-        lines += ["| figure | before | after |", "|---|---|---|"]
-        lines += [
-            f"| {name} | {_shown(first.get(name))} | {_shown(value)} |"
-            for name, value in figures.items()
-        ]
-        lines += [""]
-    lines += ["## Settings that differ from the defaults", "", "| setting | value |", "|---|---|"]
+        rows = [(name, _shown(first.get(name)), _shown(value)) for name, value in figures.items()]
+        table = markdown_table(("figure", "before", "after"), rows)
+        held_out = f"## Figures of held-out records\n\n{table}\n"
     changed = masked(changed_settings(config))
-    lines += [f"| {name} | {_cell(value)} |" for name, value in changed.items()]
-    lines += ["", "## Again", "", "```sh", command_of(config), "```", ""]
-    lines += [", ".join(f"{name} {number}" for name, number in versions().items()), ""]
-    return "\n".join(lines)
+    return f"""---
+library_name: transformers
+base_model: {json.dumps(base)}
+---
 
+# {plain_markdown(run.folder.name)}
 
-def _cell(value: Any) -> str:
-    """A value as text that is no markup, on one line."""
-    return html.escape(one_line(str(value), 400), quote=False).replace("|", "\\|")
+Trained from {plain_markdown(base)} with ta.
+
+{data}{held_out}## Settings that differ from the defaults
+
+{markdown_table(("setting", "value"), changed.items())}
+## Again
+
+```sh
+{command_of(config)}
+```
+
+{", ".join(f"{name} {number}" for name, number in versions().items())}
+"""
 
 
 def _shown(value: Any) -> str:

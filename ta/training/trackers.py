@@ -15,14 +15,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ta.files import json_text, write_atomic
-from ta.printable import printable
+from ta.printable import markdown_table, printable
 from ta.training.progress import Figures
 
 Write = Callable[[int, Figures, Sequence[dict]], None]
@@ -42,12 +41,7 @@ def tensorboard(folder: Path, first: int, config: Settings, _: str | None) -> St
         for name, value in figures.items():
             writer.add_scalar(name, value, step)
         if samples:
-            names, rows = sample_rows(samples)
-            text = ""
-            for row in (names, ["---"] * len(names), *rows):
-                cells = [escape(str(x)).replace("\n", "<br>").replace("|", "\\|") for x in row]
-                text += f"| {' | '.join(cells)} |\n"
-            writer.add_text("samples", text, step)
+            writer.add_text("samples", markdown_table(*sample_rows(samples)), step)
         writer.flush()
 
     return write, None
