@@ -22,7 +22,7 @@ from statistics import fmean
 from typing import Any
 
 from ta.files import is_ours, read_json_lines, write_atomic
-from ta.generation.evaluation import DRAWS, interval
+from ta.generation.evaluation import compare
 from ta.generation.metrics import METRICS
 from ta.generation.text_metrics import UNSPACED, plain, words
 from ta.printable import printable
@@ -296,12 +296,12 @@ def chart(title: str, curves: dict[str, Curve]) -> str:
     A loss that falls to less than a twentieth has a logarithmic axis, which keeps its end visible.
     """
     curves = {name: thin(points) for name, points in curves.items()}
-    by_step = {}
+    by_step: dict[float, Curve] = {}
     for name, points in curves.items():
         for x, y in points:
-            by_step.setdefault(x, {})[name] = y
+            by_step.setdefault(x, []).append((name, y))
     places = sorted(by_step)
-    values = [y for points in curves.values() for _, y in points]
+    values = [y for _, y in chain(*curves.values())]
     least, most = min(values), max(values)
     far = title == "loss" and 1e-9 < 20 * least < most
     scale = math.log10 if far else float
@@ -316,48 +316,52 @@ def chart(title: str, curves: dict[str, Curve]) -> str:
     def up(y: float) -> float:
         return round(floor - (scale(y) - bottom) / height * (floor - TOP), 1)
 
-    out = [f'<text class="title" x="{LEFT}" y="14">{safe(title)}{", logarithmic" * far}</text>']
-    out += [
+    def dot(name: str, x: float, y: float, size: float) -> str:
+        return f'<circle class="{css(name)}" cx="{across(x)}" cy="{up(y)}" r="{size}"/>'
+
+    axes = [
         f'<path class="rule" d="M{LEFT} {up(y)}H{right}"/><text x="{LEFT - 6}" y="{up(y) + 4}" '
         f'class="y">{number(y)}</text>'
         for y in y_ticks
     ]
-    out += [
+    axes += [
         f'<text x="{across(x)}" y="{floor + 16}" class="x">{number(x)}</text>'
         for x in ticks(x_low, x_high, 5)
         if x_low <= x <= x_high
     ]
-    out.append(f'<text x="{right}" y="{HEIGHT - 2}" class="y">step</text>')
+    lines = []
     for name, points in curves.items():
-        kind = name.replace(" ", "-")
         path = " ".join(f"{across(x)},{up(y)}" for x, y in points)
         # two evaluations are two points, and no curve
         if len(points) > 2 or name == "training":
-            out.append(f'<polyline class="line {kind}" points="{path}"/>')
+            lines.append(f'<polyline class="line {css(name)}" points="{path}"/>')
         if len(points) < 30:
-            out += [
-                f'<circle class="{kind}" cx="{across(x)}" cy="{up(y)}" r="2.5"/>' for x, y in points
-            ]
+            lines += [dot(name, x, y, 2.5) for x, y in points]
     middles = [(across(a) + across(b)) / 2 for a, b in pairwise(places)]
     edges = [LEFT, *middles, right]
     for x, (start, end) in zip(places, pairwise(edges), strict=True):
-        here = by_step[x].items()
-        label = f"step {x:,}: " + ", ".join(f"{name} {number(y)}" for name, y in here)
-        dots = "".join(
-            f'<circle class="{name.replace(" ", "-")}" cx="{across(x)}" cy="{up(y)}" r="4"/>'
-            for name, y in here
-        )
-        out.append(
+        label = f"step {x:,}: " + ", ".join(f"{name} {number(y)}" for name, y in by_step[x])
+        lines.append(
             f'<g class="at"><rect x="{start:.1f}" y="{TOP}" width="{end - start:.1f}" '
             f'height="{floor - TOP}"/><g><title>{label}</title>'
-            f'<path d="M{across(x)} {TOP}V{floor}"/>{dots}<text x="{right}" '
-            f'y="14">{label}</text></g></g>'
+            f'<path d="M{across(x)} {TOP}V{floor}"/>'
+            f"{''.join(dot(name, x, y, 4) for name, y in by_step[x])}"
+            f'<text x="{right}" y="14">{label}</text></g></g>'
         )
-    keys = "".join(f'<span class="{name.replace(" ", "-")}">{name}</span>' for name in curves)
-    frame = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{safe(title)}"'
+    keys = "".join(f'<span class="{css(name)}">{name}</span>' for name in curves)
     about = meaning(title)
-    keys += about and f"<div>{safe(about)}</div>"
-    return f"<figure><svg {frame}>{''.join(out)}</svg><figcaption>{keys}</figcaption></figure>"
+    return (
+        f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{safe(title)}">'
+        f'<text class="title" x="{LEFT}" y="14">{safe(title)}{", logarithmic" * far}</text>'
+        f"{''.join(axes)}"
+        f'<text x="{right}" y="{HEIGHT - 2}" class="y">step</text>{"".join(lines)}</svg>'
+        f"<figcaption>{keys}{about and f'<div>{safe(about)}</div>'}</figcaption></figure>"
+    )
+
+
+def css(name: str) -> str:
+    """The class that colours a curve."""
+    return name.replace(" ", "-")
 
 
 def answers_at(samples: Sequence[dict], step: int) -> dict[Any, dict]:
@@ -415,16 +419,14 @@ def by_how_much(groups: Mapping[tuple, list], titles: Sequence[str]) -> str:
             records.setdefault(own, []).append(key)
     if len(records) < 2:
         return ""
-    import numpy as np
-
-    shares = np.array([np.mean(keys, 0) for keys in records.values()])  # (records, 2)
-    first, second = shares.mean(0)
-    gaps = shares[:, 1] - shares[:, 0]
-    low, high = interval(lambda at: gaps[at].mean(), len(gaps), DRAWS)
+    sides = zip(*(zip(*keys, strict=True) for keys in records.values()), strict=True)
+    found = compare("reward", *([{"rewards": list(rights)} for rights in side] for side in sides))
+    gap = found.difference
     return (
-        f"<p>Right answers: {first:.1%} {safe(titles[0])}, {second:.1%} {safe(titles[1])}; the "
-        f"difference is {100 * gaps.mean():+.1f} points, with 95 % between {100 * low:+.1f} and "
-        f"{100 * high:+.1f} (bootstrap over {len(gaps):,} records).</p>"
+        f"<p>Right answers: {found.first:.1%} {safe(titles[0])}, {found.second:.1%} "
+        f"{safe(titles[1])}; the difference is {100 * gap.value:+.1f} points, with 95 % between "
+        f"{100 * gap.low:+.1f} and {100 * gap.high:+.1f} (bootstrap over {gap.records:,} "
+        "records).</p>"
     )
 
 
