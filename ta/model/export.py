@@ -7,6 +7,7 @@ tokens that end an answer.
 from __future__ import annotations
 
 import copy
+import errno
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
@@ -19,7 +20,7 @@ from ta.chat.messages import ANSWER, template_arguments
 from ta.chat.template import ChatConfig, export_template
 from ta.chat.tokenizer import ChatTokenizer, disagreement, unlearned_end
 from ta.chat.tokenizer_files import save_tokenizer
-from ta.files import json_text, publishing
+from ta.files import full_disk, json_text, publishing
 from ta.folders import quiet, read_json
 from ta.model.adapters import save_adapter, saved_tables
 from ta.model.language_model import LanguageModel
@@ -43,17 +44,30 @@ def published(folder: Path, replace: bool = True) -> Iterator[Path]:
     """
     with ExitStack() as stack:
         made = on_rank_zero(lambda: stack.enter_context(publishing(folder, replace)))
-        temporary, failure = gather_objects(made)[0], None
-        try:
+        temporary = gather_objects(made)[0]
+        with failing_together(folder):
             yield temporary
-        except Exception as error:
-            failure = error
-        failures = gather_objects(failure and f"{type(failure).__name__}: {failure}")
-        if failure is not None:
-            raise failure
-        if failed := [text for text in failures if text]:
-            raise OSError(f"{folder} is not written, another process failed ({failed[0]})")
         on_rank_zero(stack.close)
+
+
+@contextmanager
+def failing_together(folder: Path) -> Iterator[None]:
+    """What fails on one process, as it writes into `folder`, fails on all that come here.
+
+    Others would wait for it. OSError, which tells of a full disk on all.
+    """
+    failure, said = None, None
+    try:
+        yield
+    except Exception as error:
+        failure, said = error, (full_disk(error), f"rank {rank()}: {error}")
+    failed = [entry for entry in gather_objects(said) if entry]
+    if failure is not None and not full_disk(failure):
+        raise failure
+    if failed:
+        number, text = failed[0]
+        reason = f"not written, earlier ones are kept ({text})"
+        raise OSError(number or errno.EIO, reason, str(folder)) from failure
 
 
 def export(

@@ -9,24 +9,14 @@ numbers in the manifest.
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Collection
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ta.files import (
-    clean_inside,
-    damage,
-    digest,
-    full_disk,
-    hash_json,
-    json_text,
-    remove_whole,
-    sync,
-)
-from ta.model.export import published
+from ta.files import clean_inside, damage, digest, hash_json, json_text, remove_whole, sync
+from ta.model.export import failing_together, published
 from ta.parallel import gather_objects, local_rows, rank, world
 from ta.training.optim import set_lr
 
@@ -87,9 +77,9 @@ def save(
         if rank() == 0 or hasattr(tensor, "to_local"):
             rows[name] = {"start": start, "rows": len(local) if local.dim() else 1, "shape": whole}
             tensors[name] = local.contiguous()
+    own = []
     with published(target) as temporary:
-        failure, own = None, []
-        try:
+        with failing_together(target):
             for number, names in enumerate(_shares(tensors)):
                 path = temporary / f"shard-{rank()}{f'-{number}' * bool(number)}.safetensors"
                 # the copies on the host are those of one file
@@ -97,16 +87,7 @@ def save(
                 sync(path)
                 kept = {name: rows[name] for name in names}
                 own.append({"file": path.name, "rows": kept, **digest(path)})
-        except Exception as error:
-            # every rank must learn of this first, or the others would wait for one without room
-            failure = error
-            own = [{"failed": f"rank {rank()}: {error}", "errno": full_disk(error)}]
         entries = [entry for entries in gather_objects(own) for entry in entries]
-        if failed := [e for e in entries if "failed" in e]:
-            if failure is not None and not full_disk(failure):
-                raise failure
-            reason = f"not written, earlier ones are kept ({failed[0]['failed']})"
-            raise OSError(failed[0]["errno"] or errno.EIO, reason, str(target)) from failure
         if rank() == 0:
             manifest = {
                 "format": FORMAT,
