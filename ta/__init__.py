@@ -40,8 +40,6 @@ if TYPE_CHECKING:  # what the package gives, listed here for editors and for fac
     from ta.command_line import Range as Range, cli as cli
     from ta.data.batch import Batch as Batch, lay_out as lay_out
     from ta.data.loader import (
-        BatchConfig as BatchConfig,
-        ContextConfig as ContextConfig,
         check_margins as check_margins,
         collate_chats as collate_chats,
         collate_classes as collate_classes,
@@ -49,10 +47,14 @@ if TYPE_CHECKING:  # what the package gives, listed here for editors and for fac
         labelled_collate as labelled_collate,
         labels_of as labels_of,
         read_ahead as read_ahead,
-        row_parts as row_parts,
         source_rows as source_rows,
         train_batches as train_batches,
         val_batches as val_batches,
+    )
+    from ta.data.micro import (
+        BatchConfig as BatchConfig,
+        ContextConfig as ContextConfig,
+        row_parts as row_parts,
     )
     from ta.data.pad_token import with_own_pad_token as with_own_pad_token
     from ta.data.prepare import (

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ta.chat.tokenizer import ChatTokenizer, load_tokenizer
 from ta.command_line import Range
-from ta.data.loader import BatchConfig, micro_batches
 from ta.data.prepare import Prepared
 from ta.files import cache_folder, hash_json, writing
 from ta.folders import ModelConfig, fingerprint, read_tensors, resolve, write_tensors
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 
     from ta.data.batch import Batch
     from ta.data.loader import Collate
+    from ta.data.micro import BatchConfig
     from ta.model.language_model import LanguageModel
 
     Logps = Callable[[Batch], Tensor]  # -> (N,)
@@ -300,6 +300,7 @@ def with_cached_reference(
     import torch
 
     from ta.data.batch import to_device
+    from ta.data.loader import micro_batches
 
     n, folder = len(prepared.origin), cache_folder(cache_dir) / "references"
     about = [[*reference.key, depends], prepared.info["fingerprint"]]

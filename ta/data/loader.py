@@ -6,77 +6,33 @@ Letters: B rows, T columns, N sequences, P pairs, n records.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Any, Literal
 
-from ta.command_line import Range
-from ta.data.prepare import Prepared, lengths, sequence
+import numpy as np
+import torch
+from numpy import ndarray
+
+from ta.data.batch import (
+    Batch,
+    ClassBatch,
+    LabelledBatch,
+    PairBatch,
+    lay_out,
+    part_of,
+    with_source,
+)
+from ta.data.micro import BatchConfig, split_micro, steps_in
+from ta.data.prepare import Prepared, lengths, name_of, sequence
 from ta.parallel import rank, say, world
 
-if TYPE_CHECKING:
-    from numpy import ndarray
-
-    from ta.data.batch import Batch, ClassBatch, LabelledBatch, PairBatch
-
-    # (data, its records, packed) -> a batch
-    Collate = Callable[[Prepared, ndarray, bool], Any]
-
+# (data, its records, packed) -> a batch
+Collate = Callable[[Prepared, ndarray, bool], Any]
 # records that are tried for a mismatched answer
 TRIES = 1000
-
-
-@dataclass(frozen=True)
-class BatchConfig:
-    steps: Annotated[int | None, Range(1)] = None
-    """Optimizer steps; without it --epochs decides."""
-    epochs: Annotated[float, Range(0, above=True)] = 1.0
-    """Passes over the data, where --steps is not given."""
-    batch_size: Annotated[int | None, Range(1)] = None
-    """Records per optimizer step, over all devices together. Default: 64; 32 for grpo,
-    distill and rag, fewer where the built-in model is trained."""
-    max_tokens_per_micro: Annotated[int, Range(1)] = 8192
-    """Tokens in one forward pass on one device: the memory knob. It never changes results."""
-    seed: Annotated[int, Range(0)] = 0
-    """Seed of data order, choices among records, new weights and dropout."""
-
-
-@dataclass(frozen=True)
-class ContextConfig:
-    """For sequences that do not fit on one device."""
-
-    context_parallel: Annotated[int, Range(1)] = 1
-    """Processes that share each row: each holds its part of the columns, and in attention its part
-    of the heads (Ulysses). A micro-batch has this many times --max-tokens-per-micro."""
-
-
-def row_parts(config: ContextConfig, model) -> int:
-    """The number of processes that share each row of the model's batches.
-
-    ValueError where the processes, the heads or the layout of batches cannot be divided so.
-    """
-    n = config.context_parallel
-    if n == 1:
-        return 1
-    if world() % n:
-        raise ValueError(
-            f"--context-parallel {n} needs a multiple of {n} processes and there are {world()}: "
-            f"start it by torchrun --nproc-per-node {n}"
-        )
-    if not model.packed:
-        raise ValueError(
-            f"--context-parallel {n} divides packed rows, which this model or adapter does not "
-            "take: leave it out"
-        )
-    if model.heads % n:
-        raise ValueError(
-            f"--context-parallel {n} does not divide the model's {model.heads} attention heads: "
-            "give a number that does"
-        )
-    return n
 
 
 def collate_chats(prepared: Prepared, records: Sequence[int], packed: bool) -> Batch:
@@ -84,8 +40,6 @@ def collate_chats(prepared: Prepared, records: Sequence[int], packed: bool) -> B
 
     Where k is 2 and batches are packed, the common prefix of the two sequences is laid out once.
     """
-    from ta.data.batch import lay_out
-
     k = prepared.k
     pairs = [sequence(prepared, int(record) * k + j) for record in records for j in range(k)]
     shared = []
@@ -204,10 +158,6 @@ def val_batches(
 
     A batch holds records of one source, whose name it carries where there are several.
     """
-    import numpy as np
-
-    from ta.data.batch import with_source
-
     if prepared is None:
         return []
     limit = config.max_tokens_per_micro
@@ -222,8 +172,6 @@ def val_batches(
 
 def source_rows(prepared: Prepared) -> dict[str, ndarray]:
     """The records of each source by its name; {} where there is one source."""
-    import numpy as np
-
     origin = prepared.origin[:, 0]
     used = np.unique(origin).tolist()
     if len(used) == 1:
@@ -244,8 +192,6 @@ def micro_batches(
     Every process gets the same number of batches. With `parts`, as many processes that follow one
     another hold the parts of the same rows.
     """
-    from ta.data.batch import part_of
-
     sizes = prepared.offsets[(records + 1) * prepared.k] - prepared.offsets[records * prepared.k]
     by_rank = split_micro(sizes.tolist(), max_tokens * parts, world() // parts, packed)
     group, index = divmod(rank(), parts)
@@ -253,16 +199,9 @@ def micro_batches(
     return [part_of(batch, index, parts) for batch in made]
 
 
-def steps_in(n: int, batch_size: int, epochs: float) -> int:
-    """Optimizer steps of `epochs` passes over n records; a pass may end with a smaller batch."""
-    return max(1, round(epochs * -(-n // batch_size)))
-
-
 @lru_cache(maxsize=2)
 def _order(n: int, seed: int, epoch: int) -> ndarray:
     """(n,) the seeded order of the records in a pass."""
-    import numpy as np
-
     bits = np.random.Philox(np.random.SeedSequence([seed, epoch]))
     return np.random.Generator(bits).permutation(n)
 
@@ -275,69 +214,9 @@ def records_of_step(n: int, batch_size: int, seed: int, step: int) -> ndarray:
 
 def heaviest_step(sizes: ndarray, batch_size: int, seed: int, steps: int) -> int:
     """The step with the most tokens in the first pass, among the first `steps`; sizes (n,)."""
-    import numpy as np
-
     starts = np.arange(0, len(sizes), batch_size)
     totals = np.add.reduceat(sizes[_order(len(sizes), seed, 0)], starts)
     return int(totals[:steps].argmax())
-
-
-def split_micro(
-    lengths: Sequence[int], max_tokens: int, world: int = 1, packed: bool = True
-) -> list[list[list[int]]]:
-    """Cut one step's sequences into micro-batches of at most `max_tokens` tokens.
-
-    result[rank][micro] lists indices into `lengths`. Every rank gets the same number of
-    micro-batches (some may be empty) and about the same number of tokens; padding counts when not
-    packed. ValueError for a sequence that is longer than `max_tokens`.
-    """
-    longest = max(lengths, default=0)
-    if longest > max_tokens:
-        raise ValueError(
-            f"a sequence of {longest} tokens cannot fit into --max-tokens-per-micro {max_tokens}: "
-            "raise it or lower --max-tokens"
-        )
-    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    cut = _pack if packed else _group
-    bins = cut(lengths, longest_first, max_tokens, world)
-    return [bins[rank::world] for rank in range(world)]
-
-
-def _pack(
-    lengths: Sequence[int], longest_first: list[int], max_tokens: int, world: int
-) -> list[list[int]]:
-    """Each into the emptiest bin, with one more bin a rank until all fit.
-
-    The fullest bin comes first.
-    """
-    count = max(1, -(-sum(lengths) // (max_tokens * world))) * world
-    while True:
-        bins: list[list[int]] = [[] for _ in range(count)]
-        heap = [(0, b) for b in range(count)]
-        for i in longest_first:
-            load, b = heap[0]
-            if load + lengths[i] > max_tokens:
-                break
-            heapq.heapreplace(heap, (load + lengths[i], b))
-            bins[b].append(i)
-        else:
-            fullest_first = sorted(heap, key=lambda pair: (-pair[0], pair[1]))
-            return [sorted(bins[b]) for _, b in fullest_first]
-        count += world
-
-
-def _group(
-    lengths: Sequence[int], longest_first: list[int], max_tokens: int, world: int
-) -> list[list[int]]:
-    """Sequences of similar length share a padded micro-batch of rows x longest <= max_tokens."""
-    bins: list[list[int]] = []
-    for i in longest_first:
-        if bins and (len(bins[-1]) + 1) * lengths[bins[-1][0]] <= max_tokens:
-            bins[-1].append(i)
-        else:
-            bins.append([i])
-    empty = -len(bins) % world if bins else world
-    return bins + [[] for _ in range(empty)]
 
 
 def common_prefix(a, a_weights, b, b_weights) -> int:
@@ -351,12 +230,6 @@ def common_prefix(a, a_weights, b, b_weights) -> int:
             limit = min(limit, first_learned(weights))
     differ = a[:limit] != b[:limit]
     return int(differ.argmax()) if differ.any() else max(limit, 0)
-
-
-def name_of(prepared: Prepared, record: int) -> str:
-    """file:line of a record."""
-    source, line = prepared.origin[record]
-    return f"{prepared.info['sources'][source]['path']}:{line}"
 
 
 def check_budget(prepared: Prepared, max_tokens_per_micro: int, parts: int = 1) -> None:
@@ -376,10 +249,6 @@ def check_budget(prepared: Prepared, max_tokens_per_micro: int, parts: int = 1) 
 
 def collate_pairs(prepared: Prepared, records: ndarray, packed: bool) -> PairBatch:
     """Pairs with their margins (0 where a record gives none) and, where known, the reference."""
-    import torch
-
-    from ta.data.batch import PairBatch
-
     margin = torch.from_numpy(prepared.extras["margin"][records])
     batch = PairBatch(collate_chats(prepared, records, packed), margin.nan_to_num().float())
     return with_known_reference(batch, prepared, records)
@@ -397,8 +266,6 @@ def check_margins(prepared: Prepared | None, use: Literal["needed", "used", "unu
 
     ValueError where the loss needs a margin in each record and one has none.
     """
-    import numpy as np
-
     if prepared is None:
         return
     given = prepared.extras["margin"]
@@ -421,10 +288,6 @@ def labelled_collate(prepared: Prepared, seed: int) -> Collate:
 
     `seed` decides which answer follows which context.
     """
-    import torch
-
-    from ta.data.batch import LabelledBatch, lay_out
-
     partner, desirable = partners(prepared, seed), prepared.extras["desirable"] > 0
 
     def collate(prepared: Prepared, records: ndarray, packed: bool) -> LabelledBatch:
@@ -447,8 +310,6 @@ def partners(prepared: Prepared, seed: int) -> Callable[[int], int | None]:
     differ from i's and whose answer makes nothing longer than the longest record; None where none
     of the next TRIES records qualifies. A pure function of (data, seed, i).
     """
-    import numpy as np
-
     n, longest = len(prepared.origin), int(lengths(prepared).max())
     order = _order(n, seed, n)
     place = order.argsort()
@@ -475,8 +336,6 @@ def mismatch(prepared: Prepared, i: int, j: int | None) -> tuple[ndarray, ndarra
 
     Where j is None they are those of record i, and nothing is learned.
     """
-    import numpy as np
-
     ids, weights = sequence(prepared, i)
     if j is None:
         return ids, np.zeros_like(weights)
@@ -493,10 +352,6 @@ def first_learned(weights: ndarray) -> int:
 
 def collate_classes(prepared: Prepared, records: ndarray, packed: bool) -> ClassBatch:
     """Texts and their classes."""
-    import torch
-
-    from ta.data.batch import ClassBatch
-
     labels = torch.from_numpy(prepared.extras["label"][records]).long()
     return ClassBatch(collate_chats(prepared, records, packed), labels)
 

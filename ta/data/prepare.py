@@ -225,6 +225,12 @@ def lengths(prepared: Prepared) -> ndarray:
     return bounds[1:] - bounds[:-1]
 
 
+def name_of(prepared: Prepared, record: int) -> str:
+    """file:line of a record."""
+    source, line = prepared.origin[record]
+    return f"{prepared.info['sources'][source]['path']}:{line}"
+
+
 def prepare(
     files: Sequence[str] | Sequence[dict],
     tokenizer: ChatTokenizer,
@@ -487,11 +493,7 @@ def _build(
         for index, (source, (keep, _)) in enumerate(zip(sources, kept, strict=True)):
             for chunk in chunks(scan(index, source, keep, encoder.check, drops)):
                 jobs = [*encoder.jobs(chunk, source, drops)]
-                try:
-                    results = encode_dialogues(*encoder.inputs(jobs))
-                except ValueError:
-                    # some record is wrong: encode smaller groups to find it
-                    results = pin_errors(lambda some: encode_dialogues(*encoder.inputs(some)), jobs)
+                results = pin_errors(lambda some: encode_dialogues(*encoder.inputs(some)), jobs)
                 done = encoder.usable(jobs, results, drops)
                 if done:
                     arrays.append(done)

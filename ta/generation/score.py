@@ -12,7 +12,7 @@ from ta.chat.encode import Drop, encode_answers
 from ta.chat.messages import ANSWER, template_arguments
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
-from ta.data.loader import split_micro
+from ta.data.micro import split_micro
 from ta.folders import ModelConfig, read_folder, resolve
 from ta.generation.generate import limits_of
 from ta.generation.vllm_engine import VllmEngine, score_vllm

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from ta.chat.encode import Drop
 from ta.data.batch import Batch, lay_out, to_device
-from ta.data.loader import collate_chats, name_of
-from ta.data.prepare import Prepared
+from ta.data.loader import collate_chats
+from ta.data.prepare import Prepared, name_of
 from ta.files import cache_folder, content_hash, hash_json
 from ta.folders import write_tensors
 from ta.media.dialogue import encode_media

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ta.data.loader import name_of
+from ta.data.prepare import name_of
 from ta.folders import ModelConfig, loading, quiet, read_folder, resolve, value_of
 from ta.model.adapters import KINDS as ADAPTERS
 from ta.model.adapters import (

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +20,9 @@ from ta.chat.jinja import Arguments
 from ta.chat.messages import template_arguments, with_system
 from ta.chat.render import Tokens
 from ta.data.batch import Batch, lay_out, to_device
-from ta.data.loader import collate_chats, name_of, split_micro
-from ta.data.prepare import QUESTIONS, first_records
+from ta.data.loader import Collate, collate_chats
+from ta.data.micro import split_micro
+from ta.data.prepare import QUESTIONS, Prepared, first_records, name_of
 from ta.data.sources import parse_source
 from ta.folders import fingerprint, quiet
 from ta.generation.metrics import measure, recall_at_k
@@ -36,10 +37,6 @@ from ta.rag.embedding_settings import save_embedding_settings
 from ta.rag.index import Index, save_index
 from ta.rag.passages import Passages, join_passages, read_passages, rows_of, text_of
 from ta.rag.retrieval import Retriever, candidate_rows, find_passages, passages_of
-
-if TYPE_CHECKING:
-    from ta.data.loader import Collate
-    from ta.data.prepare import Prepared
 
 RANKED = 10  # passages that an evaluation ranks
 

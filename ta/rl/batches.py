@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ta.data.batch import Batch, lay_out
-from ta.data.loader import TrainBatches, split_micro
+from ta.data.loader import TrainBatches
+from ta.data.micro import split_micro
 from ta.data.prepare import lengths
 from ta.model.language_model import LanguageModel, base_model
 from ta.parallel import rank, say, world

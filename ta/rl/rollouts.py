@@ -25,7 +25,8 @@ from torch import Tensor
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import ChatTokenizer
 from ta.data.batch import Batch, to_device
-from ta.data.loader import BatchConfig, TrainBatches
+from ta.data.loader import TrainBatches
+from ta.data.micro import BatchConfig
 from ta.data.prepare import DataConfig, Prepared
 from ta.data.sources import Drops
 from ta.files import append_line, hash_json, read_json_lines, write_jsonl
