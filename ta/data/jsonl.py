@@ -11,6 +11,7 @@ import stat
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 # (number from 1, JSON bytes) of the records of a file
@@ -31,31 +32,29 @@ class BadRecord(ValueError):
         self.reason, self.unusable = reason, unusable
 
 
-def regular_file(path: str) -> os.stat_result:
-    """The stat of a file that can be read as data.
+def regular_file(path: str | Path, give: str = "give a .jsonl or .jsonl.gz file") -> os.stat_result:
+    """The stat of a file that can be read as data. It is not opened: a pipe would block.
 
-    ValueError for a missing file, a directory, a pipe or device, and text that is no path.
+    ValueError for a missing file, a directory, a pipe or device, and text that is no path; it ends
+    in `give`, what the user should do.
     """
+    name = str(path)
     try:
         status = os.stat(path)
+        if stat.S_ISREG(status.st_mode):
+            return status
+        why = "is not a regular file (a pipe, socket or device), which cannot be read twice"
+        if stat.S_ISDIR(status.st_mode):
+            why = "is a directory"
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(
-            f"{path}: no such file (seen from {os.getcwd()}); give a .jsonl or .jsonl.gz file"
-        ) from None
+        why = f"no such file (seen from {os.getcwd()})"
     except ValueError:
-        raise ValueError(f"{path[:200]!r}: not a path; give a .jsonl or .jsonl.gz file") from None
+        name, why = repr(name[:200]), "not a path"
     except OSError as error:
         if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
             raise
-        raise ValueError(
-            f"{path[:200]}: cannot be opened ({error.strerror}); give a .jsonl or .jsonl.gz file"
-        ) from None
-    if not stat.S_ISREG(status.st_mode):
-        kind = "not a regular file (a pipe, socket or device), which cannot be read twice"
-        if stat.S_ISDIR(status.st_mode):
-            kind = "a directory"
-        raise ValueError(f"{path}: is {kind}; give a .jsonl or .jsonl.gz file")
-    return status
+        name, why = name[:200], f"cannot be opened ({error.strerror})"
+    raise ValueError(f"{name}: {why}; {give}")
 
 
 def read_lines(path: str) -> Rows:

@@ -8,12 +8,9 @@ key. Until the file is finished its batches lie as parts beside it.
 from __future__ import annotations
 
 import json
-import os
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from multiprocessing import parent_process
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -219,19 +216,19 @@ def extract(
     skipped: list[tuple[str, str]] = []
     with locked(out):
         _check_absent(Path(out), overwrite)
-        partial = FeatureFile(Path(out), layout, paths, overwrite)
-        before = len(partial.hashes)
+        cache = FeatureFile(Path(out), layout, paths, overwrite)
+        before = len(cache.hashes)
         batch: list[tuple[str, str, np.ndarray]] = []
-        left = [(key, path) for key, path in paths.items() if key not in partial.hashes]
+        left = [(key, path) for key, path in paths.items() if key not in cache.hashes]
 
         def flush() -> None:
             """Encode and write what has been read."""
             if batch:
                 keys, hashes, inputs = zip(*batch, strict=True)
                 stacked = torch.stack([torch.from_numpy(x) for x in inputs])
-                partial.append(keys, hashes, encode(stacked))
+                cache.append(keys, hashes, encode(stacked))
                 batch.clear()
-            progress(len(partial.hashes) + len(skipped), len(paths))
+            progress(len(cache.hashes) + len(skipped), len(paths))
 
         for key, content, value, reason in _read_all(left, read, workers):
             if reason is None:
@@ -243,11 +240,11 @@ def extract(
             if len(batch) == batch_size:
                 flush()
         flush()
-        if not partial.hashes:
+        if not cache.hashes:
             why = f"; the first: {skipped[0][1]}" if skipped else ""
             raise ValueError(f"{out}: none of the {len(paths)} files could be encoded{why}")
-        partial.publish()
-        return len(partial.hashes), before, skipped
+        cache.publish()
+        return len(cache.hashes), before, skipped
 
 
 def check_absent(out: Path, overwrite: bool = False) -> None:
@@ -287,40 +284,22 @@ def _held(parts: Parts) -> dict[str, str]:
 Read = tuple[str, str, Any, str | None]  # key, content hash, input, why it could not be read
 
 
-def _read_one(read: Callable[[Path], np.ndarray], key: str, path: Path) -> Read:
+def _read_one(read: Callable[[Path], np.ndarray], file: tuple[str, Path]) -> Read:
+    key, path = file
     try:
         return key, content_hash(path), read(path), None
     except ValueError as error:
         return key, "", None, str(error)
 
 
-def _end_with_parent() -> None:
-    """Have this process end when the one that started it is gone, also by a kill."""
-
-    def wait() -> None:
-        parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def _read_all(
-    left: Iterable[tuple[str, Path]], read: Callable[[Path], np.ndarray], workers: int
-) -> Iterator[Read]:
+    left: Sequence[tuple[str, Path]], read: Callable[[Path], np.ndarray], workers: int
+) -> Iterable[Read]:
     """Read in order, a few ahead in each of `workers` fresh processes; a forked one would inherit
     torch's threads.
     """
-    if workers == 0:
-        yield from (_read_one(read, key, path) for key, path in left)
-        return
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
+    from torch.utils.data import DataLoader
 
-    with ProcessPoolExecutor(workers, get_context("spawn"), _end_with_parent) as pool:
-        ahead: deque = deque()
-        for key, path in left:
-            ahead.append(pool.submit(_read_one, read, key, path))
-            if len(ahead) > 8 * workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+    ahead = {"multiprocessing_context": "spawn", "prefetch_factor": 8} if workers else {}
+    one = partial(_read_one, read)
+    return DataLoader(left, batch_size=None, collate_fn=one, num_workers=workers, **ahead)

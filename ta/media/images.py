@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import stat
 import warnings
 from collections.abc import Sequence
 from functools import cache
@@ -14,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from ta.data.jsonl import regular_file
 from ta.folders import loading, read_json
 
 if TYPE_CHECKING:
@@ -110,28 +108,8 @@ def find_media(
 
 
 def check_file(path: str | Path) -> None:
-    """ValueError unless `path` is a regular file with something in it.
-
-    It is not opened: a FIFO would block.
-    """
-    try:
-        info = os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(
-            f"{path}: no such file; check the media root and the path in the record"
-        ) from None
-    except OSError as error:
-        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
-            raise
-        raise ValueError(
-            f"media path {str(path)[:80]!r} cannot be opened ({error.strerror}); give the path of "
-            "a file"
-        ) from None
-    if stat.S_ISDIR(info.st_mode):
-        raise ValueError(f"{path} is a folder; give a file")
-    if not stat.S_ISREG(info.st_mode):
-        raise ValueError(f"{path} is not a regular file (a FIFO, socket or device); give a file")
-    if info.st_size == 0:
+    """ValueError unless `path` is a regular file with something in it."""
+    if not regular_file(path, "check the media root and the path in the record").st_size:
         raise ValueError(f"{path} is empty (0 bytes); remove it or write it again")
 
 

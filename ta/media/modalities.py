@@ -196,58 +196,83 @@ def open_media(
 
     `folder` is that of a model which sees or hears already: its encoders and projectors go on, and
     `config` may add a modality. With `hub` an encoder may be a name on the hub. ValueError where no
-    encoder is named, where a flag contradicts `folder`, where a cache is another encoder's, and
-    where there is no folder of media.
+    encoder is named, where a flag contradicts `folder`, where an encoder is not the one that the
+    model was trained with, where a cache is another encoder's, and where there is no folder of
+    media.
     """
     from ta.media.encoders import load_with_fingerprint
 
-    media = Modalities()
-    if folder is not None:
-        _check_kept(config, folder)
-        media = reopen_media(folder, config.files, sources, device, hub)
-    root = media_root(config.files.image_root, sources)
+    kept = media_settings(folder) if folder else {}
+    _check_kept(config, folder, kept)
+    root, media = media_root(config.files.image_root, sources), Modalities()
     builtin = None if sources or config.audio_encoder or folder else "builtin"
     encoders = {"image": config.image_encoder or builtin, "audio": config.audio_encoder}
-    for name, kind in encoders.items():
-        if kind in (None, "none") or name in media:
+    for name in dict.fromkeys((*kept, *encoders)):
+        settings = kept.get(name)
+        kind = settings["encoder"] if settings else encoders[name]
+        if kind in (None, "none"):
             continue
-        path = getattr(config.files, f"{name}_encoder_path")
-        path = path and str(Path(local_folder(path, hub)).resolve())
+        given = getattr(config.files, f"{name}_encoder_path")
+        path = local_folder(given, hub) if given else settings and settings["path"]
+        if settings and path and not Path(path).is_dir():
+            raise ValueError(
+                f"the {kind} encoder of {folder} is not at {path}: give its folder in "
+                f"--{name}-encoder-path"
+            )
+        # an export of this run says where the encoder is now
+        path = path and str(Path(path).resolve())
         encoder, fingerprint = load_with_fingerprint(kind, path, device)
         if encoder.modality != name:
             raise ValueError(
                 f"--{name}-encoder {kind} reads {encoder.modality}: give an encoder of {name}"
             )
-        borders = [(known.settings["start"], known.settings["end"]) for known in media.values()]
-        start, end = config.media_tokens or (borders or [("<MS>", "</MS>")])[0]
-        token = {"image": "<img>", "audio": "<audio>"}[name]
-        settings = {
-            "encoder": kind,
-            "path": path,
-            "fingerprint": fingerprint,
-            "emb_dim": encoder.emb_dim,
-            "features": encoder.n_modality_embs,
-            "grid": list(encoder.grid) if encoder.grid else None,
-            "projector": getattr(config, f"{name}_projector") or "mlp",
-            "projector_width": config.projector_width or 1024,
-            "projector_depth": config.projector_depth or 3,
-            "embeddings": getattr(config, f"{name}_embeddings") or encoder.n_modality_embs,
-            "start": start,
-            "token": getattr(config, f"{name}_token") or token,
-            "end": end,
-        }
-        weights = getattr(config, f"{name}_projector_path")
-        if weights:
+        if settings:
+            weights = str(Path(folder, PROJECTORS, f"{name}.safetensors"))
+        else:
+            settings = {"encoder": kind, "path": path, "fingerprint": fingerprint}
+            settings |= _new_settings(config, name, encoder, media)
+            weights = getattr(config, f"{name}_projector_path")
             # that of a run folder or its export
-            inside = Path(local_folder(weights), PROJECTORS, f"{name}.safetensors")
-            weights = str(inside) if inside.is_file() else weights
-        media[name] = _modality(name, config.files, root, settings, encoder, weights)
+            inside = Path(local_folder(weights or ""), PROJECTORS, f"{name}.safetensors")
+            weights = str(inside) if weights and inside.is_file() else weights
+        if fingerprint != settings["fingerprint"]:
+            raise ValueError(
+                f"{folder} was trained with another {kind} encoder than {path} "
+                f"holds ({settings['fingerprint'][:12]}, this one is {fingerprint[:12]}); "
+                f"give its folder in --{name}-encoder-path"
+            )
+        cached = getattr(config.files, f"{name}_features")
+        features = read_features(cached, fingerprint) if cached else None
+        encode = None if features else encoder.encode
+        settings = settings | {"path": path}
+        media[name] = Modality(settings, root, encoder.read, encode, features, weights)
     if not media:
         raise ValueError(
             "no encoder: give --image-encoder clip --image-encoder-path FOLDER (or siglip, "
             "imagebind), or --audio-encoder"
         )
     return media
+
+
+def _new_settings(
+    config: MediaConfig, name: str, encoder: Encoder, others: Modalities
+) -> dict[str, Any]:
+    """What the settings of a modality that the model learns to read say besides its encoder."""
+    borders = [(known.settings["start"], known.settings["end"]) for known in others.values()]
+    start, end = config.media_tokens or (borders or [("<MS>", "</MS>")])[0]
+    token = {"image": "<img>", "audio": "<audio>"}[name]
+    return {
+        "emb_dim": encoder.emb_dim,
+        "features": encoder.n_modality_embs,
+        "grid": list(encoder.grid) if encoder.grid else None,
+        "projector": getattr(config, f"{name}_projector") or "mlp",
+        "projector_width": config.projector_width or 1024,
+        "projector_depth": config.projector_depth or 3,
+        "embeddings": getattr(config, f"{name}_embeddings") or encoder.n_modality_embs,
+        "start": start,
+        "token": getattr(config, f"{name}_token") or token,
+        "end": end,
+    }
 
 
 def media_settings(folder: str | Path) -> dict[str, dict[str, Any]]:
@@ -260,9 +285,9 @@ def media_settings(folder: str | Path) -> dict[str, dict[str, Any]]:
     return modalities
 
 
-def _check_kept(config: MediaConfig, folder: str) -> None:
+def _check_kept(config: MediaConfig, folder: str | None, modalities: dict[str, dict]) -> None:
     """ValueError for a flag that contradicts what `folder` says of a modality that goes on."""
-    for name, kept in media_settings(folder).items():
+    for name, kept in modalities.items():
         flags = {
             f"{name}_encoder": kept["encoder"],
             f"{name}_projector": kept["projector"],
@@ -295,45 +320,9 @@ def reopen_media(
 
     ValueError where an encoder is not the one that the model was trained with.
     """
-    from ta.media.encoders import load_with_fingerprint
-
     if not (Path(folder) / MANIFEST).exists():
         return None
-    root, media = media_root(files.image_root, sources), Modalities()
-    for name, settings in media_settings(folder).items():
-        given = getattr(files, f"{name}_encoder_path")
-        path = local_folder(given, hub) if given else settings["path"]
-        if path and not Path(path).is_dir():
-            raise ValueError(
-                f"the {settings['encoder']} encoder of {folder} is not at {path}: give its folder "
-                f"in --{name}-encoder-path"
-            )
-        encoder, fingerprint = load_with_fingerprint(settings["encoder"], path, device)
-        if fingerprint != settings["fingerprint"]:
-            raise ValueError(
-                f"{folder} was trained with another {settings['encoder']} encoder than {path} "
-                f"holds ({settings['fingerprint'][:12]}, this one is {fingerprint[:12]}); "
-                f"give its folder in --{name}-encoder-path"
-            )
-        weights = str(Path(folder) / PROJECTORS / f"{name}.safetensors")
-        # an export of this run says where the encoder is now
-        settings = settings | {"path": path and str(Path(path).resolve())}
-        media[name] = _modality(name, files, root, settings, encoder, weights)
-    return media
-
-
-def _modality(
-    name: str,
-    files: MediaFiles,
-    root: str,
-    settings: dict[str, Any],
-    encoder: Encoder,
-    weights: str | None,
-) -> Modality:
-    path = getattr(files, f"{name}_features")
-    features = read_features(path, settings["fingerprint"]) if path else None
-    encode = None if features else encoder.encode
-    return Modality(settings, root, encoder.read, encode, features, weights)
+    return open_media(MediaConfig(files), sources, device, str(folder), hub)
 
 
 def _file_check(modality: Modality) -> Callable[[str], None]:

@@ -121,7 +121,7 @@ def test_bad_sounds_are_named(tmp_path, monkeypatch):
         read_audio(path)
     with pytest.raises(ValueError, match="no such file"):
         read_audio(tmp_path / "none.wav")
-    with pytest.raises(ValueError, match="is a folder"):
+    with pytest.raises(ValueError, match="is a directory"):
         read_audio(tmp_path)
 
 

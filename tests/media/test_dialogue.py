@@ -208,7 +208,7 @@ def spoiled(folder):
         "empty.png": "0 bytes",
         "text.png": "does not load as a picture",
         "bomb.png": "169000000 pixels",
-        "folder.png": "is a folder",
+        "folder.png": "is a directory",
         "fifo.png": "not a regular file",
         "../outside.png": r"has '\.\.' in it",
         str(folder / "outside.png"): "is absolute",
