@@ -137,7 +137,7 @@ def keys_of(config: Config, settings: ta.GenerateConfig, prompts, tokenizer, med
     if media:
         made_by.append(ta.media.media_content(media))
         chats = [record["messages"] for record, _ in prompts]
-        files = ta.media.prompts_media(media, tokenizer, config.chat, chats)
+        files = ta.media.prompts_media(media, tokenizer, chats, [ids for _, ids in prompts])
     return [
         hash_json([made_by, i, *prompt, content])[:16]
         for i, (prompt, content) in enumerate(zip(prompts, files, strict=True))
@@ -203,7 +203,7 @@ def main(config: Config) -> None:
                 if media:
                     chats = [prompts[i][0]["messages"] for i in places]
                     ids = [prompts[i][1] for i in places]
-                    known = media, tokenizer, config.chat, projectors
+                    known = media, tokenizer, projectors
                     embeds = list(ta.media.embed_media_prompts(*known, chats, ids))
                 answer(config, model, tokenizer, prompts, settings, places, keys, out, embeds)
         out.publish(keys, done)

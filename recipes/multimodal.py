@@ -124,7 +124,7 @@ def main(config: Config):
             done,
             seed=run.seed,
             encode=ta.media.encode_media_prompts,
-            embed=partial(ta.media.embed_media_prompts, media, tokenizer, config.chat),
+            embed=partial(ta.media.embed_media_prompts, media, tokenizer),
         )
         return ta.join_figures(figures, samples)
 

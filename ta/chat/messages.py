@@ -39,6 +39,13 @@ def message_weight(message: Message, place: int, default: bool) -> float:
     return float(loss)
 
 
+def parts_of(message: Message) -> Sequence[dict[str, Any]]:
+    """The texts, pictures and sounds of a message in order, each {type, content}."""
+    content = message["content"]
+    whole = [{"type": message.get("type", "text"), "content": content}]
+    return content if isinstance(content, list) else whole
+
+
 def last_question(messages: Chat) -> int | None:
     """The place of the last message that asks, or None.
 

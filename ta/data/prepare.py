@@ -27,7 +27,7 @@ from ta.chat.encode import (
     with_answers,
 )
 from ta.chat.jinja import Arguments
-from ta.chat.messages import Chat, template_arguments, with_system
+from ta.chat.messages import Chat, parts_of, template_arguments, with_system
 from ta.chat.render import Tokens, show, spans
 from ta.chat.tokenizer import tokenizer_settings
 from ta.data.dependencies import dependencies
@@ -129,9 +129,9 @@ class RecordKind(NamedTuple):
     labels: tuple[str, ...] = ()
     # whether a record whose two dialogues have the same tokens is dropped
     distinct: bool = False
-    # (record, ids, tokenizer, whether the latest messages were kept) -> (modality, path) of the
-    # pictures and sounds of the record that stand in the token ids
-    media: Callable[[dict, list[int], ChatTokenizer, bool], Sequence[tuple[str, str]]] | None = None
+    # (dialogue, ids, tokenizer, whether the latest messages were kept) -> (modality, path) of the
+    # pictures and sounds of the dialogue that stand in the token ids
+    media: Callable[[Chat, list[int], ChatTokenizer, bool], Sequence[tuple[str, str]]] | None = None
 
 
 def chat_of(record: dict, tokenizer: ChatTokenizer) -> list[Chat]:
@@ -364,8 +364,9 @@ def preview(data: Prepared | Tokens | None, tokenizer: ChatTokenizer) -> Preview
         return Preview([], [spans(Tokens(*data), decode)])
     records = first_records(data, 1) if tokenizer.placeholders else []
     messages = [m for record in records for m in record.get("messages", ())]
+    parts = [part for message in messages for part in parts_of(message)]
     names = {
-        placeholder.id: iter([f"{kind} {m['content']}" for m in messages if m.get("type") == kind])
+        placeholder.id: iter([f"{kind} {x['content']}" for x in parts if x["type"] == kind])
         for kind, placeholder in tokenizer.placeholders.items()
     }
     rows = (sequence(data, i) for i in range(data.k))
@@ -594,18 +595,18 @@ class RecordEncoder(NamedTuple):
             else:
                 for note in job.notes:
                     drops.note(record, note)
-                done.append((record, self.encoded(result, record.data)))
+                done.append((record, self.encoded(result, job)))
         return done
 
-    def encoded(self, seqs: list[Tokens], record: dict) -> Encoded:
+    def encoded(self, seqs: list[Tokens], job: ToEncode) -> Encoded:
         """The sequences with what else the method needs of the record."""
         kind, media = self.kind, None
         if not kind.learned:
             seqs = [Tokens(ids, [0.0] * len(ids)) for ids, _ in seqs]
         if kind.media:
             keep_end = kind.rule.within(self.chat).keep_end
-            media = kind.media(record, seqs[0].ids, self.tokenizer, keep_end)
-        return Encoded(seqs, kind.extras(record) if kind.extras else {}, media)
+            media = kind.media(job.group[0], seqs[0].ids, self.tokenizer, keep_end)
+        return Encoded(seqs, kind.extras(job.record.data) if kind.extras else {}, media)
 
 
 class Arrays:

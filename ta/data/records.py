@@ -15,6 +15,7 @@ from ta.chat.messages import (
     REASONING,
     last_question,
     message_weight,
+    parts_of,
 )
 from ta.data.jsonl import BadRecord, named
 
@@ -78,8 +79,8 @@ def check_media(data: dict, need_answer: bool = True) -> dict:
     messages = [*enumerate(data["messages"])]
     last = max((i for i, message in messages if message["role"] == "assistant"), default=-1)
     for place, message in messages:
-        parts = message["content"] if isinstance(message["content"], list) else [message]
-        media = next((part["type"] for part in parts if part.get("type", "text") != "text"), None)
+        kinds = (part["type"] for part in parts_of(message))
+        media = next((kind for kind in kinds if kind != "text"), None)
         if media and message["role"] in ("assistant", "system"):
             raise BadRecord(
                 f"{media} in a message of role {message['role']}",

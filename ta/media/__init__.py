@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING
 from ta.faces import face
 
 if TYPE_CHECKING:  # what the package gives, listed here for editors and for face()
-    from ta.media.dialogue import prepare_media_chats as prepare_media_chats
+    from ta.media.dialogue import (
+        encode_media_prompts as encode_media_prompts,
+        prepare_media_chats as prepare_media_chats,
+    )
     from ta.media.encoders import load_with_fingerprint as load_with_fingerprint
     from ta.media.features import Layout as Layout, check_absent as check_absent, extract as extract
     from ta.media.images import find_media as find_media
@@ -26,7 +29,6 @@ if TYPE_CHECKING:  # what the package gives, listed here for editors and for fac
         collate_media as collate_media,
         embed_media_prompts as embed_media_prompts,
         embed_modalities as embed_modalities,
-        encode_media_prompts as encode_media_prompts,
         media_content as media_content,
         media_model_for_inference as media_model_for_inference,
         media_resume_key as media_resume_key,

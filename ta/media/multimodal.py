@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from itertools import accumulate, chain, groupby
+from itertools import accumulate, groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,13 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ta.chat.encode import Drop
 from ta.data.batch import Batch, lay_out, to_device
 from ta.data.loader import collate_chats
 from ta.data.prepare import Prepared, name_of
 from ta.files import cache_folder, content_hash, hash_json
 from ta.folders import write_tensors
-from ta.media.dialogue import encode_media
+from ta.media.dialogue import media_of_prompt
 from ta.media.features import check_features, content_hashes
 from ta.media.images import media_key, media_path
 from ta.media.modalities import PROJECTORS, MediaConfig, Modalities
@@ -36,7 +35,6 @@ from ta.model.new_rows import token_table
 from ta.parallel import rank
 
 if TYPE_CHECKING:
-    from ta.chat.template import ChatConfig
     from ta.chat.tokenizer import ChatTokenizer
 
 TOKENS_AT_ONCE = 8192  # of prompts that are embedded together, and the rest of the last one
@@ -230,17 +228,20 @@ def media_hash(media: Modalities, prepared: Prepared) -> str:
 
 
 def prompts_media(
-    media: Modalities, tokenizer: ChatTokenizer, chat: ChatConfig, chats: Sequence[list[dict]]
+    media: Modalities,
+    tokenizer: ChatTokenizer,
+    chats: Sequence[list[dict]],
+    prompts: Sequence[list[int]],
 ) -> list[list[str]]:
-    """For each chat's prompt the hashes of the content of its pictures and sounds, in order."""
+    """For each prompt of a chat the hashes of the content of its pictures and sounds, in order."""
     notes = cache_folder("") / "hashes"
 
     @cache
     def hash_of(name: str, path: str) -> str:
         return content_hash(media_path(media[name].root, path), notes)
 
-    encoded = encode_media(chats, tokenizer, chat)
-    return [[hash_of(*item) for item in items] for _, items in encoded]
+    pairs = zip(chats, prompts, strict=True)
+    return [[hash_of(*x) for x in media_of_prompt(chat, ids, tokenizer)] for chat, ids in pairs]
 
 
 def media_content(media: Modalities) -> list:
@@ -299,38 +300,26 @@ def media_of(prepared: Prepared, record: int) -> list[tuple[str, str]]:
     return [tuple(pair) for pair in json.loads(text[start : ends[record]].tobytes())]
 
 
-def encode_media_prompts(
-    chats: Sequence[list[dict]],
-    tokenizer: ChatTokenizer,
-    chat: ChatConfig,
-    arguments: Sequence[dict] | None = None,
-) -> list:
-    """Token ids of each chat's prompt, pictures and sounds as placeholders, or a Drop."""
-    results = encode_media(chats, tokenizer, chat, arguments)
-    return [result if isinstance(result, Drop) else result[0] for result in results]
-
-
 def embed_media_prompts(
     media: Modalities,
     tokenizer: ChatTokenizer,
-    chat: ChatConfig,
     model: MediaModel,
     chats: Sequence[list[dict]],
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[list[int]],
 ) -> Iterator[Tensor]:
     """(L, D) of each prompt that `encode_media_prompts` gave: its tokens' embeddings with its
     pictures and sounds in place. All processes must call this with equal prompts.
     """
-    encoded = encode_media(chats, tokenizer, chat)
     device = next(model.parameters()).device
     numbers = [end // TOKENS_AT_ONCE for end in accumulate(map(len, prompts))]
-    for _, group in groupby(zip(numbers, prompts, encoded, strict=True), itemgetter(0)):
-        _, ids, results = zip(*group, strict=True)
-        ids = [np.array(x) for x in ids]
+    for _, group in groupby(zip(numbers, chats, prompts, strict=True), itemgetter(0)):
+        _, chats_now, ids_now = zip(*group, strict=True)
+        ids = [np.array(x) for x in ids_now]
         batch = lay_out(ids, [np.zeros(len(x)) for x in ids])
         paths: dict[str, tuple[str, ...]] = dict.fromkeys(media, ())
-        for name, path in chain(*(items for _, items in results)):
-            paths[name] += (path,)
+        for chat, prompt in zip(chats_now, ids_now, strict=True):
+            for name, path in media_of_prompt(chat, prompt, tokenizer):
+                paths[name] += (path,)
         with torch.no_grad():
             on_device = to_device(MediaBatch(batch, **paths), device)
             embeds = model.embed(with_features(media, on_device))  # (1, T, D)

@@ -461,11 +461,11 @@ def test_pictures_equal_the_hf_engine(tmp_path):
     from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
     from ta.data.sources import Drops
     from ta.generation.prompts import read_prompts
+    from ta.media.dialogue import encode_media_prompts
     from ta.media.modalities import MediaConfig, MediaFiles, open_media, reopen_media
     from ta.media.multimodal import (
         EmbeddingTable,
         embed_media_prompts,
-        encode_media_prompts,
         media_model_for_inference,
         with_projectors,
     )
@@ -501,9 +501,7 @@ def test_pictures_equal_the_hf_engine(tmp_path):
     settings, answers = GenerateConfig(max_new_tokens=12), []
     for answering, language in ((model, model), (engine, EmbeddingTable(model))):
         projectors = media_model_for_inference(media, tokenizer, language)
-        embeds = list(
-            embed_media_prompts(media, tokenizer, ChatConfig(), projectors, chats, prompts)
-        )
+        embeds = list(embed_media_prompts(media, tokenizer, projectors, chats, prompts))
         answers.append(
             generate(
                 answering, tokenizer.fast, prompts, settings, tokenizer.stop_ids, embeds=embeds

@@ -14,7 +14,13 @@ from ta.data import records
 from ta.data.jsonl import BadRecord
 from ta.data.prepare import DataConfig
 from ta.folders import ModelConfig
-from ta.media.dialogue import encode_media, kept_media, place_media, prepare_media_chats
+from ta.media.dialogue import (
+    encode_media_prompts,
+    kept_media,
+    media_of_prompt,
+    place_media,
+    prepare_media_chats,
+)
 from ta.media.modalities import MediaConfig, MediaFiles, open_media
 from ta.media.multimodal import media_of
 
@@ -46,19 +52,23 @@ def encode(tokenizer, chats, prompts=False, **chat):
         for chat in chats
     ]
     config = ChatConfig(**chat)
-    return encode_media(chats, tokenizer, config) if prompts else learned(chats, tokenizer, config)
+    if not prompts:
+        return learned(chats, tokenizer, config)
+    ids = encode_media_prompts(chats, tokenizer, config)
+    pairs = zip(chats, ids, strict=True)
+    return [x if isinstance(x, Drop) else (x, media_of_prompt(c, x, tokenizer)) for c, x in pairs]
 
 
 def learned(chats, tokenizer, config):
     """Each chat as it is learned, with those of its pictures that were not cut away, or a Drop."""
     known = tokenizer.placeholders
     placed = [place_media(chat, known) for chat in chats]
-    results = encode_chats([messages for messages, _ in placed], tokenizer, config)
+    results = encode_chats(placed, tokenizer, config)
     return [
         result
         if isinstance(result, Drop)
-        else (result, kept_media(media, result.ids, known, config.keep_end))
-        for result, (_, media) in zip(results, placed, strict=True)
+        else (result, kept_media(messages, result.ids, tokenizer, config.keep_end))
+        for result, messages in zip(results, placed, strict=True)
     ]
 
 

@@ -233,7 +233,7 @@ def test_prompts_are_embedded_as_batches_are(place):
     ids = [prepared.ids[prepared.offsets[i] : prepared.offsets[i + 1]].tolist() for i in (0, 1)]
     with open(place / "train.jsonl") as file:
         chats = [json.loads(next(file))["messages"] for _ in ids]
-    found = list(embed_media_prompts(media, tokenizer, ChatConfig(), model, chats, ids))
+    found = list(embed_media_prompts(media, tokenizer, model, chats, ids))
     assert torch.equal(torch.cat(found), whole)
 
 

@@ -347,7 +347,7 @@ def test_llava_layout_gives_equal_logits(forked, door, flags, place, tmp_path):
             == row["answers"][0]["content"]
         )
         chats = [row["messages"]]
-        (embeds,) = embed_media_prompts(media, known, chat, ours, chats, ids.tolist())
+        (embeds,) = embed_media_prompts(media, known, ours, chats, ids.tolist())
         with torch.no_grad():
             gap = (
                 ours.inner(inputs_embeds=embeds[None]).logits
