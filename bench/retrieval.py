@@ -110,9 +110,9 @@ def encoder(flags) -> Figures:
     batches, group = [], []
     for row in ids:
         if group and (len(group) + 1) * len(row) > 8192:
-            batches, group = [*batches, pad(group, tokenizer.pad_token_id)], []
+            batches, group = [*batches, pad(group)], []
         group.append(row)
-    batches.append(pad(group, tokenizer.pad_token_id))
+    batches.append(pad(group))
     with torch.no_grad():
         model(batches[0])
         cpu = time.process_time()

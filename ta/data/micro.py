@@ -81,19 +81,20 @@ def split_micro(
             f"a sequence of {longest} tokens cannot fit into --max-tokens-per-micro {max_tokens}: "
             "raise it or lower --max-tokens"
         )
-    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    cut = _pack if packed else _group
-    bins = cut(lengths, longest_first, max_tokens, world)
+    bins = (_pack if packed else group_padded)(lengths, max_tokens, world)
     return [bins[rank::world] for rank in range(world)]
 
 
-def _pack(
-    lengths: Sequence[int], longest_first: list[int], max_tokens: int, world: int
-) -> list[list[int]]:
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda i: -lengths[i])
+
+
+def _pack(lengths: Sequence[int], max_tokens: int, world: int) -> list[list[int]]:
     """Each into the emptiest bin, with one more bin a rank until all fit.
 
     The fullest bin comes first.
     """
+    longest_first = _longest_first(lengths)
     count = max(1, -(-sum(lengths) // (max_tokens * world))) * world
     while True:
         bins: list[list[int]] = [[] for _ in range(count)]
@@ -110,12 +111,13 @@ def _pack(
         count += world
 
 
-def _group(
-    lengths: Sequence[int], longest_first: list[int], max_tokens: int, world: int
-) -> list[list[int]]:
-    """Sequences of similar length share a padded micro-batch of rows x longest <= max_tokens."""
+def group_padded(lengths: Sequence[int], max_tokens: int, world: int = 1) -> list[list[int]]:
+    """Sequences of similar length share a padded micro-batch of rows x longest <= max_tokens.
+
+    Empty ones make their number a multiple of `world`, and one at least.
+    """
     bins: list[list[int]] = []
-    for i in longest_first:
+    for i in _longest_first(lengths):
         if bins and (len(bins[-1]) + 1) * lengths[bins[-1][0]] <= max_tokens:
             bins[-1].append(i)
         else:

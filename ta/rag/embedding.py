@@ -6,12 +6,14 @@ Letters: N texts, L tokens, D width of hidden states, E width of a vector (here 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from ta.data.micro import group_padded
 from ta.folders import ModelConfig, loading
 from ta.model.load import load_base
 from ta.rag.embedding_settings import LOCAL, EmbeddingSettings
@@ -79,7 +81,7 @@ def open_encoder(
         ids = tokenize(["a"], tokenizer, settings, "query")
         if not next(model.parameters()).is_meta:
             # a model of pictures or sounds, or of two texts, loads too, and then refuses a text
-            embed(encoder, ids, 0, next(model.parameters()).device)
+            embed(encoder, ids, next(model.parameters()).device)
         rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ValueError(
@@ -108,13 +110,14 @@ def tokenize(
     return tokenizer(prefixed, truncation=True, max_length=settings.max_tokens).input_ids
 
 
-def pad(ids: Sequence[Sequence[int]], pad_id: int) -> Texts:
-    """Texts of token ids; for no text at all one text of one padding token.
+def pad(ids: Sequence[Sequence[int]]) -> Texts:
+    """Texts of token ids; for no text at all one text of one token, which nothing reads.
 
-    Every process then runs the same number of passes.
+    Every process then runs the same number of passes. The mask says what is padding, so that it may
+    be any token.
     """
-    rows = [torch.tensor(row or [pad_id]) for row in ids or [[]]]
-    padded = pad_sequence(rows, batch_first=True, padding_value=pad_id)  # (N, L)
+    rows = [torch.tensor(row or [0]) for row in ids or [[]]]
+    padded = pad_sequence(rows, batch_first=True)  # (N, L)
     lengths = torch.tensor([[len(row)] for row in rows])  # (N, 1)
     return Texts(padded, (torch.arange(padded.shape[1]) < lengths).long())
 
@@ -122,7 +125,6 @@ def pad(ids: Sequence[Sequence[int]], pad_id: int) -> Texts:
 def embed(
     forward: Callable[[Texts], Tensor],
     ids: Sequence[Sequence[int]],
-    pad_id: int,
     device: Any,
     max_tokens: int = 8192,
     agree: Callable[[int], int] = int,
@@ -135,20 +137,15 @@ def embed(
     as many as every other process. ValueError for a vector that is not finite, which no search
     would find; `first` is the number of the first text in the message.
     """
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    groups: list[list[int]] = []
-    for i in order:
-        if groups and (len(groups[-1]) + 1) * len(ids[i]) <= max_tokens:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    missing = max(agree(len(groups)), 1) - len(groups)
+    groups = group_padded([*map(len, ids)], max_tokens)
+    missing = agree(len(groups)) - len(groups)
     parts = []
     with torch.no_grad():
         for group in groups + [[]] * missing:
-            texts = pad([ids[i] for i in group], pad_id)
+            texts = pad([ids[i] for i in group])
             vectors = forward(Texts(*(x.to(device) for x in texts)))
             parts.append(vectors[: len(group)])
+    order = [*chain.from_iterable(groups)]
     place = torch.tensor(order, dtype=torch.int64, device=device).argsort()
     out = torch.cat(parts)[place]  # (N, E)
     broken = (~out.isfinite().all(1)).nonzero()[:, 0]

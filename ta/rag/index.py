@@ -258,8 +258,7 @@ def build_index(
         for block in left:
             texts = [text_of(passage) for passage in read_passages(passages, blocks[block])]
             ids = tokenize(texts, tokenizer, settings, "passage")
-            pad_id, first = tokenizer.pad_token_id, block * BLOCK
-            vectors = embed(encoder, ids, pad_id, device, max_tokens, first=first)
+            vectors = embed(encoder, ids, device, max_tokens, first=block * BLOCK)
             parts.save(f"{block:08}", {"vectors": vectors.float().cpu().contiguous()})
             advance(len(blocks[block]))
     return _publish(out, parts, total, approximate)

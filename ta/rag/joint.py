@@ -165,7 +165,7 @@ def with_passages(
             cells += range(i * width, i * width + len(candidates[q]))
         batch = RagBatch(
             _laid_out([tokens for q in questions for tokens in joined[q]], packed),
-            pad([ids[q] for q in questions], retriever.encoder_tokenizer.pad_token_id),
+            pad([ids[q] for q in questions]),
             vectors,
             torch.tensor(cells, dtype=torch.int64),
             [found[q] for q in questions],
@@ -266,8 +266,7 @@ def reembedded(retriever: Retriever, model: RagModel) -> Tensor:
     ids = tokenize(texts, retriever.encoder_tokenizer, retriever.embedding_settings, "passage")
     was_training = model.training
     model.eval()
-    pad_id, device = retriever.encoder_tokenizer.pad_token_id, retriever.device
-    vectors = embed(model.embed, ids, pad_id, device, agree=_most)
+    vectors = embed(model.embed, ids, retriever.device, agree=_most)
     model.train(was_training)
     return torch.cat([part.to(vectors.device) for part in gather_objects(vectors.cpu())])
 

@@ -99,8 +99,7 @@ def find_passages(
 
     texts = [chat[question_place(chat)]["content"] for chat in chats]
     ids = tokenize(texts, retriever.encoder_tokenizer, retriever.embedding_settings, "query")
-    pad_id = retriever.encoder_tokenizer.pad_token_id
-    vectors = embed(forward, ids, pad_id, retriever.device, agree=agree)  # (Q, E)
+    vectors = embed(forward, ids, retriever.device, agree=agree)  # (Q, E)
     if retriever.approximate:
         scores, rows = approximate_top_k(retriever.approximate, vectors, k)
         if short := int((rows < 0).any(1).sum()):

@@ -54,12 +54,12 @@ def test_a_text_has_the_same_vector_in_any_company(folder, pooling):
     texts = ["key", "the red lamp of Anna, and more", "", "box?", "the red lamp of Anna, and more"]
     ids = tokenize(texts, tokenizer, encoder.settings, "query")
     ids[2] = ids[2] or [tokenizer.pad_token_id]
-    together = embed(encoder, ids, tokenizer.pad_token_id, "cpu", max_tokens=30)
-    alone = torch.cat([embed(encoder, [x], tokenizer.pad_token_id, "cpu") for x in ids])
+    together = embed(encoder, ids, "cpu", max_tokens=30)
+    alone = torch.cat([embed(encoder, [x], "cpu") for x in ids])
     assert together.dtype == torch.float64 and together.shape == (5, 128)
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
     torch.testing.assert_close(
-        embed(encoder, ids, tokenizer.pad_token_id, "cpu", agree=lambda n: n + 3),
+        embed(encoder, ids, "cpu", agree=lambda n: n + 3),
         alone,
         rtol=0,
         atol=1e-12,
@@ -77,7 +77,7 @@ def test_prefixes_and_limit(folder):
         and tokenizer.decode(query).startswith("query: ")
         and tokenizer.decode(passage).startswith("passage: ")
     )
-    assert tokenize([], tokenizer, reading, "query") == [] and pad([], 0).mask.tolist() == [[1]]
+    assert tokenize([], tokenizer, reading, "query") == [] and pad([]).mask.tolist() == [[1]]
 
 
 def test_what_the_folder_says_is_read_and_what_is_written_is_read_again(folder, tmp_path):
@@ -139,7 +139,7 @@ def test_a_text_of_any_length_is_cut_to_the_positions_there_are(kind, folder, tm
         theirs = model(
             torch.tensor(ids), attention_mask=torch.ones(1, len(ids[0]))
         ).last_hidden_state
-    torch.testing.assert_close(embed(encoder, ids, 1, "cpu"), theirs.mean(1))
+    torch.testing.assert_close(embed(encoder, ids, "cpu"), theirs.mean(1))
     with pytest.raises(ValueError, match="--encoder-max-tokens 67"):
         embedding_settings(str(tmp_path), EncoderConfig(encoder_max_tokens=67))
     known = json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -178,7 +178,7 @@ def test_a_vector_that_no_search_would_find_is_refused(folder):
         encoder.model.get_input_embeddings().weight[ids[1][-1]] = float("nan")
     shared = [i for i in range(3) if ids[1][-1] in ids[i]]
     with pytest.raises(ValueError, match=rf"the first of text {101 + shared[0]}: no search"):
-        embed(encoder, ids, tokenizer.pad_token_id, "cpu", first=100)
+        embed(encoder, ids, "cpu", first=100)
 
 
 def test_gradients_reach_every_part_of_the_encoder(folder):
@@ -202,7 +202,5 @@ def test_a_real_encoder_from_the_package_index():
         "The age of the kitten is three years.",
         "Rockets burn liquid oxygen.",
     ]
-    a, b, c = embed(
-        encoder, tokenize(texts, tokenizer, reading, "query"), tokenizer.pad_token_id, "cpu"
-    )
+    a, b, c = embed(encoder, tokenize(texts, tokenizer, reading, "query"), "cpu")
     assert a @ b > 0.6 > 0.2 > a @ c
