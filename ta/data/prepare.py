@@ -494,7 +494,11 @@ def _build(
         for index, (source, (keep, _)) in enumerate(zip(sources, kept, strict=True)):
             for chunk in chunks(scan(index, source, keep, encoder.check, drops)):
                 jobs = [*encoder.jobs(chunk, source, drops)]
-                results = pin_errors(lambda some: encode_dialogues(*encoder.inputs(some)), jobs)
+                try:
+                    results = encode_dialogues(*encoder.inputs(jobs))
+                except ValueError:
+                    # some record is wrong: encode smaller groups to find it
+                    results = pin_errors(lambda some: encode_dialogues(*encoder.inputs(some)), jobs)
                 done = encoder.usable(jobs, results, drops)
                 if done:
                     arrays.append(done)
