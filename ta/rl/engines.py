@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from ta.generation.vllm_engine import VllmConfig, VllmEngine, start_vllm
 from ta.generation.vllm_server import VllmServer, open_server
 from ta.model.adapters import merge_adapter
 from ta.model.language_model import LanguageModel
-from ta.parallel import rank, sum_over_ranks
+from ta.parallel import local_rows, rank, sum_over_ranks
 
 Engine = VllmEngine | VllmServer
+# weights whose bits are multiplied at once
+WEIGHTS_AT_ONCE = 1 << 22
 
 
 def start_engine(
@@ -61,15 +64,32 @@ def merged_weights(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def weights_hash(model: LanguageModel) -> int:
-    """A hash of the bits of all weights that train, the same on any number of processes."""
+    """A hash of the bits of all weights that train and of their places in each tensor.
+
+    It is the same on any number of processes.
+    """
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    sums = []
-    for tensor in trained.values():
-        sharded = hasattr(tensor, "to_local")
-        local = tensor.to_local() if sharded else tensor
-        kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
-        counted = local.contiguous().view(kind).sum(dtype=torch.int64)
-        # what is not sharded is the same everywhere
-        sums.append(counted * (sharded or rank() == 0))
-    totals = sum_over_ranks(torch.stack(sums))
+    totals = sum_over_ranks(torch.stack([_sum_of_bits(p) for p in trained.values()]))
     return int(hash_json([list(trained), totals.tolist()])[:15], 16)
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    """The sum of a tensor's bits, each times the factors of its row and column, of this process."""
+    first, rows, width = 0, len(tensor) if tensor.dim() else 1, math.prod(tensor.shape[1:])
+    if sharded := hasattr(tensor, "to_local"):
+        first, rows = local_rows(tensor)
+        tensor = tensor.to_local()
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    bits = tensor.contiguous().view(kind).reshape(rows, width)
+    across, down = _factors(-width, width, bits.device), _factors(first, rows, bits.device)
+    # products are as wide as the sum: a few rows at a time
+    some = bits.split(max(1, WEIGHTS_AT_ONCE // width))
+    sums = torch.cat([(part * across).sum(1) for part in some])
+    # what is not sharded is the same everywhere
+    return (sums * down).sum() * (sharded or rank() == 0)
+
+
+def _factors(first: int, number: int, device: torch.device) -> Tensor:
+    """(number,) odd numbers that look random, from the one of place `first` on; products wrap."""
+    mixed = torch.arange(first, first + number, device=device) * 0x1E3779B97F4A7C15
+    return mixed ^ (mixed >> 32) | 1

@@ -180,8 +180,9 @@ class Rollouts:
         rows = gather_objects(read_json_lines(path) if rank() == 0 else None)[0]
         if any(row["weights"] != weights for row in rows):
             raise ValueError(
-                f"{path} was made by other weights than those that now train: delete it and the "
-                "files of later steps to make them anew"
+                f"{path} was made by other weights than those that now train, or by an older ta, "
+                "which counted them otherwise: delete it and the files of later steps to make them "
+                "anew"
             )
         if not rows and now != weights:
             raise ValueError(

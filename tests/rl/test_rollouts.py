@@ -149,6 +149,21 @@ def test_the_hash_of_weights_sees_one_changed_bit():
     assert weights_hash(model) != before
 
 
+@pytest.mark.parametrize("shape", [(12,), (6, 6), (4, 3, 3), (40, 3)])
+def test_the_hash_of_weights_sees_where_a_weight_stands(shape, monkeypatch):
+    """Also in rows that hold the same numbers, and however few rows are multiplied at once."""
+    start = torch.eye(math.prod(shape))[5].reshape(shape)
+    start[0] += 2.0
+    moved = [start.roll(1, dim) for dim in range(start.dim())]
+    moved += [start.flip(0), start.flip(-1), start.flatten().roll(7).reshape(shape)]
+    moved += [start.T] if shape == (6, 6) else []
+    hashes = [weights_hash(torch.nn.ParameterDict({"w": w})) for w in [start, *moved]]
+    assert len(set(hashes)) == len({tuple(w.flatten().tolist()) for w in [start, *moved]}) > 3
+    assert weights_hash(torch.nn.ParameterDict({"w": start.bfloat16()})) not in hashes
+    monkeypatch.setattr("ta.rl.engines.WEIGHTS_AT_ONCE", 7)
+    assert weights_hash(torch.nn.ParameterDict({"w": start})) == hashes[0]
+
+
 REWARD = """
 def spread(messages, answer, record):
     return len(answer) % 5 + 0.1 * answer.count("a")
@@ -285,6 +300,7 @@ def test_two_processes_give_the_same_rollouts_and_losses(grpo, whole):
     for number, (a, b) in enumerate(zip(rollouts(whole), rollouts(two), strict=True)):
         for row, other in zip(a, b, strict=True):
             assert row["prompt_tokens"] == other["prompt_tokens"]
+            assert number or row["weights"] == other["weights"], "of shards as of the whole"
             for answer, same in zip(row["answers"], other["answers"], strict=True):
                 assert answer["tokens"] == same["tokens"] and answer["parts"] == same["parts"]
                 # rounding is all that differs at first, and what Adam makes of it later
@@ -430,7 +446,7 @@ def test_a_step_whose_answers_are_all_cut_has_figures_and_the_third_in_a_row_end
 @pytest.mark.slow
 def test_a_run_whose_answers_are_all_cut_skips_updates_and_then_says_what_to_give(grpo):
     cut = ("--drop-truncated", "--max-new-tokens", 1)
-    said = grpo("two", *cut, steps=2, told=True)
+    said = grpo("all-cut", *cut, steps=2, told=True)
     assert "step 2 has no token to learn: no update" in said
     said = grpo("cut", *cut, steps=6, code=2, told=True)
     assert said.count("has no token to learn: no update") == 3
