@@ -75,11 +75,11 @@ def sampled_step(model, batch):
 def load_teacher(config: Config, path: ta.ModelConfig, tokenizer, model):
     """The teacher, frozen and whole on every process, which computes as the student does."""
     ta.check_same_vocabulary("--teacher-path", ta.resolve(path).tokenizer, tokenizer)
-    teacher, _ = ta.wrap(ta.load_for_inference(path, next(model.parameters()).device))
+    teacher, note = ta.wrap(ta.load_for_inference(path, next(model.parameters()).device))
     teacher.temperature = config.rollouts.temperature
     if "native" in (model.mode, teacher.mode):
         raise ValueError(
-            f"a head cannot be separated, of which all logits are compared: {model.note}"
+            f"a head cannot be separated, of which all logits are compared: {model.note or note}"
         )
     slower = max(model.mode, teacher.mode, key=("packed", "padded").index)
     model.set_mode(slower), teacher.set_mode(slower)

@@ -280,6 +280,7 @@ def wrap(
     passes where log-probabilities or scores agree with those of the model's own forward pass. The
     note is for the user and empty where packed rows work or were not asked for.
     """
+    base = base_model(model)
     wrapper = LanguageModel(model, "packed" if packing else "padded", autocast)
     if autocast is not None and world() == 1:
         # sharded blocks compute in bfloat16 without autocast
@@ -290,11 +291,11 @@ def wrap(
             "prompt learning puts virtual tokens in front: padded batches and the model's own "
             "logits are used",
         )
-    if is_encoder_classifier(base_model(model)):
+    if is_encoder_classifier(base):
         note = "an encoder's tokens see each other both ways: batches are padded"
         return wrapper.set_mode("native"), note
-    # products in 8 bits round by the other contents of the batch
-    rounded = getattr(base_model(model), "is_quantized", False)
+    # weights of few bits round by the other contents of the batch, half precision everywhere
+    rounded = getattr(base, "is_quantized", False) or base.dtype in (torch.bfloat16, torch.float16)
     # Full precision shows whether documents see each other: a result is then off by more than
     # 2e-3. In half precision rounding alone may reach some tenths in a deep model.
     trials = [(None, 0.5 if rounded else 2e-3)]

@@ -69,6 +69,18 @@ def test_packed_is_chosen_where_it_equals_alone(kind):
     assert self_check(wrapper) < 2e-4
 
 
+@pytest.mark.parametrize("kind", PACKED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_of_half_precision_is_no_reason_to_pad(kind, dtype):
+    """Weights are held so for inference on a GPU."""
+    wrapper, note = wrap(small(kind).to(dtype))
+    assert (wrapper.mode, note) == ("packed", "")
+
+
+def test_a_model_that_mixes_documents_is_padded_in_half_precision_too():
+    assert wrap(small("bloom").bfloat16())[0].mode == "padded"
+
+
 @pytest.mark.parametrize(("kind", "mode"), [("gemma2", "native"), ("bloom", "padded")])
 def test_models_that_would_mix_documents_are_padded(kind, mode):
     wrapper, note = wrap(small(kind))

@@ -103,6 +103,15 @@ def test_the_student_comes_nearer_on_and_off_policy(forked, files):
 
 
 @pytest.mark.slow
+def test_in_bfloat16_it_measures_what_float32_does(forked, files):
+    """The teacher's weights are then held in bfloat16."""
+    for dtype in ("float32", "bfloat16"):
+        forked("distill", *flags(files, dtype), "--steps", 2, "--dtype", dtype)
+    whole, half = (held_out(files / dtype)[0] for dtype in ("float32", "bfloat16"))
+    assert half == pytest.approx(whole, rel=0.02)
+
+
+@pytest.mark.slow
 def test_killed_and_resumed_it_is_the_same_run(forked, files):
     from test_rollouts import die_at
 
