@@ -14,6 +14,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from itertools import chain
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 from ta.files import full_disk, keep_inputs
@@ -56,7 +57,8 @@ class Range(NamedTuple):
 
 
 def check_config(config: Any) -> None:
-    """ValueError for the first number outside the range of its field, here or in a config inside.
+    """ValueError for the first number outside the range of its field, here or in a config inside,
+    or that is not finite or takes more than 64 bits.
 
     A config that has a method `check` is then asked what else cannot be.
     """
@@ -64,9 +66,14 @@ def check_config(config: Any) -> None:
         value = getattr(config, name)
         if dataclasses.is_dataclass(value):
             check_config(value)
+        said = f"--{name.replace('_', '-')} {value}: give a"
         for limit in getattr(hint, "__metadata__", ()):
             if isinstance(limit, Range) and value is not None and not limit.holds(value):
-                raise ValueError(f"--{name.replace('_', '-')} {value}: give a number {limit}")
+                raise ValueError(f"{said} number {limit}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{said} finite number")
+        if isinstance(value, int) and value >= 2**63:
+            raise ValueError(f"{said} smaller number")
     if hasattr(config, "check"):
         config.check()
 
@@ -127,13 +134,18 @@ def what_is_wrong(box: str) -> str:
 
 
 def check_inputs(config: Any) -> None:
-    """ValueError where --out is, or holds, a file or folder that another flag names."""
+    """ValueError where --out is, or holds, a file or folder that another flag names, or would lie
+    in a file.
+    """
     texts = {}
     for setting in settings_of(type(config), config):
         value = setting.default
         values = value if isinstance(value, tuple) else (value,)
         texts[setting.name] = [text for text in values if isinstance(text, str)]
     if out := texts.pop("out", [])[-1:]:
+        for place in Path(out[0]).parents:
+            if place.exists() and not place.is_dir():
+                raise ValueError(f"--out {out[0]}: {place} is a file, give a place in a folder")
         given = list(chain(*texts.values()))
         # FILE@500 is a part of FILE
         keep_inputs(out[0], [*given, *(text.rpartition("@")[0] for text in given)])
@@ -193,13 +205,14 @@ def guard(action: Callable[[], Any]) -> int:
         text = str(error)
         if isinstance(error, OSError) and error.filename and error.strerror:
             text = f"{error.filename}: {error.strerror}"
-        if isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError):
+        if isinstance(error, PermissionError):
             return _say(text, NO_ROOM)
         if isinstance(error, ValueError | OSError):
             code = NO_ROOM if getattr(error, "errno", 0) == errno.EROFS else WRONG_INPUT
             return _say(text, code)
-        # torch has a type of its own, and is not loaded for an answer without it
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        # torch has a type and words of its own, and is not loaded for an answer without it
+        full = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text
+        if isinstance(error, MemoryError) or full:
             return _say(NO_MEMORY, NO_ROOM)
         raise
     return 0

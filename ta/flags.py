@@ -132,9 +132,10 @@ def our_words(words: list[str], config_class: type) -> list[str]:
 
     A flag that the config has stays as it is. `--config FILE` becomes the settings of the file,
     which later words override. ValueError for a flag of another tool whose meaning differs, which
-    says what to give here, and for a file that cannot be read.
+    says what to give here, for a file that cannot be read, and for a flag without the value that it
+    needs to have an effect, as of a variable of the shell that is not set.
     """
-    switches = {s.flag: isinstance(s.default, bool) for s in settings_of(config_class)}
+    defaults = {s.flag: s.default for s in settings_of(config_class)}
     out, rest = [], deque(words)
     while rest:
         flag, equals, value = rest.popleft().partition("=")
@@ -142,21 +143,28 @@ def our_words(words: list[str], config_class: type) -> list[str]:
             out.append(flag + equals + value)
             continue
         flag = flag.replace("_", "-")
-        if flag not in switches:
+        if flag not in defaults:
             if flag == "--config":
                 path = value if equals or not rest else rest.popleft()
                 out += file_words(path, config_class)
                 continue
             if flag in OURS:
                 raise ValueError(f"{flag} is another tool's flag; here it is {OURS[flag]}")
-            if flag in SETTING and SETTING[flag][0] in switches:
+            if flag in SETTING and SETTING[flag][0] in defaults:
                 out += SETTING[flag] if _is_on(rest) else ()
                 continue
             # --sample-X had the name --cherry-X
             known = EQUAL.get(flag, flag.replace("-cherry-", "-sample-"))
-            flag = known if known.replace("--no-", "--") in switches else flag
-        if switches.get(flag) and not equals and not _is_on(rest):
+            flag = known if known.replace("--no-", "--") in defaults else flag
+        default = defaults.get(flag)
+        if isinstance(default, bool) and not equals and not _is_on(rest):
             flag = "--no" + flag[1:]
+        given = value if equals else next(iter(rest), "")
+        empty = not given or (given.startswith("--") and not equals)
+        # after a file of settings it takes back what the file gave
+        known = any(word.partition("=")[0] == flag for word in out)
+        if empty and not known and (default == () or isinstance(default, str)):
+            raise ValueError(f"{flag} has no value: give one, or leave it out")
         if flag in VALUES and not equals and rest:
             equals, value = "=", rest.popleft()
         out.append(flag + equals + VALUES.get(flag, {}).get(value, value))

@@ -192,7 +192,7 @@ def seed_dropout(seed: int, number: int) -> None:
     """
     import torch
 
-    mixed = (seed * 1_000_003 + number) * 1_009 + rank()
+    mixed = ((seed * 1_000_003 + number) * 1_009 + rank()) % 2**64
     # torch.manual_seed costs a millisecond: it records the call for devices that start later
     torch.default_generator.manual_seed(mixed)
     if torch.cuda.is_initialized():

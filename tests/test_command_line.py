@@ -45,6 +45,9 @@ def raises(error):
         (OSError(errno.EROFS, "Read-only file system", "out"), 3, "Read-only"),
         (torch.OutOfMemoryError("CUDA out of memory"), 3, "--max-tokens-per-micro"),
         (MemoryError(), 3, "--max-tokens-per-micro"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 3, "--max-tokens-per-micro"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), 2, "a/b: Not a directory"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "a"), 2, "a: Is a directory"),
         (KeyboardInterrupt(), 130, "stopped"),
         (KeyboardInterrupt(": 3 are kept"), 130, "stopped: 3 are kept"),
     ],
@@ -133,6 +136,12 @@ def test_a_reader_that_has_enough_is_no_error():
         (("--schedule", "foo"), "error: invalid choice 'foo' for argument '--schedule'."),
         (("--lr",), "error: Missing value for argument '--lr'."),
         (("stray",), "error: Unrecognized options: stray\n"),
+        (("--data",), "error: --data has no value: give one, or leave it out\n"),
+        (("--out", ""), "error: --out has no value: give one, or leave it out\n"),
+        (("--log", "--lr", "1"), "error: --log has no value: give one, or leave it out\n"),
+        (("--seed", "9" * 30), f"error: --seed {'9' * 30}: give a smaller number\n"),
+        (("--lora-alpha", "nan"), "error: --lora-alpha nan: give a finite number\n"),
+        (("--out", f"{__file__}/a/b"), f"error: --out {__file__}/a/b: {__file__} is a file, give "),
     ],
 )
 def test_wrong_flags_are_one_line(door, flags, said):

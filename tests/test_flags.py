@@ -67,6 +67,18 @@ def test_flags_of_other_tools_mean_ours(words, same):
     assert parsed(*words.split()) == parsed(*same.split())
 
 
+def test_an_empty_value_takes_back_what_a_file_gave(tmp_path):
+    """Alone it would be a flag without effect, as of a variable that is not set."""
+    file = tmp_path / "a.json"
+    file.write_text('{"loss": "ipo", "data": ["a"]}')
+    known = ("--config", str(file))
+    assert parsed(*known, "--loss=", "--data") == Config(loss="")
+    assert parsed("--name=") == Config(name=""), "text that may be empty"
+    for words in (("--loss=",), ("--loss", ""), ("--data",), ("--data", "--lr", "1")):
+        with pytest.raises(ValueError, match=f"{words[0].strip('=')} has no value"):
+            our_words([*words], Config)
+
+
 @pytest.mark.parametrize("flag", OURS)
 def test_a_flag_with_another_meaning_is_answered_by_what_is_ours(flag, capsys):
     with pytest.raises(SystemExit, match="2"):

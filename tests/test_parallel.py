@@ -156,3 +156,14 @@ def test_freed_memory_is_used_again_without_page_faults():
         for how in ("", "kept")
     )
     assert kept < 0.1 * plain
+
+
+def test_any_seed_seeds_every_step():
+    """Of 63 bits, as of a clock in nanoseconds, too; other steps have other numbers."""
+    drawn = []
+    for seed, step in ((0, 0), (0, 1), (2**63 - 1, 0), (2**63 - 1, 10**6)):
+        parallel.seed_dropout(seed, step)
+        drawn.append(torch.rand(1).item())
+    assert len(set(drawn)) == 4
+    parallel.seed_dropout(0, 1)
+    assert torch.initial_seed() == 1_009
