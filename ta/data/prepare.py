@@ -27,7 +27,7 @@ from ta.chat.encode import (
     with_answers,
 )
 from ta.chat.jinja import Arguments
-from ta.chat.messages import Chat, parts_of, template_arguments, with_system
+from ta.chat.messages import Chat, parts_of, template_arguments
 from ta.chat.render import Tokens, show, spans
 from ta.chat.tokenizer import tokenizer_settings
 from ta.data.dependencies import dependencies
@@ -54,6 +54,7 @@ from ta.data.sources import (
     scan,
     select,
     source_names,
+    with_own_system,
 )
 from ta.files import (
     Column,
@@ -322,9 +323,11 @@ def first_records(prepared: Prepared | None, n: int) -> list[dict]:
     places = prepared.origin[:n].tolist()
     for index, group in groupby(places, key=lambda place: place[0]):
         lines = {line for _, line in group}
-        for line, raw in read_rows(prepared.info["sources"][index]["path"]):
+        source = parse_source(prepared.info["sources"][index]["source"])
+        for line, raw in read_rows(source.path):
             if line in lines:
-                records.append(canonical(parse_record(raw), prepared.check)[0])
+                data, _ = canonical(parse_record(raw), prepared.check)
+                records.append(with_own_system(data, source))
             if line >= max(lines):
                 break
     return records
@@ -493,7 +496,7 @@ def _build(
         drops = Drops(config.on_bad_record, config.max_bad_share, expected, dropped)
         for index, (source, (keep, _)) in enumerate(zip(sources, kept, strict=True)):
             for chunk in chunks(scan(index, source, keep, encoder.check, drops)):
-                jobs = [*encoder.jobs(chunk, source, drops)]
+                jobs = [*encoder.jobs(chunk, drops)]
                 try:
                     results = encode_dialogues(*encoder.inputs(jobs))
                 except ValueError:
@@ -555,22 +558,18 @@ class RecordEncoder(NamedTuple):
             more["labels"] = kind.labels
         return partial(kind.check, **more)
 
-    def jobs(self, chunk: list[Record], source: Source, drops: Drops) -> Iterator[ToEncode]:
-        """The dialogues of some records, with a source's own system prompt."""
+    def jobs(self, chunk: list[Record], drops: Drops) -> Iterator[ToEncode]:
+        """The dialogues of some records."""
         for record in chunk:
-            data = record.data
-            for key in ("messages", "context"):
-                if source.system_prompt and key in data:
-                    data = data | {key: with_system(data[key], source.system_prompt)}
             try:
-                groups = [self.kind.dialogues(data, self.tokenizer)]
+                groups = [self.kind.dialogues(record.data, self.tokenizer)]
             except ValueError as error:
                 drops.bad_record(record, error)
                 continue
             if self.chat.split_turns:
                 groups = [[turn] for turn in turns_of(groups[0][0])] or groups
             for group in groups:
-                yield ToEncode(record, group, template_arguments(data), [])
+                yield ToEncode(record, group, template_arguments(record.data), [])
 
     def inputs(self, jobs: Sequence[ToEncode]) -> tuple:
         """What `encode_dialogues` takes."""

@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import PurePath
 from typing import IO, Any, NamedTuple
 
+from ta.chat.messages import with_system
 from ta.data.formats import Format, format_of
 from ta.data.jsonl import MAX_LINE, BadRecord, parse_record
 from ta.data.readers import read_rows
@@ -254,7 +255,7 @@ def scan(
         except ValueError as error:
             drops.bad_record(Record(*origin, {}), error)
             continue
-        record = Record(*origin, data)
+        record = Record(*origin, with_own_system(data, source))
         if form:
             formats[form] += 1
         family = form.family if form else ""
@@ -269,6 +270,14 @@ def scan(
         if any(a == b == "assistant" for a, b in pairwise(roles)):
             drops.note(record, "answers twice in a row")
         yield record
+
+
+def with_own_system(data: dict, source: Source) -> dict:
+    """A checked record with the source's own system prompt, if it has one, before its messages."""
+    if source.system_prompt is None:
+        return data
+    chats = {key: data[key] for key in ("messages", "context") if key in data}
+    return data | {key: with_system(chat, source.system_prompt) for key, chat in chats.items()}
 
 
 def canonical(data: dict, check: Check, family: str | None = None) -> tuple[dict, Format | None]:

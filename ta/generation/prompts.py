@@ -17,7 +17,6 @@ from ta.chat.messages import (
     random_cut,
     strip_trailing_answers,
     template_arguments,
-    with_system,
 )
 from ta.data.records import check_media, check_prompt
 from ta.data.sources import Drops, parse_source, pin_errors, read_records, source_names
@@ -63,21 +62,20 @@ def read_prompts(
     "reference". Where there are several sources, "file" is the name of the record's. `encode` makes
     token ids of chats, where these hold more than text. `tools` are those of records without.
     """
-    sources = [parse_source(path) for path in paths]
     check = partial(check_media, need_answer=False) if tokenizer.placeholders else check_prompt
     records = list(read_records(paths, check, drops, seed))
-    names = source_names([source.path for source in sources])
+    names = source_names([parse_source(path).path for path in paths])
     for n, record in enumerate(records):
         data = record.data
         if tools:
             data.setdefault("tools", list(tools))
-        if len(sources) > 1:
+        if len(names) > 1:
             data["file"] = names[record.source]
         generator = random.Random(f"{seed} {n}") if cut else None
         kept, reference = asked(data["messages"], generator)
         if reference is not None:
             data["reference"] = reference
-        data["messages"] = with_system(kept, sources[record.source].system_prompt)
+        data["messages"] = kept
 
     def encode_some(some: Sequence[dict]) -> list:
         chats = [data["messages"] for data in some]

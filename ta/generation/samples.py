@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from ta.chat.encode import Drop, encode_prompts, is_text
-from ta.chat.messages import canonical_role, template_arguments, with_system
+from ta.chat.messages import canonical_role, template_arguments
 from ta.command_line import Range
 from ta.data.prepare import first_records
 from ta.data.sources import Drops, parse_source, source_names
@@ -129,13 +129,11 @@ def prompts_of(
     cut_seed: int | None = None,
     encode: Encode = encode_prompts,
     source: str = "",
-    system: str | None = None,
 ) -> list[Prompt]:
     """The prompts of the records, of those whose prompt fits.
 
     The reference is the answer that follows the question. A labelled answer that is not desirable
-    has no right answer beside it and is left out, as is a plain text, which asks nothing. `system`
-    stands in place of a record's own.
+    has no right answer beside it and is left out, as is a plain text, which asks nothing.
     """
     prompts = []
     for i, record in enumerate(records):
@@ -145,7 +143,7 @@ def prompts_of(
         dialogue = [{**m, "role": canonical_role(m["role"])} for m in dialogue_of(record)]
         question, reference = asked(dialogue, cut)
         if question:
-            prompts.append(Prompt(record, with_system(question, system), [], reference, source))
+            prompts.append(Prompt(record, question, [], reference, source))
     given = [template_arguments(prompt.record) for prompt in prompts]
     encoded = encode([prompt.chat for prompt in prompts], tokenizer, chat, given)
     return [
@@ -180,8 +178,7 @@ def all_prompts(
         return prompts_of(data[:n], tokenizer, chat, cut_seed, encode)
     for i, source in enumerate(data.info["sources"]):
         records = first_records(data._replace(origin=data.origin[data.origin[:, 0] == i]), n)
-        system = parse_source(source["source"]).system_prompt
-        prompts += prompts_of(records, tokenizer, chat, cut_seed, encode, source["name"], system)
+        prompts += prompts_of(records, tokenizer, chat, cut_seed, encode, source["name"])
     return prompts
 
 

@@ -17,13 +17,12 @@ from torch import Tensor, nn
 
 from ta.chat.encode import encode_chats
 from ta.chat.jinja import Arguments
-from ta.chat.messages import template_arguments, with_system
+from ta.chat.messages import template_arguments
 from ta.chat.render import Tokens
 from ta.data.batch import Batch, lay_out, to_device
 from ta.data.loader import Collate, collate_chats
 from ta.data.micro import split_micro
 from ta.data.prepare import QUESTIONS, Prepared, first_records, name_of
-from ta.data.sources import parse_source
 from ta.folders import fingerprint, quiet
 from ta.generation.metrics import measure, recall_at_k
 from ta.generation.score import by_sequence
@@ -103,10 +102,7 @@ def question_collate(prepared: Prepared, passages: Passages) -> Collate:
 
     ValueError where a record's gold names a passage that is not in the collection.
     """
-    systems = [parse_source(source["source"]).system_prompt for source in prepared.info["sources"]]
     records = first_records(prepared, len(prepared.origin))
-    for record, source in zip(records, prepared.origin[:, 0], strict=True):
-        record["messages"] = with_system(record["messages"], systems[source])
     rows = rows_of(passages, (name for record in records for name in record["gold"]))
     for place, record in enumerate(records):
         if absent := [name for name in record["gold"] if name not in rows]:

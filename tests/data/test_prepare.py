@@ -33,6 +33,7 @@ from ta.data.prepare import (
     write_drops,
 )
 from ta.data.records import check_chat, check_prompt
+from ta.data.sources import read_records
 
 SKIP = DataConfig(on_bad_record="skip", max_bad_share=0.5)
 
@@ -254,6 +255,13 @@ def test_a_source_brings_its_system_prompt(tmp_path):
         "Sx a",
         "x a",
     ]
+    told = {"role": "system", "content": "S", "loss": False}
+    prepared = made([path, f"{path}@system=S"])
+    assert [m["messages"][0] == told for m in first_records(prepared, 2)] == [False, True]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"context": [{"role": "user", "content": "x"}]}\n')
+    read = read_records([f"{path}@system=S", f"{pairs}@system=S"], lambda data: data)
+    assert [r.data.get("messages", r.data.get("context"))[0] for r in read] == [told, told]
     for chat in (ChatConfig(system_prompt="T"), ChatConfig(ignore_system_prompt=True)):
         with pytest.raises(ValueError, match="system='S' of its own beside --"):
             made([f"{path}@system=S"], chat=chat)

@@ -62,9 +62,6 @@ def test_prompts_end_before_the_answer_wanted(tokenizer):
     ]
     asked = ["And 3 + 3?", "2 + 2?", "2 + 2?", "And 3 + 3?", "2 + 2?"]
     assert [asked_text(prompt.chat) for prompt in found] == asked
-    system = prompts_of(records[:1], tokenizer, ChatConfig(), system="Be brief.")[0]
-    told = [{"role": "system", "content": "Be brief."}, *more]
-    assert system.ids == encode_prompt(told, tokenizer, ChatConfig())
     assert dialogue_of(records[3])[-1]["content"] == "4"
 
 
