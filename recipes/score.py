@@ -22,6 +22,7 @@ from typing import Annotated, Literal
 import ta
 from ta import Range
 from ta.chat.encode import Drop
+from ta.chat.messages import template_arguments
 from ta.data.prepare import CLASSES
 from ta.data.records import check_candidates, check_class
 from ta.data.sources import parse_source, source_names
@@ -71,12 +72,13 @@ def sequences_of(config: Config, tokenizer, record: dict) -> list:
 
     ValueError where it does not fit.
     """
+    chat, about = (tokenizer, config.chat), [template_arguments(record)]
     if config.kind == "candidates":
         answers = [{"role": "assistant", "content": a["content"]} for a in record["answers"]]
-        encoded = ta.encode_answers([record["messages"]], [answers], tokenizer, config.chat)[0]
+        (encoded,) = ta.encode_answers([record["messages"]], [answers], *chat, about)
     else:
         dialogues = [CLASSES.dialogues(record, tokenizer)]
-        encoded = ta.encode_dialogues(dialogues, tokenizer, config.chat, CLASSES.rule)[0]
+        (encoded,) = ta.encode_dialogues(dialogues, *chat, CLASSES.rule, about)
     if isinstance(encoded, Drop):
         raise ValueError(f"{encoded.reason}: {encoded.detail}; raise --max-tokens")
     return encoded

@@ -37,6 +37,30 @@ def plain_scores(folder, chats):
         ]
 
 
+def test_system_prompts_of_sources_and_tools_of_records_are_scored(door, files):
+    tokenizer = AutoTokenizer.from_pretrained(files / "rm")
+    tokenizer.chat_template = "{{ tools | length if tools else '' }}" + tokenizer.chat_template
+    tokenizer.save_pretrained(files / "rm")
+    asked = {"role": "user", "content": "2 + 2?"}
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    record = {"messages": [asked], "tools": tools, "answers": [{"content": "4"}]}
+    tasks.write_jsonl(files / "tools.jsonl", [record])
+    given = f"{files / 'tools.jsonl'}@system=Be brief."
+    out = files / "scored.jsonl"
+    assert door("score", "--model-path", files / "rm", "--data", given, "--out", out)[0] == 0
+    told, answer = (
+        {"role": r, "content": c} for r, c in (("system", "Be brief."), ("assistant", "4"))
+    )
+    model = AutoModelForSequenceClassification.from_pretrained(files / "rm")
+    ids = tokenizer.apply_chat_template(
+        [told, asked, answer], tools=tools, return_tensors="pt", return_dict=False
+    )
+    with torch.no_grad():
+        wanted = model(ids).logits.item()
+    (rewards,) = [line["rewards"] for line in lines(out)]
+    assert rewards["0"] == pytest.approx(wanted, abs=1e-4)
+
+
 def test_rewards_equal_transformers_and_drive_the_choice(door, files):
     out = files / "scored.jsonl"
     assert (
