@@ -21,8 +21,8 @@ from typing import Annotated, Literal
 import ta
 from ta import Range
 from ta.builtin.data_files import NAMES
-from ta.chat.render import Tokens, show, spans
-from ta.data.prepare import Prepared, lengths, read_drops, report
+from ta.chat.render import show, spans
+from ta.data.prepare import Prepared, lengths, read_drops, report, tokens_of
 from ta.files import json_text
 from ta.printable import printable
 from ta.screen import shown
@@ -84,8 +84,7 @@ def record_of(prepared: Prepared, i: int) -> dict:
     Where a record has several sequences they stand in a list.
     """
     parts = []
-    for j in range(prepared.k):
-        ids, weights = (array.tolist() for array in ta.sequence(prepared, i * prepared.k + j))
+    for ids, weights in tokens_of(prepared, i):
         labels = [token if weight else -100 for token, weight in zip(ids, weights, strict=True)]
         parts.append({"ids": ids, "labels": labels, "weights": weights})
     extras = {
@@ -108,9 +107,8 @@ def page(prepared: Prepared, examples: int, decode) -> Iterator[str]:
         place = f"{prepared.info['sources'][source]['path']}:{line}"
         kinds = (("learned", 1.0), (", ", 0.0), ("with a weight of its own", 0.5))
         yield f"\n{printable(place)}{extras}  ({show([*kinds, (', not learned', 0.0)])})"
-        for j in range(prepared.k):
-            ids, weights = (array.tolist() for array in ta.sequence(prepared, i * prepared.k + j))
-            yield show(spans(Tokens(ids, weights), decode))
+        for tokens in tokens_of(prepared, i):
+            yield show(spans(tokens, decode))
 
 
 def histogram(sizes: list[int], bins: int = 12) -> Iterator[str]:

@@ -10,7 +10,8 @@ import os
 import stat
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,28 @@ def regular_file(path: str | Path, give: str = "give a .jsonl or .jsonl.gz file"
     raise ValueError(f"{name}: {why}; {give}")
 
 
+@contextmanager
+def sound_text(path: str, line: Callable[[], int]) -> Iterator[None]:
+    """ValueError, with the line that is read, for a file that is no UTF-8 or no sound gzip."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}:{line()}: not UTF-8 near here (0x{error.object[error.start]:02x}); save the "
+            "file as UTF-8"
+        ) from None
+    except EOFError:
+        raise ValueError(
+            f"{path}:{line()}: the gzip file ends before its end mark (a cut download?); give the "
+            "whole file"
+        ) from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(
+            f"{path}:{line()}: not sound gzip ({error}); give a whole file, or a plain one without "
+            ".gz"
+        ) from None
+
+
 def read_lines(path: str) -> Rows:
     """Stream (1-based line, bytes) of the lines that are not blank.
 
@@ -65,24 +88,12 @@ def read_lines(path: str) -> Rows:
     """
     number = filled = 0
     regular_file(path)
-    with gzip.open(path, "rb") if str(path).endswith(".gz") else open(path, "rb") as file:
-        while True:
-            try:
-                raw = part = file.readline(MAX_LINE + 1)
-                while len(part) > MAX_LINE and not part.endswith(b"\n"):
-                    part = file.readline(MAX_LINE + 1)
-            except EOFError:
-                raise ValueError(
-                    f"{path}:{number + 1}: the gzip file ends before its end mark (a cut "
-                    "download?); give the whole file"
-                ) from None
-            except (gzip.BadGzipFile, zlib.error) as error:
-                raise ValueError(
-                    f"{path}:{number + 1}: not sound gzip ({error}); give a .jsonl.gz, or a plain "
-                    ".jsonl without .gz"
-                ) from None
-            if not raw:
-                break
+    opened = gzip.open if str(path).endswith(".gz") else open
+    with sound_text(path, lambda: number + 1), opened(path, "rb") as file:
+        while raw := file.readline(MAX_LINE + 1):
+            part = raw
+            while len(part) > MAX_LINE and not part.endswith(b"\n"):
+                part = file.readline(MAX_LINE + 1)
             number += 1
             if raw.strip():
                 filled += 1

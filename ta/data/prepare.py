@@ -220,6 +220,12 @@ def sequence(prepared: Prepared, i: int) -> tuple[ndarray, ndarray]:
     return prepared.ids[start:end], prepared.weights[start:end]
 
 
+def tokens_of(prepared: Prepared, record: int) -> list[Tokens]:
+    """The k sequences of a record."""
+    places = range(record * prepared.k, (record + 1) * prepared.k)
+    return [Tokens(*(part.tolist() for part in sequence(prepared, i))) for i in places]
+
+
 def lengths(prepared: Prepared) -> ndarray:
     """(n,) tokens of each record, its k sequences together."""
     bounds = prepared.offsets[:: prepared.k]
@@ -372,11 +378,8 @@ def preview(data: Prepared | Tokens | None, tokenizer: ChatTokenizer) -> Preview
         placeholder.id: iter([f"{kind} {x['content']}" for x in parts if x["type"] == kind])
         for kind, placeholder in tokenizer.placeholders.items()
     }
-    rows = (sequence(data, i) for i in range(data.k))
-    found = Preview(
-        report(data.info),
-        [spans(Tokens(i.tolist(), w.tolist()), decode, PREVIEW_TOKENS, names) for i, w in rows],
-    )
+    shown_tokens = [spans(x, decode, PREVIEW_TOKENS, names) for x in tokens_of(data, 0)]
+    found = Preview(report(data.info), shown_tokens)
     if rank() == 0:
         print(shown(str(found), sys.stderr), file=sys.stderr, flush=True)
     return found

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from ta.data.jsonl import MAX_LINE, Rows, read_lines, regular_file
+from ta.data.jsonl import MAX_LINE, Rows, read_lines, regular_file, sound_text
 from ta.files import HUB, dataset_snapshot
 
 # characters of a JSON list that are read at once, and rows of a parquet file
@@ -183,46 +183,40 @@ def _list_rows(path: str) -> Rows:
     """(line where it begins, JSON bytes) of each element of a JSON list; it is never held whole."""
     decode, gap = json.JSONDecoder().raw_decode, re.compile(r"\s*,?\s*")
     line, fault = 1, ""
-    try:
-        with _opened(path) as file:
-            text = file.read(CHUNK)
-            start = text.index("[") + 1
-            line += text.count("\n", 0, start)
-            while True:
-                at = gap.match(text, start).end()
-                line, start = line + text.count("\n", start, at), at
-                closed, end = text.startswith("]", start), start
-                try:
-                    end = start if closed else decode(text, start)[1]
-                except (ValueError, RecursionError) as error:
-                    fault = getattr(error, "msg", str(error)).removesuffix(" at")
-                if closed or start < end < len(text):
-                    if closed:
-                        break
-                    yield line, text[start:end].encode()
-                    line, start = line + text.count("\n", start, end), end
-                elif len(text) - start > MAX_LINE:
-                    raise ValueError(
-                        f"{path}:{line}: no element of the list ends within 32 MiB from here "
-                        f"({fault}); give a list of objects"
-                    )
-                elif more := file.read(max(CHUNK, len(text) - start)):
-                    text, start = text[start:] + more, 0
-                else:
-                    raise ValueError(
-                        f"{path}:{line}: the JSON list ends here before its ] ({fault or 'cut'}); "
-                        "give the whole file"
-                    )
-            if (text[start + 1 :] + file.read(CHUNK)).strip():
+    with sound_text(path, lambda: line), _opened(path) as file:
+        text = file.read(CHUNK)
+        start = text.index("[") + 1
+        line += text.count("\n", 0, start)
+        while True:
+            at = gap.match(text, start).end()
+            line, start = line + text.count("\n", start, at), at
+            if text.startswith("]", start):
+                break
+            end = start
+            try:
+                end = decode(text, start)[1]
+            except (ValueError, RecursionError) as error:
+                fault = getattr(error, "msg", str(error)).removesuffix(" at")
+            if start < end < len(text):
+                yield line, text[start:end].encode()
+                line, start = line + text.count("\n", start, end), end
+            elif len(text) - start > MAX_LINE:
                 raise ValueError(
-                    f"{path}:{line}: more text stands behind the ] of the list; give one list, or "
-                    "one object a line"
+                    f"{path}:{line}: no element of the list ends within 32 MiB from here "
+                    f"({fault}); give a list of objects"
                 )
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}:{line}: not UTF-8 near here (0x{error.object[error.start]:02x}); save the "
-            "file as UTF-8"
-        ) from None
+            elif more := file.read(max(CHUNK, len(text) - start)):
+                text, start = text[start:] + more, 0
+            else:
+                raise ValueError(
+                    f"{path}:{line}: the JSON list ends here before its ] ({fault or 'cut'}); "
+                    "give the whole file"
+                )
+        if (text[start + 1 :] + file.read(CHUNK)).strip():
+            raise ValueError(
+                f"{path}:{line}: more text stands behind the ] of the list; give one list, or "
+                "one object a line"
+            )
 
 
 def _csv_rows(path: str) -> Rows:
@@ -234,7 +228,7 @@ def _csv_rows(path: str) -> Rows:
     csv.field_size_limit(MAX_LINE)
     line = 1
     try:
-        with _opened(path, newline="") as file:
+        with sound_text(path, lambda: line), _opened(path, newline="") as file:
             reader = csv.reader(file, strict=True)
             names = next(reader, [])
             if len({*names}) < len(names):
@@ -252,13 +246,6 @@ def _csv_rows(path: str) -> Rows:
                 line = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(f"{path}:{line}: not sound CSV ({error}); save it again") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}:{line}: not UTF-8 near here (0x{error.object[error.start]:02x}); save the "
-            "file as UTF-8"
-        ) from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}:{line}: not sound gzip ({error}); give the whole file") from None
 
 
 def _cell(name: str, cell: str) -> Any:

@@ -204,26 +204,25 @@ def media_hash(media: Modalities, prepared: Prepared) -> str:
     ValueError names the record whose file is gone or has not the content that its cache was made
     from.
     """
-    # of each modality {path: the first record that has it}
-    first: dict[str, dict[str, int]] = {name: {} for name in media}
+    # (modality, path) -> the first record that has it
+    first: dict[tuple[str, str], int] = {}
     for record in range(len(prepared.origin)):
-        for name, path in media_of(prepared, record):
-            first[name].setdefault(path, record)
+        for item in media_of(prepared, record):
+            first.setdefault(item, record)
+    files = {}
+    for item, record in first.items():
+        with _naming(prepared, record):
+            files[item] = media_path(media[item[0]].root, item[1])
+    (root,) = {str(Path(modality.root).resolve()) for modality in media.values()}
+    notes = cache_folder("") / "hashes" / f"media-sha256-{hash_json(root)[:32]}.json"
+    hashes = content_hashes([*files.values()], notes)
     content: list[tuple[str, str, str]] = []  # modality, path, hash
-    for name, modality in media.items():
-        files = {}
-        for path, record in first[name].items():
-            with _naming(prepared, record):
-                files[path] = media_path(modality.root, path)
-        root = hash_json(str(Path(modality.root).resolve()))[:32]
-        notes = cache_folder("") / "hashes" / f"media-sha256-{root}.json"
-        hashes = dict(zip(files, content_hashes(list(files.values()), notes), strict=True))
-        for path, record in first[name].items():
-            key = media_key(path)
-            content.append((name, key, hashes[path]))
-            if modality.cache is not None:
-                with _naming(prepared, record):
-                    check_features(modality.cache, key, files[path], hashes[path])
+    for (name, path), file, value in zip(files, files.values(), hashes, strict=True):
+        key, cached = media_key(path), media[name].cache
+        content.append((name, key, value))
+        if cached is not None:
+            with _naming(prepared, first[name, path]):
+                check_features(cached, key, file, value)
     return hash_json(sorted(content))
 
 

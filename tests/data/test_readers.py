@@ -276,6 +276,22 @@ def test_data_on_the_hub_is_read_from_its_cache(tmp_path, monkeypatch):
         files.dataset_snapshot("me/none", fetch=True)
 
 
+def test_lists_and_tables_of_damaged_gzip_are_named(tmp_path):
+    records = [{"a": i} for i in range(20_000)]
+    texts = {
+        "d.json.gz": json.dumps(records),
+        "d.csv.gz": "a\n" + "\n".join(map(str, range(20_000))),
+    }
+    for name, text in texts.items():
+        whole = gzip.compress(text.encode())
+        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match=r"d\.\w+\.gz:\d+: the gzip file ends before its end"):
+            rows(tmp_path / name)
+        (tmp_path / name).write_bytes(whole[:9000] + b"\0" * 90 + whole[9090:])
+        with pytest.raises(ValueError, match=r"d\.\w+\.gz:\d+: (not sound gzip|the gzip file)"):
+            rows(tmp_path / name)
+
+
 def test_odd_paths_are_wrong_files(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     for path in ("x" * 5000, str(tmp_path / "loop"), str(tmp_path / "loop" / "a.jsonl")):
