@@ -166,7 +166,7 @@ def val_batches(
     sources = source_rows(prepared) or {"": np.arange(len(prepared.origin))}
     for name, records in sources.items():
         made = micro_batches(prepared, records, limit, packed, collate, parts)
-        batches += [with_source(batch, name) for batch in made] if name else made
+        batches += [with_source(batch, name) for batch in made]
     return batches
 
 

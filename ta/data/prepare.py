@@ -527,8 +527,8 @@ def _build(
         **arrays.counts,
         "expected": expected,
         "bad": drops.bad,
-        "drops": drops.reasons(),
-        "notes": drops.remarks(),
+        "drops": drops.counts.sorted(),
+        "notes": drops.notes.sorted(),
         "unused": drops.unused.most_common(1000),
         "sources": by_source,
     }
@@ -600,7 +600,7 @@ class RecordEncoder(NamedTuple):
                 drops.drop(record, result.reason)
             else:
                 for note in job.notes:
-                    drops.note(record, note)
+                    drops.notes.add(note, record)
                 done.append((record, self.encoded(result, job)))
         return done
 

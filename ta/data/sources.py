@@ -150,8 +150,19 @@ def select(source: Source, seed: int) -> tuple[bytearray, str]:
     return keep, remark if wanted > len(window) else ""
 
 
-# {reason: {"count", "first": [(source, line)]}}
-Table = dict[str, dict[str, Any]]
+class Tally(dict[str, dict[str, Any]]):
+    """{reason: {"count", "first": [(source, line)]}}, the first EXAMPLES places of each reason."""
+
+    def add(self, reason: str, record: Record) -> None:
+        """Count a record."""
+        entry = self.setdefault(reason, {"count": 0, "first": []})
+        entry["count"] += 1
+        if entry["count"] <= EXAMPLES:
+            entry["first"].append((record.source, record.line))
+
+    def sorted(self) -> dict[str, dict[str, Any]]:
+        """The reasons, the most frequent first."""
+        return dict(sorted(self.items(), key=lambda item: -item[1]["count"]))
 
 
 @dataclass
@@ -167,9 +178,9 @@ class Drops:
     expected: int = 0
     aside: IO[str] | None = None
     bad: int = 0
-    counts: Table = field(default_factory=dict)
+    counts: Tally = field(default_factory=Tally)
     # remarks on records that are used
-    notes: Table = field(default_factory=dict)
+    notes: Tally = field(default_factory=Tally)
     # of each source: its records by the format from which they were converted
     formats: dict[int, Counter[Format]] = field(default_factory=dict)
     # records that have a field which no method reads
@@ -201,41 +212,18 @@ class Drops:
 
     def drop(self, record: Record, reason: str, text: str | None = None) -> None:
         """Count a well-formed record that cannot be used (or, with `text`, a bad one)."""
-        _count(self.counts, reason, record)
+        self.counts.add(reason, record)
         if self.aside:
             origin = {"source": record.source, "file": record.path, "line": record.line}
             entry = {**origin, "reason": reason} | ({} if text is None else {"text": text})
             self.aside.write(json_text(entry, ensure_ascii=False) + "\n")
 
-    def note(self, record: Record, remark: str) -> None:
-        """Count a remark on a record that is used."""
-        _count(self.notes, remark, record)
-
-    def reasons(self) -> Table:
-        """The counts, most frequent first."""
-        return _sorted(self.counts)
-
-    def remarks(self) -> Table:
-        """The same for the remarks."""
-        return _sorted(self.notes)
-
     def table(self) -> str:
         """The reasons in one line, each with its count and first line."""
         return ", ".join(
             f"{entry['count']} {reason} (line {entry['first'][0][1]})"
-            for reason, entry in self.reasons().items()
+            for reason, entry in self.counts.sorted().items()
         )
-
-
-def _count(table: Table, key: str, record: Record) -> None:
-    entry = table.setdefault(key, {"count": 0, "first": []})
-    entry["count"] += 1
-    if entry["count"] <= EXAMPLES:
-        entry["first"].append((record.source, record.line))
-
-
-def _sorted(table: Table) -> Table:
-    return dict(sorted(table.items(), key=lambda item: -item[1]["count"]))
 
 
 def scan(
@@ -263,12 +251,12 @@ def scan(
             drops.unused.update(unused)
         if "id" in data and len(drops.ids) < MAX_IDS:
             if (name := hash(str(data["id"]))) in drops.ids:
-                drops.note(record, "id given twice")
+                drops.notes.add("id given twice", record)
             drops.ids.add(name)
         roles = [message["role"] for message in data.get("messages") or data.get("context") or ()]
         roles += ["assistant"] * ("context" in data)
         if any(a == b == "assistant" for a, b in pairwise(roles)):
-            drops.note(record, "answers twice in a row")
+            drops.notes.add("answers twice in a row", record)
         yield record
 
 

@@ -181,11 +181,11 @@ def test_drops_are_counted_and_are_not_bad():
     drops = Drops()
     for line in range(1, 8):
         drops.drop(Record(0, line, "a.jsonl", b"", {}), "too long")
-        drops.note(Record(1, line, "b.jsonl", b"", {}), "odd")
-    assert drops.bad == 0 and drops.reasons() == {
+        drops.notes.add("odd", Record(1, line, "b.jsonl", b"", {}))
+    assert drops.bad == 0 and drops.counts.sorted() == {
         "too long": {"count": 7, "first": [(0, 1), (0, 2), (0, 3)]}
     }
-    assert drops.remarks() == {"odd": {"count": 7, "first": [(1, 1), (1, 2), (1, 3)]}}
+    assert drops.notes.sorted() == {"odd": {"count": 7, "first": [(1, 1), (1, 2), (1, 3)]}}
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_answers_in_a_row_are_said(tmp_path, data, noted):
         record.data
         for record in read_records([str(tmp_path / "a.jsonl")], lambda data: data, drops)
     ] == [data]
-    assert [entry["count"] for entry in drops.remarks().values()] == [1] * noted
+    assert [entry["count"] for entry in drops.notes.sorted().values()] == [1] * noted
 
 
 def test_errors_are_pinned_to_their_records():
