@@ -372,6 +372,11 @@ def _tensors(model: nn.Module):
     yield from model.named_buffers()
 
 
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor; where it is sharded, all processes must ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def local_rows(tensor) -> tuple[int, int]:
     """(first row, number of rows) that this process holds of a tensor sharded by rows."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

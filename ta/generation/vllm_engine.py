@@ -73,7 +73,7 @@ def check_engine(
     """
     if engine not in ("hf", "vllm") and not engine.startswith(("http://", "https://")):
         raise ValueError(f"--engine {engine}: give hf, vllm, or the URL of a vLLM server")
-    if engine != "hf" and world() > 1:
+    if engine == "vllm" and world() > 1:
         raise ValueError(
             "vLLM starts its own processes: run it without torchrun, with --tensor-parallel-size"
         )

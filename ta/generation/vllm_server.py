@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from ta.generation.settings import Answer, Ending, GenerateConfig
 from ta.generation.vllm_checks import refuse_settings
 from ta.generation.vllm_engine import sampling_of
 from ta.generation.weight_transfer import WeightTransfer
+from ta.parallel import barrier, on_rank_zero, rank, whole_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,18 +56,25 @@ class VllmServer:
         return _request(f"{self.url}/{path}", body)
 
     def put_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Put (name, tensor) in the place of all weights; what is cached of the old ones goes."""
-        if self.transfer is not None:
-            self.transfer.send(weights)
+        """Put (name, tensor) in the place of all weights; what is cached of the old ones goes.
+
+        All processes take part, since tensors may be sharded; the first one alone hands them over.
+        """
+        if rank():
+            for _, tensor in weights:
+                whole_tensor(tensor)
         else:
-            self._put_file(weights)
-        self.post("reset_prefix_cache")
+            (self.transfer.send if self.transfer else self._put_file)(weights)
+            self.post("reset_prefix_cache")
+        barrier()
 
     def _put_file(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         from safetensors.torch import save_file
 
         # tensors that are tied are written twice, which safetensors does not do by itself
-        tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in weights}
+        tensors = {
+            name: whole_tensor(tensor).cpu().contiguous().clone() for name, tensor in weights
+        }
         self.folder.mkdir(parents=True, exist_ok=True)
         with writing(self.folder / "model.safetensors") as path:
             save_file(tensors, path, {"format": "pt"})
@@ -138,11 +147,17 @@ def open_server(
             "give a server of the same vocabulary"
         )
     if folder is not None:
-        about = _request(f"{url}/server_info?config_format=json")["vllm_config"]
-        if given := about["weight_transfer_config"]:
-            workers = _request(f"{url}/get_world_size")["world_size"]
-            server.transfer = WeightTransfer(url, given["backend"], workers, server.post)
+        server.transfer = on_rank_zero(partial(_transfer_to, server))
     return server
+
+
+def _transfer_to(server: VllmServer) -> WeightTransfer | None:
+    """The weight transfer that a server was started with, if it was."""
+    config = _request(f"{server.url}/server_info?config_format=json")["vllm_config"]
+    if (given := config["weight_transfer_config"]) is None:
+        return None
+    workers = _request(f"{server.url}/get_world_size")["world_size"]
+    return WeightTransfer(server.url, given["backend"], workers, server.post)
 
 
 def _request(address: str, body: dict[str, Any] | None = None) -> Any:

@@ -24,7 +24,7 @@ from ta.files import full_disk, json_text, publishing
 from ta.folders import quiet, read_json
 from ta.model.adapters import save_adapter, saved_tables
 from ta.model.language_model import LanguageModel
-from ta.parallel import gather_objects, on_rank_zero, rank, say, world
+from ta.parallel import gather_objects, on_rank_zero, rank, say, whole_tensor, world
 
 if TYPE_CHECKING:
     import torch
@@ -291,7 +291,7 @@ def gathered(
     for name, tensor in model.state_dict().items():
         if only_trained and name not in trained:
             continue
-        full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        full = whole_tensor(tensor)
         if rank() == 0:
             full = full.detach().cpu()
             out[name] = full.to(dtype) if dtype and name in parameters else full

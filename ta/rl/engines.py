@@ -18,7 +18,7 @@ from ta.generation.vllm_engine import VllmConfig, VllmEngine, start_vllm
 from ta.generation.vllm_server import VllmServer, open_server
 from ta.model.adapters import merge_adapter
 from ta.model.language_model import LanguageModel
-from ta.parallel import local_rows, rank, sum_over_ranks
+from ta.parallel import local_rows, rank, sum_over_ranks, world
 
 Engine = VllmEngine | VllmServer
 # weights whose bits are multiplied at once
@@ -44,6 +44,11 @@ def start_engine(
         raise ValueError(
             f"--engine {engine} in rollouts takes whole weights, without added tokens and prompt "
             "learning: leave them or --engine out"
+        )
+    if world() > 1 and hasattr(model.inner, "get_base_model"):
+        raise ValueError(
+            f"--engine {engine}: an adapter is merged on one process alone: run it without "
+            "torchrun, or leave --adapter out"
         )
     if engine != "vllm":
         return open_server(engine, "--engine", tokenizer, folder)

@@ -12,6 +12,7 @@ import time
 from collections import ChainMap, Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, zip_longest
@@ -193,8 +194,10 @@ class Rollouts:
             self.held[number] = rows
             return
         self._hand_over(now)
-        # log-probabilities are of the weights that the update changes
-        if later and isinstance(self.engine, VllmServer) and not self.logprobs:
+        # log-probabilities are of the weights that the update changes; processes that share out
+        # their rounds cannot train meanwhile
+        beside = later and isinstance(self.engine, VllmServer) and not self.logprobs
+        if beside and world() == 1:
             self.coming = self.thread.submit(self._make, number, now, path)
         else:
             self._make(number, now, path)
@@ -311,7 +314,7 @@ class Rollouts:
             settings = replace(settings, temperature=temperature)
         ask = partial(answer, self.tokenizer.fast, stop_ids=self.tokenizer.stop_ids)
         # processes may take unequal numbers of turns
-        with unsharded(self.model):
+        with nullcontext() if self.engine else unsharded(self.model):
             answers = ask([ids for _, ids in questions], config=settings, keys=keys)
             talks = [
                 [Talk(*asked, (key, k), answer) for k, answer in enumerate(group)]

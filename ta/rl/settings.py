@@ -29,7 +29,8 @@ class RolloutConfig:
     """Optimizer steps on the answers of one rollout, each on its share of --batch-size prompts."""
     ahead: Annotated[int, Range(0, 1)] = 0
     """1 makes the next rollout before the last update on this one, by weights that are one step
-    old, which --mismatch corrects. It saves time where another device answers (--engine URL)."""
+    old, which --mismatch corrects. It saves time where one process trains and another device
+    answers (--engine URL)."""
 
 
 @dataclass(frozen=True)

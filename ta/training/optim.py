@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from ta.command_line import Range
 from ta.folders import ModelConfig, resolve
-from ta.parallel import blocks, world
+from ta.parallel import blocks, whole_tensor, world
 
 if TYPE_CHECKING:
     import torch
@@ -183,7 +183,7 @@ def update(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
-    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm) / count
+    norm = whole_tensor(norm) / count
     finite = norm.isfinite() & loss.isfinite()
     divisor = count * ((norm + 1e-6) / clip).clamp(min=1) if clip else count
     # gradients that are not finite stay as they are, to be looked at

@@ -227,6 +227,26 @@ def test_a_run_on_a_server_learns_on_answers_of_its_weights_and_resumes(
 
 
 @pytest.mark.slow
+def test_two_processes_hand_over_their_shards(forked, folder, server):
+    """Each asks the server for answers to its share of the prompts, of weights that one has put there."""
+    given = ("--engine", server, "--ahead", 1, *flags(folder, "grpo"))
+    runs = [folder / f"processes-{n}" for n in (1, 2)]
+    for n, run in enumerate(runs, 1):
+        forked("grpo", *given, "--out", run, processes=n)
+    for number, (a, b) in enumerate(zip(*map(rollouts, runs), strict=True)):
+        for row, other in zip(a, b, strict=True):
+            assert row["prompt_tokens"] == other["prompt_tokens"]
+            if number == 0 and not REAL:
+                assert row["answers"] == other["answers"]
+    gaps = [row[-1] for row in story(runs[1])[1]]
+    assert gaps[0] < 1e-5 and min(gaps[1:]) > 1e-4
+    said = forked(
+        "grpo", *given, "--adapter", "lora", "--out", folder / "lora", processes=2, code=2
+    )
+    assert "an adapter is merged on one process alone: run it without torchrun" in said
+
+
+@pytest.mark.slow
 def test_a_student_learns_from_a_server(forked, folder, server):
     """Its log-probabilities stand in the file of rollouts, so that a resumed run needs no others."""
     from transformers import LlamaForCausalLM

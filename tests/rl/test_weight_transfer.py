@@ -181,7 +181,8 @@ def test_after_a_transfer_greedy_answers_are_the_trainers(
     given += ("--out", tmp_path / "run")
     died = die_at((torch.optim.AdamW, "step"), 3)
     forked("grpo", *given, code=-signal.SIGKILL, before=died)
-    forked("grpo", *given, "--resume")
-    steps = [json.loads(line) for line in open(tmp_path / "run/metrics.jsonl")]
-    gaps = [step["mismatch"] for step in steps if "mismatch" in step]
-    assert len(gaps) == 3 and max(gaps) < 1e-5
+    for processes, more in ((1, "--resume"), (2, "--overwrite")):
+        forked("grpo", *given, more, processes=processes)
+        steps = [json.loads(line) for line in open(tmp_path / "run/metrics.jsonl")]
+        gaps = [step["mismatch"] for step in steps if "mismatch" in step]
+        assert len(gaps) == 3 and max(gaps) < 1e-5
