@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -299,8 +298,7 @@ def with_cached_reference(
     import numpy as np
     import torch
 
-    from ta.data.batch import to_device
-    from ta.data.loader import micro_batches
+    from ta.training.loop import by_record
 
     n, folder = len(prepared.origin), cache_folder(cache_dir) / "references"
     about = [[*reference.key, depends], prepared.info["fingerprint"]]
@@ -310,21 +308,15 @@ def with_cached_reference(
     if table is not None:
         say(f"reference log-probabilities of {n:,} records: from {whole}")
         return prepared._replace(reference=table)
-    with_records = lambda data, chosen, packed: (collate(data, chosen, packed), chosen)
-    parts, size = [], config.max_tokens_per_micro
+    device, size, parts = reference.device, config.max_tokens_per_micro, []
+    values = lambda batch: batch.both(reference.logps)  # (P, 2)
     bar = progress(n, "reference", "record", show=rank() == 0, delay=2, leave=False)
     for start in range(0, n, PART):
         records = np.arange(start, min(n, start + PART))
         path = folder / f"{name}-{start}.safetensors"
         part = _read_table(path, len(records))
         if part is None:
-            by_record, dtype = {}, torch.float32
-            for batch, chosen in micro_batches(prepared, records, size, packed, with_records):
-                values = to_device(batch, reference.device).both(reference.logps)  # (P, 2)
-                by_record |= zip(chosen.tolist(), values.tolist(), strict=True)
-                dtype = values.dtype
-            merged = dict(chain(*(share.items() for share in gather_objects(by_record))))
-            part = torch.tensor([merged[record] for record in records.tolist()], dtype=dtype)
+            part = by_record(values, prepared, records, size, packed, device, collate)
             if rank() == 0:
                 _write_table(path, part)
         parts.append(part)

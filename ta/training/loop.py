@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ta.command_line import when_stopped
-from ta.data.batch import batch_of, to_device
+from ta.data.batch import Batch, batch_of, to_device
 from ta.data.loader import TrainBatches, collate_chats, micro_batches
 from ta.data.prepare import Prepared, summary, write_drops
 from ta.files import append_line, json_text, read_json_lines
@@ -46,6 +46,8 @@ from ta.training.run_folder import Run, best_step, evaluations
 from ta.training.trackers import open_trackers
 
 if TYPE_CHECKING:
+    from ta.data.loader import Collate
+
     Step = Callable[[nn.Module, Any], tuple[Tensor, Tensor | float, dict[str, Any]]]
 
 
@@ -345,23 +347,35 @@ def scores_of(model: nn.Module, prepared: Prepared, n: int, max_tokens: int) -> 
 
     All processes take part; a forward pass has at most `max_tokens` tokens.
     """
-    device = next(model.parameters()).device
-    records = np.arange(min(n, len(prepared.origin)))
-    batches = micro_batches(
-        prepared,
-        records,
-        max_tokens,
-        model.packed,
-        lambda data, chosen, packed: (collate_chats(data, chosen, packed), chosen),
-    )
-    scored = []
+
+    def scores(batch: Batch) -> Tensor:
+        return model.scores(batch).unflatten(0, (-1, prepared.k))
+
+    device, records = next(model.parameters()).device, np.arange(min(n, len(prepared.origin)))
     with evaluating(model):
-        for batch, chosen in batches:
-            scores = model.scores(to_device(batch, device))  # (N, C)
-            scored.append((chosen, scores.unflatten(0, (-1, prepared.k)).cpu()))
-    shares = [part for share in gather_objects(scored) for part in share]
+        return by_record(scores, prepared, records, max_tokens, model.packed, device)
+
+
+def by_record(
+    values: Callable[[Any], Tensor],
+    prepared: Prepared,
+    records: np.ndarray,
+    max_tokens: int,
+    packed: bool,
+    device: Any,
+    collate: Collate = collate_chats,
+) -> Tensor:
+    """(n, ...) what `values` gives of each of n records, on the CPU of every process.
+
+    It gets a batch and gives a row for each of its records; all processes take part.
+    """
+    both = lambda data, chosen, packed: (collate(data, chosen, packed), chosen)
+    found = []
+    for batch, chosen in micro_batches(prepared, records, max_tokens, packed, both):
+        found.append((chosen, values(to_device(batch, device)).cpu()))
+    shares = [part for share in gather_objects(found) for part in share]
     order = np.argsort(np.concatenate([chosen for chosen, _ in shares]))
-    return torch.cat([scores for _, scores in shares])[order]
+    return torch.cat([rows for _, rows in shares])[order]
 
 
 def _logged(folder: Path, step: int) -> dict[str, float]:
