@@ -153,9 +153,7 @@ def main(config: Config):
         return made if sampled else [batch.sequences for batch in made]
 
     def evaluate(done):
-        samples = ta.generate_samples(
-            model, tokenizer, val_data, config.chat, config.samples, run.folder, done, seed=run.seed
-        )
+        samples = ta.generate_samples(run, model, tokenizer, val_data, done)
         # a server tells nothing of answers that the student did not sample
         figures = {} if sampled else ta.mean_over(model, val_batches, learn)
         return ta.join_figures(figures, samples)

@@ -203,14 +203,11 @@ def main(config: Config):
         # at step 0 no reference moves
         figures = ta.mean_over(model, before_step(0, val_batches), learn)
         samples = ta.generate_samples(
+            run,
             model,
             tokenizer,
             val_data,
-            config.chat,
-            config.samples,
-            run.folder,
             done,
-            seed=run.seed,
             reference=reference and reference.of_new,
         )
         return ta.join_figures(figures, samples)

@@ -17,7 +17,7 @@ all of the record reaches the reward functions, (messages, answer, record) -> nu
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import ta
@@ -136,13 +136,9 @@ def main(config: Config):
         return ta.rl.rollout_batches(rows[part], advantages[part], policy, *limits, figures)
 
     def evaluate(done):
-        samples = config.samples
-        if not samples.sample_max_new_tokens:
-            samples = replace(samples, sample_max_new_tokens=longest)
         chats = [ta.rl.with_right_answer(record) for record, _ in held_out]
         made_by = {"reference": reference and reference.of_new, "respond": rollouts.respond}
-        asked = (chats, config.chat, samples, run.folder, done)
-        return ta.generate_samples(model, tokenizer, *asked, seed=run.seed, **made_by)
+        return ta.generate_samples(run, model, tokenizer, chats, done, longest=longest, **made_by)
 
     figures = ta.train(
         run,

@@ -142,14 +142,11 @@ def main(config: Config):
         held_out = with_kl(model, reference.add_to(val_batches)) if val_batches else []
         figures = ta.mean_over(model, held_out, learn)
         samples = ta.generate_samples(
+            run,
             model,
             tokenizer,
             val_data,
-            config.chat,
-            config.samples,
-            run.folder,
             done,
-            seed=run.seed,
             reference=reference.of_new,
         )
         return ta.join_figures(figures, samples, preference(model, held_out))

@@ -115,14 +115,11 @@ def main(config: Config):
     def evaluate(done):
         figures = ta.mean_over(model, val_batches, learn)
         samples = ta.generate_samples(
+            run,
             model,
             tokenizer,
             val_data,
-            config.chat,
-            config.samples,
-            run.folder,
             done,
-            seed=run.seed,
             encode=ta.media.encode_media_prompts,
             embed=partial(ta.media.embed_media_prompts, media, tokenizer),
         )

@@ -154,16 +154,8 @@ def main(config: Config):
         model.eval()
         records = ta.first_records(val_data, config.samples.sample_records)
         prompts = ta.rag.prompts_with_passages(one_passage, model.embed, records)
-        samples = ta.generate_samples(
-            model,
-            tokenizer,
-            [record for record, _ in prompts],
-            config.chat,
-            config.samples,
-            run.folder,
-            done,
-            seed=run.seed,
-        )
+        asked = [record for record, _ in prompts]
+        samples = ta.generate_samples(run, model, tokenizer, asked, done)
         return ta.join_figures(figures, samples, ta.rag.retrieval_figures(model, held_out, k))
 
     key = {

@@ -71,14 +71,11 @@ def main(config: Config):
     def evaluate(done):
         figures = ta.mean_over(model, val_batches, step)
         samples = ta.generate_samples(
+            run,
             model,
             tokenizer,
             val_data,
-            config.chat,
-            config.samples,
-            run.folder,
             done,
-            seed=run.seed,
             reference=reference and reference.of_new,
         )
         return ta.join_figures(figures, samples)

@@ -89,10 +89,6 @@ if TYPE_CHECKING:  # what the package gives, listed here for editors and for fac
         spacing_note as spacing_note,
     )
     from ta.generation.prompts import read_prompts as read_prompts
-    from ta.generation.samples import (
-        SamplesConfig as SamplesConfig,
-        generate_samples as generate_samples,
-    )
     from ta.generation.score import (
         answer_logprobs as answer_logprobs,
         class_names_of as class_names_of,
@@ -163,6 +159,10 @@ if TYPE_CHECKING:  # what the package gives, listed here for editors and for fac
     from ta.training.progress import join_figures as join_figures
     from ta.training.report import comparison as comparison
     from ta.training.run_folder import LoopConfig as LoopConfig, Run as Run, start_run as start_run
+    from ta.training.samples import (
+        SamplesConfig as SamplesConfig,
+        generate_samples as generate_samples,
+    )
 
 __getattr__, __all__ = face(__name__, __file__)
 

@@ -42,14 +42,11 @@ EDITS = {  # what stands in recipes/dpo.py: what stands in the copy
     '    samples: ta.SamplesConfig = ta.SamplesConfig(sample_metrics=("accuracy", "contains"))\n': "",
     "if val_data or config.samples.samples_data else": "if val_data else",
     "        samples = ta.generate_samples(\n"
+    "            run,\n"
     "            model,\n"
     "            tokenizer,\n"
     "            val_data,\n"
-    "            config.chat,\n"
-    "            config.samples,\n"
-    "            run.folder,\n"
     "            done,\n"
-    "            seed=run.seed,\n"
     "            reference=reference and reference.of_new,\n"
     "        )\n"
     "        return ta.join_figures(figures, samples)\n": (

@@ -33,7 +33,6 @@ from ta.data.sources import Drops
 from ta.files import append_line, hash_json, read_json_lines, write_jsonl
 from ta.generation.generate import generate
 from ta.generation.prompts import read_prompts
-from ta.generation.samples import Prompt, asked_text
 from ta.generation.settings import Answer, GenerateConfig
 from ta.generation.vllm_server import VllmServer
 from ta.model.language_model import LanguageModel
@@ -44,6 +43,7 @@ from ta.rl.policy import overlong_penalty
 from ta.rl.rewards import RewardPool
 from ta.rl.settings import PolicyConfig, RolloutConfig
 from ta.rl.tools import Talk, Tools
+from ta.training.samples import Prompt, asked_text
 
 if TYPE_CHECKING:
     # a record and the token ids of its prompt

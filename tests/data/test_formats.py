@@ -25,7 +25,7 @@ from ta.data.prepare import (
     sequence,
 )
 from ta.data.sources import Drops, canonical, read_records
-from ta.generation.samples import prompts_of
+from ta.training.samples import prompts_of
 
 U, A = {"role": "user", "content": "q r"}, {"role": "assistant", "content": "a"}
 B, S = {"role": "assistant", "content": "b"}, {"role": "system", "content": "s"}

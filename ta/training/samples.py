@@ -22,6 +22,7 @@ from ta.generation.score import kl_to_reference, reward_answers
 from ta.generation.settings import GenerateConfig, answers_to_json, named_settings
 from ta.parallel import rank, say
 from ta.screen import progress, table
+from ta.training.run_folder import Run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,12 +75,12 @@ class SamplesConfig:
         check_metrics((name for name in self.sample_metrics if name != KL), known)
         self.settings(())
 
-    def settings(self, stop_strings: Sequence[str]) -> dict[str, GenerateConfig]:
+    def settings(self, stop_strings: Sequence[str], longest: int = 64) -> dict[str, GenerateConfig]:
         """The settings of generation by name, which end answers at `stop_strings` too.
 
-        ValueError for a name that comes twice.
+        Where they say nothing else, after `longest` tokens. ValueError for a name that comes twice.
         """
-        longest = self.sample_max_new_tokens or 64
+        longest = self.sample_max_new_tokens or longest
         default = GenerateConfig(longest, stop_strings=tuple(stop_strings))
         return named_settings("--sample-settings", self.sample_settings, default)
 
@@ -183,15 +184,13 @@ def all_prompts(
 
 
 def generate_samples(
+    run: Run,
     model: LanguageModel,
     tokenizer: ChatTokenizer,
     data: Prepared | Sequence[dict] | None,
-    chat: ChatConfig,
-    config: SamplesConfig,
-    folder: Path,
     step: int,
     *,
-    seed: int = 0,
+    longest: int = 64,
     encode: Encode = encode_prompts,
     embed: Embed | None = None,
     reference: Callable[[Batch], Tensor] | None = None,
@@ -199,12 +198,15 @@ def generate_samples(
 ) -> dict[str, float]:
     """Answer some records, append the answers to samples.jsonl, show some, and measure them.
 
-    Returns the metrics chosen: NAME over all answers, NAME@SETTINGS where settings have names, and
-    NAME/SOURCE beside it where there are several sources. `encode` makes token ids of chats, and
-    `embed` embeddings of prompts, where records hold more than text. `reference` gives the (N,)
-    log-probabilities of sequences for kl_to_reference. `respond` answers and rewards in place of
-    the model. {} where there is nothing to answer or where the model is a classifier.
+    The run has the settings, in the groups chat and samples; answers end after `longest` tokens
+    where these say nothing else. Returns the metrics chosen: NAME over all answers, NAME@SETTINGS
+    where settings have names, and NAME/SOURCE beside it where there are several sources. `encode`
+    makes token ids of chats, and `embed` embeddings of prompts, where records hold more than text.
+    `reference` gives the (N,) log-probabilities of sequences for kl_to_reference. `respond` answers
+    and rewards in place of the model. {} where there is nothing to answer or where the model is a
+    classifier.
     """
+    config, chat, path = run.config.samples, run.config.chat, run.folder / "samples.jsonl"
     if not (data or config.samples_data) or not config.sample_records or not model.generates:
         return {}
     if KL in config.sample_metrics and (reference is None or embed):
@@ -212,7 +214,7 @@ def generate_samples(
             f"metric {KL}: this run has no reference model beside it; leave it out (sft.py, dpo.py "
             "with a loss that has a reference, and kto.py have one)"
         )
-    prompts = all_prompts(data, tokenizer, chat, config, seed, encode)
+    prompts = all_prompts(data, tokenizer, chat, config, run.seed, encode)
     if not prompts:
         return {}
     ids, chats = [prompt.ids for prompt in prompts], [prompt.chat for prompt in prompts]
@@ -220,7 +222,7 @@ def generate_samples(
     if step == 0:
         say(spacing_note(config.sample_metrics, [prompt.reference or "" for prompt in prompts]))
     figures: dict[str, float] = {}
-    named, made = config.settings(tokenizer.stop_strings), {}
+    named, made = config.settings(tokenizer.stop_strings, longest), {}
     show = {"show": rank() == 0, "delay": 2, "leave": False}
     # the bar is gone before anything else is printed
     with progress(len(named) * len(ids), "samples", "answer", **show) as bar:
@@ -247,8 +249,8 @@ def generate_samples(
         if rank() == 0:
             rows = _rows(samples, step, name)
             for row in rows:
-                append_line(folder / "samples.jsonl", row)
-            _show(rows, folder / "samples.jsonl", config.sample_show, name)
+                append_line(path, row)
+            _show(rows, path, config.sample_show, name)
         end = f"@{name}" if name else ""
         for source, own in _by_source(samples).items():
             for metric, value in _figures(config, own, model, reference).items():

@@ -3,6 +3,7 @@
 import json
 import os
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +14,12 @@ from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.folders import ModelConfig
 from ta.generation.generate import generate
 from ta.generation.metrics import METRICS, check_metrics
-from ta.generation.samples import (
+from ta.generation.settings import GenerateConfig
+from ta.model.language_model import wrap
+from ta.model.load import load_base
+from ta.reference import sequence_logps
+from ta.training.run_folder import LoopConfig, Run
+from ta.training.samples import (
     MEASURED,
     Prompt,
     SamplesConfig,
@@ -22,10 +28,6 @@ from ta.generation.samples import (
     generate_samples,
     prompts_of,
 )
-from ta.generation.settings import GenerateConfig
-from ta.model.language_model import wrap
-from ta.model.load import load_base
-from ta.reference import sequence_logps
 
 USER, ANSWER = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
 
@@ -34,6 +36,12 @@ USER, ANSWER = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "con
 def tokenizer(tmp_path_factory):
     models.write_tiny(tmp_path_factory.mktemp("tiny"))
     return load_chat_tokenizer(ModelConfig(), TokenizerConfig(), ChatConfig())
+
+
+def run_of(config, folder):
+    """A run with these settings of samples, which writes into a folder."""
+    settings = SimpleNamespace(samples=config, chat=ChatConfig())
+    return Run(LoopConfig(out=str(folder)), config=settings)
 
 
 def lines(path):
@@ -93,7 +101,7 @@ def test_answers_are_the_engines_and_are_measured_kept_and_shown(tokenizer, tmp_
         sample_max_new_tokens=5,
         sample_metrics=("accuracy", "rouge_l", "perplexity", "self_bleu"),
     )
-    figures = generate_samples(model, tokenizer, records, ChatConfig(), config, tmp_path, 7)
+    figures = generate_samples(run_of(config, tmp_path), model, tokenizer, records, 7)
     assert list(figures) == list(config.sample_metrics) and figures["perplexity"] > 1
     kept = lines(tmp_path / "samples.jsonl")
     prompts = [prompt.ids for prompt in prompts_of(records, tokenizer, ChatConfig())]
@@ -107,9 +115,9 @@ def test_answers_are_the_engines_and_are_measured_kept_and_shown(tokenizer, tmp_
     shown = capsys.readouterr().err
     assert "samples at step 7" in shown and "book?" in shown and "hat?" not in shown  # two rows
     assert (
-        generate_samples(model, tokenizer, [], ChatConfig(), config, tmp_path, 8)
+        generate_samples(run_of(config, tmp_path), model, tokenizer, [], 8)
         == {}
-        == generate_samples(model, tokenizer, None, ChatConfig(), config, tmp_path, 8)
+        == generate_samples(run_of(config, tmp_path), model, tokenizer, None, 8)
         and len(lines(tmp_path / "samples.jsonl")) == 6
     )
 
@@ -136,7 +144,7 @@ def test_settings_sources_and_metrics_of_several_answers(tokenizer, tmp_path, ca
         ),
     )
     config.check()
-    figures = generate_samples(model, tokenizer, None, ChatConfig(), config, tmp_path, 0)
+    figures = generate_samples(run_of(config, tmp_path), model, tokenizer, None, 0)
     names = [
         f"{m}@{s}{of}"
         for s in ("beam", "warm")
@@ -157,7 +165,7 @@ def test_settings_sources_and_metrics_of_several_answers(tokenizer, tmp_path, ca
     )
     assert {row["chat"][0]["role"] for row in warm} == {"user", "system"}
     assert "samples at step 0, warm" in capsys.readouterr().err
-    generate_samples(model, tokenizer, None, ChatConfig(), config, tmp_path, 5)
+    generate_samples(run_of(config, tmp_path), model, tokenizer, None, 5)
     said = capsys.readouterr().err
     assert (
         "samples at step 5, warm, 0 of 12 answers changed since the last time" in said
@@ -171,11 +179,11 @@ def test_figures_of_references_leave_out_answers_without_one(tokenizer, tmp_path
     model, _ = wrap(load_base(ModelConfig()))
     records = [with_answer("4"), {"messages": [USER]}]
     config = SamplesConfig(sample_max_new_tokens=3, sample_metrics=("accuracy", "length"))
-    figures = generate_samples(model, tokenizer, records, ChatConfig(), config, tmp_path, 0)
+    figures = generate_samples(run_of(config, tmp_path), model, tokenizer, records, 0)
     given = [row["answer"] for row in lines(tmp_path / "samples.jsonl")]
     assert figures["accuracy"] == float(given[0].strip() == "4") and len(given) == 2
     assert figures["length"] == METRICS["length"].function(given)
-    alone = generate_samples(model, tokenizer, records[1:], ChatConfig(), config, tmp_path, 1)
+    alone = generate_samples(run_of(config, tmp_path), model, tokenizer, records[1:], 1)
     assert list(alone) == ["length"]
 
 
@@ -187,7 +195,7 @@ def test_sources_of_one_file_name_have_figures_of_their_own(tokenizer, tmp_path)
         tasks.write_jsonl(tmp_path / name / "test.jsonl", tasks.chats("held_out", 4)[i::2])
     files = tuple(str(tmp_path / name / "test.jsonl") for name in ("easy", "hard"))
     config = SamplesConfig(samples_data=files, sample_max_new_tokens=2)
-    figures = generate_samples(model, tokenizer, None, ChatConfig(), config, tmp_path, 0)
+    figures = generate_samples(run_of(config, tmp_path), model, tokenizer, None, 0)
     assert list(figures) == ["accuracy", "accuracy/easy/test", "accuracy/hard/test"]
 
 
@@ -216,7 +224,7 @@ def test_rewards_and_the_distance_from_a_reference_equal_plain_transformers(toke
 
     for reference in (same, moved):
         figures = generate_samples(
-            model, tokenizer, records, ChatConfig(), config, tmp_path, 0, reference=reference
+            run_of(config, tmp_path), model, tokenizer, records, 0, reference=reference
         )
         assert list(figures) == ["kl_to_reference", "reward"]
         if reference is same:
@@ -245,7 +253,7 @@ def test_rewards_and_the_distance_from_a_reference_equal_plain_transformers(toke
     assert [row["reward"] for row in rows] == pytest.approx(rewards, abs=1e-4)
     assert figures["reward"] == pytest.approx(sum(rewards) / len(rewards), abs=1e-4)
     with pytest.raises(ValueError, match="metric kl_to_reference: this run has no reference"):
-        generate_samples(model, tokenizer, records, ChatConfig(), config, tmp_path, 0)
+        generate_samples(run_of(config, tmp_path), model, tokenizer, records, 0)
 
 
 def test_metrics_that_cannot_be_measured_are_refused_before_anything_is_written(door, tmp_path):
