@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ta.command_line import when_stopped
 from ta.data.batch import Batch, batch_of, to_device
-from ta.data.loader import TrainBatches, collate_chats, micro_batches
+from ta.data.loader import Collate, TrainBatches, collate_chats, micro_batches
 from ta.data.prepare import Prepared, summary, write_drops
 from ta.files import append_line, json_text, read_json_lines
 from ta.model.language_model import evaluating
@@ -46,8 +46,6 @@ from ta.training.run_folder import Run, best_step, evaluations
 from ta.training.trackers import open_trackers
 
 if TYPE_CHECKING:
-    from ta.data.loader import Collate
-
     Step = Callable[[nn.Module, Any], tuple[Tensor, Tensor | float, dict[str, Any]]]
 
 
