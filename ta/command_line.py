@@ -124,7 +124,8 @@ def what_is_wrong(box: str) -> str:
     message, _, more = text.partition("Perhaps you meant:")
     message = re.split("Argument helptext:|For full helptext", message)[0].strip()
     wrong = re.match(r"Error parsing (--\S+): .*instantiated from \[(.*?)\]", message)
-    reasons = re.findall(r"- <class '(\w+)'>: (.*?)(?= - <class|$)", message)
+    message = re.sub(r"\[/?bold\]|<class '(\w+)'>", r"\1", message)
+    reasons = re.findall(r"- (\w[\w\[\], ]*): (.*?)(?= - |$)", message)
     if wrong and (own := [why for kind, why in reasons if kind != "NoneType"]):
         message = f"{wrong[1]} {wrong[2]}: {own[-1]}"
     meant = re.findall(r"(?<!\S)--(?!no-|help)[a-z][a-z0-9-]+", more)

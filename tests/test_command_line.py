@@ -161,3 +161,11 @@ def test_colours_and_borders_of_a_box_are_left_out():
         "│ ───────── │\n│ Argument helptext: │\n│ --lr │\n╰─────────╯\n"
     )
     assert what_is_wrong(box) == "--lr 'x': could not convert string to float: 'x'"
+
+
+def test_a_flag_of_two_words_says_so(door):
+    code, text = door("multimodal", "--media-tokens", "a")
+    assert code == 2 and text == (
+        "error: --media-tokens 'a': input length 1 did not match expected argument count 2 of "
+        "`STR STR`\n"
+    )

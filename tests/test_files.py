@@ -664,3 +664,10 @@ def test_shares_are_told_by_their_locks(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / ".axb.part-3.lock").touch()
     assert shares(out) == {"part-0", "part-12"} and shares(tmp_path / "none" / "x") == set()
+
+
+def test_a_file_where_a_folder_is_needed_is_named(tmp_path):
+    (tmp_path / "a").write_text("")
+    for write in (lambda path: write_atomic(path, ""), lambda path: locked(path).__enter__()):
+        with pytest.raises(NotADirectoryError, match=f"where a folder is needed: '{tmp_path}/a'"):
+            write(tmp_path / "a" / "b" / "c")

@@ -56,9 +56,10 @@ def load_encoder(name: str, folder: str | Path | None = None) -> Encoder:
     if name not in ENCODERS:
         raise ValueError(f"encoder {name!r} is not known; give one of {', '.join(ENCODERS)}")
     if name != "builtin" and not (folder and Path(folder).is_dir()):
+        why = f"{str(folder)!r} is not a folder" if folder else "no folder is given"
         raise ValueError(
-            f"encoder {name}: {str(folder)!r} is not a folder; give the folder with the model's "
-            "weights and preprocessor_config.json, or add --hub to look the name up on the hub"
+            f"encoder {name}: {why}; give the folder with the model's weights and "
+            "preprocessor_config.json, or add --hub to look the name up on the hub"
         )
     encoder = ENCODERS[name](Path(folder) if folder else Path())
     encoder.module.float().eval().requires_grad_(False)

@@ -26,9 +26,12 @@ class FunctionPool:
     """
 
     def __init__(self, names: Sequence[str], processes: int, seconds: float):
-        """`names` are those of `worker.load_function`; a call may take so many seconds."""
+        """`names` are those of `worker.load_function`; a call may take so many seconds.
+
+        ValueError where a function does not load.
+        """
         self.names, self.processes, self.seconds = names, processes, seconds
-        self.idle: list[_Process] = []
+        self.idle = [_Process(names)] if any(names) else []
 
     def run(self, calls: Sequence[tuple[int, list]]) -> Iterator[tuple[int, Any, str]]:
         """(place of the call, value, fault), in the order in which they come.
@@ -80,12 +83,10 @@ class _Process:
         theirs.close()
         self.alive, self.seconds = True, START
         # it says when its functions are there
-        self.pipe.poll(START)
-        if self.reply()[1]:
-            raise ValueError(
-                f"the functions of {' '.join(filter(None, names))} did not load within {START} "
-                "seconds, or ended their process"
-            )
+        loaded = self.pipe.poll(START)
+        if fault := self.reply()[1]:
+            why = fault if loaded else f"it takes more than {START} seconds"
+            raise ValueError(f"{' '.join(filter(None, names))} does not load: {why}")
 
     def ask(self, call: tuple[int, list], seconds: float) -> None:
         """Send a call, which must be answered within so many seconds."""

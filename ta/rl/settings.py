@@ -42,8 +42,8 @@ class ToolConfig:
 
     def check(self) -> None:
         """ValueError for a file that is not there, and for settings of no tools."""
-        if self.tools is not None and not Path(self.tools).is_file():
-            raise ValueError(f"--tools {self.tools}: there is no such file")
+        if self.tools is not None and not (Path(self.tools).is_file() and self.tools[-3:] == ".py"):
+            raise ValueError(f"--tools {self.tools}: there is no such file of Python, give FILE.py")
         if self.tools is None and self != ToolConfig():
             raise ValueError(f"--max-turns {self.max_turns} has no effect without --tools FILE.py")
 

@@ -13,7 +13,6 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from multiprocessing.connection import Connection
 from numbers import Real
 from typing import Any
@@ -23,7 +22,7 @@ from ta.rl.reward_functions import load_file, load_reward
 # most characters of an error that are reported
 SHOWN = 500
 # in front of the path of a file of tools
-TOOLS = "tools:"
+TOOLS = "--tools "
 # types of JSON by the annotations of parameters
 TYPES = {
     "str": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "array",
@@ -80,22 +79,15 @@ def schema_of(tool: Callable) -> dict:
 
 
 def load_function(name: str) -> Callable[..., tuple[Any, str]]:
-    """The function of that name, which gives (value, fault), or one that raises what loading has.
+    """The function of that name, which gives (value, fault).
 
     A reward, as `load_reward` knows it, or TOOLS with the path of a file.
     """
-    try:
-        if name.startswith(TOOLS):
-            tools = load_tools(name.removeprefix(TOOLS))
-            return lambda *arguments: (tools(*arguments), "")
-        reward = load_reward(name)
-        return lambda *arguments: judged(reward(*arguments))
-    except Exception as error:
-        return partial(_raise, error)
-
-
-def _raise(error: Exception, *_: Any) -> None:
-    raise error
+    if name.startswith(TOOLS):
+        tools = load_tools(name.removeprefix(TOOLS))
+        return lambda *arguments: (tools(*arguments), "")
+    reward = load_reward(name)
+    return lambda *arguments: judged(reward(*arguments))
 
 
 def work(arguments: Sequence[str]) -> None:
@@ -103,15 +95,18 @@ def work(arguments: Sequence[str]) -> None:
 
     `arguments` are the file descriptor of the pipe of calls and replies, and the names of the
     functions. What a function prints does not reach the replies. The first reply, to no call, says
-    that the functions are loaded.
+    that the functions are loaded, or why not.
     """
     with suppress(OSError, AttributeError):
         # end with the process that asks, however that ends (PR_SET_PDEATHSIG of Linux)
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     pipe, own = Connection(int(arguments[0])), os.getpid()
     os.set_inheritable(pipe.fileno(), False)
-    functions = [load_function(name) if name else None for name in arguments[1:]]
     value, fault = None, ""
+    try:
+        functions = [load_function(name) if name else None for name in arguments[1:]]
+    except BaseException as error:
+        fault = f"raised {type(error).__name__}: {error}"
     while True:
         pipe.send_bytes(json.dumps([value, fault[:SHOWN]]).encode())
         try:

@@ -231,7 +231,7 @@ def test_wrong_folders_are_refused(tmp_path):
     save_clip(tmp_path / "m", whole=False)
     for name, folder, reason in (
         ("clip", tmp_path / "none", "is not a folder"),
-        ("clip", None, "is not a folder"),
+        ("clip", None, "no folder is given"),
         ("siglip", tmp_path / "m", "of model type 'clip_vision_model'; this encoder reads siglip"),
         ("imagebind", tmp_path / "m", "no converted ImageBind"),
         ("whisper", tmp_path, "model type None"),

@@ -104,7 +104,6 @@ def test_weighted_sums_in_the_order_of_the_answers(functions):
         ("infinite", "returned inf, no finite number"),
         ("text", "returned '1.0' of type str, no number"),
         ("several", "returned [1.0] of type list, no number"),
-        ("absent", "mine.py has no function absent"),
     ],
 )
 def test_a_call_that_fails_names_function_record_and_answer_or_is_counted(
@@ -116,10 +115,28 @@ def test_a_call_that_fails_names_function_record_and_answer_or_is_counted(
         scores(f"mine.py:{name}", answers=("4", "bad"), **seconds)
     assert reason in str(error.value) and f"mine.py:{name}" in str(error.value)
     got, pool = scores(f"mine.py:{name}", on_bad_reward="none", **seconds)
-    expected = [None] * 3 if name == "absent" else [1.0, None, 1.0]
-    assert got == expected and pool.bad == {f"mine.py:{name}": expected.count(None)}
-    line = f"note: {expected.count(None)} answers have no value of reward mine.py:{name}"
+    assert got == [1.0, None, 1.0] and pool.bad == {f"mine.py:{name}": 1}
+    line = f"note: 1 answers have no value of reward mine.py:{name}"
     assert line in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "why"),
+    [
+        ("", "absent", "ValueError: mine.py has no function absent"),
+        ("import nothing_such", "right", "ModuleNotFoundError: No module named 'nothing_such'"),
+        ("def f(:", "right", "SyntaxError: invalid syntax (mine.py, line"),
+        ("raise SystemExit(3)", "right", "SystemExit: 3"),
+    ],
+)
+def test_what_does_not_load_is_refused_before_an_answer_is_made(functions, text, name, why):
+    """Also where calls that fail are counted: all of them would."""
+    with open("mine.py", "a") as file:
+        file.write(text)
+    with pytest.raises(ValueError) as error:
+        RewardPool(RewardConfig(("exact", f"mine.py:{name}"), on_bad_reward="none"))
+    said = f"exact mine.py:{name} does not load: raised {why}"
+    assert str(error.value).startswith(said)
 
 
 def test_none_is_no_fault_and_no_zero(functions):
