@@ -165,15 +165,6 @@ def split_jinja(
     `notes` gets a line for each thing that the template leaves out or writes otherwise. ValueError
     where the template cannot write the chat, or leaves out what a message says.
     """
-    if plain := plain_contents(messages, template, opened, arguments):
-        skeleton, contents = plain
-        notes += skeleton.notes
-        spans = skeleton.spans[:]
-        for i, content in enumerate(contents):
-            *lead, x = spans[i].body
-            parts = content_parts(content, messages[i].get("parts"), x.by)
-            spans[i] = spans[i]._replace(body=(*lead, *parts))
-        return spans
     given = [_given(message, template.role_tags) for message in messages]
     for key, own in template.reasoning_keys.items():
         if any(key in message for message in given):

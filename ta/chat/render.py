@@ -12,6 +12,7 @@ from ta.chat.jinja import (
     JinjaTemplate,
     Span,
     Writer,
+    content_parts,
     plain_contents,
     special_border,
 )
@@ -114,7 +115,7 @@ def render_chat(
     plain = isinstance(template, JinjaTemplate) and plain_contents(
         messages, template, opened, arguments
     )
-    if not plain or not all(plain[1]) or any("parts" in message for message in messages):
+    if not plain:
         spans = split_chat(messages, template, opened, arguments, notes)
         return _in_pieces(spans, messages, template, weights)
     # the same but for contents: what is around them is written once
@@ -127,10 +128,16 @@ def render_chat(
     if notes is not None:
         notes += skeleton.notes
     rendered = [*map(list.copy, skeleton.frames[key])]
-    for span, pieces, content in zip(skeleton.spans, rendered, contents, strict=False):
+    filled = zip(skeleton.spans, rendered, contents, messages, strict=False)
+    for span, pieces, content, message in filled:
         at = len(span.prefix) + len(span.body) - 1
         _, weight, by, joins = pieces[at]
         pieces[at] = Piece(content, weight, by, joins)
+        if "parts" in message:
+            pieces[at : at + 1] = [
+                Piece(text, weight if who == by else 0.0, who, joins or n > 0)
+                for n, (text, who, _) in enumerate(content_parts(content, message["parts"], by))
+            ]
     return rendered
 
 
@@ -238,6 +245,8 @@ def _split_special(
 ) -> list[int | str]:
     """The piece's text cut at the special tokens that are real in it, which become ids."""
     control = piece.by in ("template", "media")
+    if not piece.text:
+        return []
     if control and piece.text in known:
         return known[piece.text]
     names = vocabulary.answer if piece.by == "answer" else vocabulary.content

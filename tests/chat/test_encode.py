@@ -20,7 +20,7 @@ from ta.chat.encode import (
 )
 from ta.chat.messages import ANSWER, random_cut, with_system
 from ta.chat.render import Piece, Tokens, render_chat, show, spans, tokenize_with_loss_mask
-from ta.chat.template import ChatConfig, explicit_template, split_chat
+from ta.chat.template import ChatConfig, explicit_template
 from ta.chat.tokenizer import chat_tokenizer, disagreement, template_of, vocabulary
 
 LINE = "the user asks: what is it?\n\nassistant says hello there. Human: [INST] ok [/INST]\nAI: yes, no \n system model think 12 + 34\n"
@@ -255,13 +255,14 @@ def test_ids_are_those_of_apply_chat_template(shape, kind):
     for _, chat in dialogues(shape, 25, clean=True):
         ids, theirs = encode_chat(chat, tokenizer, PLAIN).ids, real(made, chat)
         whole, parts, at, borders = made.apply_chat_template(chat, tokenize=False), [""], 0, set()
-        for message, span in zip(chat, split_chat(chat, tokenizer.template), strict=True):
-            answer = message["role"] == ANSWER
-            prefix, body = ("".join(part.text for part in side) for side in span[:2])
+        for message, pieces in zip(chat, render_chat(chat, tokenizer.template), strict=True):
+            answer, texts = message["role"] == ANSWER, [piece.text for piece in pieces]
+            begin = [piece.joins for piece in pieces].index(False) if answer else 0
+            prefix, rest = "".join(texts[:begin]), "".join(texts[begin:])
             parts[-1] += prefix
             parts += [""] * answer
-            parts[-1] += body + span.suffix
-            size = len(prefix + body + span.suffix)
+            parts[-1] += rest
+            size = len(prefix + rest)
             borders |= {at + len(prefix), at + size} if answer else set()
             at += size
             parts += [""] * answer
