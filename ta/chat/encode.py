@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from ta.chat.cut import cut_dialogue
 from ta.chat.jinja import NO_ARGUMENTS, Arguments
@@ -21,9 +21,7 @@ from ta.chat.messages import (
 )
 from ta.chat.render import Piece, Rendered, Tokenized, Tokens, render_chat, tokenize_chats
 from ta.chat.template import ChatConfig, check_chat_config
-
-if TYPE_CHECKING:
-    from ta.chat.tokenizer import ChatTokenizer
+from ta.chat.tokenizer import ChatTokenizer
 
 LossOn = Literal["answers", "last", "all"]
 

@@ -29,7 +29,8 @@ from ta.chat.encode import (
 from ta.chat.jinja import Arguments
 from ta.chat.messages import Chat, parts_of, template_arguments
 from ta.chat.render import Tokens, show, spans
-from ta.chat.tokenizer import tokenizer_settings
+from ta.chat.template import ChatConfig
+from ta.chat.tokenizer import ChatTokenizer, tokenizer_settings
 from ta.data.dependencies import dependencies
 from ta.data.jsonl import parse_record
 from ta.data.readers import files_of, read_rows
@@ -75,9 +76,6 @@ from ta.screen import progress, shown
 
 if TYPE_CHECKING:
     from numpy import ndarray
-
-    from ta.chat.template import ChatConfig
-    from ta.chat.tokenizer import ChatTokenizer
 
 # version of the files in a folder of prepared data
 FORMAT = 1
@@ -185,6 +183,7 @@ QUESTIONS = RecordKind("question", check_question, chat_of, ONE_ANSWER)
 class Encoded(NamedTuple):
     """One record as k sequences (1 of a chat, 2 of a pair) with its extras and media."""
 
+    record: Record
     seqs: Sequence[Tokens]
     extras: dict[str, float]
     # (modality, path) of its pictures and sounds in order; None for kinds without media
@@ -508,7 +507,7 @@ def _build(
                 done = encoder.usable(jobs, results, drops)
                 if done:
                     arrays.append(done)
-                used[index] += len({record.line for record, _ in done})
+                used[index] += len({one.record.line for one in done})
                 bar.update(len(chunk))
                 # gone before the next chunk, so that no collection walks through them
                 del chunk, jobs, results, done
@@ -584,7 +583,7 @@ class RecordEncoder(NamedTuple):
         jobs: Sequence[ToEncode],
         results: Sequence[list[Tokens] | Drop | ValueError],
         drops: Drops,
-    ) -> list[tuple[Record, Encoded]]:
+    ) -> list[Encoded]:
         """The records that can be used, encoded; the others are counted in `drops`."""
         done, wrong = [], set()
         for job, result in zip(jobs, results, strict=True):
@@ -601,18 +600,19 @@ class RecordEncoder(NamedTuple):
             else:
                 for note in job.notes:
                     drops.notes.add(note, record)
-                done.append((record, self.encoded(result, job)))
+                done.append(self.encoded(result, job))
         return done
 
     def encoded(self, seqs: list[Tokens], job: ToEncode) -> Encoded:
         """The sequences with what else the method needs of the record."""
-        kind, media = self.kind, None
+        kind, record, media = self.kind, job.record, None
         if not kind.learned:
             seqs = [Tokens(ids, [0.0] * len(ids)) for ids, _ in seqs]
         if kind.media:
             keep_end = kind.rule.within(self.chat).keep_end
             media = kind.media(job.group[0], seqs[0].ids, self.tokenizer, keep_end)
-        return Encoded(seqs, kind.extras(job.record.data) if kind.extras else {}, media)
+        extras = kind.extras(record.data) if kind.extras else {}
+        return Encoded(record, seqs, extras, media)
 
 
 class Arrays:
@@ -623,12 +623,11 @@ class Arrays:
         self.columns: dict[str, Column] = {}
         self.counts: Counter[str] = Counter()
 
-    def append(self, done: list[tuple[Record, Encoded]]) -> None:
+    def append(self, encoded: list[Encoded]) -> None:
         """Add the encoded records of one chunk; the first chunk opens the columns."""
         import numpy as np
 
         counts = self.counts
-        records, encoded = zip(*done, strict=True)
         counts["k"] = counts["k"] or len(encoded[0].seqs)
         assert all(len(one.seqs) == counts["k"] for one in encoded)
         ids, weights = zip(*chain.from_iterable(one.seqs for one in encoded), strict=True)
@@ -639,7 +638,7 @@ class Arrays:
             "ids": np.fromiter(chain.from_iterable(ids), np.int32, sum(sizes)),
             "weights": np.fromiter(chain.from_iterable(weights), np.float32, sum(sizes)),
             "offsets": counts["tokens"] + np.cumsum(sizes, dtype=np.int64),
-            "origin": np.array([record[:2] for record in records], np.int32),
+            "origin": np.array([one.record[:2] for one in encoded], np.int32),
         }
         for name in encoded[0].extras:
             values = [one.extras[name] for one in encoded]
@@ -661,7 +660,7 @@ class Arrays:
         counts["tokens"] += sum(sizes)
         counts["learned_tokens"] += int(np.count_nonzero(columns["weights"]))
         counts["max_id"] = max(counts["max_id"], int(columns["ids"].max()))
-        counts["records"] += len(done)
+        counts["records"] += len(encoded)
 
     def close(self) -> None:
         """Finish the files."""

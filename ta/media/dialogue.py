@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 from ta.chat.encode import Drop, encode_prompts
 from ta.chat.jinja import Arguments
 from ta.chat.messages import Message, parts_of
+from ta.chat.template import ChatConfig
+from ta.chat.tokenizer import ChatTokenizer, Placeholder
 from ta.data.jsonl import BadRecord
 from ta.data.prepare import RecordKind, prepare
 from ta.data.records import check_media
-
-if TYPE_CHECKING:
-    from ta.chat.template import ChatConfig
-    from ta.chat.tokenizer import ChatTokenizer, Placeholder
 
 Media = list[tuple[str, str]]  # (modality, path as the record gives it), in the order of the text
 

@@ -8,8 +8,9 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,9 +20,6 @@ from ta.media.audio import fbank_clips, whisper_mels
 from ta.media.imagebind import load_trunk
 from ta.media.images import CLIP, SIGLIP, Preprocessing, read_pixels, read_preprocessing
 from ta.model.load import check_tensors, from_pretrained
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 class Encoder(NamedTuple):

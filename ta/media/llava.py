@@ -6,21 +6,21 @@ One folder holds CLIP or SigLIP, an mlp projector and a language model.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+import transformers
+from torch import nn
 
 from ta.chat.template import export_template
+from ta.chat.tokenizer import ChatTokenizer
 from ta.chat.tokenizer_files import save_tokenizer
 from ta.files import json_text
 from ta.folders import loading, read_json, read_tensors, write_tensors
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-    from transformers import PreTrainedModel
-
-    from ta.chat.tokenizer import ChatTokenizer
-    from ta.media.modalities import Modalities
-    from ta.media.multimodal import MediaModel
+from ta.media.encoders import load_tower
+from ta.media.modalities import Modalities
+from ta.media.multimodal import MediaModel, embed_modalities
+from ta.model.export import check_room, check_tokenizer, model_bytes, published, save_model
+from ta.model.language_model import native_attention
 
 TOWERS = {  # encoder: transformers' class, the features it selects, number of class tokens
     "clip": ("CLIPVisionModel", "default", 1),
@@ -58,8 +58,6 @@ def export_llava(
     the language model does not fit the layout or computes otherwise in it, and where the tokenizer
     or the disk cannot be written to.
     """
-    from ta.model.export import check_room, check_tokenizer, model_bytes, published, save_model
-
     settings, base = media["image"].settings, model.base
     image = tokenizer.placeholders["image"]
     whole = assembled(settings, base, model.projectors["image"], image.id)
@@ -108,15 +106,13 @@ def _published_names(folder: Path) -> None:
         file.write_text(json_text(index, indent=1))
 
 
-def assembled(settings: dict, base: PreTrainedModel, projector: nn.Module, placeholder: int):
+def assembled(
+    settings: dict, base: transformers.PreTrainedModel, projector: nn.Module, placeholder: int
+):
     """LlavaForConditionalGeneration of an encoder's folder, a language model and an mlp.
 
     ValueError where they do not fit.
     """
-    import transformers
-
-    from ta.media.encoders import load_tower
-
     name, select, _ = TOWERS[settings["encoder"]]
     kind, path = getattr(transformers, name), Path(settings["path"])
     vision = kind.config_class.from_pretrained(path, local_files_only=True)
@@ -143,11 +139,6 @@ def assembled(settings: dict, base: PreTrainedModel, projector: nn.Module, place
 
 def difference(whole, media: Modalities, model: MediaModel, tokenizer: ChatTokenizer) -> float:
     """The greatest difference between the models' logits, on a random picture and few tokens."""
-    import torch
-
-    from ta.media.multimodal import embed_modalities
-    from ta.model.language_model import native_attention
-
     placeholder, base = tokenizer.placeholders["image"], model.base
     edge = whole.config.vision_config.image_size
     pixels = torch.randn(1, 3, edge, edge, generator=torch.Generator().manual_seed(0))

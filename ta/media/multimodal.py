@@ -13,12 +13,13 @@ from functools import cache
 from itertools import accumulate, groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ta.chat.tokenizer import ChatTokenizer
 from ta.data.batch import Batch, lay_out, to_device
 from ta.data.loader import collate_chats
 from ta.data.prepare import Prepared, name_of
@@ -33,9 +34,6 @@ from ta.model.export import gathered
 from ta.model.language_model import LanguageModel, base_model
 from ta.model.new_rows import token_table
 from ta.parallel import rank
-
-if TYPE_CHECKING:
-    from ta.chat.tokenizer import ChatTokenizer
 
 TOKENS_AT_ONCE = 8192  # of prompts that are embedded together, and the rest of the last one
 

@@ -11,7 +11,13 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from ta.data.prepare import source_hash
 from ta.data.sources import parse_source
@@ -30,6 +36,7 @@ from ta.files import (
     writing,
 )
 from ta.folders import encoder_folder, fingerprint, index_folder, loading, read_json
+from ta.rag.embedding import embed, open_encoder, tokenize
 from ta.rag.embedding_settings import (
     EmbeddingSettings,
     EncoderConfig,
@@ -44,10 +51,6 @@ from ta.rag.passages import (
     write_passages,
 )
 from ta.rag.search import APPROXIMATE, write_approximate
-
-if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
 
 FORMAT = 1
 PASSAGES, VECTORS, MANIFEST = "passages.jsonl", "vectors.safetensors", "manifest.json"
@@ -86,8 +89,6 @@ def open_index(
     ValueError where there is no index, where its encoder is gone or another one, and where its
     passages or vectors are not those that were written.
     """
-    from safetensors import safe_open
-
     folder = Path(index_folder(str(path)))
     if not (folder / MANIFEST).exists():
         raise ValueError(
@@ -162,8 +163,6 @@ def begin_index(
     passages or another encoder, where another process builds it, and for passages that are wrong,
     by file and line.
     """
-    import torch
-
     if resume and overwrite:
         raise ValueError(
             "--resume goes on with an index and --overwrite deletes it: give one of the two"
@@ -233,8 +232,6 @@ def build_index(
     with those of an earlier run. ValueError where another process builds these blocks, or has begun
     anew since this one has `begun`.
     """
-    from ta.rag.embedding import embed, open_encoder, tokenize
-
     parts = Parts(out)
     with locked(out, share=f"part-{rank}"):
         try:
@@ -280,9 +277,6 @@ def _publish(out: Path, parts: Parts, total: int, approximate: bool) -> bool:
 
     False where blocks are missing or another process has written it.
     """
-    import numpy as np
-    import torch
-
     with locked(out, waiting=lambda: None):
         whole, about = parts.folder / ALL_VECTORS, parts.about()
         if about is None or len(_done(parts, total)) < total:
@@ -308,9 +302,6 @@ def _publish(out: Path, parts: Parts, total: int, approximate: bool) -> bool:
 
 def save_index(folder: Path, passages: Passages, vectors: Tensor, manifest: dict[str, Any]) -> None:
     """Write an index of these passages with these vectors (N, E) into a `folder` of its own."""
-    import torch
-    from safetensors.torch import save_file
-
     folder.mkdir(exist_ok=True)
     shutil.copyfile(passages.path, folder / PASSAGES)
     tensors = {OFFSETS: torch.from_numpy(passages.offsets), "vectors": vectors.float().cpu()}

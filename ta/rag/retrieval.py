@@ -9,11 +9,16 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from ta.chat.encode import encode_prompts
 from ta.chat.messages import template_arguments
+from ta.chat.template import ChatConfig
+from ta.chat.tokenizer import ChatTokenizer
 from ta.parallel import gather_objects, say
+from ta.rag.embedding import Texts, embed, open_encoder, tokenize
 from ta.rag.embedding_settings import EmbeddingSettings
 from ta.rag.index import Index, open_index
 from ta.rag.passages import (
@@ -27,13 +32,6 @@ from ta.rag.passages import (
     text_of,
 )
 from ta.rag.search import approximate_top_k, top_k
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ta.chat.template import ChatConfig
-    from ta.chat.tokenizer import ChatTokenizer
-    from ta.rag.embedding import Texts
 
 RESIDENT = 8 << 30  # bytes of vectors that a device holds at most
 
@@ -95,8 +93,6 @@ def find_passages(
 
     `forward` calls the encoder, and `agree` is as in `embed`.
     """
-    from ta.rag.embedding import embed, tokenize
-
     texts = [chat[question_place(chat)]["content"] for chat in chats]
     ids = tokenize(texts, retriever.encoder_tokenizer, retriever.embedding_settings, "query")
     vectors = embed(forward, ids, retriever.device, agree=agree)  # (Q, E)
@@ -156,8 +152,6 @@ def retrieve_for_prompts(
     The records are those of `read_prompts`; each gets its "passages" and its prompt's new ids.
     Without an index they stay as they are. ValueError for other settings of retrieval without one.
     """
-    from ta.rag.embedding import open_encoder
-
     if config.index is None:
         if config != RetrievalConfig():
             raise ValueError(

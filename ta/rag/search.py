@@ -6,10 +6,10 @@ Letters: N passages, E width of a vector, Q questions, K results.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
 APPROXIMATE = "approximate.faiss"  # in an index's folder
 SCORED_AT_ONCE = 1 << 14  # passages whose scores are in memory at a time
@@ -24,8 +24,6 @@ def top_k(
     comes first. Vectors are read block by block, onto the device and in the type of the queries; of
     a block only what beats a query's present K-th score is looked at again.
     """
-    import torch
-
     n, k = len(queries), min(k, len(vectors))
     best = queries.new_full((n, k), float("-inf"))  # (Q, K)
     rows = torch.zeros((n, k), dtype=torch.int64, device=queries.device)
@@ -83,8 +81,6 @@ def approximate_top_k(
     A row is -1 where these lists hold fewer than k passages. ValueError without faiss or without an
     approximate index.
     """
-    import torch
-
     if not (folder / APPROXIMATE).exists():
         raise ValueError(
             f"{folder} has no approximate index: build it with --approximate, "
