@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.util import find_spec
 from queue import SimpleQueue
 from threading import Thread
@@ -33,37 +34,25 @@ class WeightTransfer:
         """
         import torch
 
-        begun = f"{url} was started with --weight-transfer-config"
+        self.begun = begun = f"{url} was started with --weight-transfer-config"
         if backend != "nccl":
             raise ValueError(f"{begun} of {backend!r}: give nccl, or leave it out")
         if find_spec("vllm") is None:
             raise ValueError(f"{begun}, which needs vLLM here too: leave it out, or {INSTALL}")
-        if not torch.distributed.is_nccl_available():
+        if not torch.accelerator.is_available():
             raise ValueError(f"{begun} of nccl, which needs a CUDA device here too: leave it out")
         from vllm.distributed.weight_transfer import ModuleSource, WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-        self.post, self.weights, self.met = post, [], SimpleQueue()
+        self.post, self.weights = post, []
         about = NCCLTrainerInitInfo(*_free_address(url), world_size=workers + 1, rank=0)
-
-        def meet() -> None:
-            try:
-                source = ModuleSource(self)
-                made = WeightTransferTrainerFactory.trainer_init(about, client=self, source=source)
-                self.met.put(made)
-            except Exception as error:
-                self.met.put(error)
-
-        # it waits minutes for workers, also where the server has refused
-        Thread(target=meet, daemon=True).start()
-        self.engine = self.met.get()
-        if isinstance(self.engine, Exception):
-            raise ValueError(f"{begun}, but no transfer begins: {self.engine}")
+        begin = partial(WeightTransferTrainerFactory.trainer_init, about)
+        self.engine = self._outcome_of(partial(begin, client=self, source=ModuleSource(self)))
 
     def send(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Put (name, tensor) in the place of all weights; ValueError with what the server says."""
         self.weights = list(weights)
-        self.engine.send_weights()
+        self._outcome_of(self.engine.send_weights)
         self.weights = []
 
     def named_parameters(self) -> list[tuple[str, Tensor]]:
@@ -72,23 +61,43 @@ class WeightTransfer:
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Let the workers join."""
-        try:
-            self.post("init_weight_transfer_engine", init_info=init_info)
-        except ValueError as error:
-            self.met.put(error)
-            raise
+        self._tell("init_weight_transfer_engine", init_info=init_info)
 
     def start_weight_update(self) -> None:
         """Let the workers expect weights."""
-        self.post("start_weight_update")
+        self._tell("start_weight_update")
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Let the workers receive weights, until all have them."""
-        self.post("update_weights", update_info=update_info)
+        self._tell("update_weights", update_info=update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Let the workers answer with the new weights."""
-        self.post("finish_weight_update", weight_version=weight_version)
+        self._tell("finish_weight_update", weight_version=weight_version)
+
+    def _tell(self, path: str, **body: Any) -> None:
+        try:
+            self.post(path, **body)
+        except ValueError as error:
+            self.outcomes.put(error)
+            raise
+
+    def _outcome_of(self, act: Callable[[], Any]) -> Any:
+        """What `act` gives; ValueError where it fails, or what it tells the server does."""
+        outcomes = self.outcomes = SimpleQueue()
+
+        def put() -> None:
+            try:
+                outcomes.put(act())
+            except Exception as error:
+                outcomes.put(error)
+
+        # it waits for the workers, also where the server has refused
+        Thread(target=put, daemon=True).start()
+        outcome = outcomes.get()
+        if isinstance(outcome, Exception):
+            raise ValueError(f"{self.begun}, but no weights go: {outcome}")
+        return outcome
 
 
 def _free_address(url: str) -> tuple[str, int]:

@@ -27,26 +27,28 @@ from ta.rl.engines import merged_weights, start_engine
 
 
 class Trainer:
-    """As vLLM's engine of the trainer: it waits for workers while another thread tells the server of them."""
+    """As vLLM's engine of the trainer: it waits for the workers while another thread tells the server of them."""
 
     def __init__(self, about, client, source):
         self.client, self.source = client, source
+        self.wait(client.init_weight_transfer_engine, vars(about))
+
+    def wait(self, tell, body):
         with ThreadPoolExecutor(1) as thread:
-            told = thread.submit(client.init_weight_transfer_engine, vars(about))
-            if told.exception():
+            if thread.submit(tell, body).exception():
                 time.sleep(100)
 
     def send_weights(self):
         self.client.start_weight_update()
         weights = {name: tensor.tolist() for name, tensor in self.source.named_parameters()}
-        self.client.update_weights(weights)
+        self.wait(self.client.update_weights, weights)
         self.client.finish_weight_update()
 
 
 class Server(StandIn):
     """As a server that was started with a weight transfer."""
 
-    workers_join, told = True, {}
+    told, fails = {}, None
 
     def take(self, body):
         self.told.update(body or {})
@@ -55,7 +57,7 @@ class Server(StandIn):
     finish_weight_update = take
 
     def reply(self, value, code=200):
-        if self.path == "/init_weight_transfer_engine" and not self.workers_join:
+        if self.path == self.fails:
             value, code = {"error": {"message": "NCCL of another kind"}}, 500
         super().reply(value, code)
 
@@ -84,7 +86,7 @@ def vllm(monkeypatch):
     sys.modules[f"{top}.nccl_engine"].NCCLTrainerInitInfo = lambda address, port, **more: (
         SimpleNamespace(master_address=address, master_port=port, **more)
     )
-    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
 
 
 def test_weights_go_without_a_file(tmp_path, server, vllm):
@@ -110,11 +112,12 @@ def test_a_transfer_that_cannot_be_is_refused(door, tmp_path, server, vllm, monk
         assert code == 2 and message in said, said
         assert len(said.strip().splitlines()) == 1
 
-    monkeypatch.setattr(Server, "workers_join", False)
     begun = time.monotonic()
-    refused('init_weight_transfer_engine answers 500: {"error": {"message": "NCCL of another kind')
+    for path in ("/init_weight_transfer_engine", "/update_weights"):
+        monkeypatch.setattr(Server, "fails", path)
+        refused(f'no weights go: {server}{path} answers 500: {{"error": {{"message": "NCCL of ano')
     assert time.monotonic() - begun < 50, "it does not wait for the workers"
-    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     refused("--weight-transfer-config of nccl, which needs a CUDA device here too: leave it out")
     monkeypatch.setitem(sys.modules, "vllm", None)
     refused("--weight-transfer-config, which needs vLLM here too: leave it out, or pip install")
@@ -146,7 +149,7 @@ def test_after_a_transfer_greedy_answers_are_the_trainers(
     """Of all weights and of a LoRA that is merged on the way, to prompts that come again; then in a run that is killed and goes on."""
     monkeypatch.setattr(torch.accelerator, "current_device_index", None)
     monkeypatch.setattr(torch.accelerator, "synchronize", None)
-    monkeypatch.setattr(torch.distributed, "is_nccl_available", None)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     over_store.register()
     config, compute = ta.ModelConfig(str(tmp_path / "model"), dtype="float32"), ta.ComputeConfig()
     tokenizer = tokenizer_of(tmp_path)
