@@ -82,6 +82,8 @@ def ask() -> str | None:
         line = input("you: " if sys.stdin.isatty() else "").strip()
     except (EOFError, KeyboardInterrupt):
         return None
+    # bytes that are no UTF-8 become U+FFFD
+    line = line.encode(errors="surrogateescape").decode(errors="replace")
     return None if line == "/quit" else line
 
 

@@ -17,7 +17,7 @@ import ta
 from ta.chat.tokenizer_files import UNCHANGED, VOCABULARIES, read_tokenizer, save_tokenizer
 from ta.files import check_replaceable, json_text, keep_inputs, locked, publishing
 from ta.model.adapters import adapter_labels, read_config
-from ta.model.load import check_generation
+from ta.model.load import check_generation, from_pretrained
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,7 @@ def load_tokenizer(adapter: str, base: str):
 
 def check_saved(model, folder: Path) -> None:
     """ValueError unless the folder gives the very logits of the model that was written to it."""
-    again = type(model).from_pretrained(
-        folder, dtype=model.dtype, local_files_only=True, use_safetensors=True
-    )
+    again, _ = from_pretrained(type(model), folder, dtype=model.dtype, local_files_only=True)
     if not ta.logits_agree(ta.probe_logits(model), ta.probe_logits(again.eval()), 1e-5):
         raise ValueError(
             "the merged model does not read back as it was written: is the disk sound?"

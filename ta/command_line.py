@@ -190,6 +190,8 @@ def guard(action: Callable[[], Any]) -> int:
 
     What we caused stays a traceback.
     """
+    with contextlib.suppress(AttributeError):  # a stream of the caller's
+        sys.stdout.reconfigure(errors="backslashreplace")
     if os.environ.get("TA_TRACEBACK"):
         action()
         return 0

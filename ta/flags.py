@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -90,6 +91,10 @@ COMMON = (  # what --help shows of a recipe beside the flags of its own
 )
 
 
+# as which Python reads a byte of a word that is not in the encoding of the locale
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 class Setting(NamedTuple):
     """A field of a config, or of a config inside it."""
 
@@ -132,12 +137,18 @@ def our_words(words: list[str], config_class: type) -> list[str]:
 
     A flag that the config has stays as it is. `--config FILE` becomes the settings of the file,
     which later words override. ValueError for a flag of another tool whose meaning differs, which
-    says what to give here, for a file that cannot be read, and for a flag without the value that it
-    needs to have an effect, as of a variable of the shell that is not set.
+    says what to give here, for a file that cannot be read, for a word that is no UTF-8, and for a
+    flag without the value that it needs to have an effect, as of a variable of the shell that is
+    not set.
     """
     defaults = {s.flag: s.default for s in settings_of(config_class)}
     out, rest = [], deque(words)
     while rest:
+        if SURROGATE.search(rest[0]):
+            raise ValueError(
+                f"{rest[0]!a} is no UTF-8, as names of models and runs have to be: give another "
+                "name, or set LC_ALL=C.UTF-8"
+            )
         flag, equals, value = rest.popleft().partition("=")
         if not flag.startswith("--"):
             out.append(flag + equals + value)

@@ -1,6 +1,7 @@
 """The user's door: what happened decides the exit code and the one line that is said."""
 
 import errno
+import io
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -111,6 +112,13 @@ def test_two_groups_with_one_flag_are_refused_in_a_line(capsys):
     assert said == (
         "error: Clashing has two fields seed, of Group and of Other: rename one of them\n"
     )
+
+
+def test_a_screen_without_a_letter_shows_its_escape(monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
+    assert guard(lambda: print("«cup»", flush=True)) == 0
+    assert shown.getvalue() == b"\\xabcup\\xbb\n"
 
 
 def test_a_reader_that_has_enough_is_no_error():

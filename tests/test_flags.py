@@ -79,6 +79,13 @@ def test_an_empty_value_takes_back_what_a_file_gave(tmp_path):
             our_words([*words], Config)
 
 
+@pytest.mark.parametrize("words", [("--data", "a", "b\udce4"), ("--data=b\udce4",)])
+def test_a_name_that_is_no_utf_8_is_refused_at_the_door(words):
+    """Libraries in Rust open no such file, and would say so after the training."""
+    with pytest.raises(ValueError, match=r"b\\udce4' is no UTF-8.*LC_ALL=C.UTF-8"):
+        our_words([*words], Config)
+
+
 @pytest.mark.parametrize("flag", OURS)
 def test_a_flag_with_another_meaning_is_answered_by_what_is_ours(flag, capsys):
     with pytest.raises(SystemExit, match="2"):

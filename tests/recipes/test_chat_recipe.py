@@ -47,6 +47,12 @@ def test_a_dialogue_grows_and_is_forgotten(talk):
     assert printable(asked[1][0][1]["content"]) == out.splitlines()[0]
 
 
+def test_bytes_that_are_no_utf_8_are_asked_as_a_sign_for_them(talk):
+    """As Python reads them where the locale is C."""
+    asked, _, _ = talk("cup \udce4")
+    assert asked[0][0][-1]["content"] == "cup \ufffd"
+
+
 def test_a_system_prompt_a_second_try_and_a_saved_chat(talk, tmp_path):
     file = tmp_path / "chats.jsonl"
     flags = [*FLAGS, "--system-prompt", "old", "--temperature", "5"]

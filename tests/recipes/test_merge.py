@@ -76,7 +76,8 @@ def test_the_merge_recipe_writes_a_folder_that_plain_transformers_loads(head, tm
         assert message in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
     assert run_merge(*flags, tmp_path / "out", "--overwrite") == 0
-    capsys.readouterr()
+    said = capsys.readouterr().err
+    assert "logits agree" in said and "Loading weights" not in said, "no bars of other libraries"
 
     # the adapter's folder alone: its base is where it was
     alone = ("--model-path", tmp_path / "adapter", "--out", tmp_path / "alone")
