@@ -19,8 +19,6 @@ if TYPE_CHECKING:  # what the package gives, listed here for editors and for fac
     from ta.media.images import find_media as find_media
     from ta.media.llava import check_llava as check_llava, export_llava as export_llava
     from ta.media.modalities import (
-        MediaConfig as MediaConfig,
-        MediaFiles as MediaFiles,
         open_media as open_media,
         reopen_media as reopen_media,
     )
@@ -37,5 +35,6 @@ if TYPE_CHECKING:  # what the package gives, listed here for editors and for fac
         with_features as with_features,
         with_projectors as with_projectors,
     )
+    from ta.media.settings import MediaConfig as MediaConfig, MediaFiles as MediaFiles
 
 __getattr__, __all__ = face(__name__, __file__)

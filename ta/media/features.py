@@ -12,16 +12,17 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
 
 from ta.files import SETTLED, Parts, content_hash, json_text, locked, stamp, write_atomic, writing
 from ta.folders import loading
 from ta.parallel import gather_objects, rank, world
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
 
 FORMAT, FORMAT_1 = "ta-features-2", "ta-features-1"
 MAX_HEADER = 100_000_000  # bytes; safetensors reads no longer header
@@ -80,8 +81,6 @@ class FeatureFile:
 
     def append(self, keys: Sequence[str], hashes: Sequence[str], features: torch.Tensor) -> None:
         """Add (I, F, E) features; when this returns, they are on the disk."""
-        import torch
-
         names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
         have = (names.get(features.dtype), tuple(features.shape))
         want = (self.layout.dtype, (len(keys), *self.layout.shape))
@@ -102,8 +101,6 @@ class FeatureFile:
 
     def publish(self) -> None:
         """Write the cache and delete the parts; they are memory-mapped, so memory does not grow."""
-        from safetensors.torch import save_file
-
         tensors = {}
         for part in sorted(self.parts.keys()):
             part_tensors, about = self.parts.load(part)
@@ -142,8 +139,6 @@ def content_hashes(files: Sequence[Path], notes: Path) -> list[str]:
 
 def _opened(path: Path) -> tuple[Any, dict[str, str]]:
     """safetensors' reader of a file, and its metadata; ValueError where it is no such file."""
-    from safetensors import safe_open
-
     with loading(path, "a cache of features, which recipes/preprocess_images.py makes"):
         handle = safe_open(str(path), framework="pt")
     return handle, handle.metadata() or {}
@@ -211,8 +206,6 @@ def extract(
     counted with `skip_bad`. `progress(done, total)` is called after every batch. With `overwrite`
     an `out` that exists is replaced at the end. ValueError where another process writes `out`.
     """
-    import torch
-
     skipped: list[tuple[str, str]] = []
     with locked(out):
         _check_absent(Path(out), overwrite)
@@ -298,8 +291,6 @@ def _read_all(
     """Read in order, a few ahead in each of `workers` fresh processes; a forked one would inherit
     torch's threads.
     """
-    from torch.utils.data import DataLoader
-
     ahead = {"multiprocessing_context": "spawn", "prefetch_factor": 8} if workers else {}
     one = partial(_read_one, read)
     return DataLoader(left, batch_size=None, collate_fn=one, num_workers=workers, **ahead)

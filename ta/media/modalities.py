@@ -6,24 +6,23 @@ Features come from the encoder or from a cache. Letters: I inputs, F features of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from ta.builtin.model_folders import pictures_folder
 from ta.chat.tokenizer import Placeholder
-from ta.command_line import Range
 from ta.data.readers import files_of
 from ta.data.sources import parse_source
 from ta.files import hash_json, json_text
 from ta.folders import local_folder, read_json
+from ta.media.encoders import Encoder, load_with_fingerprint
 from ta.media.features import Features, check_features, read_features
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ta.media.encoders import Encoder
+from ta.media.images import media_key, media_path
+from ta.media.settings import MediaConfig, MediaFiles
 
 MANIFEST = "media.json"
 # a folder of its own: vLLM takes every safetensors file beside config.json for the language model's
@@ -48,62 +47,6 @@ KEYS = {
 }
 
 
-@dataclass(frozen=True)
-class MediaFiles:
-    """Where pictures, sounds, encoders and caches lie."""
-
-    image_root: str = ""
-    """Folder below which all pictures and sounds lie; records name them relative to it. Default:
-    the folder of the data."""
-    image_encoder_path: str | None = None
-    """Folder of the picture encoder's weights; builtin needs none."""
-    audio_encoder_path: str | None = None
-    """Folder of the sound encoder's weights."""
-    image_features: str | None = None
-    """Cache made by recipes/preprocess_images.py, read in place of running the picture encoder."""
-    audio_features: str | None = None
-    """The same for sounds."""
-
-
-@dataclass(frozen=True)
-class MediaConfig:
-    files: MediaFiles = MediaFiles()
-    image_encoder: str | None = None
-    """builtin, clip, siglip or imagebind. Default: that of a model that sees already, else builtin
-    on built-in data, and with --data none."""
-    audio_encoder: str | None = None
-    """whisper or imagebind. Default: that of a model that hears already, else none."""
-    image_projector: Literal["mlp", "llava", "c_abstractor", "c_abs"] | None = None
-    """What turns features into embeddings: mlp keeps their number, c_abstractor can reduce it.
-    Default, here and below: that of a model that sees already, else mlp."""
-    audio_projector: Literal["mlp", "llava", "c_abstractor", "c_abs"] | None = None
-    """The same for sounds."""
-    image_embeddings: Annotated[int | None, Range(1)] = None
-    """Embeddings that stand for one picture. Default: as many as the encoder gives features."""
-    audio_embeddings: Annotated[int | None, Range(1)] = None
-    """Embeddings that stand for one sound."""
-    image_projector_path: str | None = None
-    """Safetensors file of weights that a new picture projector starts from, or the folder of a run
-    that trained one."""
-    audio_projector_path: str | None = None
-    """The same for sounds."""
-    projector_width: Annotated[int | None, Range(1)] = None
-    """Channels of a c_abstractor (1024)."""
-    projector_depth: Annotated[int | None, Range(1)] = None
-    """Blocks in each of its two stages (3)."""
-    projector_lr: Annotated[float | None, Range(0, above=True)] = None
-    """Peak learning rate of the projectors. Default: 1e-3, or --lr where a projector goes on or the
-    model is built in."""
-    freeze_language_model: bool = False
-    """Train the projectors alone."""
-    media_tokens: tuple[str, str] | None = None
-    """Tokens before and after the placeholders of one picture or sound (<MS> </MS>)."""
-    image_token: str | None = None
-    """Placeholder of a picture's embeddings (<img>)."""
-    audio_token: str | None = None
-    """Placeholder of a sound's embeddings (<audio>)."""
-
-
 class Modality(NamedTuple):
     """One kind of media: its encoder or cache, and where its files lie."""
 
@@ -121,18 +64,12 @@ class Modality(NamedTuple):
 
     def inputs_of(self, path: str) -> Tensor:
         """The encoder's input for one file, or its features (F, E) where they are cached."""
-        import torch
-
-        from ta.media.images import media_key, media_path
-
         if self.cache is not None:
             return self.cache.handle.get_tensor(media_key(path))
         return torch.from_numpy(self.read(media_path(self.root, path)))
 
     def features_of(self, inputs: Tensor | None) -> Tensor:
         """(I, F, E) features of what `inputs_of` gave for several files; of none, (0, F, E)."""
-        import torch
-
         if inputs is None:
             return torch.empty(0, self.settings["features"], self.settings["emb_dim"])
         return inputs if self.encode is None else self.encode(inputs)
@@ -200,8 +137,6 @@ def open_media(
     model was trained with, where a cache is another encoder's, and where there is no folder of
     media.
     """
-    from ta.media.encoders import load_with_fingerprint
-
     kept = media_settings(folder) if folder else {}
     _check_kept(config, folder, kept)
     root, media = media_root(config.files.image_root, sources), Modalities()
@@ -330,7 +265,6 @@ def _file_check(modality: Modality) -> Callable[[str], None]:
 
     It must lie below the root and be readable, or be in the cache with its present content.
     """
-    from ta.media.images import media_key, media_path
 
     @cache
     def reason(path: str) -> str:
