@@ -9,12 +9,12 @@ import torch
 from test_audio import tone, write_wav
 from test_encoders import save_clip
 
-from ta.builtin.pictures import write_pictures
+from ta.builtin.pictures import write_jsonl, write_pictures
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
-from ta.data.prepare import DataConfig
+from ta.data.prepare import DataConfig, preview
 from ta.folders import ModelConfig
-from ta.media.dialogue import prepare_media_chats
+from ta.media.dialogue import encode_media_prompts, prepare_media_chats
 from ta.media.encoders import load_with_fingerprint
 from ta.media.features import Layout, extract
 from ta.media.modalities import MediaConfig, MediaFiles, open_media
@@ -224,6 +224,46 @@ def test_text_alone_and_nothing_at_all_run_the_projector(place, tmp_path):
         assert all(p.grad is not None for p in model.projectors.parameters()), (
             "or processes with and without pictures would not meet"
         )
+
+
+def test_pictures_of_a_cut_prompt_are_those_in_its_ids(place):
+    """Tools and documents take room in a prompt: which pictures stay is read off its token ids."""
+    media = opened(place)
+    tokenizer, _ = formed(media)
+    turns = [
+        [
+            {"role": "user", "type": "image", "content": f"train/0000{i}.png"},
+            {"role": "user", "content": "?"},
+        ]
+        for i in range(3)
+    ]
+    answer = {"role": "assistant", "content": "red"}
+    chat = [*turns[0], answer, *turns[1], answer, *turns[2]]
+    (whole,) = encode_media_prompts([chat], tokenizer, ChatConfig())
+    room = ChatConfig(max_tokens=len(whole) - 1)
+    (cut,) = encode_media_prompts([chat], tokenizer, room)
+    model = made(media, place / "train.jsonl")[0]
+    (embeds,) = embed_media_prompts(media, tokenizer, model, [chat], [cut])
+    (alone,) = embed_media_prompts(media, tokenizer, model, [chat[3:]], [cut])
+    assert len(cut) < len(whole) and torch.equal(embeds, alone)
+
+
+def test_preview_names_pictures_in_lists_of_parts(place, tmp_path):
+    media = opened(place)
+    tokenizer, _ = formed(media)
+    parts = [{"type": "text", "content": "See"}, {"type": "image", "content": "train/00000.png"}]
+    record = {
+        "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "red"}]
+    }
+    write_jsonl(tmp_path / "parts.jsonl", [record])
+    prepared = prepare_media_chats(
+        [str(tmp_path / "parts.jsonl")],
+        tokenizer,
+        ChatConfig(),
+        DataConfig(),
+        say=lambda line: None,
+    )
+    assert "[image train/00000.png, 16 tokens]" in str(preview(prepared, tokenizer))
 
 
 def test_prompts_are_embedded_as_batches_are(place):
