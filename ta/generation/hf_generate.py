@@ -6,6 +6,7 @@ Letters: B rows, L prompt tokens, V vocabulary, D model width.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -13,17 +14,20 @@ from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper
 
 from ta.generation.slot_engine import BROKEN, Work, choose, left_pad
+from ta.model.language_model import base_model
 
 
-def _batches(work: Work, n: int, rows: int, virtual: bool) -> Iterator[list[tuple[int, int]]]:
+def _batches(
+    inner, work: Work, n: int, rows: int, virtual: bool
+) -> Iterator[list[tuple[int, int]]]:
     """(prompt, answer) of `n` answers to each prompt, in batches of prompts of like length.
 
-    Of one length where padding would be penalised, or stand behind virtual tokens, or where limits
-    differ.
+    Of one length where padding would be penalised, or stand behind virtual tokens, or be seen by
+    the model, or where limits differ.
     """
     config = work.ending.config
     short = any(limit < config.max_new_tokens for limit in work.limits)
-    equal = config.repetition_penalty != 1 or virtual or short
+    equal = config.repetition_penalty != 1 or virtual or short or sees_padding(inner)
     batch: list[tuple[int, int]] = []
     for i, k in work.by_length(n):
         other = equal and batch and len(work.prompts[i]) != len(work.prompts[batch[0][0]])
@@ -33,6 +37,18 @@ def _batches(work: Work, n: int, rows: int, virtual: bool) -> Iterator[list[tupl
         batch.append((i, k))
     if batch:
         yield batch
+
+
+def sees_padding(inner) -> bool:
+    """Whether padding before a prompt moves its logits, as in models that read no mask."""
+    table, ids = inner.get_input_embeddings().weight, [2, 1, 3]
+    inputs = left_pad([ids, ids * 6], table.device)
+    if "position_ids" not in inspect.signature(base_model(inner).forward).parameters:
+        del inputs["position_ids"]
+    padded = inner(**inputs, use_cache=False).logits[0, -1].float()
+    alone = inner(inputs["input_ids"][:1, -len(ids) :], use_cache=False).logits[0, -1].float()
+    limit = 0.5 if table.dtype in (torch.bfloat16, torch.float16) else 1e-3
+    return not (padded - alone).abs().max() < limit
 
 
 def _inputs(work: Work, batch: Sequence[tuple[int, int]], device) -> dict[str, Tensor]:
@@ -52,7 +68,7 @@ def run_driven(inner, work: Work, temperature: float, virtual: bool) -> None:
     temperature: of the model's own distribution. virtual: an adapter puts virtual tokens in front.
     """
     device, config = next(inner.parameters()).device, work.ending.config
-    for batch in _batches(work, config.num_answers, config.slots, virtual):
+    for batch in _batches(inner, work, config.num_answers, config.slots, virtual):
         rows = [work.row(*place) for place in batch]
 
         def pick(_, logits: Tensor, rows=rows) -> Tensor:
@@ -95,7 +111,8 @@ def run_beams(inner, work: Work, temperature: float, virtual: bool) -> None:
     n, processors = config.num_answers, [own]
     if config.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
-    for batch in _batches(work, 1, max(1, config.slots // config.beams), virtual):
+    rows = max(1, config.slots // config.beams)
+    for batch in _batches(inner, work, 1, rows, virtual):
         inputs = _inputs(work, batch, device)
         width = inputs["input_ids"].shape[1]
 

@@ -6,6 +6,8 @@ Letters: B rows, T columns, H heads, D head width.
 
 from __future__ import annotations
 
+import inspect
+
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
@@ -126,6 +128,7 @@ def plain_cache(model) -> bool:
         or not model._supports_default_dynamic_cache()
         or "chunked_attention" in (getattr(config, "layer_types", None) or ())
         or getattr(config, "num_kv_shared_layers", 0)
+        or "past_key_values" not in inspect.signature(model.forward).parameters
     )
     if foreign:
         return False

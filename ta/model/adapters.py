@@ -161,6 +161,7 @@ def lora_settings(
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets or "all-linear",
+        exclude_modules=None if targets else _own_linears(model) or None,
         modules_to_save=saved or None,
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
@@ -168,6 +169,23 @@ def lora_settings(
         ensure_weight_tying=together,
         fan_in_fan_out=transposed,
     )
+
+
+def _own_linears(model: PreTrainedModel) -> list[str]:
+    """Names of linear layers whose class the model's own file makes, such as routers.
+
+    Their results are not those of a linear layer, which LoRA would add to.
+    """
+    import torch
+
+    linear = torch.nn.Linear
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, linear)
+        and type(module).__module__.startswith(("transformers.models.", "transformers_modules."))
+        and type(module).forward is not linear.forward
+    ]
 
 
 def _check_names(model: PreTrainedModel, flag: str, targets: Sequence[str]) -> None:
@@ -490,7 +508,13 @@ def load_adapter(model: PreTrainedModel, path: str, trainable: bool = False) -> 
             f"model {model.name_or_path!r}: {name} is {have} in the adapter and {needed} by the "
             "model; give the base that the adapter was trained on"
         )
-    set_peft_model_state_dict(wrapped, weights)
+    if kind in PROMPT_LEARNING:
+        set_peft_model_state_dict(wrapped, weights)
+    else:
+        # peft would rename them as transformers renames old checkpoints, and leave some out
+        with torch.no_grad():
+            for name, tensor in weights.items():
+                expected[name].copy_(tensor)
     if trainable and kind == "P_TUNING":
         with loading(folder / ENCODER, "a prompt encoder of these sizes"):
             wrapped.prompt_encoder["default"].load_state_dict(read_tensors(folder / ENCODER))

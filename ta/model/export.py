@@ -6,7 +6,6 @@ tokens that end an answer.
 
 from __future__ import annotations
 
-import copy
 import errno
 import shutil
 import tempfile
@@ -200,9 +199,8 @@ def save_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None =
             state[name] = known[key]
     with quiet():
         model.save_pretrained(folder, state_dict=state, max_shard_size=MAX_FILE)
-    file = folder / "config.json"
-    settings = _with_dtype(read_json(file), str(dtype).removeprefix("torch."))
-    file.write_text(json_text(_for_older(model.config, settings), indent=2) + "\n")
+    settings = _with_dtype(read_json(folder / "config.json"), str(dtype).removeprefix("torch."))
+    write_for_older(type(model.config), settings, folder)
 
 
 def _with_dtype(settings: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -216,14 +214,19 @@ def _with_dtype(settings: dict[str, Any], dtype: str) -> dict[str, Any]:
     return out
 
 
-def _for_older(config: PreTrainedConfig, settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings with the rotary positions also where transformers 4 looks for them.
+def write_for_older(
+    config_class: type[PreTrainedConfig], settings: dict[str, Any], folder: Path
+) -> None:
+    """Write a config.json with the rotary positions also where transformers 4 looks for them.
 
-    They stay as they are where this transformers would then read other positions.
+    They stand in one place where this transformers would read other positions from two.
     """
-    older = _with_old_rope(settings)
-    read = [_rope(config.from_dict(copy.deepcopy(s)).to_dict()) for s in (settings, older)]
-    return older if read[0] == read[1] else settings
+    read = []
+    for given in (settings, _with_old_rope(settings)):
+        (folder / "config.json").write_text(json_text(given, indent=2) + "\n")
+        read.append(_rope(config_class.from_pretrained(folder).to_dict()))
+    if read[0] != read[1]:
+        (folder / "config.json").write_text(json_text(settings, indent=2) + "\n")
 
 
 def _with_old_rope(settings: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import transformers as T
 
 from ta.builtin.models import tiny_tokenizer
 from ta.generation.generate import generate
+from ta.generation.hf_generate import sees_padding
 from ta.generation.settings import GenerateConfig
 from ta.generation.slot_engine import choose
 from ta.model.attention import register
@@ -68,6 +69,16 @@ ARCHITECTURES = {  # name -> (model class, config class, settings)
         "MambaConfig",
         {"vocab_size": V, "hidden_size": 64, "num_hidden_layers": 2},
     ),
+    "rwkv-sees-padding": (
+        "RwkvForCausalLM",
+        "RwkvConfig",
+        {"vocab_size": V, "hidden_size": 64, "num_hidden_layers": 2},
+    ),
+    "openai-gpt-no-cache": (
+        "OpenAIGPTLMHeadModel",
+        "OpenAIGPTConfig",
+        {"vocab_size": V, "n_embd": 64, "n_layer": 2, "n_head": 4},
+    ),
 }
 
 
@@ -125,6 +136,12 @@ def test_greedy_equals_transformers_one_by_one(name):
         )
         assert ids_of(got) == want
         assert all((row[0].finish == "stop") == (row[0].ids[-1] == stop) for row in got)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_models_that_see_padding_are_found(name):
+    with torch.no_grad():
+        assert sees_padding(build(name)) == name.startswith("rwkv")
 
 
 def test_the_buffer_moves_and_grows_without_a_trace():

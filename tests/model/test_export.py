@@ -10,7 +10,7 @@ import torch
 from conftest import together
 from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlavaConfig
 
 from ta.builtin import models
 from ta.builtin.model_folders import tiny_folder
@@ -202,6 +202,11 @@ SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 SCALED |= {"original_max_position_embeddings": 64}
 
 
+def for_older(config_class, settings, folder):
+    export.write_for_older(config_class, settings, folder)
+    return json.loads((folder / "config.json").read_text())
+
+
 @pytest.mark.parametrize(
     ("kind", "rope", "older"),
     [
@@ -247,16 +252,26 @@ SCALED |= {"original_max_position_embeddings": 64}
 def test_rotary_positions_stand_where_transformers_4_looks(kind, rope, older, tmp_path):
     config = AutoConfig.for_model(kind, **({"rope_parameters": rope} if rope else {}))
     settings = json.loads(config.to_json_string(use_diff=False))
-    written = export._for_older(config, settings)
+    written = for_older(type(config), settings, tmp_path)
     assert {key: written.get(key) for key in older} == older
-    (tmp_path / "config.json").write_text(json.dumps(written))
     read = AutoConfig.from_pretrained(tmp_path)
     assert getattr(read, "rope_parameters", None) == getattr(config, "rope_parameters", None)
     # and inside another config
     outer = {"model_type": "llava", "text_config": settings}
     if rope and kind == "llama":
-        inner = export._for_older(AutoConfig.for_model("llava", text_config=settings), outer)
+        inner = for_older(LlavaConfig, outer, tmp_path)
         assert inner["text_config"] == written and inner["model_type"] == "llava"
+
+
+@pytest.mark.parametrize("kind", ["granitemoehybrid", "nemotron_h"])
+def test_a_config_with_infinity_in_it_is_written(kind, tmp_path):
+    """transformers writes it as an object of its own form."""
+    config = AutoConfig.for_model(kind)
+    assert config.time_step_limit[1] == float("inf")
+    config.save_pretrained(tmp_path)
+    for_older(type(config), json.loads((tmp_path / "config.json").read_text()), tmp_path)
+    read = AutoConfig.from_pretrained(tmp_path)
+    assert read.to_diff_dict() == config.to_diff_dict()
 
 
 ROLES = (
