@@ -69,12 +69,12 @@ ARCHITECTURES = {  # name -> (model class, config class, settings)
         "MambaConfig",
         {"vocab_size": V, "hidden_size": 64, "num_hidden_layers": 2},
     ),
-    "rwkv-sees-padding": (
+    "rwkv-no-plain-cache": (
         "RwkvForCausalLM",
         "RwkvConfig",
         {"vocab_size": V, "hidden_size": 64, "num_hidden_layers": 2},
     ),
-    "openai-gpt-no-cache": (
+    "openai-gpt-no-plain-cache": (
         "OpenAIGPTLMHeadModel",
         "OpenAIGPTConfig",
         {"vocab_size": V, "n_embd": 64, "n_layer": 2, "n_head": 4},
