@@ -288,10 +288,8 @@ def add_sums(sums: dict[str, Any], loss, count, batch, metrics: dict[str, Any]) 
     sizes = {"tokens": tokens, "learned": len(inner.learned)}
     values = {"loss": loss, "count": count, **sizes}
     for name in sorted(metrics):
-        if not isinstance(metrics[name], list):
-            values[f"metric {name}"] = metrics[name]
-            continue
-        for i, (part, own) in enumerate(metrics[name]):
+        given = metrics[name]
+        for i, (part, own) in enumerate(given if isinstance(given, list) else [(given, count)]):
             values |= {f"part {i} {name}": part, f"own {i} {name}": own}
     for name, value in values.items():
         value = value.detach().double() if torch.is_tensor(value) else value

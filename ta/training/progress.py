@@ -47,17 +47,14 @@ class StepSums:
 
 def means(sums: Figures) -> Figures:
     """{"loss": ..., metric: ...} of summed steps; a metric that is no number gives no figure."""
-    count = sums["count"] or math.nan
     figures = {}
     for key, value in sums.items():
-        kind, _, name = key.partition(" ")
-        if kind == "metric":
-            figures[name] = value / count
-        elif kind == "part":
-            name = name.partition(" ")[2]
-            figures[name] = figures.get(name, 0.0) + value / (sums[f"own{key[4:]}"] or math.nan)
+        kind, _, part = key.partition(" ")
+        if kind == "part":
+            name = part.partition(" ")[2]
+            figures[name] = figures.get(name, 0.0) + value / (sums[f"own {part}"] or math.nan)
     figures = {name: value for name, value in figures.items() if not math.isnan(value)}
-    return join_figures({"loss": sums["loss"] / count}, figures)
+    return join_figures({"loss": sums["loss"] / (sums["count"] or math.nan)}, figures)
 
 
 def join_figures(*parts: Figures) -> Figures:

@@ -301,12 +301,12 @@ def test_kto_logs_the_mean_of_each_side(policy, reference):
 
 
 def test_two_figures_of_one_name_are_refused():
-    sums = {"loss": 2.0, "count": 4.0, "metric right": 2.0}
+    sums = {"loss": 2.0, "count": 4.0, "part 0 right": 2.0, "own 0 right": 4.0}
     assert means(sums) == {"loss": 0.5, "right": 0.5}
     with pytest.raises(ValueError, match="two figures are called loss"):
-        means(sums | {"metric loss": 1.0})
+        means(sums | {"part 0 loss": 1.0, "own 0 loss": 1.0})
     window = StepSums()
-    window.add(sums | {"tokens": 3, "learned": 2, "metric tokens": 1.0})
+    window.add(sums | {"tokens": 3, "learned": 2, "part 0 tokens": 1.0, "own 0 tokens": 1.0})
     with pytest.raises(ValueError, match="two figures are called tokens"):
         window.mean()
 
