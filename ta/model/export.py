@@ -12,7 +12,12 @@ import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from ta.chat.encode import Drop, encode_chats
 from ta.chat.messages import ANSWER, template_arguments
@@ -24,11 +29,6 @@ from ta.folders import quiet, read_json
 from ta.model.adapters import save_adapter, saved_tables
 from ta.model.language_model import LanguageModel
 from ta.parallel import gather_objects, on_rank_zero, rank, say, whole_tensor, world
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 # a larger model is written as several files with an index
 MAX_FILE = "5GB"
@@ -170,8 +170,6 @@ def _say_disagreement(tokenizer: ChatTokenizer, records: Sequence[dict]) -> None
 
 def whole(model: PreTrainedModel, state: dict[str, Tensor] | None) -> PreTrainedModel:
     """The model, or where it is sharded a model like it that holds the gathered tensors."""
-    import torch
-
     if state is None:
         return model
     with torch.device("meta"):
@@ -261,9 +259,6 @@ def _rope(settings: dict[str, Any]) -> list:
 
 def stored_dtype(folder: str | Path) -> torch.dtype:
     """The dtype in which a model's folder holds its weights, by its config, else by its tensors."""
-    import torch
-    from safetensors import safe_open
-
     settings = read_json(Path(folder) / "config.json")
     parts = [settings, settings.get("text_config") or {}]
     names = [part.get(key) for part in parts for key in ("dtype", "torch_dtype")]

@@ -13,18 +13,20 @@ import json
 from collections.abc import Collection
 from itertools import accumulate, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ta.files import clean_inside, damage, digest, hash_json, json_text, remove_whole, sync
 from ta.model.export import failing_together, published
 from ta.parallel import gather_objects, local_rows, rank, world
 from ta.training.optim import set_lr
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-    from torch.optim import Optimizer
-
-    Tensors = dict[str, Tensor]  # by name
+Tensors = dict[str, Tensor]  # by name
 
 FORMAT = 2
 # bytes of a file, about
@@ -66,8 +68,6 @@ def save(
     replaced or goes, and leaves `damaged`. `logged` is kept as it is; the checkpoint of step
     `pinned` stays. OSError (no room) leaves earlier checkpoints as they were.
     """
-    from safetensors.torch import save_file
-
     target = folder_of(folder, step)
     states, numbers = _optimizer_state(model, optimizer)
     tensors, rows = {}, {}
@@ -137,8 +137,6 @@ def _optimizer_state(
     model: nn.Module, optimizer: Optimizer
 ) -> tuple[Tensors, dict[str, dict[str, float]]]:
     """({KEY/NAME: tensor}, {NAME: {KEY: number}}) of an optimizer's state for each parameter."""
-    import torch
-
     tensors, numbers = {}, {}
     for name, parameter in trained(model).items():
         for key, value in sorted(optimizer.state.get(parameter, {}).items()):
@@ -196,8 +194,6 @@ def load(
 
     ValueError names the first tensor that does not fit.
     """
-    import torch
-
     parameters = trained(model)
     wanted = parameters | (more_state or {})
     shards = Shards(found)
@@ -237,8 +233,6 @@ def load(
 
 def _make_state(optimizer: Optimizer) -> None:
     """Let an optimizer make its own state, by a step that moves nothing."""
-    import torch
-
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
@@ -253,7 +247,6 @@ class Shards:
     """The tensors of a checkpoint, read from the files of all ranks that wrote it."""
 
     def __init__(self, found: Found):
-        from safetensors import safe_open
 
         self.path = found.path
         self.files = [
@@ -268,8 +261,6 @@ class Shards:
 
     def copy_to(self, tensor: Tensor, name: str) -> None:
         """Fill this process's rows of `tensor`; ValueError where the shapes differ."""
-        import torch
-
         local, start, whole = _local(tensor)
         if self.shape(name) != whole:
             raise ValueError(

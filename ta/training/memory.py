@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import nn
-    from torch.optim import Optimizer
+from torch import nn
+from torch.optim import Optimizer
 
-    from ta.data.loader import TrainBatches
+from ta.data.batch import batch_of
+from ta.data.loader import TrainBatches
+from ta.model.export import check_room, model_bytes
+from ta.model.language_model import base_model
+from ta.model.logprobs import chunk_rows
 
 # steps whose micro-batches are searched for the largest
 FIRST_STEPS = 32
@@ -35,8 +37,6 @@ def moments_of(optimizer: Optimizer) -> float:
 
 def check_disk(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """ValueError where the disk of a run folder has no room for a checkpoint and the export."""
-    from ta.model.export import check_room, model_bytes
-
     trained = model_bytes(model, trained=True)
     # an adapter's export has no type of its own: it is what trains
     dtype = getattr(model, "export_dtype", None)
@@ -59,10 +59,6 @@ def estimate(
     steps: for T tokens KEPT_WIDTHS tensors of the model's width and KEPT_HIDDEN of its feed-forward
     width, or one of its width where blocks are recomputed; and the logits of a chunk of tokens.
     """
-    from ta.data.batch import batch_of
-    from ta.model.language_model import base_model
-    from ta.model.logprobs import chunk_rows
-
     # shared tensors count once
     weights = sum(map(_size, {*model.parameters(), *model.buffers()}))
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -231,7 +231,7 @@ def test_no_room_is_said_in_a_line_and_the_run_goes_on_later(door, data, tmp_pat
         return real(tensors, path, *more, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(safetensors.torch, "save_file", full)
+        patch.setattr("ta.training.checkpoint.save_file", full)
         code, said = door("sft", *flags)
     assert code == 3 and "No space left" in said.splitlines()[-1] and "Traceback" not in said
     code, said = door("sft", *flags, "--resume")

@@ -184,12 +184,11 @@ def test_only_the_last_are_kept(trained):
 
 def test_no_room_leaves_the_earlier_ones(trained, monkeypatch):
     model, optimizer, folder = trained
-    import safetensors.torch
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(folder, 3, model, optimizer, {})
     assert checkpoint.newest(folder).manifest["step"] == 2 and len(list(folder.iterdir())) == 2
