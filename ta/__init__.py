@@ -99,18 +99,16 @@ if TYPE_CHECKING:  # what the package gives, listed here for editors and for fac
     from ta.generation.settings import (
         Ending as Ending,
         GenerateConfig as GenerateConfig,
+        SamplesConfig as SamplesConfig,
+        VllmConfig as VllmConfig,
+        VllmModelConfig as VllmModelConfig,
         answers_to_json as answers_to_json,
         check_prompts as check_prompts,
         named_settings as named_settings,
         parse_settings as parse_settings,
         with_stop_strings as with_stop_strings,
     )
-    from ta.generation.vllm_engine import (
-        VllmConfig as VllmConfig,
-        VllmModelConfig as VllmModelConfig,
-        check_engine as check_engine,
-        start_vllm as start_vllm,
-    )
+    from ta.generation.vllm_engine import check_engine as check_engine, start_vllm as start_vllm
     from ta.generation.vllm_server import open_server as open_server
     from ta.model.adapters import (
         AdapterConfig as AdapterConfig,
@@ -159,10 +157,7 @@ if TYPE_CHECKING:  # what the package gives, listed here for editors and for fac
     from ta.training.progress import join_figures as join_figures
     from ta.training.report import comparison as comparison
     from ta.training.run_folder import LoopConfig as LoopConfig, Run as Run, start_run as start_run
-    from ta.training.samples import (
-        SamplesConfig as SamplesConfig,
-        generate_samples as generate_samples,
-    )
+    from ta.training.samples import generate_samples as generate_samples
 
 __getattr__, __all__ = face(__name__, __file__)
 

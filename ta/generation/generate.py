@@ -8,17 +8,23 @@ Letters: B rows, L prompt tokens, V vocabulary, D model width.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import GenerationConfig
 
 from ta.command_line import check_config
+from ta.generation.hf_generate import run_beams, run_driven
 from ta.generation.settings import Answer, Ending, GenerateConfig, check_prompts, context_of
+from ta.generation.slot_cache import attention_for, plain_cache
+from ta.generation.slot_engine import SlotEngine, Work
 from ta.generation.vllm_engine import VllmEngine, generate_vllm
 from ta.model.adapters import is_prompt_learning
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ta.model.language_model import base_model, evaluating
 
 
 def generate(
@@ -51,10 +57,6 @@ def generate(
     check_config(config)
     if isinstance(model, VllmEngine):
         return generate_vllm(model, prompts, config, stop_ids, on_answer, embeds, keys)
-    from ta.generation.hf_generate import run_beams, run_driven
-    from ta.generation.slot_cache import attention_for, plain_cache
-    from ta.generation.slot_engine import SlotEngine, Work
-    from ta.model.language_model import base_model
 
     inner = getattr(model, "inner", model)
     base = base_model(inner)
@@ -106,7 +108,6 @@ def limits_of(model) -> tuple[int, int | None]:
     """
     if isinstance(model, VllmEngine):
         return model.vocabulary, model.context
-    from ta.model.language_model import base_model
 
     inner = getattr(model, "inner", model)
     base = base_model(inner)
@@ -122,12 +123,6 @@ def _at_rest(model, inner, base, attention: str) -> Iterator[None]:
 
     All is put back after.
     """
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from transformers import GenerationConfig
-
-    from ta.model.language_model import evaluating
-
     before, settings = base.config._attn_implementation, base.generation_config
     device, autocast = base.get_input_embeddings().weight.device, getattr(model, "autocast", None)
     # on a GPU without cuDNN's attention: it plans anew for each length of the keys
@@ -154,8 +149,6 @@ def _with_virtual_tokens(inner, base, prompts, embeds) -> list[Tensor]:
 
     Prompt tuning and p-tuning are no more than that.
     """
-    import torch
-
     table = base.get_input_embeddings()
     virtual = inner.get_prompt(batch_size=1)[0].to(table.weight.dtype)  # (virtual tokens, D)
     if embeds is None:
@@ -165,8 +158,6 @@ def _with_virtual_tokens(inner, base, prompts, embeds) -> list[Tensor]:
 
 def _forward(run: Callable, base, temperature: float) -> Callable[[dict], Tensor]:
     """A function from keyword arguments of `run` to the last column's logits (B, V)."""
-    import inspect
-
     # transformers' models differ in what they take
     taken = inspect.signature(base.forward).parameters
     extra = {"use_cache": True} | ({"logits_to_keep": 1} if "logits_to_keep" in taken else {})

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ta.chat.encode import Drop, encode_prompts
 from ta.chat.messages import (
@@ -18,15 +18,13 @@ from ta.chat.messages import (
     strip_trailing_answers,
     template_arguments,
 )
+from ta.chat.template import ChatConfig
+from ta.chat.tokenizer import ChatTokenizer
 from ta.data.records import check_media, check_prompt
 from ta.data.sources import Drops, parse_source, pin_errors, read_records, source_names
 
-if TYPE_CHECKING:
-    from ta.chat.template import ChatConfig
-    from ta.chat.tokenizer import ChatTokenizer
-
-    # (chats, tokenizer, config, their template arguments) -> token ids or a Drop for each
-    Encode = Callable[[Sequence[list[dict]], ChatTokenizer, ChatConfig, Sequence[dict]], list]
+# (chats, tokenizer, config, their template arguments) -> token ids or a Drop for each
+Encode = Callable[[Sequence[list[dict]], ChatTokenizer, ChatConfig, Sequence[dict]], list]
 
 
 def asked(

@@ -6,28 +6,28 @@ Letters: N sequences, C scores of a head.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from torch import Tensor
 
 from ta.chat.encode import Drop, encode_answers
 from ta.chat.messages import ANSWER, template_arguments
+from ta.chat.render import Tokens
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
+from ta.data.batch import Batch, lay_out, to_device
 from ta.data.micro import split_micro
 from ta.folders import ModelConfig, read_folder, resolve
 from ta.generation.generate import limits_of
 from ta.generation.vllm_engine import VllmEngine, score_vllm
 from ta.model.adapters import adapter_labels
+from ta.model.language_model import LanguageModel, evaluating, wrap
 from ta.model.load import load_for_inference
+from ta.model.logprobs import sequence_sums
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ta.chat.render import Tokens
-    from ta.data.batch import Batch
-    from ta.model.language_model import LanguageModel
-
-    # token ids and their weights
-    Weighted = tuple[Sequence[int], Sequence[float]]
+# token ids and their weights
+Weighted = tuple[Sequence[int], Sequence[float]]
 
 
 def num_labels_of(config: ModelConfig) -> int:
@@ -81,8 +81,6 @@ def _each(
     values: Callable[[Batch], list],
 ) -> list:
     """The value of each sequence, by a function that gives those of a batch."""
-    from ta.model.language_model import evaluating
-
     rows: dict[int, Any] = {}
     with evaluating(model):
         for places, batch in _micro_batches(model, sequences, max_tokens):
@@ -94,10 +92,6 @@ def _micro_batches(
     model: LanguageModel, sequences: Sequence[Weighted], max_tokens: int = 8192
 ) -> Iterator[tuple[list[int], Batch]]:
     """(Places of some sequences, their batch on the model's device), until all have had a turn."""
-    import numpy as np
-
-    from ta.data.batch import lay_out, to_device
-
     device, sizes = next(model.parameters()).device, [len(ids) for ids, _ in sequences]
     for places in split_micro(sizes, max_tokens, packed=model.packed)[0]:
         if places:
@@ -113,7 +107,6 @@ class RewardModel:
     """
 
     def __init__(self, folder: str, device: Any = "cpu", max_tokens: int = 8192):
-        from ta.model.language_model import wrap
 
         config = ModelConfig(model_path=folder)
         if (labels := num_labels_of(config)) != 1:
@@ -170,9 +163,6 @@ def kl_to_reference(
     the reference (k1 of `metrics.kl`). `reference` gives the (N,) sums of a batch's sequences;
     `sequences` are (prompt, answer) token ids. All processes take part in both.
     """
-    from ta.model.language_model import evaluating
-    from ta.model.logprobs import sequence_sums
-
     weighted = []
     for prompt, answer in sequences:
         weights = [0.0] * len(prompt) + [1.0] * len(answer)

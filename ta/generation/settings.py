@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
 from ta.command_line import Range, check_config
+from ta.generation.metrics import check_metrics
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,76 @@ class GenerateConfig:
                 "--top-p and --top-k choose what is sampled, and --temperature 0 takes the most "
                 "probable token: give a temperature"
             )
+
+
+@dataclass(frozen=True)
+class SamplesConfig:
+    samples_data: tuple[str, ...] = ()
+    """Sources of chats that are answered and scored at each evaluation, written like --val-data.
+    Default: the first records of each source of --val-data."""
+    sample_records: Annotated[int, Range(0)] = 64
+    """Records of each source that are answered; 0 turns samples off."""
+    sample_show: Annotated[int, Range(0)] = 6
+    """Answers shown on the screen at each evaluation; all are kept in samples.jsonl."""
+    sample_max_new_tokens: Annotated[int | None, Range(1)] = None
+    """Tokens of an answer at most. Default: 64; in grpo.py --max-new-tokens."""
+    sample_settings: tuple[str, ...] = ()
+    """Settings of generation, each name:key=value,... as in generate.py; figures carry the name.
+    Example: beams:beams=4 warm:temperature=0.8,num_answers=4. Default: the most probable tokens."""
+    sample_metrics: tuple[str, ...] = ("accuracy",)
+    """Metrics of ta/generation/metrics.py that are made of answers and references, such as accuracy
+    (exact match), rouge_l, meteor, perplexity, self_bleu_of_prompt; kl_to_reference where the
+    method has a reference."""
+    sample_random_cut: bool = False
+    """End each prompt before a random answer (seeded) instead of the last one."""
+    sample_reward_model: str = ""
+    """Folder of a reward model; the mean reward of the answers is the figure reward."""
+
+    def check(self) -> None:
+        """ValueError for metrics and settings that do not exist or cannot be made here."""
+        known = [name for name in MEASURED if name != "rewards" or self.sample_reward_model]
+        if "reward" in self.sample_metrics and not self.sample_reward_model:
+            raise ValueError("metric reward: give a reward model's folder in --sample-reward-model")
+        check_metrics((name for name in self.sample_metrics if name != KL), known)
+        self.settings(())
+
+    def settings(self, stop_strings: Sequence[str], longest: int = 64) -> dict[str, GenerateConfig]:
+        """The settings of generation by name, which end answers at `stop_strings` too.
+
+        Where they say nothing else, after `longest` tokens. ValueError for a name that comes twice.
+        """
+        longest = self.sample_max_new_tokens or longest
+        default = GenerateConfig(longest, stop_strings=tuple(stop_strings))
+        return named_settings("--sample-settings", self.sample_settings, default)
+
+
+KL = "kl_to_reference"
+MEASURED = (
+    *("predictions", "labels", "answers", "references", "logprobs"),
+    *("tokens", "vocab_size", "groups", "rewards"),
+)
+
+
+@dataclass(frozen=True)
+class VllmConfig:
+    gpu_memory_utilization: Annotated[float, Range(0, 1, above=True)] = 0.9
+    """Share of a device's memory that vLLM takes."""
+    kv_cache_gb: Annotated[float | None, Range(0, above=True)] = None
+    """Memory for keys and values in GiB. Default: what is left on a GPU, 1 on CPU."""
+    max_model_len: Annotated[int | None, Range(1)] = None
+    """Tokens of prompt and answer at most. Default: the model's context."""
+    enforce_eager: bool = False
+    """Skip compilation and CUDA graphs: starts sooner, runs slower. Always so on CPU."""
+
+
+@dataclass(frozen=True)
+class VllmModelConfig:
+    """How vLLM takes a model that does not train."""
+
+    tensor_parallel_size: Annotated[int, Range(1)] = 1
+    """Devices that share each layer; must divide the attention heads."""
+    adapter_in_vllm: Literal["merged", "runtime"] = "merged"
+    """Merge the adapter into its base first, or let vLLM apply it at run time (plain LoRA only)."""
 
 
 def with_stop_strings(config: GenerateConfig, more: Sequence[str]) -> GenerateConfig:

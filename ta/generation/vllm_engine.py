@@ -12,11 +12,23 @@ import tempfile
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Any
 
-from ta.command_line import Range
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from ta.chat.render import Tokens
 from ta.folders import ModelConfig, model_folder, resolve
-from ta.generation.settings import Answer, Ending, GenerateConfig, check_prompts, context_of
+from ta.generation.settings import (
+    Answer,
+    Ending,
+    GenerateConfig,
+    VllmConfig,
+    VllmModelConfig,
+    check_prompts,
+    context_of,
+)
 from ta.generation.vllm_checks import (
     check_head,
     check_installed,
@@ -28,37 +40,8 @@ from ta.generation.vllm_checks import (
 from ta.model.load import cast_parameters, load_for_inference
 from ta.parallel import world
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
-
-    from ta.chat.render import Tokens
-
 AT_ONCE = 1024  # requests handed over together: what a killed run loses at most
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of a LoRA adapter that vLLM makes room for
-
-
-@dataclass(frozen=True)
-class VllmConfig:
-    gpu_memory_utilization: Annotated[float, Range(0, 1, above=True)] = 0.9
-    """Share of a device's memory that vLLM takes."""
-    kv_cache_gb: Annotated[float | None, Range(0, above=True)] = None
-    """Memory for keys and values in GiB. Default: what is left on a GPU, 1 on CPU."""
-    max_model_len: Annotated[int | None, Range(1)] = None
-    """Tokens of prompt and answer at most. Default: the model's context."""
-    enforce_eager: bool = False
-    """Skip compilation and CUDA graphs: starts sooner, runs slower. Always so on CPU."""
-
-
-@dataclass(frozen=True)
-class VllmModelConfig:
-    """How vLLM takes a model that does not train."""
-
-    tensor_parallel_size: Annotated[int, Range(1)] = 1
-    """Devices that share each layer; must divide the attention heads."""
-    adapter_in_vllm: Literal["merged", "runtime"] = "merged"
-    """Merge the adapter into its base first, or let vLLM apply it at run time (plain LoRA only)."""
 
 
 def check_engine(
@@ -114,7 +97,7 @@ def start_vllm(
     model: ModelConfig,
     tokenizer: PreTrainedTokenizerBase,
     config: VllmConfig,
-    how: VllmModelConfig = VllmModelConfig(),
+    how: VllmModelConfig = VllmModelConfig(),  # noqa: B008 it is frozen
     *,
     seed: int = 0,
     num_labels: int = 0,
@@ -131,9 +114,6 @@ def start_vllm(
     adapter that vLLM cannot apply; a head that it reads otherwise; a model that it does not run.
     """
     check_installed()
-    import torch
-    from transformers import AutoConfig
-
     if model.model_args:
         raise ValueError(
             f"--model-args {' '.join(model.model_args)} are arguments of transformers, "

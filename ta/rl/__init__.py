@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # what the package gives, listed here for editors and for fac
         mismatch_weights as mismatch_weights,
         policy_loss as policy_loss,
     )
-    from ta.rl.rewards import RewardConfig as RewardConfig, RewardPool as RewardPool
+    from ta.rl.rewards import RewardPool as RewardPool
     from ta.rl.rollouts import (
         MismatchWatch as MismatchWatch,
         Rollouts as Rollouts,
@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # what the package gives, listed here for editors and for fac
     )
     from ta.rl.settings import (
         PolicyConfig as PolicyConfig,
+        RewardConfig as RewardConfig,
         RolloutConfig as RolloutConfig,
         ToolConfig as ToolConfig,
     )

@@ -10,80 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import product
-from math import isfinite
-from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
 
-from ta.command_line import Range
 from ta.generation.score import RewardModel
 from ta.parallel import gather_objects, say
 from ta.rl.function_pool import FunctionPool
-from ta.rl.reward_functions import BUILTIN, built_in
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    rewards: tuple[str, ...] = ("exact",)
-    """What is rewarded, added up: FILE.py:NAME, model:FOLDER (a reward model), exact, contains,
-    number, regex:PATTERN, length:N, schema:FILE.json or code, each with *WEIGHT where that is not
-    1. A function takes (messages, answer, record) and returns a number or None."""
-    reward_seconds: Annotated[float, Range(0, above=True)] = 10.0
-    """Wall-clock limit of one call of a reward function or tool, whose process is then killed."""
-    reward_processes: Annotated[int, Range(1)] = 2
-    """Processes in which reward functions run, and as many for tools."""
-    on_bad_reward: Literal["error", "none"] = "error"
-    """Stop where a function raises, takes too long or returns no finite number, or count the answer
-    as one without a reward."""
-
-    def check(self) -> None:
-        """ValueError for a reward that does not exist."""
-        if not self.rewards:
-            raise ValueError("--rewards names nothing: give exact or FILE.py:NAME")
-        names = {parse_reward(text).text for text in self.rewards}
-        if len(names) < len(self.rewards):
-            raise ValueError(f"--rewards {' '.join(self.rewards)}: one is given twice")
-
-
-class Reward(NamedTuple):
-    """One of --rewards."""
-
-    # without its weight
-    text: str
-    weight: float
-
-
-def parse_reward(text: str) -> Reward:
-    """The reward that a text names; ValueError for one that does not exist."""
-    name, star, weight = text.rpartition("*")
-    try:
-        parsed = Reward(name, float(weight)) if star else Reward(text, 1.0)
-    except ValueError:
-        # a * of the argument, such as that of a regular expression
-        parsed = Reward(text, 1.0)
-    head, _, argument = parsed.text.partition(":")
-    fault = ""
-    if not isfinite(parsed.weight):
-        fault = "give a finite weight"
-    elif head.endswith(".py"):
-        if not Path(head).is_file():
-            fault = f"there is no file {head}"
-        elif not argument.isidentifier():
-            fault = "give FILE.py:NAME"
-    elif head == "model":
-        fault = "" if argument else "give model:FOLDER"
-    elif head in BUILTIN:
-        try:
-            built_in(head, argument)
-        except ValueError as error:
-            fault = str(error)
-    else:
-        known = ", ".join(BUILTIN)
-        fault = f"there is no reward {head}; give FILE.py:NAME, model:FOLDER or one of {known}"
-    if fault:
-        raise ValueError(f"--rewards {text}: {fault}")
-    return parsed
+from ta.rl.settings import RewardConfig, parse_reward
 
 
 class RewardPool:

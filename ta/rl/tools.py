@@ -21,8 +21,7 @@ from ta.chat.tokenizer import ChatTokenizer
 from ta.files import hash_json
 from ta.generation.settings import Answer, GenerateConfig
 from ta.rl.function_pool import FunctionPool
-from ta.rl.rewards import RewardConfig
-from ta.rl.settings import ToolConfig
+from ta.rl.settings import RewardConfig, ToolConfig
 from ta.rl.worker import TOOLS
 
 # (token ids of prompts, config=, keys=) -> the answers to each

@@ -4,92 +4,37 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import NamedTuple
+
+from torch import Tensor
 
 from ta.chat.encode import Drop, encode_prompts, is_text
 from ta.chat.messages import canonical_role, template_arguments
-from ta.command_line import Range
-from ta.data.prepare import first_records
+from ta.chat.template import ChatConfig
+from ta.chat.tokenizer import ChatTokenizer
+from ta.data.batch import Batch
+from ta.data.prepare import Prepared, first_records
 from ta.data.sources import Drops, parse_source, source_names
 from ta.files import append_line, read_json_lines
 from ta.generation.evaluation import having, measured, metric_inputs
 from ta.generation.generate import generate
-from ta.generation.metrics import check_metrics, spacing_note
-from ta.generation.prompts import asked, read_prompts
+from ta.generation.metrics import spacing_note
+from ta.generation.prompts import Encode, asked, read_prompts
 from ta.generation.score import kl_to_reference, reward_answers
-from ta.generation.settings import GenerateConfig, answers_to_json, named_settings
+from ta.generation.settings import KL, Answer, GenerateConfig, SamplesConfig, answers_to_json
+from ta.model.language_model import LanguageModel
 from ta.parallel import rank, say
 from ta.screen import progress, table
 from ta.training.run_folder import Run
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ta.chat.template import ChatConfig
-    from ta.chat.tokenizer import ChatTokenizer
-    from ta.data.batch import Batch
-    from ta.data.prepare import Prepared
-    from ta.generation.prompts import Encode
-    from ta.generation.settings import Answer
-    from ta.model.language_model import LanguageModel
-
-    # (model, chats, their prompts) -> embeddings (L, D) of each prompt
-    Embed = Callable[[LanguageModel, Sequence[list[dict]], Sequence[list[int]]], Iterable[Tensor]]
-    # (model, prompts, settings) -> the answers to each and their rewards
-    Respond = Callable[
-        [LanguageModel, list["Prompt"], GenerateConfig],
-        tuple[list[list[Answer]], list[list[float | None]]],
-    ]
-
-
-@dataclass(frozen=True)
-class SamplesConfig:
-    samples_data: tuple[str, ...] = ()
-    """Sources of chats that are answered and scored at each evaluation, written like --val-data.
-    Default: the first records of each source of --val-data."""
-    sample_records: Annotated[int, Range(0)] = 64
-    """Records of each source that are answered; 0 turns samples off."""
-    sample_show: Annotated[int, Range(0)] = 6
-    """Answers shown on the screen at each evaluation; all are kept in samples.jsonl."""
-    sample_max_new_tokens: Annotated[int | None, Range(1)] = None
-    """Tokens of an answer at most. Default: 64; in grpo.py --max-new-tokens."""
-    sample_settings: tuple[str, ...] = ()
-    """Settings of generation, each name:key=value,... as in generate.py; figures carry the name.
-    Example: beams:beams=4 warm:temperature=0.8,num_answers=4. Default: the most probable tokens."""
-    sample_metrics: tuple[str, ...] = ("accuracy",)
-    """Metrics of ta/generation/metrics.py that are made of answers and references, such as accuracy
-    (exact match), rouge_l, meteor, perplexity, self_bleu_of_prompt; kl_to_reference where the
-    method has a reference."""
-    sample_random_cut: bool = False
-    """End each prompt before a random answer (seeded) instead of the last one."""
-    sample_reward_model: str = ""
-    """Folder of a reward model; the mean reward of the answers is the figure reward."""
-
-    def check(self) -> None:
-        """ValueError for metrics and settings that do not exist or cannot be made here."""
-        known = [name for name in MEASURED if name != "rewards" or self.sample_reward_model]
-        if "reward" in self.sample_metrics and not self.sample_reward_model:
-            raise ValueError("metric reward: give a reward model's folder in --sample-reward-model")
-        check_metrics((name for name in self.sample_metrics if name != KL), known)
-        self.settings(())
-
-    def settings(self, stop_strings: Sequence[str], longest: int = 64) -> dict[str, GenerateConfig]:
-        """The settings of generation by name, which end answers at `stop_strings` too.
-
-        Where they say nothing else, after `longest` tokens. ValueError for a name that comes twice.
-        """
-        longest = self.sample_max_new_tokens or longest
-        default = GenerateConfig(longest, stop_strings=tuple(stop_strings))
-        return named_settings("--sample-settings", self.sample_settings, default)
-
-
-KL = "kl_to_reference"
-MEASURED = (
-    *("predictions", "labels", "answers", "references", "logprobs"),
-    *("tokens", "vocab_size", "groups", "rewards"),
-)
+# (model, chats, their prompts) -> embeddings (L, D) of each prompt
+Embed = Callable[[LanguageModel, Sequence[list[dict]], Sequence[list[int]]], Iterable[Tensor]]
+# (model, prompts, settings) -> the answers to each and their rewards
+Respond = Callable[
+    [LanguageModel, list["Prompt"], GenerateConfig],
+    tuple[list[list[Answer]], list[list[float | None]]],
+]
 
 
 class Prompt(NamedTuple):

@@ -6,8 +6,9 @@ import time
 import pytest
 
 from ta.rl.reward_functions import last_number, load_reward
-from ta.rl.rewards import RewardConfig, RewardPool, parse_reward
+from ta.rl.rewards import RewardPool
 from ta.rl.sandbox import run_python
+from ta.rl.settings import RewardConfig, parse_reward
 from ta.rl.worker import judged
 
 CHAT = [{"role": "user", "content": "2 + 2?"}]

@@ -18,8 +18,7 @@ from ta.chat.render import render_chat
 from ta.data.batch import lay_out
 from ta.generation.settings import Answer, GenerateConfig
 from ta.rl.batches import figures_of, lay_out_answers, sampled, token_values
-from ta.rl.rewards import RewardConfig
-from ta.rl.settings import ToolConfig
+from ta.rl.settings import RewardConfig, ToolConfig
 from ta.rl.tools import Call, Talk, Tools, ids_behind, messages_of
 
 TEMPLATE = """

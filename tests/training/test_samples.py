@@ -14,15 +14,13 @@ from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.folders import ModelConfig
 from ta.generation.generate import generate
 from ta.generation.metrics import METRICS, check_metrics
-from ta.generation.settings import GenerateConfig
+from ta.generation.settings import MEASURED, GenerateConfig, SamplesConfig
 from ta.model.language_model import wrap
 from ta.model.load import load_base
 from ta.reference import sequence_logps
 from ta.training.run_folder import LoopConfig, Run
 from ta.training.samples import (
-    MEASURED,
     Prompt,
-    SamplesConfig,
     asked_text,
     dialogue_of,
     generate_samples,
