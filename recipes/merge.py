@@ -16,8 +16,6 @@ from typing import Literal
 import ta
 from ta.chat.tokenizer_files import UNCHANGED, VOCABULARIES, read_tokenizer, save_tokenizer
 from ta.files import check_replaceable, json_text, keep_inputs, locked, publishing
-from ta.model.adapters import adapter_labels, read_config
-from ta.model.load import check_generation, from_pretrained
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,9 @@ def load_base(config: ta.ModelConfig, adapter: str):
     """
     from transformers import GenerationConfig
 
+    from ta.model.adapters import adapter_labels, read_config
+    from ta.model.load import check_generation
+
     task = read_config(adapter)["task_type"]
     if task not in TASKS:
         raise ValueError(f"{adapter} is an adapter for {task}: known are {', '.join(TASKS)}")
@@ -107,6 +108,8 @@ def load_tokenizer(adapter: str, base: str):
 
 def check_saved(model, folder: Path) -> None:
     """ValueError unless the folder gives the very logits of the model that was written to it."""
+    from ta.model.load import from_pretrained
+
     again, _ = from_pretrained(type(model), folder, dtype=model.dtype, local_files_only=True)
     if not ta.logits_agree(ta.probe_logits(model), ta.probe_logits(again.eval()), 1e-5):
         raise ValueError(

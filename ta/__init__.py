@@ -111,7 +111,6 @@ if TYPE_CHECKING:  # what the package gives, listed here for editors and for fac
     from ta.generation.vllm_engine import check_engine as check_engine, start_vllm as start_vllm
     from ta.generation.vllm_server import open_server as open_server
     from ta.model.adapters import (
-        AdapterConfig as AdapterConfig,
         load_adapter as load_adapter,
         logits_agree as logits_agree,
         merge_adapter as merge_adapter,
@@ -124,7 +123,6 @@ if TYPE_CHECKING:  # what the package gives, listed here for editors and for fac
         wrap as wrap,
     )
     from ta.model.load import (
-        ComputeConfig as ComputeConfig,
         cast_parameters as cast_parameters,
         check_context as check_context,
         load_base as load_base,
@@ -135,9 +133,13 @@ if TYPE_CHECKING:  # what the package gives, listed here for editors and for fac
         cross_entropy_sum as cross_entropy_sum,
         token_logprobs as token_logprobs,
     )
+    from ta.model.settings import (
+        AdapterConfig as AdapterConfig,
+        ComputeConfig as ComputeConfig,
+        ReferenceConfig as ReferenceConfig,
+    )
     from ta.model.new_rows import check_vocabulary as check_vocabulary
     from ta.reference import (
-        ReferenceConfig as ReferenceConfig,
         check_same_vocabulary as check_same_vocabulary,
         count_learned as count_learned,
         note_sync as note_sync,

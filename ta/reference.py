@@ -10,46 +10,31 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from ta.chat.tokenizer import ChatTokenizer, load_tokenizer
-from ta.command_line import Range
+from ta.data.batch import Batch, lay_out, to_device
+from ta.data.loader import Collate
+from ta.data.micro import BatchConfig
 from ta.data.prepare import Prepared
 from ta.files import cache_folder, hash_json, writing
 from ta.folders import ModelConfig, fingerprint, read_tensors, resolve, write_tensors
-from ta.model.adapters import AdapterConfig
-from ta.model.load import ComputeConfig, load_model
+from ta.model.language_model import LanguageModel
+from ta.model.load import load_model
+from ta.model.logprobs import sequence_sums
+from ta.model.settings import AdapterConfig, ComputeConfig, ReferenceConfig
 from ta.parallel import gather_objects, rank, say
 from ta.screen import progress
+from ta.training.loop import by_record
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ta.data.batch import Batch
-    from ta.data.loader import Collate
-    from ta.data.micro import BatchConfig
-    from ta.model.language_model import LanguageModel
-
-    Logps = Callable[[Batch], Tensor]  # -> (N,)
+Logps = Callable[[Batch], Tensor]  # -> (N,)
 
 # records in each file of a table that is being computed
 PART = 2048
-
-
-@dataclass(frozen=True)
-class ReferenceConfig:
-    reference: Literal["auto", "adapter_off", "frozen", "cached", "synced"] = "auto"
-    """What the policy is compared with: itself with its new adapter off, a frozen second copy,
-    numbers computed once before training and kept, or a copy that follows the policy. auto is
-    adapter_off for a new adapter, else frozen."""
-    ref_path: str | None = None
-    """Folder of another model as the reference (frozen, cached or synced); it must have the
-    policy's vocabulary. Default: the policy at its start."""
-    sync_every: Annotated[int, Range(1)] = 512
-    """Steps between two updates of a synced reference (TR-DPO, arXiv 2404.09656)."""
-    sync_alpha: Annotated[float, Range(0, 1, above=True)] = 0.6
-    """A synced reference becomes alpha * policy + (1 - alpha) * reference, tensor by tensor (with
-    an adapter: of the adapter); 1 is a copy."""
 
 
 @dataclass
@@ -79,8 +64,6 @@ class Reference:
 
     def add_to(self, batches: Iterable) -> list:
         """The batches with the reference's log-probabilities, unless they hold them already."""
-        from ta.data.batch import to_device
-
         placed = [to_device(batch, self.device) for batch in batches]
         if self.kind == "cached":
             return placed
@@ -88,15 +71,13 @@ class Reference:
 
     def token_logps(self, batch: Batch) -> Tensor:
         """(M,) log p of each learned token of a batch, without gradients."""
-        import torch
-
         off = self.model.inner.disable_adapter() if self.adapter_off else nullcontext()
         with torch.no_grad(), off:
             return self.model.logprobs(batch)
 
     def logps(self, batch: Batch) -> Tensor:
         """(N,) their sum over each sequence."""
-        return _sums(self.token_logps(batch), batch)
+        return sequence_sums(self.token_logps(batch), batch.owners, len(batch.ends))
 
     def follow(self, done: int) -> None:
         """Move a synced reference towards the policy, where `done` is a multiple of `every`.
@@ -104,8 +85,6 @@ class Reference:
         TR-DPO, arXiv 2404.09656, eq. 5 and 6: a tensor of the reference becomes alpha * policy + (1
         - alpha) * reference.
         """
-        import torch
-
         if self.kind != "synced" or not done or done % self.every:
             return
         if hasattr(self.model, "reshard"):
@@ -119,19 +98,11 @@ class Reference:
 
 def sequence_logps(model: LanguageModel, batch: Batch) -> Tensor:
     """(N,) the sum of log p over the learned tokens of each sequence."""
-    return _sums(model.logprobs(batch), batch)
-
-
-def _sums(logps: Tensor, batch: Batch) -> Tensor:
-    from ta.model.logprobs import sequence_sums
-
-    return sequence_sums(logps, batch.owners, len(batch.ends))
+    return sequence_sums(model.logprobs(batch), batch.owners, len(batch.ends))
 
 
 def count_learned(batch: Batch) -> Tensor:
     """(N,) the number of learned tokens of each sequence."""
-    import torch
-
     return torch.bincount(batch.owners, minlength=len(batch.ends))
 
 
@@ -181,10 +152,6 @@ def open_reference(
     The policy's dropout is turned off for good. ValueError for settings that have no effect or
     cannot work.
     """
-    import torch
-
-    from ta.data.batch import lay_out, to_device
-
     choice = choose_reference(config, model, adapter)
     sources = resolve(model)
     model = replace(model, model_path=sources.base, adapter_path=sources.adapter)
@@ -295,10 +262,6 @@ def with_cached_reference(
     """
     if reference is None or reference.kind != "cached" or prepared is None:
         return prepared
-    import numpy as np
-    import torch
-
-    from ta.training.loop import by_record
 
     n, folder = len(prepared.origin), cache_folder(cache_dir) / "references"
     about = [[*reference.key, depends], prepared.info["fingerprint"]]

@@ -148,7 +148,7 @@ def test_a_reader_that_has_enough_is_no_error():
         (("--out", ""), "error: --out has no value: give one, or leave it out\n"),
         (("--log", "--lr", "1"), "error: --log has no value: give one, or leave it out\n"),
         (("--seed", "9" * 30), f"error: --seed {'9' * 30}: give a smaller number\n"),
-        (("--lora-alpha", "nan"), "error: --lora-alpha nan: give a finite number\n"),
+        (("--lora-alpha", "nan"), "error: --lora-alpha nan: give a number above 0\n"),
         (("--out", f"{__file__}/a/b"), f"error: --out {__file__}/a/b: {__file__} is a file, give "),
     ],
 )

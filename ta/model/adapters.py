@@ -6,21 +6,25 @@ vocabulary, D model width, C classes, N new tokens.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ta.command_line import check_config
 from ta.files import json_text
 from ta.folders import differing, loading, read_json, read_tensors, value_of, write_tensors
 from ta.model.new_rows import resize, tables, token_table
+from ta.model.settings import AdapterConfig
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftConfig, PeftModel
-    from torch import Tensor, nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 KINDS = {
     "lora": "LORA",
@@ -29,47 +33,6 @@ KINDS = {
     "p-tuning": "P_TUNING",
 }
 PROMPT_LEARNING = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
-# the kinds of adapter that a setting belongs to
-OWNERS = {
-    "lora_rank": ("lora",),
-    "lora_alpha": ("lora",),
-    "lora_dropout": ("lora",),
-    "lora_targets": ("lora",),
-    "lora_modules_to_save": ("lora",),
-    "use_dora": ("lora",),
-    "use_rslora": ("lora",),
-    "virtual_tokens": ("prefix", "prompt", "p-tuning"),
-    "prompt_init_text": ("prompt",),
-    "p_tuning_hidden": ("p-tuning",),
-}
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    adapter: Literal["none", "lora", "prefix", "prompt", "p-tuning"] = "none"
-    """Train these few weights and leave the base as it is; none trains every weight."""
-    lora_rank: int = 16
-    """Rank of the LoRA update."""
-    lora_alpha: float = 32
-    """The update is scaled by alpha / rank (with rsLoRA alpha / sqrt(rank))."""
-    lora_dropout: float = 0.0
-    """Dropout before the LoRA update, 0 to 1."""
-    lora_targets: tuple[str, ...] = ("all-linear",)
-    """Names of the modules that get LoRA; all-linear is every linear layer but the head."""
-    lora_modules_to_save: tuple[str, ...] = ()
-    """Names of modules that train fully beside LoRA and are saved with it; a classifier's head
-    always is."""
-    use_dora: bool = False
-    """Split the update into direction and magnitude (DoRA, arXiv 2402.09353)."""
-    use_rslora: bool = False
-    """Scale by the square root of the rank (rsLoRA, arXiv 2312.03732)."""
-    virtual_tokens: int = 20
-    """Virtual tokens of prefix tuning, prompt tuning and p-tuning."""
-    prompt_init_text: str | None = None
-    """Prompt tuning starts from the embeddings of this text (repeated where it is shorter than the
-    virtual tokens); none: from random tokens."""
-    p_tuning_hidden: int | None = None
-    """Width of p-tuning's prompt encoder; none is the width of the model."""
 
 
 def check_adapter(
@@ -80,32 +43,13 @@ def check_adapter(
     `path` is the folder of a trained adapter that trains further. ValueError for settings that have
     no effect, are out of range, or cannot work together.
     """
-    kind, default = config.adapter, AdapterConfig()
+    check_config(config)
+    kind = config.adapter
     if path is not None and kind != "none":
         raise ValueError(
             f"--adapter {kind} asks for a new adapter, and {path} is one already: leave --adapter "
             "out to go on with that one, or merge it with recipes/merge.py and give the merged "
             "folder"
-        )
-    for name, owners in OWNERS.items():
-        if kind not in owners and getattr(config, name) != getattr(default, name):
-            raise ValueError(
-                f"--{name.replace('_', '-')} has no effect with --adapter {kind}: it belongs "
-                f"to {' or '.join(owners)}"
-            )
-    for name in ("lora_rank", "lora_alpha", "virtual_tokens", "p_tuning_hidden"):
-        if (value := getattr(config, name)) is not None and value <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
-    if not 0 <= config.lora_dropout < 1:
-        raise ValueError(f"--lora-dropout {config.lora_dropout}: must be at least 0 and below 1")
-    if kind == "lora" and not config.lora_targets:
-        raise ValueError(
-            "--lora-targets is empty: give all-linear or names of modules, such as q_proj v_proj"
-        )
-    if "all-linear" in config.lora_targets and len(config.lora_targets) > 1:
-        raise ValueError(
-            f"--lora-targets {' '.join(config.lora_targets)}: all-linear stands alone; give it or "
-            "names of modules"
         )
     stored = read_config(path)["peft_type"] if path else KINDS.get(kind, "")
     if checkpointing and stored == "PREFIX_TUNING":
@@ -222,7 +166,6 @@ def prompt_settings(
     with more tokens than virtual tokens.
     """
     import peft
-    import torch
 
     count, text = config.virtual_tokens, config.prompt_init_text
     sizes = {"task_type": task_of(model), "num_virtual_tokens": count}
@@ -455,7 +398,6 @@ def load_adapter(model: PreTrainedModel, path: str, trainable: bool = False) -> 
     It is frozen and in eval mode unless `trainable`. ValueError, naming both bases, for an adapter
     of another base (other architecture, task, vocabulary, shapes or weights).
     """
-    import torch
     from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 
     stored, folder = read_config(path), Path(path)
@@ -540,8 +482,6 @@ def _take_tables(
     table. `prefixes` begin the names of the input table and of the head in `weights`. ValueError
     for tables with fewer rows than the base has.
     """
-    import torch
-
     size = len(token_table(model))
     whole = getattr(settings, "modules_to_save", None) or ()
     tied = "output" not in tables(model)
@@ -613,10 +553,7 @@ def save_adapter(
     model's state dict where the caller has gathered it from shards. Files are written in place, so
     give a temporary folder.
     """
-    import copy
-
     from peft import get_peft_model_state_dict
-    from torch.func import functional_call
 
     (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
     settings = copy.copy(model.peft_config["default"])
@@ -655,8 +592,6 @@ def merge_adapter(model: PeftModel, tolerance: float | None = None) -> PreTraine
     than `tolerance` of the greatest logit. The default is 1e-3, and 0.05 in half precision, which
     rounds.
     """
-    import torch
-
     if is_prompt_learning(model):
         raise ValueError(
             f"{model.active_peft_config.peft_type.value} cannot be merged: it adds virtual tokens "
@@ -706,8 +641,6 @@ def probe_logits(model: nn.Module) -> Tensor:
 
     The ids are spread over the whole vocabulary and include its last ones.
     """
-    import torch
-
     table = token_table(model)
     rows = len(table)
     spread = torch.linspace(0, rows - 1, 64).round().long().unique()
@@ -742,7 +675,6 @@ def _wrap(
     seed: int = 0,
     start: Sequence[int] | None = None,
 ) -> PeftModel:
-    import torch
     from peft import get_peft_model
 
     weight = token_table(model)
@@ -802,8 +734,6 @@ def _rows(model: PreTrainedModel, ids: Sequence[int], path: str | None = None) -
 
     The base's own folder does not have them.
     """
-    import torch
-
     size = len(token_table(model))
     if ids and not 0 <= min(ids) <= max(ids) < size:
         raise ValueError(

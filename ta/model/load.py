@@ -1,22 +1,25 @@
-"""Load a model from the folders that a ModelConfig names, for training or for inference.
-
-Recipes import this module for its settings, and --help must answer at once: torch and the modules
-that need it are imported late.
-"""
+"""Load a model from the folders that a ModelConfig names, for training or for inference."""
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from ta.data.prepare import name_of
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+
+from ta.chat.tokenizer import ChatTokenizer
+from ta.command_line import check_config
+from ta.data.prepare import Prepared, name_of
 from ta.folders import ModelConfig, loading, quiet, read_folder, resolve, value_of
 from ta.model.adapters import KINDS as ADAPTERS
 from ta.model.adapters import (
     PROMPT_LEARNING,
-    AdapterConfig,
     add_adapter,
     check_adapter,
     is_prompt_learning,
@@ -24,8 +27,11 @@ from ta.model.adapters import (
     merge_adapter,
     read_config,
 )
-from ta.model.arguments import parsed, quantization
+from ta.model.attention import register
+from ta.model.export import check_export, stored_dtype
+from ta.model.language_model import LanguageModel, check_runs, is_encoder_classifier, wrap
 from ta.model.new_rows import check_vocabulary, set_rows
+from ta.model.settings import AdapterConfig, ComputeConfig
 from ta.parallel import (
     blocks,
     checkpoint_activations,
@@ -39,15 +45,6 @@ from ta.parallel import (
     world,
 )
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-    from transformers import GenerationConfig, PreTrainedModel
-
-    from ta.chat.tokenizer import ChatTokenizer
-    from ta.data.prepare import Prepared
-    from ta.model.language_model import LanguageModel
-
 Task = Literal["causal", "seq_cls", "encoder"]
 CLASSES = {
     "causal": "AutoModelForCausalLM",
@@ -58,32 +55,17 @@ CLASSES = {
 NAMES = {"causal": "a language model", "seq_cls": "a classifier", "encoder": "a text encoder"}
 
 
-@dataclass(frozen=True)
-class ComputeConfig:
-    """How a model that trains is computed."""
-
-    packing: bool = True
-    """Lay sequences one after another in one row. Models whose documents would see each other are
-    found out at the start and padded instead."""
-    activation_checkpointing: bool = False
-    """Recompute each block in the backward pass: less memory, about a third more time."""
-    keep_products: bool = False
-    """With --activation-checkpointing keep the results of products and attention: little is then
-    computed twice, and less memory is saved. Not with --compile."""
-    compile: bool = False
-    """torch.compile each block; pays on accelerators after a minute of compiling."""
-    float8: bool = False
-    """Multiply the blocks' matrices in float8 with a scale a tensor (Micikevicius et al. 2022).
-    Needs torchao and bfloat16; pays with --compile on GPUs that multiply float8."""
-    deterministic: bool = False
-    """Only operations that give the same bits in every run, so that a resumed run equals a whole
-    one on a GPU as it does on CPU; slower there."""
-    quantize: Literal["none", "8bit", "4bit"] = "none"
-    """Bits in which linear layers of a frozen base are held under a LoRA adapter (needs
-    bitsandbytes)."""
-    export_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type of the exported weights of a whole model. Default: the one in which the base is stored.
-    An adapter is exported as it was trained."""
+# keyword arguments that have a flag of their own
+FLAGS = {
+    "dtype": "--dtype",
+    "torch_dtype": "--dtype",
+    "quantization_config": "--quantize",
+    "load_in_4bit": "--quantize",
+    "load_in_8bit": "--quantize",
+    "num_labels": "--num-labels",
+    "trust_remote_code": "--trust-remote-code",
+    "local_files_only": "--hub",
+}
 
 
 def load_model(
@@ -105,14 +87,7 @@ def load_model(
     in further modules and freeze parts of it, before it is sharded. New weights are drawn from
     `seed`. ValueError for settings and folders that do not fit together.
     """
-    import torch
-
-    from ta.model.export import check_export, stored_dtype
-
-    if compute.keep_products and (compute.compile or not compute.activation_checkpointing):
-        raise ValueError(
-            "--keep-products goes with --activation-checkpointing and without --compile"
-        )
+    check_config(compute)
     sources = resolve(model)
     check_adapter(adapter, sources.adapter, checkpointing=compute.activation_checkpointing)
     if sources.adapter and (added := [t.text for t in tokenizer.new_tokens if t.added]):
@@ -171,8 +146,6 @@ def load_model(
 
 def check_context(model: LanguageModel, *data: Prepared | None) -> None:
     """ValueError where a sequence has more tokens than the model takes; None is no data."""
-    import numpy as np
-
     base = model.base
     limit = getattr(base.config.get_text_config(), "max_position_embeddings", None) or np.inf
     for name, module in base.named_modules():
@@ -201,10 +174,6 @@ def load_for_inference(
     on CPU. With `num_labels` it is a classifier. Each process loads the whole model. ValueError for
     a model that does not load or does not run.
     """
-    import torch
-
-    from ta.model.language_model import LanguageModel, check_runs
-
     sources = resolve(model)
     task: Task = "causal" if num_labels is None else "seq_cls"
     # an adapter is merged before it is rounded
@@ -240,12 +209,6 @@ def load_base(
     only, unless `whole`. ValueError for a folder that does not load, or whose tensors are not those
     of the model.
     """
-    import torch
-    import transformers
-
-    from ta.model.attention import register
-    from ta.model.language_model import is_encoder_classifier
-
     folder = resolve(model).base
     if task == "causal" and read_folder(folder).kind == "classifier":
         raise ValueError(
@@ -295,6 +258,43 @@ def load_base(
                 layer.support_avx512bf16_for_cpu = False
         return loaded.eval()
     return loaded.to(device if whole or world() == 1 else "cpu").eval()
+
+
+def parsed(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """A dict of key=value strings; values that are no Python literals stay text.
+
+    ValueError for a string of another form, and for what a flag says already.
+    """
+    out = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not key.isidentifier():
+            raise ValueError(f"--model-args {pair!r} is not of the form key=value")
+        if key in FLAGS:
+            raise ValueError(f"--model-args {key}=...: give {FLAGS[key]} instead")
+        try:
+            out[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            out[key] = value
+    return out
+
+
+def quantization(quantize: str, half: bool, device: str) -> dict[str, Any]:
+    """The arguments of from_pretrained that hold linear layers in 8 or 4 bits; {} for "none".
+
+    8 bits is LLM.int8 (arXiv 2208.07339); 4 bits is NF4 as in QLoRA (arXiv 2305.14314).
+    """
+    if quantize == "none":
+        return {}
+    compute = torch.bfloat16 if half else torch.float32
+    four_bits = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": compute,
+    }
+    bits = four_bits if quantize == "4bit" else {"load_in_8bit": True}
+    return {"quantization_config": BitsAndBytesConfig(**bits), "device_map": {"": device}}
 
 
 def from_pretrained(kind: Any, folder: str, **arguments: Any) -> tuple[PreTrainedModel, dict]:
@@ -424,10 +424,6 @@ def _classifier(
     A new head is drawn from `seed`. ValueError for adapters of virtual tokens, for a model whose
     head does not read the last token, and for a head of another size.
     """
-    import torch
-
-    from ta.model.language_model import is_encoder_classifier
-
     sources = resolve(model)
     if sources.media:
         raise ValueError(
@@ -484,10 +480,6 @@ def _place(
     media: str | None,
 ) -> LanguageModel:
     """Wrap a model and find its mode on rank 0, then compile, checkpoint and shard it as asked."""
-    import torch
-
-    from ta.model.language_model import LanguageModel, wrap
-
     if rank():
         wrapper, note = LanguageModel(model, "packed"), ""
     else:

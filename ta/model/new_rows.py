@@ -6,13 +6,11 @@ Letters: V rows of a table, D model width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ta.chat.tokenizer import NewToken
+from ta.chat.tokenizer import NewToken
 
 
 def set_rows(model: PreTrainedModel, new: Sequence[NewToken]) -> None:
@@ -22,8 +20,6 @@ def set_rows(model: PreTrainedModel, new: Sequence[NewToken]) -> None:
     spare rows is used as it is; a smaller one is enlarged and never shrunk. All other rows keep
     their bits.
     """
-    import torch
-
     rows = min(map(len, tables(model).values()))
     unset = [token for token in new if token.added or token.id >= rows]
     resize(model, max((token.id + 1 for token in unset), default=0))
@@ -40,8 +36,6 @@ def resize(model: PreTrainedModel, rows: int) -> None:
 
     Existing rows keep their bits, and the global random state does not change.
     """
-    import torch
-
     weight = token_table(model)
     if rows <= len(weight):
         return

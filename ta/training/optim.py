@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from ta.model.adapters import AdapterConfig
+    from ta.model.settings import AdapterConfig
 
 
 @dataclass(frozen=True)

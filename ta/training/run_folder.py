@@ -30,7 +30,7 @@ from ta.files import (
 )
 from ta.flags import changed_settings, command_of
 from ta.folders import fingerprint, resolve
-from ta.model.arguments import check_quantize
+from ta.model.settings import check_quantize
 from ta.printable import masked
 from ta.training.progress import Figures
 from ta.training.trackers import check_trackers
