@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -97,25 +98,6 @@ def builtin(folder: Path) -> Encoder:
     return Encoder("image", width, side * side, (side, side), read, module, settings)
 
 
-def clip(folder: Path) -> Encoder:
-    """CLIP's vision model, from its own folder or a whole CLIP's: hidden_states[-2][:, 1:].
-
-    LLaVA reads CLIP so (arXiv 2310.03744).
-    """
-    from transformers import CLIPVisionModel
-
-    # the class token comes first
-    patches = partial(LastState, name="pixel_values", skip=1)
-    return _vision("clip", folder, CLIP, CLIPVisionModel, patches)
-
-
-def siglip(folder: Path) -> Encoder:
-    """SigLIP's vision model (arXiv 2303.15343): hidden_states[-2]; it has no class token."""
-    from transformers import SiglipVisionModel
-
-    return _vision("siglip", folder, SIGLIP, SiglipVisionModel, SiglipPatches)
-
-
 def imagebind(folder: Path) -> Encoder:
     """ImageBind's trunk of pictures or sounds, as the config.json of its folder says.
 
@@ -171,15 +153,15 @@ def _values(settings: Any, names: str) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in names.split()}
 
 
-def _vision(
-    name: str, folder: Path, default: Preprocessing, kind: Any, patches: Callable[..., nn.Module]
-) -> Encoder:
-    """An encoder whose features are `patches` of transformers' model without its last layer."""
+def _vision(name: str, folder: Path) -> Encoder:
+    """An encoder whose features are those of transformers' model without its last layer."""
+    vision = VISION[name]
+    kind = getattr(transformers, vision.model)
     config = _config(kind, folder, name, f"{name}_vision_model")
     # the state before the last layer is the last state of a model with one layer fewer
     config.num_hidden_layers -= 1
-    module = patches(load_tower(kind, folder, config))
-    how = read_preprocessing(folder, default)
+    module = vision.patches(load_tower(kind, folder, config))
+    how = read_preprocessing(folder, vision.preprocessing)
     given, edge = how.crop or (how.size if isinstance(how.size, tuple) else None), config.image_size
     if given != (edge, edge):
         raise ValueError(
@@ -301,10 +283,30 @@ class SeededPatches(nn.Module):
         return (features * 256).round().div(256).to(pixels.dtype)
 
 
+class Vision(NamedTuple):
+    """A vision model of transformers, alone in its folder or in a whole CLIP or SigLIP."""
+
+    # transformers' class
+    model: str
+    preprocessing: Preprocessing
+    # the model without its last layer to (pixels -> features)
+    patches: Callable[[nn.Module], nn.Module]
+    # what the Llava layout calls the features, and the class tokens that it leaves out of them
+    select: str
+    class_tokens: int
+
+
+VISION = {
+    # hidden_states[-2][:, 1:], as LLaVA reads CLIP (arXiv 2310.03744): the class token comes first
+    "clip": Vision(
+        "CLIPVisionModel", CLIP, partial(LastState, name="pixel_values", skip=1), "default", 1
+    ),
+    # hidden_states[-2] (arXiv 2303.15343); there is no class token
+    "siglip": Vision("SiglipVisionModel", SIGLIP, SiglipPatches, "full", 0),
+}
 ENCODERS: dict[str, Callable[[Path], Encoder]] = {
     "builtin": builtin,
-    "clip": clip,
-    "siglip": siglip,
+    **{name: partial(_vision, name) for name in VISION},
     "imagebind": imagebind,
     "whisper": whisper,
 }

@@ -16,16 +16,12 @@ from ta.chat.tokenizer import ChatTokenizer
 from ta.chat.tokenizer_files import save_tokenizer
 from ta.files import json_text
 from ta.folders import loading, read_json, read_tensors, write_tensors
-from ta.media.encoders import load_tower
+from ta.media.encoders import VISION, load_tower
 from ta.media.modalities import Modalities
 from ta.media.multimodal import MediaModel, embed_modalities
 from ta.model.export import check_room, check_tokenizer, model_bytes, published, save_model
 from ta.model.language_model import native_attention
 
-TOWERS = {  # encoder: transformers' class, the features it selects, number of class tokens
-    "clip": ("CLIPVisionModel", "default", 1),
-    "siglip": ("SiglipVisionModel", "full", 0),
-}
 MAX_DIFFERENCE = 1e-3  # of a logit
 
 
@@ -37,7 +33,7 @@ def check_llava(media: Modalities) -> None:
             "serve it with recipes/generate.py"
         )
     settings = media["image"].settings
-    if settings["encoder"] not in TOWERS or settings["projector"] not in ("mlp", "llava"):
+    if settings["encoder"] not in VISION or settings["projector"] not in ("mlp", "llava"):
         raise ValueError(
             f"the Llava layout holds clip or siglip and an mlp, not {settings['encoder']} and "
             f"{settings['projector']}; "
@@ -69,13 +65,13 @@ def export_llava(
             f"the Llava layout gives logits that differ by {gap:.2g}: "
             "this language model computes otherwise there"
         )
-    _, select, classes = TOWERS[settings["encoder"]]
+    layout = VISION[settings["encoder"]]
     kind = {"processor_class": "LlavaProcessor"}
     processor = kind | {
         "image_token": settings["token"],
         "patch_size": whole.config.vision_config.patch_size,
-        "num_additional_image_tokens": classes,
-        "vision_feature_select_strategy": select,
+        "num_additional_image_tokens": layout.class_tokens,
+        "vision_feature_select_strategy": layout.select,
     }
     reader = read_json(Path(settings["path"]) / "preprocessor_config.json") | kind
     with published(Path(out), replace=False) as folder:
@@ -113,8 +109,8 @@ def assembled(
 
     ValueError where they do not fit.
     """
-    name, select, _ = TOWERS[settings["encoder"]]
-    kind, path = getattr(transformers, name), Path(settings["path"])
+    layout, path = VISION[settings["encoder"]], Path(settings["path"])
+    kind = getattr(transformers, layout.model)
     vision = kind.config_class.from_pretrained(path, local_files_only=True)
     tower = load_tower(kind, path, vision)
     config = transformers.LlavaConfig(
@@ -122,7 +118,7 @@ def assembled(
         text_config=base.config,
         image_token_index=placeholder,
         image_seq_length=settings["features"],
-        vision_feature_select_strategy=select,
+        vision_feature_select_strategy=layout.select,
         vision_feature_layer=-2,
     )
     whole = transformers.LlavaForConditionalGeneration(config).eval()
