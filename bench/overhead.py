@@ -30,7 +30,8 @@ def paired(flags: argparse.Namespace) -> dict[str, float]:
     sys.path.insert(0, str(ROOT / "tests"))
     from small import prepared, tiny
 
-    from ta.data.loader import BatchConfig, train_batches
+    from ta.data.loader import train_batches
+    from ta.data.micro import BatchConfig
     from ta.training.loop import train
     from ta.training.optim import OptimConfig, make_optimizer
     from ta.training.run_folder import LoopConfig, Run

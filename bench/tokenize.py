@@ -155,7 +155,8 @@ def ours(flags) -> dict[str, float]:
 
 
 def again(flags) -> dict[str, float]:
-    from ta.data.loader import BatchConfig, train_batches
+    from ta.data.loader import train_batches
+    from ta.data.micro import BatchConfig
 
     prepare = opened(flags)
     start, wall = time.process_time(), time.perf_counter()

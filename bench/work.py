@@ -149,7 +149,7 @@ def packed_model(flags: argparse.Namespace, adapted: bool = False):
 def packed_batches(documents: list[tuple], max_tokens: int) -> list:
     """This process's micro-batches of at most `max_tokens` tokens of documents (ids, weights)."""
     from ta.data.batch import lay_out
-    from ta.data.loader import split_micro
+    from ta.data.micro import split_micro
     from ta.parallel import rank, world
 
     parts = split_micro([len(ids) for ids, _ in documents], max_tokens, world())[rank()]

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from small import prepared, sft_step, tiny
 
 from ta import parallel
-from ta.data.loader import BatchConfig, train_batches
+from ta.data.loader import train_batches
+from ta.data.micro import BatchConfig
 from ta.training import checkpoint
 from ta.training.loop import train
 from ta.training.optim import OptimConfig, make_optimizer

@@ -16,13 +16,8 @@ from ta import reference
 from ta.builtin import models
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
-from ta.data.loader import (
-    BatchConfig,
-    collate_pairs,
-    labelled_collate,
-    micro_batches,
-    train_batches,
-)
+from ta.data.loader import collate_pairs, labelled_collate, micro_batches, train_batches
+from ta.data.micro import BatchConfig
 from ta.folders import ModelConfig
 from ta.model.adapters import AdapterConfig
 from ta.model.load import ComputeConfig, load_model

@@ -28,8 +28,9 @@ from ta.folders import write_tensors
 from ta.media.dialogue import media_of_prompt
 from ta.media.features import check_features, content_hashes
 from ta.media.images import media_key, media_path
-from ta.media.modalities import PROJECTORS, MediaConfig, Modalities
+from ta.media.modalities import PROJECTORS, Modalities
 from ta.media.projectors import load_projector, projector_of
+from ta.media.settings import MediaConfig
 from ta.model.export import gathered
 from ta.model.language_model import LanguageModel, base_model
 from ta.model.new_rows import token_table

@@ -13,7 +13,6 @@ from small import prepared, tiny
 
 from ta.data.batch import lay_out
 from ta.data.loader import (
-    BatchConfig,
     TrainBatches,
     check_margins,
     collate_chats,
@@ -28,10 +27,9 @@ from ta.data.loader import (
     partners,
     read_ahead,
     records_of_step,
-    split_micro,
-    steps_in,
     train_batches,
 )
+from ta.data.micro import BatchConfig, split_micro, steps_in
 from ta.data.prepare import lengths, sequence
 from ta.reference import Reference, sequence_logps
 from ta.training.loop import add_sums

@@ -462,13 +462,14 @@ def test_pictures_equal_the_hf_engine(tmp_path):
     from ta.data.sources import Drops
     from ta.generation.prompts import read_prompts
     from ta.media.dialogue import encode_media_prompts
-    from ta.media.modalities import MediaConfig, MediaFiles, open_media, reopen_media
+    from ta.media.modalities import open_media, reopen_media
     from ta.media.multimodal import (
         EmbeddingTable,
         embed_media_prompts,
         media_model_for_inference,
         with_projectors,
     )
+    from ta.media.settings import MediaConfig, MediaFiles
     from ta.model.adapters import AdapterConfig
     from ta.model.export import export
     from ta.model.load import ComputeConfig, load_model

@@ -21,8 +21,9 @@ from ta.media.dialogue import (
     place_media,
     prepare_media_chats,
 )
-from ta.media.modalities import MediaConfig, MediaFiles, open_media
+from ta.media.modalities import open_media
 from ta.media.multimodal import media_of
+from ta.media.settings import MediaConfig, MediaFiles
 
 A = {"role": "assistant", "content": "red"}
 

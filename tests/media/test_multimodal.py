@@ -17,7 +17,7 @@ from ta.folders import ModelConfig
 from ta.media.dialogue import encode_media_prompts, prepare_media_chats
 from ta.media.encoders import load_with_fingerprint
 from ta.media.features import Layout, extract
-from ta.media.modalities import MediaConfig, MediaFiles, open_media
+from ta.media.modalities import open_media
 from ta.media.multimodal import (
     MediaBatch,
     collate_media,
@@ -26,6 +26,7 @@ from ta.media.multimodal import (
     with_features,
     with_projectors,
 )
+from ta.media.settings import MediaConfig, MediaFiles
 from ta.model.adapters import AdapterConfig
 from ta.model.load import ComputeConfig, load_model
 

@@ -11,7 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from small import prepared, sft_step, tiny
 
-from ta.data.loader import BatchConfig, train_batches
+from ta.data.loader import train_batches
+from ta.data.micro import BatchConfig
 from ta.training import checkpoint
 from ta.training.loop import train
 from ta.training.optim import OptimConfig, make_optimizer

@@ -15,8 +15,9 @@ from ta.builtin.pictures import write_pictures
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import TokenizerConfig, load_chat_tokenizer
 from ta.folders import ModelConfig
-from ta.media.modalities import MediaFiles, reopen_media
+from ta.media.modalities import reopen_media
 from ta.media.multimodal import embed_media_prompts, media_model_for_inference
+from ta.media.settings import MediaFiles
 from ta.model.load import load_for_inference
 
 pytestmark = pytest.mark.slow

@@ -8,7 +8,8 @@ import pytest
 import torch
 from small import prepared, sft_step, tiny
 
-from ta.data.loader import BatchConfig, val_batches
+from ta.data.loader import val_batches
+from ta.data.micro import BatchConfig
 from ta.training import checkpoint
 from ta.training.optim import OptimConfig, make_optimizer
 

@@ -14,7 +14,8 @@ import torch
 from small import prepared, sft_step, tiny
 
 from ta.data.batch import lay_out
-from ta.data.loader import BatchConfig, collate_chats, train_batches, val_batches
+from ta.data.loader import collate_chats, train_batches, val_batches
+from ta.data.micro import BatchConfig
 from ta.files import append_line
 from ta.training import loop as training_loop
 from ta.training.loop import mean_over

@@ -6,7 +6,8 @@ import os
 import pytest
 from small import prepared, sft_step, tiny
 
-from ta.data.loader import BatchConfig, train_batches
+from ta.data.loader import train_batches
+from ta.data.micro import BatchConfig
 from ta.files import hold_lock
 from ta.training.loop import train
 from ta.training.optim import OptimConfig, make_optimizer

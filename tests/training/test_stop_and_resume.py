@@ -8,7 +8,8 @@ import pytest
 import torch
 from small import prepared, sft_step, tiny
 
-from ta.data.loader import BatchConfig, train_batches, val_batches
+from ta.data.loader import train_batches, val_batches
+from ta.data.micro import BatchConfig
 from ta.files import append_line
 from ta.training.loop import mean_over, train
 from ta.training.optim import OptimConfig, make_optimizer
