@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper
 
-from ta.generation.slot_engine import BROKEN, Work, choose, left_pad
+from ta.generation.settings import BROKEN
+from ta.generation.slot_engine import Work, choose, left_pad
 from ta.model.language_model import base_model
 
 

@@ -5,7 +5,9 @@ Letters: N sequences, C scores of a head.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from ta.data.batch import Batch, lay_out, to_device
 from ta.data.micro import split_micro
 from ta.folders import ModelConfig, read_folder, resolve
 from ta.generation.generate import limits_of
+from ta.generation.settings import BROKEN
 from ta.generation.vllm_engine import VllmEngine, score_vllm
 from ta.model.adapters import adapter_labels
 from ta.model.language_model import LanguageModel, evaluating, wrap
@@ -62,16 +65,22 @@ def score(
     """N rows of C scores, each read at the sequence's last token, before any softmax.
 
     A sequence has the same scores whatever it is batched with. `max_tokens_per_micro`: tokens in
-    one forward pass, where the model is ours.
+    one forward pass, where the model is ours. ValueError for scores that are no numbers.
     """
     if isinstance(model, VllmEngine):
-        return score_vllm(model, sequences)
+        return _numbers(score_vllm(model, sequences))
     unlearned = [(tokens.ids, [0.0] * len(tokens.ids)) for tokens in sequences]
 
     def scores(batch: Batch) -> list[list[float]]:
         return model.scores(batch).double().tolist()  # (N, C)
 
-    return _each(model, unlearned, max_tokens_per_micro, scores)
+    return _numbers(_each(model, unlearned, max_tokens_per_micro, scores))
+
+
+def _numbers(rows: list[list[float]]) -> list[list[float]]:
+    if any(math.isnan(value) for row in rows for value in row):
+        raise ValueError(BROKEN)
+    return rows
 
 
 def _each(
@@ -180,8 +189,12 @@ def answer_logprobs(
     sequences: Sequence[Weighted],
     max_tokens_per_micro: int = 8192,
 ) -> list[list[float]]:
-    """log p of every learned token of each sequence of (token ids, their weights), in nats."""
-    return _each(model, sequences, max_tokens_per_micro, lambda batch: by_sequence(model, batch))
+    """log p of every learned token of each sequence of (token ids, their weights), in nats.
+
+    ValueError for what is no number.
+    """
+    values = partial(by_sequence, model)
+    return _numbers(_each(model, sequences, max_tokens_per_micro, values))
 
 
 def by_sequence(model: LanguageModel, batch: Batch) -> list[list[float]]:

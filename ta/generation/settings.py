@@ -13,6 +13,10 @@ from typing import Annotated, Literal, NamedTuple
 from ta.command_line import Range, check_config
 from ta.generation.metrics import check_metrics
 
+BROKEN = (
+    "the model's logits are not numbers (NaN): its weights or the arithmetic (dtype) are broken"
+)
+
 
 @dataclass(frozen=True)
 class GenerateConfig:

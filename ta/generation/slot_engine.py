@@ -25,16 +25,13 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import Cache
 
 from ta.generation.graphs import Graphs
-from ta.generation.settings import Answer, Ending, GenerateConfig
+from ta.generation.settings import BROKEN, Answer, Ending, GenerateConfig
 from ta.generation.slot_cache import CacheWindow, SlotLayer
 from ta.parallel import say
 
 PREFILL_TOKENS = 8192  # padded prompt tokens in one prefill: bounds its activations
 EFFICIENT = 1024  # from here on a prefill gains less from being larger than it loses to padding
 NARROWEST = 128  # columns of the narrowest step of fixed shapes
-BROKEN = (
-    "the model's logits are not numbers (NaN): its weights or the arithmetic (dtype) are broken"
-)
 AGREEMENT = 0.05  # of the spread of a row's logits: what arithmetic in 16 bits may differ by
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ta.builtin import models, tasks
@@ -171,6 +172,19 @@ def test_wrong_input_is_answered(door, files):
     for (recipe, *flags), message in cases:
         code, text = door(recipe, *flags, "--out", files / "new.jsonl")
         assert code == 2 and message in text and not (files / "new.jsonl").exists(), (recipe, text)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("rm", "candidates"), ("classes", "class")])
+def test_scores_that_are_no_numbers_are_told_and_not_written(door, files, name, kind):
+    weights = files / name / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["score.weight"][0, 3] = torch.nan
+    save_file(tensors, weights, {"format": "pt"})
+    data = {"rm": "candidates", "classes": "chats"}[name]
+    flags = ("--model-path", files / name, "--data", files / f"{data}.jsonl", "--kind", kind)
+    code, said = door("score", *flags, "--out", files / "new.jsonl")
+    assert code == 2 and said.startswith("error: the model's logits are not numbers (NaN)")
+    assert not (files / "new.jsonl").exists()
 
 
 def candidate(texts, rewards, name="a"):
