@@ -26,6 +26,8 @@ from ta.files import HUB, dataset_snapshot
 CHUNK, ROWS = 1 << 20, 1000
 # folders below a dataset folder in which data files are looked for
 DEPTH = 3
+# parts of a folder that an error names
+PARTS = 8
 ENDINGS = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz")
 # JSON files that describe a dataset
 ABOUT = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
@@ -76,7 +78,8 @@ def files_of(path: str) -> list[str]:
             )
         return files
     if groups and (not split or path.startswith(HUB)):
-        choices = " or ".join(f"{path.removesuffix('/' + split)}/{name}" for name in groups)
+        some = list(groups)[:PARTS]
+        choices = " or ".join(f"{path.removesuffix('/' + split)}/{name}" for name in some)
         raise ValueError(f"{path}: holds {len(groups)} parts; give one of them, {choices}")
     if split:
         regular_file(path)

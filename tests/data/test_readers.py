@@ -206,6 +206,11 @@ def test_folders_have_splits(tmp_path):
     ):
         lines(tmp_path / "hub" / "data" / f"{name}.jsonl", [n])
     lines(tmp_path / "hub" / "dev.jsonl", [4])
+    for n in range(20):
+        lines(tmp_path / "many" / f"train{n}" / "a.jsonl", [n])
+    with pytest.raises(ValueError, match="holds 20 parts; give one of them") as error:
+        rows(tmp_path / "many")
+    assert str(error.value).count(" or ") == 7, "a page of names helps nobody"
     with pytest.raises(
         ValueError,
         match=r"holds 3 parts; give one of them, .*hub/validation or .*hub/data/test_sft or .*hub/data/train",
