@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ta.files import json_text
-from ta.folders import value_of
+from ta.folders import read_json, value_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -70,7 +70,7 @@ def _by_class(folder: Path) -> Any:
 
 def _settings(folder: Path) -> Json:
     file = folder / "tokenizer_config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return read_json(file) if file.exists() else {}
 
 
 def save_tokenizer(

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy import ndarray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 # On a GPU a row has a multiple of COLUMNS columns and of DOCUMENTS documents, so that kernels meet
@@ -83,18 +84,18 @@ class Batch(NamedTuple):
 
 
 def lay_out(
-    ids: Sequence[ndarray],
-    weights: Sequence[ndarray],
+    ids: Sequence[ArrayLike],
+    weights: Sequence[ArrayLike],
     packed: bool = True,
     shared: Sequence[int] = (),
 ) -> Batch:
     """One Batch of N token sequences: one packed row, or N right-padded rows.
 
-    `ids[i]` and `weights[i]` are (T_i,); tokens of weight 0 are not learned. `shared[i]` is the
-    number of leading tokens that sequence i has in common with the last sequence before it that
-    shares nothing: they stand in the row once, there, and both see them (packed only). Without a
-    sequence the batch is one token that nothing learns, so that every process runs the same number
-    of passes.
+    `ids[i]` and `weights[i]` are (T_i,), lists or arrays; tokens of weight 0 are not learned.
+    `shared[i]` is the number of leading tokens that sequence i has in common with the last sequence
+    before it that shares nothing: they stand in the row once, there, and both see them (packed
+    only). Without a sequence the batch is one token that nothing learns, so that every process runs
+    the same number of passes.
     """
     if not ids:
         zero = torch.zeros(1, 1, dtype=torch.int64)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from ta.chat.encode import Drop, encode_answers
@@ -104,8 +103,7 @@ def _micro_batches(
     device, sizes = next(model.parameters()).device, [len(ids) for ids, _ in sequences]
     for places in split_micro(sizes, max_tokens, packed=model.packed)[0]:
         if places:
-            sides = zip(*(sequences[i] for i in places), strict=True)
-            ids, weights = ([np.array(x) for x in side] for side in sides)
+            ids, weights = zip(*(sequences[i] for i in places), strict=True)
             yield places, to_device(lay_out(ids, weights, model.packed), device)
 
 

@@ -312,8 +312,7 @@ def embed_media_prompts(
     numbers = [end // TOKENS_AT_ONCE for end in accumulate(map(len, prompts))]
     for _, group in groupby(zip(numbers, chats, prompts, strict=True), itemgetter(0)):
         _, chats_now, ids_now = zip(*group, strict=True)
-        ids = [np.array(x) for x in ids_now]
-        batch = lay_out(ids, [np.zeros(len(x)) for x in ids])
+        batch = lay_out(ids_now, [[0.0] * len(ids) for ids in ids_now])
         paths: dict[str, tuple[str, ...]] = dict.fromkeys(media, ())
         for chat, prompt in zip(chats_now, ids_now, strict=True):
             for name, path in media_of_prompt(chat, prompt, tokenizer):

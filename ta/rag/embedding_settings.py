@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,7 +154,7 @@ def save_embedding_settings(folder: Path, settings: EmbeddingSettings) -> None:
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for i, (kind, path) in enumerate(kinds)
     ]
-    width = json.loads((folder / "config.json").read_text())["hidden_size"]
+    width = width_of(str(folder))
     pooling = {key: name == settings.pooling for key, name in POOLINGS.items()}
     files = {
         "modules.json": modules,

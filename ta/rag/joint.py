@@ -210,8 +210,8 @@ def _encode(retriever: Retriever, given: Sequence[Arguments]) -> Callable:
 
 
 def _laid_out(sequences: Sequence[Tokens], packed: bool) -> Batch:
-    ids = [np.array(tokens.ids) for tokens in sequences]
-    return lay_out(ids, [np.array(tokens.weights, np.float32) for tokens in sequences], packed)
+    ids, weights = ([tokens[side] for tokens in sequences] for side in (0, 1))
+    return lay_out(ids, weights, packed)
 
 
 def _split(joined: list[list[Tokens]], max_tokens: int, packed: bool) -> list[list[int]]:
