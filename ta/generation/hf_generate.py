@@ -42,8 +42,8 @@ def _batches(
 
 def sees_padding(inner) -> bool:
     """Whether padding before a prompt moves its logits, as in models that read no mask."""
-    table, ids = inner.get_input_embeddings().weight, [2, 1, 3]
-    inputs = left_pad([ids, ids * 6], table.device)
+    table, ids = inner.get_input_embeddings().weight, [2, 1, 3] * 4
+    inputs = left_pad([ids, ids * 2], table.device)
     if "position_ids" not in inspect.signature(base_model(inner).forward).parameters:
         del inputs["position_ids"]
     padded = inner(**inputs, use_cache=False).logits[0, -1].float()

@@ -105,7 +105,7 @@ def lora_settings(
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets or "all-linear",
-        exclude_modules=None if targets else _own_linears(model) or None,
+        exclude_modules=None if targets else _without_lora(model) or None,
         modules_to_save=saved or None,
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
@@ -115,21 +115,34 @@ def lora_settings(
     )
 
 
-def _own_linears(model: PreTrainedModel) -> list[str]:
-    """Names of linear layers whose class the model's own file makes, such as routers.
+def _without_lora(model: PreTrainedModel) -> list[str]:
+    """Names of linear layers that all-linear leaves out.
 
-    Their results are not those of a linear layer, which LoRA would add to.
+    They are those of a classifier's head, which trains whole, and those of a class of the model's
+    own that gives something else than a linear layer does, such as routers.
     """
-    import torch
-
-    linear = torch.nn.Linear
+    heads = ("score", "classifier")  # as peft knows them, also pre_classifier
+    classifies = task_of(model) == "SEQ_CLS"
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, linear)
-        and type(module).__module__.startswith(("transformers.models.", "transformers_modules."))
-        and type(module).forward is not linear.forward
+        if isinstance(module, nn.Linear)
+        and ((classifies and name.split(".")[0].endswith(heads)) or not _is_linear(module))
     ]
+
+
+def _is_linear(module: nn.Linear) -> bool:
+    """Whether a linear layer, or a subclass, gives one tensor of the shape that it should."""
+    own = type(module).__module__.startswith(("transformers.models.", "transformers_modules."))
+    if not own or type(module).forward is nn.Linear.forward:
+        return True
+    weights = {name: tensor.to("meta") for name, tensor in module.named_parameters()}
+    given = torch.empty(1, 2, module.in_features, device="meta", dtype=module.weight.dtype)
+    try:
+        out = functional_call(module, weights, (given,))
+    except (RuntimeError, TypeError):
+        return False
+    return isinstance(out, Tensor) and out.shape == (1, 2, module.out_features)
 
 
 def _check_names(model: PreTrainedModel, flag: str, targets: Sequence[str]) -> None:

@@ -294,6 +294,11 @@ def wrap(
     if is_encoder_classifier(base):
         note = "an encoder's tokens see each other both ways: batches are padded"
         return wrapper.set_mode("native"), note
+    if not wrapper.generates and not hasattr(base, "score"):
+        raise ValueError(
+            f"{type(base).__name__} has its head in none of the places known here (score, "
+            "classifier): give a model of another kind"
+        )
     # weights of few bits round by the other contents of the batch, half precision everywhere
     rounded = getattr(base, "is_quantized", False) or base.dtype in (torch.bfloat16, torch.float16)
     # Full precision shows whether documents see each other: a result is then off by more than
@@ -412,8 +417,9 @@ def check_runs(wrapper: LanguageModel) -> None:
 def self_check(wrapper) -> float:
     """The greatest difference between two documents in one batch and each alone.
 
-    It compares log p (nats), or the scores of a classifier, with the model's own forward pass. It
-    is inf where the model refuses such a batch; `wrapper.refusal` is then the model's error.
+    It compares log p (nats), or what the head of a classifier reads (over its root mean square),
+    with the model's own forward pass. It is inf where the model refuses such a batch;
+    `wrapper.refusal` is then the model's error.
 
     torch.OutOfMemoryError, torch.AcceleratorError, and ImportError from a torch without the kernel
     for many documents, are raised: they say nothing about the model.
@@ -427,7 +433,10 @@ def self_check(wrapper) -> float:
     before = base.config._attn_implementation
     try:
         with _naming_refusals():
-            together = (wrapper.logprobs if wrapper.generates else wrapper.scores)(batch).flatten()
+            if wrapper.generates:
+                together = wrapper.logprobs(batch)
+            else:
+                together = wrapper.hidden(batch).flatten(0, 1)[batch.ends].flatten()
     except ValueError as error:
         wrapper.refusal = str(error)
         return float("inf")
@@ -438,18 +447,19 @@ def self_check(wrapper) -> float:
             alone = torch.cat([_alone(wrapper, document) for document in ids])
     finally:
         base.set_attn_implementation(before)
-    gap = (together - alone).abs().max().item()
+    scale = 1.0 if wrapper.generates else alone.square().mean().sqrt()
+    gap = ((together - alone).abs().max() / scale).item()
     return gap if gap == gap else float("inf")
 
 
 def _alone(wrapper: LanguageModel, ids: Tensor) -> Tensor:
     """The results for one document (T,) from the model's own forward pass.
 
-    They are log p of its tokens after the first (T - 1,), or its scores (C,).
+    They are log p of its tokens after the first (T - 1,), or the last hidden state (D,).
     """
     if wrapper.generates:
         logits = wrapper.inner(input_ids=ids[None], use_cache=False).logits[0]  # (T, V)
         return logits.log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
     base = wrapper.base
     hidden = base.base_model(input_ids=ids[None], use_cache=False).last_hidden_state  # (1, T, D)
-    return base.score(hidden[0, -1]).float()
+    return hidden[0, -1].float()

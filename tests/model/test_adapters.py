@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from adapted import KINDS, LORA, MODELS, NEW, ROWS, base, same, train_a_step
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import (
     CONFIG_MAPPING,
@@ -320,6 +321,37 @@ def test_lora_leaves_out_linear_layers_of_the_model_s_own_making():
     assert wrapped.peft_config["default"].exclude_modules == {"model.layers.0.mlp.router"}
     changed = train_a_step(wrapped)
     assert changed and not any("router" in name for name in changed)
+
+
+@pytest.mark.parametrize("kind", ["distilbert", "roberta", "falcon"])
+def test_lora_of_a_classifier_trains_its_head_whole(kind, tmp_path):
+    """Also DistilBERT's pre_classifier, which peft takes for a classifier; and Falcon's own class of linear layer is one."""
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=97,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_labels=3,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    wrapped = add_adapter(copy.deepcopy(model), LORA)
+    trained = {name for name, p in wrapped.named_parameters() if p.requires_grad}
+    assert any("lora_A" in name for name in trained)
+    whole = {name for name in trained if "lora_" not in name}
+    assert whole and all("modules_to_save" in name for name in whole)
+    assert not any("lora_" in name and "classifier" in name for name in trained)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            parameter.add_(0.01 * parameter.requires_grad)
+        save_adapter(wrapped, tmp_path)
+        want = wrapped.eval()(input_ids=ids).logits
+        read = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
+        assert (want - model(input_ids=ids).logits).abs().max() > 1e-3
+        torch.testing.assert_close(read(input_ids=ids).logits, want)
+        torch.testing.assert_close(load_adapter(model, tmp_path)(input_ids=ids).logits, want)
 
 
 def test_an_adapter_is_read_where_transformers_would_rename_its_weights(tmp_path):

@@ -81,6 +81,18 @@ def test_a_model_that_mixes_documents_is_padded_in_half_precision_too():
     assert wrap(small("bloom").bfloat16())[0].mode == "padded"
 
 
+def test_a_classifier_is_padded_for_what_its_head_reads_not_for_what_it_gives():
+    """A head that gives little hides what documents see of each other."""
+    model = small("bloom", AutoModelForSequenceClassification, num_labels=1)
+    model.score.weight.data.mul_(1e-3)
+    assert wrap(model)[0].mode == "padded"
+
+
+def test_a_classifier_with_a_head_in_another_place_is_refused():
+    with pytest.raises(ValueError, match="FlaubertForSequenceClassification has its head in none"):
+        wrap(small("flaubert", AutoModelForSequenceClassification))
+
+
 @pytest.mark.parametrize(("kind", "mode"), [("gemma2", "native"), ("bloom", "padded")])
 def test_models_that_would_mix_documents_are_padded(kind, mode):
     wrapper, note = wrap(small(kind))
