@@ -144,8 +144,7 @@ def main(config: Config) -> None:
     config = ta.prefer_trained_builtin(of_run(config))
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat)
     model = ta.load_for_inference(config.model, ta.parallel.pick_device())
-    stops = (*config.generation.stop_strings, *tokenizer.stop_strings)
-    settings = dataclasses.replace(config.generation, stop_strings=stops)
+    settings = ta.with_stop_strings(config.generation, tokenizer.stop_strings)
     ending = ta.Ending(tokenizer.fast, frozenset(tokenizer.stop_ids), settings)
     chat, messages = config.chat, []
     tries = 0

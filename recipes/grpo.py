@@ -136,9 +136,9 @@ def main(config: Config):
         return ta.rl.rollout_batches(rows[part], advantages[part], policy, *limits, figures)
 
     def evaluate(done):
-        chats = [ta.rl.with_right_answer(record) for record, _ in held_out]
+        records = [record for record, _ in held_out]
         made_by = {"reference": reference and reference.of_new, "respond": rollouts.respond}
-        return ta.generate_samples(run, model, tokenizer, chats, done, longest=longest, **made_by)
+        return ta.generate_samples(run, model, tokenizer, records, done, longest=longest, **made_by)
 
     figures = ta.train(
         run,

@@ -14,19 +14,16 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ta.chat.tokenizer import tokenizer_settings
+from ta.chat.template import ChatConfig
+from ta.chat.tokenizer import ChatTokenizer, tokenizer_settings
 from ta.command_line import when_stopped
 from ta.files import append_line, locked, read_json_lines, shares, write_jsonl
 from ta.folders import ModelConfig, fingerprint, resolve
 from ta.parallel import rank, tell, world
 from ta.printable import masked
 from ta.screen import progress
-
-if TYPE_CHECKING:
-    from ta.chat.template import ChatConfig
-    from ta.chat.tokenizer import ChatTokenizer
 
 
 class AnswersFile:

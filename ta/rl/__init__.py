@@ -34,7 +34,6 @@ if TYPE_CHECKING:  # what the package gives, listed here for editors and for fac
         Rollouts as Rollouts,
         prepare_prompts as prepare_prompts,
         rollout_steps as rollout_steps,
-        with_right_answer as with_right_answer,
     )
     from ta.rl.settings import (
         PolicyConfig as PolicyConfig,

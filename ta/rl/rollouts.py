@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -45,9 +44,8 @@ from ta.rl.settings import PolicyConfig, RolloutConfig
 from ta.rl.tools import Talk, Tools
 from ta.training.samples import Prompt, asked_text
 
-if TYPE_CHECKING:
-    # a record and the token ids of its prompt
-    Question = tuple[dict, list[int]]
+# a record and the token ids of its prompt
+Question = tuple[dict, list[int]]
 
 
 def prepare_prompts(
@@ -83,14 +81,6 @@ def prepare_prompts(
     offsets = np.cumsum([0, *map(len, ids)])
     weights = np.zeros(len(flat), np.float32)
     return prompts, Prepared(flat, weights, offsets, origin, {}, info, 1)
-
-
-def with_right_answer(record: dict) -> dict:
-    """The record of a prompt as the chat that it was, with its right answer where it has one."""
-    if "reference" not in record:
-        return record
-    answer = {"role": "assistant", "content": record["reference"]}
-    return record | {"messages": [*record["messages"], answer]}
 
 
 def rollout_steps(batches: TrainBatches, updates: int, config: BatchConfig) -> TrainBatches:

@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,8 +45,7 @@ from ta.training.report import before_and_after, write_report
 from ta.training.run_folder import Run, best_step, evaluations
 from ta.training.trackers import open_trackers
 
-if TYPE_CHECKING:
-    Step = Callable[[nn.Module, Any], tuple[Tensor, Tensor | float, dict[str, Any]]]
+Step = Callable[[nn.Module, Any], tuple[Tensor, Tensor | float, dict[str, Any]]]
 
 
 def train(
@@ -83,7 +82,7 @@ def train(
     on_rank_zero(lambda: check_disk(folder, model, optimizer))
     key = run_folder.identity_of(run, batches, optimizer, optim, resume_key or {})
     run.open()
-    device = next(model.parameters()).device
+    device = run.device
     first, damaged, window = 0, {}, StepSums()
     held_out = _HeldOut(run, model, evaluate, batches.steps)
     reported = time.monotonic()

@@ -78,8 +78,9 @@ def prompts_of(
 ) -> list[Prompt]:
     """The prompts of the records, of those whose prompt fits.
 
-    The reference is the answer that follows the question. A labelled answer that is not desirable
-    has no right answer beside it and is left out, as is a plain text, which asks nothing.
+    The reference is the answer that follows the question, else what the record has as "reference".
+    A labelled answer that is not desirable has no right answer beside it and is left out, as is a
+    plain text, which asks nothing.
     """
     prompts = []
     for i, record in enumerate(records):
@@ -88,6 +89,8 @@ def prompts_of(
         cut = None if cut_seed is None else random.Random(f"{cut_seed} {i}")
         dialogue = [{**m, "role": canonical_role(m["role"])} for m in dialogue_of(record)]
         question, reference = asked(dialogue, cut)
+        if reference is None:
+            reference = record.get("reference")
         if question:
             prompts.append(Prompt(record, question, [], reference, source))
     given = [template_arguments(prompt.record) for prompt in prompts]
@@ -188,8 +191,7 @@ def generate_samples(
     for name, (answers, rewards) in made.items():
         if config.sample_reward_model:
             texts = [[answer.text for answer in group] for group in answers]
-            device = next(model.parameters()).device
-            rewards = reward_answers(config.sample_reward_model, chats, texts, device)
+            rewards = reward_answers(config.sample_reward_model, chats, texts, run.device)
         samples = [Sample(*fields) for fields in zip(prompts, answers, rewards, strict=True)]
         if rank() == 0:
             rows = _rows(samples, step, name)
