@@ -165,7 +165,7 @@ def main(config: Config):
         learn,
         ta.make_optimizer(model, optim),
         optim,
-        evaluate=evaluate if val_data else None,
+        evaluate=evaluate,
         before_step=before_step if config.on_policy else None,
         more_state=rollouts.state if config.on_policy else None,
         resume_key={"teacher": key},

@@ -162,7 +162,7 @@ def main(config: Config):
         learn,
         ta.make_optimizer(model, optim),
         optim,
-        evaluate=evaluate if val_data or config.samples.samples_data else None,
+        evaluate=evaluate,
         before_step=before_step,
         more_state=reference.state,
     )

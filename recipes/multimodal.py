@@ -134,7 +134,7 @@ def main(config: Config):
         learn,
         optimizer,
         optim,
-        evaluate=evaluate if val_data or config.samples.samples_data else None,
+        evaluate=evaluate,
         resume_key=key | {"projector_lr": projector_lr},
     )
     return ta.export_run(run, model, tokenizer, train_data, figures)

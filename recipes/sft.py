@@ -88,7 +88,7 @@ def main(config: Config):
         step,
         ta.make_optimizer(model, optim),
         optim,
-        evaluate=evaluate if val_data or config.samples.samples_data else None,
+        evaluate=evaluate,
     )
     records = ta.first_records(val_data, config.samples.sample_records)
     return ta.export_run(run, model, tokenizer, train_data, figures, records)

@@ -65,9 +65,9 @@ def train(
 
     step(model, batch) gives the sum of the loss over a micro-batch, its part of the weight by which
     the sum over the global batch is divided, and metrics. evaluate(done) gives figures for
-    metrics.jsonl, before, during and after training. before_step(done, micro_batches) returns the
-    micro-batches that the next step uses instead of these; it gets those of a step all at once, on
-    all processes.
+    metrics.jsonl, before, during and after training, {} where there is nothing to evaluate.
+    before_step(done, micro_batches) returns the micro-batches that the next step uses instead of
+    these; it gets those of a step all at once, on all processes.
 
     A checkpoint holds the model, the state of any optimizer, and the tensors of `more_state`, which
     names everything else that changes in training. `resume_key` adds settings that must not differ
@@ -231,20 +231,18 @@ class _HeldOut:
 
     def look(self, step: int, stop: Signals, trackers: list) -> bool:
         """Make, log and print the figures of a step; whether a signal asks to stop."""
-        folder = self.run.folder
-        figures: dict[str, float] | None = None
+        folder, self.figures = self.run.folder, {}
         with stop.evaluation():
-            figures = self.evaluate(step)
+            self.figures = self.evaluate(step)
         self.model.train()
-        # a signal leaves the evaluation without figures
-        self.figures = figures or {}
-        if figures is not None and rank() == 0:
+        # a signal leaves the evaluation without figures, and there may be nothing to evaluate
+        if self.figures and rank() == 0:
             samples = read_json_lines(folder / "samples.jsonl") if trackers else []
             samples = [sample for sample in samples if sample["step"] == step]
-            named = {f"val_{name}": value for name, value in figures.items()}
+            named = {f"val_{name}": value for name, value in self.figures.items()}
             _log(folder, {"step": step, **named}, trackers, samples)
             write_report(folder, live=True)
-            text = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
+            text = ", ".join(f"{key} {value:.4g}" for key, value in self.figures.items())
             say(fitted(f"step {step}: {text}" if step else f"before training: {text}"))
         if stop.asked():
             return True
