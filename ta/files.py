@@ -116,6 +116,11 @@ def json_text(value: Any, **options: Any) -> str:
         return json.dumps(_finite(value), **options)
 
 
+def json_line(record: Any) -> str:
+    """A line of a file of JSON lines."""
+    return json_text(record, ensure_ascii=False) + "\n"
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _finite(part) for name, part in value.items()}
@@ -134,16 +139,21 @@ def append_line(path: PathLike, record: dict, durable: bool = False) -> None:
             if file.read(1) != b"\n":
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(json_text(record, ensure_ascii=False).encode() + b"\n")
+        file.write(json_line(record).encode())
     if durable:
         sync(Path(path))
         sync(Path(path).parent)
 
 
 def write_jsonl(path: PathLike, records: Iterable[dict]) -> None:
-    """Write one record a line; the file appears whole or not at all."""
-    with writing(path) as aside, open(aside, "w", encoding="utf-8") as file:
-        file.writelines(json_text(record, ensure_ascii=False) + "\n" for record in records)
+    """Write one record a line; the file appears whole or not at all. Bytes that were no UTF-8 where
+    they were read (surrogateescape) are written as they were.
+    """
+    with (
+        writing(path) as aside,
+        open(aside, "w", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        file.writelines(map(json_line, records))
 
 
 def read_json_lines(path: PathLike) -> list[dict]:

@@ -62,13 +62,13 @@ from ta.files import (
     cache_folder,
     content_hash,
     hash_json,
-    json_text,
+    json_line,
     made_once,
     open_arrays,
     stamp,
     write_atomic,
+    write_jsonl,
     write_manifest,
-    writing,
 )
 from ta.parallel import rank, say
 from ta.printable import one_line, printable
@@ -398,13 +398,9 @@ def read_drops(prepared: Prepared) -> Iterator[dict]:
 
 def write_drops(prepared: Prepared, path: str) -> None:
     """Write the records that were not used as JSON lines: {"file", "line", "reason", "text"?}."""
-    with (
-        writing(path) as aside,
-        open(aside, "w", encoding="utf-8", errors="surrogateescape") as file,
-    ):
-        for entry in read_drops(prepared):
-            del entry["source"]
-            file.write(json_text(entry, ensure_ascii=False) + "\n")
+    known = ("file", "line", "reason", "text")
+    drops = read_drops(prepared)
+    write_jsonl(path, ({name: drop[name] for name in known if name in drop} for drop in drops))
 
 
 def summary(prepared: Prepared) -> dict[str, Any]:
@@ -459,7 +455,7 @@ def _stamps(sources: Sequence[Source]) -> list[list[int]]:
 
 def _in_cache(records: Sequence[dict], cache: Path) -> str:
     """The file in the cache that holds these records as JSON lines."""
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    lines = "".join(map(json_line, records))
     path = cache / "records" / f"{hash_json(lines)[:16]}.jsonl"
     if not path.exists():
         write_atomic(path, lines)

@@ -21,7 +21,7 @@ from ta.data.formats import Format, format_of
 from ta.data.jsonl import MAX_LINE, BadRecord, parse_record
 from ta.data.readers import read_rows
 from ta.data.records import Check
-from ta.files import HUB, json_text
+from ta.files import HUB, json_line
 
 # places that are named for each reason
 EXAMPLES = 3
@@ -216,7 +216,7 @@ class Drops:
         if self.aside:
             origin = {"source": record.source, "file": record.path, "line": record.line}
             entry = {**origin, "reason": reason} | ({} if text is None else {"text": text})
-            self.aside.write(json_text(entry, ensure_ascii=False) + "\n")
+            self.aside.write(json_line(entry))
 
     def table(self) -> str:
         """The reasons in one line, each with its count and first line."""

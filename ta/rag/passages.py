@@ -14,7 +14,7 @@ from ta.chat.messages import last_question
 from ta.command_line import Range
 from ta.data.records import check_passage
 from ta.data.sources import parse_source, read_records
-from ta.files import json_text
+from ta.files import json_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,7 +89,7 @@ def write_passages(sources: Sequence[str], path: Path) -> np.ndarray:
                 raise ValueError(
                     f"{here}: id {name!r} is that of {there} already; give each passage its own id"
                 )
-            line = json_text({**record.data, "id": name}, ensure_ascii=False).encode() + b"\n"
+            line = json_line({**record.data, "id": name}).encode()
             file.write(line)
             offsets.append(offsets[-1] + len(line))
     return np.array(offsets, np.int64)
