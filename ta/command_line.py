@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
-from ta.files import full_disk, keep_inputs
+from ta.files import causes, full_disk, keep_inputs
 from ta.flags import docs_of, our_words, settings_of, short_help, start_of
 from ta.printable import one_line
 from ta.screen import COLOUR
@@ -197,10 +197,12 @@ def guard(action: Callable[[], Any]) -> int:
         return 0
     try:
         action()
-    except KeyboardInterrupt as stop:
-        # a terminal has written ^C, perhaps behind a bar
-        return _say(f"stopped{stop}", 130, "\n" if sys.stderr.isatty() else "")
-    except Exception as error:
+    except (KeyboardInterrupt, Exception) as error:
+        # a library may raise another error from it
+        for stop in causes(error):
+            if isinstance(stop, KeyboardInterrupt):
+                # a terminal has written ^C, perhaps behind a bar
+                return _say(f"stopped{stop}", 130, "\n" if sys.stderr.isatty() else "")
         if full_disk(error):
             return _say(f"no room on the disk ({error}): {MAKE_ROOM}", NO_ROOM)
         if isinstance(error, BrokenPipeError) and _reader_is_gone():

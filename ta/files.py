@@ -89,12 +89,19 @@ def full_disk(error: BaseException) -> int:
     """The errno of a disk without room where that is the cause of an error, else 0. Libraries in
     Rust tell it by text alone.
     """
-    told = re.search(r"\(os error (\d+)\)", str(error))
-    number = int(told[1]) if told else getattr(error, "errno", None)
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return number
-    earlier = error.__cause__ or error.__context__
-    return full_disk(earlier) if earlier else 0
+    for cause in causes(error):
+        told = re.search(r"\(os error (\d+)\)", str(cause))
+        number = int(told[1]) if told else getattr(cause, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return number
+    return 0
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it was raised from or after, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 @contextmanager

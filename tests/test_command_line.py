@@ -75,6 +75,18 @@ def test_a_full_disk_behind_another_error_is_told(capsys):
     assert guard(action) == 3 and "no room on the disk" in capsys.readouterr().err
 
 
+def test_an_interrupt_behind_another_error_is_told(capsys):
+    """As where a library says of it that an import has failed."""
+
+    def action():
+        try:
+            raise KeyboardInterrupt(": 3 are kept")
+        except KeyboardInterrupt as stop:
+            raise ModuleNotFoundError("Could not import module 'PreTrainedModel'") from stop
+
+    assert guard(action) == 130 and capsys.readouterr().err == "stopped: 3 are kept\n"
+
+
 def test_nothing_raised_is_success(capsys):
     assert guard(lambda: None) == 0 and capsys.readouterr().err == ""
 
