@@ -6,7 +6,7 @@ of a vector.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -34,10 +34,17 @@ from ta.parallel import gather_objects, rank, world
 from ta.rag.embedding import Texts, embed, pad, tokenize
 from ta.rag.embedding_settings import save_embedding_settings
 from ta.rag.index import Index, save_index
-from ta.rag.passages import Passages, join_passages, read_passages, rows_of, text_of
-from ta.rag.retrieval import Retriever, candidate_rows, find_passages, passages_of
+from ta.rag.passages import Passages, read_passages, rows_of, text_of
+from ta.rag.retrieval import (
+    Retriever,
+    candidate_rows,
+    find_passages,
+    join_passages,
+    passages_of,
+)
 
 RANKED = 10  # passages that an evaluation ranks
+encode_learned = partial(encode_chats, rule=QUESTIONS.rule)
 
 
 class Questions(NamedTuple):
@@ -150,7 +157,9 @@ def with_passages(
     joined = _joined(retriever, chats, candidates, given)
     packed = model.mode == "packed"
     micros = _split(joined, max_tokens_per_micro, packed)
-    alone = _encode(retriever, given)(chats) if ranked else []
+    alone = []
+    if ranked:
+        alone = encode_learned(chats, retriever.tokenizer, retriever.chat, arguments=given)
     out, table = [], retriever.table
     for questions in micros + [[]] * (_most(len(micros)) - len(micros)):
         width = max([len(candidates[q]) for q in questions], default=1)  # K
@@ -187,26 +196,14 @@ def _joined(
     pairs = [(q, row) for q, rows in enumerate(candidates) for row in rows]
     passages = passages_of(retriever, [row for _, row in pairs])
     joined = join_passages(
+        retriever,
         [chats[q] for q, _ in pairs],
         [[text_of(passages[row])] for _, row in pairs],
-        _encode(retriever, [given[q] for q, _ in pairs]),
-        retriever.tokenizer.fast,
-        retriever.passage_settings,
-        retriever.chat.max_tokens,
+        encode_learned,
+        [given[q] for q, _ in pairs],
     )
     tokens = iter([tokens for tokens, _, _ in joined])
     return [[next(tokens) for _ in rows] for rows in candidates]
-
-
-def _encode(retriever: Retriever, given: Sequence[Arguments]) -> Callable:
-    """`encode_chats` for so many chats, of which the template is given these arguments."""
-    return partial(
-        encode_chats,
-        tokenizer=retriever.tokenizer,
-        config=retriever.chat,
-        rule=QUESTIONS.rule,
-        arguments=given,
-    )
 
 
 def _laid_out(sequences: Sequence[Tokens], packed: bool) -> Batch:

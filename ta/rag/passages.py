@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from ta.chat.encode import Drop
 from ta.chat.messages import last_question
 from ta.command_line import Range
 from ta.data.records import check_passage
@@ -19,11 +17,7 @@ from ta.files import json_line
 if TYPE_CHECKING:
     import numpy as np
 
-# tokens kept free below the limit: two texts joined may take a few more tokens than each alone
-MARGIN = 8
-
 Chat = Sequence[dict]
-Encode = Callable[[list[Chat]], list]  # chats -> token sequences, or Drop where one does not fit
 
 
 class Passages(NamedTuple):
@@ -143,66 +137,3 @@ def put_before(messages: Chat, texts: Sequence[str], separator: str) -> list[dic
         {**message, "content": block + message["content"]} if i == place else message
         for i, message in enumerate(messages)
     ]
-
-
-def join_passages(
-    chats: Sequence[Chat],
-    texts: Sequence[Sequence[str]],
-    encode: Encode,
-    tokenizer: Any,
-    settings: PassageSettings,
-    max_tokens: int | None,
-) -> list[tuple[Any, list[dict], int]]:
-    """Put the texts of passages, best first, before the question of each chat.
-
-    Gives for each chat its tokens or a Drop, its messages, and how many passages are in them.
-    `encode` is `encode_chats` or `encode_prompts` with its settings, so that training and inference
-    see the same text. The passages share the tokens that `max_tokens` leaves beside the chat: the
-    last one that fits is cut, those after it are left out. The question is never cut: where it does
-    not fit by itself, the result is encode's Drop.
-    """
-    alone = encode(list(chats)) if max_tokens is not None else [None] * len(chats)
-    kept = []
-    for passages, base in zip(texts, alone, strict=True):
-        room = math.inf
-        if base is not None:
-            room = 0 if isinstance(base, Drop) else max_tokens - _length(base) - MARGIN
-        kept.append(_cut(passages, room, tokenizer, settings))
-    pairs = zip(chats, kept, strict=True)
-    joined = [put_before(chat, passages, settings.separator) for chat, passages in pairs]
-    encoded = encode(joined)
-    results = []
-    for chat, base, messages, passages, tokens in zip(
-        chats, alone, joined, kept, encoded, strict=True
-    ):
-        # the joined text was cut after all: the chat goes without passages
-        lost = base is not None and (isinstance(tokens, Drop) or _length(tokens) < _length(base))
-        results.append((base, list(chat), 0) if lost else (tokens, messages, len(passages)))
-    return results
-
-
-def _length(tokens: Any) -> int:
-    return 0 if isinstance(tokens, Drop) else len(getattr(tokens, "ids", tokens))
-
-
-def _cut(texts: Sequence[str], room: float, tokenizer: Any, settings: PassageSettings) -> list[str]:
-    """As many texts as fit into `room` tokens, separators included.
-
-    Each has passage_tokens at most.
-    """
-    kept = []
-    separator = len(tokenizer(settings.separator, add_special_tokens=False).input_ids)
-    for text in texts:
-        limit = min(settings.passage_tokens, room - separator)
-        if limit < 1:
-            break
-        cut = text
-        if room < math.inf or len(text.encode()) > limit:  # a token has a byte at least
-            encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            spans = encoding.offset_mapping
-            cut = text if len(spans) <= limit else text[: spans[limit - 1][1]]
-            room -= min(len(spans), limit) + separator
-        kept.append(cut)
-        if len(cut) < len(text) and limit < settings.passage_tokens:
-            break
-    return kept

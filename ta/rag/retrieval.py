@@ -5,15 +5,16 @@ Letters: N passages, E width of a vector, Q questions, K results.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ta.chat.encode import encode_prompts
+from ta.chat.encode import Drop, encode_prompts
+from ta.chat.jinja import Arguments
 from ta.chat.messages import template_arguments
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import ChatTokenizer
@@ -22,17 +23,20 @@ from ta.rag.embedding import Texts, embed, open_encoder, tokenize
 from ta.rag.embedding_settings import EmbeddingSettings
 from ta.rag.index import Index, open_index
 from ta.rag.passages import (
+    Chat,
     Passages,
     PassageSettings,
     RetrievalConfig,
-    join_passages,
     passage_settings,
+    put_before,
     question_place,
     read_passages,
     text_of,
 )
 from ta.rag.search import approximate_top_k, top_k
 
+# tokens kept free below the limit: two texts joined may take a few more tokens than each alone
+MARGIN = 8
 RESIDENT = 8 << 30  # bytes of vectors that a device holds at most
 
 
@@ -107,6 +111,72 @@ def find_passages(
     return *top_k(vectors.float(), retriever.table, k), ids
 
 
+def join_passages(
+    retriever: Retriever,
+    chats: Sequence[Chat],
+    texts: Sequence[Sequence[str]],
+    encode: Callable[..., list],
+    arguments: Sequence[Arguments] | None = None,
+) -> list[tuple[Any, list[dict], int]]:
+    """Put the texts of passages, best first, before the question of each chat.
+
+    Gives for each chat its tokens or a Drop, its messages, and how many passages are in them.
+    `encode` is `encode_chats` or `encode_prompts`, so that training and inference see the same
+    text; `arguments` are what the template is given beside the messages. The passages share the
+    tokens that --max-tokens leaves beside the chat: the last one that fits is cut, those after it
+    are left out. The question is never cut: where it does not fit by itself, the result is encode's
+    Drop.
+    """
+    fast, settings = retriever.tokenizer.fast, retriever.passage_settings
+    limit = retriever.chat.max_tokens
+    about = {"tokenizer": retriever.tokenizer, "config": retriever.chat, "arguments": arguments}
+    alone = encode(chats, **about) if limit is not None else [None] * len(chats)
+    kept = []
+    for passages, base in zip(texts, alone, strict=True):
+        room = math.inf
+        if base is not None:
+            room = 0 if isinstance(base, Drop) else limit - _length(base) - MARGIN
+        kept.append(_cut(passages, room, fast, settings))
+    pairs = zip(chats, kept, strict=True)
+    joined = [put_before(chat, passages, settings.separator) for chat, passages in pairs]
+    encoded = encode(joined, **about)
+    results = []
+    for chat, base, messages, passages, tokens in zip(
+        chats, alone, joined, kept, encoded, strict=True
+    ):
+        # the joined text was cut after all: the chat goes without passages
+        lost = base is not None and (isinstance(tokens, Drop) or _length(tokens) < _length(base))
+        results.append((base, list(chat), 0) if lost else (tokens, messages, len(passages)))
+    return results
+
+
+def _length(tokens: Any) -> int:
+    return 0 if isinstance(tokens, Drop) else len(getattr(tokens, "ids", tokens))
+
+
+def _cut(texts: Sequence[str], room: float, tokenizer: Any, settings: PassageSettings) -> list[str]:
+    """As many texts as fit into `room` tokens, separators included.
+
+    Each has passage_tokens at most.
+    """
+    kept = []
+    separator = len(tokenizer(settings.separator, add_special_tokens=False).input_ids)
+    for text in texts:
+        limit = min(settings.passage_tokens, room - separator)
+        if limit < 1:
+            break
+        cut = text
+        if room < math.inf or len(text.encode()) > limit:  # a token has a byte at least
+            encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            spans = encoding.offset_mapping
+            cut = text if len(spans) <= limit else text[: spans[limit - 1][1]]
+            room -= min(len(spans), limit) + separator
+        kept.append(cut)
+        if len(cut) < len(text) and limit < settings.passage_tokens:
+            break
+    return kept
+
+
 def prompts_with_passages(
     retriever: Retriever,
     forward: Callable[[Texts], Tensor],
@@ -118,19 +188,13 @@ def prompts_with_passages(
     [{"id", "score"}].
     """
     chats = [record["messages"] for record in records]
-    settings = retriever.passage_settings
-    scores, rows, _ = find_passages(retriever, forward, chats, settings.num_passages)
+    k = retriever.passage_settings.num_passages
+    scores, rows, _ = find_passages(retriever, forward, chats, k)
     found = [[row for row in one if row >= 0] for one in rows.tolist()]
     passages = passages_of(retriever, chain.from_iterable(found))
     texts = [[text_of(passages[row]) for row in one] for one in found]
-    encode = partial(
-        encode_prompts,
-        tokenizer=retriever.tokenizer,
-        config=retriever.chat,
-        arguments=[template_arguments(record) for record in records],
-    )
-    fast, limit = retriever.tokenizer.fast, retriever.chat.max_tokens
-    joined = join_passages(chats, texts, encode, fast, settings, limit)
+    given = [template_arguments(record) for record in records]
+    joined = join_passages(retriever, chats, texts, encode_prompts, given)
     results = []
     for i, (tokens, messages, used) in enumerate(joined):
         pairs = zip(found[i][:used], scores[i].tolist(), strict=False)

@@ -17,7 +17,6 @@ from ta.rag.passages import (
     Passages,
     PassageSettings,
     RetrievalConfig,
-    join_passages,
     passage_settings,
     put_before,
     question_place,
@@ -26,6 +25,7 @@ from ta.rag.passages import (
     text_of,
     write_passages,
 )
+from ta.rag.retrieval import Retriever, join_passages
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,11 @@ def written(folder, records):
     return Passages(
         folder / "kept.jsonl", write_passages([str(folder / "given.jsonl")], folder / "kept.jsonl")
     )
+
+
+def joined(tokenizer, config, how, encode, chat, texts):
+    retriever = Retriever(None, None, None, None, tokenizer, config, how, "cpu")
+    return join_passages(retriever, [chat], [texts], encode)[0]
 
 
 def test_passages_are_found_by_place_and_by_id(tmp_path):
@@ -110,8 +115,9 @@ def test_joined_chats_fit_and_keep_their_question(
         ChatConfig(max_tokens=limit, keep_end=True),
         PassageSettings(4, passage_tokens, "##"),
     )
-    encode = lambda chats: (encode_prompts if prompt else encode_chats)(chats, tokenizer, config)
-    ((tokens, messages, used),) = join_passages([chat], [texts], encode, tokenizer.fast, how, limit)
+    way = encode_prompts if prompt else encode_chats
+    encode = lambda chats: way(chats, tokenizer, config)
+    tokens, messages, used = joined(tokenizer, config, how, way, chat, texts)
     alone = encode([chat])[0]
     if isinstance(alone, Drop):
         assert isinstance(tokens, Drop) and used == 0
@@ -145,22 +151,17 @@ def test_passages_are_cut_then_left_out(tokenizer):
     both = []
     for encode in (encode_chats, encode_prompts):
         config = ChatConfig(max_tokens=40)
-        run = lambda chats, encode=encode, config=config: encode(chats, tokenizer, config)
-        tokens, messages, used = join_passages(
-            [chat], [texts], run, tokenizer.fast, PassageSettings(3, 256, "\n"), 40
-        )[0]
+        how = PassageSettings(3, 256, "\n")
+        tokens, messages, used = joined(tokenizer, config, how, encode, chat, texts)
         both.append(getattr(tokens, "ids", tokens))
         assert (
             used == 2
             and messages[0]["content"].startswith("cat dog cow\nfox fox")
             and messages[0]["content"].endswith("fox\nkey?")
         )
-    plain = lambda chats, encode: encode(chats, tokenizer, ChatConfig())
     train, asked = (
-        join_passages(
-            [chat], [texts], lambda c, e=e: plain(c, e), tokenizer.fast, PassageSettings(), None
-        )[0][0]
-        for e in (encode_chats, encode_prompts)
+        joined(tokenizer, ChatConfig(), PassageSettings(), encode, chat, texts)[0]
+        for encode in (encode_chats, encode_prompts)
     )
     assert train.ids[: len(asked)] == asked
 
