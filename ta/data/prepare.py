@@ -124,8 +124,6 @@ class RecordKind(NamedTuple):
     answer_optional: bool = False
     # False where an extra, such as a label, is learned and no token
     learned: bool = True
-    # names of classes, in order, that labels may be; `check` then takes `labels`
-    labels: tuple[str, ...] = ()
     # whether a record whose two dialogues have the same tokens is dropped
     distinct: bool = False
     # (dialogue, ids, tokenizer, whether the latest messages were kept) -> (modality, path) of the
@@ -245,13 +243,15 @@ def prepare(
     seed: int = 0,
     *,
     kind: RecordKind = CHATS,
+    labels: Sequence[str] = (),
     say: Callable[[str], None] = say,
 ) -> Prepared | None:
     """Read, check and encode files of records, or open the data that an earlier run prepared.
 
     `files` may name a choice of their records (`parse_source`); they are read in the order given.
     Records themselves, a list of dicts, are written to a file in the cache and read from there.
-    `seed` chooses records where a share or a count is asked for. Returns None where `files` is
+    `seed` chooses records where a share or a count is asked for. `labels` are names of classes, in
+    order, that labels may be; the checker of `kind` then takes them. Returns None where `files` is
     empty. ValueError for bad data, for a system prompt of a file beside one in `chat`, and when no
     record is left.
     """
@@ -269,13 +269,13 @@ def prepare(
     hashes = [source_hash(source.path, cache / "hashes") for source in sources]
     chosen = any(source.share is not None or source.count is not None for source in sources)
     choices = [[content, *source[1:]] for content, source in zip(hashes, sources, strict=True)]
-    settings = {"method": kind.name} | ({"labels": kind.labels} if kind.labels else {})
+    settings = {"method": kind.name} | ({"labels": labels} if labels else {})
     settings |= tokenizer_settings(tokenizer, chat)
     fingerprint = hash_json([FORMAT, choices, seed if chosen else None, settings])
     functions = map(dependencies, (kind.check, kind.dialogues, kind.extras, kind.media))
     about_kind = [*functions, kind.rule, kind.learned, kind.distinct]
     key = hash_json([fingerprint, PREPARE_VERSION, about_kind])
-    encoder = RecordEncoder(tokenizer, chat, kind)
+    encoder = RecordEncoder(tokenizer, chat, kind, tuple(labels))
     folder, made = cache / "prepared" / key, False
     opened = partial(_open, folder, sources, texts, data)
     if isinstance(prepared := opened(), str):
@@ -303,21 +303,8 @@ def prepare(
 prepare_chats = partial(prepare, kind=CHATS)
 prepare_pairs = partial(prepare, kind=PAIRS)
 prepare_labelled = partial(prepare, kind=LABELLED)
+prepare_classes = partial(prepare, kind=CLASSES)
 prepare_questions = partial(prepare, kind=QUESTIONS)
-
-
-def prepare_classes(
-    files: Sequence[str] | Sequence[dict],
-    tokenizer: ChatTokenizer,
-    chat: ChatConfig,
-    data: DataConfig,
-    seed: int = 0,
-    *,
-    labels: Sequence[str] = (),
-) -> Prepared | None:
-    """`prepare` for texts with a class: a number, or one of the names in `labels`."""
-    kind = CLASSES._replace(labels=tuple(labels))
-    return prepare(files, tokenizer, chat, data, seed, kind=kind)
 
 
 def first_records(prepared: Prepared | None, n: int) -> list[dict]:
@@ -545,6 +532,7 @@ class RecordEncoder(NamedTuple):
     tokenizer: ChatTokenizer
     chat: ChatConfig
     kind: RecordKind
+    labels: tuple[str, ...] = ()
 
     @property
     def check(self) -> Check:
@@ -552,8 +540,8 @@ class RecordEncoder(NamedTuple):
         kind, more = self.kind, {}
         if kind.answer_optional and self.chat.loss_on == "all":
             more["need_answer"] = False
-        if kind.labels:
-            more["labels"] = kind.labels
+        if self.labels:
+            more["labels"] = self.labels
         return partial(kind.check, **more)
 
     def jobs(self, chunk: list[Record], drops: Drops) -> Iterator[ToEncode]:
