@@ -129,7 +129,8 @@ def what_is_wrong(box: str) -> str:
     if wrong and (own := [why for kind, why in reasons if kind != "NoneType"]):
         message = f"{wrong[1]} {wrong[2]}: {own[-1]}"
     meant = re.findall(r"(?<!\S)--(?!no-|help)[a-z][a-z0-9-]+", more)
-    shown = ", ".join([*dict.fromkeys(meant)][:3])
+    # a help text may name what was given
+    shown = ", ".join([flag for flag in dict.fromkeys(meant) if f"{flag}," not in message][:3])
     perhaps = f"; perhaps you meant {shown}" if shown else ""
     return message.removeprefix("Error parsing ") + perhaps
 

@@ -153,6 +153,11 @@ def test_a_reader_that_has_enough_is_no_error():
         ),
         (("--clip", "y"), "error: --clip: could not convert string to float: 'y'\n"),
         (("--max-token", "3"), "error: Unrecognized options: --max-token, 3; perhaps you meant "),
+        (
+            ("--max-new-tokens", "3"),
+            "error: Unrecognized options: --max-new-tokens, 3; perhaps you meant "
+            "--sample-max-new-tokens, --max-tokens\n",
+        ),
         (("--schedule", "foo"), "error: invalid choice 'foo' for argument '--schedule'."),
         (("--lr",), "error: Missing value for argument '--lr'."),
         (("stray",), "error: Unrecognized options: stray\n"),

@@ -118,17 +118,22 @@ def lora_settings(
 def _without_lora(model: PreTrainedModel) -> list[str]:
     """Names of linear layers that all-linear leaves out.
 
-    They are those of a classifier's head, which trains whole, and those of a class of the model's
-    own that gives something else than a linear layer does, such as routers.
+    They are those of a classifier's head, which trains whole, those whose weight the kernel of a
+    state space (Mamba) reads by itself, and those of a class of the model's own that gives
+    something else than a linear layer does, such as routers.
     """
     heads = ("score", "classifier")  # as peft knows them, also pre_classifier
     classifies = task_of(model) == "SEQ_CLS"
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and ((classifies and name.split(".")[0].endswith(heads)) or not _is_linear(module))
-    ]
+
+    def left_out(name: str, module: nn.Linear) -> bool:
+        parent, _, last = name.rpartition(".")
+        above = type(model.get_submodule(parent)).__name__
+        by_kernel = last == "out_proj" and ("Mixer" in above or "Mamba" in above)
+        in_head = classifies and name.split(".")[0].endswith(heads)
+        return in_head or by_kernel or not _is_linear(module)
+
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    return [name for name, module in layers if left_out(name, module)]
 
 
 def _is_linear(module: nn.Linear) -> bool:

@@ -323,6 +323,21 @@ def test_lora_leaves_out_linear_layers_of_the_model_s_own_making():
     assert changed and not any("router" in name for name in changed)
 
 
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "falcon_h1"])
+def test_lora_leaves_out_what_a_kernel_reads_by_itself(kind):
+    """The fused kernels of state spaces take the weight of out_proj, without its adapter."""
+    sizes = {
+        "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 16},
+        "falcon_h1": {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
+        | {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16},
+    }.get(kind, {})
+    config = AutoConfig.for_model(kind, vocab_size=97, hidden_size=64, num_hidden_layers=1, **sizes)
+    wrapped = add_adapter(AutoModelForCausalLM.from_config(config), LORA)
+    changed = train_a_step(wrapped)
+    assert any("in_proj" in name for name in changed)
+    assert not any("out_proj" in name for name, p in wrapped.named_parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("kind", ["distilbert", "roberta", "falcon"])
 def test_lora_of_a_classifier_trains_its_head_whole(kind, tmp_path):
     """Also DistilBERT's pre_classifier, which peft takes for a classifier; and Falcon's own class of linear layer is one."""
