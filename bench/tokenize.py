@@ -142,7 +142,6 @@ def opened(flags):
         tokenizer,
         ChatConfig(),
         config,
-        say=lambda line: None,
     )
 
 

@@ -293,7 +293,8 @@ def _make_folder(folder: Path) -> None:
     """Make a folder and what is above it, with their names on the disk."""
     if not folder.is_dir():
         _make_folder(folder.parent)
-        if folder.exists():
+        # another process may have made it meanwhile
+        if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "a file, where a folder is needed", str(folder))
         folder.mkdir(exist_ok=True)
         sync(folder.parent)

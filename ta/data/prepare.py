@@ -244,7 +244,6 @@ def prepare(
     *,
     kind: RecordKind = CHATS,
     labels: Sequence[str] = (),
-    say: Callable[[str], None] = say,
 ) -> Prepared | None:
     """Read, check and encode files of records, or open the data that an earlier run prepared.
 

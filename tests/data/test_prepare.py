@@ -268,12 +268,13 @@ def test_a_source_brings_its_system_prompt(tmp_path):
         made([path], chat=chat)
 
 
-def test_damaged_data_is_made_again_and_said(tmp_path):
+def test_damaged_data_is_made_again_and_said(tmp_path, monkeypatch):
     path, said = write(tmp_path / "a.jsonl", "xyz"), []
-    folder = made([path], say=said.append).info["folder"]
+    monkeypatch.setattr(prepare_module, "say", said.append)
+    folder = made([path]).info["folder"]
     with open(f"{folder}/ids.npy", "r+b") as file:
         file.truncate(100)
-    prepared = made([path], say=said.append)
+    prepared = made([path])
     assert (
         texts(prepared) == ["x a", "y a", "z a"]
         and len(said) == 1

@@ -79,9 +79,7 @@ def formed(media, **chat):
 def made(media, path, model=None, freeze=False, adapter="none", **chat):
     """(model, tokenizer, prepared, collate) of records in a file."""
     tokenizer, chat = formed(media, **chat)
-    prepared = prepare_media_chats(
-        [str(path)], tokenizer, chat, DataConfig(), say=lambda line: None
-    )
+    prepared = prepare_media_chats([str(path)], tokenizer, chat, DataConfig())
     if model is None:
         model = load_model(
             ModelConfig(),
@@ -262,7 +260,6 @@ def test_preview_names_pictures_in_lists_of_parts(place, tmp_path):
         tokenizer,
         ChatConfig(),
         DataConfig(),
-        say=lambda line: None,
     )
     assert "[image train/00000.png, 16 tokens]" in str(preview(prepared, tokenizer))
 

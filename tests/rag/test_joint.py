@@ -74,7 +74,6 @@ def made(tmp_path_factory):
         tokenizer,
         ChatConfig(),
         DataConfig(),
-        say=lambda line: None,
     )
     collate = joint.question_collate(prepared, index.passages)
     return model, retriever, prepared, collate
@@ -296,7 +295,6 @@ def test_tools_of_a_record_reach_the_template_beside_passages(made, tmp_path):
         tokenizer,
         ChatConfig(),
         DataConfig(),
-        say=lambda line: None,
     )
     one = retriever._replace(tokenizer=tokenizer, passage_settings=PassageSettings(1, 256, "\n\n"))
     collate = joint.question_collate(prepared, one.passages)
@@ -322,7 +320,6 @@ def test_gold_that_is_no_passage_is_named_by_its_line(made, tmp_path):
         retriever.tokenizer,
         ChatConfig(),
         DataConfig(),
-        say=lambda line: None,
     )
     with pytest.raises(ValueError, match=r"q\.jsonl:1: gold names passage 'unheard-of'"):
         joint.question_collate(prepared, retriever.passages)
@@ -364,7 +361,6 @@ def test_a_question_over_the_limit_is_counted(made, tmp_path):
         retriever.tokenizer,
         config,
         DataConfig(),
-        say=lambda line: None,
     )
     ((reason, entry),) = prepared.info["drops"].items()
     assert (
@@ -403,7 +399,7 @@ def test_passages_are_those_of_the_question_whose_answer_is_learned(made, tmp_pa
     file = tmp_path / "questions.jsonl"
     file.write_text(json.dumps({"messages": chat}) + "\n")
     known = (retriever.tokenizer, ChatConfig(), DataConfig())
-    prepared = prepare_questions([str(file)], *known, say=lambda line: None)
+    prepared = prepare_questions([str(file)], *known)
     collate = joint.question_collate(prepared, retriever.passages)
     asked = micro_batches(prepared, np.arange(1), 8192, True, collate)
     (batch,) = joint.with_passages(retriever, model, asked)
