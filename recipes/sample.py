@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 import ta
 from ta import Range
 from ta.data.records import check_candidates
-from ta.files import locked, write_jsonl
+from ta.files import locked_file, write_jsonl
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,8 @@ def main(config: Config) -> None:
             f"--as-pairs takes the best and the worst answer by reward: leave {other} out"
         )
     lines, repeated, without = [], 0, 0
-    with locked(config.out):
-        ta.AnswersFile(config.out, overwrite=config.overwrite)  # ValueError where it stands
+    with locked_file(config.out, config.overwrite):
+        ta.AnswersFile(config.out, overwrite=True)  # ValueError where it is none of ours
         for place, record in enumerate(ta.read_records(config.data, check_candidates)):
             answers = record.data["answers"]
             if not config.keep_duplicates:

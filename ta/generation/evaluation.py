@@ -179,20 +179,14 @@ def figure(name: str, records: Sequence[Inputs], seed: int = 0) -> Figure:
     kept = having(name, records)
     value = measured(name, kept)
     if metric.of != "each":
+        again = lambda drawn: measured(name, [kept[i] for i in drawn])
         n = len(kept) if metric.of == "all" else 0
-
-        def again(drawn: Any) -> float:
-            return measured(name, [kept[i] for i in drawn])
-
         return Figure(value, *interval(again, n, SLOW_DRAWS, seed), len(kept))
     values = np.array(values_of(name, kept))
     sizes = np.array([len(record[metric.inputs[0]]) for record in kept])
     whole = ~np.isnan(values)
     values, sizes = values[whole], sizes[whole]
-
-    def mean(drawn: Any) -> float:
-        return np.average(values[drawn], weights=sizes[drawn])
-
+    mean = lambda drawn: np.average(values[drawn], weights=sizes[drawn])
     return Figure(value, *interval(mean, len(values), DRAWS, seed), len(values))
 
 

@@ -7,7 +7,6 @@ vocabulary, D model width, C classes, N new tokens.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -376,9 +375,8 @@ def adapter_labels(path: str | Path) -> dict[str, Any]:
 
 
 def _near(left: list[float], right: list[float]) -> bool:
-    pairs = zip(left, right, strict=False)
-    close = (math.isclose(a, b, rel_tol=CLOSE, abs_tol=1e-6) for a, b in pairs)
-    return len(left) == len(right) and all(close)
+    same = len(left) == len(right)
+    return same and torch.allclose(torch.Tensor(left), torch.Tensor(right), CLOSE, 1e-6)
 
 
 ENCODER = "prompt_encoder.safetensors"

@@ -219,6 +219,12 @@ def test_what_is_chosen_is_no_repeat_and_can_be_chosen_from_again(door, tmp_path
     kept = ("--keep-duplicates", "--n", "9", "--out", tmp_path / "all.jsonl")
     assert door("sample", "--data", tmp_path / "scored.jsonl", *kept)[0] == 0
     assert [len(r["answers"]) for r in lines(tmp_path / "all.jsonl")] == [5, 2]
+    code, said = door("sample", "--data", tmp_path / "scored.jsonl", *kept)
+    assert code == 2 and "exists: give another file, or --overwrite" in said
+    (tmp_path / "thesis.txt").write_text("mine")
+    mine = ("--out", tmp_path / "thesis.txt", "--overwrite")
+    code, said = door("sample", "--data", tmp_path / "scored.jsonl", *mine)
+    assert code == 2 and "holds no JSON lines" in said
 
 
 def test_pairs_set_the_best_against_the_worst(door, tmp_path):
