@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -29,15 +30,11 @@ def _batches(
     config = work.ending.config
     short = any(limit < config.max_new_tokens for limit in work.limits)
     equal = config.repetition_penalty != 1 or virtual or short or sees_padding(inner)
-    batch: list[tuple[int, int]] = []
-    for i, k in work.by_length(n):
-        other = equal and batch and len(work.prompts[i]) != len(work.prompts[batch[0][0]])
-        if other or len(batch) == rows:
-            yield batch
-            batch = []
-        batch.append((i, k))
-    if batch:
-        yield batch
+    length = lambda place: len(work.prompts[place[0]]) if equal else 0
+    for _, alike in groupby(work.by_length(n), length):
+        places = list(alike)
+        for start in range(0, len(places), rows):
+            yield places[start : start + rows]
 
 
 def sees_padding(inner) -> bool:
