@@ -237,9 +237,9 @@ class SeededPatches(nn.Module):
 
     side, colours, forms = 4, 32, 96
 
-    def __init__(self, seed: int = 0):
+    def __init__(self):
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
 
         def filters(count: int, channels: int, edge: int, bias: float) -> nn.Conv2d:
             """Random filters of unit norm; the global generator is not used."""
