@@ -15,12 +15,10 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Literal
 
 import ta
 from ta import Range
-from ta.builtin.data_files import NAMES
 from ta.chat.render import show, spans
 from ta.data.prepare import Prepared, lengths, read_drops, report, tokens_of
 from ta.files import json_text
@@ -28,6 +26,15 @@ from ta.printable import printable
 from ta.screen import shown
 
 BAR = 50  # characters
+# of each kind how its records are prepared, and the built-in ones
+KINDS = {
+    "chat": (ta.prepare_chats, "chats"),
+    "pair": (ta.prepare_pairs, "preferences"),
+    "labelled": (ta.prepare_labelled, "labelled"),
+    "class": (ta.prepare_classes, "classes"),
+    "media": (ta.media.prepare_media_chats, "pictures"),
+    "question": (ta.prepare_questions, "questions"),
+}
 
 
 @dataclass(frozen=True)
@@ -49,19 +56,6 @@ class Config:
     """Chooses the records of sources with a share or a count, as in training."""
     json: bool = False
     """One JSON line a record instead of a page for a person."""
-
-
-def prepare(config: Config, files: tuple[str, ...], tokenizer) -> Prepared | None:
-    """The records of the files as the method that takes their kind learns from them."""
-    by_kind = {
-        "chat": ta.prepare_chats,
-        "pair": ta.prepare_pairs,
-        "labelled": ta.prepare_labelled,
-        "class": partial(ta.prepare_classes, labels=config.labels),
-        "media": ta.media.prepare_media_chats,
-        "question": ta.prepare_questions,
-    }
-    return by_kind[config.kind](files, tokenizer, config.chat, config.data, config.seed)
 
 
 def json_lines(prepared: Prepared) -> Iterator[str]:
@@ -128,7 +122,14 @@ def histogram(sizes: list[int], bins: int = 12) -> Iterator[str]:
 
 
 def main(config: Config) -> None:
-    placeholders = {}
+    others = Config(kind=config.kind)
+    for kind, of_kind in (("class", "labels"), ("media", "media")):
+        if config.kind != kind and getattr(config, of_kind) != getattr(others, of_kind):
+            raise ValueError(
+                f"--kind {config.kind} has no {of_kind}: leave their flags out, or give "
+                f"--kind {kind}"
+            )
+    placeholders, (prepare, builtin) = {}, KINDS[config.kind]
     if config.kind == "media":
         media = ta.media.open_media(
             config.media,
@@ -139,9 +140,10 @@ def main(config: Config) -> None:
         )
         placeholders = media.placeholders
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat, placeholders)
-    files, _ = ta.data_or_builtin(config.data.data, (), NAMES[config.kind], config.model.hub)
+    files, _ = ta.data_or_builtin(config.data.data, (), builtin, config.model.hub)
     for sources in (files, config.data.val_data):
-        prepared = prepare(config, sources, tokenizer)
+        asked = (tokenizer, config.chat, config.data, config.seed)
+        prepared = prepare(sources, *asked, labels=config.labels)
         if prepared is None:
             continue
         lines = json_lines(prepared)

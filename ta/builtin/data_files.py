@@ -13,14 +13,6 @@ from ta.builtin import models, tasks
 from ta.builtin.model_folders import builtin_cache, pictures_folder
 from ta.files import fetch_datasets, locked
 
-NAMES = {
-    "chat": "chats",
-    "pair": "preferences",
-    "labelled": "labelled",
-    "class": "classes",
-    "media": "pictures",
-    "question": "questions",
-}
 SIZES = {
     "chats": (models.TINY_STEPS * models.TINY_BATCH, 256),
     "practice": (8_000, 256),

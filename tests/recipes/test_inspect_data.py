@@ -180,3 +180,12 @@ def test_a_page_for_a_person(forked, door, tmp_path, model, monkeypatch):
         and said.startswith(f"error: {data}:41: no message of role assistant")
         and "Traceback" not in said
     )
+
+
+def test_flags_of_another_kind_are_refused(door):
+    for flags, kind in (
+        (("--labels", "a", "b"), "class"),
+        (("--image-encoder", "builtin"), "media"),
+    ):
+        code, said = door("inspect_data", *flags)
+        assert code == 2 and "--kind chat has no" in said and f"give --kind {kind}" in said
