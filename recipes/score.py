@@ -25,7 +25,7 @@ from ta.chat.encode import Drop
 from ta.chat.messages import template_arguments
 from ta.data.prepare import CLASSES
 from ta.data.records import check_candidates, check_class
-from ta.data.sources import parse_source, source_names
+from ta.data.sources import source_names
 from ta.files import hash_json
 
 CLASS_TEXTS = partial(check_class, need_label=False)
@@ -59,7 +59,7 @@ def read_data(config: Config) -> list[dict]:
     """The checked records; those of classes need no label."""
     check = check_candidates if config.kind == "candidates" else CLASS_TEXTS
     files, _ = ta.data_or_builtin(config.data, (), "candidates", config.model.hub)
-    names = source_names([parse_source(file).path for file in files])
+    names = source_names(files)
     return [
         # where there are several sources a record says from which it is
         {**record.data, "file": names[record.source]} if len(files) > 1 else record.data

@@ -672,7 +672,7 @@ def _open(
         if name.startswith("extra-")
     }
     paths = [source.path for source in sources]
-    names = source_names(paths)
+    names = source_names(texts)
     for entry, text, path, name in zip(info["sources"], texts, paths, names, strict=True):
         entry |= {"source": text, "path": path, "name": name}
     for table in (info["drops"], info["notes"]):

@@ -296,11 +296,12 @@ def canonical(data: dict, check: Check, family: str | None = None) -> tuple[dict
     return data, form
 
 
-def source_names(paths: Sequence[str]) -> list[str]:
+def source_names(texts: Sequence[str]) -> list[str]:
     """A short name for each source: its file's name, with the folders that tell it from others.
 
-    A source that is given twice gets a number too.
+    A source that is given twice gets a number too. ValueError as of `parse_source`.
     """
+    paths = [parse_source(text).path for text in texts]
     parts = [PurePath(path.removeprefix(HUB)).parts or (path,) for path in paths]
     stems = []
     for *folders, name in parts:

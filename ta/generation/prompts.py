@@ -21,7 +21,7 @@ from ta.chat.messages import (
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import ChatTokenizer
 from ta.data.records import check_media, check_prompt
-from ta.data.sources import Drops, parse_source, pin_errors, read_records, source_names
+from ta.data.sources import Drops, pin_errors, read_records, source_names
 
 # (chats, tokenizer, config, their template arguments) -> token ids or a Drop for each
 Encode = Callable[[Sequence[list[dict]], ChatTokenizer, ChatConfig, Sequence[dict]], list]
@@ -62,7 +62,7 @@ def read_prompts(
     """
     check = partial(check_media, need_answer=False) if tokenizer.placeholders else check_prompt
     records = list(read_records(paths, check, drops, seed))
-    names = source_names([parse_source(path).path for path in paths])
+    names = source_names(paths)
     for n, record in enumerate(records):
         data = record.data
         if tools:

@@ -15,7 +15,7 @@ from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import ChatTokenizer
 from ta.data.batch import Batch
 from ta.data.prepare import Prepared, first_records
-from ta.data.sources import Drops, parse_source, source_names
+from ta.data.sources import Drops, source_names
 from ta.files import append_line, read_json_lines
 from ta.generation.evaluation import having, measured, metric_inputs
 from ta.generation.generate import generate
@@ -114,8 +114,8 @@ def all_prompts(
     n, cut = config.sample_records, config.sample_random_cut
     prompts = []
     if config.samples_data:
-        names = source_names([parse_source(text).path for text in config.samples_data])
-        for text, name in zip(config.samples_data, names, strict=True):
+        texts = config.samples_data
+        for text, name in zip(texts, source_names(texts), strict=True):
             read = read_prompts([text], tokenizer, chat, Drops(), seed, cut, encode)[:n]
             prompts += [
                 Prompt(record, record["messages"], ids, record.get("reference"), name)
