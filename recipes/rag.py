@@ -114,7 +114,7 @@ def main(config: Config):
         retriever = retriever._replace(table=retriever.table.clone())
     # each sequence of training has one passage, and so has an answer afterwards
     one_passage = retriever._replace(passage_settings=settings._replace(num_passages=1))
-    model.retriever, model.index = one_passage, index
+    model.retriever = one_passage
 
     def collate(data):
         return ta.rag.question_collate(data, index.passages)

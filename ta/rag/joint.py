@@ -33,7 +33,7 @@ from ta.model.logprobs import sequence_sums
 from ta.parallel import gather_objects, rank, world
 from ta.rag.embedding import Texts, embed, pad, tokenize
 from ta.rag.embedding_settings import save_embedding_settings
-from ta.rag.index import Index, save_index
+from ta.rag.index import save_index
 from ta.rag.passages import Passages, read_passages, rows_of, text_of
 from ta.rag.retrieval import (
     Retriever,
@@ -77,7 +77,6 @@ class RagModel(LanguageModel):
         self.encoder = encoder
         self.media_folder = generator.media_folder
         self.retriever: Retriever | None = None  # what an export takes along
-        self.index: Index | None = None
 
     def embed(self, texts: Texts) -> Tensor:
         """The encoder's vectors of texts, (N, E)."""
@@ -90,18 +89,19 @@ class RagModel(LanguageModel):
         state = gathered(self.encoder.model)
         if rank() or self.retriever is None:
             return
-        retriever, index, encoder = self.retriever, self.index, folder / "encoder"
+        retriever, encoder = self.retriever, folder / "encoder"
+        index = retriever.index
         with quiet():
             whole(self.encoder.model, state).save_pretrained(encoder)
         retriever.encoder_tokenizer.save_pretrained(encoder)
-        save_embedding_settings(encoder, retriever.embedding_settings)
+        save_embedding_settings(encoder, index.embedding_settings)
         changed = {
             "encoder": fingerprint(str(encoder)),
             "encoder_path": "../encoder",
             "joining": retriever.passage_settings._asdict(),
         }
         manifest = {**index.manifest, **changed}
-        save_index(folder / "index", retriever.passages, retriever.table, manifest)
+        save_index(folder / "index", index.passages, retriever.table, manifest)
 
 
 def question_collate(prepared: Prepared, passages: Passages) -> Collate:
@@ -255,8 +255,9 @@ def reembedded(retriever: Retriever, model: RagModel) -> Tensor:
     """
     n = len(retriever.table)
     share = range(n * rank() // world(), n * (rank() + 1) // world())
-    texts = [text_of(passage) for passage in read_passages(retriever.passages, share)]
-    ids = tokenize(texts, retriever.encoder_tokenizer, retriever.embedding_settings, "passage")
+    index = retriever.index
+    texts = [text_of(passage) for passage in read_passages(index.passages, share)]
+    ids = tokenize(texts, retriever.encoder_tokenizer, index.embedding_settings, "passage")
     was_training = model.training
     model.eval()
     vectors = embed(model.embed, ids, retriever.device, agree=_most)

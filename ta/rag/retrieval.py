@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -20,11 +19,9 @@ from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import ChatTokenizer
 from ta.parallel import gather_objects, say
 from ta.rag.embedding import Texts, embed, open_encoder, tokenize
-from ta.rag.embedding_settings import EmbeddingSettings
 from ta.rag.index import Index, open_index
 from ta.rag.passages import (
     Chat,
-    Passages,
     PassageSettings,
     RetrievalConfig,
     passage_settings,
@@ -44,14 +41,13 @@ class Retriever(NamedTuple):
     """All that finds and joins passages, except the encoder, which each call is given."""
 
     table: Tensor  # (N, E) vectors of the passages
-    passages: Passages
+    index: Index
     encoder_tokenizer: Any
-    embedding_settings: EmbeddingSettings
     tokenizer: ChatTokenizer  # of the generator
     chat: ChatConfig
     passage_settings: PassageSettings
     device: Any  # of the encoder
-    approximate: Path | None = None  # an index whose approximate one is searched, not the table
+    approximate: bool = False  # whether the index's approximate one is searched, not the table
 
 
 def retriever_of(
@@ -74,16 +70,7 @@ def retriever_of(
             "passages; give at most that"
         )
     table = index.vectors.to(device) if index.vectors.nbytes < RESIDENT else index.vectors
-    return Retriever(
-        table,
-        index.passages,
-        encoder_tokenizer,
-        index.embedding_settings,
-        tokenizer,
-        chat,
-        settings,
-        device,
-    )
+    return Retriever(table, index, encoder_tokenizer, tokenizer, chat, settings, device)
 
 
 def find_passages(
@@ -98,10 +85,10 @@ def find_passages(
     `forward` calls the encoder, and `agree` is as in `embed`.
     """
     texts = [chat[question_place(chat)]["content"] for chat in chats]
-    ids = tokenize(texts, retriever.encoder_tokenizer, retriever.embedding_settings, "query")
+    ids = tokenize(texts, retriever.encoder_tokenizer, retriever.index.embedding_settings, "query")
     vectors = embed(forward, ids, retriever.device, agree=agree)  # (Q, E)
     if retriever.approximate:
-        scores, rows = approximate_top_k(retriever.approximate, vectors, k)
+        scores, rows = approximate_top_k(retriever.index.folder, vectors, k)
         if short := int((rows < 0).any(1).sum()):
             say(
                 f"note: approximate search found fewer than {k} passages for {short} of "
@@ -226,7 +213,7 @@ def retrieve_for_prompts(
     encoder, encoder_tokenizer = open_encoder(index.encoder, index.embedding_settings, device)
     settings = passage_settings(config, index.manifest)
     retriever = retriever_of(index, encoder_tokenizer, tokenizer, chat, settings, device)
-    retriever = retriever._replace(approximate=index.folder if config.approximate else None)
+    retriever = retriever._replace(approximate=config.approximate)
     prompts = prompts_with_passages(retriever, encoder, [data for data, *_ in records])
     return [
         (data | {"passages": joined["passages"]}, ids)
@@ -268,4 +255,4 @@ def candidate_rows(
 def passages_of(retriever: Retriever, rows: Iterable[int]) -> dict[int, dict]:
     """{row: passage}; each is read once."""
     unique = sorted(set(rows))
-    return dict(zip(unique, read_passages(retriever.passages, unique), strict=True))
+    return dict(zip(unique, read_passages(retriever.index.passages, unique), strict=True))

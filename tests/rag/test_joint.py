@@ -112,7 +112,7 @@ def brute(made, k, gold=False):
     model.zero_grad(set_to_none=True)
     table, texts = (
         retriever.table.double(),
-        [text_of(p) for p in read_passages(retriever.passages, range(40))],
+        [text_of(p) for p in read_passages(retriever.index.passages, range(40))],
     )
     loss = 0.0
     for record in asked.records:
@@ -269,7 +269,7 @@ def test_answers_read_what_training_reads(made):
         assert batch.sequences.tokens[0, start : start + len(prompt)].tolist() == prompt
         (passage,) = record["passages"]
         assert (
-            passage["id"] == read_passages(one.passages, rows)[0]["id"]
+            passage["id"] == read_passages(one.index.passages, rows)[0]["id"]
             and -1 <= passage["score"] <= 1
         )
         assert record["messages"][0]["content"].startswith(passage["id"].replace("-", " "))
@@ -297,7 +297,7 @@ def test_tools_of_a_record_reach_the_template_beside_passages(made, tmp_path):
         DataConfig(),
     )
     one = retriever._replace(tokenizer=tokenizer, passage_settings=PassageSettings(1, 256, "\n\n"))
-    collate = joint.question_collate(prepared, one.passages)
+    collate = joint.question_collate(prepared, one.index.passages)
     asked = micro_batches(prepared, np.arange(1), 8192, True, collate)
     (batch,) = joint.with_passages(one, model, asked)
     ((read, prompt),) = prompts_with_passages(one, lambda texts: model.embed(texts), [record])
@@ -322,7 +322,7 @@ def test_gold_that_is_no_passage_is_named_by_its_line(made, tmp_path):
         DataConfig(),
     )
     with pytest.raises(ValueError, match=r"q\.jsonl:1: gold names passage 'unheard-of'"):
-        joint.question_collate(prepared, retriever.passages)
+        joint.question_collate(prepared, retriever.index.passages)
 
 
 def test_figures_by_hand(made):
@@ -400,13 +400,15 @@ def test_passages_are_those_of_the_question_whose_answer_is_learned(made, tmp_pa
     file.write_text(json.dumps({"messages": chat}) + "\n")
     known = (retriever.tokenizer, ChatConfig(), DataConfig())
     prepared = prepare_questions([str(file)], *known)
-    collate = joint.question_collate(prepared, retriever.passages)
+    collate = joint.question_collate(prepared, retriever.index.passages)
     asked = micro_batches(prepared, np.arange(1), 8192, True, collate)
     (batch,) = joint.with_passages(retriever, model, asked)
     question, answer = chat[end - 2]["content"], chat[end - 1]["content"]
-    asks = tokenize([question], retriever.encoder_tokenizer, retriever.embedding_settings, "query")
+    asks = tokenize(
+        [question], retriever.encoder_tokenizer, retriever.index.embedding_settings, "query"
+    )
     assert batch.questions.ids[0][batch.questions.mask[0] > 0].tolist() == list(asks[0])
-    texts = [text_of(p) for p in read_passages(retriever.passages, batch.found[0])]
+    texts = [text_of(p) for p in read_passages(retriever.index.passages, batch.found[0])]
     sequences = np.split(batch.sequences.tokens[0].numpy(), batch.sequences.ends.numpy()[:-1] + 1)
     written = [retriever.tokenizer.fast.decode(ids) for ids in sequences]
     assert len(set(written)) == len(texts) == 3

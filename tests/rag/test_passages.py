@@ -43,7 +43,7 @@ def written(folder, records):
 
 
 def joined(tokenizer, config, how, encode, chat, texts):
-    retriever = Retriever(None, None, None, None, tokenizer, config, how, "cpu")
+    retriever = Retriever(None, None, None, tokenizer, config, how, "cpu")
     return join_passages(retriever, [chat], [texts], encode)[0]
 
 
