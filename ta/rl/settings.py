@@ -155,17 +155,23 @@ class PolicyConfig:
 
     def filled(self) -> PolicyConfig:
         """With the values of the preset where none is given."""
-        values = DEFAULTS | PRESETS[self.preset]
+        values = PRESETS["grpo"] | PRESETS[self.preset]
         return replace(self, **{k: v for k, v in values.items() if getattr(self, k) is None})
 
 
-DEFAULTS = {
-    "advantage": "grpo", "level": "token", "divide": "answers", "clip_ratio": "objective",
-    "clip_low": 0.2, "clip_high": 0.2, "resample": 0, "overlong": 0.0,
-}  # fmt: skip
+# what a preset does not say is as in grpo
 PRESETS = {
     # arXiv 2402.03300, without its KL
-    "grpo": {},
+    "grpo": {
+        "advantage": "grpo",
+        "level": "token",
+        "divide": "answers",
+        "clip_ratio": "objective",
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "resample": 0,
+        "overlong": 0.0,
+    },
     # arXiv 2503.14476, which draws without end
     "dapo": {"divide": "tokens", "clip_high": 0.28, "resample": 3, "overlong": 0.2},
     # arXiv 2503.20783

@@ -427,8 +427,8 @@ def _resume(
     loop, folder = run.loop, run.folder
     found = checkpoint.newest(folder / "checkpoints")
     if found is None:
-        before = gather_objects(run.identity() if rank() == 0 else None)[0]
-        changed = _changes(loop, folder, before, key) if before else []
+        before = gather_objects(run_folder.read_settings(folder) if rank() == 0 else None)[0]
+        changed = _changes(loop, folder, before["identity"], key) if before else []
         say("; ".join([f"no checkpoint in {folder}: starting before step 1", *changed]))
         _cut_back(folder, -1)
         return 0, {}, StepSums()

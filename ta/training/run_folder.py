@@ -147,10 +147,6 @@ class Run:
                 parallel.say(f"kept in {self.folder}, as a run does not write it: {names}")
         return lock
 
-    def identity(self) -> Json | None:
-        """The settings that config.json keeps of an earlier start; None where there was none."""
-        return read_settings(self.folder).get("identity")
-
     def record(self, key: Json, records: Json) -> None:
         """Write config.json (rank 0); `key` holds the settings that must not differ on a resume,
         and `records` says what there is to learn from.
