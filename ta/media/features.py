@@ -43,7 +43,6 @@ class Features(NamedTuple):
 
     path: Path
     fingerprint: str
-    shape: tuple[int, int]  # (F, E) of every tensor
     hashes: dict[str, str]  # key -> content hash of the file it came from
     handle: Any  # safetensors' memory-mapped reader
 
@@ -161,15 +160,16 @@ def read_features(path: str | Path, fingerprint: str | None = None) -> Features:
         )
     with loading(path, "a whole cache (recipes/preprocess_images.py --overwrite makes it again)"):
         info = json.loads(known[FORMAT])
-        made_by, shape, hashes = str(info["fingerprint"]), tuple(info["shape"]), info["hashes"]
-        assert set(hashes) == set(handle.keys()) and len(shape) == 2, "its header is damaged"
+        made_by, hashes = str(info["fingerprint"]), info["hashes"]
+        whole = set(hashes) == set(handle.keys()) and len(info["shape"]) == 2
+        assert whole, "its header is damaged"
     if fingerprint not in (None, made_by):
         raise ValueError(
             f"{path} was made by another encoder or other settings ({made_by[:12]}, "
             f"this encoder is {fingerprint[:12]}); "
             "make it again with this encoder, or give the encoder that made it"
         )
-    return Features(Path(path), made_by, shape, hashes, handle)
+    return Features(Path(path), made_by, hashes, handle)
 
 
 def check_features(features: Features, key: str, file: Path, content: str | None = None) -> None:
