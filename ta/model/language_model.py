@@ -313,7 +313,7 @@ def wrap(
             if (gap := self_check(wrapper)) >= limit:
                 break
         else:
-            reason = "documents would see each other when packed"
+            reason = "packed documents would see each other, or not their shared prompt"
             if wrapper.refusal:
                 reason = f"packed documents are refused ({wrapper.refusal})"
             padded = packing and mode == "padded"
@@ -410,16 +410,17 @@ def check_runs(wrapper: LanguageModel) -> None:
     ids = torch.arange(7, device=table.device) % len(table)
     prefix = f"the model does not run on {ids.device.type}: "
     with _naming_refusals(prefix), wrapper._arithmetic():
-        _alone(wrapper, ids)
+        (_logps_alone if wrapper.generates else _read_alone)(wrapper, ids)
 
 
 @torch.no_grad()
 def self_check(wrapper) -> float:
-    """The greatest difference between two documents in one batch and each alone.
+    """The greatest difference between documents in a batch, two with one prompt, and each alone.
 
-    It compares log p (nats), or what the head of a classifier reads (over its root mean square),
-    with the model's own forward pass. It is inf where the model refuses such a batch;
-    `wrapper.refusal` is then the model's error.
+    It compares what the head reads (the length of the difference over its own), and of a language
+    model log p (nats), with the model's own forward pass. The former shows more where a model is
+    new and sure of nothing. It is inf where the model refuses such a batch; `wrapper.refusal` is
+    then its error.
 
     torch.OutOfMemoryError, torch.AcceleratorError, and ImportError from a torch without the kernel
     for many documents, are raised: they say nothing about the model.
@@ -427,16 +428,20 @@ def self_check(wrapper) -> float:
     base, table = wrapper.base, token_table(wrapper.base)
     device = table.device
     generator = np.random.default_rng(0)
-    documents = [generator.integers(0, len(table), n) for n in (11, 7)]
-    ones = [np.ones(len(document), np.float32) for document in documents]
-    batch = to_device(lay_out(documents, ones, packed=wrapper.mode == "packed"), device)
+    first, second, third = (generator.integers(0, len(table), n) for n in (11, 7, 6))
+    # the third goes on from the beginning of the second, which lies there once if packed
+    documents = [first, second, np.concatenate([second[:4], third])]
+    weights = [np.ones(len(document), np.float32) for document in documents]
+    packed = wrapper.mode == "packed"
+    batch = to_device(lay_out(documents, weights, packed, [0, 0, 4] if packed else ()), device)
     before = base.config._attn_implementation
     try:
         with _naming_refusals():
             if wrapper.generates:
-                together = wrapper.logprobs(batch)
+                read, head = wrapper.predictions(batch)
+                logps = token_logprobs(read, head, batch.targets)
             else:
-                together = wrapper.hidden(batch).flatten(0, 1)[batch.ends].flatten()
+                read = wrapper.hidden(batch).flatten(0, 1)[batch.ends]
     except ValueError as error:
         wrapper.refusal = str(error)
         return float("inf")
@@ -444,22 +449,28 @@ def self_check(wrapper) -> float:
     try:
         with wrapper._arithmetic():
             ids = [torch.tensor(document, device=device) for document in documents]
-            alone = torch.cat([_alone(wrapper, document) for document in ids])
+            alone = torch.cat([_read_alone(wrapper, document) for document in ids])
+            gaps = (read.float() - alone).norm(dim=-1) / alone.norm(dim=-1)
+            if wrapper.generates:
+                own = torch.cat([_logps_alone(wrapper, document) for document in ids])
+                gaps = torch.cat([gaps, (logps - own).abs()])
     finally:
         base.set_attn_implementation(before)
-    scale = 1.0 if wrapper.generates else alone.square().mean().sqrt()
-    gap = ((together - alone).abs().max() / scale).item()
+    gap = gaps.max().item()
     return gap if gap == gap else float("inf")
 
 
-def _alone(wrapper: LanguageModel, ids: Tensor) -> Tensor:
-    """The results for one document (T,) from the model's own forward pass.
+def _read_alone(wrapper: LanguageModel, ids: Tensor) -> Tensor:
+    """The last hidden states of one document (T,) that the head reads, by the model's own pass.
 
-    They are log p of its tokens after the first (T - 1,), or the last hidden state (D,).
+    They are those that predict its tokens (T - 1, D), or a classifier's last one (1, D).
     """
-    if wrapper.generates:
-        logits = wrapper.inner(input_ids=ids[None], use_cache=False).logits[0]  # (T, V)
-        return logits.log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
-    base = wrapper.base
-    hidden = base.base_model(input_ids=ids[None], use_cache=False).last_hidden_state  # (1, T, D)
-    return hidden[0, -1].float()
+    body = wrapper.base.base_model
+    hidden = body(input_ids=ids[None], use_cache=False).last_hidden_state[0].float()  # (T, D)
+    return hidden[:-1] if wrapper.generates else hidden[-1:]
+
+
+def _logps_alone(wrapper: LanguageModel, ids: Tensor) -> Tensor:
+    """log p (T - 1,) of the tokens of one document (T,) after its first, by the model itself."""
+    logits = wrapper.inner(input_ids=ids[None], use_cache=False).logits[0]  # (T, V)
+    return logits.log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]

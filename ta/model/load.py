@@ -215,8 +215,8 @@ def load_base(
             f"{folder} is a reward model or classifier, which gives scores and no text: give a "
             "language model"
         )
-    attention = {} if task == "encoder" else {"attn_implementation": register()}
-    arguments = {**attention, **parsed(model.model_args)}
+    arguments = parsed(model.model_args)
+    own_attention = task == "encoder" or "attn_implementation" in arguments
     arguments |= {"trust_remote_code": model.trust_remote_code, "local_files_only": not model.hub}
     arguments |= quantization(quantize, is_half(model, device), device)
     if read_folder(folder).config.get("quantization_config"):
@@ -232,8 +232,15 @@ def load_base(
             attention = arguments.pop("attn_implementation", None)
             settings = transformers.AutoConfig.from_pretrained(folder, **arguments)
             with torch.device("meta"):
-                return auto.from_config(settings, dtype=dtype, attn_implementation=attention).eval()
-        loaded, info = from_pretrained(auto, folder, dtype=dtype, **arguments)
+                loaded = auto.from_config(settings, dtype=dtype, attn_implementation=attention)
+        else:
+            loaded, info = from_pretrained(auto, folder, dtype=dtype, **arguments)
+    if not own_attention:
+        with quiet():
+            # set, not asked for: models of their own attention keep it, and the masks for it
+            loaded.set_attn_implementation(register())
+    if rank() and not whole:
+        return loaded.eval()
     new, unread = (), ()
     if task == "encoder":
         new, unread = ("pooler.",), ("",)

@@ -7,8 +7,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from ta import parallel
 from ta.data.batch import lay_out
+from ta.folders import ModelConfig
 from ta.model.attention import register
 from ta.model.language_model import base_model, self_check, wrap
+from ta.model.load import load_base
 
 PACKED = [
     "llama",
@@ -108,12 +110,41 @@ def test_models_that_would_mix_documents_are_padded(kind, mode):
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["bloom", "gptj", "falcon", "xglm", "llama"])
+def test_a_loaded_model_computes_what_plain_transformers_does(kind, tmp_path):
+    """Older kinds have attention of their own, and masks for it: any other would leave them without."""
+    names = {"gptj": {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 16}}.get(kind)
+    names = names or {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    names |= {"d_model": 64, "attention_heads": 4, "num_layers": 2} if kind == "xglm" else {}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, vocab_size=97, initializer_range=0.2, **names)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    wrapper, _ = wrap(load_base(ModelConfig(str(tmp_path))))
+    assert wrapper.mode == ("packed" if kind == "llama" else "padded")
+    ids, weights = documents(np.random.default_rng(0), 3)
+    with torch.no_grad():
+        got = wrapper.loss(lay_out(ids, weights, packed=wrapper.packed))
+        logps = [plain(torch.tensor(x)[None]).logits[0, :-1].log_softmax(-1) for x in ids]
+    picked = [p.gather(1, torch.tensor(x)[1:, None])[:, 0] for p, x in zip(logps, ids, strict=True)]
+    want = -sum((p * torch.tensor(w)[1:]).sum() for p, w in zip(picked, weights, strict=True))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_that_knows_no_shared_prompt_is_padded():
+    """transformers' masks keep packed documents apart, but a second answer does not see its prompt."""
+    model = small("llama")
+    model.set_attn_implementation("sdpa")
+    wrapper, note = wrap(model)
+    assert wrapper.mode == "padded" and "not their shared prompt" in note
+
+
 def test_the_self_check_can_fail():
     """With plain causal attention over the whole row documents see each other, and the check says so."""
     wrapper, _ = wrap(small("llama"))
     base_model(wrapper.inner).set_attn_implementation("sdpa")
-    logprobs = wrapper.logprobs
-    wrapper.logprobs = lambda batch: logprobs(
+    predictions = wrapper.predictions
+    wrapper.predictions = lambda batch: predictions(
         batch._replace(positions=torch.arange(batch.tokens.shape[1])[None])
     )
     assert self_check(wrapper) > 2e-3
