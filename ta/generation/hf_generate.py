@@ -44,7 +44,8 @@ def sees_padding(inner) -> bool:
     if "position_ids" not in inspect.signature(base_model(inner).forward).parameters:
         del inputs["position_ids"]
     padded = inner(**inputs, use_cache=False).logits[0, -1].float()
-    alone = inner(inputs["input_ids"][:1, -len(ids) :], use_cache=False).logits[0, -1].float()
+    first = inputs["input_ids"][:1, -len(ids) :]
+    alone = inner(first, use_cache=False).logits[0, -1].float()
     limit = 0.5 if table.dtype in (torch.bfloat16, torch.float16) else 1e-3
     return not (padded - alone).abs().max() < limit
 
