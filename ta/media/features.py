@@ -8,9 +8,12 @@ key. Until the file is finished its batches lie as parts beside it.
 from __future__ import annotations
 
 import json
+import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -285,12 +288,26 @@ def _read_one(read: Callable[[Path], np.ndarray], file: tuple[str, Path]) -> Rea
         return key, "", None, str(error)
 
 
+def _end_with_parent(worker: int) -> None:
+    """Have this process end when the one that started it is gone, also by a kill.
+
+    DataLoader's own workers wait for ever where what they have read is still to be fetched.
+    """
+
+    def wait() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _read_all(
     left: Sequence[tuple[str, Path]], read: Callable[[Path], np.ndarray], workers: int
 ) -> Iterable[Read]:
     """Read in order, a few ahead in each of `workers` fresh processes; a forked one would inherit
     torch's threads.
     """
-    ahead = {"multiprocessing_context": "spawn", "prefetch_factor": 8} if workers else {}
+    own = {"multiprocessing_context": "spawn", "worker_init_fn": _end_with_parent}
+    ahead = own | {"prefetch_factor": 8} if workers else {}
     one = partial(_read_one, read)
     return DataLoader(left, batch_size=None, collate_fn=one, num_workers=workers, **ahead)
