@@ -200,14 +200,18 @@ def seed_dropout(seed: int, number: int) -> None:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks: in each part of the model the longest list of modules of one type."""
+    """The transformer blocks: in each part of the model the modules of lists that transformers
+    could checkpoint, else of the longest list of modules of one type.
+    """
     from torch import nn
+    from transformers.modeling_layers import GradientCheckpointingLayer as Layer
 
     out = []
     for part in model.children():
         lists = [m for m in part.modules() if isinstance(m, nn.ModuleList)]
+        layers = [block for m in lists for block in m if all(isinstance(x, Layer) for x in m)]
         uniform = [m for m in lists if len({type(block) for block in m}) == 1]
-        out += max(uniform, key=len, default=[])
+        out += layers or max(uniform, key=len, default=[])
     return out
 
 

@@ -13,6 +13,7 @@ import torch
 from conftest import together
 from safetensors.torch import load_file
 from small import prepared, sft_step, tiny
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ta import parallel
 from ta.data.loader import train_batches
@@ -168,3 +169,19 @@ def test_any_seed_seeds_every_step():
     assert len(set(drawn)) == 4
     parallel.seed_dropout(0, 1)
     assert torch.initial_seed() == 1_009
+
+
+def test_blocks_of_two_types_are_found():
+    """Jamba's list of layers mixes attention and state spaces; a list of experts is as long."""
+    config = AutoConfig.for_model(
+        "jamba",
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=8,
+        num_experts=16,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    found = parallel.blocks(torch.nn.ModuleDict({"inner": model}))
+    assert found == list(model.model.layers) and len({type(block) for block in found}) == 2
