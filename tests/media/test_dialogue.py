@@ -241,12 +241,11 @@ def test_every_bad_file_is_an_error_with_its_line_or_a_counted_skip(tmp_path):
         ModelConfig(), TokenizerConfig(), ChatConfig(), placeholders=media.placeholders
     )
     good = json.dumps({"messages": [picture("good.png"), ask(), A]}) + "\n"
-    quiet = {"say": lambda line: None}
     for path, pattern in wrong.items():
         data = tmp_path / "one.jsonl"
         data.write_text(good + json.dumps({"messages": [picture(path), ask(), A]}) + "\n")
         with pytest.raises(ValueError, match=rf"one\.jsonl:2: .*({pattern})"):
-            prepare_media_chats([str(data)], tokenizer, ChatConfig(), DataConfig(), **quiet)
+            prepare_media_chats([str(data)], tokenizer, ChatConfig(), DataConfig())
     data.write_text(
         good
         + "".join(json.dumps({"messages": [picture(path), ask(), A]}) + "\n" for path in wrong)
@@ -257,7 +256,6 @@ def test_every_bad_file_is_an_error_with_its_line_or_a_counted_skip(tmp_path):
         tokenizer,
         ChatConfig(),
         DataConfig(on_bad_record="skip", max_bad_share=0.95),
-        **quiet,
     )
     assert len(prepared.origin) == 2 and prepared.info["drops"]["image cannot be used"][
         "count"
@@ -270,4 +268,4 @@ def test_every_bad_file_is_an_error_with_its_line_or_a_counted_skip(tmp_path):
         ValueError,
         match=r"one\.jsonl:1: 'a\.wav' is audio, and the encoders given read image; give --audio-encoder",
     ):
-        prepare_media_chats([str(data)], tokenizer, ChatConfig(), DataConfig(), **quiet)
+        prepare_media_chats([str(data)], tokenizer, ChatConfig(), DataConfig())
