@@ -167,8 +167,10 @@ def test_a_page_is_called_what_was_typed(tmp_path):
         (["-m", "ta", "compare"], "ta compare"),
     ):
         command = [sys.executable, *words, "--help-all"]
-        wide = os.environ | {"COLUMNS": "500"}
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=wide)
+        environment = os.environ | {"COLUMNS": "500", "PYTHONPATH": str(RECIPES.parent)}
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env=environment
+        )
         assert done.stdout.startswith(f"usage: {shown} [-h] "), done.stderr
 
 
