@@ -6,6 +6,7 @@ targets, V vocabulary, D model width, C classes.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -370,6 +371,9 @@ def spare_casts(model: nn.Module) -> None:
 def _as_one_kernel(module: nn.Module) -> RootMeanSquareNorm | None:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if "norm" not in type(module).__name__.lower() or eps is None:
+        return None
+    if len(inspect.signature(module.forward).parameters) != 1:
+        # it also takes a gate, perhaps
         return None
     if isinstance(module, RootMeanSquareNorm) or [n for n, _ in module.named_parameters()] != [
         "weight"

@@ -319,7 +319,7 @@ def test_norms_run_in_one_kernel_where_it_computes_what_they_do(kind, replaced):
 
 
 def test_a_norm_of_another_kind_stays():
-    """Without an epsilon, with a bias, or with another formula."""
+    """Without an epsilon, with a bias, with another formula, or with a gate, given or not."""
     from ta.model.language_model import spare_casts
 
     class OddNorm(torch.nn.Module):
@@ -330,10 +330,35 @@ def test_a_norm_of_another_kind_stays():
         def forward(self, x):
             return x / (x.abs().mean(-1, keepdim=True) + self.eps) * self.weight
 
-    model = torch.nn.Sequential(OddNorm(), torch.nn.LayerNorm(8), torch.nn.LayerNorm(8, bias=False))
+    class GatedNorm(OddNorm):
+        def forward(self, x, gate=None):
+            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+            return x if gate is None else x * gate
+
+    odd = OddNorm(), GatedNorm(), torch.nn.LayerNorm(8), torch.nn.LayerNorm(8, bias=False)
+    model = torch.nn.Sequential(*odd)
     before = list(model)
     spare_casts(model)
     assert list(model) == before
+
+
+@pytest.mark.parametrize("kind", ["mamba2", "qwen3_next"])
+def test_models_with_gated_norms_run_under_autocast(kind):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 97}
+    if kind == "mamba2":
+        sizes |= {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 16}
+    else:
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+        sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        sizes |= {"shared_expert_intermediate_size": 32, "linear_num_value_heads": 4}
+        sizes |= {"linear_num_key_heads": 2, "linear_key_head_dim": 16, "intermediate_size": 64}
+        sizes |= {"linear_value_head_dim": 16, "layer_types": ["linear_attention"] * 2}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
+    batch = lay_out(*documents(np.random.default_rng(0), 3), packed=False)
+    plain = wrap(model)[0].loss(batch).item()
+    wrapper, _ = wrap(model, autocast=torch.bfloat16)
+    assert wrapper.mode == "padded" and wrapper.loss(batch).item() == pytest.approx(plain, rel=0.02)
 
 
 @pytest.mark.parametrize("dora", [False, True])
