@@ -86,11 +86,11 @@ def cli(main: Callable[[Any], Any], config_class: type, argv: list[str] | None =
     """
     doc = (sys.modules[main.__module__].__doc__ or "").strip()
     given = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(given):
-        print(short_help(config_class, doc))
-        raise SystemExit(0)
 
     def run() -> None:
+        if {"-h", "--help"} & set(given):
+            print(short_help(config_class, doc), flush=True)
+            return
         _check_names(config_class)
         words = our_words(given, config_class)
         if "--help-all" in words:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ta.command_line import cli, guard, what_is_wrong
+from ta.recipe_files import RECIPES
 
 
 @dataclass(frozen=True)
@@ -133,12 +134,16 @@ def test_a_screen_without_a_letter_shows_its_escape(monkeypatch):
     assert shown.getvalue() == b"\\xabcup\\xbb\n"
 
 
-def test_a_reader_that_has_enough_is_no_error():
+LONG = "from ta.command_line import guard\nraise SystemExit(guard(lambda: print('x' * 10**6)))"
+
+
+@pytest.mark.parametrize("words", [["-c", LONG], [str(RECIPES / "compare.py"), "--help"]])
+def test_a_reader_that_has_enough_is_no_error(words):
     """As behind `| head -1`: a status of its own and no word."""
-    code = "from ta.command_line import guard\nraise SystemExit(guard(lambda: print('x' * 10**6)))"
-    command = [sys.executable, "-c", code]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        process.stdout.read(1)
+    command, pipe = [sys.executable, *words], subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe) as process:
+        if "-c" in words:
+            process.stdout.read(1)
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait() == 141
 
@@ -150,6 +155,10 @@ def test_a_reader_that_has_enough_is_no_error():
         (
             ("--steps", "1.5"),
             "error: --steps '1.5': invalid literal for int() with base 10: '1.5'\n",
+        ),
+        (
+            ("--steps", "2", "--epochs", "5"),
+            "error: --epochs 5 has no effect beside --steps 2: leave",
         ),
         (("--clip", "y"), "error: --clip: could not convert string to float: 'y'\n"),
         (("--max-token", "3"), "error: Unrecognized options: --max-token, 3; perhaps you meant "),

@@ -40,7 +40,6 @@ EDITS = {  # what stands in recipes/dpo.py: what stands in the copy
     "    optim: ta.OptimConfig = ta.OptimConfig()\n": "    optim: ta.ScheduleConfig = ta.ScheduleConfig()\n",
     # another evaluation, without the settings of the old one
     '    samples: ta.SamplesConfig = ta.SamplesConfig(sample_metrics=("accuracy", "contains"))\n': "",
-    "if val_data or config.samples.samples_data else": "if val_data else",
     "        samples = ta.generate_samples(\n"
     "            run,\n"
     "            model,\n"

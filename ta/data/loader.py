@@ -272,8 +272,8 @@ def check_margins(prepared: Prepared | None, use: Literal["needed", "used", "unu
     missing = np.flatnonzero(np.isnan(given))
     if use == "needed" and len(missing):
         raise ValueError(
-            f"{name_of(prepared, missing[0])} has no precomputed_margin, nor have "
-            f"{len(missing) - 1} other records, and this loss is made of margins: "
+            f"{len(missing)} records have no precomputed_margin, the first of them "
+            f"{name_of(prepared, missing[0])}, and this loss is made of margins: "
             "give each record one, or another --loss"
         )
     if len(missing) < len(given) and use != "needed":
@@ -366,7 +366,7 @@ def labels_of(prepared: Prepared, num_labels: int) -> ndarray:
     if len(wrong):
         raise ValueError(
             f"{name_of(prepared, wrong[0])} has label {labels[wrong[0]]} of --num-labels "
-            f"{num_labels} (0 to {num_labels - 1}), as have {len(wrong) - 1} other records: "
+            f"{num_labels} (0 to {num_labels - 1}), the first of {len(wrong)} such records: "
             "raise --num-labels or mend the labels"
         )
     if absent := sorted(set(range(num_labels)) - set(labels.tolist())):

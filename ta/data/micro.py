@@ -25,6 +25,13 @@ class BatchConfig:
     seed: Annotated[int, Range(0)] = 0
     """Seed of data order, choices among records, new weights and dropout."""
 
+    def check(self) -> None:
+        """ValueError where --epochs is given and --steps decides."""
+        if self.steps is not None and self.epochs != 1.0:
+            raise ValueError(
+                f"--epochs {self.epochs:g} has no effect beside --steps {self.steps}: leave one out"
+            )
+
 
 @dataclass(frozen=True)
 class ContextConfig:

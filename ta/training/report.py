@@ -101,7 +101,7 @@ def meaning(title: str) -> str:
     if name in MEANING or name not in METRICS:
         return MEANING.get(name, "")
     function = METRICS[name].function
-    text = getattr(function, "func", function).__doc__
+    text = getattr(function, "func", function).__doc__ or ""
     return " ".join(text.partition("\n\n")[0].replace("`", "").split())
 
 

@@ -398,7 +398,8 @@ def test_a_margin_that_is_missing_names_its_line(capsys):
     data = pair_set()
     data.extras["margin"][[4, 7]] = np.nan
     with pytest.raises(
-        ValueError, match=r"made\.jsonl:5 has no precomputed_margin, nor have 1 other"
+        ValueError,
+        match=r"2 records have no precomputed_margin, the first of them .*made\.jsonl:5,",
     ):
         check_margins(data, "needed")
     check_margins(data, "unused")
@@ -480,7 +481,8 @@ def test_classification_and_rewards_do_not_depend_on_the_cut(weighted):
 def test_labels_outside_and_classes_absent(capsys):
     data = prepared(4)._replace(extras={"label": np.array([0.0, 2.0, 5.0, 3.0])})
     with pytest.raises(
-        ValueError, match=r"made\.jsonl:3 has label 5 of --num-labels 3 \(0 to 2\), as have 1 other"
+        ValueError,
+        match=r"made\.jsonl:3 has label 5 of --num-labels 3 \(0 to 2\), the first of 2 such",
     ):
         labels_of(data, 3)
     assert labels_of(data, 6).tolist() == [0, 2, 5, 3]

@@ -276,3 +276,9 @@ def test_a_folder_that_lacks_files_has_a_report(tmp_path, names):
     write_report(tmp_path)
     text = (tmp_path / "report.html").read_text()
     assert Tags(text).bad == [] and ("held out" in text) == ("metrics" in names)
+
+
+def test_a_metric_without_a_docstring_is_explained_by_nothing(monkeypatch):
+    own = METRICS_OF_ANSWERS["accuracy"]._replace(function=lambda *given: 1.0)
+    monkeypatch.setitem(METRICS_OF_ANSWERS, "own", own)
+    assert meaning("own") == ""
