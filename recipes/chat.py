@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ta
+from ta.chat.encode import PROMPT, refuse_idle
 from ta.printable import printable
 
 
@@ -141,6 +142,7 @@ def main(config: Config) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing and history; some systems lack it)
 
+    refuse_idle(config.chat, PROMPT.idle, "answers are generated and none is learned")
     config = ta.prefer_trained_builtin(of_run(config))
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat)
     model = ta.load_for_inference(config.model, ta.parallel.pick_device())

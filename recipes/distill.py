@@ -24,6 +24,7 @@ from typing import Annotated, Literal
 
 import ta
 from ta import Range
+from ta.chat.encode import PROMPT, refuse_idle
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,9 @@ def main(config: Config):
     files, val_files = ta.data_or_builtin(
         config.data.data, config.data.val_data, "practice", config.model.hub
     )
+    # on policy the answers of the data are read for held-out figures alone
+    if config.on_policy and (sampled or not val_files):
+        refuse_idle(config.chat, PROMPT.idle, "only answers that the student samples are learned")
     asked = (tokenizer, config.chat, config.data, run.seed)
     prompts = []
     if config.on_policy:

@@ -25,7 +25,7 @@ from typing import Annotated
 
 import ta
 from ta import Range
-from ta.chat.encode import Drop
+from ta.chat.encode import PROMPT, Drop, refuse_idle
 from ta.chat.messages import template_arguments
 from ta.command_line import when_stopped
 from ta.files import locked_file, write_atomic
@@ -72,6 +72,8 @@ def metrics_of(config: Config) -> list[str]:
     retrieves = config.retrieval.index and not config.answers
     if config.retrieval != ta.rag.RetrievalConfig() and not retrieves:
         raise ValueError("settings of retrieval are for --data with --index: leave them out")
+    if not config.perplexity or retrieves:
+        refuse_idle(config.chat, PROMPT.idle, "the answers measured are whole ones")
     if config.perplexity:
         if config.reward_model or config.metrics != Config.metrics:
             raise ValueError("--perplexity generates nothing for other metrics: leave them out")

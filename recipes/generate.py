@@ -23,6 +23,7 @@ from typing import Annotated, Literal
 
 import ta
 from ta import Range
+from ta.chat.encode import PROMPT, refuse_idle
 from ta.files import hash_json
 
 OF_OLD_ANSWERS = ("rewards",)  # fields of a record that are untrue of new answers
@@ -170,6 +171,7 @@ def answer(config: Config, model, tokenizer, prompts, settings, places, keys, ou
 
 
 def main(config: Config) -> None:
+    refuse_idle(config.chat, PROMPT.idle, "answers are generated and none is learned")
     config = ta.prefer_trained_builtin(config)
     # each process works on its own share and waits for no other
     device = ta.parallel.pick_device()

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 import ta
+from ta.chat.encode import PROMPT, refuse_idle
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def main(config: Config):
     """Train; returns the folder of the export and the last figures of held-out records."""
     policy, longest = config.policy.filled(), config.rollouts.max_new_tokens
     ta.check_engine(config.engine, config.vllm)
+    refuse_idle(config.chat, PROMPT.idle, "only answers that the model samples are learned")
     if config.rollouts.num_answers < 2:
         raise ValueError("--num-answers 1: answers are compared with each other, give 2 or more")
     if not policy.kl_coef and config.reference != ta.ReferenceConfig():

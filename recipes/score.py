@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 
 import ta
 from ta import Range
-from ta.chat.encode import Drop
+from ta.chat.encode import ONE_ANSWER, Drop, refuse_idle
 from ta.chat.messages import template_arguments
 from ta.data.prepare import CLASSES
 from ta.data.records import check_candidates, check_class
@@ -111,6 +111,8 @@ def result_of(config: Config, names: list[str], record: dict, rows: list[list[fl
 def main(config: Config) -> None:
     # each process works on its own share and waits for no other
     device = ta.parallel.pick_device()
+    rule = ONE_ANSWER if config.kind == "candidates" else CLASSES.rule
+    refuse_idle(config.chat, rule.idle, "records are scored and none is learned")
     if not config.data:
         raise ValueError("no data to score: give --data FILE.jsonl")
     ta.check_engine(config.engine, config.vllm, config.vllm_model)

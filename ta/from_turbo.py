@@ -347,8 +347,8 @@ def _sources(given: Settings, path: str) -> list[str]:
     return words
 
 
-def _chat(given: Settings, path: str) -> list[str]:
-    """The flags of a dataset's template, cutting and mask."""
+def _chat(given: Settings, path: str, learned: bool = False) -> list[str]:
+    """The flags of a dataset's template and cutting, and of its mask where chats are `learned`."""
     found = {"--role-tags": None}
     for group in (f"{path}.chat_settings.", f"{path}.chat_dataset.", f"{path}."):
         if tags := given.under(f"{group}prompt_template.role_tag_mapping"):
@@ -360,7 +360,11 @@ def _chat(given: Settings, path: str) -> list[str]:
                 value = value.replace("\n", "\\n").replace("\t", "\\t")
             found[flag] = found.get(flag) if value is None else value
     last, answers = found.pop("last"), found.pop("answers")
-    found["--loss-on"] = "last" if last else "all" if answers is False else None
+    loss_on = "last" if last else "all" if answers is False else None
+    if loss_on and not learned:
+        given.notes.append(f"{path}: --loss-on {loss_on} has no effect where no chats are learned")
+    elif loss_on:
+        found["--loss-on"] = loss_on
     return [word for flag, value in found.items() for word in _given(flag, value)]
 
 
@@ -408,8 +412,9 @@ def _train(given: Settings) -> None:
     flags += ["--data", *_sources(given, "train_dataset_settings")]
     held_out = _sources(given, "val_dataset_settings")
     flags += _given("--val-data", held_out)
-    chat = _chat(given, "train_dataset_settings")
-    if _chat(given, "val_dataset_settings") not in ([], chat):
+    learned = recipe in ("sft", "multimodal")
+    chat = _chat(given, "train_dataset_settings", learned)
+    if _chat(given, "val_dataset_settings", learned) not in ([], chat):
         given.notes.append("val_dataset_settings has another template or cut; training's is used")
     if recipe == "classify":
         flags += given.flags("model_settings.model_kwargs", {"num_labels": "--num-labels"})

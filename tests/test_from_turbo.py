@@ -196,6 +196,12 @@ def test_what_is_learned(flags, expected):
     settings = training("chat")
     settings["train_dataset_settings"] |= flags
     assert only(settings)[1].chat.loss_on == expected
+    pairs = training("pair_preferences")
+    pairs["train_dataset_settings"] |= flags
+    _, config, notes = only(pairs)
+    assert config.chat.loss_on == "answers"
+    named = [note for note in notes if "--loss-on" in note]
+    assert len(named) == (expected != "answers"), "it would be refused"
 
 
 def test_every_method_of_training():

@@ -53,10 +53,28 @@ class EncodeRule(NamedTuple):
         """Whether what stays of a dialogue ends in an answer."""
         return not self.opened and self.loss_on != "all"
 
+    @property
+    def idle(self) -> list[str]:
+        """The settings of what is learned that change nothing, whatever the ChatConfig says."""
+        if self == AS_CONFIGURED:
+            return []
+        return ["loss_on", "split_turns", *["cut_answer"] * (not self.end_in_answer)]
+
 
 AS_CONFIGURED = EncodeRule()
 ONE_ANSWER = EncodeRule(loss_on="last", keep_end=True)
 PROMPT = EncodeRule(keep_end=True, opened=True)
+
+
+def refuse_idle(config: ChatConfig, idle: Sequence[str], why: str) -> None:
+    """ValueError for a setting given of those in `idle`, which have no effect; `why` says it."""
+    for name in idle:
+        value = getattr(config, name)
+        if value != getattr(ChatConfig, name):
+            said = "" if value is True else f" {value}"
+            raise ValueError(
+                f"--{name.replace('_', '-')}{said} has no effect, as {why}: leave it out"
+            )
 
 
 def loss_weights(messages: Chat, loss_on: LossOn, opened: bool = False) -> list[float]:

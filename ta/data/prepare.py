@@ -23,6 +23,7 @@ from ta.chat.encode import (
     Drop,
     EncodeRule,
     encode_dialogues,
+    refuse_idle,
     turns_of,
     with_answers,
 )
@@ -256,11 +257,9 @@ def prepare(
     """
     if not files:
         return None
-    if chat.split_turns and (kind.rule != AS_CONFIGURED or kind.media or not kind.learned):
-        raise ValueError(
-            f"--split-turns makes one sequence an answer of a chat, and {kind.name} records have "
-            "other sequences; leave it out"
-        )
+    refuse_idle(chat, kind.rule.idle, f"what is learned of {kind.name} records is fixed")
+    if kind.media:
+        refuse_idle(chat, ["split_turns"], f"{kind.name} records are one sequence each")
     cache = cache_folder(data.cache_dir)
     texts = [_in_cache(files, cache)] if isinstance(files[0], dict) else list(files)
     sources = _parse(texts, data, chat)

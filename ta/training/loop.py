@@ -251,7 +251,7 @@ class _HeldOut:
 
     def _find_best(self) -> None:
         if self.run.loop.keep_best and self.evaluate:
-            found = best_step(self.run.folder, self.run.loop) if rank() == 0 else None
+            found = on_rank_zero(lambda: best_step(self.run.folder, self.run.loop))
             self.best, self.since = gather_objects(found)[0]
 
 

@@ -35,11 +35,14 @@ from ta.printable import masked
 from ta.training.progress import Figures
 from ta.training.trackers import check_trackers
 
+# what steps leave in a run's folder
+OF_STEPS = ("checkpoints", "final", "non_finite.jsonl", "rollouts")
 # what a run writes into its folder; config.json has MARKS, by which the folder is known as ours, so
 # it is the first that is written and none goes without being written anew
 RUN_NAMES = (
-    *("checkpoints", "final", "metrics.jsonl", "samples.jsonl", "drops.jsonl", "report.html"),
-    *("non_finite.jsonl", "rollouts", "tensorboard", "wandb", "trackers.json", "config.json"),
+    *OF_STEPS,
+    *("metrics.jsonl", "samples.jsonl", "drops.jsonl", "report.html"),
+    *("tensorboard", "wandb", "trackers.json", "config.json"),
 )
 MARKS = ("config", "versions", "identity")
 
@@ -170,11 +173,16 @@ class Run:
         write_atomic(self.folder / "config.json", json_text(about, indent=1, ensure_ascii=False))
 
     def forget(self) -> None:
-        """Remove the folder of a run that wrote nothing but its settings and drops."""
-        opening = {".lock", "config.json", "drops.jsonl"}
+        """Remove the folder of a run that keeps nothing of a step.
+
+        It holds settings, drops and the evaluation before training, which a new run makes again.
+        """
+        opening = {".lock", *RUN_NAMES} - set(OF_STEPS)
         holder = parallel.rank() == 0 and self.lock is not None and self.folder.is_dir()
         if holder and {path.name for path in self.folder.iterdir()} <= opening:
-            shutil.rmtree(self.folder)
+            stepped = any(record["step"] for record in read_metrics(self.folder))
+            if not stepped:
+                shutil.rmtree(self.folder)
         self.release()
 
     def release(self) -> None:

@@ -543,8 +543,32 @@ def test_the_best_may_be_the_highest_or_the_start(tmp_path):
         assert figures["loss"] == LOSSES[best]
         same = all(torch.equal(x, start[n]) for n, x in weights(model).items())
         assert same == (best == 0)
-    with pytest.raises(ValueError, match="--keep-best accuracy: the evaluations give loss, right"):
-        kept_run(tmp_path / "d", tiny(), keep_best="accuracy")
+
+
+def test_a_figure_that_no_evaluation_gives_leaves_nothing_behind(tmp_path):
+    folder, no_such = tmp_path / "run", "--keep-best accuracy: the evaluations give loss, right"
+
+    def refused(**more):
+        with pytest.raises(ValueError, match=no_such):
+            kept_run(folder, tiny(), keep_best="accuracy", **more)
+
+    for more in ({}, {"resume": True}):
+        refused(**more)
+        assert not folder.exists()
+    with pytest.raises(KeyboardInterrupt):
+        kept_run(folder, tiny(), stop=6)
+    kept = {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
+    refused(resume=True)
+    assert kept and kept == {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
+    assert kept_run(folder, tiny(), resume=True)["loss"] == min(LOSSES.values())
+
+    # answers that a model has sampled are kept, though no checkpoint came after them
+    folder = tmp_path / "online"
+    with pytest.raises(KeyboardInterrupt):
+        kept_run(folder, tiny(), stop=0)
+    (folder / "rollouts").mkdir()
+    refused(resume=True)
+    assert (folder / "rollouts").exists()
 
 
 def test_settings_of_evaluation_without_held_out_data_are_refused(door, tmp_path):
