@@ -115,6 +115,8 @@ class Run:
     # folder below which the pictures of its records lie, for the report
     pictures: str = ""
     lock: Any = field(default=None, repr=False)
+    # whether this process has written config.json
+    recorded: bool = field(default=False, repr=False)
 
     @property
     def folder(self) -> Path:
@@ -171,6 +173,7 @@ class Run:
             "day": self.day,
         }
         write_atomic(self.folder / "config.json", json_text(about, indent=1, ensure_ascii=False))
+        self.recorded = True
 
     def forget(self) -> None:
         """Remove the folder of a run that keeps nothing of a step.
@@ -178,7 +181,7 @@ class Run:
         It holds settings, drops and the evaluation before training, which a new run makes again.
         """
         opening = {".lock", *RUN_NAMES} - set(OF_STEPS)
-        holder = parallel.rank() == 0 and self.lock is not None and self.folder.is_dir()
+        holder = self.recorded and self.lock is not None and self.folder.is_dir()
         if holder and {path.name for path in self.folder.iterdir()} <= opening:
             stepped = any(record["step"] for record in read_metrics(self.folder))
             if not stepped:
