@@ -62,6 +62,11 @@ def check_chat_config(config: ChatConfig) -> None:
         raise ValueError(
             "--cut-answer cuts at --max-tokens, which is not given; give it, or leave the flag out"
         )
+    if config.cut_answer and config.loss_on == "all":
+        raise ValueError(
+            "--cut-answer cuts at the last answer, and with --loss-on all no dialogue has to end "
+            "in one; give one of the two"
+        )
     if config.split_turns and config.loss_on != "answers":
         raise ValueError(
             f"--split-turns learns each answer by itself, --loss-on {config.loss_on} other "

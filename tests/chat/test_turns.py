@@ -369,6 +369,8 @@ def test_the_last_answer_can_be_cut():
         assert learned(made, cut).count("<|im_end|>") == 1 - keep_end
     with pytest.raises(ValueError, match="--cut-answer cuts at --max-tokens"):
         encode_chat(chat, tokenizer, ChatConfig(cut_answer=True))
+    with pytest.raises(ValueError, match="--cut-answer cuts at the last answer"):
+        encode_chat(chat, tokenizer, ChatConfig(max_tokens=9, loss_on="all", cut_answer=True))
 
 
 def test_what_a_record_gives_the_template():
