@@ -73,6 +73,7 @@ def test_nothing_is_printed_on_another_way():
         "ta.parallel:tell",
         "ta.command_line:_say",
         "ta.command_line:cli",
+        "ta.command_line:run",  # the same, in cli
         "recipes.chat:end",
         "recipes.chat:main",  # the names of its commands
         "recipes.chat:obey",

@@ -244,7 +244,7 @@ def test_wrong_input_is_answered_before_anything_is_written(door, model, data, t
         (
             "dpo",
             ("--loss", "sigmoid_with_margin"),
-            "preferences-train.jsonl:1 has no precomputed_margin",
+            "preferences-train.jsonl:1, and this loss is made of margins",
         ),
         ("dpo", ("--reference", "adapter_off"), "there is no adapter"),
         ("dpo", ("--adapter", "lora", "--lora-dropout", "0.1"), "--lora-dropout 0.1"),
