@@ -1,6 +1,8 @@
 """What every test gets: no network, its own cache folder, one thread, small models built in code."""
 
+import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -118,11 +120,18 @@ def forked(tmp_path_factory):
     return start
 
 
+def free_port() -> int:
+    """A port that is free on this machine, below those that connections of other tests are given."""
+    for port in random.SystemRandom().sample(range(20_000, 30_000), 100):
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port from 20000 to 30000")
+
+
 def together(main, processes: int, said: Path) -> list[int]:
     """Exit codes of main(rank) in `processes` forked processes, which can form one process group; they print into the file `said`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     children = []
     for rank in range(processes):
         if pid := os.fork():
