@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -141,7 +142,8 @@ LONG = "from ta.command_line import guard\nraise SystemExit(guard(lambda: print(
 def test_a_reader_that_has_enough_is_no_error(words):
     """As behind `| head -1`: a status of its own and no word."""
     command, pipe = [sys.executable, *words], subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe) as process:
+    environment = os.environ | {"PYTHONPATH": str(RECIPES.parent)}
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, env=environment) as process:
         if "-c" in words:
             process.stdout.read(1)
         process.stdout.close()
