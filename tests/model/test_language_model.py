@@ -110,25 +110,54 @@ def test_models_that_would_mix_documents_are_padded(kind, mode):
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["bloom", "gptj", "falcon", "xglm", "llama"])
+# a small number for each name of a size that a kind of model may know
+SIZES = {
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model"), 64),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "attention_heads", "n_heads"), 4),
+    **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "ffn_dim"), 32),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    "num_key_value_heads": 2,
+    "rotary_dim": 16,
+    "head_dim": 16,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "shared_expert_intermediate_size": 32,
+    "initializer_range": 0.1,
+    "vocab_size": 97,
+}
+LOADED = {
+    **dict.fromkeys(("llama", "qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "phimoe"), "packed"),
+    **dict.fromkeys(("glm", "starcoder2", "smollm3", "exaone4", "ernie4_5", "helium"), "packed"),
+    **dict.fromkeys(("bloom", "gptj", "falcon", "xglm", "codegen", "mpt", "openai-gpt"), "padded"),
+    **dict.fromkeys(("qwen3_next", "rwkv", "stablelm"), "padded"),
+    **dict.fromkeys(("gpt_oss", "gemma2", "big_bird"), "native"),
+}
+
+
+@pytest.mark.parametrize("kind", LOADED)
 def test_a_loaded_model_computes_what_plain_transformers_does(kind, tmp_path):
     """Older kinds have attention of their own, and masks for it: any other would leave them without."""
-    names = {"gptj": {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 16}}.get(kind)
-    names = names or {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    names |= {"d_model": 64, "attention_heads": 4, "num_layers": 2} if kind == "xglm" else {}
+    known = AutoConfig.for_model(kind)
+    derived = [name for name in SIZES if isinstance(getattr(type(known), name, None), property)]
+    sizes = {n: size for n, size in SIZES.items() if hasattr(known, n) and n not in derived}
+    if getattr(known, "layer_types", None):
+        sizes["layer_types"] = known.layer_types[-2:]
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, vocab_size=97, initializer_range=0.2, **names)
+    config = AutoConfig.for_model(kind, **sizes)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     wrapper, _ = wrap(load_base(ModelConfig(str(tmp_path))))
-    assert wrapper.mode == ("packed" if kind == "llama" else "padded")
+    assert wrapper.mode == LOADED[kind]
     ids, weights = documents(np.random.default_rng(0), 3)
     with torch.no_grad():
         got = wrapper.loss(lay_out(ids, weights, packed=wrapper.packed))
         logps = [plain(torch.tensor(x)[None]).logits[0, :-1].log_softmax(-1) for x in ids]
     picked = [p.gather(1, torch.tensor(x)[1:, None])[:, 0] for p, x in zip(logps, ids, strict=True)]
     want = -sum((p * torch.tensor(w)[1:]).sum() for p, w in zip(picked, weights, strict=True))
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
 
 
 def test_attention_that_knows_no_shared_prompt_is_padded():
