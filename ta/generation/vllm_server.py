@@ -16,20 +16,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from ta.chat.tokenizer import ChatTokenizer
+from ta.data.batch import Batch, sequences_of
 from ta.files import writing
 from ta.generation.settings import Answer, Ending, GenerateConfig
 from ta.generation.vllm_checks import refuse_settings
 from ta.generation.vllm_engine import sampling_of
 from ta.generation.weight_transfer import WeightTransfer
 from ta.parallel import barrier, on_rank_zero, rank, whole_tensor
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ta.data.batch import Batch
 
 # seconds in which the server must answer
 WAIT = 600
@@ -109,9 +108,6 @@ class VllmServer:
 
     def logprobs(self, batch: Batch) -> Tensor:
         """(M,) log p of each learned token of a batch, by the weights that it serves."""
-        import torch
-
-        from ta.data.batch import sequences_of
 
         def ask(ids: list[int]) -> list[float]:
             body = {"model": self.model, "prompt": ids, "max_tokens": 1, "prompt_logprobs": 0}

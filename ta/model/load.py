@@ -233,13 +233,14 @@ def load_base(
             settings = transformers.AutoConfig.from_pretrained(folder, **arguments)
             with torch.device("meta"):
                 loaded = auto.from_config(settings, dtype=dtype, attn_implementation=attention)
+            info = None
         else:
             loaded, info = from_pretrained(auto, folder, dtype=dtype, **arguments)
     if not own_attention:
         with quiet():
             # set, not asked for: models of their own attention keep it, and the masks for it
             loaded.set_attn_implementation(register())
-    if rank() and not whole:
+    if info is None:
         return loaded.eval()
     new, unread = (), ()
     if task == "encoder":
