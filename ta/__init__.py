@@ -149,7 +149,7 @@ if TYPE_CHECKING:  # what the package gives, listed here for editors and for fac
     )
     from ta.screen import progress as progress, table as table
     from ta.training.loop import mean_over as mean_over, scores_of as scores_of, train as train
-    from ta.training.model_card import export_run as export_run, model_card as model_card
+    from ta.training.final import export_run as export_run, model_card as model_card
     from ta.training.optim import (
         OptimConfig as OptimConfig,
         ScheduleConfig as ScheduleConfig,

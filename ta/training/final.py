@@ -1,4 +1,4 @@
-"""The model card: README.md of an exported model, which says what it is and how it came to be."""
+"""final/: the exported model of a run, and its card, README.md, which says how it came to be."""
 
 from __future__ import annotations
 
