@@ -10,13 +10,14 @@ from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
+from tokenizers import normalizers
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ta.data.micro import group_padded
 from ta.folders import ModelConfig, loading
 from ta.model.load import load_base
-from ta.rag.embedding_settings import LOCAL, EmbeddingSettings
+from ta.rag.embedding_settings import LOCAL, EmbeddingSettings, width_of
 
 
 class Texts(NamedTuple):
@@ -66,7 +67,8 @@ def open_encoder(
     *,
     to_shard: bool = False,
 ) -> tuple[TextEncoder, Any]:
-    """The encoder in evaluation mode and its tokenizer; ValueError where the folder holds none.
+    """The encoder in evaluation mode and its tokenizer; ValueError where the folder holds none, and
+    for an encoder whose vectors are not of the text alone.
 
     Weights are float32, or float64 where `dtype` asks for it. With `to_shard`, on several
     processes, rank 0 has the weights and the others have their shapes.
@@ -78,19 +80,32 @@ def open_encoder(
     encoder = TextEncoder(model, settings).eval()
     with loading(folder, "a text encoder"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
-        ids = tokenize(["a"], tokenizer, settings, "query")
+        if settings.lower_case:
+            backend = tokenizer.backend_tokenizer
+            given = [backend.normalizer] if backend.normalizer else []
+            backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *given])
+        ids = tokenize(["a", "a b c d e"], tokenizer, settings, "query")
+        why = ""
+        if any(chain(*tokenizer(["a"]).get("token_type_ids", []))):
+            why = "its tokenizer gives token_type_ids that are not 0, which are not passed on"
+        if getattr(model, "attention_type", "") == "block_sparse":
+            why = 'it is exact with "attention_type": "original_full" in its config.json alone'
         if not next(model.parameters()).is_meta:
             # a model of pictures or sounds, or of two texts, loads too, and then refuses a text
-            embed(encoder, ids, next(model.parameters()).device)
+            device = next(model.parameters()).device
+            alone, padded = (embed(encoder, some, device)[0] for some in (ids[:1], ids))
+            if len(alone) != (width := width_of(folder)):
+                why = f"its vectors have {len(alone)} numbers, by its config.json {width}"
+            elif (alone - padded).abs().max() > 1e-3 * alone.abs().max():
+                why = "its vector of a text changes with the texts beside it"
         rows = model.get_input_embeddings().weight.shape[0]
+    if why:
+        raise ValueError(f"{folder}: {why}: give another encoder")
     if len(tokenizer) > rows:
         raise ValueError(
             f"{folder}: its tokenizer has {len(tokenizer)} tokens, its encoder {rows} rows: give a "
             "folder whose tokenizer belongs to the encoder"
         )
-    tokenizer.padding_side = tokenizer.truncation_side = "right"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return encoder, tokenizer
 
 
@@ -100,13 +115,11 @@ def tokenize(
     settings: EmbeddingSettings,
     kind: Literal["query", "passage"],
 ) -> list[list[int]]:
-    """Token ids of each text after its prefix, cut at the encoder's limit."""
+    """Token ids of each text after its prefix, cut to the encoder's limit."""
     if not texts:
         return []
     prefix = settings.query_prefix if kind == "query" else settings.passage_prefix
     prefixed = [prefix + text for text in texts]
-    if settings.lower_case:
-        prefixed = [text.lower() for text in prefixed]
     return tokenizer(prefixed, truncation=True, max_length=settings.max_tokens).input_ids
 
 

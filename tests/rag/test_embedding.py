@@ -1,6 +1,7 @@
 """Texts to vectors: pooling by hand, nothing changed by padding or company, sentence-transformers' files read and written."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -98,9 +99,13 @@ def test_what_the_folder_says_is_read_and_what_is_written_is_read_again(folder, 
         ValueError, match=r"--encoder-max-tokens 200: the encoder in .* reads 1 to 40"
     ):
         embedding_settings(str(tmp_path), EncoderConfig(encoder_max_tokens=200))
+    for mode in ("lasttoken", ["lasttoken"]):
+        (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": mode}))
+        assert embedding_settings(str(tmp_path), EncoderConfig()).pooling == "last"
     (tmp_path / "1_Pooling" / "config.json").write_text(
         json.dumps({"pooling_mode_weightedmean_tokens": True})
     )
+    assert embedding_settings(str(tmp_path), changed).pooling == "last"
     with pytest.raises(
         ValueError, match="pooling by pooling_mode_weightedmean_tokens is not known"
     ):
@@ -155,20 +160,140 @@ def test_what_sentence_transformers_would_do_to_a_text_is_done_or_refused(folder
     lower = EmbeddingSettings("mean", True, "Query: ", "", 64, lower_case=True)
     save_embedding_settings(tmp_path, lower)
     assert embedding_settings(str(tmp_path), EncoderConfig()) == lower
+    _, lowering = open_encoder(str(tmp_path), lower)
+    # a capital sigma at the end of a word becomes the usual small one
     assert (
-        tokenize(["Anna's Key"], tokenizer, lower, "query")
-        == tokenizer(["query: anna's key"]).input_ids
+        tokenize(["Anna's KeyΣ"], lowering, lower, "query")
+        == tokenizer(["query: anna's keyσ"]).input_ids
     )
     path = tmp_path / "config_sentence_transformers.json"
-    path.write_text(json.dumps({"prompts": {"find": "Find: "}, "default_prompt_name": "find"}))
-    found = embedding_settings(str(tmp_path), EncoderConfig())
-    assert found.query_prefix == found.passage_prefix == "Find: "
+    for prompts, wanted in (
+        ({"query": "q ", "document": "d ", "passage": "p ", "corpus": "c "}, ("q ", "d ")),
+        ({"passage": "p ", "corpus": "c "}, ("", "p ")),
+        ({"query": None, "corpus": "c "}, ("", "c ")),
+        ({"query": "q "}, ("q ", "")),
+    ):
+        path.write_text(json.dumps({"prompts": prompts, "default_prompt_name": "query"}))
+        found = embedding_settings(str(tmp_path), EncoderConfig())
+        assert (found.query_prefix, found.passage_prefix) == wanted, prompts
+    path.write_text(json.dumps({"prompts": {"query": "Find: "}}))
     pooling = tmp_path / "1_Pooling" / "config.json"
     pooling.write_text(json.dumps(json.loads(pooling.read_text()) | {"include_prompt": False}))
     with pytest.raises(ValueError, match="include_prompt is false"):
         embedding_settings(str(tmp_path), EncoderConfig())
     without = EncoderConfig(query_prefix="", passage_prefix="")
     assert embedding_settings(str(tmp_path), without).query_prefix == ""
+
+
+def put(path, **values):
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(known | values))
+
+
+def test_vectors_are_compared_as_the_folder_says(folder, tmp_path):
+    """Dot products where it names them, else cosines; other similarities are refused."""
+    encoder, _ = open_encoder(str(folder), EmbeddingSettings("mean", False, "", "p ", 64))
+    encoder.model.save_pretrained(tmp_path)
+    save_embedding_settings(tmp_path, encoder.settings)
+    path = tmp_path / "config_sentence_transformers.json"
+    assert json.loads(path.read_text())["prompts"]["document"] == "p "
+    for name, cosines in (("dot", False), ("cosine", True), (None, True)):
+        put(path, similarity_fn_name=name)
+        assert embedding_settings(str(tmp_path), EncoderConfig()).normalize is cosines
+    put(path, similarity_fn_name="euclidean")
+    with pytest.raises(ValueError, match="by euclidean, which is not done here"):
+        embedding_settings(str(tmp_path), EncoderConfig())
+    assert not embedding_settings(str(tmp_path), EncoderConfig(normalize=False)).normalize
+
+
+@pytest.mark.parametrize(
+    "file, values, message",
+    [
+        ("config_sentence_transformers.json", {"truncate_dim": 8}, "truncate_dim"),
+        ("sentence_bert_config.json", {"query_length": 8}, "query_length 8"),
+        ("sentence_bert_config.json", {"tokenizer_args": {"x": 1}}, 'tokenizer_args {"x": 1}'),
+        ("sentence_bert_config.json", {"modality_config": {"message": {}}}, "modality_config"),
+    ],
+)
+def test_a_setting_that_is_not_applied_is_refused(folder, tmp_path, file, values, message):
+    encoder, _ = open_encoder(str(folder), EmbeddingSettings("mean", True, "", "", 64))
+    encoder.model.save_pretrained(tmp_path)
+    save_embedding_settings(tmp_path, encoder.settings)
+    put(tmp_path / "sentence_bert_config.json", model_args={"dtype": "bfloat16"}, query_length=None)
+    assert embedding_settings(str(tmp_path), EncoderConfig()) == encoder.settings
+    put(tmp_path / file, **values)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        embedding_settings(str(tmp_path), EncoderConfig())
+
+
+def test_layers_in_another_order_place_or_library_are_refused(folder, tmp_path):
+    encoder, _ = open_encoder(str(folder), EmbeddingSettings("mean", True, "", "", 64))
+    encoder.model.save_pretrained(tmp_path)
+    save_embedding_settings(tmp_path, encoder.settings)
+    path = tmp_path / "modules.json"
+    first, *rest = json.loads(path.read_text())
+    for modules, message in (
+        ([first, rest[1], rest[0]], "lists Transformer, Normalize, Pooling"),
+        ([first], "lists Transformer in"),
+        ([first | {"path": "0_Transformer"}, *rest], "0_Transformer"),
+        ([first | {"type": "own.Transformer"}, *rest], r"has a own\.Transformer layer"),
+    ):
+        path.write_text(json.dumps(modules))
+        with pytest.raises(ValueError, match=message):
+            embedding_settings(str(tmp_path), EncoderConfig())
+
+
+def test_input_settings_are_read_under_their_older_names(folder, tmp_path):
+    """A tokenizer that cuts the beginning of a text goes on doing so."""
+    encoder, tokenizer = open_encoder(str(folder), EmbeddingSettings("mean", True, "", "", 64))
+    encoder.model.save_pretrained(tmp_path)
+    tokenizer.truncation_side = "left"
+    tokenizer.save_pretrained(tmp_path)
+    put(tmp_path / "sentence_roberta_config.json", max_seq_length=5)
+    settings = embedding_settings(str(tmp_path), EncoderConfig())
+    assert settings.max_tokens == 5
+    _, cutting = open_encoder(str(tmp_path), settings)
+    text = "key lamp box red tea"
+    assert tokenize([text], cutting, settings, "query") == [cutting(text).input_ids[-5:]]
+    put(tmp_path / "sentence_bert_config.json", max_seq_length=7)
+    assert embedding_settings(str(tmp_path), EncoderConfig()).max_tokens == 7
+
+
+def written(folder, tmp_path, kind, **settings):
+    """An encoder of another kind with this folder's tokenizer."""
+    import transformers
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.save_pretrained(tmp_path)
+    config = getattr(transformers, f"{kind}Config")(vocab_size=len(tokenizer), **settings)
+    torch.manual_seed(0)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
+    return embedding_settings(str(tmp_path), EncoderConfig())
+
+
+@pytest.mark.parametrize(
+    "kind, settings, message",
+    [
+        ("FNet", {}, "changes with the texts beside it"),
+        ("BigBird", {"block_size": 4}, '"attention_type": "original_full"'),
+        ("OPT", {"ffn_dim": 16, "word_embed_proj_dim": 8}, "have 8 numbers, by its config.json 16"),
+    ],
+)
+def test_an_encoder_whose_vectors_are_not_of_the_text_alone_is_refused(
+    folder, tmp_path, kind, settings, message
+):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    settings = written(folder, tmp_path, kind, **sizes, intermediate_size=16, **settings)
+    with pytest.raises(ValueError, match=message):
+        open_encoder(str(tmp_path), settings)
+
+
+def test_an_encoder_without_a_table_of_positions_reads_any_length(folder, tmp_path):
+    settings = written(folder, tmp_path, "Bloom", hidden_size=16, n_layer=1, n_head=2)
+    encoder, tokenizer = open_encoder(str(tmp_path), settings)
+    ids = tokenize(["key " * 700], tokenizer, settings, "passage")
+    assert len(ids[0]) > 600 and embed(encoder, ids, "cpu").shape == (1, 16)
 
 
 def test_a_vector_that_no_search_would_find_is_refused(folder):
