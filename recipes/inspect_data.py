@@ -20,6 +20,7 @@ from typing import Annotated, Literal
 import ta
 from ta import Range
 from ta.chat.render import show, spans
+from ta.command_line import SEED
 from ta.data.prepare import Prepared, lengths, read_drops, report, tokens_of
 from ta.files import json_text
 from ta.printable import printable
@@ -52,7 +53,7 @@ class Config:
     """Names of the classes, in order, where the labels of --kind class are text."""
     examples: Annotated[int, Range(0)] = 3
     """Records shown with colours."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Chooses the records of sources with a share or a count, as in training."""
     json: bool = False
     """One JSON line a record instead of a page for a person."""

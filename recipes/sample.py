@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 
 import ta
 from ta import Range
+from ta.command_line import SEED
 from ta.data.records import check_candidates
 from ta.files import locked_file, write_jsonl
 
@@ -35,7 +36,7 @@ class Config:
     """Answers to keep of each record; all of them where there are fewer."""
     beta: Annotated[float, Range(0, above=True)] = 0.5
     """Only for rejection: the temperature; towards 0 it is best, large it is random."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of the choice; each record's depends on its place and this alone."""
     as_chats: bool = False
     """Write chats for sft.py, one a chosen answer, instead of candidate records."""

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import errno
 import io
-import math
 import os
 import re
 import select
@@ -33,47 +32,46 @@ NO_MEMORY = (
 )
 
 
+# what a number may be at most where its field says no less
+MOST = 2**31 - 1
+
+
 class Range(NamedTuple):
     """What a number may be, written beside its field: `steps: Annotated[int, Range(1)] = 10`."""
 
-    low: float
-    high: float = math.inf
+    low: float = -MOST
+    high: float = MOST
     below: float | None = None  # in place of `high`: a bound that is itself left out
     above: bool = False  # `low` itself is left out
 
     def holds(self, value: float) -> bool:
-        """Whether a finite value lies in the range."""
+        """Whether a number lies in the range; nan and the infinities lie in none."""
         reaches = value > self.low if self.above else value >= self.low
-        under = value <= self.high if self.below is None else value < self.below
-        return math.isfinite(value) and reaches and under
+        return reaches and (value <= self.high if self.below is None else value < self.below)
 
     def __str__(self) -> str:
-        start = f"above {self.low:g}" if self.above else f"from {self.low:g}"
-        if self.below is not None:
-            return f"{start} to below {self.below:g}"
-        if self.high == math.inf:
-            return start if self.above else f"{start} up"
-        return f"{start} to {self.high:g}"
+        start = f"above {self.low}" if self.above else f"from {self.low}"
+        return f"{start} to {self.high}" if self.below is None else f"{start} to below {self.below}"
+
+
+SEED = Range(0, 2**63 - 1)
 
 
 def check_config(config: Any) -> None:
-    """ValueError for the first number outside the range of its field, here or in a config inside,
-    or that is not finite or takes more than 64 bits.
+    """ValueError for the first number outside the range of its field, here or in a config inside.
 
-    A config that has a method `check` is then asked what else cannot be.
+    A number without a Range has the widest. A config that has a method `check` is then asked what
+    else cannot be.
     """
     for name, hint in get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
         if dataclasses.is_dataclass(value):
             check_config(value)
-        said = f"--{name.replace('_', '-')} {value}: give a"
-        for limit in getattr(hint, "__metadata__", ()):
-            if isinstance(limit, Range) and value is not None and not limit.holds(value):
-                raise ValueError(f"{said} number {limit}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{said} finite number")
-        if isinstance(value, int) and value >= 2**63:
-            raise ValueError(f"{said} smaller number")
+        limits = [x for x in getattr(hint, "__metadata__", ()) if isinstance(x, Range)]
+        for limit in limits or [Range()]:
+            if isinstance(value, int | float) and not limit.holds(value):
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} {value}: give a number {limit}")
     if hasattr(config, "check"):
         config.check()
 

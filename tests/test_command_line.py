@@ -40,7 +40,7 @@ def raises(error):
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
-        (ValueError("--steps 0: give a number from 1 up"), 2, "--steps 0: give a number from 1 up"),
+        (ValueError("--steps 0: give more"), 2, "--steps 0: give more"),
         (FileNotFoundError(errno.ENOENT, "No such file", "a.jsonl"), 2, "a.jsonl"),
         (PermissionError(errno.EACCES, "Permission denied", "out"), 3, "out"),
         (OSError(errno.ENOSPC, "No space left on device", "out"), 3, "no room on the disk"),
@@ -175,8 +175,14 @@ def test_a_reader_that_has_enough_is_no_error(words):
         (("--data",), "error: --data has no value: give one, or leave it out\n"),
         (("--out", ""), "error: --out has no value: give one, or leave it out\n"),
         (("--log", "--lr", "1"), "error: --log has no value: give one, or leave it out\n"),
-        (("--seed", "9" * 30), f"error: --seed {'9' * 30}: give a smaller number\n"),
-        (("--lora-alpha", "nan"), "error: --lora-alpha nan: give a number above 0\n"),
+        (("--seed", "9" * 30), f"error: --seed {'9' * 30}: give a number from 0 to {2**63 - 1}\n"),
+        (
+            ("--steps", "9" * 18),
+            f"error: --steps {'9' * 18}: give a number from 1 to {2**31 - 1}\n",
+        ),
+        (("--lora-rank", "70000"), "error: --lora-rank 70000: give a number from 1 to 65536\n"),
+        (("--lr", "1e300"), f"error: --lr 1e+300: give a number from 0 to {2**31 - 1}\n"),
+        (("--lora-alpha", "nan"), "error: --lora-alpha nan: give a number above 0 to 2147483647\n"),
         (("--out", f"{__file__}/a/b"), f"error: --out {__file__}/a/b: {__file__} is a file, give "),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from ta.chat.jinja import (
     DEFAULT_TAGS,
@@ -18,6 +18,7 @@ from ta.chat.jinja import (
     split_jinja,
 )
 from ta.chat.messages import ANSWER, REASONING, Chat, canonical_role
+from ta.command_line import Range, check_config
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class ChatConfig:
     loss_on: Literal["answers", "last", "all"] = "answers"
     """Which messages are learned: every answer, the last answer, or every message. A message's own
     "loss" wins."""
-    max_tokens: int | None = None
+    max_tokens: Annotated[int | None, Range(1)] = None
     """Longest sequence in tokens, everything counted; whole messages go until it fits.
     Default: no limit."""
     keep_end: bool = False
@@ -53,6 +54,7 @@ class ChatConfig:
 
 def check_chat_config(config: ChatConfig) -> None:
     """ValueError for settings that cannot work, whatever the data."""
+    check_config(config)
     if config.system_prompt is not None and config.ignore_system_prompt:
         raise ValueError(
             "--system-prompt gives a system prompt and --ignore-system-prompt removes it; give one "
@@ -71,11 +73,6 @@ def check_chat_config(config: ChatConfig) -> None:
         raise ValueError(
             f"--split-turns learns each answer by itself, --loss-on {config.loss_on} other "
             "messages; give one of the two"
-        )
-    if config.max_tokens is not None and config.max_tokens < 1:
-        raise ValueError(
-            f"--max-tokens is {config.max_tokens}, so no message would fit; give at least 1, or "
-            "none for no limit"
         )
 
 

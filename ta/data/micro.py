@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from ta.command_line import Range
+from ta.command_line import SEED, Range
 from ta.parallel import world
 
 
@@ -22,7 +22,7 @@ class BatchConfig:
     distill and rag, fewer where the built-in model is trained."""
     max_tokens_per_micro: Annotated[int, Range(1)] = 8192
     """Tokens in one forward pass on one device: the memory knob. It never changes results."""
-    seed: Annotated[int, Range(0)] = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of data order, choices among records, new weights and dropout."""
 
     def check(self) -> None:

@@ -15,7 +15,7 @@ from functools import partial
 from html import escape
 from itertools import chain, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from ta.chat.encode import (
     AS_CONFIGURED,
@@ -32,6 +32,7 @@ from ta.chat.messages import Chat, parts_of, template_arguments
 from ta.chat.render import Tokens, show, spans
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import ChatTokenizer, tokenizer_settings
+from ta.command_line import Range, check_config
 from ta.data.dependencies import dependencies
 from ta.data.jsonl import parse_record
 from ta.data.readers import files_of, read_rows
@@ -98,7 +99,7 @@ class DataConfig:
     on_bad_record: Literal["error", "skip"] = "error"
     """A record that is wrong stops the run at its file and line, or is skipped, counted and written
     aside."""
-    max_bad_share: float = 0.01
+    max_bad_share: Annotated[float, Range(0, 1)] = 0.01
     """More skipped records than this share of all, or more pairs of equal answers, are an error
     again (0 to 1)."""
     cache_dir: str = ""
@@ -448,8 +449,7 @@ def _in_cache(records: Sequence[dict], cache: Path) -> str:
 
 
 def _parse(texts: Sequence[str], config: DataConfig, chat: ChatConfig) -> list[Source]:
-    if not 0 <= config.max_bad_share <= 1:
-        raise ValueError(f"--max-bad-share {config.max_bad_share}: a share lies in 0 to 1")
+    check_config(config)
     parsed = [parse_source(text) for text in texts]
     for source in parsed:
         files_of(source.path)

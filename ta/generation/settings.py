@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
-from ta.command_line import Range, check_config
+from ta.command_line import SEED, Range, check_config
 from ta.generation.metrics import check_metrics
 
 BROKEN = (
@@ -30,7 +30,7 @@ class GenerateConfig:
     """Sample among this many most probable tokens; 0 is all."""
     num_answers: Annotated[int, Range(1)] = 1
     """Answers for each prompt."""
-    beams: Annotated[int, Range(1)] = 1
+    beams: Annotated[int, Range(1, 1024)] = 1
     """Beam search of this width, through transformers' generate or vLLM's."""
     repetition_penalty: Annotated[float, Range(0, above=True)] = 1.0
     """Above 1 makes tokens of the prompt and of the answer so far less probable (CTRL, arXiv
@@ -41,7 +41,7 @@ class GenerateConfig:
     """Leave the stop string or end token in the text."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
-    seed: Annotated[int, Range(0)] = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of the sampling; what a record gets does not depend on the records beside it."""
     slots: Annotated[int, Range(1)] = 64
     """Answers that the hf engine generates at the same time (a memory knob)."""

@@ -38,18 +38,18 @@ class MediaConfig:
     Default, here and below: that of a model that sees already, else mlp."""
     audio_projector: Literal["mlp", "llava", "c_abstractor", "c_abs"] | None = None
     """The same for sounds."""
-    image_embeddings: Annotated[int | None, Range(1)] = None
+    image_embeddings: Annotated[int | None, Range(1, 65536)] = None
     """Embeddings that stand for one picture. Default: as many as the encoder gives features."""
-    audio_embeddings: Annotated[int | None, Range(1)] = None
+    audio_embeddings: Annotated[int | None, Range(1, 65536)] = None
     """Embeddings that stand for one sound."""
     image_projector_path: str | None = None
     """Safetensors file of weights that a new picture projector starts from, or the folder of a run
     that trained one."""
     audio_projector_path: str | None = None
     """The same for sounds."""
-    projector_width: Annotated[int | None, Range(1)] = None
+    projector_width: Annotated[int | None, Range(1, 65536)] = None
     """Channels of a c_abstractor (1024)."""
-    projector_depth: Annotated[int | None, Range(1)] = None
+    projector_depth: Annotated[int | None, Range(1, 1024)] = None
     """Blocks in each of its two stages (3)."""
     projector_lr: Annotated[float | None, Range(0, above=True)] = None
     """Peak learning rate of the projectors. Default: 1e-3, or --lr where a projector goes on or the

@@ -27,7 +27,7 @@ OWNERS = {
 class AdapterConfig:
     adapter: Literal["none", "lora", "prefix", "prompt", "p-tuning"] = "none"
     """Train these few weights and leave the base as it is; none trains every weight."""
-    lora_rank: Annotated[int, Range(1)] = 16
+    lora_rank: Annotated[int, Range(1, 65536)] = 16
     """Rank of the LoRA update."""
     lora_alpha: Annotated[float, Range(0, above=True)] = 32
     """The update is scaled by alpha / rank (with rsLoRA alpha / sqrt(rank))."""
@@ -42,12 +42,12 @@ class AdapterConfig:
     """Split the update into direction and magnitude (DoRA, arXiv 2402.09353)."""
     use_rslora: bool = False
     """Scale by the square root of the rank (rsLoRA, arXiv 2312.03732)."""
-    virtual_tokens: Annotated[int, Range(1)] = 20
+    virtual_tokens: Annotated[int, Range(1, 65536)] = 20
     """Virtual tokens of prefix tuning, prompt tuning and p-tuning."""
     prompt_init_text: str | None = None
     """Prompt tuning starts from the embeddings of this text (repeated where it is shorter than the
     virtual tokens); none: from random tokens."""
-    p_tuning_hidden: Annotated[int | None, Range(1)] = None
+    p_tuning_hidden: Annotated[int | None, Range(1, 65536)] = None
     """Width of p-tuning's prompt encoder; none is the width of the model."""
 
     def check(self) -> None:

@@ -469,7 +469,7 @@ def test_limits_are_exact_and_say_when_nothing_fits():
     )
     assert encode_chat(chat[:2], tokenizer, PLAIN).reason == "no answer"
     assert encode_chat([], tokenizer, PLAIN).reason == "no answer"
-    with pytest.raises(ValueError, match="--max-tokens is 0"):
+    with pytest.raises(ValueError, match="--max-tokens 0: give"):
         encode_chat(chat, tokenizer, ChatConfig(max_tokens=0))
     chats = [chat, chat[:2], chat[:3]] * 100  # more than a group
     assert (

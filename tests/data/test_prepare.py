@@ -245,7 +245,7 @@ def test_nothing_left_is_an_error_with_its_reasons(tmp_path):
     assert made([]) is None
     with pytest.raises(ValueError, match="no such file"):
         made([str(tmp_path / "none")])
-    with pytest.raises(ValueError, match="lies in 0 to 1"):
+    with pytest.raises(ValueError, match="from 0 to 1"):
         made([str(tmp_path / "none")], DataConfig(max_bad_share=5))
 
 

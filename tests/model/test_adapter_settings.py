@@ -23,7 +23,7 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_loaded(saved):
         ),
         ({"adapter": "lora", "virtual_tokens": 3}, "--virtual-tokens has no effect"),
         ({"adapter": "lora", "adapter_path": "x"}, "leave --adapter out to go on"),
-        ({"adapter": "lora", "lora_rank": 0}, "--lora-rank 0: give a number from 1 up"),
+        ({"adapter": "lora", "lora_rank": 0}, "--lora-rank 0: give a number from 1 to 65536"),
         ({"adapter": "lora", "lora_dropout": 1.0}, "--lora-dropout 1.0"),
         ({"adapter": "lora", "lora_targets": ()}, "--lora-targets is empty"),
         ({"adapter": "lora", "lora_targets": ("all-linear", "q_proj")}, "stands alone"),

@@ -174,6 +174,6 @@ def test_settings_of_the_user_over_those_of_the_index():
     assert passage_settings(
         RetrievalConfig(num_passages=3, separator=""), index
     ) == PassageSettings(3, 9, "")
-    with pytest.raises(ValueError, match="--passage-tokens 0: give a number from 1 up"):
+    with pytest.raises(ValueError, match="--passage-tokens 0: give a number from 1 to 2147483647"):
         check_config(RetrievalConfig(passage_tokens=0))
     assert json.dumps(PassageSettings()._asdict())

@@ -250,12 +250,12 @@ def test_wrong_input_is_answered_before_anything_is_written(door, model, data, t
         ("dpo", ("--adapter", "lora", "--lora-dropout", "0.1"), "--lora-dropout 0.1"),
         ("dpo", ("--data", lacking), "lacking.jsonl:3"),
         ("rm", ("--data", equal), "chosen equals rejected"),
-        ("kto", ("--beta", "0"), "--beta 0.0: give a number above 0\n"),
+        ("kto", ("--beta", "0"), "--beta 0.0: give a number above 0 to 2147483647\n"),
         ("rm", ("--adapter", "prompt"), "PROMPT_TUNING with a classification head"),
         ("rm", ("--model-path", tmp_path / "three"), "has a head of 3 labels where 1 are asked"),
         ("classify", ("--data", labels), "labels.jsonl:4 has label 3 of --num-labels 3"),
         ("classify", ("--class-weights", "1", "2"), "give auto, or 3 numbers"),
-        ("classify", ("--gamma", "-1"), "--gamma -1.0: give a number from 0 up"),
+        ("classify", ("--gamma", "-1"), "--gamma -1.0: give a number from 0 to 2147483647"),
     )
     for recipe, more, words in cases:
         code, said = door(recipe, *flags(recipe, model, data, out, *more))

@@ -186,7 +186,7 @@ def test_wrong_input_is_answered_before_anything_is_written(door, given, tmp_pat
         (("--index", tmp_path / "nothing"), "no index at"),
         (("--encoder-path", tmp_path / "other"), "was built with another encoder"),
         (("--num-passages", 61), "--num-passages 61: "),
-        (("--num-passages", 0), "--num-passages 0: give a number from 1 up"),
+        (("--num-passages", 0), "--num-passages 0: give a number from 1 to 2147483647"),
         (
             ("--data", tmp_path / "none.jsonl"),
             "none.jsonl:1: no message of a user comes before the answer",
@@ -194,8 +194,8 @@ def test_wrong_input_is_answered_before_anything_is_written(door, given, tmp_pat
         (("--data", tmp_path / "odd.jsonl"), "odd.jsonl:1: gold is"),
         (("--data", tmp_path / "gone.jsonl"), "gone.jsonl:1: gold names passage 'nowhere'"),
         (("--max-tokens", 8), "all 40 records are dropped"),
-        (("--in-batch", -1), "--in-batch -1: give a number from 0 up"),
-        (("--score-scale", 0), "--score-scale 0.0: give a number above 0"),
+        (("--in-batch", -1), "--in-batch -1: give a number from 0 to 2147483647"),
+        (("--score-scale", 0), "--score-scale 0.0: give a number above 0 to 2147483647"),
     )
     for more, words in cases:
         code, said = door("rag", *flags(given, out, *more))

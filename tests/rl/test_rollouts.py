@@ -531,7 +531,7 @@ def test_a_step_is_its_formula(preset, updates):
         (("--ref-path", "x"), "--reference and its flags have no effect without --kl-coef"),
         (("--kl-coef", 0.1, "--reference", "cached"), "answers are not known before training"),
         (("--num-answers", 1), "--num-answers 1: answers are compared"),
-        (("--temperature", 0), "--temperature 0.0: give a number above 0"),
+        (("--temperature", 0), "--temperature 0.0: give a number above 0 to 2147483647"),
         (("--rewards", "exakt"), "there is no reward exakt"),
         (("--max-new-tokens", 5000), "leave no room for an answer"),
     ],
