@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GenerationConfig
 
 from ta.command_line import check_config
-from ta.generation.hf_generate import run_beams, run_driven
+from ta.generation.hf_generate import run_beams, run_driven, sees_padding, takes_positions
 from ta.generation.settings import Answer, Ending, GenerateConfig, check_prompts, context_of
 from ta.generation.slot_cache import attention_for, plain_cache
 from ta.generation.slot_engine import SlotEngine, Work
@@ -82,15 +82,15 @@ def generate(
     prefix = virtual and inner.active_peft_config.peft_type == "PREFIX_TUNING"
     driven = config.beams > 1 or prefix or not plain_cache(base)
     temperature = getattr(model, "temperature", 1.0)
+    sharded = hasattr(model, "unshard")
+    # a sharded root gathers its weights around its own methods only
+    run = base if virtual else model.outputs if sharded else inner
     with _at_rest(model, inner, base, attention_for(base, not driven)):
         if config.beams > 1:
             run_beams(inner, work, temperature, virtual)
-        elif driven:
+        elif driven or (not takes_positions(base) and sees_padding(run, base)):
             run_driven(inner, work, temperature, virtual)
         else:
-            sharded = hasattr(model, "unshard")
-            # a sharded root gathers its weights around its own methods only
-            run = base if virtual else model.outputs if sharded else inner
             if virtual:
                 work = work._replace(embeds=_with_virtual_tokens(inner, base, prompts, embeds))
             device = base.get_input_embeddings().weight.device
@@ -159,11 +159,11 @@ def _with_virtual_tokens(inner, base, prompts, embeds) -> list[Tensor]:
 def _forward(run: Callable, base, temperature: float) -> Callable[[dict], Tensor]:
     """A function from keyword arguments of `run` to the last column's logits (B, V)."""
     # transformers' models differ in what they take
-    taken = inspect.signature(base.forward).parameters
+    taken, positions = inspect.signature(base.forward).parameters, takes_positions(base)
     extra = {"use_cache": True} | ({"logits_to_keep": 1} if "logits_to_keep" in taken else {})
 
     def forward(inputs: dict) -> Tensor:
-        if "position_ids" not in taken:
+        if not positions:
             inputs.pop("position_ids")  # such models (ALiBi) count real tokens in the mask
         logits = run(**inputs, **extra).logits[:, -1]  # (B, V)
         return logits if temperature == 1.0 else logits / temperature

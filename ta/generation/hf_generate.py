@@ -7,7 +7,7 @@ Letters: B rows, L prompt tokens, V vocabulary, D model width.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
 import torch
@@ -29,7 +29,9 @@ def _batches(
     """
     config = work.ending.config
     short = any(limit < config.max_new_tokens for limit in work.limits)
-    equal = config.repetition_penalty != 1 or virtual or short or sees_padding(inner)
+    equal = (
+        config.repetition_penalty != 1 or virtual or short or sees_padding(inner, base_model(inner))
+    )
     length = lambda place: len(work.prompts[place[0]]) if equal else 0
     for _, alike in groupby(work.by_length(n), length):
         places = list(alike)
@@ -37,15 +39,23 @@ def _batches(
             yield places[start : start + rows]
 
 
-def sees_padding(inner) -> bool:
-    """Whether padding before a prompt moves its logits, as in models that read no mask."""
-    table, ids = inner.get_input_embeddings().weight, [2, 1, 3] * 4
+def takes_positions(base) -> bool:
+    """Whether a model is told the positions of its tokens; others count columns or real tokens."""
+    return "position_ids" in inspect.signature(base.forward).parameters
+
+
+def sees_padding(run: Callable, base) -> bool:
+    """Whether padding before a prompt moves its logits, as in models that read no mask.
+
+    run: what is called with the keyword arguments of the transformers model `base`.
+    """
+    table, ids = base.get_input_embeddings().weight, [2, 1, 3] * 4
     inputs = left_pad([ids, ids * 2], table.device)
-    if "position_ids" not in inspect.signature(base_model(inner).forward).parameters:
+    if not takes_positions(base):
         del inputs["position_ids"]
-    padded = inner(**inputs, use_cache=False).logits[0, -1].float()
+    padded = run(**inputs, use_cache=False).logits[0, -1].float()
     first = inputs["input_ids"][:1, -len(ids) :]
-    alone = inner(first, use_cache=False).logits[0, -1].float()
+    alone = run(input_ids=first, use_cache=False).logits[0, -1].float()
     limit = 0.5 if table.dtype in (torch.bfloat16, torch.float16) else 1e-3
     return not (padded - alone).abs().max() < limit
 

@@ -135,6 +135,11 @@ def whisper(folder: Path) -> Encoder:
             f"{folder}: the extractor gives {extractor.feature_size} x {frames} mels, the encoder "
             f"reads {config.num_mel_bins} x {2 * count}"
         )
+    if extractor.dither or extractor.padding_value or extractor.padding_side != "right":
+        raise ValueError(
+            f"{folder}: its feature extractor adds noise (dither) or pads with something else than "
+            "silence behind a sound: set dither and padding_value to 0, padding_side to right"
+        )
     rows = next(rows for rows in range(math.isqrt(count), 0, -1) if count % rows == 0)
     module = LastState(load_tower(WhisperModel, folder, config).encoder, "input_features")
     grid, read = (rows, count // rows), partial(whisper_mels, extractor=extractor)

@@ -220,31 +220,40 @@ CLIP = Preprocessing(
 SIGLIP = Preprocessing((224, 224), None, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
-def read_preprocessing(folder: str | Path, default: Preprocessing) -> Preprocessing:
-    """The settings in a folder's preprocessor_config.json (or processor_config.json).
+def processor_settings(folder: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The file of a folder that transformers reads its image processor from, and the settings.
 
-    A key left out has the `default`'s value. ValueError for another processor than CLIP's and
-    SigLIP's, and for sizes that are not understood.
+    ValueError where there is none.
     """
-    path = Path(folder) / "preprocessor_config.json"
-    if path.is_file():
-        given = read_json(path)
-    elif (path := Path(folder) / "processor_config.json").is_file():
-        given = read_json(path).get("image_processor", {})
-    else:
+    path = Path(folder) / "processor_config.json"
+    if path.is_file() and (given := read_json(path).get("image_processor")):
+        return path, given
+    path = path.with_name("preprocessor_config.json")
+    if not path.is_file():
         raise ValueError(
             f"{folder}: no preprocessor_config.json; "
             "save the model's image processor into its folder"
         )
+    return path, read_json(path)
+
+
+def read_preprocessing(folder: str | Path, default: Preprocessing) -> Preprocessing:
+    """The settings of a folder's image processor.
+
+    A key left out has the `default`'s value. ValueError for another processor than CLIP's and
+    SigLIP's, and for sizes that are not understood.
+    """
+    path, given = processor_settings(folder)
     kinds = given.get("image_processor_type"), given.get("feature_extractor_type")
     kind = str(kinds[0] or kinds[1] or "CLIP")
-    if not kind.startswith(("CLIP", "SiglipImage")) or given.get("do_pad"):
+    other = [f"{key}: true" for key in ("do_pad", "use_square_size") if given.get(key)]
+    if other or not kind.startswith(("CLIP", "SiglipImage")):
         raise ValueError(
-            f"{path}: {kind} (do_pad={given.get('do_pad')}) is not known here; CLIP's and SigLIP's "
-            "image processors are"
+            f"{path}: {', '.join([kind, *other])} is not known here; CLIP's and SigLIP's image "
+            "processors are"
         )
     mean, std = given.get("image_mean", default.mean), given.get("image_std", default.std)
-    normalises = given.get("do_normalize", True) and mean is not None
+    normalises = given.get("do_normalize", True)
     crops = given.get("do_center_crop", default.crop is not None)
     rescales, factor = given.get("do_rescale", True), given.get("rescale_factor", 1 / 255)
     with loading(path, "the settings of an image processor"):
@@ -268,4 +277,8 @@ def _edge(size: Any, square: bool = False) -> int | tuple[int, int]:
     from transformers.image_processing_utils import get_size_dict
 
     sizes = get_size_dict(size, default_to_square=square)
-    return sizes.get("shortest_edge") or (sizes["height"], sizes["width"])
+    if sizes.keys() == {"shortest_edge"}:
+        return sizes["shortest_edge"]
+    if sizes.keys() != {"height", "width"}:
+        raise ValueError(f"size {size}: give shortest_edge, or height and width")
+    return sizes["height"], sizes["width"]

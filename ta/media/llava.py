@@ -17,6 +17,7 @@ from ta.chat.tokenizer_files import save_tokenizer
 from ta.files import json_text
 from ta.folders import loading, read_json, read_tensors, write_tensors
 from ta.media.encoders import VISION, load_tower
+from ta.media.images import processor_settings
 from ta.media.modalities import Modalities
 from ta.media.multimodal import MediaModel, embed_modalities
 from ta.model.export import check_room, check_tokenizer, model_bytes, published, save_model
@@ -73,7 +74,7 @@ def export_llava(
         "num_additional_image_tokens": layout.class_tokens,
         "vision_feature_select_strategy": layout.select,
     }
-    reader = read_json(Path(settings["path"]) / "preprocessor_config.json") | kind
+    reader = processor_settings(settings["path"])[1] | kind
     with published(Path(out), replace=False) as folder:
         save_model(whole, folder, dtype)
         _published_names(folder)

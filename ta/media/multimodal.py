@@ -32,7 +32,7 @@ from ta.media.modalities import PROJECTORS, Modalities
 from ta.media.projectors import load_projector, projector_of
 from ta.media.settings import MediaConfig
 from ta.model.export import gathered
-from ta.model.language_model import LanguageModel, base_model
+from ta.model.language_model import LanguageModel, base_model, check_reads_embeddings
 from ta.model.new_rows import token_table
 from ta.parallel import rank
 
@@ -137,8 +137,11 @@ def with_projectors(
     """The language model with a projector for each modality; with `freeze` only these are trained.
 
     A projector starts from the weights that its modality names, else it is drawn from `seed`.
+    ValueError for a language model that cannot read embeddings in place of tokens.
     """
     table, projectors = token_table(language.base), {}
+    if not table.is_meta and not isinstance(language.base, EmbeddingTable):
+        check_reads_embeddings(language)
     if freeze:
         language.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):

@@ -418,6 +418,27 @@ def check_runs(wrapper: LanguageModel) -> None:
 
 
 @torch.no_grad()
+def check_reads_embeddings(wrapper: LanguageModel) -> None:
+    """ValueError where a model's logits for the embeddings of its tokens are not those for the ids.
+
+    It then reads the ids beside them, and what is put in place of an embedding has none.
+    """
+    base, name = wrapper.base, type(wrapper.base).__name__
+    # positions of RoBERTa and its kind leave padding out
+    padding = base.config.get_text_config().pad_token_id
+    ids = torch.tensor([[i for i in range(8) if i != padding]], device=token_table(base).device)
+    embeds = base.get_input_embeddings()(ids)
+    with _naming_refusals(f"{name} takes no embeddings: "), wrapper._arithmetic():
+        by_ids = wrapper.inner(input_ids=ids, use_cache=False).logits
+        by_embeds = wrapper.inner(inputs_embeds=embeds, use_cache=False).logits
+    if not torch.allclose(by_embeds, by_ids, rtol=1e-2, atol=1e-3, equal_nan=True):
+        raise ValueError(
+            f"{name} reads token ids beside their embeddings, and pictures and sounds have none: "
+            "give another language model"
+        )
+
+
+@torch.no_grad()
 def self_check(wrapper) -> float:
     """The greatest difference between documents in a batch, two with one prompt, and each alone.
 

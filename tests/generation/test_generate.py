@@ -54,6 +54,24 @@ ARCHITECTURES = {  # name -> (model class, config class, settings)
     "gemma3-hybrid": ("Gemma3ForCausalLM", "Gemma3TextConfig", GROUPED | SLIDING),
     "gpt2-learned-positions": ("GPT2LMHeadModel", "GPT2Config", GPT2),
     "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", SHAPE),
+    # positions are columns, padding included
+    "bart-decoder": (
+        "BartForCausalLM",
+        "BartConfig",
+        {
+            "vocab_size": V,
+            "d_model": 64,
+            "decoder_layers": 2,
+            "decoder_attention_heads": 4,
+            "decoder_ffn_dim": 96,
+            "max_position_embeddings": 256,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+            "is_encoder_decoder": False,
+            "init_std": 0.3,
+        },
+    ),
     "bloom-alibi": (
         "BloomForCausalLM",
         "BloomConfig",
@@ -140,8 +158,9 @@ def test_greedy_equals_transformers_one_by_one(name):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_models_that_see_padding_are_found(name):
+    model = build(name)
     with torch.no_grad():
-        assert sees_padding(build(name)) == name.startswith("rwkv")
+        assert sees_padding(model, model) == name.startswith(("rwkv", "bart"))
 
 
 def test_the_buffer_moves_and_grows_without_a_trace():

@@ -183,6 +183,11 @@ def test_whisper_equals_transformers(tmp_path):
     WhisperFeatureExtractor(feature_size=8, chunk_length=2).save_pretrained(tmp_path / "m")
     with pytest.raises(ValueError, match="8 x 200 mels, the encoder reads 8 x 100"):
         load_encoder("whisper", tmp_path / "m")
+    for noise in ({"dither": 1e-4}, {"padding_value": 0.5}, {"padding_side": "left"}):
+        extractor = WhisperFeatureExtractor(feature_size=8, chunk_length=1, **noise)
+        extractor.save_pretrained(tmp_path / "m")
+        with pytest.raises(ValueError, match="adds noise"):
+            load_encoder("whisper", tmp_path / "m")
 
 
 @pytest.mark.parametrize("output", ["tokens", "embedding"])

@@ -236,6 +236,8 @@ def test_preprocessing_equals_transformers_bit_for_bit(processor, tmp_path):
 
 
 def test_preprocessing_settings(tmp_path):
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
     path = tmp_path / "preprocessor_config.json"
     path.write_text(
         json.dumps({"size": 30, "crop_size": 28, "feature_extractor_type": "CLIPFeatureExtractor"})
@@ -244,7 +246,11 @@ def test_preprocessing_settings(tmp_path):
     for given in (
         {"image_processor_type": "Qwen2VLImageProcessor"},
         {"size": {"longest_edge": 3}},
+        {"size": {"shortest_edge": 28, "longest_edge": 60}},
+        {"size": {"max_height": 28, "max_width": 28}},
         {"do_pad": True},
+        {"use_square_size": True},
+        {"image_mean": None},
     ):
         path.write_text(json.dumps(given))
         with pytest.raises(ValueError, match="preprocessor_config"):
@@ -252,10 +258,15 @@ def test_preprocessing_settings(tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match=r"no preprocessor_config\.json"):
         read_preprocessing(tmp_path, CLIP)
-    (tmp_path / "processor_config.json").write_text(
-        json.dumps({"image_processor": {"size": {"height": 5, "width": 6}}})
-    )
+    both = tmp_path / "processor_config.json"
+    both.write_text(json.dumps({"image_processor": {"size": {"height": 5, "width": 6}}}))
     assert read_preprocessing(tmp_path, SIGLIP) == SIGLIP._replace(size=(5, 6))
+    # where both files have settings, those that transformers reads
+    path.write_text(json.dumps({"size": {"height": 7, "width": 8}}))
+    theirs = SiglipImageProcessorPil.from_pretrained(tmp_path).size
+    assert read_preprocessing(tmp_path, SIGLIP).size == (theirs.height, theirs.width) == (5, 6)
+    both.write_text(json.dumps({"processor_class": "SiglipProcessor"}))
+    assert read_preprocessing(tmp_path, SIGLIP).size == (7, 8)
 
 
 def test_a_thin_strip_cannot_grow_without_limit(tmp_path):

@@ -9,7 +9,12 @@ from ta import parallel
 from ta.data.batch import lay_out
 from ta.folders import ModelConfig
 from ta.model.attention import register
-from ta.model.language_model import base_model, self_check, wrap
+from ta.model.language_model import (
+    base_model,
+    check_reads_embeddings,
+    self_check,
+    wrap,
+)
 from ta.model.load import load_base
 
 PACKED = [
@@ -50,13 +55,21 @@ def small(kind, auto=AutoModelForCausalLM, **more):
         bos_token_id=1,
         eos_token_id=2,
         initializer_range=0.2,
-        **names,
-        **heads,
-        **more,
+        **names | heads | more,
     )
     return auto.from_config(
         config, attn_implementation=register() if kind != "bloom" else None
     ).eval()
+
+
+PER_LAYER = {
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 97,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 0,
+    "laurel_rank": 8,
+    "intermediate_size": [96, 96],
+}
 
 
 def documents(rng, n, longest=40):
@@ -108,6 +121,34 @@ def test_models_that_would_mix_documents_are_padded(kind, mode):
         ]
     )
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("gemma", {}),  # embeddings are scaled
+        ("opt", {"word_embed_proj_dim": 32}),
+        ("roberta", {"is_decoder": True}),  # positions leave padding out
+        ("gemma3n_text", PER_LAYER),
+    ],
+)
+def test_a_model_that_reads_ids_beside_embeddings_can_neither_see_nor_hear(kind, more):
+    model = small(kind, **more)
+    for weight in model.parameters():  # scales that begin at zero would hide what a layer reads
+        weight.data += 0.02 * torch.randn_like(weight)
+    wrapper = wrap(model)[0]
+    ids = torch.tensor([[5, 6, 7]])
+    embeds = wrapper.base.get_input_embeddings()(ids)
+    with torch.no_grad():
+        same = torch.allclose(
+            wrapper.base(input_ids=ids).logits, wrapper.base(inputs_embeds=embeds).logits, atol=1e-4
+        )
+    assert same == (kind != "gemma3n_text")
+    if same:
+        check_reads_embeddings(wrapper)
+    else:
+        with pytest.raises(ValueError, match="Gemma3nForCausalLM reads token ids beside"):
+            check_reads_embeddings(wrapper)
 
 
 # a small number for each name of a size that a kind of model may know
