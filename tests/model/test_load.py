@@ -164,8 +164,8 @@ KEYS = {  # what stands in the JSON files of a folder and is read, here or by a 
     "encoder": {
         "config.json": "hidden_size hidden_act max_position_embeddings dtype vocab_size",
         "tokenizer_config.json": "model_max_length tokenizer_class pad_token",
-        "sentence_bert_config.json": "max_seq_length do_lower_case",
-        "config_sentence_transformers.json": "prompts default_prompt_name",
+        "sentence_bert_config.json": "max_seq_length do_lower_case modality_config model_args",
+        "config_sentence_transformers.json": "prompts similarity_fn_name truncate_dim",
         "1_Pooling/config.json": "pooling_mode include_prompt",
     },
 }
