@@ -100,6 +100,8 @@ def metric_inputs(record: Mapping[str, Any]) -> Inputs:
     if isinstance(label, int) and _numbers(scores) and len(scores) == 2:
         inputs |= {"labels": [label], "predictions": [record.get("prediction")]}
         inputs["scores"] = scores[1:]
+    if isinstance(label, str) and "class" in record:
+        inputs |= {"labels": [label], "predictions": [record["class"]]}
     gold, passages = record.get("gold"), record.get("passages")
     if isinstance(gold, list) and _list_of(dict, passages):
         inputs |= {"gold": [gold], "retrieved": [[passage.get("id") for passage in passages]]}

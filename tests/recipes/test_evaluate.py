@@ -9,7 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ta.builtin import models, tasks
-from ta.generation.evaluation import compare, figure, interval, metric_inputs, read_answers
+from ta.generation.evaluation import (
+    check_answers,
+    compare,
+    figure,
+    interval,
+    metric_inputs,
+    read_answers,
+)
 from ta.generation.metrics import METRICS
 
 
@@ -189,6 +196,15 @@ def test_perplexity_and_win_rate_by_models(door, tmp_path):
     found = result(door, tmp_path, "--answers", files[0], "--against", files[1], *rewarded)
     rewards = [record["reward"] for record in found["records"]]
     assert found["figures"]["reward"]["wins"]["value"] == sum(b > a for a, b in rewards) / 6
+
+
+def test_a_class_is_compared_with_its_label_by_place_or_by_name():
+    """score.py writes both; the record's own label says which is meant."""
+    scored = {"prediction": 1, "probabilities": [0.2, 0.5, 0.3], "class": "pos"}
+    for label, right in ((1, 1), (2, 0), ("pos", 1), ("neg", 0), ("1", 0)):
+        found = figure("accuracy", [metric_inputs(check_answers(scored | {"label": label}))])
+        assert found.value == right, label
+    assert figure("accuracy", [metric_inputs(check_answers({"label": "1", "prediction": 1}))]).value
 
 
 def test_answers_that_stand_otherwise(tmp_path):
