@@ -431,6 +431,12 @@ def _answer(data: dict, key: str) -> dict:
             "answer of another role",
             f"the role of {key} is {answer['role']!r}; an answer's role is assistant",
         )
+    if (weight := answer.get("loss")) not in (None, 0, 1):
+        raise BadRecord(
+            "weight of a compared answer",
+            f"{key} has the weight {weight}, and comparing answers takes each as a whole; "
+            "leave the weight out",
+        )
     return answer
 
 

@@ -74,6 +74,22 @@ def test_other_names_of_the_loss():
     assert records.check_chat({"messages": [U, off]})["messages"][1] == {**A, "loss": 0}
 
 
+def test_an_answer_that_is_compared_has_no_weight():
+    """Losses of pairs and labels take the log-probability of the whole answer."""
+    for weight, fine in ((0.5, False), (2, False), (1, True), (None, True)):
+        answer = {**A, "weight": weight}
+        pair = {"context": [U], "answer_w": answer, "answer_l": "no"}
+        for check, data in (
+            (records.check_pair, pair),
+            (records.check_labelled, {"context": [U], "answer": answer, "is_desirable": True}),
+        ):
+            if fine:
+                check(data)
+                continue
+            with pytest.raises(BadRecord, match=f"has the weight {weight}"):
+                check(data)
+
+
 def test_parts_as_openai_writes_them():
     picture = {"type": "image", "content": "cat.png"}
     forms = [
