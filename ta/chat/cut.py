@@ -22,8 +22,10 @@ def cut_dialogue(
     most `max_tokens` in all (None: no limit). Leading system messages stay and are counted. Of the
     others the first stay, or with `keep_end` the last. With `end_in_answer` they end in an answer
     and hold a question before it. Where earlier messages went, the first one left is no answer.
-    The list is empty where nothing of use would stay.
+    The list is empty where nothing of use would stay. ValueError for lengths that cannot be.
     """
+    if len(roles) != len(lengths) or any(length < 0 for length in lengths):
+        raise ValueError(f"roles {roles}, lengths {lengths}: give each role a length from 0")
     first = next((i for i, role in enumerate(roles) if role != SYSTEM), len(roles))
     stop = len(roles)
     while end_in_answer and stop > first and roles[stop - 1] != ANSWER:

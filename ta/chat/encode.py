@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from ta.chat.cut import cut_dialogue
 from ta.chat.jinja import NO_ARGUMENTS, Arguments
@@ -13,6 +13,7 @@ from ta.chat.messages import (
     ANSWER,
     Chat,
     Message,
+    check_messages,
     is_question,
     leading_systems,
     message_weight,
@@ -81,8 +82,11 @@ def loss_weights(messages: Chat, loss_on: LossOn, opened: bool = False) -> list[
     """What each token of a message weighs in the loss, for each message; 0: not learned.
 
     A message's own `loss` wins over `loss_on`. With `opened` the last message is an answer that is
-    still to come. ValueError for a `loss` that is no weight.
+    still to come. ValueError for a `loss` that is no weight, and for another `loss_on`.
     """
+    check_messages(messages)
+    if loss_on not in get_args(LossOn):
+        raise ValueError(f"loss_on {loss_on!r}: give one of {', '.join(get_args(LossOn))}")
     last = len(messages) - (not opened)
     return [
         message_weight(
@@ -346,16 +350,8 @@ def encode_prompt(
 
 def _prepared(dialogue: Chat, config: ChatConfig) -> list[Message]:
     """The dialogue with the role's one name and the system prompt that the user asks for."""
-    messages = []
-    for i, message in enumerate(dialogue):
-        role, content = message.get("role"), message.get("content")
-        beside_calls = content is None and message.get("tool_calls")
-        if not isinstance(role, str) or not (isinstance(content, str | list) or beside_calls):
-            wrong, given = ("content", content) if isinstance(role, str) else ("role", role)
-            raise ValueError(
-                f"message {i + 1} has {wrong} {given!r}, which is no text; give a string"
-            )
-        messages.append({**message, "role": ANSWER} if role == "bot" else message)
+    check_messages(dialogue)
+    messages = [{**m, "role": ANSWER} if m["role"] == "bot" else m for m in dialogue]
     if is_text(messages):
         if len(messages) > 1 or config.system_prompt is not None:
             raise ValueError(

@@ -19,6 +19,22 @@ INSTRUCTIONS = (SYSTEM, "developer")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
+def check_messages(messages: Any) -> None:
+    """ValueError for what is no list of messages, each with its role and its content."""
+    if not isinstance(messages, Sequence) or not all(isinstance(m, Mapping) for m in messages):
+        raise ValueError(
+            f"{messages!r:.60} is no chat; give a list of messages, each {{role, content}}"
+        )
+    for i, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content")
+        beside_calls = content is None and message.get("tool_calls")
+        if not isinstance(role, str) or not (isinstance(content, str | list) or beside_calls):
+            wrong, given = ("content", content) if isinstance(role, str) else ("role", role)
+            raise ValueError(
+                f"message {i + 1} has {wrong} {given!r}, which is no text; give a string"
+            )
+
+
 def canonical_role(role: str | None) -> str | None:
     """The role's one name: "assistant" for "bot"."""
     return ANSWER if role == "bot" else role
@@ -58,6 +74,7 @@ def last_question(messages: Chat) -> int | None:
 
 def strip_trailing_answers(messages: Chat) -> list[Message]:
     """The messages up to the last one that is no answer: what a model is asked."""
+    check_messages(messages)
     end = len(messages)
     while end and canonical_role(messages[end - 1].get("role")) == ANSWER:
         end -= 1

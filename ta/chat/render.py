@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from ta.chat.jinja import (
     plain_contents,
     special_border,
 )
-from ta.chat.messages import ANSWER, Chat, message_weight
+from ta.chat.messages import ANSWER, Chat, check_messages, message_weight
 from ta.chat.template import Template, split_chat
 from ta.printable import printable
 
@@ -110,8 +111,11 @@ def render_chat(
     the template leaves out. ValueError: unknown role, a template that cannot write the chat or,
     where a message is learned, does not tell where it begins and ends.
     """
+    check_messages(messages)
     if weights is None:
         weights = [message_weight(m, i, m["role"] == ANSWER) for i, m in enumerate(messages)]
+    if len(weights) != len(messages) or not all(map(math.isfinite, weights)):
+        raise ValueError(f"weights {weights}: give one finite number for each message")
     plain = isinstance(template, JinjaTemplate) and plain_contents(
         messages, template, opened, arguments
     )

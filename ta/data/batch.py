@@ -95,14 +95,22 @@ def lay_out(
     `shared[i]` is the number of leading tokens that sequence i has in common with the last sequence
     before it that shares nothing: they stand in the row once, there, and both see them (packed
     only). Without a sequence the batch is one token that nothing learns, so that every process runs
-    the same number of passes.
+    the same number of passes. ValueError for ids and weights that are not as many, no whole numbers
+    from 0 and no finite numbers, and for `shared` where rows are padded.
     """
-    if not ids:
+    if not len(ids):
         zero = torch.zeros(1, 1, dtype=torch.int64)
         none = torch.zeros(0, dtype=torch.int64)
         return Batch(zero, zero.clone(), none, none, torch.zeros(0), none, none, ())
     flat, flat_weights = np.concatenate(ids), np.concatenate(weights)
+    whole = flat.astype(np.int64)
     full = np.fromiter(map(len, ids), np.int64, len(ids))
+    if [*map(len, weights)] != full.tolist() or flat.ndim > 1 or flat_weights.ndim > 1:
+        raise ValueError("ids and weights differ in shape: give each sequence a weight for each id")
+    if (whole != flat).any() or (whole < 0).any() or not np.isfinite(flat_weights).all():
+        raise ValueError("give ids that are whole numbers from 0, and weights that are finite")
+    if any(shared) and not (packed and len(shared) == len(ids)):
+        raise ValueError("give `shared` for packed rows alone, one number for each sequence")
     skip = np.asarray(shared if any(shared) else [0] * len(ids), np.int64)
     sizes = full - skip
     starts = _starts(sizes) if packed else np.arange(len(ids)) * sizes.max()
@@ -111,7 +119,7 @@ def lay_out(
     shape = (1, sizes.sum()) if packed else (len(ids), sizes.max())
     tokens = np.zeros(shape, np.int64)
     positions = np.zeros_like(tokens)
-    tokens.ravel()[place] = flat
+    tokens.ravel()[place] = whole
     positions.ravel()[place] = column
     # a target is predicted at the token before it
     hit = np.flatnonzero((flat_weights != 0) & (column > 0))
@@ -119,7 +127,7 @@ def lay_out(
         torch.from_numpy(tokens),
         torch.from_numpy(positions),
         torch.from_numpy(place[hit - 1]),
-        torch.from_numpy(flat[hit].astype(np.int64)),
+        torch.from_numpy(whole[hit]),
         torch.from_numpy(flat_weights[hit].astype(np.float32)),
         torch.from_numpy(owner[hit]),
         torch.from_numpy(starts + sizes - 1),

@@ -103,7 +103,8 @@ def train_batches(
     once or not at all. With `parts`, that many processes share each row (see `row_parts`).
     ValueError where the longest record does not fit into one micro-batch.
     """
-    assert prepared is not None, "recipes train on built-in data where none is given"
+    if prepared is None:
+        raise ValueError("no data to train on: give prepared records")
     check_budget(prepared, config.max_tokens_per_micro, parts)
     batch_size = config.batch_size or default_batch_size
     n = len(prepared.origin)

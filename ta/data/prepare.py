@@ -9,11 +9,12 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
 from itertools import chain, groupby
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -35,7 +36,7 @@ from ta.chat.tokenizer import ChatTokenizer, tokenizer_settings
 from ta.command_line import Range, check_config
 from ta.data.dependencies import dependencies
 from ta.data.jsonl import parse_record
-from ta.data.readers import files_of, read_rows
+from ta.data.readers import as_line, files_of, read_rows
 from ta.data.records import (
     EQUAL,
     Check,
@@ -64,7 +65,6 @@ from ta.files import (
     cache_folder,
     content_hash,
     hash_json,
-    json_line,
     made_once,
     open_arrays,
     stamp,
@@ -131,6 +131,68 @@ class RecordKind(NamedTuple):
     # (dialogue, ids, tokenizer, whether the latest messages were kept) -> (modality, path) of the
     # pictures and sounds of the dialogue that stand in the token ids
     media: Callable[[Chat, list[int], ChatTokenizer, bool], Sequence[tuple[str, str]]] | None = None
+
+    def prepare(
+        self,
+        files: Sequence[str] | Sequence[dict],
+        tokenizer: ChatTokenizer,
+        chat: ChatConfig,
+        data: DataConfig,
+        seed: int = 0,
+        *,
+        labels: Sequence[str] = (),
+    ) -> Prepared | None:
+        """Read, check and encode files of records, or open the data that an earlier run prepared.
+
+        `files` may name a choice of their records (`parse_source`); they are read in the order
+        given. Records themselves, a list of dicts, are written to a file in the cache and read from
+        there. `seed` chooses records where a share or a count is asked for. `labels` are names of
+        classes, in order, that labels may be; the checker then takes them. Returns None where
+        `files` is empty. ValueError for bad data, for a system prompt of a file beside one in
+        `chat`, and when no record is left.
+        """
+        if not files:
+            return None
+        files = _listed(files)
+        refuse_idle(chat, self.rule.idle, f"what is learned of {self.name} records is fixed")
+        if self.media:
+            refuse_idle(chat, ["split_turns"], f"{self.name} records are one sequence each")
+        cache = cache_folder(data.cache_dir)
+        texts = [_in_cache(files, cache)] if isinstance(files[0], dict) else files
+        sources = _parse(texts, data, chat)
+        stamps = _stamps(sources)
+        hashes = [source_hash(source.path, cache / "hashes") for source in sources]
+        chosen = any(source.share is not None or source.count is not None for source in sources)
+        choices = [[content, *source[1:]] for content, source in zip(hashes, sources, strict=True)]
+        settings = {"method": self.name} | ({"labels": labels} if labels else {})
+        settings |= tokenizer_settings(tokenizer, chat)
+        fingerprint = hash_json([FORMAT, choices, seed if chosen else None, settings])
+        functions = map(dependencies, (self.check, self.dialogues, self.extras, self.media))
+        about_kind = [*functions, self.rule, self.learned, self.distinct]
+        key = hash_json([fingerprint, PREPARE_VERSION, about_kind])
+        encoder = RecordEncoder(tokenizer, chat, self, tuple(labels))
+        folder, made = cache / "prepared" / key, False
+        opened = partial(_open, folder, sources, texts, data)
+        if isinstance(prepared := opened(), str):
+            with made_once(folder, opened, say) as temporary:
+                if made := temporary is not None:
+                    info = _build(temporary, sources, encoder, data, seed)
+                    if stamps != _stamps(sources):
+                        raise ValueError(
+                            f"{', '.join(source.path for source in sources)}: changed while being "
+                            "read; run again when it rests"
+                        )
+                    write_manifest(temporary, info | {"fingerprint": fingerprint})
+            if isinstance(prepared := opened(), str):
+                raise OSError(f"{folder}: what was just written cannot be read ({prepared})")
+        prepared.info["cached"] = not made
+        equal, pairs = prepared.info["drops"].get(EQUAL), prepared.info["expected"]
+        if equal and equal["count"] > data.max_bad_share * pairs:
+            raise ValueError(
+                f"{equal['first'][0]}: {EQUAL}, as in {equal['count']:,} of {pairs:,} pairs, over "
+                f"--max-bad-share {data.max_bad_share}: mend them or raise it"
+            )
+        return prepared._replace(check=encoder.check)
 
 
 def chat_of(record: dict, tokenizer: ChatTokenizer) -> list[Chat]:
@@ -237,73 +299,11 @@ def name_of(prepared: Prepared, record: int) -> str:
     return f"{prepared.info['sources'][source]['path']}:{line}"
 
 
-def prepare(
-    files: Sequence[str] | Sequence[dict],
-    tokenizer: ChatTokenizer,
-    chat: ChatConfig,
-    data: DataConfig,
-    seed: int = 0,
-    *,
-    kind: RecordKind = CHATS,
-    labels: Sequence[str] = (),
-) -> Prepared | None:
-    """Read, check and encode files of records, or open the data that an earlier run prepared.
-
-    `files` may name a choice of their records (`parse_source`); they are read in the order given.
-    Records themselves, a list of dicts, are written to a file in the cache and read from there.
-    `seed` chooses records where a share or a count is asked for. `labels` are names of classes, in
-    order, that labels may be; the checker of `kind` then takes them. Returns None where `files` is
-    empty. ValueError for bad data, for a system prompt of a file beside one in `chat`, and when no
-    record is left.
-    """
-    if not files:
-        return None
-    refuse_idle(chat, kind.rule.idle, f"what is learned of {kind.name} records is fixed")
-    if kind.media:
-        refuse_idle(chat, ["split_turns"], f"{kind.name} records are one sequence each")
-    cache = cache_folder(data.cache_dir)
-    texts = [_in_cache(files, cache)] if isinstance(files[0], dict) else list(files)
-    sources = _parse(texts, data, chat)
-    stamps = _stamps(sources)
-    hashes = [source_hash(source.path, cache / "hashes") for source in sources]
-    chosen = any(source.share is not None or source.count is not None for source in sources)
-    choices = [[content, *source[1:]] for content, source in zip(hashes, sources, strict=True)]
-    settings = {"method": kind.name} | ({"labels": labels} if labels else {})
-    settings |= tokenizer_settings(tokenizer, chat)
-    fingerprint = hash_json([FORMAT, choices, seed if chosen else None, settings])
-    functions = map(dependencies, (kind.check, kind.dialogues, kind.extras, kind.media))
-    about_kind = [*functions, kind.rule, kind.learned, kind.distinct]
-    key = hash_json([fingerprint, PREPARE_VERSION, about_kind])
-    encoder = RecordEncoder(tokenizer, chat, kind, tuple(labels))
-    folder, made = cache / "prepared" / key, False
-    opened = partial(_open, folder, sources, texts, data)
-    if isinstance(prepared := opened(), str):
-        with made_once(folder, opened, say) as temporary:
-            if made := temporary is not None:
-                info = _build(temporary, sources, encoder, data, seed)
-                if stamps != _stamps(sources):
-                    raise ValueError(
-                        f"{', '.join(source.path for source in sources)}: changed while being "
-                        "read; run again when it rests"
-                    )
-                write_manifest(temporary, info | {"fingerprint": fingerprint})
-        if isinstance(prepared := opened(), str):
-            raise OSError(f"{folder}: what was just written cannot be read ({prepared})")
-    prepared.info["cached"] = not made
-    equal, pairs = prepared.info["drops"].get(EQUAL), prepared.info["expected"]
-    if equal and equal["count"] > data.max_bad_share * pairs:
-        raise ValueError(
-            f"{equal['first'][0]}: {EQUAL}, as in {equal['count']:,} of {pairs:,} pairs, over "
-            f"--max-bad-share {data.max_bad_share}: mend them or raise it"
-        )
-    return prepared._replace(check=encoder.check)
-
-
-prepare_chats = partial(prepare, kind=CHATS)
-prepare_pairs = partial(prepare, kind=PAIRS)
-prepare_labelled = partial(prepare, kind=LABELLED)
-prepare_classes = partial(prepare, kind=CLASSES)
-prepare_questions = partial(prepare, kind=QUESTIONS)
+prepare_chats = CHATS.prepare
+prepare_pairs = PAIRS.prepare
+prepare_labelled = LABELLED.prepare
+prepare_classes = CLASSES.prepare
+prepare_questions = QUESTIONS.prepare
 
 
 def first_records(prepared: Prepared | None, n: int) -> list[dict]:
@@ -353,7 +353,8 @@ def preview(data: Prepared | Tokens | None, tokenizer: ChatTokenizer) -> Preview
     The prepared data is shown on the screen (stderr) too.
     """
     decode = tokenizer.fast.decode
-    assert data is not None, "recipes train on built-in data where none is given"
+    if data is None or isinstance(data, Drop):
+        raise ValueError(f"{data} has no tokens to show: give prepared records or a sequence")
     if not isinstance(data, Prepared):
         return Preview([], [spans(Tokens(*data), decode)])
     records = first_records(data, 1) if tokenizer.placeholders else []
@@ -439,10 +440,25 @@ def _stamps(sources: Sequence[Source]) -> list[list[int]]:
     return [stamp(file) for source in sources for file in files_of(source.path)]
 
 
+def _listed(files: Any) -> list[Any]:
+    """The files, or the records, as a list. ValueError for anything else."""
+    alone = isinstance(files, str | PathLike | Mapping)
+    listed = [fspath(x) if isinstance(x, PathLike) else x for x in ([files] if alone else files)]
+    if alone or not any(all(isinstance(x, kind) for x in listed) for kind in (str, dict)):
+        raise ValueError(
+            f"{str(listed)[:80]!r}: give a list of names of files, or a list of records such as "
+            '[{"messages": [...]}]'
+        )
+    return listed
+
+
 def _in_cache(records: Sequence[dict], cache: Path) -> str:
     """The file in the cache that holds these records as JSON lines."""
-    lines = "".join(map(json_line, records))
-    path = cache / "records" / f"{hash_json(lines)[:16]}.jsonl"
+    try:
+        lines = b"\n".join(map(as_line, records))
+    except TypeError as error:
+        raise ValueError(f"the records cannot be written as JSON ({error})") from None
+    path = cache / "records" / f"{hash_json(lines.decode())[:16]}.jsonl"
     if not path.exists():
         write_atomic(path, lines)
     return str(path)

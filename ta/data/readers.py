@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ta.data.jsonl import MAX_LINE, Rows, read_lines, regular_file, sound_text
-from ta.files import HUB, dataset_snapshot
+from ta.files import HUB, dataset_snapshot, json_text
 
 # characters of a JSON list that are read at once, and rows of a parquet file
 CHUNK, ROWS = 1 << 20, 1000
@@ -39,6 +39,8 @@ SPLITS = {
 }
 # by the first bytes of a file, what pyarrow reads it as
 ARROW_KINDS = {b"PAR1": "parquet", b"ARRO": "file", b"\xff\xff\xff\xff": "stream"}
+# a list of messages as Python writes it, which `to_csv` of datasets and pandas puts into a cell
+PYTHON_MESSAGES = re.compile(r"\[?\{'(role|content|from|value)': ")
 # columns of a CSV file whose cells are JSON; all others are text
 JSON_COLUMNS = (
     *("messages", "conversations", "context", "answer_w", "answer_l", "answers", "rewards"),
@@ -243,9 +245,14 @@ def _csv_rows(path: str) -> Rows:
                         f"{path}:{line}: {len(row)} cells under {len(names)} names; put quotes "
                         "around cells with commas or line ends"
                     )
+                if any(map(PYTHON_MESSAGES.match, row)):
+                    raise ValueError(
+                        f"{path}:{line}: a cell holds messages as Python writes them, which is no "
+                        "JSON; save the records as .jsonl or .parquet"
+                    )
                 if row:
                     cells = zip(names, row, strict=True)
-                    yield line, _json({name: _cell(name, cell) for name, cell in cells})
+                    yield line, as_line({name: _cell(name, cell) for name, cell in cells})
                 line = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(f"{path}:{line}: not sound CSV ({error}); save it again") from None
@@ -266,7 +273,8 @@ def _arrow_rows(path: str, kind: str, keep: Keep | None) -> Rows:
     """(row from 1, JSON bytes) of the rows of a parquet or Arrow file.
 
     Rows of such files have every key that some row has. A key that is null is therefore left out,
-    at any depth (`content` excepted), as is a number that is not there (NaN).
+    at any depth (`content` excepted), as is a number that is not there (NaN). Values of the type
+    arrow.json, which datasets gives to columns of mixed types, are what their text holds.
     """
     try:
         import pyarrow as pa
@@ -286,10 +294,11 @@ def _arrow_rows(path: str, kind: str, keep: Keep | None) -> Rows:
             file = ipc.open_file(pa.memory_map(path))
             batches = map(file.get_batch, range(file.num_record_batches))
         for batch in batches:
+            coded = {field.name: _coded(field.type) for field in batch.schema}
             for start in range(0, len(batch), some):
                 for row in batch.slice(start, some).to_pylist():
                     number += 1
-                    yield number, _json(_present(row, keep))
+                    yield number, as_line(_decoded(_present(row, keep), coded))
     except TypeError as error:
         raise ValueError(
             f"{path}:{number}: {error}; ta convert {path} OUT saves pictures and sounds as files"
@@ -317,11 +326,38 @@ def _present(value: Any, keep: Keep | None) -> Any:
     }
 
 
-def _json(row: dict) -> bytes:
-    return json.dumps(row, ensure_ascii=False, default=_as_text).encode(errors="backslashreplace")
+def _coded(kind: Any) -> Any:
+    """Where JSON text stands in values of an Arrow type: True (the value), {key: where} of a
+    struct, [where] of a list; None where there is none."""
+    if getattr(kind, "extension_name", "") == "arrow.json":
+        return True
+    if hasattr(kind, "value_type"):
+        return [inside] if (inside := _coded(kind.value_type)) else None
+    fields = {field.name: _coded(field.type) for field in getattr(kind, "fields", ())}
+    return fields if any(fields.values()) else None
 
 
-def _as_text(value: Any) -> str:
+def _decoded(value: Any, coded: Any) -> Any:
+    """The value with what its JSON text holds, in the places `coded`."""
+    if value is None or not coded:
+        return value
+    if coded is True:
+        return json.loads(value)
+    if isinstance(coded, list):
+        return [_decoded(item, *coded) for item in value]
+    return {key: _decoded(item, coded.get(key)) for key, item in value.items()}
+
+
+def as_line(row: dict) -> bytes:
+    """A record as JSON; values of numpy are numbers and lists, times are text, NaN is null.
+
+    TypeError for bytes.
+    """
+    text = json_text(row, ensure_ascii=False, default=_plain)
+    return text.encode(errors="backslashreplace")
+
+
+def _plain(value: Any) -> Any:
     if isinstance(value, bytes | bytearray | memoryview):
         raise TypeError("a cell holds bytes, which are no text")
-    return str(value)
+    return value.tolist() if hasattr(value, "tolist") else str(value)

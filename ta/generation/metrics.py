@@ -111,15 +111,16 @@ def f1(predictions: Classes, labels: Classes) -> float:
 def roc_auc(scores: Sequence[float], labels: Sequence[int | bool]) -> float:
     """Share of (positive, negative) pairs ranked rightly by score, ties half.
 
-    It is Mann-Whitney's U (Hanley and McNeil 1982); labels are 0 or 1.
+    It is Mann-Whitney's U (Hanley and McNeil 1982). NaN where all labels are alike. ValueError for
+    labels that are not 0 or 1, and for scores that are NaN or not as many.
     """
     import numpy as np
 
     values, positive = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
-    if len(values) != len(positive):
+    if len(values) != len(positive) or np.isnan(values).any() or (positive != labels).any():
         raise ValueError(
             f"{len(values)} scores and {len(positive)} labels do not pair up; "
-            "give one label a score"
+            "give each score, a number, one label, 0 or 1"
         )
     wins, losses = values[positive], np.sort(values[~positive])
     if not len(wins) or not len(losses):

@@ -241,6 +241,9 @@ def check_prompts(
     the `context` of so many tokens (None: no limit). `room`: tokens that must fit behind a prompt;
     0 where it is read and not answered.
     """
+    for prompt in prompts:
+        if isinstance(prompt, str | int) or isinstance(next(iter(prompt), 0), str | dict):
+            raise ValueError(f"{prompt!r:.60} is no prompt; give lists of token ids")
     empty = [i for i, p in enumerate(prompts) if len(p) == 0]
     if empty:
         raise ValueError(

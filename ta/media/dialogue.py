@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 from ta.chat.encode import Drop, encode_prompts
 from ta.chat.jinja import Arguments
@@ -11,7 +10,7 @@ from ta.chat.messages import Message, parts_of
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import ChatTokenizer, Placeholder
 from ta.data.jsonl import BadRecord
-from ta.data.prepare import RecordKind, prepare
+from ta.data.prepare import RecordKind
 from ta.data.records import check_media
 
 Media = list[tuple[str, str]]  # (modality, path as the record gives it), in the order of the text
@@ -88,4 +87,4 @@ def placed_chat(record: dict, tokenizer: ChatTokenizer) -> list[list[Message]]:
 
 
 MEDIA_CHATS = RecordKind("media", check_media, placed_chat, answer_optional=True, media=kept_media)
-prepare_media_chats = partial(prepare, kind=MEDIA_CHATS)
+prepare_media_chats = MEDIA_CHATS.prepare

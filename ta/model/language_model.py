@@ -108,6 +108,8 @@ class LanguageModel(nn.Module):
 
         A causal model's head reads the last token, an encoder's what its kind reads.
         """
+        if self.generates:
+            raise ValueError("a language model has no scores: load it with num_labels")
         with self._arithmetic():
             batch, embeds = self._inputs(batch)
             if is_encoder_classifier(self.base):
@@ -203,6 +205,8 @@ class LanguageModel(nn.Module):
         return self._hidden(batch, embeds).flatten(0, 1)[batch.learned], self._head()
 
     def _head(self) -> Head:
+        if not self.generates:
+            raise ValueError("a classifier has no log-probabilities: load it without num_labels")
         layer = self.base.get_output_embeddings()
         config = self.base.config.get_text_config()
         divisor = getattr(config, "logits_scaling", None) or 1

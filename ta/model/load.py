@@ -97,6 +97,8 @@ def load_model(
         )
     if compute.deterministic:
         deterministic_operations()
+    if num_labels is not None and len(label_names) not in (0, num_labels):
+        raise ValueError(f"num_labels {num_labels} and {len(label_names)} label_names differ")
     if num_labels is None:
         loaded, head = load_base(model, device=device, quantize=compute.quantize), ""
     else:

@@ -15,12 +15,12 @@ from ta.chat.tokenizer import chat_tokenizer
 from ta.data import formats, records
 from ta.data.jsonl import BadRecord
 from ta.data.prepare import (
+    CHATS,
     CLASSES,
     LABELLED,
     PAIRS,
     DataConfig,
     first_records,
-    prepare,
     report,
     sequence,
 )
@@ -374,8 +374,7 @@ def make(tmp_path, monkeypatch, tokenizer):
     def made(*rows, kind="chat", name="d.jsonl", config=PLAIN):
         path = tmp_path / name
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        more = {"kind": KINDS[kind]} if kind in KINDS else {}
-        return prepare([str(path)], tokenizer, EXPLICIT, config, **more)
+        return KINDS.get(kind, CHATS).prepare([str(path)], tokenizer, EXPLICIT, config)
 
     return made
 
@@ -501,6 +500,6 @@ def test_plain_text_begins_with_bos_where_the_tokenizer_puts_it(tokenizer):
 def test_records_in_memory(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setenv("TA_CACHE", str(tmp_path / "cache"))
     rows = [{"conversations": [human, gpt]}, {"conversations": [human, other]}]
-    first, again = (prepare(rows, tokenizer, EXPLICIT, DataConfig()) for _ in range(2))
+    first, again = (CHATS.prepare(rows, tokenizer, EXPLICIT, DataConfig()) for _ in range(2))
     assert first.info["records"] == 2 and again.info["cached"]
     assert first_records(first, 2)[1]["messages"] == [U, B]

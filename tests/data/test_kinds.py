@@ -17,7 +17,6 @@ from ta.data.prepare import (
     PAIRS,
     QUESTIONS,
     DataConfig,
-    prepare,
     sequence,
 )
 
@@ -58,12 +57,11 @@ def make(tmp_path, tokenizer, monkeypatch):
 
     def made(kind, *records, config=EXPLICIT, name="d.jsonl", bad_share=0.01):
         (tmp_path / name).write_text("".join(json.dumps(record) + "\n" for record in records))
-        return prepare(
+        return KINDS[kind].prepare(
             [str(tmp_path / name)],
             chat_tokenizer(tokenizer, config),
             config,
             DataConfig(max_bad_share=bad_share),
-            kind=KINDS[kind],
         )
 
     return made

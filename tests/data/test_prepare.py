@@ -25,7 +25,6 @@ from ta.data.prepare import (
     DataConfig,
     first_records,
     lengths,
-    prepare,
     preview,
     read_drops,
     report,
@@ -92,7 +91,7 @@ KIND = CHATS._replace(check=check, dialogues=dialogues, extras=size, answer_opti
 
 
 def made(files, data=DataConfig(), letters=None, chat=ChatConfig(), kind=KIND, **more):  # noqa: B008
-    return prepare(files, (letters or Letters()).tokenizer, chat, data, kind=kind, **more)
+    return kind.prepare(files, (letters or Letters()).tokenizer, chat, data, **more)
 
 
 def texts(prepared):
