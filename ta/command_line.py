@@ -12,12 +12,14 @@ import select
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import chain
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from ta.files import causes, full_disk, keep_inputs
-from ta.flags import docs_of, our_words, settings_of, short_help, start_of
+from ta.flags import docs_of, kind_of, our_words, settings_of, short_help, start_of
 from ta.printable import one_line
 from ta.screen import COLOUR
 
@@ -34,6 +36,7 @@ NO_MEMORY = (
 
 # what a number may be at most where its field says no less
 MOST = 2**31 - 1
+hints_of = cache(get_type_hints)
 
 
 class Range(NamedTuple):
@@ -58,22 +61,40 @@ SEED = Range(0, 2**63 - 1)
 
 
 def check_config(config: Any) -> None:
-    """ValueError for the first number outside the range of its field, here or in a config inside.
+    """ValueError for the first value that is none of its field, here or in a config inside: of
+    another type, or a number outside the range.
 
     A number without a Range has the widest. A config that has a method `check` is then asked what
     else cannot be.
     """
-    for name, hint in get_type_hints(type(config), include_extras=True).items():
+    if not dataclasses.is_dataclass(config):
+        raise ValueError(f"{config!r:.60} is no settings; give such as ta.ModelConfig()")
+    plain = hints_of(type(config))
+    for name, hint in hints_of(type(config), include_extras=True).items():
         value = getattr(config, name)
         if dataclasses.is_dataclass(value):
             check_config(value)
+        said = f"--{name.replace('_', '-')} {value}: give a"
+        if not _is_of(value, plain[name]):
+            raise ValueError(f"{said} value of {kind_of(plain[name])}")
         limits = [x for x in getattr(hint, "__metadata__", ()) if isinstance(x, Range)]
         for limit in limits or [Range()]:
-            if isinstance(value, int | float) and not limit.holds(value):
-                flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} {value}: give a number {limit}")
+            if isinstance(value, Real) and not limit.holds(value):
+                raise ValueError(f"{said} number {limit}")
     if hasattr(config, "check"):
         config.check()
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of the type of a field; numbers of numpy are numbers."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value in parts
+    if origin is tuple:
+        return isinstance(value, tuple | list) and all(_is_of(item, parts[0]) for item in value)
+    if parts:
+        return any(_is_of(value, part) for part in parts)
+    return isinstance(value, {int: Integral, float: Real}.get(kind, kind))
 
 
 def cli(main: Callable[[Any], Any], config_class: type, argv: list[str] | None = None) -> None:

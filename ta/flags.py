@@ -274,20 +274,20 @@ def short_help(config_class: type, doc: str) -> str:
         tail = f" (default: {shown})" if shown not in ("", "None", "False", "True") else ""
         tail = " (required)" if default is dataclasses.MISSING else tail
         text = docs_of(setting.owner).get(setting.name, "") + tail
-        lines.append(f"  {setting.flag} {_kind(hint)}".rstrip())
+        lines.append(f"  {setting.flag} {kind_of(hint)}".rstrip())
         lines += [hanging(text, width, 6, " " * 6)] if text else []
     config = "Settings from a file: config.json of a run, JSON or TOML. Flags after it win."
     return "\n".join([*lines, "  --config FILE", "      " + config])
 
 
-def _kind(hint: Any) -> str:
+def kind_of(hint: Any) -> str:
     """What a flag takes, as help shows it."""
     kinds = {bool: "", int: "INT", float: "FLOAT", str: "STR"}
     kind, parts = get_origin(hint), get_args(hint)
     if kind in (Union, types.UnionType):
-        return " ".join(_kind(part) for part in parts if part is not type(None))
+        return " ".join(kind_of(part) for part in parts if part is not type(None))
     if kind is Literal:
         return "{" + ",".join(map(str, parts)) + "}"
     if kind is tuple:
-        return f"{_kind(parts[0])} ..."
+        return f"{kind_of(parts[0])} ..."
     return kinds.get(hint, "")

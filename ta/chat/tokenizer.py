@@ -26,6 +26,7 @@ from ta.chat.template import (
     split_chat,
 )
 from ta.chat.tokenizer_files import CONTENT_TOKENS, Json, read_tokenizer
+from ta.command_line import check_config
 from ta.files import hash_json
 from ta.folders import ModelConfig, local_folder, resolve, value_of
 from ta.printable import one_line
@@ -120,6 +121,8 @@ def load_chat_tokenizer(
     that writes the date writes. ValueError for settings that cannot work, a folder without a fast
     tokenizer, a token that cannot be added.
     """
+    check_config(model)
+    check_config(tokenizer)
     check_chat_config(chat)
     own = tokenizer.tokenizer_path
     fast = load_tokenizer(local_folder(own, model.hub) if own else resolve(model).tokenizer)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy import ndarray
 
+from ta.command_line import check_config
 from ta.data.batch import (
     Batch,
     ClassBatch,
@@ -105,6 +106,7 @@ def train_batches(
     """
     if prepared is None:
         raise ValueError("no data to train on: give prepared records")
+    check_config(config)
     check_budget(prepared, config.max_tokens_per_micro, parts)
     batch_size = config.batch_size or default_batch_size
     n = len(prepared.origin)

@@ -154,6 +154,7 @@ class RecordKind(NamedTuple):
         if not files:
             return None
         files = _listed(files)
+        check_config(data)
         refuse_idle(chat, self.rule.idle, f"what is learned of {self.name} records is fixed")
         if self.media:
             refuse_idle(chat, ["split_turns"], f"{self.name} records are one sequence each")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ta.command_line import check_config
 from ta.generation.hf_generate import run_beams, run_driven, sees_padding, takes_positions
@@ -29,7 +29,7 @@ from ta.model.language_model import base_model, evaluating
 
 def generate(
     model,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     config: GenerateConfig,
     stop_ids: Collection[int],
@@ -43,6 +43,7 @@ def generate(
 
     model: a transformers or peft model, a LanguageModel around one, or a started vLLM; a model's
     attention function, train mode and gradients are put back afterwards.
+    tokenizer: that of transformers, such as `ChatTokenizer.fast`.
     prompts: token ids. embeds: for each prompt (L, D) in place of its tokens' embeddings.
     stop_ids: tokens that end an answer.
     keys: the number that each prompt's sampling is seeded with beside config.seed (its place in
@@ -52,7 +53,7 @@ def generate(
     fixed_shapes: whether decode steps come in few shapes and replay as CUDA graphs (None: on a
     GPU); the answers are the same.
     ValueError: settings that exclude each other; prompts that are empty, too long for the context,
-    or of another vocabulary; broken logits.
+    or of another vocabulary, or text; a model with a head of scores; broken logits.
     """
     check_config(config)
     if isinstance(model, VllmEngine):
@@ -63,6 +64,9 @@ def generate(
     virtual = is_prompt_learning(inner)
     vocabulary, context = limits_of(model)
     check_prompts(prompts, vocabulary, context)
+    prompts = [[*map(int, prompt)] for prompt in prompts]
+    if base.get_output_embeddings() is None:
+        raise ValueError("a model with a head of scores writes no answers: give a language model")
     if embeds is not None and [len(x) for x in embeds] != [len(prompt) for prompt in prompts]:
         raise ValueError(
             "embeds and prompts differ in length: give one row of embeddings for every token "

@@ -117,7 +117,11 @@ def roc_auc(scores: Sequence[float], labels: Sequence[int | bool]) -> float:
     import numpy as np
 
     values, positive = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
-    if len(values) != len(positive) or np.isnan(values).any() or (positive != labels).any():
+    if (
+        len(values) != len(positive)
+        or np.isnan(values).any()
+        or (positive != np.asarray(labels)).any()
+    ):
         raise ValueError(
             f"{len(values)} scores and {len(positive)} labels do not pair up; "
             "give each score, a number, one label, 0 or 1"
@@ -204,9 +208,11 @@ class Metric(NamedTuple):
 def measure(names: Iterable[str], **data: Any) -> dict[str, float]:
     """The metrics `names` of METRICS, each given those of `data` that it takes.
 
-    ValueError for an unknown name or for missing data.
+    ValueError for an unknown name, for missing data, and for a text in place of a list.
     """
     names = list(names)
+    if alone := [key for key, value in data.items() if isinstance(value, str)]:
+        raise ValueError(f"{alone[0]} is one text: give a list")
     check_metrics(names, [key for key, value in data.items() if value is not None])
     values = {}
     for name in names:

@@ -68,7 +68,7 @@ def score(
     """
     if isinstance(model, VllmEngine):
         return _numbers(score_vllm(model, sequences))
-    unlearned = [(tokens.ids, [0.0] * len(tokens.ids)) for tokens in sequences]
+    unlearned = [(ids, [0.0] * len(ids)) for ids, _ in sequences]
 
     def scores(batch: Batch) -> list[list[float]]:
         return model.scores(batch).double().tolist()  # (N, C)

@@ -87,6 +87,7 @@ def load_model(
     in further modules and freeze parts of it, before it is sharded. New weights are drawn from
     `seed`. ValueError for settings and folders that do not fit together.
     """
+    check_config(model)
     check_config(compute)
     sources = resolve(model)
     check_adapter(adapter, sources.adapter, checkpointing=compute.activation_checkpointing)
@@ -97,8 +98,8 @@ def load_model(
         )
     if compute.deterministic:
         deterministic_operations()
-    if num_labels is not None and len(label_names) not in (0, num_labels):
-        raise ValueError(f"num_labels {num_labels} and {len(label_names)} label_names differ")
+    if num_labels is not None and (num_labels < 1 or len(label_names) not in (0, num_labels)):
+        raise ValueError(f"num_labels {num_labels}, label_names {label_names}: give a name a score")
     if num_labels is None:
         loaded, head = load_base(model, device=device, quantize=compute.quantize), ""
     else:

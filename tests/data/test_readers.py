@@ -236,6 +236,48 @@ def test_folders_have_splits(tmp_path):
         rows(tmp_path / "two")
 
 
+def test_json_text_in_columns_is_what_it_holds(tmp_path):
+    """Columns of mixed types, to which datasets 5 gives the type arrow.json, at any depth."""
+    pa = pytest.importorskip("pyarrow", minversion="19")
+    from pyarrow import parquet
+
+    def code(*values):
+        texts = [None if value is None else json.dumps(value) for value in values]
+        return pa.ExtensionArray.from_storage(pa.json_(), pa.array(texts, pa.string()))
+
+    parts, tools = [{"type": "text", "text": "é"}], [{"a": None}]
+    turn = pa.StructArray.from_arrays(
+        [pa.array(["user", "tool"]), code("q", parts)], ["role", "content"]
+    )
+    columns = {
+        "messages": pa.ListArray.from_arrays([0, 1, 2], turn),
+        "tools": code(tools, None),
+        "n": pa.LargeListArray.from_arrays([0, 2, 3], code(1, "1", [])),
+    }
+    table = pa.table(columns)
+    records = [
+        {"messages": [{"role": "user", "content": "q"}], "tools": tools, "n": [1, "1"]},
+        {"messages": [{"role": "tool", "content": parts}], "n": [[]]},
+    ]
+    parquet.write_table(table, tmp_path / "d.parquet")
+    with pa.ipc.new_stream(str(tmp_path / "d.arrow"), table.schema) as stream:
+        stream.write_table(table)
+    for name in ("d.parquet", "d.arrow"):
+        assert rows(tmp_path / name) == list(enumerate(records, 1))
+
+
+def test_messages_that_csv_holds_as_python_writes_them_are_refused(tmp_path):
+    path = tmp_path / "d.csv"
+    answer = {"role": "assistant", "content": "a"}
+    for messages in ([answer], [{"from": "gpt", "value": 'it\'s "a"'}], answer):
+        with path.open("w") as file:
+            csv.writer(file).writerows([["prompt", "chosen"], ["q", "a"], ["q", messages]])
+        with pytest.raises(ValueError, match=r"d.csv:3: a cell holds messages as Python"):
+            rows(path)
+    path.write_text("text\n{'a': 1}\n")
+    assert rows(path) == [(2, {"text": "{'a': 1}"})], "other text of Python is text"
+
+
 def test_folders_as_datasets_writes_them(tmp_path):
     datasets = pytest.importorskip("datasets")
     made = datasets.Dataset.from_list([{"n": i} for i in range(5)])
