@@ -160,7 +160,7 @@ def test_how_many_steps_and_how_many_records():
         (): (1, 64),
         (("batch_size", 8),): (3, 8),
         (("batch_size", 8), ("epochs", 2.0)): (6, 8),
-        (("batch_size", 8), ("epochs", 2.0), ("steps", 5)): (5, 8),
+        (("batch_size", 8), ("steps", 5)): (5, 8),
     }
     for given_, (steps, size) in every.items():
         batches = train_batches(data, BatchConfig(**dict(given_)))
