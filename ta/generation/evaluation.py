@@ -19,6 +19,7 @@ from ta.data.jsonl import parse_record
 from ta.data.readers import read_rows
 from ta.files import json_text
 from ta.generation.metrics import METRICS, check_metrics
+from ta.parallel import say
 
 # names of fields in files of answers
 ANSWER = ("answer", "prediction", "output", "response", "completion")
@@ -135,12 +136,17 @@ def with_tokens(inputs: Sequence[Inputs], tokenizer: Any) -> list[Inputs]:
 
 
 def paired(sides: Sequence[list[dict]]) -> Sequence[list[dict]]:
-    """The records that all files have, side by side: by id, else by messages, else by place."""
+    """The records that all files have, side by side: by id, else by messages, else by place.
+
+    A line says how many are left out.
+    """
     for name in ("id", "messages"):
         keys = [[json.dumps(record.get(name)) for record in side] for side in sides]
         if all(len(set(some)) == len(some) and "null" not in some for some in keys):
             tables = [dict(zip(*pair, strict=True)) for pair in zip(keys, sides, strict=True)]
             shared = [key for key in keys[0] if all(key in table for table in tables)]
+            if alone := sum(map(len, sides)) - len(sides) * len(shared):
+                say(f"left out: {alone:,} records that one file alone has")
             sides = [[table[key] for key in shared] for table in tables]
             break
     if len(sizes := {len(side) for side in sides}) > 1:
@@ -228,23 +234,21 @@ def compare(
 ) -> Comparison:
     """The paired difference of a metric between two sets of answers, record by record.
 
-    ValueError for a metric that has no value for each record.
+    ValueError for a metric that has no value for each record, or for none.
     """
     import numpy as np
 
     check_comparable([name])
     before, after = (np.array(values_of(name, side)) for side in (first, second))
     both = ~np.isnan(after - before)
+    if not both.any():
+        raise ValueError(f"metric {name} has a value for no record of both files: leave it out")
     before, after = before[both], after[both]
     figures = []
     for values in (after - before, (np.sign(after - before) + 1) / 2):
         ends = interval(lambda at, v=values: v[at].mean(), len(values), DRAWS, seed)
-        figures.append(Figure(_mean(values), *ends, len(values)))
-    return Comparison(_mean(before), _mean(after), *figures)
-
-
-def _mean(values: Any) -> float:
-    return float(values.mean()) if len(values) else math.nan
+        figures.append(Figure(float(values.mean()), *ends, len(values)))
+    return Comparison(float(before.mean()), float(after.mean()), *figures)
 
 
 def table_of(figures: Mapping[str, Figure | Comparison]) -> tuple[list[tuple], tuple[str, ...]]:

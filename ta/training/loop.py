@@ -31,7 +31,7 @@ from ta.parallel import gather_objects, on_rank_zero, rank, say, seed_dropout, s
 from ta.screen import fitted, progress
 from ta.training import checkpoint, run_folder
 from ta.training.memory import check_disk, memory_report
-from ta.training.optim import ScheduleConfig, lr_at, update
+from ta.training.optim import ScheduleConfig, update
 from ta.training.progress import (
     Signals,
     StepSums,
@@ -138,7 +138,7 @@ def train(
                 sums["stop"] = float(stop.received > 0)  # as late as all processes can agree on
                 totals = sum_over_ranks(_row(sums, device))
                 named = dict(zip(sums, totals, strict=True))
-                lr = lr_at(number, batches.steps, optim)
+                lr = optim.lr_at(number, batches.steps)
                 # where this process has no token, perhaps none has
                 skipped = not sums["tokens"] and not named["count"].item()
                 norm = named["count"]

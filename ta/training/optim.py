@@ -33,6 +33,19 @@ class ScheduleConfig:
     clip: Annotated[float, Range(0)] = 1.0
     """Greatest global gradient norm; 0 does not clip."""
 
+    def lr_at(self, step: int, steps: int) -> float:
+        """Learning rate of optimizer step `step` (from 0) of `steps`.
+
+        A linear warm-up comes first, then cosine or linear decay to min_lr_ratio * lr, or a
+        constant.
+        """
+        warmup = self.warmup if self.warmup >= 1 else math.ceil(self.warmup * steps)
+        if step < warmup:
+            return self.lr * (step + 1) / warmup
+        done = min(1.0, (step - warmup) / max(1, steps - warmup))
+        left = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+        return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * left[self.schedule])
+
 
 @dataclass(frozen=True)
 class OptimConfig(ScheduleConfig):
@@ -73,19 +86,6 @@ def with_default_lr(
     has_adapter = adapter.adapter != "none" or resolve(model).adapter is not None
     lr = adapted if has_adapter else full
     return replace(config, lr=builtin if model.model_path.startswith("builtin") else lr)
-
-
-def lr_at(step: int, steps: int, config: ScheduleConfig) -> float:
-    """Learning rate of optimizer step `step` (from 0) of `steps`.
-
-    A linear warm-up comes first, then cosine or linear decay to min_lr_ratio * lr, or a constant.
-    """
-    warmup = config.warmup if config.warmup >= 1 else math.ceil(config.warmup * steps)
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, steps - warmup))
-    left = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
-    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * left[config.schedule])
 
 
 def parameter_groups(

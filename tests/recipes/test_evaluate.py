@@ -89,6 +89,14 @@ def test_two_files_are_compared_record_by_record(door, tmp_path):
     assert figures["difference"]["value"] == pytest.approx(better / 60)
     assert figures["wins"]["value"] == pytest.approx(0.5 + better / 120)
     assert 0 < figures["difference"]["low"] < better / 60 < figures["difference"]["high"]
+    pair = ("--answers", files[0], "--against", files[1])
+    assert (
+        "left out: 1 records that one file"
+        in door("evaluate", *pair, "--out", tmp_path / "c2.json")[1]
+    )
+    bare = [{"id": record["id"], "answer": "a"} for record in second]
+    bare = ("--answers", files[0], "--against", written(tmp_path / "bare.jsonl", bare))
+    assert "for no record of both" in door("evaluate", *bare, "--out", tmp_path / "d.json")[1]
     same = result(door, tmp_path, "--answers", files[0], "--against", files[0])["figures"][
         "accuracy"
     ]

@@ -19,7 +19,7 @@ from ta.data.micro import BatchConfig
 from ta.files import append_line
 from ta.training import loop as training_loop
 from ta.training.loop import mean_over
-from ta.training.optim import OptimConfig, lr_at, make_optimizer
+from ta.training.optim import OptimConfig, make_optimizer
 from ta.training.report import comparison
 from ta.training.run_folder import LoopConfig, Run, first_day
 
@@ -54,18 +54,18 @@ def weights(model):
 
 def test_the_schedule_by_hand():
     config = OptimConfig(lr=1.0, warmup=0.2, schedule="linear", min_lr_ratio=0.1)
-    assert [round(lr_at(s, 10, config), 6) for s in (0, 1, 2, 6, 10)] == [0.5, 1.0, 1.0, 0.55, 0.1]
+    assert [round(config.lr_at(s, 10), 6) for s in (0, 1, 2, 6, 10)] == [0.5, 1.0, 1.0, 0.55, 0.1]
     cosine = OptimConfig(lr=2.0, warmup=0, schedule="cosine")
     half = math.cos(math.pi / 4)
-    assert [lr_at(s, 4, cosine) for s in range(5)] == pytest.approx(
+    assert [cosine.lr_at(s, 4) for s in range(5)] == pytest.approx(
         [2.0, 1 + half, 1.0, 1 - half, 0.0]
     )
-    assert {lr_at(s, 9, OptimConfig(lr=3.0, warmup=0, schedule="constant")) for s in range(9)} == {
+    assert {OptimConfig(lr=3.0, warmup=0, schedule="constant").lr_at(s, 9) for s in range(9)} == {
         3.0
     }
     assert (
-        lr_at(3, 100, OptimConfig(lr=1.0, warmup=4)) == 1.0
-        and lr_at(0, 100, OptimConfig(lr=1.0, warmup=4)) == 0.25
+        OptimConfig(lr=1.0, warmup=4).lr_at(3, 100) == 1.0
+        and OptimConfig(lr=1.0, warmup=4).lr_at(0, 100) == 0.25
     )
 
 
