@@ -10,12 +10,14 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ta.data.batch import Cuts, leads
 from ta.parallel import row_group
 
 NAME = "ta"
+# layers of transformers that keep keyword arguments from their attention
+SILENT_LAYERS = ("NemotronDecoderLayer", "StableLmDecoderLayer")
 
 
 @dataclass(eq=False)
@@ -63,6 +65,8 @@ def document_attention(
         )
     if getattr(module, "is_causal", True) is False or kwargs.get("is_causal") is False:
         raise ValueError("this attention function is causal only")
+    if isinstance(attention_mask, Documents):
+        documents = attention_mask
     device = query.device.type
     if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
         # rotary embeddings may have widened query and key
@@ -197,6 +201,19 @@ def _names_groups() -> bool:
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in (varlen_attn.__kwdefaults__ or {})
+
+
+def hand_down(model: nn.Module) -> None:
+    """Let the attention of layers that keep keyword arguments to themselves know the documents."""
+    for layer in model.modules():
+        if type(layer).__name__ in SILENT_LAYERS:
+            layer.register_forward_pre_hook(_hand_down, with_kwargs=True)
+
+
+def _hand_down(_, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """What such a layer gets: documents in place of a mask, which it passes on and is None here."""
+    mask = kwargs.get("documents") or kwargs.get("attention_mask")
+    return args, kwargs | {"attention_mask": mask}
 
 
 def register() -> str:

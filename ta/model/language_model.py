@@ -21,7 +21,7 @@ from ta.data.batch import Batch, lay_out, to_device
 from ta.folders import copy_media
 from ta.losses import at_least_float
 from ta.model.adapters import is_prompt_learning
-from ta.model.attention import Documents
+from ta.model.attention import Documents, hand_down
 from ta.model.logprobs import (
     Divergence,
     Head,
@@ -290,6 +290,7 @@ def wrap(
     if autocast is not None and world() == 1:
         # sharded blocks compute in bfloat16 without autocast
         spare_casts(model)
+    hand_down(model)
     if is_prompt_learning(model):
         return (
             wrapper.set_mode("native"),
