@@ -122,13 +122,16 @@ def plain_cache(model) -> bool:
     engine can hold it.
     """
     config = model.config.get_text_config(decoder=True)
+    taken = inspect.signature(model.forward).parameters
     foreign = (
         getattr(model, "_is_stateful", False)
         or model.config.is_encoder_decoder
         or not model._supports_default_dynamic_cache()
         or "chunked_attention" in (getattr(config, "layer_types", None) or ())
         or getattr(config, "num_kv_shared_layers", 0)
-        or "past_key_values" not in inspect.signature(model.forward).parameters
+        or "past_key_values" not in taken
+        # such a model (CpmAnt) also puts embeddings of its own in front
+        or "inputs_embeds" not in taken
     )
     if foreign:
         return False

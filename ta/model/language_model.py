@@ -297,19 +297,21 @@ def wrap(
             "prompt learning puts virtual tokens in front: padded batches and the model's own "
             "logits are used",
         )
+    # weights of few bits round by the other contents of the batch, half precision everywhere
+    rounded = getattr(base, "is_quantized", False) or base.dtype in (torch.bfloat16, torch.float16)
+    # Full precision shows whether documents see each other: a result is then off by more than
+    # 2e-3. In half precision rounding alone may reach some tenths in a deep model.
+    exact = 0.5 if rounded else 2e-3
     if is_encoder_classifier(base):
+        check_company(wrapper.set_mode("native"), exact)
         note = "an encoder's tokens see each other both ways: batches are padded"
-        return wrapper.set_mode("native"), note
+        return wrapper, note
     if not wrapper.generates and not hasattr(base, "score"):
         raise ValueError(
             f"{type(base).__name__} has its head in none of the places known here (score, "
             "classifier): give a model of another kind"
         )
-    # weights of few bits round by the other contents of the batch, half precision everywhere
-    rounded = getattr(base, "is_quantized", False) or base.dtype in (torch.bfloat16, torch.float16)
-    # Full precision shows whether documents see each other: a result is then off by more than
-    # 2e-3. In half precision rounding alone may reach some tenths in a deep model.
-    trials = [(None, 0.5 if rounded else 2e-3)]
+    trials = [(None, exact)]
     if autocast is not None:
         trials.append((autocast, 0.5))
     for mode in ("packed", "padded") if packing else ("padded",):
@@ -326,9 +328,8 @@ def wrap(
             return wrapper, f"{reason}: batches are padded" if padded else ""
     wrapper.autocast = autocast
     reason = f"hidden states are off by {gap:.2g}"
-    wrapper.set_mode("native")
+    check_company(wrapper.set_mode("native"), exact)
     if wrapper.refusal:
-        check_runs(wrapper)
         reason = f"batches without its own attention are refused ({wrapper.refusal})"
     note = f"{reason}: padded batches, the model's own attention and logits are used"
     return wrapper, note
@@ -440,6 +441,28 @@ def check_reads_embeddings(wrapper: LanguageModel) -> None:
         raise ValueError(
             f"{name} reads token ids beside their embeddings, and pictures and sounds have none: "
             "give another language model"
+        )
+
+
+@torch.no_grad()
+def check_company(wrapper: LanguageModel, limit: float) -> None:
+    """ValueError where a model does not run, or gives other values of a document beside a longer
+    one, with its padding; `limit` bounds their difference as a share.
+    """
+    table = token_table(wrapper.base)
+    documents = [np.arange(n) % len(table) for n in (11, 6)]
+    read = wrapper.logprobs if wrapper.generates else wrapper.scores
+    precision, wrapper.autocast = wrapper.autocast, None
+    with _naming_refusals(f"the model does not run on {table.device.type}: "):
+        together, *alone = (
+            read(to_device(lay_out(some, [np.ones(len(x)) for x in some], False), table.device))
+            for some in (documents, documents[:1], documents[1:])
+        )
+    wrapper.autocast, alone = precision, torch.cat(alone)
+    if not (together - alone).abs().max() < limit * alone.abs().max():
+        raise ValueError(
+            f"{type(wrapper.base).__name__} gives other values of a document beside a longer one, "
+            "as if padding were text: give a model of another kind"
         )
 
 

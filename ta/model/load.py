@@ -239,6 +239,13 @@ def load_base(
             info = None
         else:
             loaded, info = from_pretrained(auto, folder, dtype=dtype, **arguments)
+    try:
+        loaded.get_input_embeddings()
+    except NotImplementedError:
+        raise ValueError(
+            f"{folder} holds a {type(loaded).__name__}, which has no table of token embeddings: "
+            "give a model of another kind"
+        ) from None
     if not own_attention:
         with quiet():
             # set, not asked for: models of their own attention keep it, and the masks for it

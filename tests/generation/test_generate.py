@@ -82,6 +82,12 @@ ARCHITECTURES = {  # name -> (model class, config class, settings)
         "GptOssConfig",
         GROUPED | SLIDING | {"num_local_experts": 2, "num_experts_per_tok": 1},
     ),
+    "cpmant-own-embeddings": (
+        "CpmAntForCausalLM",
+        "CpmAntConfig",
+        {"vocab_size": V, "hidden_size": 64, "num_hidden_layers": 2, "dim_ff": 64}
+        | {"num_attention_heads": 4, "dim_head": 16},
+    ),
     "mamba-no-plain-cache": (
         "MambaForCausalLM",
         "MambaConfig",

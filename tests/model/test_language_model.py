@@ -108,6 +108,16 @@ def test_a_classifier_with_a_head_in_another_place_is_refused():
         wrap(small("flaubert", AutoModelForSequenceClassification))
 
 
+def test_a_model_that_reads_padding_is_refused():
+    """FNet mixes all columns of a row, CpmAnt takes right padding for left."""
+    wrong = "gives other values of a document beside a longer one, as if padding were text"
+    with pytest.raises(ValueError, match=f"FNetForSequenceClassification {wrong}"):
+        wrap(small("fnet", AutoModelForSequenceClassification))
+    with pytest.raises(ValueError, match=f"CpmAntForCausalLM {wrong}"):
+        wrap(small("cpmant", dim_ff=64, dim_head=16))
+    assert wrap(small("bert", AutoModelForSequenceClassification))[0].mode == "native"
+
+
 @pytest.mark.parametrize(("kind", "mode"), [("gemma2", "native"), ("bloom", "padded")])
 def test_models_that_would_mix_documents_are_padded(kind, mode):
     wrapper, note = wrap(small(kind))
@@ -229,7 +239,9 @@ def test_values_and_gradients_do_not_depend_on_company(kind, layout):
     Gemma's norms compute in float32 whatever the model's type, so its gradients agree to float32.
     """
     tolerance = {"rtol": 1e-4, "atol": 1e-6} if "gemma" in kind else {"rtol": 1e-9, "atol": 1e-11}
-    model = small(kind, **({"sliding_window": 8} if kind in ("mistral", "gemma3_text") else {})).double()
+    model = small(
+        kind, **({"sliding_window": 8} if kind in ("mistral", "gemma3_text") else {})
+    ).double()
     wrapper, _ = wrap(model)
     rng = np.random.default_rng(1)
     for _ in range(3):

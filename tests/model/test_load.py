@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small import prepared, tiny
+from transformers import AutoConfig, AutoModel
 
 from ta.builtin.model_folders import builtin_encoder, tiny_folder
 from ta.chat.template import ChatConfig
@@ -80,6 +81,16 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, fault):
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="without a place for them"):
         load_for_inference(ModelConfig(str(tmp_path)))
+
+
+def test_a_model_without_a_table_of_tokens_is_refused(tmp_path):
+    """CANINE hashes characters."""
+    config = AutoConfig.for_model(
+        "canine", hidden_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="CanineForSequenceClassification, which has no table of"):
+        load_base(ModelConfig(str(tmp_path)), "seq_cls")
 
 
 def truncate(file):
