@@ -96,7 +96,7 @@ def open_encoder(
             alone, padded = (embed(encoder, some, device)[0] for some in (ids[:1], ids))
             if len(alone) != (width := width_of(folder)):
                 why = f"its vectors have {len(alone)} numbers, by its config.json {width}"
-            elif (alone - padded).abs().max() > 1e-3 * alone.abs().max():
+            elif (alone - padded).abs().max() > 1e-4 * alone.abs().max():
                 why = "its vector of a text changes with the texts beside it"
         rows = model.get_input_embeddings().weight.shape[0]
     if why:
