@@ -79,6 +79,8 @@ HELP = """/system TEXT  another system prompt, in a new dialogue
 
 def ask() -> str | None:
     """The next line of the user; None at the end."""
+    if sys.stdin is None:  # closed
+        return None
     try:
         line = input("you: " if sys.stdin.isatty() else "").strip()
     except (EOFError, KeyboardInterrupt):

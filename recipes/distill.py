@@ -107,7 +107,8 @@ def main(config: Config):
         raise ValueError("--teacher-url: leave --teacher-path and --no-on-policy out")
     path = ta.ModelConfig(config.teacher_path or "builtin", dtype=config.model.dtype)
     if not sampled:
-        path = ta.train_builtin_first(dataclasses.replace(config, model=path)).model
+        teacher = dataclasses.replace(config, model=path)
+        path = ta.train_builtin_first(teacher, flag="--teacher-path").model
     config = ta.train_builtin_first(config, "builtin-begun")
     run = ta.start_run(config)
     tokenizer = ta.load_chat_tokenizer(config.model, config.tokenizer, config.chat, day=run.day)

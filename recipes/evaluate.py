@@ -207,9 +207,9 @@ def main(config: Config) -> dict:
 
         measure = evaluation.compare if config.against else evaluation.figure
         figures = {name: measure(name, *inputs, config.generation.seed) for name in names}
-        print(ta.table(*evaluation.table_of(figures)))
         ids = [record.get("id", place) for place, record in enumerate(sides[0])]
         write_atomic(Path(config.out), evaluation.to_json(figures, inputs, ids))
+        print(ta.table(*evaluation.table_of(figures)))
         ta.parallel.tell(f"{config.out}: figures of {len(ids):,} records")
         return figures
 

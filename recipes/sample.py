@@ -67,7 +67,7 @@ def choose(config: Config, place: int, answers: list[dict], rewards: dict) -> li
     seed = f"{config.seed}-{place}"
     if config.method == "random":
         return [answers[i] for i in ta.choose_random(len(answers), config.n, seed=seed)]
-    values = rewards_of(config, place, answers, rewards)
+    values = rewards_of(config, answers, rewards)
     chosen = (
         ta.choose_best(values, config.n)
         if config.method == "best"
@@ -76,23 +76,22 @@ def choose(config: Config, place: int, answers: list[dict], rewards: dict) -> li
     return [answers[i] for i in sorted(chosen, key=lambda i: -values[i])]
 
 
-def rewards_of(config: Config, place: int, answers: list[dict], rewards: dict) -> list[float]:
+def rewards_of(config: Config, answers: list[dict], rewards: dict) -> list[float]:
     """The reward of each answer; ValueError where one is missing."""
     if missing := [answer["id"] for answer in answers if answer["id"] not in rewards]:
         needs = "--as-pairs" if config.as_pairs else f"--method {config.method}"
         raise ValueError(
-            f"record {place + 1}: answer {missing[0]!r} has no reward, which {needs} needs; "
-            "score the file first"
+            f"answer {missing[0]!r} has no reward, which {needs} needs; score the file first"
         )
     return [rewards[answer["id"]] for answer in answers]
 
 
-def pairs_of(config: Config, place: int, answers: list[dict], rewards: dict) -> list[dict]:
+def pairs_of(config: Config, answers: list[dict], rewards: dict) -> list[dict]:
     """The best against the worst answer, then the second best against the second worst, and so on.
 
     There are at most --n of them, and none of equal rewards.
     """
-    values = rewards_of(config, place, answers, rewards)
+    values = rewards_of(config, answers, rewards)
     order = ta.choose_best(values, len(values))
     turns = [{"role": "assistant", "content": answers[i]["content"]} for i in order]
     pairs = []
@@ -110,7 +109,7 @@ def lines_of(config: Config, place: int, record: dict, answers: list[dict]) -> l
     rest = {k: v for k, v in record.items() if k not in ("answers", "rewards", "key")}
     if config.as_pairs:
         del rest["messages"]
-        pairs = pairs_of(config, place, answers, rewards)
+        pairs = pairs_of(config, answers, rewards)
         return [rest | {"context": record["messages"]} | pair for pair in pairs]
     chosen = choose(config, place, answers, rewards)
     if config.as_chats:
@@ -136,7 +135,10 @@ def main(config: Config) -> None:
             if not config.keep_duplicates:
                 answers = distinct(answers, record.data.get("rewards") or {})
                 repeated += len(record.data["answers"]) - len(answers)
-            made = lines_of(config, place, record.data, answers)
+            try:
+                made = lines_of(config, place, record.data, answers)
+            except ValueError as error:
+                raise ValueError(f"{record.path}:{record.line}: {error}") from None
             without += not made
             lines += made
         write_jsonl(config.out, lines)

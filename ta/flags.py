@@ -13,6 +13,7 @@ import tomllib
 import types
 from collections import deque
 from collections.abc import Iterator
+from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -167,6 +168,8 @@ def our_words(words: list[str], config_class: type) -> list[str]:
             # --sample-X had the name --cherry-X
             known = EQUAL.get(flag, flag.replace("-cherry-", "-sample-"))
             flag = known if known.replace("--no-", "--") in defaults else flag
+            if flag not in defaults and (near := get_close_matches(flag, EQUAL, 1, 0.85)):
+                raise ValueError(f"{flag}: no such flag; perhaps you meant {EQUAL[near[0]]}")
         default = defaults.get(flag)
         if isinstance(default, bool) and not equals and not _is_on(rest):
             flag = "--no" + flag[1:]

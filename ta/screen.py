@@ -24,8 +24,9 @@ QUOTES = {"32": "«»", "33": "‹›"}
 
 
 def has_colours(stream: IO[str]) -> bool:
-    """Whether a stream is a terminal whose user wants colours (no-color.org)."""
-    return stream.isatty() and not os.environ.get("NO_COLOR")
+    """Whether a stream is a terminal that has colours and whose user wants them (no-color.org)."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return stream.isatty() and not plain
 
 
 def shown(text: str, stream: IO[str]) -> str:

@@ -169,6 +169,10 @@ def test_a_reader_that_has_enough_is_no_error(words):
             "error: Unrecognized options: --max-new-tokens, 3; perhaps you meant "
             "--sample-max-new-tokens, --max-tokens\n",
         ),
+        (
+            ("--learnign-rate", "1"),
+            "error: --learnign-rate: no such flag; perhaps you meant --lr\n",
+        ),
         (("--schedule", "foo"), "error: invalid choice 'foo' for argument '--schedule'."),
         (("--lr",), "error: Missing value for argument '--lr'."),
         (("stray",), "error: Unrecognized options: stray\n"),

@@ -16,18 +16,18 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize(
-    ("stream", "no_color", "kept"),
+    ("stream", "variables", "kept"),
     [
-        (Terminal, None, True),
-        (Terminal, "", True),
-        (Terminal, "1", False),
-        (io.StringIO, None, False),
+        (Terminal, {}, True),
+        (Terminal, {"NO_COLOR": ""}, True),
+        (Terminal, {"NO_COLOR": "1"}, False),
+        (Terminal, {"TERM": "dumb"}, False),
+        (io.StringIO, {}, False),
     ],
 )
-def test_colours_go_to_terminals_that_want_them(stream, no_color, kept, monkeypatch):
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    if no_color is not None:
-        monkeypatch.setenv("NO_COLOR", no_color)
+def test_colours_go_to_terminals_that_have_and_want_them(stream, variables, kept, monkeypatch):
+    for name, value in {"NO_COLOR": "", "TERM": "xterm", **variables}.items():
+        monkeypatch.setenv(name, value)
     coloured = "\x1b[32mlear\nned\x1b[0m\x1b[2m, read\x1b[0m\x1b[33m{x}\n\x1b[0m"
     text = screen.shown(coloured, stream())
     assert text == (coloured if kept else "«lear\nned», read‹{x}⏎›\n")

@@ -62,20 +62,18 @@ FINE_TUNINGS = {
 }
 
 
-def train_builtin_first(config: Any, name: str = TUNED) -> Any:
+def train_builtin_first(config: Any, name: str = TUNED, flag: str = "--model-path") -> Any:
     """The config, with a fine-tuned built-in model in place of the random one.
 
     Preferences among answers need a model that answers; passages need a model that reads them. A
-    config whose --model-path is given is returned unchanged.
+    config whose model is given, by `flag`, is returned unchanged.
     """
     if config.model.model_path != "builtin":
         return config
     parallel.init()
     if parallel.gather_objects(not tuned_folder(name).exists())[0]:
         parallel.on_rank_zero(lambda: fine_tune(name))
-    parallel.say(
-        f"no --model-path: starting from the fine-tuned built-in model in {tuned_folder(name)}"
-    )
+    parallel.say(f"no {flag}: starting from the fine-tuned built-in model in {tuned_folder(name)}")
     return replace(config, model=replace(config.model, model_path=name))
 
 

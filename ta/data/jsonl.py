@@ -60,7 +60,10 @@ def regular_file(path: str | Path, give: str = "give a .jsonl or .jsonl.gz file"
 
 @contextmanager
 def sound_text(path: str, line: Callable[[], int]) -> Iterator[None]:
-    """ValueError, with the line that is read, for a file that is no UTF-8 or no sound gzip."""
+    """ValueError, with the line that is read, for a file that is no UTF-8 or no sound gzip.
+
+    OSError, with the file's name, where it cannot be read.
+    """
     try:
         yield
     except UnicodeDecodeError as error:
@@ -78,6 +81,9 @@ def sound_text(path: str, line: Callable[[], int]) -> Iterator[None]:
             f"{path}:{line()}: not sound gzip ({error}); give a whole file, or a plain one without "
             ".gz"
         ) from None
+    except OSError as error:
+        # what fails while a file is read names none
+        raise type(error)(error.errno, error.strerror, error.filename or path) from None
 
 
 def read_lines(path: str) -> Rows:

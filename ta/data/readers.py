@@ -88,6 +88,10 @@ def files_of(path: str) -> list[str]:
     raise ValueError(f"{path}: is a directory without data files; give {' or '.join(ENDINGS[:5])}")
 
 
+def _raise(error: OSError) -> None:
+    raise error
+
+
 def _groups(root: Path) -> dict[str, list[str]]:
     """The data files of a folder by split: {"train": [...]}, {"en/train": [...], ...}.
 
@@ -95,7 +99,7 @@ def _groups(root: Path) -> dict[str, list[str]]:
     below the file's folder (the naming that the hub's own reader, `datasets`, understands).
     """
     groups: dict[str, list[str]] = {}
-    for folder, below, names in os.walk(root):
+    for folder, below, names in os.walk(root, onerror=_raise):
         here = Path(folder)
         parts = here.relative_to(root).parts
         hidden = [name for name in below if name.startswith(".")]

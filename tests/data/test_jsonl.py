@@ -117,6 +117,9 @@ def test_unreadable_files(tmp_path):
         says(tmp_path / "cut.jsonl.gz", pattern)
     (tmp_path / "plain.jsonl.gz").write_bytes(GOOD)
     says(tmp_path / "plain.jsonl.gz", "not sound gzip")
+    # what the system refuses to read names the file too
+    with pytest.raises(OSError, match=r"/proc/self/mem"):
+        list(jsonl.read_lines("/proc/self/mem"))
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz"])

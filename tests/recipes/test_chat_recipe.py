@@ -27,7 +27,8 @@ def talk(monkeypatch, capsys):
             return encode_prompt(messages, tokenizer, config)
 
         monkeypatch.setattr(chat.ta, "encode_prompt", noted)
-        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        text = "".join(f"{line}\n" for line in lines)
+        monkeypatch.setattr("sys.stdin", io.StringIO(text) if lines else None)
         with pytest.raises(SystemExit, match="0"):
             cli(chat.main, chat.Config, list(flags))
         out, err = capsys.readouterr()
@@ -45,6 +46,10 @@ def test_a_dialogue_grows_and_is_forgotten(talk):
     assert [roles(messages) for messages, _ in asked] == [["u"], ["u", "a", "u"], ["u"]]
     assert [messages[-1]["content"] for messages, _ in asked] == ["cup red", "cup?", "hat?"]
     assert printable(asked[1][0][1]["content"]) == out.splitlines()[0]
+
+
+def test_a_closed_input_ends_the_dialogue(talk):
+    assert talk()[0] == []
 
 
 def test_bytes_that_are_no_utf_8_are_asked_as_a_sign_for_them(talk):

@@ -167,7 +167,10 @@ def test_wrong_input_is_answered(door, files):
             ("score", "--model-path", files / "rm", "--data", files / "long.jsonl"),
             " prompts do not fit in the model's context of 1024",
         ),
-        (("sample", "--data", files / "candidates.jsonl"), "no reward"),
+        (
+            ("sample", "--data", files / "candidates.jsonl"),
+            "candidates.jsonl:1: answer '0' has no reward",
+        ),
     ]
     for (recipe, *flags), message in cases:
         code, text = door(recipe, *flags, "--out", files / "new.jsonl")
