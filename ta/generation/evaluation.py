@@ -104,8 +104,11 @@ def metric_inputs(record: Mapping[str, Any]) -> Inputs:
     if isinstance(label, str) and "class" in record:
         inputs |= {"labels": [label], "predictions": [record["class"]]}
     gold, passages = record.get("gold"), record.get("passages")
-    if isinstance(gold, list) and _list_of(dict, passages):
-        inputs |= {"gold": [gold], "retrieved": [[passage.get("id") for passage in passages]]}
+    if gold is not None and _list_of(dict, passages):
+        # one id or a list; passages of an index have texts as ids
+        gold = gold if isinstance(gold, list) else [gold]
+        inputs["gold"] = [[str(name) for name in gold]]
+        inputs["retrieved"] = [[str(passage.get("id")) for passage in passages]]
     if _numbers(record.get("logprobs")):
         inputs["logprobs"] = [record["logprobs"]]
     if _list_of(list, record.get("passage_logprobs")):

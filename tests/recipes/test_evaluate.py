@@ -215,6 +215,14 @@ def test_a_class_is_compared_with_its_label_by_place_or_by_name():
     assert figure("accuracy", [metric_inputs(check_answers({"label": "1", "prediction": 1}))]).value
 
 
+def test_gold_is_an_id_or_a_list_of_texts_or_numbers():
+    """As in the data of rag.py; passages of an index have texts as ids."""
+    found = {"passages": [{"id": "7"}, {"id": "8"}]}
+    for gold, rank in ((7, 1), ([8], 2), ("8", 2), (["9", 8], 2), ("9", None)):
+        value = figure("mrr", [metric_inputs(found | {"gold": gold})]).value
+        assert value == (1 / rank if rank else 0), gold
+
+
 def test_answers_that_stand_otherwise(tmp_path):
     """The last line needs no end; classes and passages have their metrics; a torn line is named."""
     lines = [
