@@ -74,7 +74,9 @@ def export_llava(
         "num_additional_image_tokens": layout.class_tokens,
         "vision_feature_select_strategy": layout.select,
     }
-    reader = processor_settings(settings["path"])[1] | kind
+    # a folder may leave to its model's type which processor reads the settings
+    reader = {"image_processor_type": layout.model.replace("VisionModel", "ImageProcessor")}
+    reader |= processor_settings(settings["path"])[1] | kind
     with published(Path(out), replace=False) as folder:
         save_model(whole, folder, dtype)
         _published_names(folder)
@@ -116,15 +118,16 @@ def assembled(
     tower = load_tower(kind, path, vision)
     config = transformers.LlavaConfig(
         vision_config=tower.config,
-        text_config=base.config,
+        # without the attention that `base` has here
+        text_config=base.config.to_dict(),
         image_token_index=placeholder,
         image_seq_length=settings["features"],
         vision_feature_select_strategy=layout.select,
         vision_feature_layer=-2,
     )
-    whole = transformers.LlavaForConditionalGeneration(config).eval()
     what = "a part of the Llava layout (serve it with recipes/generate.py)"
     with loading(type(base).__name__, what):
+        whole = transformers.LlavaForConditionalGeneration(config).eval()
         whole.model.vision_tower.load_state_dict(tower.state_dict())
         whole.model.language_model.load_state_dict(base.base_model.state_dict())
         whole.lm_head.load_state_dict(base.get_output_embeddings().state_dict())

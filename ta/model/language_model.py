@@ -422,6 +422,17 @@ def _naming_refusals(prefix: str = "") -> Iterator[None]:
         raise ValueError(prefix + said) from error
 
 
+@contextmanager
+def _own_attention(base) -> Iterator[None]:
+    """The attention of transformers that computes what the model defines."""
+    before = base.config._attn_implementation
+    base.set_attn_implementation(native_attention(base))
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(before)
+
+
 @torch.no_grad()
 def check_runs(wrapper: LanguageModel) -> None:
     """ValueError where a model's own forward pass fails too, with its error."""
@@ -443,7 +454,8 @@ def check_reads_embeddings(wrapper: LanguageModel) -> None:
     padding = getattr(base.config.get_text_config(), "pad_token_id", None)
     ids = torch.tensor([[i for i in range(8) if i != padding]], device=token_table(base).device)
     embeds = base.get_input_embeddings()(ids)
-    with _naming_refusals(f"{name} takes no embeddings: "), wrapper._arithmetic():
+    refusals = _naming_refusals(f"{name} takes no embeddings: ")
+    with refusals, wrapper._arithmetic(), _own_attention(base):
         by_ids = base(input_ids=ids, use_cache=False).logits
         by_embeds = base(inputs_embeds=embeds, use_cache=False).logits
         # some look the ids up in the table, where this is not
@@ -498,7 +510,6 @@ def self_check(wrapper) -> float:
     weights = [np.ones(len(document), np.float32) for document in documents]
     packed = wrapper.mode == "packed"
     batch = to_device(lay_out(documents, weights, packed, [0, 0, 4] if packed else ()), device)
-    before = base.config._attn_implementation
     try:
         with _naming_refusals():
             if wrapper.generates and wrapper.mode == "native":
@@ -511,19 +522,15 @@ def self_check(wrapper) -> float:
     except ValueError as error:
         wrapper.refusal = str(error)
         return float("inf")
-    base.set_attn_implementation(native_attention(base))
-    try:
-        with wrapper._arithmetic():
-            ids = [torch.tensor(document, device=device) for document in documents]
-            gaps = torch.zeros(0, device=device)
-            if read is not None:
-                alone = torch.cat([_read_alone(wrapper, document) for document in ids])
-                gaps = (read.float() - alone).norm(dim=-1) / alone.norm(dim=-1)
-            if wrapper.generates:
-                own = torch.cat([_logps_alone(wrapper, document) for document in ids])
-                gaps = torch.cat([gaps, (logps - own).abs()])
-    finally:
-        base.set_attn_implementation(before)
+    with wrapper._arithmetic(), _own_attention(base):
+        ids = [torch.tensor(document, device=device) for document in documents]
+        gaps = torch.zeros(0, device=device)
+        if read is not None:
+            alone = torch.cat([_read_alone(wrapper, document) for document in ids])
+            gaps = (read.float() - alone).norm(dim=-1) / alone.norm(dim=-1)
+        if wrapper.generates:
+            own = torch.cat([_logps_alone(wrapper, document) for document in ids])
+            gaps = torch.cat([gaps, (logps - own).abs()])
     gap = gaps.max().item()
     return gap if gap == gap else float("inf")
 
