@@ -90,7 +90,6 @@ def load_base(config: ta.ModelConfig, adapter: str):
     if model.can_generate() and (Path(adapter) / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(adapter)
         check_generation(adapter, model.generation_config)
-    model.set_attn_implementation(ta.native_attention(model))
     return model
 
 

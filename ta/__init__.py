@@ -116,12 +116,9 @@ if TYPE_CHECKING:  # what the package gives, listed here for editors and for fac
         merge_adapter as merge_adapter,
         probe_logits as probe_logits,
     )
+    from ta.model.attention import native_attention as native_attention
     from ta.model.export import export as export
-    from ta.model.language_model import (
-        LanguageModel as LanguageModel,
-        native_attention as native_attention,
-        wrap as wrap,
-    )
+    from ta.model.language_model import LanguageModel as LanguageModel, wrap as wrap
     from ta.model.load import (
         cast_parameters as cast_parameters,
         check_context as check_context,

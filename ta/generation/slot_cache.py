@@ -20,7 +20,7 @@ from transformers.cache_utils import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from ta.model.language_model import native_attention
+from ta.model.attention import native_attention
 
 
 class CacheWindow:

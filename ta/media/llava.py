@@ -20,8 +20,8 @@ from ta.media.encoders import VISION, load_tower
 from ta.media.images import processor_settings
 from ta.media.modalities import Modalities
 from ta.media.multimodal import MediaModel, embed_modalities
+from ta.model.attention import own_attention
 from ta.model.export import check_room, check_tokenizer, model_bytes, published, save_model
-from ta.model.language_model import native_attention
 
 MAX_DIFFERENCE = 1e-3  # of a logit
 
@@ -143,8 +143,7 @@ def difference(whole, media: Modalities, model: MediaModel, tokenizer: ChatToken
     edge = whole.config.vision_config.image_size
     pixels = torch.randn(1, 3, edge, edge, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([[1, *[placeholder.id] * placeholder.count, 2, 3]])
-    base.set_attn_implementation(native_attention(base))
-    with torch.no_grad():
+    with torch.no_grad(), own_attention(base):
         projected = model.projectors["image"](media["image"].encode(pixels))
         embeds = embed_modalities(base.get_input_embeddings()(ids), ids, projected, placeholder.id)
         ours = base(inputs_embeds=embeds, use_cache=False).logits

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ta.command_line import check_config
 from ta.files import json_text
 from ta.folders import differing, loading, read_json, read_tensors, value_of, write_tensors
+from ta.model.attention import own_attention
 from ta.model.new_rows import resize, tables, token_table
 from ta.model.settings import AdapterConfig
 
@@ -652,10 +653,16 @@ def merge_adapter(model: PeftModel, tolerance: float | None = None) -> PreTraine
     return merged
 
 
+def base_model(model):
+    """The transformers model inside adapters."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def probe_logits(model: nn.Module) -> Tensor:
     """Float32 logits (1, T, V), or (1, C) of a classifier, in eval mode, for a fixed row of ids.
 
-    The ids are spread over the whole vocabulary and include its last ones.
+    They are those of the model's own attention. The ids are spread over the whole vocabulary and
+    include its last ones.
     """
     table = token_table(model)
     rows = len(table)
@@ -663,7 +670,7 @@ def probe_logits(model: nn.Module) -> Tensor:
     last = torch.arange(max(0, rows - 32), rows)
     ids = torch.cat([spread, last])[None].to(table.device)  # (1, T)
     training = model.training
-    with torch.no_grad():
+    with torch.no_grad(), own_attention(base_model(model)):
         out = model.eval()(input_ids=ids)
     model.train(training)
     return (out.logits if "logits" in out else out.last_hidden_state).float()

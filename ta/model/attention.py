@@ -6,6 +6,8 @@ heads, T columns, D head width, N documents.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -225,3 +227,23 @@ def register() -> str:
 
     AttentionInterface.register(NAME, document_attention)
     return NAME
+
+
+def native_attention(base) -> str:
+    """The name of the attention of transformers that computes what the model defines.
+
+    That is eager where sdpa would drop a soft cap or does not exist.
+    """
+    capped = getattr(base.config.get_text_config(), "attn_logit_softcapping", None)
+    return "sdpa" if getattr(base, "_supports_sdpa", False) and not capped else "eager"
+
+
+@contextmanager
+def own_attention(base) -> Iterator[None]:
+    """The attention of transformers that computes what the model defines."""
+    before = base.config._attn_implementation
+    base.set_attn_implementation(native_attention(base))
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(before)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ta.data.batch import Batch, lay_out, to_device
 from ta.folders import copy_media
 from ta.losses import at_least_float
-from ta.model.adapters import is_prompt_learning
-from ta.model.attention import Documents, hand_down
+from ta.model.adapters import base_model, is_prompt_learning
+from ta.model.attention import Documents, hand_down, native_attention, own_attention
 from ta.model.logprobs import (
     Divergence,
     Head,
@@ -252,15 +252,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def native_attention(base) -> str:
-    """The name of the attention of transformers that computes what the model defines.
-
-    That is eager where sdpa would drop a soft cap or does not exist.
-    """
-    capped = getattr(base.config.get_text_config(), "attn_logit_softcapping", None)
-    return "sdpa" if getattr(base, "_supports_sdpa", False) and not capped else "eager"
-
-
 def is_encoder_classifier(model) -> bool:
     """Whether a model is an encoder of text, such as BERT, with a head of scores.
 
@@ -269,11 +260,6 @@ def is_encoder_classifier(model) -> bool:
     return hasattr(model, "classifier") and not (
         hasattr(model, "score") or model.config.is_encoder_decoder
     )
-
-
-def base_model(model):
-    """The transformers model inside adapters."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def wrap(
@@ -422,17 +408,6 @@ def _naming_refusals(prefix: str = "") -> Iterator[None]:
         raise ValueError(prefix + said) from error
 
 
-@contextmanager
-def _own_attention(base) -> Iterator[None]:
-    """The attention of transformers that computes what the model defines."""
-    before = base.config._attn_implementation
-    base.set_attn_implementation(native_attention(base))
-    try:
-        yield
-    finally:
-        base.set_attn_implementation(before)
-
-
 @torch.no_grad()
 def check_runs(wrapper: LanguageModel) -> None:
     """ValueError where a model's own forward pass fails too, with its error."""
@@ -455,7 +430,7 @@ def check_reads_embeddings(wrapper: LanguageModel) -> None:
     ids = torch.tensor([[i for i in range(8) if i != padding]], device=token_table(base).device)
     embeds = base.get_input_embeddings()(ids)
     refusals = _naming_refusals(f"{name} takes no embeddings: ")
-    with refusals, wrapper._arithmetic(), _own_attention(base):
+    with refusals, wrapper._arithmetic(), own_attention(base):
         by_ids = base(input_ids=ids, use_cache=False).logits
         by_embeds = base(inputs_embeds=embeds, use_cache=False).logits
         # some look the ids up in the table, where this is not
@@ -522,7 +497,7 @@ def self_check(wrapper) -> float:
     except ValueError as error:
         wrapper.refusal = str(error)
         return float("inf")
-    with wrapper._arithmetic(), _own_attention(base):
+    with wrapper._arithmetic(), own_attention(base):
         ids = [torch.tensor(document, device=device) for document in documents]
         gaps = torch.zeros(0, device=device)
         if read is not None:

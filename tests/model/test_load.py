@@ -5,11 +5,12 @@ import random
 import shutil
 
 import numpy as np
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small import prepared, tiny
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from ta.builtin.model_folders import builtin_encoder, tiny_folder
 from ta.chat.template import ChatConfig
@@ -310,3 +311,21 @@ def test_inference_reads_in_its_own_type(tmp_path, monkeypatch):
     assert all(torch.equal(a, b) and a.dtype == b.dtype for (_, a), b in buffers)
     for (name, a), b in zip(half.named_parameters(), rounded.parameters(), strict=True):
         assert a.dtype == torch.bfloat16 and torch.equal(a, b), name
+
+
+def test_an_adapter_of_a_model_that_runs_with_its_own_attention_is_merged(tmp_path):
+    """Gemma 2 caps what attention sees, which ours does not."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 97}
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma2", **sizes))
+    base.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    settings = peft.LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False)
+    adapted = peft.get_peft_model(base, settings).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    ours = load_for_inference(ModelConfig(str(tmp_path / "adapter")))
+    ours.set_attn_implementation("eager")
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-5)
