@@ -317,15 +317,6 @@ def wrap(
     check_company(wrapper.set_mode("native"), exact)
     if wrapper.refusal:
         reason = f"batches without its own attention are refused ({wrapper.refusal})"
-    wrapper.refusal = ""
-    gap = self_check(wrapper)
-    # rounding alone may choose another expert
-    if wrapper.refusal or max(trials[-1][1], 0.1) <= gap < float("inf"):
-        why = wrapper.refusal or f"log-probabilities are off by {gap:.2g}"
-        raise ValueError(
-            f"{type(base).__name__} does not take padded batches ({why}): give a model of another "
-            "kind"
-        )
     note = f"{reason}: padded batches, the model's own attention and logits are used"
     return wrapper, note
 
@@ -468,10 +459,10 @@ def check_company(wrapper: LanguageModel, limit: float) -> None:
 def self_check(wrapper) -> float:
     """The greatest difference between documents in a batch, two with one prompt, and each alone.
 
-    It compares what the head reads (the length of the difference over its own; not in native mode),
-    and of a language model log p (nats), with the model's own forward pass. The former shows more
-    where a model is new and sure of nothing. It is inf where the model refuses such a batch;
-    `wrapper.refusal` is then its error.
+    It compares what the head reads (the length of the difference over its own), and of a language
+    model log p (nats), with the model's own forward pass. The former shows more where a model is
+    new and sure of nothing. It is inf where the model refuses such a batch; `wrapper.refusal` is
+    then its error.
 
     torch.OutOfMemoryError, torch.AcceleratorError, and ImportError from a torch without the kernel
     for many documents, are raised: they say nothing about the model.
@@ -487,9 +478,7 @@ def self_check(wrapper) -> float:
     batch = to_device(lay_out(documents, weights, packed, [0, 0, 4] if packed else ()), device)
     try:
         with _naming_refusals():
-            if wrapper.generates and wrapper.mode == "native":
-                read, logps = None, wrapper.logprobs(batch)
-            elif wrapper.generates:
+            if wrapper.generates:
                 read, head = wrapper.predictions(batch)
                 logps = token_logprobs(read, head, batch.targets)
             else:
@@ -499,10 +488,8 @@ def self_check(wrapper) -> float:
         return float("inf")
     with wrapper._arithmetic(), own_attention(base):
         ids = [torch.tensor(document, device=device) for document in documents]
-        gaps = torch.zeros(0, device=device)
-        if read is not None:
-            alone = torch.cat([_read_alone(wrapper, document) for document in ids])
-            gaps = (read.float() - alone).norm(dim=-1) / alone.norm(dim=-1)
+        alone = torch.cat([_read_alone(wrapper, document) for document in ids])
+        gaps = (read.float() - alone).norm(dim=-1) / alone.norm(dim=-1)
         if wrapper.generates:
             own = torch.cat([_logps_alone(wrapper, document) for document in ids])
             gaps = torch.cat([gaps, (logps - own).abs()])

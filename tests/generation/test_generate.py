@@ -55,7 +55,7 @@ ARCHITECTURES = {  # name -> (model class, config class, settings)
     "gpt2-learned-positions": ("GPT2LMHeadModel", "GPT2Config", GPT2),
     "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", SHAPE),
     # positions are columns, padding included
-    "bart-decoder": (
+    "bart-no-plain-cache": (
         "BartForCausalLM",
         "BartConfig",
         {
@@ -82,7 +82,7 @@ ARCHITECTURES = {  # name -> (model class, config class, settings)
         "GptOssConfig",
         GROUPED | SLIDING | {"num_local_experts": 2, "num_experts_per_tok": 1},
     ),
-    "cpmant-own-embeddings": (
+    "cpmant-no-plain-cache": (
         "CpmAntForCausalLM",
         "CpmAntConfig",
         {"vocab_size": V, "hidden_size": 64, "num_hidden_layers": 2, "dim_ff": 64}

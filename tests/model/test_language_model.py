@@ -138,7 +138,7 @@ def test_a_model_that_sees_padding_in_its_own_attention_too_is_refused():
         "prophetnet", vocab_size=97, hidden_size=64, init_std=0.2, is_decoder=True, **sizes
     )
     torch.manual_seed(0)
-    with pytest.raises(ValueError, match="ProphetNetForCausalLM does not take padded batches"):
+    with pytest.raises(ValueError, match="ProphetNetForCausalLM gives other values of a document"):
         wrap(AutoModelForCausalLM.from_config(config).eval())
 
 
