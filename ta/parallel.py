@@ -310,7 +310,8 @@ def shard(root: nn.Module, device: str, half: bool) -> None:
     # only one block at a time is whole on the device
     for module in (*blocks(root), root):
         _empty_like(module, device, made)
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        # the root too, which FSDP would leave whole after a pass without a backward pass
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     for name in root.METHODS:
         register_fsdp_forward_method(root, name)
     for name, tensor in _tensors(root):
@@ -336,17 +337,14 @@ def unsharded(model: nn.Module) -> Iterator[None]:
         yield
         return
     parts = [module for module in model.modules() if hasattr(module, "unshard")]
-    inner = [module for module in parts if module is not model]
     for module in parts:
         module.unshard()
-    for module in inner:
         module.set_reshard_after_forward(False, recurse=False)
     try:
         yield
     finally:
-        for module in inner:
-            module.set_reshard_after_forward(True, recurse=False)
         for module in parts:
+            module.set_reshard_after_forward(True, recurse=False)
             module.reshard()
 
 

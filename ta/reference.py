@@ -87,9 +87,6 @@ class Reference:
         """
         if self.kind != "synced" or not done or done % self.every:
             return
-        if hasattr(self.model, "reshard"):
-            # a sharded root stays gathered after a forward pass without a backward pass
-            self.model.reshard()
         with torch.no_grad():
             for pair in self.moving:
                 moved, policy = (x.to_local() if hasattr(x, "to_local") else x for x in pair)

@@ -177,11 +177,14 @@ def update(
     Returns the gradient norm, nan where it or the loss is not finite: fused AdamW then moves
     nothing, other optimizers leave weights that must not be used. `loss`, `count` and the norm are
     () tensors on the device, which is not waited for. The gradients are left to the caller.
+    ValueError where no weight has one.
     """
     import torch
 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads:
+        raise ValueError("the loss reaches no weight that the optimizer holds: nothing is learned")
     norm = torch.nn.utils.get_total_norm(grads)
     norm = whole_tensor(norm) / count
     finite = norm.isfinite() & loss.isfinite()

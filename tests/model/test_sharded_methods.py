@@ -88,14 +88,19 @@ def results_of(kind, documents):
     root.train()
     batch = batch_of(kind, documents, root.packed)
     out, loss = {}, 0.0
-    if kind == "classifier":
-        out["scores"] = root.scores(batch).detach()
-        loss = loss + root.scores(batch).square().sum()
-    else:
-        with torch.no_grad():
+    with torch.no_grad():
+        if kind == "classifier":
+            out["scores"] = root.scores(batch)
+        else:
             out["logprobs"] = root.logprobs(batch)
             if root.packed:
                 out["hidden"] = root.hidden(batch)[0]
+    # what an optimizer that is made after an evaluation would hold
+    held = dict(root.named_parameters())
+    assert parallel.world() == 1 or all(hasattr(value, "to_local") for value in held.values())
+    if kind == "classifier":
+        loss = loss + root.scores(batch).square().sum()
+    else:
         loss = loss + root.loss(batch)
     if kind == "media":
         out["embed"] = root.embed(batch).detach()[0]
@@ -106,7 +111,7 @@ def results_of(kind, documents):
     loss.backward()
     out["loss"] = loss.detach()[None]
     scale = parallel.world()  # FSDP2 gives the mean over processes
-    for name, parameter in root.named_parameters():
+    for name, parameter in held.items():
         if (grad := parameter.grad) is not None:
             grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
             out[f"gradient of {name}"] = grad * scale

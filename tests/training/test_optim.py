@@ -167,3 +167,10 @@ def test_one_update_by_hand(fused, clip):
         else:
             assert norm.isnan() and not (fused and moved.any())
             assert weight.grad.isnan().all() == (bad is not None)
+
+
+def test_a_loss_that_reaches_no_weight_is_refused():
+    """As of an optimizer that holds other tensors than the model runs with."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="reaches no weight that the optimizer holds"):
+        update(torch.optim.SGD([weight]), 0.5, torch.tensor(1.0), torch.tensor(2.0), 1.0)
