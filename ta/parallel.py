@@ -328,22 +328,29 @@ def shard(root: nn.Module, device: str, half: bool) -> None:
             else:
                 tensor.copy_(whole)
         full[name] = None
+    # the first pass may be one of a block alone, or without the adapter, whose weights decide the
+    # type of gradients
+    root._get_fsdp_state()._lazy_init()
 
 
 @contextmanager
-def unsharded(model: nn.Module) -> Iterator[None]:
-    """Inside, every process holds the whole weights and runs passes of its own, for generation."""
-    if world() == 1:
-        yield
-        return
-    parts = [module for module in model.modules() if hasattr(module, "unshard")]
+def unsharded(model: nn.Module, root_only: bool = False) -> Iterator[None]:
+    """Inside, every process holds the whole weights and runs passes of its own, for generation.
+
+    With `root_only` blocks stay sharded: passes may go through a part of the root, the same ones on
+    all processes. What is held already stays so.
+    """
+    parts = [model] if root_only else model.modules()
+    parts = [m for m in parts if hasattr(m, "unshard") and not getattr(m, "held", False)]
     for module in parts:
         module.unshard()
         module.set_reshard_after_forward(False, recurse=False)
+        module.held = True
     try:
         yield
     finally:
         for module in parts:
+            module.held = False
             module.set_reshard_after_forward(True, recurse=False)
             module.reshard()
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ta.chat.tokenizer import ChatTokenizer, load_tokenizer
-from ta.data.batch import Batch, lay_out, to_device
+from ta.data.batch import Batch, to_device
 from ta.data.loader import Collate
 from ta.data.micro import BatchConfig
 from ta.data.prepare import Prepared
@@ -160,11 +160,6 @@ def open_reference(
     own = choice == "adapter_off" or (choice == "cached" and config.ref_path is None)
     reference = Reference(choice, policy, device=device)
     reference.adapter_off = own and (new or choice == "adapter_off")
-    if reference.adapter_off and hasattr(policy, "unshard"):
-        # FSDP takes the type of gradients from the weights that train at the first pass; without
-        # the adapter no weight trains
-        with torch.no_grad():
-            policy.hidden(to_device(lay_out([], []), device))
     if not own:
         if config.ref_path is not None:
             model = replace(model, model_path=config.ref_path, adapter_path=None)

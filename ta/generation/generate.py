@@ -25,6 +25,7 @@ from ta.generation.slot_engine import SlotEngine, Work
 from ta.generation.vllm_engine import VllmEngine, generate_vllm
 from ta.model.adapters import is_prompt_learning
 from ta.model.language_model import base_model, evaluating
+from ta.parallel import unsharded
 
 
 def generate(
@@ -87,9 +88,11 @@ def generate(
     driven = config.beams > 1 or prefix or not plain_cache(base)
     temperature = getattr(model, "temperature", 1.0)
     sharded = hasattr(model, "unshard")
-    # a sharded root gathers its weights around its own methods only
-    run = base if virtual else model.outputs if sharded else inner
-    with _at_rest(model, inner, base, attention_for(base, not driven)):
+    run = base if virtual else inner
+    with (
+        unsharded(model, root_only=True),
+        _at_rest(model, inner, base, attention_for(base, not driven)),
+    ):
         if config.beams > 1:
             run_beams(inner, work, temperature, virtual)
         elif driven or (not takes_positions(base) and sees_padding(run, base)):

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ class LanguageModel(nn.Module):
     `parallel.shard` registers. These methods must not call one another.
     """
 
-    METHODS = ("loss", "logprobs", "scores", "hidden", "outputs", "divergences")
+    METHODS = ("loss", "logprobs", "scores", "hidden", "divergences")
 
     # for the user: why the model does not run packed
     note = ""
@@ -125,10 +125,6 @@ class LanguageModel(nn.Module):
         with self._arithmetic():
             batch, embeds = self._inputs(batch)
             return self._hidden(batch, embeds)[:, : batch.tokens.shape[1]]
-
-    def outputs(self, **inputs: Any) -> Any:
-        """The output of the transformers model for its own keyword arguments: for generation."""
-        return self.inner(**inputs)
 
     @property
     def base(self) -> nn.Module:

@@ -121,22 +121,21 @@ def test_export_renders_what_was_trained(door, capsys, data, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "more", ["lora --init-tokens <sep>=the_end", "prefix", "prompt", "p-tuning"]
+    ("recipe", "more"),
+    [
+        ("sft", "lora --init-tokens <sep>=the_end"),
+        ("sft", "prefix"),
+        ("dpo", "prompt"),
+        ("kto", "p-tuning"),
+    ],
 )
-def test_two_processes_equal_one_with_adapters(forked, data, tmp_path, more):
-    flags = (
-        "--data",
-        data[0],
-        "--val-data",
-        data[1],
-        *QUICK,
-        "--max-tokens-per-micro",
-        300,
-        "--adapter",
-        *more.split(),
-    )
+def test_two_processes_equal_one_with_adapters(forked, data, tmp_path, recipe, more):
+    """Also where the base under the adapter is the reference."""
+    given = {"sft": ("--data", data[0], "--val-data", data[1])}
+    flags = given.get(recipe, ("--model-path", "builtin-small", "--lr", "1e-2"))
+    flags += (*QUICK, "--max-tokens-per-micro", 300, "--adapter", *more.split())
     for n in (1, 2):
-        forked("sft", *flags, "--out", tmp_path / str(n), processes=n)
+        forked(recipe, *flags, "--out", tmp_path / str(n), processes=n)
     assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-6)
     one, two = (
         load_file(tmp_path / str(n) / "final" / "adapter_model.safetensors") for n in (1, 2)
