@@ -10,6 +10,7 @@ import os
 import re
 import select
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -37,6 +38,8 @@ NO_MEMORY = (
 # what a number may be at most where its field says no less
 MOST = 2**31 - 1
 hints_of = cache(get_type_hints)
+# the signals of Ctrl-C so far
+INTERRUPTS: list[int] = []
 
 
 class Range(NamedTuple):
@@ -205,6 +208,12 @@ def _default_in_help(default: str) -> str:
     return "" if default in ("None", "") else f"(default: {default})"
 
 
+def _interrupt(number: int, frame: Any) -> None:
+    """Ctrl-C as Python takes it, but noted: an import that it broke raises another error."""
+    INTERRUPTS.append(number)
+    raise KeyboardInterrupt
+
+
 def guard(action: Callable[[], Any]) -> int:
     """Run `action` and turn what a user can cause into a message and an exit code.
 
@@ -215,6 +224,9 @@ def guard(action: Callable[[], Any]) -> int:
     if os.environ.get("TA_TRACEBACK"):
         action()
         return 0
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        with contextlib.suppress(ValueError):  # another thread than the main one
+            signal.signal(signal.SIGINT, _interrupt)
     try:
         action()
     except (KeyboardInterrupt, Exception) as error:
@@ -223,6 +235,8 @@ def guard(action: Callable[[], Any]) -> int:
             if isinstance(stop, KeyboardInterrupt):
                 # a terminal has written ^C, perhaps behind a bar
                 return _say(f"stopped{stop}", 130, "\n" if sys.stderr.isatty() else "")
+        if INTERRUPTS and isinstance(error, ImportError):
+            return _say("stopped", 130, "")
         if full_disk(error):
             return _say(f"no room on the disk ({error}): {MAKE_ROOM}", NO_ROOM)
         if isinstance(error, BrokenPipeError) and _reader_is_gone():

@@ -135,6 +135,22 @@ def test_a_screen_without_a_letter_shows_its_escape(monkeypatch):
     assert shown.getvalue() == b"\\xabcup\\xbb\n"
 
 
+BROKEN = """
+import contextlib, os, signal
+from ta.command_line import guard
+def action():
+    with contextlib.suppress(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    raise ImportError("what numpy says of an import that was cut")
+raise SystemExit(guard(action))
+"""
+
+
+def test_an_import_that_ctrl_c_broke_is_a_stop():
+    ended = subprocess.run([sys.executable, "-c", BROKEN], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (130, "stopped\n")
+
+
 LONG = "from ta.command_line import guard\nraise SystemExit(guard(lambda: print('x' * 10**6)))"
 
 
