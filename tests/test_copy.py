@@ -37,7 +37,17 @@ EDITS = {  # what stands in recipes/dpo.py: what stands in the copy
         "        torch.optim.SGD(model.parameters(), lr=optim.lr, momentum=0.9),\n"
     ),
     "    settings = loss_settings(config)\n": "    import torch\n\n    settings = loss_settings(config)\n",
-    "    optim: ta.OptimConfig = ta.OptimConfig()\n": "    optim: ta.ScheduleConfig = ta.ScheduleConfig()\n",
+    # another schedule
+    "    optim: ta.OptimConfig = ta.OptimConfig()\n": "    optim: Halving = Halving()\n",
+    "@dataclass(frozen=True)\nclass Config:\n": (
+        "@dataclass(frozen=True)\n"
+        "class Halving(ta.ScheduleConfig):\n"
+        "    half_life: int = 100\n"
+        "    def lr_at(self, step, steps):\n"
+        "        return self.lr * 0.5 ** (step / self.half_life)\n\n\n"
+        "@dataclass(frozen=True)\n"
+        "class Config:\n"
+    ),
     # another evaluation, without the settings of the old one
     '    samples: ta.SamplesConfig = ta.SamplesConfig(sample_metrics=("accuracy", "contains"))\n': "",
     "        samples = ta.generate_samples(\n"
@@ -75,7 +85,8 @@ def start(page, out, *more):
     """A process that runs the copy as a user does."""
     flags = ("--model-path", page / "model", "--data", page / "train.jsonl", "--out", out)
     flags += ("--val-data", page / "held_out.jsonl", "--batch-size", 2, "--lr", "1e-3")
-    flags += ("--steps", STEPS, "--log-every", 1, "--max-tokens", 64, "--target", 3, *more)
+    flags += ("--steps", STEPS, "--log-every", 1, "--max-tokens", 64, "--target", 3)
+    flags += ("--half-life", 20, *more)
     return subprocess.Popen(
         [sys.executable, str(page / "mine.py"), *map(str, flags)],
         stderr=subprocess.PIPE,
@@ -108,6 +119,8 @@ def test_a_copied_page_with_a_method_of_its_own_resumes_bit_for_bit(page, tmp_pa
     assert sum(last) / 10 < 8
     settings = json.loads((tmp_path / "whole" / "config.json").read_text())["identity"]
     assert settings["optimizer"] == "SGD" and settings["target"] == 3.0
+    rates = [row["lr"] for row in logged(tmp_path / "whole") if "lr" in row]
+    assert rates == pytest.approx([1e-3 * 0.5 ** (step / 20) for step in range(STEPS)])
 
     for flag in ("--optimizer=muon", "--beta1=0.5", "--sample-records=3"):
         none = start(page, tmp_path / "none", flag)

@@ -9,7 +9,7 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
@@ -134,7 +134,7 @@ class RecordKind(NamedTuple):
 
     def prepare(
         self,
-        files: Sequence[str] | Sequence[dict],
+        files: Iterable[str | PathLike[str]] | Iterable[dict],
         tokenizer: ChatTokenizer,
         chat: ChatConfig,
         data: DataConfig,

@@ -13,7 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ta.generation.text_metrics import (
     UNSPACED,
@@ -31,6 +31,9 @@ from ta.generation.text_metrics import (
     rouge_n,
     self_bleu,
 )
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
 Logprobs = Sequence[Sequence[float]]  # of each answer, of each token
 Classes = Sequence[Hashable]
@@ -108,7 +111,7 @@ def f1(predictions: Classes, labels: Classes) -> float:
     )
 
 
-def roc_auc(scores: Sequence[float], labels: Sequence[int | bool]) -> float:
+def roc_auc(scores: ArrayLike, labels: ArrayLike) -> float:
     """Share of (positive, negative) pairs ranked rightly by score, ties half.
 
     It is Mann-Whitney's U (Hanley and McNeil 1982). NaN where all labels are alike. ValueError for

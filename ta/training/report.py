@@ -209,7 +209,8 @@ def headline(settings: dict, metrics: Sequence[dict], figures: Charts) -> str:
 def before_and_after(folder: Path, figures: Mapping[str, float]) -> str:
     """A line for a person: the held-out figures before training, and `figures`, those after it.
 
-    Figures of single sources are left to the report; "" without an evaluation before training.
+    Without an evaluation before training it tells of the first and the last logged step. Figures of
+    single sources are left to the report.
     """
     first = evaluations(folder).get(0, {})
     changes = [
@@ -217,8 +218,13 @@ def before_and_after(folder: Path, figures: Mapping[str, float]) -> str:
         for name, value in figures.items()
         if name in first and "/" not in name
     ]
-    said = f"held out, before -> after training: {', '.join(changes)}"
-    return f"{said}; answers in {folder / 'report.html'}" if changes else ""
+    if changes:
+        said = f"held out, before -> after training: {', '.join(changes)}; answers"
+    else:
+        logged = [record for record in read_metrics(folder) if "loss" in record]
+        ends = [f"{number(record['loss'])} at step {record['step']}" for record in logged]
+        said = f"loss {' -> '.join(dict.fromkeys([*ends[:1], *ends[-1:]]))}; curves"
+    return f"{said} in {folder / 'report.html'}"
 
 
 def charts_of(metrics: Sequence[dict]) -> Charts:

@@ -16,6 +16,7 @@ from PIL import Image
 from ta.generation.metrics import METRICS as METRICS_OF_ANSWERS
 from ta.training.report import (
     answers_at,
+    before_and_after,
     chart,
     charts_of,
     log_ticks,
@@ -83,6 +84,18 @@ class Tags(HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
+
+
+def test_a_run_ends_with_what_has_changed(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 10, "loss": 2.5}\n{"step": 25, "loss": 0.25}\n')
+    said = before_and_after(tmp_path, {})
+    assert said == f"loss 2.5 at step 10 -> 0.25 at step 25; curves in {tmp_path}/report.html"
+    log.write_text('{"step": 2, "loss": 2.5}\n')
+    assert before_and_after(tmp_path, {}).startswith("loss 2.5 at step 2; ")
+    log.write_text('{"step": 0, "val_loss": 3}\n{"step": 2, "loss": 2.5}\n')
+    said = before_and_after(tmp_path, {"loss": 2.0, "loss/a": 1.0, "new": 1.0})
+    assert said.startswith("held out, before -> after training: loss 3 -> 2; answers in ")
 
 
 def test_training_and_held_out_values_share_a_chart():
