@@ -1,4 +1,4 @@
-"""Text metrics: hand-worked values, properties over random texts, BLEU against sacrebleu where it is installed, and empty or lone answers."""
+"""Text metrics: hand-worked values, properties over random texts, BLEU, ROUGE and METEOR against other packages where they are installed, and empty or lone answers."""
 
 import math
 import re
@@ -7,6 +7,7 @@ import unicodedata
 from collections import Counter
 from itertools import combinations
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -163,6 +164,43 @@ def test_bleu_agrees_with_sacrebleu():
                 for i, a in enumerate(answers)
             ]
             assert self_bleu(answers) == pytest.approx(sum(others) / len(others) / 100, abs=1e-12)
+
+
+NASTY = [
+    "a",
+    "The",
+    "the",
+    "b.",
+    "don't",
+    "x_y",
+    "3.14",
+    "...",
+    "\u2028",
+    "caf\u00e9",
+    "\u6771\u4eac",
+]
+
+
+def test_rouge_and_meteor_agree_with_other_packages():
+    """rouge_score with our words (ASCII texts: with its own); nltk's METEOR, which may find more chunks than there must be."""
+    rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer")
+    nltk = pytest.importorskip("nltk.translate.meteor_score")
+    kinds, random = ["rouge1", "rouge2", "rougeL"], Random(0)
+    ours = rouge_scorer.RougeScorer(kinds, tokenizer=SimpleNamespace(tokenize=words))
+    own = rouge_scorer.RougeScorer(kinds)
+    nothing = SimpleNamespace(stem=str, synsets=lambda word: [])
+    equal = 0
+    for i in range(400):
+        of = NASTY[:8] if i % 2 else NASTY
+        a, r = (" ".join(random.choices(of, k=random.randrange(12))) for _ in range(2))
+        theirs = (own if i % 2 else ours).score(r, a)
+        found = rouge_n([a], [r]), rouge_n([a], [r], 2), rouge_l([a], [r])
+        assert found == pytest.approx([theirs[kind].fmeasure for kind in kinds])
+        if words(a) and words(r):
+            theirs = nltk.single_meteor_score(words(r), words(a), str, nothing, nothing)
+            assert meteor([a], [r]) >= theirs - 1e-12
+            equal += meteor([a], [r]) == pytest.approx(theirs)
+    assert equal > 300
 
 
 def test_rouge_by_hand():
