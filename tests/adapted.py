@@ -32,6 +32,7 @@ MODELS = {
     "phi": SMALL,  # the output layer has a bias
     "gemma": {**SMALL, **GATED},  # tied, embeddings scaled in the lookup
     "qwen3": {**SMALL, **GATED},
+    "opt": {**SMALL, "word_embed_proj_dim": 8, "ffn_dim": 24},  # embeddings narrower than layers
 }
 KINDS = ("lora", "prefix", "prompt", "p-tuning")
 NEW = (20, 21)

@@ -60,6 +60,15 @@ def sees_padding(run: Callable, base) -> bool:
     return not (padded - alone).abs().max() < limit
 
 
+def _computes_again(inner, work: Work, virtual: bool) -> bool:
+    """Whether prompts are embeddings that the model's generate refuses.
+
+    Every token then takes a pass over all tokens before it.
+    """
+    taken = inspect.signature(base_model(inner).prepare_inputs_for_generation).parameters
+    return work.embeds is not None and (virtual or "inputs_embeds" not in taken)
+
+
 def _inputs(work: Work, batch: Sequence[tuple[int, int]], device) -> dict[str, Tensor]:
     """The arguments of generate for a batch, but for positions, which it makes."""
     padded = left_pad([work.prompts[i] for i, _ in batch], device)
@@ -77,7 +86,8 @@ def run_driven(inner, work: Work, temperature: float, virtual: bool) -> None:
     temperature: of the model's own distribution. virtual: an adapter puts virtual tokens in front.
     """
     device, config = next(inner.parameters()).device, work.ending.config
-    for batch in _batches(inner, work, config.num_answers, config.slots, virtual):
+    again = _computes_again(inner, work, virtual)
+    for batch in _batches(inner, work, config.num_answers, config.slots, virtual or again):
         rows = [work.row(*place) for place in batch]
 
         def pick(_, logits: Tensor, rows=rows) -> Tensor:
@@ -93,8 +103,17 @@ def run_driven(inner, work: Work, temperature: float, virtual: bool) -> None:
             work.take(rows, tokens, logprobs)
             return torch.full_like(logits, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
+        inputs = _inputs(work, batch, device)
+        while again and not all(row.ended for row in rows):
+            embeds = inputs["inputs_embeds"]
+            logits = inner(inputs_embeds=embeds, use_cache=False).logits[:, -1]
+            tokens = pick(None, logits / temperature).argmax(-1, keepdim=True)
+            new = inner.get_input_embeddings()(tokens)
+            inputs["inputs_embeds"] = torch.cat([embeds, new], dim=1)
+        if again:
+            continue
         inner.generate(
-            **_inputs(work, batch, device),
+            **inputs,
             max_new_tokens=max(row.limit for row in rows),
             do_sample=False,
             logits_processor=[TemperatureLogitsWarper(temperature), pick],
@@ -107,7 +126,8 @@ def run_driven(inner, work: Work, temperature: float, virtual: bool) -> None:
 def run_beams(inner, work: Work, temperature: float, virtual: bool) -> None:
     """transformers' beam search; log-probabilities from one more forward over each answer.
 
-    temperature, virtual: as above. ValueError for logits that are no numbers.
+    temperature, virtual: as above. ValueError for logits that are no numbers, and for embeddings
+    that the model's generate refuses.
     """
 
     def own(_, logps: Tensor) -> Tensor:
@@ -118,6 +138,10 @@ def run_beams(inner, work: Work, temperature: float, virtual: bool) -> None:
 
     device, ending, config = next(inner.parameters()).device, work.ending, work.ending.config
     n, processors = config.num_answers, [own]
+    if _computes_again(inner, work, virtual):
+        raise ValueError(
+            "beams: this model's search takes no pictures and sounds; leave beams at 1"
+        )
     if config.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
     rows = max(1, config.slots // config.beams)

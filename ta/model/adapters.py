@@ -701,6 +701,9 @@ def _wrap(
     from peft import get_peft_model
 
     weight = token_table(model)
+    if settings.peft_type in ("PROMPT_TUNING", "P_TUNING"):
+        # peft takes the width of the layers, which may be another
+        settings.token_dim = weight.shape[1]
     with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
         torch.manual_seed(seed)
         wrapped = get_peft_model(model, settings)

@@ -386,6 +386,20 @@ def test_embeddings_give_what_their_tokens_give(name):
     )
 
 
+def test_embeddings_are_answered_where_transformers_generate_takes_none():
+    model, prompts = build("openai-gpt-no-plain-cache"), random_prompts(7)
+    ids = [torch.tensor([p]) for p in prompts]
+    with torch.no_grad():
+        embeds = [model.get_input_embeddings()(x)[0] for x in ids]
+    with pytest.raises(ValueError, match="forwarding"):
+        model.generate(inputs_embeds=embeds[0][None])
+    config = GenerateConfig(max_new_tokens=9, slots=3)
+    want = one_by_one(model, prompts, max_new_tokens=9)
+    assert ids_of(generate(model, TOKENIZER, prompts, config, [], embeds=embeds)) == want
+    with pytest.raises(ValueError, match="beams"):
+        generate(model, TOKENIZER, prompts, GenerateConfig(beams=2), [], embeds=embeds)
+
+
 @pytest.mark.parametrize("penalty, temperature", [(1.0, 1.0), (1.3, 1.0), (1.0, 3.0), (1.3, 0.4)])
 def test_beams_equal_transformers_one_by_one(penalty, temperature):
     """Of a model with a temperature of its own the judge is the plain one whose head is divided by it."""
