@@ -260,10 +260,11 @@ def check_prompts(
     long = [i for i, p in enumerate(prompts) if context is not None and len(p) + room > context]
     if long:
         fault = "leave no room for an answer" if room else "do not fit"
+        most, mend = context - room, "give fewer new or virtual tokens"
         raise ValueError(
             f"{len(long)} of {len(prompts)} prompts {fault} in the model's context of {context} "
-            f"tokens (number {long[0]} has {len(prompts[long[0]])}): cut them with a --max-tokens "
-            f"below {context}"
+            f"tokens (number {long[0]} has {len(prompts[long[0]])}): "
+            + (f"cut them with --max-tokens {most}" if most > 0 else mend)
         )
 
 

@@ -307,6 +307,7 @@ def _read_all(
     """Read in order, a few ahead in each of `workers` fresh processes; a forked one would inherit
     torch's threads.
     """
+    workers = min(workers, len(left))
     own = {"multiprocessing_context": "spawn", "worker_init_fn": _end_with_parent}
     ahead = own | {"prefetch_factor": 8} if workers else {}
     one = partial(_read_one, read)

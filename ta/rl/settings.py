@@ -21,7 +21,7 @@ Mismatch = Literal["none", "truncate", "mask"]
 class RolloutConfig:
     num_answers: Annotated[int, Range(1)] = 8
     """Answers to each prompt."""
-    temperature: Annotated[float, Range(0, above=True)] = 1.0
+    temperature: Annotated[float, Range(1e-6)] = 1.0
     """The policy is the model at this temperature, in rollouts and in training."""
     max_new_tokens: Annotated[int, Range(1)] = 128
     """Tokens of an answer at most, its end token counted."""
@@ -41,7 +41,7 @@ class RewardConfig:
     """What is rewarded, added up: FILE.py:NAME, model:FOLDER (a reward model), exact, contains,
     number, regex:PATTERN, length:N, schema:FILE.json or code, each with *WEIGHT where that is not
     1. A function takes (messages, answer, record) and returns a number or None."""
-    reward_seconds: Annotated[float, Range(0, above=True)] = 10.0
+    reward_seconds: Annotated[float, Range(0, 1_000_000, above=True)] = 10.0
     """Wall-clock limit of one call of a reward function or tool, whose process is then killed."""
     reward_processes: Annotated[int, Range(1)] = 2
     """Processes in which reward functions run, and as many for tools."""

@@ -531,9 +531,9 @@ def test_a_step_is_its_formula(preset, updates):
         (("--ref-path", "x"), "--reference and its flags have no effect without --kl-coef"),
         (("--kl-coef", 0.1, "--reference", "cached"), "answers are not known before training"),
         (("--num-answers", 1), "--num-answers 1: answers are compared"),
-        (("--temperature", 0), "--temperature 0.0: give a number above 0 to 2147483647"),
+        (("--temperature", 0), "--temperature 0.0: give a number from 1e-06 to 2147483647"),
         (("--rewards", "exakt"), "there is no reward exakt"),
-        (("--max-new-tokens", 5000), "leave no room for an answer"),
+        (("--max-new-tokens", 5000), "has 47): give fewer new or virtual tokens"),
     ],
 )
 def test_what_cannot_be_is_refused(door, tmp_path, flags, message):
