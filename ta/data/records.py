@@ -17,6 +17,7 @@ from ta.chat.messages import (
     message_weight,
     parts_of,
 )
+from ta.command_line import MOST
 from ta.data.jsonl import BadRecord, named
 
 # limit of margins, rewards and weights, far below the greatest float32
@@ -167,7 +168,7 @@ def check_class(data: dict, labels: Sequence[str] = (), need_label: bool = True)
     name = label if isinstance(label, str) else json.dumps(label)
     if name in labels:
         return {**data, "label": labels.index(name)}
-    if type(label) is not int or label < 0 or (labels and label >= len(labels)):
+    if type(label) is not int or not 0 <= label < (len(labels) or MOST):
         way = "give a whole number from 0, or name the classes in --labels"
         if labels:
             way = f"give one of {', '.join(labels[:20])}, or its place from 0"

@@ -206,6 +206,7 @@ WRONG = [
     ("check_class", {"messages": [U], "label": True}, "label is true"),
     ("check_class", {"messages": [U], "label": 1.0}, "label is 1.0"),
     ("check_class", {"messages": [U], "label": -1}, "label is -1"),
+    ("check_class", {"messages": [U], "label": 10**400}, "label is 1000"),
     ("check_candidates", {"messages": [U], "answers": []}, "a list of 0"),
     (
         "check_candidates",
