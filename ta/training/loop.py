@@ -410,7 +410,7 @@ def _changes(loop, where: Path, before: dict, key: dict[str, Any]) -> list[str]:
     if refused:
         raise ValueError(
             f"{where} was made with other settings: {'; '.join(refused)}. "
-            "Give the same ones, or --allow-change NAME"
+            f"Give the same ones, or --allow-change {' '.join(changed)}"
         )
     return list(changed.values())
 
