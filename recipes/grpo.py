@@ -114,12 +114,12 @@ def main(config: Config):
     ta.rl.end_if_dry_run(config.loop, model, batches, optimizer, config.rollouts)
     pool = ta.rl.RewardPool(config.reward, run.device, batches.max_tokens)
     # where a server reads new weights
-    weights = run.folder / "rollouts" / "weights"
+    weights = run.folder / "weights"
     engine = ta.rl.start_engine(config.engine, config.vllm, config.model, model, tokenizer, weights)
     made_of = (prompts, batches, tokenizer, config.rollouts, policy)
     rollouts = ta.rl.Rollouts(run.folder, model, *made_of, pool, logprobs, engine, tools)
     # stops the run where sampler and trainer disagree
-    watch = ta.rl.MismatchWatch(policy.max_mismatch)
+    watch = ta.rl.MismatchWatch(policy.max_mismatch, run.folder)
 
     def before_step(number, _):
         watch.check()

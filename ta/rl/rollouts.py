@@ -42,6 +42,7 @@ from ta.rl.policy import overlong_penalty
 from ta.rl.rewards import RewardPool
 from ta.rl.settings import PolicyConfig, RolloutConfig
 from ta.rl.tools import Talk, Tools
+from ta.training.run_folder import read_metrics
 from ta.training.samples import Prompt, asked_text
 
 # a record and the token ids of its prompt
@@ -398,8 +399,9 @@ class MismatchWatch:
     They are those of one policy where nothing has been updated between; what is left is arithmetic.
     """
 
-    def __init__(self, most: float):
-        self.most = most
+    def __init__(self, most: float, folder: Path | None = None):
+        """`folder` is that of a run, whose logged steps count where it is resumed."""
+        self.most, self.folder = most, folder
         # steps in a row in which they were further apart
         self.large = 0
         # steps in a row without an answer
@@ -416,10 +418,16 @@ class MismatchWatch:
 
     def check(self) -> None:
         """Close a step, on all processes. ValueError at the third large or empty one in a row."""
-        if self.sums is None:
-            return
-        total, count = sum_over_ranks(self.sums).tolist()
+        if self.sums is not None:
+            self._close(*sum_over_ranks(self.sums).tolist())
+        elif self.folder is not None:
+            logged = gather_objects(read_metrics(self.folder) if rank() == 0 else None)[0]
+            for record in [record for record in logged if "learned_tokens" in record][-2:]:
+                count = record["learned_tokens"]
+                self._close(record.get("mismatch", 0.0) * count, count)
         self.sums = None
+
+    def _close(self, total: float, count: float) -> None:
         self.empty = 0 if count else self.empty + 1
         if self.empty == 3:
             raise ValueError(

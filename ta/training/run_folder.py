@@ -42,7 +42,7 @@ OF_STEPS = ("checkpoints", "final", "non_finite.jsonl", "rollouts")
 RUN_NAMES = (
     *OF_STEPS,
     *("metrics.jsonl", "samples.jsonl", "drops.jsonl", "report.html"),
-    *("tensorboard", "wandb", "trackers.json", "config.json"),
+    *("weights", "tensorboard", "wandb", "trackers.json", "config.json"),
 )
 MARKS = ("config", "versions", "identity")
 

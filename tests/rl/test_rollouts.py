@@ -384,6 +384,30 @@ def test_a_mismatch_must_be_large_three_times_in_a_row():
         watch.check()
 
 
+@pytest.mark.parametrize(
+    ("tokens", "mismatch", "said"),
+    [(3, 0.4, "differ by 0.267 nats"), (0, None, "all answers of three steps in a row")],
+)
+def test_steps_before_a_resume_count(tmp_path, tokens, mismatch, said):
+    """A run that is stopped every two steps does not go on for ever."""
+    logged = {"learned_tokens": tokens, **({"mismatch": mismatch} if mismatch else {})}
+    steps = [{"step": 0, "val_loss": 1.0}, {"step": 1, **logged}, {"step": 2, **logged}]
+    write_jsonl(tmp_path / "metrics.jsonl", [*steps, {"step": 2, "val_loss": 1.0}])
+    watch = MismatchWatch(0.1, tmp_path)
+    watch.check()
+    watch.add(torch.tensor([0.4, -0.4, 0.0])[:tokens])
+    with pytest.raises(ValueError, match=said):
+        watch.check()
+    write_jsonl(
+        tmp_path / "metrics.jsonl",
+        [*steps, {"step": 3, **logged, "learned_tokens": 9, "mismatch": 0}],
+    )
+    watch = MismatchWatch(0.1, tmp_path)
+    watch.check()
+    watch.add(torch.tensor([0.4, -0.4, 0.0])[:tokens])
+    watch.check()
+
+
 @pytest.mark.slow
 def test_prompts_are_drawn_again_until_enough_groups_differ(grpo, whole, tmp_path):
     """A reward that is flat on two of three prompts: with --resample the file holds groups that differ, and says how many were drawn.

@@ -279,6 +279,7 @@ def test_what_cannot_be_asked_of_a_server_is_refused(door, folder, server):
         ("grpo", ("--engine", "http://127.0.0.1:9"), "no vLLM server answers there"),
         ("grpo", ("--engine", "vlm"), "--engine vlm: give hf, vllm, or the URL"),
         ("grpo", ("--engine", server, "--kv-cache-gb", 1), "--kv-cache-gb is a setting of vLLM"),
+        ("grpo", ("--engine", server, "--keep-best", "acuracy"), "the evaluations give accuracy"),
         ("distill", ("--teacher-url", server), "give --divergence reverse"),
         (
             "distill",
@@ -288,6 +289,7 @@ def test_what_cannot_be_asked_of_a_server_is_refused(door, folder, server):
     ):
         code, said = door(recipe, *flags(folder, recipe), *out, *more)
         assert code == 2 and message in said
+        assert not (folder / "refused").exists()
     if REAL:
         return
     try:
