@@ -227,8 +227,11 @@ def from_dialogue_texts(data: dict) -> dict:
 
 
 def from_unpaired(data: dict) -> dict:
-    """TRL's unpaired preference (KTO): {prompt, completion, label: bool} -> a labelled answer."""
-    labelled = {"answer": data["completion"], "is_desirable": data["label"]}
+    """TRL's unpaired preference (KTO): {prompt, completion, label} -> a labelled answer.
+
+    A label is true or false, or as a table may hold them, 1 or 0.
+    """
+    labelled = {"answer": data["completion"], "is_desirable": bool(data["label"])}
     return {"context": _messages_of(data["prompt"], "user"), **labelled}
 
 
@@ -506,7 +509,7 @@ LABELLED_FORMATS = (
         "prompt completion label",
         from_unpaired,
         "",
-        lambda data: isinstance(data["label"], bool),
+        lambda data: data["label"] in (False, True),
     ),
 )
 # of each checker: the formats that are converted for it

@@ -409,11 +409,10 @@ def summary(prepared: Prepared) -> dict[str, Any]:
 
 def report(info: dict[str, Any]) -> list[str]:
     """Lines for a person: records of each source, share of learned tokens, drops with reasons."""
-    share = 100 * info["learned_tokens"] / max(info["tokens"], 1)
+    tokens, learned = info["tokens"], info["learned_tokens"]
+    share = f", {100 * learned / tokens:.0f} % learned" if learned else ""
     before = " (prepared before)" if info["cached"] else ""
-    lines = [
-        f"{info['records']:,} records, {info['tokens']:,} tokens, {share:.0f} % learned{before}"
-    ]
+    lines = [f"{info['records']:,} records, {tokens:,} tokens{share}{before}"]
     for source in info["sources"]:
         form = "".join(f": {text}" for text in source.get("formats", ()))
         lines.append(f"  {source['used']:,} of {source['records']:,} from {source['source']}{form}")

@@ -126,7 +126,7 @@ TWINS = [
     (
         "TRL unpaired preference",
         "labelled",
-        {"prompt": [U], "completion": [A], "label": True},
+        {"prompt": [U], "completion": [A], "label": 1},
         GOOD,
     ),
     ("text and label", "class", {"text": "q r", "label": 1}, {"messages": [U], "label": 1}),
@@ -250,7 +250,7 @@ WRONG = [
     ("chat", {"prompt": "q", "chosen": "a", "rejected": "b"}, "is TRL preference.*recipes/dpo.py"),
     (
         "chat",
-        {"prompt": "q", "completion": "a", "label": False},
+        {"prompt": "q", "completion": "a", "label": 0},
         "is TRL unpaired preference.*recipes/kto.py",
     ),
     (
