@@ -40,7 +40,7 @@ class Encoder(NamedTuple):
 
     def encode(self, inputs: Tensor) -> Tensor:
         """(I, F, E) features of a batch of inputs, without gradient, on the module's device."""
-        parameter = next(self.module.parameters())
+        parameter = next(self.module.parameters(), inputs)
         # train() of a parent may have reached it, and a cache would not repeat what dropout makes
         self.module.eval()
         with torch.no_grad():

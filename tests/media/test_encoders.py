@@ -18,7 +18,7 @@ from ta.builtin.pictures import (
     picture_questions,
     write_pictures,
 )
-from ta.media.encoders import ENCODERS, encoder_fingerprint, load_encoder
+from ta.media.encoders import ENCODERS, Encoder, encoder_fingerprint, load_encoder
 from ta.media.features import Layout, check_features, extract, read_features
 from ta.media.imagebind import write_trunk
 from ta.media.images import find_media
@@ -268,6 +268,8 @@ def test_readers_go_to_other_processes():
     encoder = load_encoder("builtin")
     assert pickle.loads(pickle.dumps(encoder.read)).keywords == encoder.read.keywords
     assert set(ENCODERS) == {"builtin", "clip", "siglip", "imagebind", "whisper"}
+    bare = Encoder("image", 3, 4, None, None, torch.nn.Flatten(2), {})
+    assert bare.encode(torch.ones(1, 3, 2, 2)).shape == (1, 3, 4), "without a weight"
 
 
 def linear_accuracy(train, held_out):
