@@ -239,13 +239,23 @@ def at_least_float(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def _check_alike(one: Tensor, other: Tensor) -> None:
+    """ValueError for values of two shapes, which torch would repeat until they fit."""
+    if one.shape != other.shape:
+        raise ValueError(
+            f"values of shapes {(*one.shape,)} and {(*other.shape,)}: give one of each to a pair"
+        )
+
+
 def _floats(pair: Pair) -> Pair:
+    _check_alike(pair.chosen, pair.rejected)
     return pair._replace(chosen=at_least_float(pair.chosen), rejected=at_least_float(pair.rejected))
 
 
 def _log_ratios(policy: Pair, ref: Pair) -> Pair:
     """The r of both answers, with the policy's lengths."""
     policy, ref = _floats(policy), _floats(ref)
+    _check_alike(policy.chosen, ref.chosen)
     chosen, rejected = policy.chosen - ref.chosen, policy.rejected - ref.rejected
     return policy._replace(chosen=chosen, rejected=rejected)
 
@@ -301,7 +311,7 @@ def reward_loss(
 
     All tensors are (P,).
     """
-    h = at_least_float(chosen_scores) - at_least_float(rejected_scores)
+    h = _floats(Pair(chosen_scores, rejected_scores)).gap
     return -logsigmoid(h if margin is None else h - margin.to(h.dtype))
 
 

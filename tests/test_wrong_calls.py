@@ -35,6 +35,11 @@ def generate(prompts, its, model=None, **settings):
     return ta.generate(model or its.model, fast, prompts, config, stops)
 
 
+def pair(chosen, rejected):
+    lengths = torch.ones(chosen), torch.ones(rejected)
+    return ta.losses.Pair(-torch.ones(chosen), -torch.ones(rejected), *lengths)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -72,6 +77,10 @@ def generate(prompts, its, model=None, **settings):
         (lambda x: generate([[1]], x, x.classifier), "language model"),
         (lambda x: generate([[1]], x, stop_strings="ab"), "stop-strings ab"),
         (lambda x: ta.measure(["rouge_l"], answers="ab", references="ab"), "a list"),
+        (lambda x: ta.losses.simpo(pair(1, 2)), r"shapes \(1,\) and \(2,\)"),
+        (lambda x: ta.losses.sigmoid(pair(2, 2), pair(1, 1)), r"shapes \(2,\) and \(1,\)"),
+        (lambda x: ta.losses.reward_loss(torch.ones(3), torch.ones(1)), "shapes"),
+        (lambda x: ta.rl.advantages(torch.ones(2, 2), "group"), "'group': give grpo, centred"),
         (lambda x: ta.roc_auc([0.1, float("nan")], [0, 1]), "do not pair up"),
         (lambda x: ta.roc_auc([0.1, 0.2], [0, 2]), "0 or 1"),
     ],

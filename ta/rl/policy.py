@@ -8,6 +8,8 @@ pi / old of a token, A the advantage of its answer. `owners` (M,) gives the answ
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,8 @@ def advantages(rewards: Tensor, how: Advantage = "grpo") -> Tensor:
         case "batch":
             variance = centred.square().sum() / (known.sum() - 1).clamp(min=1)
             out = centred / (variance.sqrt() + EPSILON)
+        case _:
+            raise ValueError(f"advantage {how!r}: give {', '.join(get_args(Advantage))}")
     return out.to(rewards.dtype)
 
 
