@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_audio import tone, write_wav
 from test_encoders import save_clip
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from ta.builtin.pictures import write_jsonl, write_pictures
 from ta.chat.template import ChatConfig
@@ -17,6 +18,7 @@ from ta.folders import ModelConfig
 from ta.media.dialogue import encode_media_prompts, prepare_media_chats
 from ta.media.encoders import load_with_fingerprint
 from ta.media.features import Layout, extract
+from ta.media.llava import assembled
 from ta.media.modalities import open_media
 from ta.media.multimodal import (
     MediaBatch,
@@ -26,6 +28,7 @@ from ta.media.multimodal import (
     with_features,
     with_projectors,
 )
+from ta.media.projectors import Mlp
 from ta.media.settings import MediaConfig, MediaFiles
 from ta.model.adapters import AdapterConfig
 from ta.model.load import ComputeConfig, load_model
@@ -342,3 +345,11 @@ def test_an_encoder_is_one_function_and_one_entry(place, tmp_path, monkeypatch):
 class Transposed(torch.nn.Module):
     def forward(self, x):
         return x.transpose(1, 2)
+
+
+def test_a_language_model_that_does_not_fit_the_llava_layout_is_refused(place):
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 20}
+    base = GPT2LMHeadModel(GPT2Config(**sizes))
+    settings = {"encoder": "clip", "path": str(place / "clip"), "features": 4}
+    with pytest.raises(ValueError, match="GPT2LMHeadModel does not load as a part of the Llava"):
+        assembled(settings, base, Mlp(16, 4, 16, 4), 5)

@@ -132,3 +132,15 @@ def test_virtual_tokens_of_plain_peft_on_a_resized_vocabulary(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
     )
     assert same(probe_logits(again), probe_logits(model))
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt", "p-tuning"])
+def test_virtual_tokens_fit_embeddings_that_are_narrower_than_layers(kind, tmp_path):
+    config = AdapterConfig(adapter=kind, virtual_tokens=3)
+    model = add_adapter(base("opt"), config).eval()
+    train_a_step(model, ids=((3, 5, 7),))
+    expected = probe_logits(model)
+    save_adapter(model, tmp_path)
+    plain = PeftModel.from_pretrained(base("opt"), tmp_path).eval()
+    for again in (plain, load_adapter(base("opt"), tmp_path)):
+        assert same(probe_logits(again), expected)

@@ -360,9 +360,14 @@ def test_llava_layout_gives_equal_logits(forked, door, flags, place, tmp_path):
 
 
 def test_siglip_takes_the_llava_layout_too(forked, flags, place, tmp_path):
-    from transformers import LlavaForConditionalGeneration
+    from transformers import AutoImageProcessor, LlavaForConditionalGeneration
 
     save_siglip(place / "siglip", whole=True)
+    # as a whole processor is saved; its type is that of the model beside it
+    given = json.loads((place / "siglip" / "preprocessor_config.json").read_text())
+    del given["image_processor_type"]
+    (place / "siglip" / "processor_config.json").write_text(json.dumps({"image_processor": given}))
+    (place / "siglip" / "preprocessor_config.json").unlink()
     siglip = ("--image-encoder", "siglip", "--image-encoder-path", place / "siglip")
     forked("multimodal", *flags, *siglip, "--steps", 1, "--out", tmp_path / "run")
     said = forked(
@@ -376,6 +381,9 @@ def test_siglip_takes_the_llava_layout_too(forked, flags, place, tmp_path):
         ).config.vision_config.model_type
         == "siglip_vision_model"
     )
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "llava", backend="pil")
+    assert (processor.size.height, processor.size.width) == (28, 28)
+    assert type(processor).__name__ == "SiglipImageProcessorPil"
 
 
 def test_the_inspector_shows_placeholders(forked, place):
