@@ -46,7 +46,7 @@ def place_media(
                 raise BadRecord(f"{kind} cannot be used", str(error)) from None
             texts.append((placeholders[kind].text, (kind, content)))
         rest = {key: value for key, value in message.items() if key != "type"}
-        if any(media for _, media in texts):
+        if isinstance(message["content"], list) or any(media for _, media in texts):
             rest |= {"content": "".join(text for text, _ in texts), "parts": texts}
         placed.append(rest)
     return placed

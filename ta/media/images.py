@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ta.data.jsonl import regular_file
-from ta.folders import loading, read_json
+from ta.folders import loading, read_json, value_of
 
 if TYPE_CHECKING:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -226,7 +226,7 @@ def processor_settings(folder: str | Path) -> tuple[Path, dict[str, Any]]:
     ValueError where there is none.
     """
     path = Path(folder) / "processor_config.json"
-    if path.is_file() and (given := read_json(path).get("image_processor")):
+    if given := value_of(path, "image_processor", dict):
         return path, given
     path = path.with_name("preprocessor_config.json")
     if not path.is_file():

@@ -265,6 +265,9 @@ def test_preprocessing_settings(tmp_path):
     path.write_text(json.dumps({"size": {"height": 7, "width": 8}}))
     theirs = SiglipImageProcessorPil.from_pretrained(tmp_path).size
     assert read_preprocessing(tmp_path, SIGLIP).size == (theirs.height, theirs.width) == (5, 6)
+    both.write_text(json.dumps({"image_processor": [5]}))
+    with pytest.raises(ValueError, match="image_processor cannot be"):
+        read_preprocessing(tmp_path, SIGLIP)
     both.write_text(json.dumps({"processor_class": "SiglipProcessor"}))
     assert read_preprocessing(tmp_path, SIGLIP).size == (7, 8)
 
