@@ -186,7 +186,22 @@ def open_media(
             "no encoder: give --image-encoder clip --image-encoder-path FOLDER (or siglip, "
             "imagebind), or --audio-encoder"
         )
+    _check_idle(config, media)
     return media
+
+
+def _check_idle(config: MediaConfig, media: Modalities) -> None:
+    """ValueError for a flag of a modality or projector that the model has not."""
+    without = {name: f"--{name}-encoder" for name in {"image", "audio"} - media.keys()}
+    if "c_abstractor" not in {SAME.get(m.settings["projector"]) for m in media.values()}:
+        without["projector"] = "a c_abstractor"
+    for flag, value in (vars(config.files) | vars(config)).items():
+        kind, _, what = flag.partition("_")
+        if value is not None and kind in without and what not in ("encoder", "root", "lr"):
+            raise ValueError(
+                f"--{flag.replace('_', '-')} {value} has no effect without {without[kind]}: leave "
+                "it out"
+            )
 
 
 def _new_settings(

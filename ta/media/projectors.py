@@ -21,8 +21,8 @@ class Mlp(nn.Module):
         super().__init__()
         if n_out != n_in:
             raise ValueError(
-                f"projector mlp gives as many tokens as the encoder, {n_in}, not {n_out}; "
-                f"set n_modality_embeddings to {n_in}"
+                f"projector mlp gives as many tokens as the encoder, {n_in}, not {n_out}: leave "
+                "--image-embeddings (of sounds --audio-embeddings) out"
             )
         self.layers = nn.Sequential(nn.Linear(emb_dim, dim), nn.GELU(), nn.Linear(dim, dim))
 
@@ -101,7 +101,7 @@ class CAbstractor(nn.Module):
                 f"projector c_abstractor: a grid of {grid[0]} x {grid[1]} patches is not the "
                 f"encoder's {n_in}"
             )
-        side = _side(n_out, "n_modality_embeddings is")
+        side = _side(n_out, "--image-embeddings (of sounds --audio-embeddings) is")
         if n_out > n_in:
             raise ValueError(
                 f"projector c_abstractor cannot make {n_out} tokens of the encoder's {n_in}; "

@@ -110,11 +110,11 @@ def test_c_abstractor_takes_the_encoders_grid():
 @pytest.mark.parametrize(
     ("kind", "n_in", "n_out", "reason"),
     [
-        ("mlp", 576, 144, "576, not 144; set n_modality_embeddings to 576"),
-        ("c_abs", 576, 140, "n_modality_embeddings is 140; the nearest that fit: 121, 144"),
+        ("mlp", 576, 144, "576, not 144: leave --image-embeddings"),
+        ("c_abs", 576, 140, "is 140; the nearest that fit: 121, 144"),
         ("c_abs", 577, 144, "the encoder gives 577; the nearest that fit: 576, 625"),
         ("c_abs", 16, 25, "cannot make 25 tokens of the encoder's 16; give 16 or fewer"),
-        ("c_abs", 16, 0, "n_modality_embeddings is 0; the nearest that fit: 1"),
+        ("c_abs", 16, 0, "is 0; the nearest that fit: 1"),
         ("resampler", 16, 16, "give one of mlp, llava, c_abstractor, c_abs"),
     ],
 )

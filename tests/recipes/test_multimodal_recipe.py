@@ -270,7 +270,10 @@ def test_answers_are_gone_on_with_only_where_pictures_and_projectors_are_the_sam
     [
         (("--image-encoder", "none"), "no encoder: give --image-encoder"),
         (("--image-encoder", "resnet"), "give one of builtin, clip"),
-        (("--image-embeddings", 9), "set n_modality_embeddings to 16"),
+        (("--image-embeddings", 9), "16, not 9: leave --image-embeddings"),
+        (("--audio-embeddings", 9), "--audio-embeddings 9 has no effect without --audio-encoder"),
+        (("--audio-token", "<s>"), "--audio-token <s> has no effect without --audio-encoder"),
+        (("--projector-width", 8), "--projector-width 8 has no effect without a c_abstractor"),
         (
             ("--image-projector", "c_abs", "--image-embeddings", 25),
             "cannot make 25 tokens of the encoder's 16",
