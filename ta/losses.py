@@ -26,7 +26,7 @@ from torch.nn.functional import logsigmoid
 class Pair(NamedTuple):
     """Log-probabilities of chosen and rejected answers, each a sum over the tokens of the answer.
 
-    The numbers of tokens are needed by methods that take means.
+    The numbers of tokens, at least 1, are needed by methods that take means.
     """
 
     chosen: Tensor  # (P,)

@@ -83,7 +83,7 @@ def embedding_settings(folder: str, config: EncoderConfig) -> EmbeddingSettings:
     if similarity not in ("cosine", "dot") and config.normalize is None:
         raise ValueError(
             f"{folder} compares vectors by {similarity}, which is not done here: give another "
-            "encoder, or say by --normalize whether scores are cosines"
+            "encoder, or --normalize True to compare by cosines"
         )
     if value_of(texts, "truncate_dim", int):
         raise ValueError(f"{texts}: truncate_dim is not applied here; give another encoder")
