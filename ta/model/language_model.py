@@ -273,17 +273,18 @@ def wrap(
         # sharded blocks compute in bfloat16 without autocast
         spare_casts(model)
     hand_down(model)
-    if is_prompt_learning(model):
-        return (
-            wrapper.set_mode("native"),
-            "prompt learning puts virtual tokens in front: padded batches and the model's own "
-            "logits are used",
-        )
     # weights of few bits round by the other contents of the batch, half precision everywhere
     rounded = getattr(base, "is_quantized", False) or base.dtype in (torch.bfloat16, torch.float16)
     # Full precision shows whether documents see each other: a result is then off by more than
     # 2e-3. In half precision rounding alone may reach some tenths in a deep model.
     exact = 0.5 if rounded else 2e-3
+    if is_prompt_learning(model):
+        check_company(wrapper.set_mode("native"), exact)
+        return (
+            wrapper,
+            "prompt learning puts virtual tokens in front: padded batches and the model's own "
+            "logits are used",
+        )
     if is_encoder_classifier(base):
         check_company(wrapper.set_mode("native"), exact)
         note = "an encoder's tokens see each other both ways: batches are padded"

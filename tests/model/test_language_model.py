@@ -1,5 +1,7 @@
 """Packed equals alone, on many architectures; models that would mix documents are found out."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from ta import parallel
 from ta.data.batch import lay_out
 from ta.folders import ModelConfig
+from ta.model.adapters import AdapterConfig, add_adapter
 from ta.model.attention import register
 from ta.model.language_model import (
     base_model,
@@ -130,6 +133,18 @@ def test_models_that_would_mix_documents_are_padded(kind, mode):
         ]
     )
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_virtual_tokens_that_a_model_cannot_take_are_refused():
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 20}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("openai-gpt", **sizes))
+    for kind, runs in (("prompt", True), ("prefix", False)):
+        adapted = add_adapter(copy.deepcopy(model), AdapterConfig(adapter=kind, virtual_tokens=3))
+        if runs:
+            assert wrap(adapted.eval())[0].mode == "native"
+        else:
+            with pytest.raises(ValueError, match="the model does not run on cpu: RuntimeError"):
+                wrap(adapted.eval())
 
 
 def test_a_model_that_sees_padding_in_its_own_attention_too_is_refused():
