@@ -9,6 +9,7 @@ A line of data: {"messages": [...],
 "answers": [{"id": "a", "content": "4"}, {"id": "b", "content": "5"}], "rewards": {"a": 1, "b": 0}}
 A line of the output is the record with the chosen answers only, best first where there are
 rewards; with --as-chats, one chat for each; with --as-pairs, a pair of the best and the worst.
+Where one record gives several lines, their ids are its own with a number from 0 behind.
 """
 
 from __future__ import annotations
@@ -140,6 +141,8 @@ def main(config: Config) -> None:
             except ValueError as error:
                 raise ValueError(f"{record.path}:{record.line}: {error}") from None
             without += not made
+            if "id" in record.data and len(made) > 1:
+                made = [line | {"id": f"{line['id']}-{n}"} for n, line in enumerate(made)]
             lines += made
         write_jsonl(config.out, lines)
     ta.parallel.tell(f"{config.out}: {len(lines):,} lines")

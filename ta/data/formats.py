@@ -523,6 +523,8 @@ FORMATS: dict[Check, tuple[Format, ...]] = {
 }
 # who reads the formats that others refuse: their canonical records have a context, not messages
 READERS = {PAIR_FORMATS: "recipes/rm.py and recipes/dpo.py", LABELLED_FORMATS: "recipes/kto.py"}
+# a field of the canonical records that each of these reads
+FIELDS = {PAIR_FORMATS: "answer_w", LABELLED_FORMATS: "is_desirable"}
 
 
 def format_of(data: dict, check: Check) -> Format | None:
@@ -537,11 +539,13 @@ def format_of(data: dict, check: Check) -> Format | None:
     if not formats or (own in data and not (PICTURED in formats and PICTURED.holds(data))):
         return None
     for others, recipes in READERS.items():
-        found = next((form for form in others if form.holds(data)), None)
-        if found and found not in formats:
+        found = next((form.name for form in others if form.holds(data)), None)
+        if FIELDS[others] in data:
+            found = f"one with {FIELDS[others]}"
+        if found and others is not formats:
             raise BadRecord(
                 "record of another method",
-                f"the record is {found.name}, and {own} is missing; give it to {recipes}",
+                f"the record is {found}, and {own} is missing; give it to {recipes}",
             )
     found = next((form for form in formats if form.holds(data)), None)
     if found is None:

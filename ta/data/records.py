@@ -35,6 +35,7 @@ REPLACED = frozenset((*LOSS_NAMES, "disable_loss", "type"))
 ROLES = {"bot": ANSWER, "function": "tool"}
 # where the parts of a message have their text or path
 PART_KEYS = ("content", "text", "image", "image_url", "audio", "path", "url")
+MEDIA_TYPES = ("image", "audio")
 
 # why a pair is of no use
 EQUAL = "chosen equals rejected"
@@ -267,7 +268,7 @@ def _message(given: object, where: str, media: bool = False) -> dict:
     role = ROLES.get(role, role)
     if isinstance(content, str) and len(given) == 2:
         return {"role": role, "content": content}
-    types = ("text", "image", "audio") if media else ("text",)
+    types = ("text", *MEDIA_TYPES) if media else ("text",)
     if isinstance(content, list) and content:
         content = [
             _part(part, f"{where}.content[{place}]", types) for place, part in enumerate(content)
@@ -283,9 +284,10 @@ def _message(given: object, where: str, media: bool = False) -> dict:
         )
     kind = given.get("type")
     if kind is not None and kind not in types:
+        give = "give it to recipes/multimodal.py" if kind in MEDIA_TYPES else "give one of these"
         raise BadRecord(
             "message type",
-            f"the type of {where} is {_shown(given, 'type')}; this reads {', '.join(types)}",
+            f"the type of {where} is {_shown(given, 'type')}; this reads {', '.join(types)}; {give}",
         )
     # an optional key that is null counts as absent
     message = {key: x for key, x in given.items() if key not in REPLACED and x is not None}
@@ -402,7 +404,7 @@ def _part(given: object, where: str, types: tuple[str, ...]) -> dict:
     content = next((part[key] for key in PART_KEYS if part.get(key) is not None), None)
     if isinstance(content, dict):
         content = content.get("url") or content.get("path")
-    if kind in ("image", "audio") and kind not in types and isinstance(content, str):
+    if kind in MEDIA_TYPES and kind not in types and isinstance(content, str):
         raise BadRecord(
             f"{kind} where only text is read",
             f"{where} is {kind}, and this reads text; give it to recipes/multimodal.py",

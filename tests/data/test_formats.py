@@ -258,6 +258,8 @@ WRONG = [
         {"question": "q", "answer": "a"},
         r"messages is missing .fields: question, answer.; give it, or a record of LLaVA, ShareGPT, Alpaca",
     ),
+    ("chat", PAIR, "is one with answer_w, and messages is missing; give it to recipes/rm.py"),
+    ("chat", GOOD, "is one with is_desirable, and messages is missing; give it to recipes/kto.py"),
     ("chat", {}, "messages is missing .fields: none"),
     (
         "pair",

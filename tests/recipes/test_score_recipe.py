@@ -103,6 +103,7 @@ def test_rewards_equal_transformers_and_drive_the_choice(door, files):
     assert len(lines(chats)) == 40 and all(
         r["messages"][-1]["role"] == "assistant" for r in lines(chats)
     )
+    assert len({r["id"] for r in lines(chats)}) == 40
 
 
 def test_classes_and_probabilities(door, files):
@@ -244,7 +245,8 @@ def test_pairs_set_the_best_against_the_worst(door, tmp_path):
         assert code == 0 and "2 records have no two answers of different reward" in said
         pairs = [check_pair(pair) for pair in lines(tmp_path / "pairs.jsonl")]
         assert [p["answer_w"]["content"] + p["answer_l"]["content"] for p in pairs] == wanted
-        assert pairs[0]["id"] == "x" and (pairs[0]["reward_w"], pairs[0]["reward_l"]) == (5, 1)
+        assert pairs[0]["id"] == ("x" if n == 1 else "x-0")
+        assert (pairs[0]["reward_w"], pairs[0]["reward_l"]) == (5, 1)
     code, said = door(
         "sample", "--data", tmp_path / "scored.jsonl", "--as-pairs", "--method", "random"
     )
