@@ -284,10 +284,10 @@ def _message(given: object, where: str, media: bool = False) -> dict:
         )
     kind = given.get("type")
     if kind is not None and kind not in types:
-        give = "give it to recipes/multimodal.py" if kind in MEDIA_TYPES else "give one of these"
+        give = "recipes/multimodal.py reads it" if kind in MEDIA_TYPES else "give one of these"
         raise BadRecord(
             "message type",
-            f"the type of {where} is {_shown(given, 'type')}; this reads {', '.join(types)}; {give}",
+            f"the type of {where} is {_shown(given, 'type')}, not {' or '.join(types)}; {give}",
         )
     # an optional key that is null counts as absent
     message = {key: x for key, x in given.items() if key not in REPLACED and x is not None}
