@@ -172,7 +172,7 @@ def main(config: Config):
             figures |= {f"{name}/{source}": value for name, value in own.items()}
         return figures
 
-    ta.preview(train_data, tokenizer)
+    ta.preview(train_data, tokenizer, val_data)
     figures = ta.train(
         run,
         model,

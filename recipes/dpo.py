@@ -95,7 +95,8 @@ def loss_settings(config: Config) -> dict:
     settings = dict(FLAGS[config.loss])
     every_flag = dict.fromkeys(name for flags in FLAGS.values() for name in flags)
     own = {setting.name for setting in fields(Config) if setting.default is None}
-    assert own == set(every_flag), f"FLAGS must name the losses that take {own ^ set(every_flag)}"
+    if unknown := own ^ set(every_flag):
+        raise ValueError(f"FLAGS must name the losses that take {', '.join(sorted(unknown))}")
     for name in every_flag:
         if (value := getattr(config, name)) is not None:
             if name not in settings:
@@ -212,7 +213,7 @@ def main(config: Config):
         )
         return ta.join_figures(figures, samples)
 
-    ta.preview(train_data, tokenizer)
+    ta.preview(train_data, tokenizer, val_data)
     figures = ta.train(
         run,
         model,

@@ -151,7 +151,7 @@ def main(config: Config):
         )
         return ta.join_figures(figures, samples, preference(model, held_out))
 
-    ta.preview(train_data, tokenizer)
+    ta.preview(train_data, tokenizer, val_data)
     if len(sides := set(train_data.extras["desirable"].tolist())) == 1:
         side = "desirable" if 1.0 in sides else "undesirable"
         ta.parallel.say(f"note: every answer is {side}, so nothing says what is better than what")

@@ -126,7 +126,7 @@ def main(config: Config):
         return ta.join_figures(figures, samples)
 
     key = ta.media.media_resume_key(media, config.media, train_data, val_data)
-    ta.preview(train_data, tokenizer)
+    ta.preview(train_data, tokenizer, val_data)
     figures = ta.train(
         run,
         model,

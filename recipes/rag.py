@@ -164,7 +164,7 @@ def main(config: Config):
         "encoder_lr": encoder_lr,
         **retriever.passage_settings._asdict(),
     }
-    ta.preview(train_data, tokenizer)
+    ta.preview(train_data, tokenizer, val_data)
     figures = ta.train(
         run,
         model,

@@ -119,7 +119,7 @@ def main(config: Config):
         show_pairs(config, run, tokenizer, model, val_data, done)
         return figures
 
-    ta.preview(train_data, tokenizer)
+    ta.preview(train_data, tokenizer, val_data)
     figures = ta.train(
         run,
         model,

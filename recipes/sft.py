@@ -49,6 +49,7 @@ def main(config: Config):
     setup = config.model, config.adapter, config.compute
     model = ta.load_model(*setup, tokenizer, run.device, seed=run.seed)
     ta.check_context(model, train_data, val_data)
+    # processes that share a row (--context-parallel)
     parts = ta.row_parts(config.context, model)
 
     batches = ta.train_batches(
@@ -80,7 +81,7 @@ def main(config: Config):
         )
         return ta.join_figures(figures, samples)
 
-    ta.preview(train_data, tokenizer)
+    ta.preview(train_data, tokenizer, val_data)
     figures = ta.train(
         run,
         model,

@@ -82,7 +82,7 @@ OURS = {  # flags of other tools whose meaning differs: what to give here
     "--train-on-inputs": "--loss-on all",
     "--deepspeed": "torchrun, over whose processes weights are sharded",
     "--fsdp": "torchrun, over whose processes weights are sharded",
-    "--optim": "a line of the page: copy the recipe and put another optimizer there",
+    "--optim": "--optimizer adamw, adamw8bit or muon; any other is a line of the page",
 }
 COMMON = (  # what --help shows of a recipe beside the flags of its own
     "model_path adapter_path adapter lora_rank dtype hub data val_data loss_on max_tokens steps "

@@ -149,8 +149,9 @@ class CutToFit:
     group: Sequence[Chat]
     arguments: Arguments
     rule: EncodeRule
-    # whether the last answer is cut at the limit
+    # whether the last answer is cut at the limit, and whether messages are left out for it
     cut: bool = False
+    shorter: bool = False
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self):
@@ -179,6 +180,8 @@ class CutToFit:
             sequences = [Tokens(x[:limit], w[:limit]) for x, w in sequences]
         if self.cut or not over:
             self.result = sequences
+            if self.shorter:
+                self.notes.append("messages are left out, since all do not fit in max_tokens")
             if not rule.opened and not all(any(tokens.weights) for tokens in sequences):
                 why = "no token of the chat has a weight: see loss_on and the messages' own loss"
                 self.result = Drop("nothing to learn", why)
@@ -191,6 +194,7 @@ class CutToFit:
             ending = _cut_in_answer(messages, longest, limit, rule.keep_end)
             self.cut = len(ending) > len(places)
             places = max(places, ending, key=len)
+        self.shorter |= len(places) < len(messages)
         self.stay = [self.stay[place] for place in places]
         # the next round says again what is left out
         self.notes.clear()

@@ -348,10 +348,12 @@ class Preview(NamedTuple):
         return "".join(f'<pre style="white-space:pre-wrap">{line}</pre>' for line in lines)
 
 
-def preview(data: Prepared | Tokens | None, tokenizer: ChatTokenizer) -> Preview:
+def preview(
+    data: Prepared | Tokens | None, tokenizer: ChatTokenizer, held_out: Prepared | None = None
+) -> Preview:
     """What training sees: of prepared data a report and the first record, or of one sequence.
 
-    The prepared data is shown on the screen (stderr) too.
+    The prepared data is shown on the screen (stderr) too, with a report of `held_out` data.
     """
     decode = tokenizer.fast.decode
     if data is None or isinstance(data, Drop):
@@ -366,7 +368,9 @@ def preview(data: Prepared | Tokens | None, tokenizer: ChatTokenizer) -> Preview
         for kind, placeholder in tokenizer.placeholders.items()
     }
     shown_tokens = [spans(x, decode, PREVIEW_TOKENS, names) for x in tokens_of(data, 0)]
-    found = Preview(report(data.info), shown_tokens)
+    about = report(held_out.info) if held_out else []
+    about[:1] = [f"held out: {line}" for line in about[:1]]
+    found = Preview(report(data.info) + about, shown_tokens)
     if rank() == 0:
         print(shown(str(found), sys.stderr), file=sys.stderr, flush=True)
     return found

@@ -264,9 +264,16 @@ def wrap(
     """LanguageModel(model) in the fastest mode that keeps the model's own results, and a note.
 
     Packed rows are tried first, then padded rows, then the model's own attention and logits. A mode
-    passes where log-probabilities or scores agree with those of the model's own forward pass. The
-    note is for the user and empty where packed rows work or were not asked for.
+    passes where log-probabilities or scores agree with those of the model's own forward pass,
+    without dropout. The note is for the user and empty where packed rows work or were not asked
+    for.
     """
+    with evaluating(model):
+        return _fastest(model, packing, autocast)
+
+
+def _fastest(model, packing: bool, autocast: torch.dtype | None) -> tuple[LanguageModel, str]:
+    """As `wrap`, for a model in evaluation mode."""
     base = base_model(model)
     wrapper = LanguageModel(model, "packed" if packing else "padded", autocast)
     if autocast is not None and world() == 1:
