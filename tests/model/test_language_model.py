@@ -86,6 +86,17 @@ def test_packed_is_chosen_where_it_equals_alone(kind):
     assert self_check(wrapper) < 2e-4
 
 
+def test_dropout_is_no_reason_to_pad():
+    """As of a trained adapter, which is loaded to be trained on."""
+    model = add_adapter(small("llama"), AdapterConfig(adapter="lora", lora_dropout=0.5))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    wrapper, note = wrap(model.train())
+    assert (wrapper.mode, note) == ("packed", "")
+    assert all(module.training for module in model.modules())
+
+
 @pytest.mark.parametrize("kind", PACKED)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_of_half_precision_is_no_reason_to_pad(kind, dtype):

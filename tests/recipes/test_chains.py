@@ -114,7 +114,7 @@ def runs(place):
     made = {
         "sft": ("sft", *BASE, *large),
         "sft new": ("sft", *BASE, *NEW, *large),
-        "lora": ("sft", *BASE, "--adapter", "lora", *large),
+        "lora": ("sft", *BASE, "--adapter", "lora", "--lora-dropout", 0.1, *large),
         "lora new": ("sft", *BASE, "--adapter", "lora", *NEW, *large),
         "prompt": ("sft", *BASE, "--adapter", "prompt", *large),
         "prompt new": ("sft", *BASE, "--adapter", "prompt", *NEW, *large),
