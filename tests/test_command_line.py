@@ -5,13 +5,16 @@ import io
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from math import inf, nan
+from typing import get_args, get_type_hints
 
+import judged
 import pytest
 import torch
 
-from ta.command_line import cli, guard, what_is_wrong
-from ta.recipe_files import RECIPES
+from ta.command_line import check_config, cli, guard, what_is_wrong
+from ta.recipe_files import RECIPES, recipe_names
 
 
 @dataclass(frozen=True)
@@ -209,6 +212,27 @@ def test_a_reader_that_has_enough_is_no_error(words):
 def test_wrong_flags_are_one_line(door, flags, said):
     code, text = door("sft", *flags)
     assert code == 2 and text.startswith(said) and text.count("\n") == 1, text
+
+
+def numbers(config):
+    """(group, field, its types) of each number of a config and of the configs inside it."""
+    for field in fields(config):
+        value, hint = getattr(config, field.name), get_type_hints(type(config))[field.name]
+        if is_dataclass(value):
+            yield from numbers(value)
+        elif types := {int, float} & {hint, *get_args(hint)}:
+            yield config, field.name, types
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_number_of_a_recipe_has_two_bounds(recipe):
+    page = judged.recipe(recipe)
+    needed = {f.name: "x" for f in fields(page.Config) if f.default is MISSING}
+    for group, name, types in numbers(page.Config(**needed)):
+        for value in (10**30, -(10**30), *((inf, nan) if float in types else ())):
+            said = f"^--{name.replace('_', '-')} {value}: give a number (from|above) .* to "
+            with pytest.raises(ValueError, match=said):
+                check_config(replace(group, **{name: value}))
 
 
 def test_colours_and_borders_of_a_box_are_left_out():

@@ -126,7 +126,8 @@ def roc_auc(scores: ArrayLike, labels: ArrayLike) -> float:
         or (positive != np.asarray(labels)).any()
     ):
         raise ValueError(
-            f"{len(values)} scores and {len(positive)} labels do not pair up; "
+            f"{len(values)} scores, {np.isnan(values).sum()} of them no number, and "
+            f"{len(positive)} labels do not pair up; "
             "give each score, a number, one label, 0 or 1"
         )
     wins, losses = values[positive], np.sort(values[~positive])

@@ -65,7 +65,7 @@ def test_roc_auc_by_hand():
         and roc_auc([3, 3, 3], [0, 1, 1]) == 0.5
     )
     assert math.isnan(roc_auc([1.0, 2.0], [1, 1])) and math.isnan(roc_auc([], []))
-    with pytest.raises(ValueError, match="2 scores and 1 labels"):
+    with pytest.raises(ValueError, match="2 scores, 0 of them no number, and 1 labels"):
         roc_auc([1, 2], [1])
 
 
