@@ -106,6 +106,11 @@ def obey(command: str, messages: list[dict]) -> list[dict]:
             raise ValueError("/retry: nothing has been asked yet")
         return messages[: asked[-1] + 1]
     if word == "/save" and text:
+        held = Path(text).read_bytes() if Path(text).exists() else b""
+        if held and not held.endswith(b"\n"):
+            raise ValueError(
+                f"{text}: its last line has no end, so none can follow; give a new file"
+            )
         ta.append_line(text, {"messages": messages}, durable=True)
         ta.parallel.tell(f"written to {text}")
         return messages

@@ -181,7 +181,10 @@ WRONG = [
     ([ask(), A, picture()], "no answer follows the image of messages"),
     ([ask(), picture(role="assistant")], "of role assistant is image"),
     ([picture(role="system"), ask(), A], "of role system is image"),
-    ([{"role": "user", "type": "video", "content": "a.mp4"}, A], "not text or image or audio; give one"),
+    (
+        [{"role": "user", "type": "video", "content": "a.mp4"}, A],
+        "not text or image or audio; give one",
+    ),
     (
         [{"role": "user", "content": [{"type": "image"}]}, A],
         r"content\[0\] is an object; give {type, content}",

@@ -84,6 +84,13 @@ def test_what_cannot_be_is_said_and_the_dialogue_goes_on(talk, line, said):
     assert said in err and len(asked) == 1
 
 
+def test_a_file_that_ends_within_a_line_is_not_written_to(talk, tmp_path):
+    notes = tmp_path / "notes.txt"
+    notes.write_text("one\ntwo")
+    assert "its last line has no end" in talk("cup?", f"/save {notes}")[2]
+    assert notes.read_text() == "one\ntwo"
+
+
 def test_an_untrained_model_is_named_and_a_trained_one_used(monkeypatch, tmp_path, capsys):
     config = judged.recipe("chat").Config()
     monkeypatch.setattr(fine_tuned, "tuned_folder", lambda name: tmp_path / "none")
