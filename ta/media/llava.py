@@ -24,6 +24,7 @@ from ta.model.attention import own_attention
 from ta.model.export import check_room, check_tokenizer, model_bytes, published, save_model
 
 MAX_DIFFERENCE = 1e-3  # of a logit
+PART = "a part of the Llava layout (serve it with recipes/generate.py)"
 
 
 def check_llava(media: Modalities) -> None:
@@ -60,7 +61,8 @@ def export_llava(
     whole = assembled(settings, base, model.projectors["image"], image.id)
     check_tokenizer(tokenizer.fast, whole.config)
     check_room(Path(out), model_bytes(whole, dtype))
-    gap = difference(whole, media, model, tokenizer)
+    with loading(type(base).__name__, PART):
+        gap = difference(whole, media, model, tokenizer)
     if gap > MAX_DIFFERENCE:
         raise ValueError(
             f"the Llava layout gives logits that differ by {gap:.2g}: "
@@ -116,17 +118,16 @@ def assembled(
     kind = getattr(transformers, layout.model)
     vision = kind.config_class.from_pretrained(path, local_files_only=True)
     tower = load_tower(kind, path, vision)
-    config = transformers.LlavaConfig(
-        vision_config=tower.config,
-        # without the attention that `base` has here
-        text_config=base.config.to_dict(),
-        image_token_index=placeholder,
-        image_seq_length=settings["features"],
-        vision_feature_select_strategy=layout.select,
-        vision_feature_layer=-2,
-    )
-    what = "a part of the Llava layout (serve it with recipes/generate.py)"
-    with loading(type(base).__name__, what):
+    with loading(type(base).__name__, PART):
+        config = transformers.LlavaConfig(
+            vision_config=tower.config,
+            # without the attention that `base` has here
+            text_config=base.config.to_dict(),
+            image_token_index=placeholder,
+            image_seq_length=settings["features"],
+            vision_feature_select_strategy=layout.select,
+            vision_feature_layer=-2,
+        )
         whole = transformers.LlavaForConditionalGeneration(config).eval()
         whole.model.vision_tower.load_state_dict(tower.state_dict())
         whole.model.language_model.load_state_dict(base.base_model.state_dict())

@@ -366,3 +366,26 @@ def test_a_sharded_model_is_exported_in_the_dtype_of_the_base(forked, tmp_path):
     stored = load_file(final / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     assert AutoModelForCausalLM.from_pretrained(final, dtype="auto").dtype == torch.bfloat16
+
+
+def test_positions_that_can_stand_in_one_place_alone_are_written_there(tmp_path):
+    """Of Gemma 4, which transformers 4 does not know."""
+    config = AutoConfig.for_model(
+        "gemma4_text",
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        vocab_size=20,
+        vocab_size_per_layer_input=20,
+        hidden_size_per_layer_input=8,
+        num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    export.save_model(model, tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model(ids).logits)
