@@ -153,21 +153,21 @@ def read_rows(path: str, keep: Keep | None = None) -> Rows:
     number = 0
     for file in files_of(path):
         before = number
-        for place, raw in _reader(file, keep)(file):
+        for place, raw in _reader(file, keep, path)(file):
             number = before + place
             yield number, raw
     if not number:
         raise ValueError(f"{path}: empty, no record in it; give one with records")
 
 
-def _reader(file: str, keep: Keep | None) -> Callable[[str], Rows]:
+def _reader(file: str, keep: Keep | None, source: str) -> Callable[[str], Rows]:
     regular_file(file)
     if file.endswith((".csv", ".csv.gz")):
         return _csv_rows
     with open(file, "rb") as start:
         kind = ARROW_KINDS.get(start.read(4))
     if kind:
-        return partial(_arrow_rows, kind=kind, keep=keep)
+        return partial(_arrow_rows, kind=kind, keep=keep, source=source)
     return _list_rows if _is_list(file) else read_lines
 
 
@@ -273,8 +273,8 @@ def _cell(name: str, cell: str) -> Any:
         return cell
 
 
-def _arrow_rows(path: str, kind: str, keep: Keep | None) -> Rows:
-    """(row from 1, JSON bytes) of the rows of a parquet or Arrow file.
+def _arrow_rows(path: str, kind: str, keep: Keep | None, source: str) -> Rows:
+    """(row from 1, JSON bytes) of the rows of a parquet or Arrow file of a source.
 
     Rows of such files have every key that some row has. A key that is null is therefore left out,
     at any depth (`content` excepted), as is a number that is not there (NaN). Values of the type
@@ -305,7 +305,7 @@ def _arrow_rows(path: str, kind: str, keep: Keep | None) -> Rows:
                     yield number, as_line(_decoded(_present(row, keep), coded))
     except TypeError as error:
         raise ValueError(
-            f"{path}:{number}: {error}; ta convert {path} OUT saves pictures and sounds as files"
+            f"{path}:{number}: {error}; ta convert {source} OUT saves pictures and sounds as files"
         ) from None
     except (pa.ArrowException, OSError) as error:
         why = " ".join(str(error).split())[:200]

@@ -176,6 +176,10 @@ def test_parquet_and_arrow_give_the_records_that_were_written(tmp_path):
     parquet.write_table(table_of([{"image": {"bytes": b"x"}}]), tmp_path / "b.parquet")
     with pytest.raises(ValueError, match=r"b.parquet:1: a cell holds bytes.*; ta convert"):
         rows(tmp_path / "b.parquet")
+    (tmp_path / "two").mkdir()
+    (tmp_path / "b.parquet").rename(tmp_path / "two" / "train-00000-of-00002.parquet")
+    with pytest.raises(ValueError, match=r"of-00002.parquet:1: .*ta convert \S*two OUT saves"):
+        rows(tmp_path / "two")
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "d.parquet").read_bytes()[:-50])
     with pytest.raises(ValueError, match=r"cut.parquet: not a sound parquet file"):
         rows(tmp_path / "cut.parquet")
