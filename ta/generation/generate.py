@@ -25,6 +25,7 @@ from ta.generation.slot_engine import SlotEngine, Work
 from ta.generation.vllm_engine import VllmEngine, generate_vllm
 from ta.model.adapters import is_prompt_learning
 from ta.model.language_model import base_model, evaluating
+from ta.model.new_rows import table_rows
 from ta.parallel import unsharded
 
 
@@ -100,7 +101,7 @@ def generate(
         else:
             if virtual:
                 work = work._replace(embeds=_with_virtual_tokens(inner, base, prompts, embeds))
-            device = base.get_input_embeddings().weight.device
+            device = next(base.parameters()).device
             fixed = device.type == "cuda" if fixed_shapes is None else fixed_shapes
             # a graph holds the work of one device
             whole = not sharded and {p.device for p in base.parameters()} == {device}
@@ -121,7 +122,7 @@ def limits_of(model) -> tuple[int, int | None]:
     context = context_of(base.config)
     if context is not None and is_prompt_learning(inner):
         context -= inner.active_peft_config.num_virtual_tokens
-    return len(base.get_input_embeddings().weight), context
+    return table_rows(base), context
 
 
 @contextlib.contextmanager
@@ -131,7 +132,7 @@ def _at_rest(model, inner, base, attention: str) -> Iterator[None]:
     All is put back after.
     """
     before, settings = base.config._attn_implementation, base.generation_config
-    device, autocast = base.get_input_embeddings().weight.device, getattr(model, "autocast", None)
+    device, autocast = next(base.parameters()).device, getattr(model, "autocast", None)
     # on a GPU without cuDNN's attention: it plans anew for each length of the keys
     kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     try:

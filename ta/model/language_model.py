@@ -162,7 +162,7 @@ class LanguageModel(nn.Module):
             copy_media(self.media_folder, folder)
 
     def _arithmetic(self) -> torch.autocast:
-        device = token_table(self.base).device.type
+        device = next(self.parameters()).device.type
         # each weight is cast once a pass, so a cache would only keep every copy alive
         return torch.autocast(device, self.autocast, self.autocast is not None, cache_enabled=False)
 

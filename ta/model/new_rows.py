@@ -61,6 +61,12 @@ def token_table(model: PreTrainedModel) -> torch.Tensor:
     return model.get_input_embeddings().weight
 
 
+def table_rows(model: PreTrainedModel) -> int:
+    """V of the input embeddings; where some rows train beside the others, without a whole copy."""
+    layer = model.get_input_embeddings()
+    return len(getattr(layer, "original_module", layer).weight)
+
+
 def tables(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The tensors with one row a token: "input" (V, D), "output" (V, D), "output_bias" (V,).
 

@@ -24,6 +24,7 @@ from ta.generation.prompts import Encode, asked, read_prompts
 from ta.generation.score import kl_to_reference, reward_answers
 from ta.generation.settings import KL, Answer, GenerateConfig, SamplesConfig, answers_to_json
 from ta.model.language_model import LanguageModel
+from ta.model.new_rows import table_rows
 from ta.parallel import rank, say
 from ta.screen import progress, table
 from ta.training.run_folder import Run
@@ -218,7 +219,7 @@ def _figures(
     config: SamplesConfig, samples: Sequence[Sample], model, reference
 ) -> dict[str, float]:
     """The figure of each metric; those of references are over the answers that have one."""
-    size = model.inner.get_input_embeddings().weight.shape[0]
+    size = table_rows(model.base)
     inputs, rewarded = [], False
     for prompt, answers, rewards in samples:
         record: dict = {"answers": answers_to_json(answers, "tokens")}

@@ -130,8 +130,8 @@ def test_export_renders_what_was_trained(door, capsys, data, tmp_path):
     ],
 )
 def test_two_processes_equal_one_with_adapters(forked, data, tmp_path, recipe, more):
-    """Also where the base under the adapter is the reference."""
-    given = {"sft": ("--data", data[0], "--val-data", data[1])}
+    """Also where the base under the adapter is the reference, and where the first pass is a generation."""
+    given = {"sft": ("--data", data[0], "--samples-data", data[1])}
     flags = given.get(recipe, ("--model-path", "builtin-small", "--lr", "1e-2"))
     flags += (*QUICK, "--max-tokens-per-micro", 300, "--adapter", *more.split())
     for n in (1, 2):
