@@ -32,7 +32,7 @@ from ta.media.modalities import PROJECTORS, Modalities
 from ta.media.projectors import load_projector, projector_of
 from ta.media.settings import MediaConfig
 from ta.model.export import gathered
-from ta.model.language_model import LanguageModel, base_model, check_reads_embeddings
+from ta.model.language_model import LanguageModel, base_model, refused_embeddings
 from ta.model.new_rows import token_table
 from ta.parallel import rank
 
@@ -140,8 +140,9 @@ def with_projectors(
     ValueError for a language model that cannot read embeddings in place of tokens.
     """
     table, projectors = token_table(language.base), {}
-    if not table.is_meta and not isinstance(language.base, EmbeddingTable):
-        check_reads_embeddings(language)
+    known = not table.is_meta and not isinstance(language.base, EmbeddingTable)
+    if known and (why := refused_embeddings(language)):
+        raise ValueError(f"{why}, and pictures and sounds have none: give another language model")
     if freeze:
         language.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):

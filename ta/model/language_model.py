@@ -46,6 +46,8 @@ class LanguageModel(nn.Module):
 
     # for the user: why the model does not run packed
     note = ""
+    # whether ids are read beside embeddings, which then cannot be given in half precision
+    reads_ids = False
     # whether the backward pass computes the blocks again
     recomputed = False
     # whether the elementwise operations of the head are compiled
@@ -184,7 +186,7 @@ class LanguageModel(nn.Module):
             tokens, positions = F.pad(tokens, (0, rest)), F.pad(positions, (0, rest))
             embeds = F.pad(embeds, (0, 0, 0, rest)) if embeds is not None else None
             lengths, prefixes = (*(lengths or (1,)), rest), (*prefixes, 0) if prefixes else ()
-        if self.autocast is not None:
+        if self.autocast is not None and not self.reads_ids:
             # the residual stream runs in half precision too, as on sharded models: half the traffic
             embeds = base.get_input_embeddings()(tokens) if embeds is None else embeds
             embeds = embeds.to(self.autocast)
@@ -304,6 +306,7 @@ def _fastest(model, packing: bool, autocast: torch.dtype | None) -> tuple[Langua
     trials = [(None, exact)]
     if autocast is not None:
         trials.append((autocast, 0.5))
+        wrapper.reads_ids = bool(refused_embeddings(wrapper))
     for mode in ("packed", "padded") if packing else ("padded",):
         wrapper.mode = mode
         for arithmetic, limit in trials:
@@ -414,27 +417,26 @@ def check_runs(wrapper: LanguageModel) -> None:
 
 
 @torch.no_grad()
-def check_reads_embeddings(wrapper: LanguageModel) -> None:
-    """ValueError where a model's logits for the embeddings of its tokens are not those for the ids.
+def refused_embeddings(wrapper: LanguageModel) -> str:
+    """Why a model needs the ids of its tokens beside their embeddings, or nothing.
 
-    It then reads the ids beside them, and what is put in place of an embedding has none.
+    Its logits for the embeddings alone are other ones, or it takes none but those of its table.
     """
     base, name = wrapper.base, type(wrapper.base).__name__
     # positions of RoBERTa and its kind leave padding out
     padding = getattr(base.config.get_text_config(), "pad_token_id", None)
     ids = torch.tensor([[i for i in range(8) if i != padding]], device=token_table(base).device)
     embeds = base.get_input_embeddings()(ids)
-    refusals = _naming_refusals(f"{name} takes no embeddings: ")
-    with refusals, wrapper._arithmetic(), own_attention(base):
-        by_ids = base(input_ids=ids, use_cache=False).logits
-        by_embeds = base(inputs_embeds=embeds, use_cache=False).logits
-        # some look the ids up in the table, where this is not
-        base(inputs_embeds=embeds.mean(1, keepdim=True), use_cache=False)
-    if not torch.allclose(by_embeds, by_ids, rtol=1e-2, atol=1e-3, equal_nan=True):
-        raise ValueError(
-            f"{name} reads token ids beside their embeddings, and pictures and sounds have none: "
-            "give another language model"
-        )
+    try:
+        with _naming_refusals(), wrapper._arithmetic(), own_attention(base):
+            by_ids = base(input_ids=ids, use_cache=False).logits
+            by_embeds = base(inputs_embeds=embeds, use_cache=False).logits
+            # some look the ids up in the table, where this is not
+            base(inputs_embeds=embeds.mean(1, keepdim=True), use_cache=False)
+    except ValueError as error:
+        return f"{name} takes no embeddings ({error})"
+    same = torch.allclose(by_embeds, by_ids, rtol=1e-2, atol=1e-3, equal_nan=True)
+    return "" if same else f"{name} reads token ids beside their embeddings"
 
 
 @torch.no_grad()
