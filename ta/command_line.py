@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, ge
 
 from ta.files import causes, full_disk, keep_inputs
 from ta.flags import docs_of, kind_of, our_words, settings_of, short_help, start_of
+from ta.parallel import close
 from ta.printable import one_line
 from ta.screen import COLOUR
 
@@ -133,6 +134,7 @@ def cli(main: Callable[[Any], Any], config_class: type, argv: list[str] | None =
         check_config(config)
         check_inputs(config)
         main(config)
+        close()
 
     raise SystemExit(guard(run))
 
