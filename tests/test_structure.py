@@ -28,8 +28,8 @@ RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 TOWER = (  # a module imports its own folder and what stands above it here, types included
     ("ta.recipe_files", "ta.printable", "ta.faces"),
     ("ta.screen",),
-    ("ta.flags", "ta.from_turbo", "ta.files"),
-    ("ta.command_line", "ta.parallel", "ta.losses"),
+    ("ta.flags", "ta.from_turbo", "ta.files", "ta.parallel"),
+    ("ta.command_line", "ta.losses"),
     ("ta.builtin",),
     ("ta.folders",),
     ("ta.chat",),
