@@ -84,7 +84,6 @@ def loss_weights(messages: Chat, loss_on: LossOn, opened: bool = False) -> list[
     A message's own `loss` wins over `loss_on`. With `opened` the last message is an answer that is
     still to come. ValueError for a `loss` that is no weight, and for another `loss_on`.
     """
-    check_messages(messages)
     if loss_on not in get_args(LossOn):
         raise ValueError(f"loss_on {loss_on!r}: give one of {', '.join(get_args(LossOn))}")
     last = len(messages) - (not opened)
