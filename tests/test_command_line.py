@@ -141,6 +141,8 @@ def test_a_screen_without_a_letter_shows_its_escape(monkeypatch):
 BROKEN = """
 import contextlib, os, signal
 from ta.command_line import guard
+# a job in the background is started without it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def action():
     with contextlib.suppress(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
@@ -150,7 +152,9 @@ raise SystemExit(guard(action))
 
 
 def test_an_import_that_ctrl_c_broke_is_a_stop():
-    ended = subprocess.run([sys.executable, "-c", BROKEN], capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(RECIPES.parent)}
+    command = [sys.executable, "-c", BROKEN]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (ended.returncode, ended.stderr) == (130, "stopped\n")
 
 
