@@ -48,6 +48,15 @@ def run(command: list[str], cwd: Path, env: dict[str, str], timeout: float):
         return subprocess.CompletedProcess(command, code, *texts)
 
 
+def _renew_threads() -> None:
+    """In a fork torch makes its pool of threads anew at first use, where two threads at once would find none."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(torch.get_num_threads())
+
+
+os.register_at_fork(after_in_child=_renew_threads)
+
+
 @functools.cache
 def _server() -> subprocess.Popen:
     started = subprocess.Popen(
