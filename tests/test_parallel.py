@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -16,6 +17,7 @@ from small import prepared, sft_step, tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ta import parallel
+from ta.command_line import cli
 from ta.data.loader import train_batches
 from ta.data.micro import BatchConfig
 from ta.training import checkpoint
@@ -185,3 +187,24 @@ def test_blocks_of_two_types_are_found():
         model = AutoModelForCausalLM.from_config(config)
     found = parallel.blocks(torch.nn.ModuleDict({"inner": model}))
     assert found == list(model.model.layers) and len({type(block) for block in found}) == 2
+
+
+@dataclass(frozen=True)
+class Nothing:
+    steps: int = 1
+    """A flag."""
+
+
+def test_a_command_that_is_done_leaves_its_group(tmp_path):
+    """Else threads of the group may break the end of a process whose work is done."""
+
+    def main(rank):
+        with pytest.raises(SystemExit) as end:
+            cli(work_together, Nothing, [])
+        assert end.value.code == 0 and not torch.distributed.is_initialized()
+
+    def work_together(config):
+        parallel.init()
+        assert parallel.gather_objects(config.steps) == [1, 1]
+
+    assert together(main, 2, tmp_path / "said") == [0, 0], (tmp_path / "said").read_text()
