@@ -14,8 +14,9 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -75,40 +76,17 @@ def train(
     tokens updates nothing, and a line says so. A signal ends the program after the running step, or
     at once in an evaluation, and a checkpoint: SystemExit(143 or 130).
     """
-    loop, folder = run.loop, run.folder
+    loop, folder, device = run.loop, run.folder, run.device
     if loop.dry_run:
         say(memory_report(model, batches, optimizer))
         raise SystemExit(0)
     on_rank_zero(lambda: check_disk(folder, model, optimizer))
     key = run_folder.identity_of(run, batches, optimizer, optim, resume_key or {})
-    run.open()
-    device = run.device
-    first, damaged, window = 0, {}, StepSums()
-    held_out = _HeldOut(run, model, evaluate, batches.steps)
-    reported = time.monotonic()
-
-    def save(done: int) -> None:
-        checkpoint.save(
-            folder / "checkpoints",
-            done,
-            model,
-            optimizer,
-            key,
-            loop.keep,
-            more_state,
-            damaged,
-            window.state(),
-            held_out.best,
-        )
-
-    kept = f"--resume goes on from the newest of {folder / 'checkpoints'}"
-    try:
-        if loop.resume:
-            first, damaged, window = _resume(run, model, optimizer, key, more_state)
-        known = "folder" in batches.prepared.info
-        run.record(key, summary(batches.prepared) if known else {})
-        if rank() == 0 and known:
-            write_drops(batches.prepared, str(folder / "drops.jsonl"))
+    saves = _Checkpoints(run, model, optimizer, more_state, key)
+    kept = f"--resume goes on from the newest of {saves.folder}"
+    with run.held():
+        first, window = saves.resume()
+        _write_settings(run, key, batches.prepared)
         trackers = open_trackers(loop.log, folder, first, run.settings()) if rank() == 0 else []
         model.train()
         with (
@@ -116,10 +94,9 @@ def train(
             Signals() as stop,
             progress(batches.steps, "train", "step", done=first, show=rank() == 0) as bar,
         ):
-            if held_out.start(first, stop, trackers):
-                _end(folder, first, stop, bar)
-            if held_out.best == first == 0:
-                save(0)
+            log = _Log(folder, trackers, bar, window, time.monotonic())
+            held_out = _HeldOut(run, model, evaluate, batches.steps, log, saves, stop)
+            held_out.start(first)
             ready = _on_device(batches, first, device)
             for number in range(first, batches.steps):
                 if held_out.exhausted:
@@ -140,134 +117,250 @@ def train(
                 named = dict(zip(sums, totals, strict=True))
                 lr = optim.lr_at(number, batches.steps)
                 # where this process has no token, perhaps none has
-                skipped = not sums["tokens"] and not named["count"].item()
-                norm = named["count"]
-                if not skipped:
-                    norm = update(optimizer, lr, named["loss"], norm / world(), optim.clip)
+                if not sums["tokens"] and not named["count"].item():
+                    say(f"step {number + 1} has no token to learn: no update")
+                    norm = named["count"]
+                else:
+                    count = named["count"] / world()
+                    norm = update(optimizer, lr, named["loss"], count, optim.clip)
                 # the next batch is made while an accelerator still computes this step
                 ready = _on_device(batches, number + 1, device)
                 *values, norm = torch.cat([totals, norm.double()[None]]).tolist()
                 total = dict(zip(sums, values, strict=True))
-                if skipped:
-                    say(f"step {number + 1} has no token to learn: no update")
-                elif not total["count"]:
-                    raise ValueError(
-                        f"step {number + 1} has nothing to learn in {_where(batches, number)}"
-                    )
-                elif not math.isfinite(norm):
-                    _stop_non_finite(run, number, total, model, batches, micro_batches)
+                if not math.isfinite(norm):
+                    _refuse_step(run, number, total, model, batches, micro_batches)
                 optimizer.zero_grad(set_to_none=True)
                 if before_step:
                     total["update_seconds"] = time.perf_counter() - begun
-                window.add(total)
+                log.window.add(total)
                 done = number + 1
                 last = done == batches.steps
-                if done % loop.log_every == 0 or last:
-                    own = {"step": done, "lr": lr, "grad_norm": norm, **memory()}
-                    record = join_figures(window.mean(), own)
-                    if rank() == 0:
-                        _log(folder, record, trackers)
-                        bar.set_postfix_str(line(record), refresh=False)
-                        if time.monotonic() > reported + 30:
-                            write_report(folder, live=True)
-                            reported = time.monotonic()
-                    window = StepSums()
+                if last or done % loop.log_every == 0:
+                    log.step({"step": done, "lr": lr, "grad_norm": norm})
                 bar.update()
                 stopping = total["stop"] > 0 or (world() == 1 and stop.received > 0)
-                saved = stopping or last or (loop.save_every and done % loop.save_every == 0)
-                if saved:
-                    save(done)
-                    stopping = stop.asked()
-                if done in held_out.due and not stopping:
-                    stopping = held_out.look(done, stop, trackers)
-                    if not saved and (stopping or held_out.best == done or held_out.exhausted):
-                        save(done)
-                if stopping:
-                    _end(folder, done, stop, bar)
-    except ValueError:
-        run.forget()
-        raise
-    except SystemExit:
-        run.release()
-        raise
+                if stopping or last or done % (loop.save_every or batches.steps) == 0:
+                    saves.save(done, log.window, held_out.best)
+                    if stop.asked():
+                        log.end(done, stop)
+                if held_out.due(done):
+                    held_out.look(done)
     figures = held_out.figures
     if held_out.best is not None:
-        figures = _load_best(run, held_out.best, model, optimizer, more_state)
+        figures = saves.load_best(held_out.best)
     if rank() == 0:
         write_report(folder)
         say(fitted(before_and_after(folder, figures)))
     return figures
 
 
+@dataclass
+class _Checkpoints:
+    """What a run goes on from and what it leaves: the state of its training at some steps."""
+
+    run: Run
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    more_state: dict[str, Tensor] | None
+    # settings that must not differ on a resume
+    key: dict[str, Any]
+    damaged: dict[str, str] = field(default_factory=dict)
+    # the step of the newest
+    last: int = 0
+
+    @property
+    def folder(self) -> Path:
+        return self.run.folder / "checkpoints"
+
+    def resume(self) -> tuple[int, StepSums]:
+        """Load the newest complete checkpoint on --resume; the number of steps done, and the sums
+        since the last logged step.
+
+        Where there is none the run starts anew, with empty logs. ValueError where checkpoint or run
+        was made with other settings.
+        """
+        loop, folder = self.run.loop, self.run.folder
+        if not loop.resume:
+            return 0, StepSums()
+        found = checkpoint.newest(self.folder)
+        if found is None:
+            before = gather_objects(run_folder.read_settings(folder) if rank() == 0 else None)[0]
+            changed = _changes(loop, folder, before["identity"], self.key) if before else []
+            say("; ".join([f"no checkpoint in {folder}: starting before step 1", *changed]))
+            _cut_back(folder, -1)
+            return 0, StepSums()
+        changed = _changes(loop, found.path, found.manifest["identity"], self.key)
+        step = checkpoint.load(found, self.model, self.optimizer, self.more_state)
+        for name, reason in found.damaged.items():
+            say(f"skipped damaged checkpoint {name}: {reason}")
+        say("; ".join([f"resuming from {found.path} at step {step}", *changed]))
+        _cut_back(folder, step)
+        if rank() == 0:
+            # a kill may have come between the last checkpoint and this
+            best = best_step(folder, loop)[0] if loop.keep_best else None
+            checkpoint.prune(self.folder, step, loop.keep, found.damaged, best)
+        self.last, self.damaged = step, found.damaged
+        return step, StepSums(found.manifest.get("logged"))
+
+    def save(self, step: int, window: StepSums, best: int | None) -> None:
+        """Publish a checkpoint; that of the step `best` stays whatever --keep says."""
+        checkpoint.save(
+            self.folder,
+            step,
+            self.model,
+            self.optimizer,
+            self.key,
+            self.run.loop.keep,
+            self.more_state,
+            self.damaged,
+            window.state(),
+            best,
+        )
+        self.last = step
+
+    def load_best(self, step: int) -> dict[str, float]:
+        """Put the weights of the best evaluation in place; gives its figures."""
+        found, name = checkpoint.at_step(self.folder, step), self.run.loop.keep_best
+        if found is None:
+            raise ValueError(
+                f"the checkpoint of step {step}, the best by {name}, is gone or damaged: "
+                "leave --keep-best out to export the last one"
+            )
+        checkpoint.load(found, self.model, self.optimizer, self.more_state)
+        figures = _logged(self.run.folder, step)
+        say(f"the best {name} is {figures[name]:.4g}, of step {step}: its weights are exported")
+        return figures
+
+
+def _cut_back(folder: Path, step: int) -> None:
+    if rank() == 0:
+        run_folder.cut_back(folder / "metrics.jsonl", step)
+        run_folder.cut_back(folder / "samples.jsonl", step)
+
+
+def _write_settings(run: Run, key: dict[str, Any], prepared: Prepared) -> None:
+    """Write config.json, and drops.jsonl where the records were read from files."""
+    if "folder" not in prepared.info:
+        run.record(key, {})
+        return
+    run.record(key, summary(prepared))
+    if rank() == 0:
+        write_drops(prepared, str(run.folder / "drops.jsonl"))
+
+
+@dataclass
+class _Log:
+    """What a run tells of its steps: metrics.jsonl, the services of --log, the bar, the report."""
+
+    folder: Path
+    trackers: list
+    bar: Any
+    # the sums since the last line
+    window: StepSums
+    # when the report was last written
+    reported: float
+
+    def write(self, record: dict[str, float], samples: list = ()) -> None:
+        """Write one line, here and to the services."""
+        append_line(self.folder / "metrics.jsonl", record)
+        for write in self.trackers:
+            figures = {key: value for key, value in record.items() if key != "step"}
+            write(record["step"], figures, samples)
+
+    def step(self, own: dict[str, float]) -> None:
+        """Write what the steps since the last line came to, beside the last one's `own` figures."""
+        record = join_figures(self.window.mean(), own, memory())
+        self.window = StepSums()
+        if rank():
+            return
+        self.write(record)
+        self.bar.set_postfix_str(line(record), refresh=False)
+        if time.monotonic() > self.reported + 30:
+            write_report(self.folder, live=True)
+            self.reported = time.monotonic()
+
+    def end(self, step: int, stop: Signals) -> None:
+        """End the program after a signal, with a word on how to go on."""
+        self.bar.close()
+        if rank() == 0:
+            write_report(self.folder)
+        kept = checkpoint.folder_of(self.folder / "checkpoints", step)
+        at = f"after step {step}, which is in {kept}" if step else "before step 1"
+        say(f"stopped {at}: the same command with --resume goes on")
+        raise SystemExit(128 + (stop.received or signal.SIGTERM))
+
+
+@dataclass
 class _HeldOut:
     """The evaluations of a run: when they are due, the last figures, and the best step so far."""
 
-    def __init__(self, run: Run, model: nn.Module, evaluate, steps: int):
-        self.run, self.model, self.evaluate = run, model, evaluate
-        every = run.loop.eval_every
-        every = max(20, steps // 10) if every is None else every
-        due = {0, steps, *range(0, steps, every or steps)}
-        self.due = due if evaluate else set()
-        self.figures: dict[str, float] = {}
-        # the step of the best evaluation, where that is asked for, and how many came since
-        self.best, self.since = None, 0
+    run: Run
+    model: nn.Module
+    evaluate: Callable[[int], dict[str, float]] | None
+    steps: int
+    log: _Log
+    saves: _Checkpoints
+    stop: Signals
+    figures: dict[str, float] = field(default_factory=dict)
+    # the step of the best evaluation, where that is asked for, and how many came since
+    best: int | None = None
+    since: int = 0
+
+    def due(self, step: int) -> bool:
+        """Whether the step is one of those after which there is an evaluation."""
+        every = self.run.loop.eval_every
+        every = max(20, self.steps // 10) if every is None else every or self.steps
+        return bool(self.evaluate) and (step == self.steps or step % every == 0)
 
     @property
     def exhausted(self) -> bool:
         """Whether --patience evaluations brought nothing better."""
         return 0 < self.run.loop.patience <= self.since
 
-    def start(self, step: int, stop: Signals, trackers: list) -> bool:
+    def start(self, step: int) -> None:
         """Take the figures that were logged at the step, or make them; as look()."""
-        if step in self.due:
+        if self.due(step):
             self.figures = _logged(self.run.folder, step)
             if not self.figures:
                 if rank() == 0:
                     # what an evaluation has left that was not finished
                     run_folder.cut_back(self.run.folder / "samples.jsonl", step - 1)
-                return self.look(step, stop, trackers)
+                self.look(step)
         self._find_best()
-        return False
+        if self.best == step == 0:
+            self.saves.save(0, self.log.window, 0)
 
-    def look(self, step: int, stop: Signals, trackers: list) -> bool:
-        """Make, log and print the figures of a step; whether a signal asks to stop."""
+    def look(self, step: int) -> None:
+        """Make, log and print the figures of a step; a signal ends the program.
+
+        A checkpoint is made where a resume needs one.
+        """
         folder, self.figures = self.run.folder, {}
-        with stop.evaluation():
+        with self.stop.evaluation():
             self.figures = self.evaluate(step)
         self.model.train()
         # a signal leaves the evaluation without figures, and there may be nothing to evaluate
         if self.figures and rank() == 0:
-            samples = read_json_lines(folder / "samples.jsonl") if trackers else []
+            samples = read_json_lines(folder / "samples.jsonl") if self.log.trackers else []
             samples = [sample for sample in samples if sample["step"] == step]
             named = {f"val_{name}": value for name, value in self.figures.items()}
-            _log(folder, {"step": step, **named}, trackers, samples)
+            self.log.write({"step": step, **named}, samples)
             write_report(folder, live=True)
             text = ", ".join(f"{key} {value:.4g}" for key, value in self.figures.items())
             say(fitted(f"step {step}: {text}" if step else f"before training: {text}"))
-        if stop.asked():
-            return True
-        self._find_best()
-        return False
+        stopping = self.stop.asked()
+        if not stopping:
+            self._find_best()
+        wanted = stopping or self.exhausted or self.best == step
+        if wanted and step > self.saves.last:
+            self.saves.save(step, self.log.window, self.best)
+        if stopping:
+            self.log.end(step, self.stop)
 
     def _find_best(self) -> None:
         if self.run.loop.keep_best and self.evaluate:
             found = on_rank_zero(lambda: best_step(self.run.folder, self.run.loop))
             self.best, self.since = gather_objects(found)[0]
-
-
-def _load_best(run: Run, step: int, model, optimizer, more_state) -> dict[str, float]:
-    """Put the weights of the best evaluation in place; gives its figures."""
-    found = checkpoint.at_step(run.folder / "checkpoints", step)
-    if found is None:
-        raise ValueError(
-            f"the checkpoint of step {step}, the best by {run.loop.keep_best}, is gone or damaged: "
-            "leave --keep-best out to export the last one"
-        )
-    checkpoint.load(found, model, optimizer, more_state)
-    figures = _logged(run.folder, step)
-    value = figures[run.loop.keep_best]
-    say(f"the best {run.loop.keep_best} is {value:.4g}, of step {step}: its weights are exported")
-    return figures
 
 
 def _on_device(batches: TrainBatches, number: int, device) -> list:
@@ -377,24 +470,6 @@ def _logged(folder: Path, step: int) -> dict[str, float]:
     return gather_objects(evaluations(folder).get(step, {}) if rank() == 0 else None)[0]
 
 
-def _end(folder: Path, step: int, stop: Signals, bar: Any) -> None:
-    """End the program after a signal, with a word on how to go on."""
-    bar.close()
-    if rank() == 0:
-        write_report(folder)
-    kept = checkpoint.folder_of(folder / "checkpoints", step)
-    at = f"after step {step}, which is in {kept}" if step else "before step 1"
-    say(f"stopped {at}: the same command with --resume goes on")
-    raise SystemExit(128 + (stop.received or signal.SIGTERM))
-
-
-def _log(folder: Path, record: dict[str, float], trackers: list, samples: list = ()) -> None:
-    append_line(folder / "metrics.jsonl", record)
-    for write in trackers:
-        figures = {key: value for key, value in record.items() if key != "step"}
-        write(record["step"], figures, samples)
-
-
 def _changes(loop, where: Path, before: dict, key: dict[str, Any]) -> list[str]:
     """What differs of what was allowed to change; ValueError for any other change."""
     now = json.loads(json_text(key))
@@ -415,44 +490,13 @@ def _changes(loop, where: Path, before: dict, key: dict[str, Any]) -> list[str]:
     return list(changed.values())
 
 
-def _resume(
-    run: Run, model, optimizer, key: dict[str, Any], more_state
-) -> tuple[int, dict[str, str], StepSums]:
-    """Load the newest complete checkpoint; the number of steps done, the damaged checkpoints, and
-    the sums since the last logged step.
+def _refuse_step(run: Run, number: int, total, model, batches, micro_batches) -> NoReturn:
+    """ValueError for a step with nothing to learn, or whose loss or gradient is not finite.
 
-    Where there is none the run starts anew, with empty logs. ValueError where checkpoint or run was
-    made with other settings.
+    The token ids of the latter are written into the run folder.
     """
-    loop, folder = run.loop, run.folder
-    found = checkpoint.newest(folder / "checkpoints")
-    if found is None:
-        before = gather_objects(run_folder.read_settings(folder) if rank() == 0 else None)[0]
-        changed = _changes(loop, folder, before["identity"], key) if before else []
-        say("; ".join([f"no checkpoint in {folder}: starting before step 1", *changed]))
-        _cut_back(folder, -1)
-        return 0, {}, StepSums()
-    changed = _changes(loop, found.path, found.manifest["identity"], key)
-    step = checkpoint.load(found, model, optimizer, more_state)
-    for name, reason in found.damaged.items():
-        say(f"skipped damaged checkpoint {name}: {reason}")
-    say("; ".join([f"resuming from {found.path} at step {step}", *changed]))
-    _cut_back(folder, step)
-    if rank() == 0:
-        # a kill may have come between the last checkpoint and this
-        best = best_step(folder, loop)[0] if loop.keep_best else None
-        checkpoint.prune(folder / "checkpoints", step, loop.keep, found.damaged, best)
-    return step, found.damaged, StepSums(found.manifest.get("logged"))
-
-
-def _cut_back(folder: Path, step: int) -> None:
-    if rank() == 0:
-        run_folder.cut_back(folder / "metrics.jsonl", step)
-        run_folder.cut_back(folder / "samples.jsonl", step)
-
-
-def _stop_non_finite(run: Run, number: int, total, model, batches, micro_batches) -> None:
-    """Write the token ids of a step whose loss or gradient is not finite, and raise ValueError."""
+    if not total["count"]:
+        raise ValueError(f"step {number + 1} has nothing to learn in {_where(batches, number)}")
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
     first = bad[0] if bad else "none (the loss itself)"

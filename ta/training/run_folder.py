@@ -7,6 +7,8 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -126,14 +128,24 @@ class Run:
         """The recipe's config as JSON values, secrets masked."""
         return masked(dataclasses.asdict(self.config)) if self.config else {}
 
-    def open(self) -> None:
+    @contextmanager
+    def held(self) -> Iterator[None]:
         """Make the folder, take its lock (rank 0), and delete the run that it holds if asked to.
 
-        ValueError where another process writes the folder or where it holds files that must not be
-        overwritten.
+        An error inside removes the folder of a run without a step, and a stop gives the lock back;
+        else it is held for the export. ValueError where another process writes the folder or where
+        it holds files that must not be overwritten.
         """
         if self.lock is None:
             self.lock = parallel.on_rank_zero(self._open)
+        try:
+            yield
+        except ValueError:
+            self.forget()
+            raise
+        except SystemExit:
+            self.release()
+            raise
 
     def _open(self) -> Any:
         check_out(self.loop)

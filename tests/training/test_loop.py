@@ -466,8 +466,8 @@ def test_several_held_out_sources_have_figures_of_their_own():
 def test_a_resumed_run_keeps_the_day_it_began(tmp_path):
     run = Run(LoopConfig(out=str(tmp_path / "run")), day="2026-03-01")
     assert first_day(run.loop) == date.today().isoformat()
-    run.open()
-    run.record({}, {})
+    with run.held():
+        run.record({}, {})
     run.release()
     assert first_day(run.loop) == date.today().isoformat(), "a new run has its own"
     assert first_day(replace(run.loop, resume=True)) == "2026-03-01"
