@@ -61,7 +61,7 @@ SETTING = {  # switches of other tools that are one value of a flag of ours
     "--load-in-8bit": ("--quantize", "8bit"),
     "--use-vllm": ("--engine", "vllm"),
 }
-VALUES = {"--loss": {"dpo": "sigmoid"}}  # other names of values
+VALUES = {("--loss", "dpo"): "sigmoid"}  # other names of values
 OURS = {  # flags of other tools whose meaning differs: what to give here
     "--per-device-train-batch-size": "--batch-size, the records of one step over all devices "
     "together (--max-tokens-per-micro sets the memory of a device)",
@@ -142,47 +142,59 @@ def our_words(words: list[str], config_class: type) -> list[str]:
     flag without the value that it needs to have an effect, as of a variable of the shell that is
     not set.
     """
+    if bad := next(filter(SURROGATE.search, words), ""):
+        raise ValueError(
+            f"{bad!a} is no UTF-8, as names of models and runs have to be: give another "
+            "name, or set LC_ALL=C.UTF-8"
+        )
     defaults = {s.flag: s.default for s in settings_of(config_class)}
     out, rest = [], deque(words)
     while rest:
-        if SURROGATE.search(rest[0]):
-            raise ValueError(
-                f"{rest[0]!a} is no UTF-8, as names of models and runs have to be: give another "
-                "name, or set LC_ALL=C.UTF-8"
-            )
-        flag, equals, value = rest.popleft().partition("=")
-        if not flag.startswith("--"):
-            out.append(flag + equals + value)
+        word = rest.popleft()
+        if not word.startswith("--"):
+            out.append(word)
             continue
+        flag, equals, value = word.partition("=")
         flag = flag.replace("_", "-")
+        # the words that may be its values
+        values = deque([value]) if equals else rest
         if flag not in defaults:
             if flag == "--config":
-                path = value if equals or not rest else rest.popleft()
-                out += file_words(path, config_class)
+                out += file_words(values.popleft() if values else "", config_class)
                 continue
-            if flag in OURS:
-                raise ValueError(f"{flag} is another tool's flag; here it is {OURS[flag]}")
             if flag in SETTING and SETTING[flag][0] in defaults:
-                out += SETTING[flag] if _is_on(rest) else ()
+                out += SETTING[flag] if _is_on(values) else ()
                 continue
-            # --sample-X had the name --cherry-X
-            known = EQUAL.get(flag, flag.replace("-cherry-", "-sample-"))
-            flag = known if known.replace("--no-", "--") in defaults else flag
-            if flag not in defaults and (near := get_close_matches(flag, EQUAL, 1, 0.85)):
-                raise ValueError(f"{flag}: no such flag; perhaps you meant {EQUAL[near[0]]}")
+            flag = _translated(flag, defaults)
         default = defaults.get(flag)
         if isinstance(default, bool) and not equals and not _is_on(rest):
             flag = "--no" + flag[1:]
-        given = value if equals else next(iter(rest), "")
+        given = next(iter(values), "")
         empty = not given or (given.startswith("--") and not equals)
         # after a file of settings it takes back what the file gave
         known = any(word.partition("=")[0] == flag for word in out)
         if empty and not known and (default == () or isinstance(default, str)):
             raise ValueError(f"{flag} has no value: give one, or leave it out")
-        if flag in VALUES and not equals and rest:
-            equals, value = "=", rest.popleft()
-        out.append(flag + equals + VALUES.get(flag, {}).get(value, value))
+        if (flag, given) in VALUES:
+            values[0] = VALUES[flag, given]
+        out.append(f"{flag}={values[0]}" if equals else flag)
     return out
+
+
+def _translated(flag: str, defaults: dict[str, Any]) -> str:
+    """Our flag of the same meaning, else the flag as it is.
+
+    ValueError for one of another meaning, and for one that is nearly another tool's.
+    """
+    if flag in OURS:
+        raise ValueError(f"{flag} is another tool's flag; here it is {OURS[flag]}")
+    # --sample-X had the name --cherry-X
+    known = EQUAL.get(flag, flag.replace("-cherry-", "-sample-"))
+    if known.replace("--no-", "--") in defaults:
+        return known
+    if near := get_close_matches(flag, EQUAL, 1, 0.85):
+        raise ValueError(f"{flag}: no such flag; perhaps you meant {EQUAL[near[0]]}")
+    return flag
 
 
 def _is_on(rest: deque[str]) -> bool:

@@ -399,8 +399,8 @@ def _split(
             "chat template changes its text or writes it depending on it; give --prefix-template, "
             "--suffix-template and --role-tags instead of the tokenizer's own template"
         )
-    ends, begins, faults = _borders(chat, notes)
-    _note_unwritten(chat, faults, notes)
+    ends, begins, faults = _turns(chat, notes)
+    _note_left_out(chat, faults, notes)
     return _spans(chat, ends, begins, faults)
 
 
@@ -437,47 +437,53 @@ def _reach(text: str, pieces: Sequence[str]) -> int:
     return at
 
 
-def _note_unwritten(chat: Marked, faults: list[str], notes: list[str]) -> None:
+def _note_left_out(chat: Marked, faults: list[str], notes: list[str]) -> None:
     """Put into `faults` which answers cannot be learned, because the template leaves out a call.
 
     A note says where reasoning is left out, or a remark beside calls. ValueError for a message
     whose content is left out, or written twice.
     """
-    there = {place.number for place in chat.places}
-    often = {place.number for place in chat.places if not place.once}
-    speak = {place.label.message for place in chat.places}
-    last = max((i for i, role in enumerate(chat.roles) if role == ANSWER), default=-1)
-    texts: dict[tuple[int, str, int], set[int]] = {}
+    once = {place.number: place.once for place in chat.places}
+    # of each text, whether its marks stand there once (True), more often (False), nowhere (None)
+    texts: dict[tuple[int, str, int], set[bool | None]] = {}
     for number, label in enumerate(chat.labels):
         if label.message >= 0:
-            texts.setdefault(label[:3], set()).add(number)
-    for (i, field, call), labels in texts.items():
+            texts.setdefault(label[:3], set()).add(once.get(number))
+    speak = {place.label.message for place in chat.places}
+    for (i, field, call), found in texts.items():
         who, role = f"message {i + 1} ({chat.roles[i]})", chat.roles[i]
-        absent = labels.isdisjoint(there)
-        if field == "content" and labels & often:
+        absent = found == {None}
+        if field == "content" and False in found:
             raise ValueError(f"the chat template writes {who} twice")
-        if labels <= there:
+        if None not in found:
             continue
         if field == "calls" and absent:
             faults[i] = f"it leaves out tool call {call + 1}"
             notes.append("a tool call of an answer that is not learned is left out by the template")
-        elif field == "content" and absent and role == SYSTEM:
-            notes.append("the system message is left out by the chat template")
-        elif field == "content" and absent and (role != ANSWER or i not in speak):
-            raise ValueError(f"the chat template writes {who} not at all, or not in its place")
         elif field == "content" and absent:
-            notes.append("the content of an answer with calls is left out by the template")
-        elif field in ("content", "reasoning"):
-            key = next((k for k in REASONING if k in chat.messages[i]), "reasoning in the content")
+            if role != SYSTEM and (role != ANSWER or i not in speak):
+                raise ValueError(f"the chat template writes {who} not at all, or not in its place")
             notes.append(
-                f"{key} of an earlier answer is left out, as the chat template does when more "
-                "follows (--split-turns trains each answer as it is generated)"
-                if i < last
-                else f"{key} of the last answer is not written by the chat template"
+                "the system message is left out by the chat template"
+                if role == SYSTEM
+                else "the content of an answer with calls is left out by the template"
             )
+        elif field in ("content", "reasoning"):
+            notes.append(_note_of_reasoning(chat, i))
 
 
-def _borders(chat: Marked, notes: list[str]) -> tuple[list[int], list[int], list[str]]:
+def _note_of_reasoning(chat: Marked, i: int) -> str:
+    """What to say of an answer whose reasoning is left out."""
+    key = next((k for k in REASONING if k in chat.messages[i]), "reasoning in the content")
+    if ANSWER in chat.roles[i + 1 :]:
+        return (
+            f"{key} of an earlier answer is left out, as the chat template does when more "
+            "follows (--split-turns trains each answer as it is generated)"
+        )
+    return f"{key} of the last answer is not written by the chat template"
+
+
+def _turns(chat: Marked, notes: list[str]) -> tuple[list[int], list[int], list[str]]:
     """Where each message ends, where each begins, and why it cannot be learned, or "".
 
     An answer begins where the generation prompt ends, another message at its text.
@@ -485,7 +491,7 @@ def _borders(chat: Marked, notes: list[str]) -> tuple[list[int], list[int], list
     count, size = len(chat.roles), len(chat.text)
     own = [place for place in chat.places if place.once and place.label.message >= 0]
     homes = [place.home for place in own]
-    ends, opens, faults = [], [], []
+    ends, begins, faults = [], [], []
     for i in range(count + chat.opened):
         at = bisect_left(homes, i)
         anchor = own[at - 1] if at else None
@@ -495,27 +501,36 @@ def _borders(chat: Marked, notes: list[str]) -> tuple[list[int], list[int], list
         if i:
             ends.append(start + border.end)
             faults[-1] = faults[-1] or border.end_fault
-        opens.append(start + border.open)
+        begin = start + border.open
         if i < count and chat.roles[i] != ANSWER:
-            opens[i] = own[at].left if i in homes[at : at + 1] else size
+            begin = own[at].left if i in homes[at : at + 1] else size
+        begins.append(begin)
         faults.append(border.open_fault)
     ends = list(accumulate(ends if chat.opened else [*ends, size], max))
-    begins = [
-        min(max(begin, before), end)
-        for begin, before, end in zip(opens, [0, *ends], ends, strict=False)
-    ]
-    begun = {place.home for place in own if place.home == place.label.message}
-    for place in own:
-        # the message that it is of, and the one in which it stands
-        i, there = place.label.message, bisect_right(ends, place.start)
-        answer = chat.roles[i] == ANSWER
-        early = i == there and answer and place.start < begins[i]
-        # what an answer says beside its calls may stand behind what they gave
-        behind = i in begun and there < count and answer and chat.roles[there] != ANSWER
-        if there != place.home or early or not (i == there or behind):
-            for k in {i, there}.difference((count,)):
-                faults[k] = faults[k] or "its text and another message's stand in each other"
+    both = zip(begins, [0, *ends], ends, strict=False)
+    begins = [min(max(begin, before), end) for begin, before, end in both]
+    for i in _out_of_place(chat, own, ends, begins):
+        faults[i] = faults[i] or "its text and another message's stand in each other"
     return ends, begins, faults[:count]
+
+
+def _out_of_place(
+    chat: Marked, own: list[Place], ends: list[int], begins: list[int]
+) -> Iterator[int]:
+    """The messages with a text in another one, and these others."""
+    begun = {place.home for place in own if place.home == place.label.message}
+    # the role of the message in which a text stands, "" in an answer that is opened
+    roles = [*chat.roles, ""]
+    for place in own:
+        i, there = place.label.message, bisect_right(ends, place.start)
+        answer = roles[i] == ANSWER
+        if i == there:
+            fits = not answer or place.start >= begins[i]
+        else:
+            # what an answer says beside its calls may stand behind what they gave
+            fits = answer and i in begun and roles[there] not in (ANSWER, "")
+        if there != place.home or not fits:
+            yield from (i, there)
 
 
 def _border(chat: Marked, i: int, anchor: Place | None, gap: str) -> Border:

@@ -64,9 +64,7 @@ def lora_settings(
 ) -> PeftConfig:
     """peft's settings for LoRA on `model`.
 
-    New tokens train in each table once: peft ties the rows of the head where the tables are tied.
-    ValueError for names that the model does not have, and for tables that are tied in ways that
-    peft cannot keep.
+    ValueError for names that the model does not have.
     """
     from peft import LoraConfig
 
@@ -74,29 +72,6 @@ def lora_settings(
     saved = list(config.lora_modules_to_save)
     _check_names(model, "--lora-targets", targets)
     _check_names(model, "--lora-modules-to-save", saved)
-    tied = "output" not in tables(model) and model.get_output_embeddings() is not None
-    heads = _table_names(model)
-    hit = [name for name in heads if _hits(name, targets)]
-    if hit and (tied or new_token_ids):
-        reason = "the rows of new tokens train there"
-        if tied:
-            reason = "its table is tied to the other one"
-        raise ValueError(
-            f"--lora-targets: LoRA on {hit[0]} cannot be merged, {reason}; leave it out, or give "
-            "it to --lora-modules-to-save"
-        )
-    whole = [name for name in heads if _hits(name, saved)]
-    if tied and whole and not heads[0].endswith("embed_tokens"):
-        raise ValueError(
-            f"--lora-modules-to-save: peft would untie {heads[0]} from the head; leave it out (new "
-            "tokens train without it)"
-        )
-    rows = [name for name in heads[: 1 if tied else 2] if name not in whole]
-    if together := bool(tied and whole):
-        # peft ties the head to the input table itself, and it depends on the order of the names
-        others = [t for t in saved if not any(_hits(name, [t]) for name in heads)]
-        rows, saved = [], others + heads[:1]
-    indices = {name: sorted(set(new_token_ids)) for name in rows} if new_token_ids else {}
     # GPT-2 stores its weights transposed
     transposed = any(type(module).__name__ == "Conv1D" for module in model.modules())
     return LoraConfig(
@@ -106,13 +81,45 @@ def lora_settings(
         lora_dropout=config.lora_dropout,
         target_modules=targets or "all-linear",
         exclude_modules=None if targets else _without_lora(model) or None,
-        modules_to_save=saved or None,
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
-        trainable_token_indices=indices or None,
-        ensure_weight_tying=together,
         fan_in_fan_out=transposed,
+        **_table_settings(model, targets, saved, sorted(set(new_token_ids))),
     )
+
+
+def _table_settings(
+    model: PreTrainedModel, targets: list[str], saved: list[str], new_token_ids: list[int]
+) -> dict[str, Any]:
+    """peft's settings of what trains whole, and of which rows of the token tables train.
+
+    New tokens train in each table once: peft ties the rows of the head where the tables are tied.
+    ValueError for tables that are tied in ways that peft cannot keep.
+    """
+    names = _table_names(model)
+    tied = "output" not in tables(model) and len(names) == 2
+    hit = [name for name in names if _hits(name, targets)]
+    if hit and (tied or new_token_ids):
+        reason = "the rows of new tokens train there"
+        if tied:
+            reason = "its table is tied to the other one"
+        raise ValueError(
+            f"--lora-targets: LoRA on {hit[0]} cannot be merged, {reason}; leave it out, or give "
+            "it to --lora-modules-to-save"
+        )
+    whole = [name for name in names if _hits(name, saved)]
+    if tied and whole:
+        if not names[0].endswith("embed_tokens"):
+            raise ValueError(
+                f"--lora-modules-to-save: peft would untie {names[0]} from the head; leave it out "
+                "(new tokens train without it)"
+            )
+        # peft ties the head to the input table itself, and it depends on the order of the names
+        others = [t for t in saved if not any(_hits(name, [t]) for name in names)]
+        return {"modules_to_save": [*others, names[0]], "ensure_weight_tying": True}
+    rows = [name for name in names[: 1 if tied else 2] if name not in whole and new_token_ids]
+    indices = dict.fromkeys(rows, new_token_ids)
+    return {"modules_to_save": saved or None, "trainable_token_indices": indices or None}
 
 
 def _without_lora(model: PreTrainedModel) -> list[str]:
