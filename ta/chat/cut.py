@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 from ta.chat.messages import ANSWER, SYSTEM
 
@@ -30,27 +31,21 @@ def cut_dialogue(
     stop = len(roles)
     while end_in_answer and stop > first and roles[stop - 1] != ANSWER:
         stop -= 1
-    asked = [i for i in range(first, stop) if roles[i] not in (ANSWER, SYSTEM)]
-    if end_in_answer and not asked:
-        return []
-    room = math.inf if max_tokens is None else max_tokens - fixed - sum(lengths[:first])
-    begin = first
+    ends = [0, *accumulate(lengths)]
+    room = math.inf if max_tokens is None else max_tokens - fixed - ends[first]
+
+    def of_use(begin: int, end: int) -> bool:
+        stay = roles[begin:end]
+        if begin > first and stay[0] == ANSWER:
+            return False
+        answers = stay[-1] == ANSWER and not {*stay} <= {ANSWER, SYSTEM}
+        return answers or not end_in_answer
+
+    # the longest first
+    spans = ((first, end) for end in range(stop, first, -1))
     if keep_end:
-        total, begin = 0, stop
-        for i in range(stop - 1, first - 1, -1):
-            total += lengths[i]
-            if total > room:
-                break
-            whole = i == first or roles[i] != ANSWER
-            if whole and (not end_in_answer or i <= asked[-1]):
-                begin = i
-    else:
-        total, fits = 0, first
-        for i in range(first, stop):
-            total += lengths[i]
-            if total > room:
-                break
-            if not end_in_answer or (roles[i] == ANSWER and i > asked[0]):
-                fits = i + 1
-        stop = fits
-    return [*range(first), *range(begin, stop)] if begin < stop else []
+        spans = ((begin, stop) for begin in range(first, stop))
+    for begin, end in spans:
+        if ends[end] - ends[begin] <= room and of_use(begin, end):
+            return [*range(first), *range(begin, end)]
+    return []

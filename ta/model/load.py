@@ -91,21 +91,18 @@ def load_model(
     check_config(compute)
     sources = resolve(model)
     check_adapter(adapter, sources.adapter, checkpointing=compute.activation_checkpointing)
-    if sources.adapter and (added := [t.text for t in tokenizer.new_tokens if t.added]):
+    added = [token.text for token in tokenizer.new_tokens if token.added]
+    if added and sources.adapter:
         raise ValueError(
             f"the adapter {sources.adapter} has no place for the new tokens {', '.join(added)}: "
             "merge it with recipes/merge.py and give the merged folder"
         )
     if compute.deterministic:
         deterministic_operations()
-    if num_labels is not None and (num_labels < 1 or len(label_names) not in (0, num_labels)):
-        raise ValueError(f"num_labels {num_labels}, label_names {label_names}: give a name a score")
     if num_labels is None:
-        loaded, head = load_base(model, device=device, quantize=compute.quantize), ""
+        loaded, note = load_base(model, device=device, quantize=compute.quantize), ""
     else:
-        loaded, head = _classifier(model, adapter, compute, num_labels, device, seed)
-        if label_names:
-            _name_classes(loaded, label_names)
+        loaded, note = _classifier(model, adapter, compute, num_labels, label_names, device, seed)
         loaded.config.get_text_config().pad_token_id = tokenizer.fast.pad_token_id
     set_rows(loaded, tokenizer.new_tokens)
     if sources.adapter is None:
@@ -117,23 +114,21 @@ def load_model(
         adapted = load_adapter(loaded, sources.adapter, trainable=True)
         check_vocabulary(tokenizer.fast, loaded)
     whole = adapted is loaded
-    if whole and getattr(loaded, "is_quantized", False):
-        raise ValueError(
-            f"{sources.base} holds weights of few bits, which cannot be trained: give --adapter "
-            "lora, or the model that it was made of"
-        )
     if whole:
+        if getattr(loaded, "is_quantized", False):
+            raise ValueError(
+                f"{sources.base} holds weights of few bits, which cannot be trained: give "
+                "--adapter lora, or the model that it was made of"
+            )
         loaded.requires_grad_(True)
     ready = _place(adapted, compute, device, is_half(model, device), around, sources.media)
-    idle, kind = [t.text for t in tokenizer.new_tokens if t.added], adapter.adapter
-    if idle and kind not in ("none", "lora"):
-        head += (
-            f"\n--adapter {kind} trains virtual tokens alone: the rows of {', '.join(idle)} stay "
-            "at the mean of the text that explains them"
+    if added and adapter.adapter not in ("none", "lora"):
+        note += (
+            f"\n--adapter {adapter.adapter} trains virtual tokens alone: the rows of "
+            f"{', '.join(added)} stay at the mean of the text that explains them"
         )
-    ready.note = f"{head}\n{ready.note}".strip()
-    if ready.note:
-        say(ready.note)
+    ready.note = f"{note}\n{ready.note}".strip()
+    say(ready.note)
     if any(p.requires_grad for p in ready.parameters()):
         if whole:
             asked = getattr(torch, compute.export_dtype or "", None)
@@ -231,12 +226,7 @@ def load_base(
     dtype = torch.bfloat16 if half else dtype
     with loading(folder, NAMES[task]):
         if rank() and not whole:
-            # parallel.shard sends the weights of rank 0 to the other processes
-            attention = arguments.pop("attn_implementation", None)
-            settings = transformers.AutoConfig.from_pretrained(folder, **arguments)
-            with torch.device("meta"):
-                loaded = auto.from_config(settings, dtype=dtype, attn_implementation=attention)
-            info = None
+            loaded, info = _shapes(auto, folder, dtype, **arguments), None
         else:
             loaded, info = from_pretrained(auto, folder, dtype=dtype, **arguments)
     try:
@@ -252,30 +242,51 @@ def load_base(
             loaded.set_attn_implementation(register())
     if info is None:
         return loaded.eval()
-    new, unread = (), ()
-    if task == "encoder":
-        new, unread = ("pooler.",), ("",)
-    elif task == "seq_cls" and is_encoder_classifier(loaded):
-        # an encoder's heads are whatever stands beside its body; its pooler may be new too
-        body = f"{loaded.base_model_prefix}."
-        missing, unexpected = info["missing_keys"], info["unexpected_keys"]
-        new = tuple(n for n in missing if not n.startswith(body) or ".pooler." in n)
-        unread = tuple(name for name in unexpected if not name.startswith(body))
-    elif task == "seq_cls":
-        new, unread = ("score.", "classifier."), ("lm_head.", "embed_out.")
-    check_tensors(folder, info, new, unread)
+    check_tensors(folder, info, *_foreign_tensors(task, loaded, info))
     if loaded.can_generate():
         # transformers would go on without a file that it cannot read
         value_of(Path(folder) / "generation_config.json", "num_beams", int)
         check_generation(folder, loaded.generation_config)
     if getattr(loaded, "is_quantized", False):
         # it stands where it was loaded
-        for layer in loaded.modules():
-            if hasattr(layer, "support_avx512bf16_for_cpu"):
-                # bitsandbytes' layout for inference has no backward pass and few widths
-                layer.support_avx512bf16_for_cpu = False
+        _keep_backward_pass(loaded)
         return loaded.eval()
     return loaded.to(device if whole or world() == 1 else "cpu").eval()
+
+
+def _shapes(auto: Any, folder: str, dtype: torch.dtype, **arguments: Any) -> PreTrainedModel:
+    """A model without weights: parallel.shard sends those of rank 0 to the other processes."""
+    attention = arguments.pop("attn_implementation", None)
+    settings = transformers.AutoConfig.from_pretrained(folder, **arguments)
+    with torch.device("meta"):
+        return auto.from_config(settings, dtype=dtype, attn_implementation=attention)
+
+
+def _foreign_tensors(
+    task: Task, loaded: PreTrainedModel, info: dict[str, Any]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """How names of tensors begin that the folder of another task's model may lack, or have more."""
+    if task == "causal":
+        return (), ()
+    if task == "encoder":
+        return ("pooler.",), ("",)
+    if not is_encoder_classifier(loaded):
+        return ("score.", "classifier."), ("lm_head.", "embed_out.")
+    # an encoder's heads are whatever stands beside its body; its pooler may be new too
+    body = f"{loaded.base_model_prefix}."
+    missing, unexpected = info["missing_keys"], info["unexpected_keys"]
+    new = tuple(n for n in missing if not n.startswith(body) or ".pooler." in n)
+    return new, tuple(name for name in unexpected if not name.startswith(body))
+
+
+def _keep_backward_pass(model: PreTrainedModel) -> None:
+    """Keep layers of few bits out of bitsandbytes' layout for inference on CPU, in place.
+
+    That has no backward pass and few widths.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def parsed(pairs: tuple[str, ...]) -> dict[str, Any]:
@@ -434,14 +445,17 @@ def _classifier(
     adapter: AdapterConfig,
     compute: ComputeConfig,
     num_labels: int,
+    label_names: Sequence[str],
     device: str,
     seed: int,
 ) -> tuple[PreTrainedModel, str]:
     """The model with a head of `num_labels` scores, and a line for the user where that head is new.
 
-    A new head is drawn from `seed`. ValueError for adapters of virtual tokens, for a model whose
-    head does not read the last token, and for a head of another size.
+    A new head is drawn from `seed`. ValueError for another number of names, for adapters of virtual
+    tokens, for a model whose head does not read the last token, and for a head of another size.
     """
+    if num_labels < 1 or len(label_names) not in (0, num_labels):
+        raise ValueError(f"num_labels {num_labels}, label_names {label_names}: give a name a score")
     sources = resolve(model)
     if sources.media:
         raise ValueError(
@@ -470,6 +484,8 @@ def _classifier(
             f"{sources.base} is a {type(loaded).__name__}, which reads no score at the last token: "
             "give the folder of a causal language model, or of an encoder such as BERT"
         )
+    if label_names:
+        _name_classes(loaded, label_names)
     plural = "s" * (num_labels > 1)
     return loaded, "" if old else f"the head of {num_labels} score{plural} is new"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -166,44 +166,54 @@ def generate_samples(
     prompts = all_prompts(data, tokenizer, chat, config, run.seed, encode)
     if not prompts:
         return {}
-    ids, chats = [prompt.ids for prompt in prompts], [prompt.chat for prompt in prompts]
-    embeds = list(embed(model, chats, ids)) if embed else None
     if step == 0:
         say(spacing_note(config.sample_metrics, [prompt.reference or "" for prompt in prompts]))
-    figures: dict[str, float] = {}
-    named, made = config.settings(tokenizer.stop_strings, longest), {}
+    named = config.settings(tokenizer.stop_strings, longest)
     show = {"show": rank() == 0, "delay": 2, "leave": False}
     # the bar is gone before anything else is printed
-    with progress(len(named) * len(ids), "samples", "answer", **show) as bar:
-        for name, settings in named.items():
-            if respond is not None:
-                made[name] = respond(model, prompts, settings)
-                continue
-            answers = generate(
-                model,
-                tokenizer.fast,
-                ids,
-                settings,
-                tokenizer.stop_ids,
-                on_answer=lambda *_: bar.update(),
-                embeds=embeds,
-            )
-            made[name] = answers, [[None] * settings.num_answers for _ in prompts]
+    with progress(len(named) * len(prompts), "samples", "answer", **show) as bar:
+        respond = respond or _by_model(model, tokenizer, prompts, embed, bar)
+        made = {name: respond(model, prompts, settings) for name, settings in named.items()}
+    figures: dict[str, float] = {}
     for name, (answers, rewards) in made.items():
         if config.sample_reward_model:
+            chats = [prompt.chat for prompt in prompts]
             texts = [[answer.text for answer in group] for group in answers]
             rewards = reward_answers(config.sample_reward_model, chats, texts, run.device)
-        samples = [Sample(*fields) for fields in zip(prompts, answers, rewards, strict=True)]
+        samples = [*map(Sample, prompts, answers, rewards)]
         if rank() == 0:
-            rows = _rows(samples, step, name)
-            for row in rows:
-                append_line(path, row)
-            _show(rows, path, config.sample_show, name)
+            _keep(samples, step, name, path, config.sample_show)
         end = f"@{name}" if name else ""
         for source, own in _by_source(samples).items():
             for metric, value in _figures(config, own, model, reference).items():
                 figures[f"{metric}{end}{source}"] = value
     return figures
+
+
+def _by_model(
+    model: LanguageModel,
+    tokenizer: ChatTokenizer,
+    prompts: Sequence[Prompt],
+    embed: Embed | None,
+    bar: Any,
+) -> Respond:
+    """The model's own answers, without rewards."""
+    ids = [prompt.ids for prompt in prompts]
+    embeds = list(embed(model, [prompt.chat for prompt in prompts], ids)) if embed else None
+
+    def respond(model, prompts, settings):
+        answers = generate(
+            model,
+            tokenizer.fast,
+            ids,
+            settings,
+            tokenizer.stop_ids,
+            on_answer=lambda *_: bar.update(),
+            embeds=embeds,
+        )
+        return answers, [[None] * settings.num_answers for _ in prompts]
+
+    return respond
 
 
 def _by_source(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
@@ -265,12 +275,14 @@ def _rows(samples: Sequence[Sample], step: int, settings: str) -> list[dict]:
     return rows
 
 
-def _show(rows: Sequence[dict], path: Path, n: int, settings: str) -> None:
-    """Print some rows, each beside its answer at the first evaluation that `path` holds.
+def _keep(samples: Sequence[Sample], step: int, settings: str, path: Path, n: int) -> None:
+    """Append the rows to `path`, and print n, each beside its answer at the first evaluation there.
 
     The title counts the answers that changed since the last one.
     """
-    step, earlier = rows[0]["step"], {}
+    rows, earlier = _rows(samples, step, settings), {}
+    for row in rows:
+        append_line(path, row)
     for row in read_json_lines(path):
         if row["step"] < step and "row" in row:  # rollouts stand there too
             earlier.setdefault(row["step"], {})[row["row"]] = row["answer"]
