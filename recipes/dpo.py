@@ -140,7 +140,7 @@ def with_kl(model, batches):
     with torch.no_grad():
         ratios = [b.both(partial(ta.sequence_logps, model)) - b.reference for b in batches]
     ratios = torch.cat(ratios).double()  # (P, 2)
-    sums = torch.stack([*ratios.sum(0), ratios.new_tensor(len(ratios))])
+    sums = torch.stack([*ratios.sum(0), ratios.new_full((), len(ratios))])
     *totals, count = ta.parallel.sum_over_ranks(sums)
     kl = torch.stack([ta.losses.kl_estimate(total, count) for total in totals])
     return [batch._replace(kl=kl) for batch in batches]

@@ -63,8 +63,8 @@ def step(config: Config, model, batch):
     logps, good = logps.detach(), batch.desirable
     reward = config.beta * (logps - ref)
     # the mean of a side is its sum over its own number; without that side there is no figure
-    better = reward[good].sum(), good.sum()
-    worse = reward[~good].sum(), (~good).sum()
+    better = reward.where(good, 0).sum(), good.sum()
+    worse = reward.where(~good, 0).sum(), (~good).sum()
     metrics = {
         "reward_desirable": [better],
         "reward_undesirable": [worse],

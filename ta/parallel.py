@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -79,10 +80,23 @@ def machine() -> dict[str, str | int]:
 
 
 def pick_device() -> str:
-    """This process's accelerator, or the CPU where there is none."""
+    """This process's accelerator, from now on the current one, or the CPU where there is none.
+
+    ValueError where the machine has fewer of them than processes.
+    """
     import torch
 
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    place, number = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if place >= number:
+        raise ValueError(
+            f"process {place + 1} of this machine has no GPU, of which there are {number}: give "
+            f"torchrun --nproc-per-node {number}"
+        )
+    # events, streams and graphs belong to the current device
+    torch.cuda.set_device(place)
+    return f"cuda:{place}"
 
 
 def init() -> str:
@@ -93,12 +107,13 @@ def init() -> str:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     device = pick_device()
     cuda = device != "cpu"
-    if cuda:
-        torch.cuda.set_device(device)
-    else:
+    if not cuda:
         keep_freed_memory()
     if world() > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        # what one process does alone, such as reading a large model, may take long
+        torch.distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=1)
+        )
     return device
 
 

@@ -23,6 +23,7 @@ from ta.data.micro import BatchConfig
 from ta.data.prepare import Prepared
 from ta.files import cache_folder, hash_json, writing
 from ta.folders import ModelConfig, fingerprint, read_tensors, resolve, write_tensors
+from ta.model.adapters import without_adapter
 from ta.model.language_model import LanguageModel
 from ta.model.load import load_model
 from ta.model.logprobs import sequence_sums
@@ -71,7 +72,7 @@ class Reference:
 
     def token_logps(self, batch: Batch) -> Tensor:
         """(M,) log p of each learned token of a batch, without gradients."""
-        off = self.model.inner.disable_adapter() if self.adapter_off else nullcontext()
+        off = without_adapter(self.model.inner) if self.adapter_off else nullcontext()
         with torch.no_grad(), off:
             return self.model.logprobs(batch)
 
@@ -90,7 +91,7 @@ class Reference:
         with torch.no_grad():
             for pair in self.moving:
                 moved, policy = (x.to_local() if hasattr(x, "to_local") else x for x in pair)
-                moved.lerp_(policy, self.alpha)
+                moved.lerp_(policy.to(moved.dtype), self.alpha)
 
 
 def sequence_logps(model: LanguageModel, batch: Batch) -> Tensor:
@@ -100,7 +101,8 @@ def sequence_logps(model: LanguageModel, batch: Batch) -> Tensor:
 
 def count_learned(batch: Batch) -> Tensor:
     """(N,) the number of learned tokens of each sequence."""
-    return torch.bincount(batch.owners, minlength=len(batch.ends))
+    # bincount would wait for a GPU
+    return sequence_sums(torch.ones_like(batch.weights), batch.owners, len(batch.ends))
 
 
 def choose_reference(config: ReferenceConfig, model: ModelConfig, adapter: AdapterConfig) -> str:

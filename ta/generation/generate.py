@@ -142,6 +142,8 @@ def _at_rest(model, inner, base, attention: str) -> Iterator[None]:
             base.set_attn_implementation(attention)
         with (
             evaluating(model),
+            # graphs and events are those of the current device
+            torch.accelerator.device_index(None if device.type == "cpu" else device.index),
             sdpa_kernel(kernels),
             torch.autocast(device.type, dtype=autocast, enabled=autocast is not None),
         ):

@@ -202,4 +202,4 @@ def by_sequence(model: LanguageModel, batch: Batch) -> list[list[float]]:
     """
     logps = model.logprobs(batch)  # (M,)
     counts = batch.owners.bincount(minlength=len(batch.ends)).tolist()
-    return [part.tolist() for part in logps.split(counts)] if counts else []
+    return [part.tolist() for part in logps.cpu().split(counts)] if counts else []

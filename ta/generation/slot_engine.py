@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import TopKLogitsWarper
 from transformers.cache_utils import Cache
 
+from ta.data.batch import to_device
 from ta.generation.graphs import Graphs
 from ta.generation.settings import BROKEN, Answer, Ending, GenerateConfig
 from ta.generation.slot_cache import CacheWindow, SlotLayer
@@ -366,7 +367,7 @@ class SlotEngine:
 
     def _sent(self, values: Sequence[int]) -> Tensor:
         """Numbers as a tensor on the device, without a wait."""
-        return self._pinned(values).to(self.device, non_blocking=True)
+        return to_device(torch.tensor(values), self.device)
 
 
 def bucket(columns: int) -> int:
@@ -416,10 +417,25 @@ def _draw(scores: Tensor, uniforms: Tensor, config: GenerateConfig) -> Tensor:
     if config.top_k:
         scores = TopKLogitsWarper(config.top_k)(None, scores)
     if config.top_p < 1:
-        scores = TopPLogitsWarper(config.top_p)(None, scores)
-    reached = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
-    wanted = uniforms.to(reached)[:, None] * reached[:, -1:]
-    return torch.searchsorted(reached, wanted, right=True)[:, 0]
+        # of equal scores the later ones, as transformers takes them
+        ordered, places = scores.sort(-1)
+        reached = _reached(ordered)
+        dropped = reached <= (1 - config.top_p) * reached[:, -1:].double()
+        dropped[:, -1] = False
+        scores = scores.masked_fill(dropped.scatter(1, places, dropped), -torch.inf)
+    reached = _reached(scores)
+    wanted = uniforms.to(reached.device, torch.float64)[:, None] * reached[:, -1:]
+    places = torch.searchsorted(reached, wanted.long(), right=True)[:, 0]
+    # of scores that are no numbers
+    return places.clamp(max=scores.shape[1] - 1)
+
+
+def _reached(scores: Tensor) -> Tensor:
+    """(B, V) cumulative probabilities, times 2^40.
+
+    They are whole numbers, whose sums are the same in any order: a GPU adds others as they come.
+    """
+    return (scores.softmax(-1) * 2**40).long().cumsum(-1)
 
 
 def left_pad(prompts: Sequence[Sequence[int] | Tensor], device="cpu") -> dict[str, Tensor]:
@@ -428,9 +444,9 @@ def left_pad(prompts: Sequence[Sequence[int] | Tensor], device="cpu") -> dict[st
     """
     name = "inputs_embeds" if isinstance(prompts[0], Tensor) else "input_ids"
     rows = [torch.as_tensor(prompt) for prompt in prompts]
-    padded = pad_sequence(rows, batch_first=True, padding_side="left").to(device)
+    padded = to_device(pad_sequence(rows, batch_first=True, padding_side="left"), device)
     columns = torch.arange(padded.shape[1], device=device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)[:, None]
+    lengths = to_device(torch.tensor([[len(prompt)] for prompt in prompts]), device)
     places = columns - (padded.shape[1] - lengths)
     mask = (places >= 0).long()
     return {name: padded, "attention_mask": mask, "position_ids": places.clamp(min=0)}

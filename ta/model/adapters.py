@@ -7,7 +7,8 @@ vocabulary, D model width, C classes, N new tokens.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -690,6 +691,26 @@ def logits_agree(left: Tensor, right: Tensor, tolerance: float = 1e-3) -> bool:
     """
     limit = tolerance * max(left.abs().max().item(), 1e-6)
     return left.shape == right.shape and (left - right).abs().max().item() <= limit < float("inf")
+
+
+@contextmanager
+def without_adapter(model: PeftModel) -> Iterator[None]:
+    """Inside, the model computes what its base does, for passes without gradients.
+
+    peft's own context also walks through all modules several times, while a GPU waits.
+    """
+    if is_prompt_learning(model):
+        with model.disable_adapter():
+            yield
+        return
+    layers = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def is_prompt_learning(model: nn.Module) -> bool:

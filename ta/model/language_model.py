@@ -233,7 +233,7 @@ class LanguageModel(nn.Module):
 def _real(batch: Batch) -> Tensor:
     """(B, T) int64 ones at the real tokens of right-padded rows."""
     columns, device = batch.tokens.shape[1], batch.tokens.device
-    lengths = torch.tensor(batch.lengths or (columns,), device=device)
+    lengths = to_device(torch.tensor(batch.lengths or (columns,)), device)
     return (torch.arange(columns, device=device) < lengths[:, None]).long()
 
 

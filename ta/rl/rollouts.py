@@ -412,7 +412,7 @@ class MismatchWatch:
     def add(self, gaps: Tensor) -> Tensor:
         """Note the differences (M,) of a micro-batch; gives the sum of their sizes."""
         total = gaps.abs().sum()
-        sums = torch.stack([total, gaps.new_tensor(len(gaps))]).double()
+        sums = torch.stack([total, gaps.new_full((), len(gaps))]).double()
         self.sums = sums if self.sums is None else self.sums + sums
         return total
 
