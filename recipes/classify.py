@@ -158,7 +158,8 @@ def main(config: Config):
     optim = ta.with_default_lr(
         config.optim, config.model, config.adapter, full=2e-5, adapted=2e-4, builtin=1.5e-3
     )
-    learn = partial(step, weights, config.gamma)
+    on_device = None if weights is None else weights.to(run.device)
+    learn = partial(step, on_device, config.gamma)
 
     def evaluate(done):
         n, budget = len(val_data.origin), config.batches.max_tokens_per_micro

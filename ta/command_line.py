@@ -251,6 +251,8 @@ def guard(action: Callable[[], Any]) -> int:
         if isinstance(error, ValueError | OSError):
             code = NO_ROOM if getattr(error, "errno", 0) == errno.EROFS else WRONG_INPUT
             return _say(text, code)
+        if "does not have a deterministic implementation" in text:
+            return _say(f"{text.partition(', but')[0]}: leave --deterministic out", WRONG_INPUT)
         # torch has a type and words of its own, and is not loaded for an answer without it
         full = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text
         if isinstance(error, MemoryError) or full:

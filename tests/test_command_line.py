@@ -40,6 +40,17 @@ def raises(error):
     return action
 
 
+def undetermined():
+    """What torch says of an operation under --deterministic."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+    except RuntimeError as error:
+        return error
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
@@ -51,6 +62,7 @@ def raises(error):
         (OSError(errno.EROFS, "Read-only file system", "out"), 3, "Read-only"),
         (torch.OutOfMemoryError("CUDA out of memory"), 3, "--max-tokens-per-micro"),
         (MemoryError(), 3, "--max-tokens-per-micro"),
+        (undetermined(), 2, "put_ does not have a deterministic implementation: leave --det"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 3, "--max-tokens-per-micro"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), 2, "a/b: Not a directory"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "a"), 2, "a: Is a directory"),

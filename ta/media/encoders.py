@@ -268,7 +268,8 @@ class SeededPatches(nn.Module):
         the point.
         """
         exact = pixels.double()
-        median = exact.flatten(2).median(dim=2).values[:, :, None, None]
+        ordered = exact.flatten(2).sort(dim=2).values
+        median = ordered[:, :, (ordered.shape[2] - 1) // 2, None, None]
         distance = (exact - median).abs().amax(1, keepdim=True)  # (I, 1, H, W)
         foreground = distance / distance.amax((2, 3), keepdim=True).clamp(min=1e-6)
         answers = []

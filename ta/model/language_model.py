@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ta.data.batch import Batch, lay_out, to_device
 from ta.folders import copy_media
@@ -119,7 +120,7 @@ class LanguageModel(nn.Module):
                 scores = self.inner(**inputs).logits[: len(batch.ends)]
             else:
                 last = self._hidden(batch, embeds).flatten(0, 1)[batch.ends]  # (N, D)
-                scores = self.base.score(last)
+                scores = _in_float(self.base.score, last)
             return at_least_float(scores)
 
     def hidden(self, batch: Batch) -> Tensor:
@@ -228,6 +229,16 @@ class LanguageModel(nn.Module):
         learned = logits[:, virtual:].flatten(0, 1)[batch.learned]
         logits = at_least_float(learned) / self.temperature
         return logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+
+
+def _in_float(head: nn.Module, hidden: Tensor) -> Tensor:
+    """What a head gives of hidden states, in at least float32: half precision would make close
+    scores equal.
+    """
+    parameters = {n: p for n, p in head.named_parameters() if p.is_floating_point()}
+    exact = {name: at_least_float(parameter) for name, parameter in parameters.items()}
+    with torch.autocast(hidden.device.type, enabled=False):
+        return functional_call(head, exact, (at_least_float(hidden),))
 
 
 def _real(batch: Batch) -> Tensor:

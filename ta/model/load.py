@@ -525,7 +525,8 @@ def _place(
     wrapper.note = note
     wrapper.half_precision, wrapper.recomputed = half, compute.activation_checkpointing
     if half:
-        frozen_to_bfloat16(wrapper)
+        # what stands beside the language model is exported as it came
+        frozen_to_bfloat16(wrapper.inner)
     if compute.float8:
         multiply_in_float8(wrapper)
     if compute.compile:

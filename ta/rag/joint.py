@@ -75,7 +75,7 @@ class RagModel(LanguageModel):
     def __init__(self, generator: LanguageModel, encoder: nn.Module):
         super().__init__(generator.inner, generator.mode, generator.autocast)
         self.encoder = encoder
-        self.media_folder = generator.media_folder
+        self.media_folder, self.reads_ids = generator.media_folder, generator.reads_ids
         self.retriever: Retriever | None = None  # what an export takes along
 
     def embed(self, texts: Texts) -> Tensor:
