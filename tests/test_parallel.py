@@ -162,6 +162,20 @@ def test_freed_memory_is_used_again_without_page_faults():
     assert kept < 0.1 * plain
 
 
+def test_each_process_works_on_the_gpu_of_its_number(monkeypatch):
+    """Events and graphs belong to the current device, which is the first one until it is set."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert parallel.pick_device() == "cuda:0"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert parallel.pick_device() == "cuda:1" and current == [0, 1]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="process 3 .* there are 2: .* --nproc-per-node 2"):
+        parallel.pick_device()
+
+
 def test_any_seed_seeds_every_step():
     """Of 63 bits, as of a clock in nanoseconds, too; other steps have other numbers."""
     drawn = []

@@ -359,6 +359,25 @@ def test_scores_are_read_at_the_last_token_whatever_the_layout():
     torch.testing.assert_close(padded, alone, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])
+def test_scores_are_not_rounded_to_half_precision(held, adapted):
+    """Answers whose scores differ in the third digit would tie, and none would be the best."""
+    model = small("llama", AutoModelForSequenceClassification, num_labels=3).to(held)
+    model = add_adapter(model, AdapterConfig(adapter="lora")) if adapted else model
+    wrapper, _ = wrap(model, autocast=torch.bfloat16)
+    batch = lay_out(*documents(np.random.default_rng(3), 4))
+    with torch.no_grad():
+        read = wrapper.hidden(batch).flatten(0, 1)[batch.ends]
+        exact = read.double() @ wrapper.base.score.weight.double().T
+        torch.testing.assert_close(wrapper.scores(batch).double(), exact, rtol=1e-5, atol=1e-5)
+    assert read.dtype == torch.bfloat16
+    wrapper.train().scores(batch).sum().backward()
+    assert any(
+        p.grad is not None and p.grad.any() for n, p in model.named_parameters() if "score" in n
+    )
+
+
 def test_an_empty_micro_batch_still_has_gradients():
     model = small("llama")
     wrapper, _ = wrap(model)

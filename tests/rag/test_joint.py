@@ -418,3 +418,18 @@ def test_passages_are_those_of_the_question_whose_answer_is_learned(made, tmp_pa
         assert all(later["content"] not in text for later in chat[end:])
     learned = retriever.tokenizer.fast.decode(batch.sequences.targets)
     assert learned.count(answer) == 3 and (answer == "key" or "key" not in learned)
+
+
+def test_a_frozen_encoder_keeps_its_bits_and_a_generator_that_reads_ids_gets_them(made):
+    """In half precision frozen weights are rounded, which an encoder that is exported must not be."""
+    index = made[1].index
+    encoder, _ = open_encoder(index.encoder, index.embedding_settings)
+
+    def around(generator):
+        generator.reads_ids = True
+        return joint.RagModel(generator, encoder).requires_grad_(False)
+
+    settings = AdapterConfig(), ComputeConfig(), made[1].tokenizer
+    model = load_model(ModelConfig(dtype="bfloat16"), *settings, around=around)
+    kinds = {part: {p.dtype for p in of.parameters()} for part, of in model.named_children()}
+    assert kinds == {"inner": {torch.bfloat16}, "encoder": {torch.float32}} and model.reads_ids
