@@ -172,7 +172,7 @@ def test_each_process_works_on_the_gpu_of_its_number(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert parallel.pick_device() == "cuda:1" and current == [0, 1]
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match="process 3 .* there are 2: .* --nproc-per-node 2"):
+    with pytest.raises(ValueError, match=r"process 3 .* there are 2: .* --nproc-per-node 2"):
         parallel.pick_device()
 
 

@@ -429,7 +429,8 @@ def test_a_frozen_encoder_keeps_its_bits_and_a_generator_that_reads_ids_gets_the
         generator.reads_ids = True
         return joint.RagModel(generator, encoder).requires_grad_(False)
 
-    settings = AdapterConfig(), ComputeConfig(), made[1].tokenizer
+    tokenizer = load_chat_tokenizer(ModelConfig(), TokenizerConfig(), ChatConfig())
+    settings = AdapterConfig(), ComputeConfig(), tokenizer
     model = load_model(ModelConfig(dtype="bfloat16"), *settings, around=around)
     kinds = {part: {p.dtype for p in of.parameters()} for part, of in model.named_children()}
     assert kinds == {"inner": {torch.bfloat16}, "encoder": {torch.float32}} and model.reads_ids
