@@ -90,25 +90,44 @@ def save_tokenizer(
     if not fast.name_or_path:
         fast.save_pretrained(folder)
     settings = {k: v for k, v in _settings(source).items() if k not in LEFT_OUT}
-    named = False
-    for kind in KINDS:
-        value, old = getattr(fast, kind), settings.get(kind)
-        if value is not None and value != (old["content"] if isinstance(old, dict) else old):
-            settings[kind], named = value, True
+    named = _named_tokens(fast, settings)
+    settings |= named
     if isinstance(settings.get("extra_special_tokens"), list):
         # the name of transformers 4 for such a list, which 5 reads too
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     if CONTENT_TOKENS in fast.init_kwargs:
         settings[CONTENT_TOKENS] = fast.init_kwargs[CONTENT_TOKENS]
+    carried = VOCABULARIES
     if added := _has_more(fast, source / "tokenizer.json"):
         tokens = fast.added_tokens_decoder.items()
         settings["added_tokens_decoder"] = {id: token.__getstate__() for id, token in tokens}
         fast.backend_tokenizer.save(str(folder / "tokenizer.json"))
-    carried = VOCABULARIES if added else ("tokenizer.json", *VOCABULARIES)
-    for name in carried if added or named else (*carried, *UNCHANGED):
+    else:
+        carried += ("tokenizer.json",)
+    if not added and not named:
+        carried += UNCHANGED
+    for name in carried:
         if source != folder and (source / name).is_file():
             # not its mode: caches hold files that only their owner reads
             shutil.copyfile(source / name, folder / name)
+    _write_templates(fast, folder, chat_template)
+    _choose_class(fast, folder, settings)
+
+
+def _named_tokens(fast: PreTrainedTokenizerFast, settings: Json) -> Json:
+    """The special tokens that `settings` do not name, or name otherwise."""
+    named = {}
+    for kind in KINDS:
+        value, old = getattr(fast, kind), settings.get(kind)
+        if value is not None and value != (old["content"] if isinstance(old, dict) else old):
+            named[kind] = value
+    return named
+
+
+def _write_templates(
+    fast: PreTrainedTokenizerFast, folder: Path, chat_template: str | None
+) -> None:
+    """Write the chat templates of a tokenizer, `chat_template` in the place of the default one."""
     templates = fast.chat_template or {}
     templates = dict(templates) if isinstance(templates, dict) else {"default": templates}
     if chat_template is not None:
@@ -118,7 +137,6 @@ def save_tokenizer(
         file = folder / ("chat_template.jinja" if name == "default" else another)
         file.parent.mkdir(exist_ok=True)
         file.write_text(text, encoding="utf-8")
-    _choose_class(fast, folder, settings)
 
 
 def _has_more(fast: PreTrainedTokenizerFast, file: Path) -> bool:

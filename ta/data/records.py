@@ -258,7 +258,7 @@ def _message(given: object, where: str, media: bool = False) -> dict:
         raise BadRecord(
             "message is not an object", f"{where} is {named(given)}; give {{role, content}}"
         )
-    role, content = given.get("role"), given.get("content")
+    role = given.get("role")
     if not isinstance(role, str) or not role:
         raise BadRecord(
             "role is not text",
@@ -266,22 +266,10 @@ def _message(given: object, where: str, media: bool = False) -> dict:
             "assistant",
         )
     role = ROLES.get(role, role)
-    if isinstance(content, str) and len(given) == 2:
-        return {"role": role, "content": content}
     types = ("text", *MEDIA_TYPES) if media else ("text",)
-    if isinstance(content, list) and content:
-        content = [
-            _part(part, f"{where}.content[{place}]", types) for place, part in enumerate(content)
-        ]
-        if all(part["type"] == "text" for part in content):
-            content = "".join(part["content"] for part in content)
-    elif content is None and (given.get("tool_calls") or given.get("function_call")):
-        pass
-    elif not isinstance(content, str):
-        raise BadRecord(
-            "content is not text",
-            f"the content of {where} ({role}) is {_shown(given, 'content')}; give text",
-        )
+    message = {"role": role, "content": _content(given, where, role, types)}
+    if len(given) == 2 and "content" in given:
+        return message
     kind = given.get("type")
     if kind is not None and kind not in types:
         give = "recipes/multimodal.py reads it" if kind in MEDIA_TYPES else "give one of these"
@@ -290,13 +278,30 @@ def _message(given: object, where: str, media: bool = False) -> dict:
             f"the type of {where} is {_shown(given, 'type')}, not {' or '.join(types)}; {give}",
         )
     # an optional key that is null counts as absent
-    message = {key: x for key, x in given.items() if key not in REPLACED and x is not None}
-    message |= {"role": role, "content": content}
+    more = {key: x for key, x in given.items() if key not in REPLACED and x is not None}
+    message = more | message
     _check_fields(message, where)
     if kind:
         message["type"] = kind
     loss = _loss(given, where)
     return message if loss is None else message | {"loss": loss}
+
+
+def _content(given: dict, where: str, role: str, types: tuple[str, ...]) -> str | list | None:
+    """The content of a message: text, null beside calls, or parts where not all are text."""
+    content = given.get("content")
+    if isinstance(content, list) and content:
+        parts = [_part(part, f"{where}.content[{i}]", types) for i, part in enumerate(content)]
+        if all(part["type"] == "text" for part in parts):
+            return "".join(part["content"] for part in parts)
+        return parts
+    calls = given.get("tool_calls") or given.get("function_call")
+    if not isinstance(content, str) and (content is not None or not calls):
+        raise BadRecord(
+            "content is not text",
+            f"the content of {where} ({role}) is {_shown(given, 'content')}; give text",
+        )
+    return content
 
 
 def _loss(given: dict, where: str) -> bool | int | float | None:

@@ -69,7 +69,7 @@ def generate(
     prompts = [[*map(int, prompt)] for prompt in prompts]
     if base.get_output_embeddings() is None:
         raise ValueError("a model with a head of scores writes no answers: give a language model")
-    if embeds is not None and [len(x) for x in embeds] != [len(prompt) for prompt in prompts]:
+    if embeds is not None and [*map(len, embeds)] != [*map(len, prompts)]:
         raise ValueError(
             "embeds and prompts differ in length: give one row of embeddings for every token "
             "of every prompt"
@@ -102,10 +102,12 @@ def generate(
             if virtual:
                 work = work._replace(embeds=_with_virtual_tokens(inner, base, prompts, embeds))
             device = next(base.parameters()).device
-            fixed = device.type == "cuda" if fixed_shapes is None else fixed_shapes
+            if fixed_shapes is None:
+                fixed_shapes = device.type == "cuda"
             # a graph holds the work of one device
             whole = not sharded and {p.device for p in base.parameters()} == {device}
-            SlotEngine(_forward(run, base, temperature), work, device, fixed and whole).run()
+            graphs = fixed_shapes and whole
+            SlotEngine(_forward(run, base, temperature), work, device, graphs).run()
     return work.answers
 
 

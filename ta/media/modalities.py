@@ -147,15 +147,7 @@ def open_media(
         kind = settings["encoder"] if settings else encoders[name]
         if kind in (None, "none"):
             continue
-        given = getattr(config.files, f"{name}_encoder_path")
-        path = local_folder(given, hub) if given else settings and settings["path"]
-        if settings and path and not Path(path).is_dir():
-            raise ValueError(
-                f"the {kind} encoder of {folder} is not at {path}: give its folder in "
-                f"--{name}-encoder-path"
-            )
-        # an export of this run says where the encoder is now
-        path = path and str(Path(path).resolve())
+        path = _encoder_path(config, name, kind, settings, folder, hub)
         encoder, fingerprint = load_with_fingerprint(kind, path, device)
         if encoder.modality != name:
             raise ValueError(
@@ -166,10 +158,7 @@ def open_media(
         else:
             settings = {"encoder": kind, "path": path, "fingerprint": fingerprint}
             settings |= _new_settings(config, name, encoder, media)
-            weights = getattr(config, f"{name}_projector_path")
-            # that of a run folder or its export
-            inside = Path(local_folder(weights or ""), PROJECTORS, f"{name}.safetensors")
-            weights = str(inside) if weights and inside.is_file() else weights
+            weights = _projector_path(getattr(config, f"{name}_projector_path"), name)
         if fingerprint != settings["fingerprint"]:
             raise ValueError(
                 f"{folder} was trained with another {kind} encoder than {path} "
@@ -188,6 +177,34 @@ def open_media(
         )
     _check_idle(config, media)
     return media
+
+
+def _encoder_path(
+    config: MediaConfig,
+    name: str,
+    kind: str,
+    settings: dict[str, Any] | None,
+    folder: str | None,
+    hub: bool,
+) -> str | None:
+    """Where an encoder lies now: in the folder given, else where `settings` say; None without one.
+
+    ValueError where that of a model's own `folder` is gone.
+    """
+    given = getattr(config.files, f"{name}_encoder_path")
+    path = local_folder(given, hub) if given else settings and settings["path"]
+    if settings and path and not Path(path).is_dir():
+        raise ValueError(
+            f"the {kind} encoder of {folder} is not at {path}: give its folder in "
+            f"--{name}-encoder-path"
+        )
+    return path and str(Path(path).resolve())
+
+
+def _projector_path(given: str | None, name: str) -> str | None:
+    """The file of a projector's weights; `given` may be a run folder or its export."""
+    inside = Path(local_folder(given or ""), PROJECTORS, f"{name}.safetensors")
+    return str(inside) if given and inside.is_file() else given
 
 
 def _check_idle(config: MediaConfig, media: Modalities) -> None:
