@@ -75,13 +75,10 @@ def load_base(config: ta.ModelConfig, adapter: str):
     """
     from transformers import GenerationConfig
 
-    from ta.model.adapters import adapter_labels, read_config
-    from ta.model.load import check_generation
-
-    task = read_config(adapter)["task_type"]
+    task = ta.model.adapters.read_config(adapter)["task_type"]
     if task not in TASKS:
         raise ValueError(f"{adapter} is an adapter for {task}: known are {', '.join(TASKS)}")
-    labels = adapter_labels(adapter) if task == "SEQ_CLS" else {}
+    labels = ta.model.adapters.adapter_labels(adapter) if task == "SEQ_CLS" else {}
     exact = replace(config, dtype="float32")
     model = ta.load_base(exact, TASKS[task], labels.get("num_labels", 1), whole=True)
     if labels.get("id2label"):
@@ -89,7 +86,7 @@ def load_base(config: ta.ModelConfig, adapter: str):
         model.config.label2id = {label: i for i, label in labels["id2label"].items()}
     if model.can_generate() and (Path(adapter) / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(adapter)
-        check_generation(adapter, model.generation_config)
+        ta.model.load.check_generation(adapter, model.generation_config)
     return model
 
 
@@ -107,9 +104,8 @@ def load_tokenizer(adapter: str, base: str):
 
 def check_saved(model, folder: Path) -> None:
     """ValueError unless the folder gives the very logits of the model that was written to it."""
-    from ta.model.load import from_pretrained
-
-    again, _ = from_pretrained(type(model), folder, dtype=model.dtype, local_files_only=True)
+    settings = {"dtype": model.dtype, "local_files_only": True}
+    again, _ = ta.model.load.from_pretrained(type(model), folder, **settings)
     if not ta.logits_agree(ta.probe_logits(model), ta.probe_logits(again.eval()), 1e-5):
         raise ValueError(
             "the merged model does not read back as it was written: is the disk sound?"
@@ -124,18 +120,17 @@ def main(config: Config) -> None:
         )
     import torch
 
-    from ta.model.export import check_room, check_tokenizer, model_bytes, save_model, stored_dtype
-
+    export = ta.model.export
     out = Path(config.out).resolve()
     inputs = [Path(base).resolve(), Path(adapter).resolve()]
     with locked(out):
         check_out(config, [*inputs, media])
         model = load_base(config.model, adapter)
-        dtype = getattr(torch, config.export_dtype or "", None) or stored_dtype(base)
-        check_room(out, model_bytes(model, dtype))
+        dtype = getattr(torch, config.export_dtype or "", None) or export.stored_dtype(base)
+        export.check_room(out, export.model_bytes(model, dtype))
         tokenizer = load_tokenizer(adapter, base)
         if tokenizer is not None:
-            check_tokenizer(tokenizer, model.config)
+            export.check_tokenizer(tokenizer, model.config)
         merged = ta.merge_adapter(ta.load_adapter(model, adapter))
         if tokenizer is not None:
             ta.check_vocabulary(tokenizer, merged)
@@ -144,7 +139,7 @@ def main(config: Config) -> None:
                 merged.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         ta.cast_parameters(merged, dtype)
         with publishing(out, replace=True) as folder:
-            save_model(merged, folder)
+            export.save_model(merged, folder)
             if tokenizer is not None:
                 save_tokenizer(tokenizer, folder)
             if media:

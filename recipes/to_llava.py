@@ -37,8 +37,6 @@ class Config:
 def main(config: Config) -> None:
     import torch
 
-    from ta.model.export import stored_dtype
-
     out = Path(config.out)
     with locked(out):
         if out.exists():
@@ -59,7 +57,8 @@ def main(config: Config) -> None:
             source, ta.TokenizerConfig(), ta.ChatConfig(), media.placeholders
         )
         model = ta.media.media_model_for_inference(media, tokenizer, ta.load_for_inference(source))
-        dtype = getattr(torch, config.export_dtype or "", None) or stored_dtype(folders.base)
+        asked = getattr(torch, config.export_dtype or "", None)
+        dtype = asked or ta.model.export.stored_dtype(folders.base)
         gap = ta.media.export_llava(media, model, tokenizer, out, dtype)
     name = str(dtype).removeprefix("torch.")
     ta.parallel.tell(f"{config.model_path} -> {out} ({name}; logits agree to {gap:.1g})")

@@ -9,7 +9,15 @@ from ta.faces import face
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # what the package gives, listed here for editors and for face()
-    from ta import losses as losses, media as media, parallel as parallel, rag as rag, rl as rl
+    from ta import (
+        convert as convert,
+        losses as losses,
+        media as media,
+        model as model,
+        parallel as parallel,
+        rag as rag,
+        rl as rl,
+    )
     from ta.builtin.data_files import (
         data_or_builtin as data_or_builtin,
         given_or_held_out as given_or_held_out,
@@ -147,16 +155,16 @@ if TYPE_CHECKING:  # what the package gives, listed here for editors and for fac
     from ta.screen import progress as progress, table as table
     from ta.training.loop import mean_over as mean_over, scores_of as scores_of, train as train
     from ta.training.final import export_run as export_run, model_card as model_card
-    from ta.training.optim import (
-        OptimConfig as OptimConfig,
-        ScheduleConfig as ScheduleConfig,
-        make_optimizer as make_optimizer,
-        with_default_lr as with_default_lr,
-    )
+    from ta.training.optim import make_optimizer as make_optimizer
     from ta.training.progress import join_figures as join_figures
     from ta.training.report import comparison as comparison
     from ta.training.run_folder import LoopConfig as LoopConfig, Run as Run, start_run as start_run
     from ta.training.samples import generate_samples as generate_samples
+    from ta.training.settings import (
+        OptimConfig as OptimConfig,
+        ScheduleConfig as ScheduleConfig,
+        with_default_lr as with_default_lr,
+    )
 
 __getattr__, __all__ = face(__name__, __file__)
 

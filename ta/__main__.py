@@ -23,8 +23,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+import ta
 from ta.command_line import guard
-from ta.convert import convert
 from ta.files import cache_folder, write_atomic, write_jsonl
 from ta.folders import read_json
 from ta.from_turbo import from_turbo, script
@@ -125,7 +125,7 @@ def turbo(path: str) -> None:
 
 def converted(source: str, out: str) -> None:
     """Convert a file or folder of another program. ValueError where it cannot be."""
-    print(convert(source, out))
+    print(ta.convert.convert(source, out))
 
 
 def doctor() -> None:

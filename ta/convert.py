@@ -10,14 +10,15 @@ from __future__ import annotations
 import hashlib
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
 
 from ta.data.readers import read_rows
 from ta.files import HUB, publishing, write_atomic
 from ta.folders import loading, write_tensors
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ta.media.imagebind import AUDIO_HUGE, IMAGE_HUGE, write_trunk
 
 PICKLED = (".bin", ".pt", ".pth")
 MODALITIES = ("image", "audio")
@@ -62,8 +63,6 @@ def convert(given: str, out: str) -> str:
     weights = load_pickled(source)
     if not any(name.startswith("modality_trunks.") for name in weights):
         return _projectors(weights, target)
-    from ta.media.imagebind import AUDIO_HUGE, IMAGE_HUGE, write_trunk
-
     with publishing(target) as folder:
         for config in (IMAGE_HUGE, AUDIO_HUGE):
             write_trunk(weights, source, folder / config.modality, config)
@@ -72,8 +71,6 @@ def convert(given: str, out: str) -> str:
 
 def load_pickled(path: Path) -> dict[str, Tensor]:
     """The tensors of a pickled state dict by name; ValueError for any other content."""
-    import torch
-
     with loading(path, "a checkpoint of weights alone"):
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
@@ -132,8 +129,6 @@ def _folder(source: Path, target: Path) -> str:
             elif path.is_file() and path.suffix not in PICKLED:
                 shutil.copyfile(path, folder / path.name)
         if spm:
-            from transformers import AutoTokenizer
-
             with loading(source, "a tokenizer (pip install sentencepiece protobuf)"):
                 tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             tokenizer.save_pretrained(folder)

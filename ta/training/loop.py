@@ -32,7 +32,7 @@ from ta.parallel import gather_objects, on_rank_zero, rank, say, seed_dropout, s
 from ta.screen import fitted, progress
 from ta.training import checkpoint, run_folder
 from ta.training.memory import check_disk, memory_report
-from ta.training.optim import ScheduleConfig, update
+from ta.training.optim import update
 from ta.training.progress import (
     Signals,
     StepSums,
@@ -44,6 +44,7 @@ from ta.training.progress import (
 )
 from ta.training.report import before_and_after, write_report
 from ta.training.run_folder import Run, best_step, evaluations
+from ta.training.settings import ScheduleConfig
 from ta.training.trackers import open_trackers
 
 Step = Callable[[nn.Module, Any], tuple[Tensor, Tensor | float, dict[str, Any]]]
