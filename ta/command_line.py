@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, ge
 
 from ta.files import causes, full_disk, keep_inputs
 from ta.flags import docs_of, kind_of, our_words, settings_of, short_help, start_of
-from ta.parallel import close
+from ta.parallel import EXIT_CODES, close
 from ta.printable import one_line
 from ta.screen import COLOUR
 
@@ -136,7 +136,11 @@ def cli(main: Callable[[Any], Any], config_class: type, argv: list[str] | None =
         main(config)
         close()
 
-    raise SystemExit(guard(run))
+    try:
+        EXIT_CODES.append(guard(run))
+    except SystemExit as end:
+        EXIT_CODES.append(end.code or 0)
+    raise SystemExit(EXIT_CODES[-1])
 
 
 def what_is_wrong(box: str) -> str:

@@ -5,6 +5,7 @@ On one process every function answers at once, without torch.distributed.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,10 @@ from ta.printable import printable
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+
+# with which this process ends; empty until that is known
+EXIT_CODES: list[int] = []
 
 
 def one_thread() -> None:
@@ -114,7 +119,19 @@ def init() -> str:
         torch.distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=1)
         )
+        atexit.register(_end_at_once)
     return device
+
+
+def _end_at_once() -> None:
+    """End this process, where its exit code is known, before Python takes itself apart.
+
+    A thread of the process group that lets go of a tensor at that time would abort it.
+    """
+    if EXIT_CODES:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(EXIT_CODES[-1])
 
 
 def close() -> None:
@@ -368,6 +385,9 @@ def unsharded(model: nn.Module, root_only: bool = False) -> Iterator[None]:
             module.held = False
             module.set_reshard_after_forward(True, recurse=False)
             module.reshard()
+        if parts:
+            # FSDP would gather ahead in the order of passes that not every process has run
+            model._get_fsdp_state()._comm_ctx.post_forward_order.clear()
 
 
 def _empty_like(root: nn.Module, device: str, made: dict[int, tuple]) -> None:

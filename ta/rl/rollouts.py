@@ -221,6 +221,7 @@ class Rollouts:
             reward, row, answer = choose(answers, key=lambda entry: entry[0])
             shown = {
                 "step": step,
+                "round": row["step"],
                 "id": f"{name} rollout",
                 "prompt": asked_text(row["messages"]),
                 "answer": answer["content"],

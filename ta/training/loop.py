@@ -325,7 +325,7 @@ class _HeldOut:
             if not self.figures:
                 if rank() == 0:
                     # what an evaluation has left that was not finished
-                    run_folder.cut_back(self.run.folder / "samples.jsonl", step - 1)
+                    run_folder.cut_back(self.run.folder / "samples.jsonl", step, evaluated=False)
                 self.look(step)
         self._find_best()
         if self.best == step == 0:

@@ -57,11 +57,18 @@ def read_settings(folder: Path) -> Json:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def cut_back(path: Path, step: int) -> None:
-    """Drop logged objects of steps after `step`, so that a resumed run logs no step twice."""
+def cut_back(path: Path, step: int, evaluated: bool = True) -> None:
+    """Drop logged objects of steps after `step`, so that a resumed run logs no step twice.
+
+    Where the evaluation of `step` was not finished, all of that step goes but its rollouts.
+    """
+
+    def stays(record: Json) -> bool:
+        at = record.get("step", 0)
+        return at < step or (at == step and (evaluated or "round" in record))
+
     if path.exists():
-        kept = [record for record in read_json_lines(path) if record.get("step", 0) <= step]
-        write_jsonl(path, kept)
+        write_jsonl(path, [record for record in read_json_lines(path) if stays(record)])
 
 
 @dataclass(frozen=True)

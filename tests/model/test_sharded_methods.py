@@ -95,6 +95,10 @@ def results_of(kind, documents):
             out["logprobs"] = root.logprobs(batch)
             if root.packed:
                 out["hidden"] = root.hidden(batch)[0]
+    with torch.no_grad(), parallel.unsharded(root):
+        # as where a round of rollouts has fewer prompts than processes
+        if parallel.rank() == 0:
+            root.inner(input_ids=torch.arange(10, 14)[None])
     # what an optimizer that is made after an evaluation would hold
     held = dict(root.named_parameters())
     assert parallel.world() == 1 or all(hasattr(value, "to_local") for value in held.values())

@@ -47,6 +47,7 @@ class Story:
 
         def before_step(done, micro_batches):
             place["step"] = done + 1
+            append_line(self.folder / "samples.jsonl", {"step": done + 1, "round": done})
             return micro_batches
 
         def evaluate(done):
