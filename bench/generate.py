@@ -186,7 +186,7 @@ if __name__ == "__main__":
     flags = parser(__doc__, 2)
     flags.add_argument("--prompts", type=int, default=64)
     flags.add_argument("--answers", help=argparse.SUPPRESS)
-    given = read(flags, prompts=6)
+    given = read(flags, prompts=3)
     with tempfile.TemporaryDirectory() as folder:
         if not given.answers:
             sys.argv += ["--answers", str(Path(folder) / "answers.json")]

@@ -58,26 +58,17 @@ def _own_cache(tmp_path_factory):
 
 @pytest.fixture
 def run():
-    """Run a recipe as a user does: run("sft", "--steps", 2, code=0) -> CompletedProcess; `processes` starts it under torchrun."""
+    """Run a recipe as a user does: run("sft", "--steps", 2, code=0) -> CompletedProcess."""
 
-    def start(
-        recipe: str,
-        *flags,
-        code: int | None = 0,
-        processes: int = 1,
-        timeout: float = 300,
-        **environment,
-    ):
+    def start(recipe: str, *flags, code: int | None = 0, timeout: float = 300, **environment):
         page = [str(ROOT / "recipes" / f"{recipe}.py"), *map(str, flags)]
         paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         env = {**os.environ, "PYTHONPATH": paths, **environment}
         on_cpu = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
-        if processes == 1 and not environment and on_cpu:
+        if not environment and on_cpu:
             done = warm.run(page, ROOT, env, timeout)
         else:
-            torchrun = ["-m", "torch.distributed.run", "--standalone"]
-            torchrun += [f"--nproc-per-node={processes}"]
-            command = [sys.executable, *(torchrun if processes > 1 else []), *page]
+            command = [sys.executable, *page]
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=env
             )
@@ -94,27 +85,44 @@ def run():
 def forked(tmp_path_factory):
     """Run a recipe in new processes that have all imports already: forked("sft", "--steps", 2, processes=2, code=0) -> what they printed.
 
-    `before(rank)` runs in each process first.
+    `before(rank)` runs in each process first; `code` may be a list, of one a process. What one
+    process makes of the built-in parts first is made in such a process, too.
     """
     import judged
 
+    from ta.builtin import fine_tuned
     from ta.command_line import cli
 
     folder = tmp_path_factory.mktemp("forked")
+    warm.preload()
 
     def start(
-        recipe: str, *flags, processes: int = 1, code: int = 0, before=lambda rank: None
+        recipe: str,
+        *flags,
+        processes: int = 1,
+        code: int | list[int] = 0,
+        before=lambda rank: None,
     ) -> str:
-        module = judged.recipe(recipe)
+        said = folder / f"said-{len(list(folder.iterdir()))}"
 
-        def main(rank):
-            before(rank)
+        def work(recipe, *flags):
+            module = judged.recipe(recipe)
             cli(module.main, settings_of(module), [str(flag) for flag in flags])
 
-        said = folder / f"said-{len(list(folder.iterdir()))}"
+        def first(recipe, *flags):
+            assert together(lambda rank: work(recipe, *flags), 1, said) == [0]
+
+        def main(rank):
+            if processes == 1:
+                fine_tuned._run = first
+            before(rank)
+            work(recipe, *flags)
+
+        judged.recipe(recipe)
         codes = together(main, processes, said)
         text = said.read_text(errors="replace")
-        assert codes == [code] * processes, f"exit codes {codes}\n{text[-5000:]}"
+        wanted = code if isinstance(code, list) else [code] * processes
+        assert codes == wanted, f"exit codes {codes}\n{text[-5000:]}"
         return text
 
     return start

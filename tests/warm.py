@@ -66,9 +66,14 @@ def _server() -> subprocess.Popen:
     return started
 
 
-def _serve() -> None:
+def preload() -> None:
+    """Import what forks would each import."""
     for name in PRELOADED:
         importlib.import_module(name)
+
+
+def _serve() -> None:
+    preload()
     for text in sys.stdin:
         pid = os.fork()
         if not pid:

@@ -321,11 +321,11 @@ def test_adapters_and_prompts_that_do_not_fit_are_refused(door, data, tmp_path, 
 
 
 @pytest.mark.slow
-def test_as_a_user_runs_it(run, door, data, tmp_path):
-    """Two processes under torchrun give the file of one; what is wrong is said in a line with exit code 2 and nothing is written."""
+def test_as_a_user_runs_it(run, forked, door, data, tmp_path):
+    """Two processes give the file of one; what is wrong is said in a line with exit code 2 and nothing is written."""
     flags = ("--data", data, "--max-new-tokens", 6, "--slots", 5)
     run("generate", *flags, "--out", tmp_path / "one.jsonl")
-    run("generate", *flags, "--out", tmp_path / "two.jsonl", processes=2)
+    forked("generate", *flags, "--out", tmp_path / "two.jsonl", processes=2)
     assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
     before = sorted(tmp_path.iterdir())
     for more, message in (

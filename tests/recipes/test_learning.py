@@ -39,20 +39,10 @@ def beside_others(samples, said, wanted):
 
 
 @pytest.fixture(scope="module")
-def taught(tmp_path_factory):
+def taught(forked, tmp_path_factory):
     """recipes/sft.py as a newcomer runs it; what it exports is the model that preference recipes start from."""
-    import subprocess
-    import sys
-
-    from conftest import ROOT
-
     out = tmp_path_factory.mktemp("sft") / "run"
-    subprocess.run(
-        [sys.executable, str(ROOT / "recipes/sft.py"), "--out", str(out), *SEED],
-        check=True,
-        cwd=ROOT,
-        capture_output=True,
-    )
+    forked("sft", "--out", out, *SEED)
     model_folders.tiny_folder()
     # as warm_start would leave it: the same steps from the same seed
     shutil.copytree(out / "final", model_folders.tuned_folder())

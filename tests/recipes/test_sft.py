@@ -6,8 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from pathlib import Path
 
 import judged
 import pytest
@@ -169,55 +169,50 @@ def test_memory_and_speed_options_change_no_loss(forked, data, tmp_path, process
 
 
 @pytest.mark.slow
-def test_torchrun_stops_at_a_signal_dies_with_a_process_and_goes_on(run, forked, data, tmp_path):
-    """Under the real launcher: the losses of one process after SIGTERM, after kill -9 of one of two, and a resume of each."""
-    flags = (
-        "--data",
-        data[0],
-        *QUICK,
-        "--steps",
-        40,
-        "--save-every",
-        1,
-        "--max-tokens-per-micro",
-        300,
-    )
+def test_torchrun_stops_at_a_signal_and_two_processes_that_die_go_on_to_the_same_end(
+    forked, data, tmp_path
+):
+    """The losses of one process after SIGTERM to the real launcher, after kill -9 of one of two, and under the launcher to the end."""
+    flags = ("--data", data[0], *QUICK, "--steps", 24, "--save-every", 1)
+    flags += ("--max-tokens-per-micro", 300)
     forked("sft", *flags, "--out", tmp_path / "one")
     out = tmp_path / "two"
-    launcher = launched(out, flags)
+    launcher = torchrun(out, flags)
+    wait_for_losses(out, 1)
     launcher.send_signal(signal.SIGTERM)
     assert launcher.wait(60) != 0 and any((out / "checkpoints").glob("step-*/manifest.json"))
-    launcher = launched(out, (*flags, "--resume"), len(losses(out)) + 1)
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    assert launcher.wait(60) != 0
-    said = forked("sft", *flags, "--out", out, "--resume", processes=2)
-    assert "resuming from" in said and losses(out) == pytest.approx(
-        losses(tmp_path / "one"), rel=1e-6
-    )
+    begun = len(losses(out))
+
+    def die():
+        wait_for_losses(out, begun + 1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def before(rank):
+        if rank:
+            threading.Thread(target=die, daemon=True).start()
+
+    flags += ("--resume",)
+    forked("sft", *flags, "--out", out, processes=2, before=before, code=[1, -signal.SIGKILL])
+    assert begun < len(losses(out)) < 24
+    assert torchrun(out, flags).wait(60) == 0
+    assert losses(out) == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
 
 
-def launched(out, flags, lines=1):
-    """torchrun with two processes, once it has logged `lines` steps."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        ROOT / "recipes/sft.py",
-        *flags,
-    ]
+def torchrun(out, flags):
+    """The launcher of two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", ROOT / "recipes/sft.py", *flags, "--out", out]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [*map(str, command), "--out", str(out)], env=environment, stderr=subprocess.DEVNULL
-    )
-    while process.poll() is None and not (
-        (out / "metrics.jsonl").exists() and len(losses(out)) >= lines
-    ):
+    return subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.DEVNULL)
+
+
+def wait_for_losses(out, n):
+    """Until a run in `out` has logged n steps, at most a minute."""
+    for _ in range(3000):
+        if (out / "metrics.jsonl").exists() and len(losses(out)) >= n:
+            return
         time.sleep(0.02)
-    assert process.poll() is None
-    return process
+    raise TimeoutError(f"no {n} steps in {out}")
 
 
 def test_no_room_is_said_in_a_line_and_the_run_goes_on_later(door, data, tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """Samples: the prompts of every kind of record, their answers and metrics, and the same on a sharded model."""
 
 import json
-import os
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -269,7 +268,7 @@ def test_metrics_that_cannot_be_measured_are_refused_before_anything_is_written(
 
 
 @pytest.mark.slow
-def test_a_sharded_model_gives_the_same_answers(run, tmp_path):
+def test_a_sharded_model_gives_the_same_answers(forked, tmp_path):
     """Two processes, each holding a part of the weights, show at step 0 what one shows, and their report tells it."""
     flags = (
         "--steps",
@@ -285,14 +284,7 @@ def test_a_sharded_model_gives_the_same_answers(run, tmp_path):
         1,
     )
     for processes in (1, 2):
-        run(
-            "sft",
-            *flags,
-            "--out",
-            tmp_path / str(processes),
-            processes=processes,
-            TA_CACHE=os.environ["TA_CACHE"],
-        )
+        forked("sft", *flags, "--out", tmp_path / str(processes), processes=processes)
     one, two = (lines(tmp_path / name / "samples.jsonl") for name in "12")
     assert [s for s in one if s["step"] == 0] == [s for s in two if s["step"] == 0]
     assert [s["step"] for s in two] == [0] * 6 + [1] * 6 + [2] * 6 and all(
