@@ -25,7 +25,7 @@ def status(name):
 tokenizer = ta.load_chat_tokenizer(ta.ModelConfig(), ta.TokenizerConfig(), ta.ChatConfig())
 files, _ = ta.data_or_builtin((), (), "chats")
 data = ta.prepare_chats(files, tokenizer, ta.ChatConfig(), ta.DataConfig())
-config = ta.BatchConfig(batch_size=256, steps=2)
+config = ta.BatchConfig(batch_size=128, steps=2)
 for adapter, recompute in (("none", False), ("lora", False), ("none", True)):
     compute = ta.ComputeConfig(activation_checkpointing=recompute)
     model = ta.load_model(ta.ModelConfig(), ta.AdapterConfig(adapter=adapter), compute, tokenizer)
