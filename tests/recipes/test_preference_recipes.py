@@ -323,8 +323,7 @@ def test_without_a_model_the_built_in_one_is_fine_tuned_once(forked, data, tmp_p
 
     more = ("--data", data / "preferences-train.jsonl", *QUICK)
     first, second = (
-        forked("dpo", *more, "--out", tmp_path / name, processes=2, before=before)
-        for name in "ab"
+        forked("dpo", *more, "--out", tmp_path / name, processes=2, before=before) for name in "ab"
     )
     assert (
         "fine-tuning the built-in model" in first and "fine-tuning the built-in model" not in second
