@@ -478,6 +478,33 @@ def test_limits_are_exact_and_say_when_nothing_fits():
     )
 
 
+def test_a_record_that_is_too_long_as_the_guide_says_of_each_kind():
+    """The table in ta/guide/data.md, a case a row; what stays is encoded alone as the judge."""
+    _, tokenizer = setting("llama3")
+    first, last = messages("u: one", "a: two"), messages("u: three", "a: four")
+    chat, long = [*first, *last], {"role": "user", "content": "trailing " * 9}
+    size = len(encode_chat(chat, tokenizer, PLAIN).ids)
+    over = functools.partial(ChatConfig, max_tokens=size)
+
+    def alone(kept, **more):
+        return encode_chat(kept, tokenizer, ChatConfig(**more))
+
+    assert encode_chat([*chat, long, *last], tokenizer, over()) == alone(chat)
+    assert encode_chat([*first, long, *chat], tokenizer, over(keep_end=True)) == alone(chat)
+    every = {"loss_on": "all"}
+    assert encode_chat([*chat[:3], long], tokenizer, over(**every)) == alone(chat[:3], **every)
+    answers = [[last[1], {"role": "assistant", "content": "four hello"}]]
+    (both,) = encode_answers([[long, *chat[:3]]], answers, tokenizer, over())
+    assert both == encode_answers([last[:1]], answers, tokenizer, PLAIN)[0]
+    assert encode_prompt([long, *chat[:3]], tokenizer, over()) == encode_prompt(
+        chat[:3], tokenizer, PLAIN
+    )
+    plain = [{"role": "assistant", "content": long["content"] * 9, "plain": True}]
+    assert encode_chat(plain, tokenizer, over()).reason == "no text fits in max_tokens"
+    cut = encode_chat(plain, tokenizer, over(cut_answer=True))
+    assert cut.ids == alone(plain).ids[:size] and len(cut.ids) == size
+
+
 @each_shape
 def test_prompts_are_cut_from_the_front(shape):
     made, tokenizer = setting(shape)
