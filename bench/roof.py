@@ -183,7 +183,7 @@ norm.register_autograd(
 
 
 class Norm(torch.nn.Module):
-    """A norm that keeps its input's type, as `spare_casts` leaves it."""
+    """A norm that keeps its input's type, as `keep_input_dtype` leaves it."""
 
     def __init__(self, weight: torch.nn.Parameter):
         super().__init__()
@@ -195,7 +195,7 @@ class Norm(torch.nn.Module):
 
 
 def without_casts(model: torch.nn.Module) -> None:
-    """What `spare_casts` does where weights have values, which it must see."""
+    """What `keep_input_dtype` does where weights have values, which it must see."""
     from ta.model.language_model import OutsideAutocast
 
     for parent in list(model.modules()):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from ta.files import causes, full_disk, keep_inputs
-from ta.flags import docs_of, kind_of, our_words, settings_of, short_help, start_of
+from ta.flags import docs_of, kind_of, settings_of, short_help, start_of, translate_flags
 from ta.parallel import EXIT_CODES, close
 from ta.printable import one_line
 from ta.screen import COLOUR
@@ -115,7 +115,7 @@ def cli(main: Callable[[Any], Any], config_class: type, argv: list[str] | None =
             print(short_help(config_class, doc), flush=True)
             return
         _check_names(config_class)
-        words = our_words(given, config_class)
+        words = translate_flags(given, config_class)
         if "--help-all" in words:
             words = ["--help"]
             _join_help(config_class)

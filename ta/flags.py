@@ -133,7 +133,7 @@ def _usual_and_own(config: Any) -> Iterator[tuple[Setting, Any]]:
     return zip(settings_of(type(config)), own, strict=True)
 
 
-def our_words(words: list[str], config_class: type) -> list[str]:
+def translate_flags(words: list[str], config_class: type) -> list[str]:
     """The words of a command line in our flags.
 
     A flag that the config has stays as it is. `--config FILE` becomes the settings of the file,
@@ -165,7 +165,7 @@ def our_words(words: list[str], config_class: type) -> list[str]:
             if flag in SETTING and SETTING[flag][0] in defaults:
                 out += SETTING[flag] if _is_on(values) else ()
                 continue
-            flag = _translated(flag, defaults)
+            flag = _translate_flag(flag, defaults)
         default = defaults.get(flag)
         if isinstance(default, bool) and not equals and not _is_on(rest):
             flag = "--no" + flag[1:]
@@ -181,7 +181,7 @@ def our_words(words: list[str], config_class: type) -> list[str]:
     return out
 
 
-def _translated(flag: str, defaults: dict[str, Any]) -> str:
+def _translate_flag(flag: str, defaults: dict[str, Any]) -> str:
     """Our flag of the same meaning, else the flag as it is.
 
     ValueError for one of another meaning, and for one that is nearly another tool's.

@@ -17,7 +17,16 @@ import pytest
 
 from ta import __main__ as command
 from ta.command_line import cli
-from ta.flags import COMMON, EQUAL, OURS, SETTING, command_of, our_words, settings_of, short_help
+from ta.flags import (
+    COMMON,
+    EQUAL,
+    OURS,
+    SETTING,
+    command_of,
+    settings_of,
+    short_help,
+    translate_flags,
+)
 from ta.recipe_files import RECIPES, recipe_names
 
 ROOT = Path(__file__).parent.parent
@@ -76,14 +85,14 @@ def test_an_empty_value_takes_back_what_a_file_gave(tmp_path):
     assert parsed("--name=") == Config(name=""), "text that may be empty"
     for words in (("--loss=",), ("--loss", ""), ("--data",), ("--data", "--lr", "1")):
         with pytest.raises(ValueError, match=f"{words[0].strip('=')} has no value"):
-            our_words([*words], Config)
+            translate_flags([*words], Config)
 
 
 @pytest.mark.parametrize("words", [("--data", "a", "b\udce4"), ("--data=b\udce4",)])
 def test_a_name_that_is_no_utf_8_is_refused_at_the_door(words):
     """Libraries in Rust open no such file, and would say so after the training."""
     with pytest.raises(ValueError, match=r"b\\udce4' is no UTF-8.*LC_ALL=C.UTF-8"):
-        our_words([*words], Config)
+        translate_flags([*words], Config)
 
 
 @pytest.mark.parametrize("flag", OURS)
@@ -101,7 +110,7 @@ def test_a_flag_of_the_recipe_itself_is_never_renamed():
         steps: int = 2
         fp16: bool = False
 
-    assert our_words(["--max-steps", "5", "--fp16"], Own) == ["--max-steps", "5", "--fp16"]
+    assert translate_flags(["--max-steps", "5", "--fp16"], Own) == ["--max-steps", "5", "--fp16"]
 
 
 def test_every_name_leads_to_a_flag_of_a_recipe():

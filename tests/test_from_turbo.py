@@ -9,7 +9,7 @@ import pytest
 import tyro
 
 from ta import __main__ as command
-from ta.flags import our_words
+from ta.flags import translate_flags
 from ta.from_turbo import METHODS, TRAINER, from_turbo, script
 
 TEMPLATE = {
@@ -82,7 +82,7 @@ def parsed(words):
     recipe, *flags = words
     config_class = judged.recipe(recipe).Config
     flat = (tyro.conf.OmitArgPrefixes,)
-    return tyro.cli(config_class, args=our_words(flags, config_class), config=flat)
+    return tyro.cli(config_class, args=translate_flags(flags, config_class), config=flat)
 
 
 def only(settings):

@@ -96,9 +96,9 @@ class JinjaTemplate(NamedTuple):
     role_tags: Tags
     source: str
     # finds the tokenizer's tokens in a text, and keeps them when it splits
-    border: Pattern
+    special: Pattern
     # the same with the tags that templates look for
-    tags: Pattern
+    special_or_tags: Pattern
     # roles and whether an answer is opened -> Skeleton, or None where there is none
     skeletons: dict[tuple, Skeleton | None]
     borders: dict[tuple, Border]
@@ -117,7 +117,7 @@ def jinja_template(
     is given for it.
     """
     names = frozenset(name for name in special if name.strip(" \n\t\u2581"))
-    border = special_border(names)
+    pattern = special_pattern(names)
 
     @lru_cache(maxsize=64)
     def opening(arguments: str) -> str:
@@ -128,12 +128,12 @@ def jinja_template(
             return ""
         if opened.startswith(asked):
             return opened[len(asked) :]
-        return opened[_common(asked, opened, border) :]
+        return opened[_common_parts(asked, opened, pattern) :]
 
     read = [key for key in REASONING if re.search(rf"\.{key}\b|(['\"]){key}\1", source)]
     keys = {key: read[0] for key in REASONING if read and key not in read}
-    tokens = special_border(names.union(TAGS))
-    return JinjaTemplate(render, tags, source, border, tokens, {}, {}, opening, keys)
+    tokens = special_pattern(names.union(TAGS))
+    return JinjaTemplate(render, tags, source, pattern, tokens, {}, {}, opening, keys)
 
 
 @lru_cache(maxsize=64)
@@ -147,7 +147,7 @@ def _reads(source: str) -> frozenset[str]:
 
 
 @lru_cache(maxsize=64)
-def special_border(names: frozenset[str]) -> Pattern:
+def special_pattern(names: frozenset[str]) -> Pattern:
     """Finds any of the names, the longest first, and keeps it when it splits."""
     longest_first = sorted(names, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})" if names else "((?!))")
@@ -377,14 +377,16 @@ def _split(
     key = json.dumps(own, sort_keys=True)
 
     def mark(depths: dict[int, int], names: bool) -> Marked | None:
-        marked, values, labels = mark_chat(given, arguments, template.tags, depths, names)
+        marked, values, labels = mark_chat(
+            given, arguments, template.special_or_tags, depths, names
+        )
         try:
             written = read_marks(template.render(marked, opened, values))
         except ValueError:
             return None
         if written.broken or written.text != text:
             return None
-        places = _places(labels, written.places, text, template.tags)
+        places = _places(labels, written.places, text, template.special_or_tags)
         return Marked(roles, marked, values, labels, media, template, opened, key, text, places)
 
     for answers, others, names in WAYS:
@@ -408,15 +410,17 @@ def _places(
     labels: Sequence[Label],
     found: Mapping[int, list[tuple[int, int]]],
     text: str,
-    border: Pattern,
+    special: Pattern,
 ) -> list[Place]:
     """The places of the marked texts in `text`, in order."""
     places, end, home = [], 0, -1
     for start, stop, k in sorted((*span, k) for k, spans in found.items() for span in spans):
         label = labels[k]
-        before = [piece[::-1] for piece in reversed(border.split(label.before))]
-        left = start - _reach(text[end:start][::-1], before)
-        right = stop + _reach(text[stop : stop + len(label.after)], border.split(label.after))
+        before = [piece[::-1] for piece in reversed(special.split(label.before))]
+        left = start - _matched_length(text[end:start][::-1], before)
+        right = stop + _matched_length(
+            text[stop : stop + len(label.after)], special.split(label.after)
+        )
         once = len(found[k]) == 1
         home = max(home, label.message) if once else home
         places.append(Place(start, stop, k, label, once, home, left, right))
@@ -424,7 +428,7 @@ def _places(
     return places
 
 
-def _reach(text: str, pieces: Sequence[str]) -> int:
+def _matched_length(text: str, pieces: Sequence[str]) -> int:
     """How much of `text` the pieces are that it begins with; white space may be stripped."""
     at = 0
     for piece in pieces:
@@ -571,13 +575,13 @@ def _border_of(chat: Marked, i: int, anchor: Place | None, gap: str, kept: Seque
         spots = written.places.get(anchor.number, ())
         return written.text[spots[0][1] :] if len(spots) == 1 else None
 
-    border, opening = chat.template.border, chat.template.opening(chat.key)
+    special, opening = chat.template.special, chat.template.opening(chat.key)
     end, end_fault = 0, ""
     if i:
         try:
             # a message without a text of its own stands between others' texts
             own = anchor is not None and anchor.home == i - 1
-            end, end_fault = _end(tail, gap, border, opening, own)
+            end, end_fault = _turn_end(tail, gap, special, opening, own)
         except ValueError as error:
             end_fault = str(error)
     if i < len(chat.roles) and chat.roles[i] != ANSWER:
@@ -588,7 +592,7 @@ def _border_of(chat: Marked, i: int, anchor: Place | None, gap: str, kept: Seque
         return Border(end, end, end_fault, str(error))
     if whole is not None and gap.startswith(whole):
         return Border(min(end, len(whole)), len(whole), end_fault)
-    start = _common(whole or "", gap, border)
+    start = _common_parts(whole or "", gap, special)
     if opening and start <= end and (at := gap.rfind(opening, end)) >= 0:
         note = (
             "the generation prompt is written otherwise behind some message than before an answer"
@@ -604,10 +608,10 @@ def _border_of(chat: Marked, i: int, anchor: Place | None, gap: str, kept: Seque
     return Border(end, start, end_fault, note=note)
 
 
-def _end(
+def _turn_end(
     tail: Callable[[bool], str | None],
     gap: str,
-    border: Pattern,
+    special: Pattern,
     opening: str,
     own: bool,
 ) -> tuple[int, str]:
@@ -620,22 +624,22 @@ def _end(
         followed = opened.removesuffix(opening)
         if gap.startswith(followed):
             return len(followed), ""
-    end = _common(alone or "", gap, border)
+    end = _common_parts(alone or "", gap, special)
     if end and own:
         return end, ""
     return 0, f"{alone!r} ends it alone, {gap!r} when more follows"
 
 
-def _common(alone: str, within: str, border: Pattern) -> int:
+def _common_parts(alone: str, within: str, special: Pattern) -> int:
     """How much of `within` is a beginning of `alone`, in whole parts with a token among them."""
     end, seen = 0, False
-    for mine, other in zip(border.split(alone), border.split(within), strict=False):
+    for mine, other in zip(special.split(alone), special.split(within), strict=False):
         if mine != other:
             # the last text before a mark or before a token that the other lacks
             short = min(mine, other, key=len)
             end += len(short) if mine.startswith(other) or other.startswith(mine) else 0
             break
-        end, seen = end + len(mine), seen or bool(border.fullmatch(mine))
+        end, seen = end + len(mine), seen or bool(special.fullmatch(mine))
     return end if seen else 0
 
 

@@ -53,7 +53,7 @@ class Marker(NamedTuple):
     """Puts marks into strings, and remembers the label of each."""
 
     # finds the tokens and tags that a text may hold
-    border: Pattern
+    special: Pattern
     labels: list[Label]
 
     def walk(
@@ -69,7 +69,7 @@ class Marker(NamedTuple):
         of objects whose keys are the template's.
         """
         if isinstance(value, str):
-            if depth is None and not self.border.search(value):
+            if depth is None and not self.special.search(value):
                 return value
             return self._put(value, label, depth or 0)
         if isinstance(value, list):
@@ -98,7 +98,7 @@ class Marker(NamedTuple):
 
     def _cores(self, text: str, depth: int) -> list[tuple[int, int]]:
         """The stretches of a text that marks go around."""
-        tokens = self.border.finditer(text) if depth else ()
+        tokens = self.special.finditer(text) if depth else ()
         edges = [0, *(edge for token in tokens for edge in token.span()), len(text)]
         found = map(partial(_CORE.search, text), edges[::2], edges[1::2])
         cores = [core.span() for core in found if core]
@@ -110,18 +110,18 @@ class Marker(NamedTuple):
 def mark_chat(
     messages: Chat,
     arguments: Mapping[str, Any],
-    border: Pattern,
+    special: Pattern,
     depths: Mapping[int, int],
     names: bool,
 ) -> tuple[list[Message], dict[str, Any], list[Label]]:
     """The messages and template arguments with marks, and the label of each mark.
 
-    `border` finds the tokens and tags that a text may hold. The messages in `depths` are marked:
+    `special` finds the tokens and tags that a text may hold. The messages in `depths` are marked:
     around the whole of a text (0), around the stretches between tokens (1), or around the middle of
     these (2). `names` marks the names of functions. Other strings are marked where they hold a
     token.
     """
-    marker, marked = Marker(border, []), list(messages)
+    marker, marked = Marker(special, []), list(messages)
     call_depths = {"arguments": 0} | ({"name": 0} if names else {})
     for place, depth in depths.items():
         new = marked[place] = dict(messages[place])

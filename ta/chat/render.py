@@ -15,7 +15,7 @@ from ta.chat.jinja import (
     Writer,
     content_parts,
     plain_contents,
-    special_border,
+    special_pattern,
 )
 from ta.chat.messages import ANSWER, Chat, check_messages, message_weight
 from ta.chat.template import Template, split_chat
@@ -172,7 +172,7 @@ def _in_pieces(
                 pieces.append(Piece(text, 0.0 if by == "media" else own, by, joins))
                 joins, border = glued, border or owner is not None
         rendered.append(pieces)
-        if border and glued and template.border.search(span.suffix):
+        if border and glued and template.special.search(span.suffix):
             # the token that ends an answer keeps it apart
             border = False
     return rendered
@@ -257,7 +257,7 @@ def _split_special(
     names = frozenset(vocabulary.special) if control else names
     if not names:
         return [piece.text]
-    parts = special_border(names).split(piece.text)
+    parts = special_pattern(names).split(piece.text)
     cut = [vocabulary.special[part] if i % 2 else part for i, part in enumerate(parts) if part]
     if control:
         known[piece.text] = cut

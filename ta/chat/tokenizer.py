@@ -13,7 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ta.chat.jinja import DEFAULT_TAGS, Arguments, jinja_template, special_border
+from ta.chat.jinja import DEFAULT_TAGS, Arguments, jinja_template, special_pattern
 from ta.chat.messages import ANSWER, SYSTEM, Chat, Message, canonical_role
 from ta.chat.render import SPACE, Vocabulary
 from ta.chat.template import (
@@ -555,7 +555,7 @@ def _turn_tokens(
 
     They are those around questions and answers, and those with a name, such as EOS.
     """
-    border = special_border(frozenset(vocab.special))
+    pattern = special_pattern(frozenset(vocab.special))
     found = set(tokenizer.special_tokens_map.values()) & vocab.special.keys()
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     once = [*_question(template), {"role": ANSWER, "content": "x"}]
@@ -564,12 +564,12 @@ def _turn_tokens(
     except ValueError:
         return found
     for i, span in enumerate(spans):
-        prefix = [name for part in span.prefix for name in border.findall(part.text)]
+        prefix = [name for part in span.prefix for name in pattern.findall(part.text)]
         # before the first question may stand a system prompt that names tokens, and behind an
         # answer's first token what it is asked to begin with, such as <think>
         question = once[i % len(once)]["role"] != ANSWER
         near = prefix if question and i else prefix[-1:] if question else prefix[:1]
-        found.update(near, special.intersection(prefix), border.findall(span.suffix))
+        found.update(near, special.intersection(prefix), pattern.findall(span.suffix))
     return found
 
 
@@ -598,7 +598,7 @@ def answer_end(template: Template, vocab: Vocabulary) -> tuple[str, list[int], l
         # the template takes no second question
         parts = ()
     following = "".join(part.text for part in parts)
-    if found := special_border(frozenset(vocab.special)).search(suffix or following):
+    if found := special_pattern(frozenset(vocab.special)).search(suffix or following):
         return suffix, [vocab.special[found.group()]], []
     text = suffix or following.rstrip() or following
     return suffix, [], [text] * bool(text)

@@ -59,7 +59,7 @@ def regular_file(path: str | Path, give: str = "give a .jsonl or .jsonl.gz file"
 
 
 @contextmanager
-def sound_text(path: str, line: Callable[[], int]) -> Iterator[None]:
+def readable_text(path: str, line: Callable[[], int]) -> Iterator[None]:
     """ValueError, with the line that is read, for a file that is no UTF-8 or no sound gzip.
 
     OSError, with the file's name, where it cannot be read.
@@ -95,7 +95,7 @@ def read_lines(path: str) -> Rows:
     number = filled = 0
     regular_file(path)
     opened = gzip.open if str(path).endswith(".gz") else open
-    with sound_text(path, lambda: number + 1), opened(path, "rb") as file:
+    with readable_text(path, lambda: number + 1), opened(path, "rb") as file:
         while raw := file.readline(MAX_LINE + 1):
             part = raw
             while len(part) > MAX_LINE and not part.endswith(b"\n"):

@@ -52,9 +52,9 @@ from ta.data.sources import (
     Source,
     canonical,
     chunks,
-    no_long_collections,
+    isolate_errors,
+    no_full_gc,
     parse_source,
-    pin_errors,
     scan,
     select,
     source_names,
@@ -492,7 +492,7 @@ def _build(
     arrays = Arrays(folder)
     drops_file = folder / "drops.jsonl"
     with (
-        no_long_collections(),
+        no_full_gc(),
         open(drops_file, "w", encoding="utf-8", errors="surrogateescape") as dropped,
         progress(expected, "preparing", "record", delay=1, leave=False) as bar,
     ):
@@ -504,7 +504,9 @@ def _build(
                     results = encode_dialogues(*encoder.inputs(jobs))
                 except ValueError:
                     # some record is wrong: encode smaller groups to find it
-                    results = pin_errors(lambda some: encode_dialogues(*encoder.inputs(some)), jobs)
+                    results = isolate_errors(
+                        lambda some: encode_dialogues(*encoder.inputs(some)), jobs
+                    )
                 done = encoder.usable(jobs, results, drops)
                 if done:
                     arrays.append(done)

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from ta.data.jsonl import MAX_LINE, Rows, read_lines, regular_file, sound_text
+from ta.data.jsonl import MAX_LINE, Rows, read_lines, readable_text, regular_file
 from ta.files import HUB, dataset_snapshot, json_text
 
 # characters of a JSON list that are read at once, and rows of a parquet file
@@ -192,7 +192,7 @@ def _list_rows(path: str) -> Rows:
     """(line where it begins, JSON bytes) of each element of a JSON list; it is never held whole."""
     decode, gap = json.JSONDecoder().raw_decode, re.compile(r"\s*,?\s*")
     line, fault = 1, ""
-    with sound_text(path, lambda: line), _opened(path) as file:
+    with readable_text(path, lambda: line), _opened(path) as file:
         text = file.read(CHUNK)
         start = text.index("[") + 1
         line += text.count("\n", 0, start)
@@ -237,7 +237,7 @@ def _csv_rows(path: str) -> Rows:
     csv.field_size_limit(MAX_LINE)
     line = 1
     try:
-        with sound_text(path, lambda: line), _opened(path, newline="") as file:
+        with readable_text(path, lambda: line), _opened(path, newline="") as file:
             reader = csv.reader(file, strict=True)
             names = next(reader, [])
             if len({*names}) < len(names):

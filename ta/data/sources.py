@@ -335,7 +335,7 @@ def chunks(stream: Iterable[Record]) -> Iterator[list[Record]]:
 
 
 @contextmanager
-def no_long_collections() -> Iterator[None]:
+def no_full_gc() -> Iterator[None]:
     """Turn off Python's search for dead cycles, which would visit all tokens again and again.
 
     The search among new objects, which `chunks` asks for, is enough.
@@ -349,7 +349,7 @@ def no_long_collections() -> Iterator[None]:
             gc.enable()
 
 
-def pin_errors(many: Callable[[list[dict]], Sequence], records: list[dict]) -> list:
+def isolate_errors(many: Callable[[list[dict]], Sequence], records: list[dict]) -> list:
     """`many(records)`, with a ValueError in the place of each record that causes one.
 
     Those are found by halving, so that the other records do not fail.
@@ -360,7 +360,7 @@ def pin_errors(many: Callable[[list[dict]], Sequence], records: list[dict]) -> l
         if len(records) < 2:
             return [error] * len(records)
     half = len(records) // 2
-    return pin_errors(many, records[:half]) + pin_errors(many, records[half:])
+    return isolate_errors(many, records[:half]) + isolate_errors(many, records[half:])
 
 
 def read_records(

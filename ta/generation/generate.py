@@ -92,7 +92,7 @@ def generate(
     run = base if virtual else inner
     with (
         unsharded(model, root_only=True),
-        _at_rest(model, inner, base, attention_for(base, not driven)),
+        _inference_mode(model, inner, base, attention_for(base, not driven)),
     ):
         if config.beams > 1:
             run_beams(inner, work, temperature, virtual)
@@ -128,7 +128,7 @@ def limits_of(model) -> tuple[int, int | None]:
 
 
 @contextlib.contextmanager
-def _at_rest(model, inner, base, attention: str) -> Iterator[None]:
+def _inference_mode(model, inner, base, attention: str) -> Iterator[None]:
     """Evaluation mode, no gradients, `attention`, no generation settings of the model's own.
 
     All is put back after.

@@ -21,7 +21,7 @@ from ta.chat.messages import (
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import ChatTokenizer
 from ta.data.records import check_media, check_prompt
-from ta.data.sources import Drops, pin_errors, read_records, source_names
+from ta.data.sources import Drops, isolate_errors, read_records, source_names
 
 # (chats, tokenizer, config, their template arguments) -> token ids or a Drop for each
 Encode = Callable[[Sequence[list[dict]], ChatTokenizer, ChatConfig, Sequence[dict]], list]
@@ -79,7 +79,7 @@ def read_prompts(
         chats = [data["messages"] for data in some]
         return encode(chats, tokenizer, chat, [template_arguments(data) for data in some])
 
-    encoded = pin_errors(encode_some, [record.data for record in records])
+    encoded = isolate_errors(encode_some, [record.data for record in records])
     prompts = []
     for record, ids in zip(records, encoded, strict=True):
         if isinstance(ids, ValueError):

@@ -99,7 +99,7 @@ def _table_settings(
     """
     names = _table_names(model)
     tied = "output" not in tables(model) and len(names) == 2
-    hit = [name for name in names if _hits(name, targets)]
+    hit = [name for name in names if _matches(name, targets)]
     if hit and (tied or new_token_ids):
         reason = "the rows of new tokens train there"
         if tied:
@@ -108,7 +108,7 @@ def _table_settings(
             f"--lora-targets: LoRA on {hit[0]} cannot be merged, {reason}; leave it out, or give "
             "it to --lora-modules-to-save"
         )
-    whole = [name for name in names if _hits(name, saved)]
+    whole = [name for name in names if _matches(name, saved)]
     if tied and whole:
         if not names[0].endswith("embed_tokens"):
             raise ValueError(
@@ -116,7 +116,7 @@ def _table_settings(
                 "(new tokens train without it)"
             )
         # peft ties the head to the input table itself, and it depends on the order of the names
-        others = [t for t in saved if not any(_hits(name, [t]) for name in names)]
+        others = [t for t in saved if not any(_matches(name, [t]) for name in names)]
         return {"modules_to_save": [*others, names[0]], "ensure_weight_tying": True}
     rows = [name for name in names[: 1 if tied else 2] if name not in whole and new_token_ids]
     indices = dict.fromkeys(rows, new_token_ids)
@@ -162,7 +162,7 @@ def _check_names(model: PreTrainedModel, flag: str, targets: Sequence[str]) -> N
     """ValueError for a name that no module of the model has."""
     modules = {name: module for name, module in model.named_modules() if name}
     for target in targets:
-        if not any(_hits(name, [target]) for name in modules):
+        if not any(_matches(name, [target]) for name in modules):
             leaves = [name for name, module in modules.items() if not list(module.children())]
             names = {name.rpartition(".")[2] for name in leaves}
             raise ValueError(
@@ -213,7 +213,7 @@ def prompt_settings(
     return peft.PromptTuningConfig(**sizes), (ids * count)[:count]
 
 
-def _hits(name: str, targets: Sequence[str]) -> bool:
+def _matches(name: str, targets: Sequence[str]) -> bool:
     return f".{name}".endswith(tuple(f".{target}" for target in targets))
 
 
@@ -290,7 +290,7 @@ def check_base(model: PreTrainedModel, facts: Facts, path: str) -> None:
     low, high = given["vocabulary"], trained["vocabulary"]
     left, right = given["sample"], trained["sample"]
     shared = sorted(left.keys() & right.keys())
-    other = [name for name in shared if not _near(left[name], right[name])]
+    other = [name for name in shared if not _all_close(left[name], right[name])]
     if given["architecture"] != trained["architecture"]:
         reason = "the architectures differ"
     elif low > high or not set(range(low, high)) <= new:
@@ -383,7 +383,7 @@ def adapter_labels(path: str | Path) -> dict[str, Any]:
     return {"num_labels": sizes[0]}
 
 
-def _near(left: list[float], right: list[float]) -> bool:
+def _all_close(left: list[float], right: list[float]) -> bool:
     same = len(left) == len(right)
     return same and torch.allclose(torch.Tensor(left), torch.Tensor(right), CLOSE, 1e-6)
 
@@ -514,7 +514,7 @@ def _take_tables(
     places = ("", "base_layer.", "token_adapter.base_layer.", "original_module.")
     for prefix, kind in zip(prefixes, ("input", "output"), strict=False):
         kind, module = "input" if tied else kind, prefix.removesuffix(".")
-        trained = _hits(module, whole)
+        trained = _matches(module, whole)
         for part, name in (("weight", kind), ("bias", "output_bias")):
             for inside in places:
                 table = weights.get(f"{prefix}{inside}{part}")
@@ -564,7 +564,7 @@ def saved_tables(model: PeftModel) -> list[str]:
         for name, _ in model.named_parameters()
         if name.startswith(own)
         and not any(word in name for word in adapted)
-        and not _hits(name.rpartition(".original_module.")[0], whole)
+        and not _matches(name.rpartition(".original_module.")[0], whole)
     ]
 
 
@@ -746,12 +746,12 @@ def _wrap(
     for parameter in wrapped.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
-    _complete(wrapped, weight.dtype)
+    _add_peft_hooks(wrapped, weight.dtype)
     wrapped.adapter_facts = facts
     return wrapped
 
 
-def _complete(model: PeftModel, dtype: torch.dtype) -> None:
+def _add_peft_hooks(model: PeftModel, dtype: torch.dtype) -> None:
     """Add, by forward hooks, two things that peft 0.21 leaves out.
 
     They are the bias of a head whose new rows train, and the cast to float32 for modules that train

@@ -192,27 +192,27 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, cuts: Cuts, scaling, wind
     bounds = cuts.queries, cuts.keys, cuts.longest, cuts.longest_keys
     # the numbers of tokens before and after a query that it sees
     window_size = window - 1 if window else -1, 0
-    grouped = {"enable_gqa": True} if _names_groups() else {}
+    grouped = {"enable_gqa": True} if _needs_enable_gqa() else {}
     out = varlen_attn(q, k, v, *bounds, scale=scaling, window_size=window_size, **grouped)
     return out[None, ..., :width]
 
 
 @torch.compiler.assume_constant_result
-def _names_groups() -> bool:
+def _needs_enable_gqa() -> bool:
     """Whether fewer key heads than query heads must be asked for; torch 2.11 accepts them."""
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in (varlen_attn.__kwdefaults__ or {})
 
 
-def hand_down(model: nn.Module) -> None:
+def pass_documents_down(model: nn.Module) -> None:
     """Let the attention of layers that keep keyword arguments to themselves know the documents."""
     for layer in model.modules():
         if type(layer).__name__ in SILENT_LAYERS:
-            layer.register_forward_pre_hook(_hand_down, with_kwargs=True)
+            layer.register_forward_pre_hook(_documents_as_mask, with_kwargs=True)
 
 
-def _hand_down(_, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _documents_as_mask(_, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """What such a layer gets: documents in place of a mask, which it passes on and is None here."""
     mask = kwargs.get("documents") or kwargs.get("attention_mask")
     return args, kwargs | {"attention_mask": mask}

@@ -22,7 +22,7 @@ from ta.data.batch import Batch, lay_out, to_device
 from ta.folders import copy_media
 from ta.losses import at_least_float
 from ta.model.adapters import base_model, is_prompt_learning
-from ta.model.attention import Documents, hand_down, native_attention, own_attention
+from ta.model.attention import Documents, native_attention, own_attention, pass_documents_down
 from ta.model.logprobs import (
     Divergence,
     Head,
@@ -291,22 +291,22 @@ def _fastest(model, packing: bool, autocast: torch.dtype | None) -> tuple[Langua
     wrapper = LanguageModel(model, "packed" if packing else "padded", autocast)
     if autocast is not None and world() == 1:
         # sharded blocks compute in bfloat16 without autocast
-        spare_casts(model)
-    hand_down(model)
+        keep_input_dtype(model)
+    pass_documents_down(model)
     # weights of few bits round by the other contents of the batch, half precision everywhere
     rounded = getattr(base, "is_quantized", False) or base.dtype in (torch.bfloat16, torch.float16)
     # Full precision shows whether documents see each other: a result is then off by more than
     # 2e-3. In half precision rounding alone may reach some tenths in a deep model.
     exact = 0.5 if rounded else 2e-3
     if is_prompt_learning(model):
-        check_company(wrapper.set_mode("native"), exact)
+        check_padding(wrapper.set_mode("native"), exact)
         return (
             wrapper,
             "prompt learning puts virtual tokens in front: padded batches and the model's own "
             "logits are used",
         )
     if is_encoder_classifier(base):
-        check_company(wrapper.set_mode("native"), exact)
+        check_padding(wrapper.set_mode("native"), exact)
         note = "an encoder's tokens see each other both ways: batches are padded"
         return wrapper, note
     if not wrapper.generates and not hasattr(base, "score"):
@@ -332,7 +332,7 @@ def _fastest(model, packing: bool, autocast: torch.dtype | None) -> tuple[Langua
             return wrapper, f"{reason}: batches are padded" if padded else ""
     wrapper.autocast = autocast
     reason = f"hidden states are off by {gap:.2g}"
-    check_company(wrapper.set_mode("native"), exact)
+    check_padding(wrapper.set_mode("native"), exact)
     if wrapper.refusal:
         reason = f"batches without its own attention are refused ({wrapper.refusal})"
     note = f"{reason}: padded batches, the model's own attention and logits are used"
@@ -363,7 +363,7 @@ class OutsideAutocast:
         return not (torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"))
 
 
-def spare_casts(model: nn.Module) -> None:
+def keep_input_dtype(model: nn.Module) -> None:
     """Under autocast, keep the input's type in norms and in the layers of adapters, in place.
 
     Without this a norm's float32 weight would widen its output, and peft all inputs of its layers.
@@ -451,7 +451,7 @@ def refused_embeddings(wrapper: LanguageModel) -> str:
 
 
 @torch.no_grad()
-def check_company(wrapper: LanguageModel, limit: float) -> None:
+def check_padding(wrapper: LanguageModel, limit: float) -> None:
     """ValueError where a model does not run, or gives other values of a document beside a longer
     one, with its padding; `limit` bounds their difference as a share.
     """

@@ -121,7 +121,7 @@ def load_model(
                 "--adapter lora, or the model that it was made of"
             )
         loaded.requires_grad_(True)
-    ready = _place(adapted, compute, device, is_half(model, device), around, sources.media)
+    ready = _wrap_and_shard(adapted, compute, device, is_half(model, device), around, sources.media)
     if added and adapter.adapter not in ("none", "lora"):
         note += (
             f"\n--adapter {adapter.adapter} trains virtual tokens alone: the rows of "
@@ -242,7 +242,7 @@ def load_base(
             loaded.set_attn_implementation(register())
     if info is None:
         return loaded.eval()
-    check_tensors(folder, info, *_foreign_tensors(task, loaded, info))
+    check_tensors(folder, info, *_head_tensors(task, loaded, info))
     if loaded.can_generate():
         # transformers would go on without a file that it cannot read
         value_of(Path(folder) / "generation_config.json", "num_beams", int)
@@ -262,7 +262,7 @@ def _shapes(auto: Any, folder: str, dtype: torch.dtype, **arguments: Any) -> Pre
         return auto.from_config(settings, dtype=dtype, attn_implementation=attention)
 
 
-def _foreign_tensors(
+def _head_tensors(
     task: Task, loaded: PreTrainedModel, info: dict[str, Any]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """How names of tensors begin that the folder of another task's model may lack, or have more."""
@@ -505,7 +505,7 @@ def _name_classes(model: PreTrainedModel, names: Sequence[str]) -> None:
     model.config.label2id = {name: i for i, name in enumerate(names)}
 
 
-def _place(
+def _wrap_and_shard(
     model: nn.Module,
     compute: ComputeConfig,
     device: str,

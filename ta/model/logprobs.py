@@ -59,13 +59,13 @@ def token_logprobs(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
         norms[here.start] = norm
         return (chosen - norm)[:, 0]
 
-    def slopes(logits: Tensor, here: slice, share: Tensor, dtype: torch.dtype) -> Tensor:
+    def grads(logits: Tensor, here: slice, share: Tensor, dtype: torch.dtype) -> Tensor:
         target, norm = targets[here, None], norms[here.start]
         if head.compiled and head.cap is None:
-            return _compiled(_slopes)(logits, norm, target, -share, dtype)
+            return _compiled(_logit_grads)(logits, norm, target, -share, dtype)
         return logits.sub_(norm).exp_().mul_(-share).scatter_add_(1, target, share)
 
-    return _PerPosition.apply(hidden, head.weight, head.bias, head, values, slopes)
+    return _PerPosition.apply(hidden, head.weight, head.bias, head, values, grads)
 
 
 Divergence = Literal["forward", "reverse", "js"]
@@ -99,10 +99,10 @@ def divergences(
     def values(logits: Tensor, here: slice) -> Tensor:
         return both(logits, here)[0]
 
-    def slopes(logits: Tensor, here: slice, share: Tensor, dtype: torch.dtype) -> Tensor:
+    def grads(logits: Tensor, here: slice, share: Tensor, dtype: torch.dtype) -> Tensor:
         return both(logits, here)[1] * share
 
-    return _PerPosition.apply(hidden, head.weight, head.bias, head, values, slopes)
+    return _PerPosition.apply(hidden, head.weight, head.bias, head, values, grads)
 
 
 def _first_rows(head: Head, rows: int) -> Head:
@@ -146,7 +146,7 @@ def _norms(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return logits.logsumexp(1, keepdim=True), logits.gather(1, target)
 
 
-def _slopes(
+def _logit_grads(
     logits: Tensor, norm: Tensor, target: Tensor, share: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """share * (softmax - 1 at the target), (chunk, V) in `dtype`.
@@ -215,7 +215,7 @@ class _Gradients:
         self.hidden = torch.empty_like(hidden)
         self.weight = torch.zeros(head.weight.shape, **kind) if of_weight else None
         self.bias = torch.zeros(len(head.weight), **kind) if of_bias else None
-        # in which the slopes of a chunk are best given
+        # in which the gradients of a chunk are best given
         self.dtype = wide if of_bias else hidden.dtype
 
     def add(self, here: slice, hidden: Tensor, rows: Tensor, slope: Tensor | None) -> None:
@@ -260,7 +260,7 @@ class _CrossEntropySum(torch.autograd.Function):
                 continue
             share = share * head.scale
             if compiled:
-                rows = _compiled(_slopes)(logits, norm, target, share, gradients.dtype)
+                rows = _compiled(_logit_grads)(logits, norm, target, share, gradients.dtype)
             else:
                 rows = logits.mul_(share / mass).scatter_add_(1, target, -share)
             gradients.add(here, h, rows, slope)
@@ -286,14 +286,14 @@ class _PerPosition(torch.autograd.Function):
     """One value a position of its logits; the backward pass makes these again.
 
     For the logits (chunk, V) of the positions `here`, `values(logits, here)` are (chunk,), and
-    `slopes(logits, here, share, dtype)` is `share` times their gradient by the logits.
+    `grads(logits, here, share, dtype)` is `share` times their gradient by the logits.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head, values, slopes):
+    def forward(ctx, hidden, weight, bias, head, values, grads):
         """The values, chunk by chunk."""
         ctx.save_for_backward(hidden, weight, bias)
-        ctx.plan = head, slopes
+        ctx.plan = head, grads
         hidden, head = _cast(hidden, head, hidden)
         ctx.dtype = hidden.dtype
         out = torch.empty(len(hidden), dtype=_wide(hidden), device=hidden.device)
@@ -305,13 +305,13 @@ class _PerPosition(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         """Gradients of any loss of the values, chunk by chunk."""
-        inputs, (head, slopes) = ctx.saved_tensors, ctx.plan
+        inputs, (head, grads) = ctx.saved_tensors, ctx.plan
         hidden, weight = (x.to(ctx.dtype) for x in inputs[:2])
         head = head._replace(weight=weight)
         gradients = _Gradients(hidden, head, ctx.needs_input_grad[:3])
         for here, h in _chunks(hidden):
             logits, slope = _logits(h, head)
-            rows = slopes(logits, here, grad[here, None] * head.scale, gradients.dtype)
+            rows = grads(logits, here, grad[here, None] * head.scale, gradients.dtype)
             gradients.add(here, h, rows, slope)
             del logits, rows
         sums = gradients.hidden, gradients.weight, gradients.bias
@@ -329,10 +329,10 @@ def _divergence(
         return (p * (log_p - log_q)).sum(1), q - p
     if kind == "reverse":
         # d value / d q, up to a constant
-        slopes = log_q - log_p
-        values = (q * slopes).sum(1)
+        grads = log_q - log_p
+        values = (q * grads).sum(1)
     else:
         log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-        slopes = (1 - beta) * (log_q - log_m)
-        values = beta * (p * (log_p - log_m)).sum(1) + (q * slopes).sum(1)
-    return values, q * (slopes - (q * slopes).sum(1, keepdim=True))
+        grads = (1 - beta) * (log_q - log_m)
+        values = beta * (p * (log_p - log_m)).sum(1) + (q * grads).sum(1)
+    return values, q * (grads - (q * grads).sum(1, keepdim=True))

@@ -145,7 +145,7 @@ def train(
                     if stop.asked():
                         log.end(done, stop)
                 if held_out.due(done):
-                    held_out.look(done)
+                    held_out.evaluate_at(done)
     figures = held_out.figures
     if held_out.best is not None:
         figures = saves.load_best(held_out.best)
@@ -188,14 +188,14 @@ class _Checkpoints:
             before = gather_objects(run_folder.read_settings(folder) if rank() == 0 else None)[0]
             changed = _changes(loop, folder, before["identity"], self.key) if before else []
             say("; ".join([f"no checkpoint in {folder}: starting before step 1", *changed]))
-            _cut_back(folder, -1)
+            _truncate_logs(folder, -1)
             return 0, StepSums()
         changed = _changes(loop, found.path, found.manifest["identity"], self.key)
         step = checkpoint.load(found, self.model, self.optimizer, self.more_state)
         for name, reason in found.damaged.items():
             say(f"skipped damaged checkpoint {name}: {reason}")
         say("; ".join([f"resuming from {found.path} at step {step}", *changed]))
-        _cut_back(folder, step)
+        _truncate_logs(folder, step)
         if rank() == 0:
             # a kill may have come between the last checkpoint and this
             best = best_step(folder, loop)[0] if loop.keep_best else None
@@ -233,10 +233,10 @@ class _Checkpoints:
         return figures
 
 
-def _cut_back(folder: Path, step: int) -> None:
+def _truncate_logs(folder: Path, step: int) -> None:
     if rank() == 0:
-        run_folder.cut_back(folder / "metrics.jsonl", step)
-        run_folder.cut_back(folder / "samples.jsonl", step)
+        run_folder.truncate_log(folder / "metrics.jsonl", step)
+        run_folder.truncate_log(folder / "samples.jsonl", step)
 
 
 def _write_settings(run: Run, key: dict[str, Any], prepared: Prepared) -> None:
@@ -319,19 +319,19 @@ class _HeldOut:
         return 0 < self.run.loop.patience <= self.since
 
     def start(self, step: int) -> None:
-        """Take the figures that were logged at the step, or make them; as look()."""
+        """Take the figures that were logged at the step, or make them; as evaluate_at()."""
         if self.due(step):
             self.figures = _logged(self.run.folder, step)
             if not self.figures:
                 if rank() == 0:
                     # what an evaluation has left that was not finished
-                    run_folder.cut_back(self.run.folder / "samples.jsonl", step, evaluated=False)
-                self.look(step)
+                    run_folder.truncate_log(self.run.folder / "samples.jsonl", step, evaluated=False)
+                self.evaluate_at(step)
         self._find_best()
         if self.best == step == 0:
             self.saves.save(0, self.log.window, 0)
 
-    def look(self, step: int) -> None:
+    def evaluate_at(self, step: int) -> None:
         """Make, log and print the figures of a step; a signal ends the program.
 
         A checkpoint is made where a resume needs one.

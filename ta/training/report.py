@@ -255,7 +255,7 @@ def safe(text: str) -> str:
     return html.escape(printable(text, LONGEST))
 
 
-def thin(points: Curve, most: int = POINTS) -> Curve:
+def downsample(points: Curve, most: int = POINTS) -> Curve:
     """At most about `most` points: means over equal runs of neighbours, with both ends kept."""
     if len(points) <= most:
         return points
@@ -301,7 +301,7 @@ def chart(title: str, curves: dict[str, Curve]) -> str:
 
     A loss that falls to less than a twentieth has a logarithmic axis, which keeps its end visible.
     """
-    curves = {name: thin(points) for name, points in curves.items()}
+    curves = {name: downsample(points) for name, points in curves.items()}
     by_step: dict[float, Curve] = {}
     for name, points in curves.items():
         for x, y in points:

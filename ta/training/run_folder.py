@@ -57,7 +57,7 @@ def read_settings(folder: Path) -> Json:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def cut_back(path: Path, step: int, evaluated: bool = True) -> None:
+def truncate_log(path: Path, step: int, evaluated: bool = True) -> None:
     """Drop logged objects of steps after `step`, so that a resumed run logs no step twice.
 
     Where the evaluation of `step` was not finished, all of that step goes but its rollouts.

@@ -15,9 +15,9 @@ from ta.data.sources import (
     Record,
     Source,
     chunks,
-    no_long_collections,
+    isolate_errors,
+    no_full_gc,
     parse_source,
-    pin_errors,
     read_records,
     scan,
     select,
@@ -227,7 +227,7 @@ def test_errors_are_pinned_to_their_records():
                 raise ValueError(min(hit))
             return [-number for number in numbers]
 
-        results = pin_errors(many, list(range(40)))
+        results = isolate_errors(many, list(range(40)))
         assert [r.args[0] if isinstance(r, ValueError) else r for r in results] == [
             i if i in wrong else -i for i in range(40)
         ]
@@ -251,7 +251,7 @@ def test_dead_cycles_of_a_chunk_do_not_stay_while_long_collections_rest():
         return Record(0, 1, "a", b"", {})
 
     alive, most = set(), 0
-    with pytest.raises(ValueError), no_long_collections():
+    with pytest.raises(ValueError), no_full_gc():
         assert not gc.isenabled()
         for _ in chunks(cycle(i) for i in range(5000)):
             most = max(most, len(alive))

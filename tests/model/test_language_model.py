@@ -428,7 +428,7 @@ def test_under_autocast_attention_runs_in_its_type(monkeypatch):
 )
 def test_norms_run_in_one_kernel_where_it_computes_what_they_do(kind, replaced):
     """Their names stay; values and gradients agree in float32; under autocast they keep the residual stream's type."""
-    from ta.model.language_model import RootMeanSquareNorm, spare_casts
+    from ta.model.language_model import RootMeanSquareNorm, keep_input_dtype
 
     model = small(kind)
     with torch.no_grad():
@@ -442,7 +442,7 @@ def test_norms_run_in_one_kernel_where_it_computes_what_they_do(kind, replaced):
         loss = (model(ids).logits.log_softmax(-1)[0, :, 7]).sum()
         results.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
         names = [name for name, _ in model.named_parameters()]
-        spare_casts(model)
+        keep_input_dtype(model)
     assert names == [name for name, _ in model.named_parameters()]
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -456,7 +456,7 @@ def test_norms_run_in_one_kernel_where_it_computes_what_they_do(kind, replaced):
 
 def test_a_norm_of_another_kind_stays():
     """Without an epsilon, with a bias, with another formula, or with a gate, given or not."""
-    from ta.model.language_model import spare_casts
+    from ta.model.language_model import keep_input_dtype
 
     class OddNorm(torch.nn.Module):
         def __init__(self):
@@ -474,7 +474,7 @@ def test_a_norm_of_another_kind_stays():
     odd = OddNorm(), GatedNorm(), torch.nn.LayerNorm(8), torch.nn.LayerNorm(8, bias=False)
     model = torch.nn.Sequential(*odd)
     before = list(model)
-    spare_casts(model)
+    keep_input_dtype(model)
     assert list(model) == before
 
 

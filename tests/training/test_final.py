@@ -7,7 +7,7 @@ import judged
 import pytest
 import yaml
 
-from ta.flags import our_words
+from ta.flags import translate_flags
 
 
 def config_of(recipe, folder, **loop):
@@ -31,7 +31,7 @@ def test_a_recipe_called_from_python_gives_folder_and_figures_and_writes_a_card(
     assert f"{figures['loss']:.4g} |" in text and "| steps | 2 |" in text and "loop" not in text
     command = shlex.split(text.split("```sh\n")[1].split("\n")[0])
     assert command[:2] == ["ta", "sft"]
-    assert our_words(command[2:], sft.Config) == command[2:] and "--steps=2" in command
+    assert translate_flags(command[2:], sft.Config) == command[2:] and "--steps=2" in command
     rows = [line for line in text.splitlines() if "11,200 of 11,200" in line]
     assert len(rows) == 1
 
