@@ -320,12 +320,13 @@ class _HeldOut:
 
     def start(self, step: int) -> None:
         """Take the figures that were logged at the step, or make them; as evaluate_at()."""
+        folder = self.run.folder
         if self.due(step):
-            self.figures = _logged(self.run.folder, step)
+            self.figures = _logged(folder, step)
             if not self.figures:
                 if rank() == 0:
                     # what an evaluation has left that was not finished
-                    run_folder.truncate_log(self.run.folder / "samples.jsonl", step, evaluated=False)
+                    run_folder.truncate_log(folder / "samples.jsonl", step, evaluated=False)
                 self.evaluate_at(step)
         self._find_best()
         if self.best == step == 0:
