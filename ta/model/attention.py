@@ -179,7 +179,8 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, cuts: Cuts, scaling, wind
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
+    # x[0] would copy its gradient
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T, H, D)
     if cuts.seen is not None:
         # several documents may see one key: its gradients are summed in float32
         k = k.float().index_select(0, cuts.seen).to(k.dtype)
