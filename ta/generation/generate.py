@@ -106,8 +106,9 @@ def generate(
                 fixed_shapes = device.type == "cuda"
             # a graph holds the work of one device
             whole = not sharded and {p.device for p in base.parameters()} == {device}
-            graphs = fixed_shapes and whole
-            SlotEngine(_forward(run, base, temperature), work, device, graphs).run()
+            half = None if getattr(model, "reads_ids", False) else getattr(model, "autocast", None)
+            forward = _forward(run, base, temperature, half)
+            SlotEngine(forward, work, device, fixed_shapes and whole).run()
     return work.answers
 
 
@@ -168,15 +169,25 @@ def _with_virtual_tokens(inner, base, prompts, embeds) -> list[Tensor]:
     return [torch.cat([virtual, x.to(virtual.device)]) for x in embeds]
 
 
-def _forward(run: Callable, base, temperature: float) -> Callable[[dict], Tensor]:
-    """A function from keyword arguments of `run` to the last column's logits (B, V)."""
+def _forward(
+    run: Callable, base, temperature: float, half: torch.dtype | None
+) -> Callable[[dict], Tensor]:
+    """A function from keyword arguments of `run` to the last column's logits (B, V).
+
+    In `half` precision embeddings are given, as in training, so that keys are held in it too.
+    """
     # transformers' models differ in what they take
     taken, positions = inspect.signature(base.forward).parameters, takes_positions(base)
     extra = {"use_cache": True} | ({"logits_to_keep": 1} if "logits_to_keep" in taken else {})
+    table = base.get_input_embeddings()
 
     def forward(inputs: dict) -> Tensor:
         if not positions:
             inputs.pop("position_ids")  # such models (ALiBi) count real tokens in the mask
+        if half is not None:
+            embeds = inputs.get("inputs_embeds")
+            embeds = table(inputs.pop("input_ids")) if embeds is None else embeds
+            inputs["inputs_embeds"] = embeds.to(half)
         logits = run(**inputs, **extra).logits[:, -1]  # (B, V)
         return logits if temperature == 1.0 else logits / temperature
 

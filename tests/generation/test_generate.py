@@ -11,9 +11,10 @@ from ta.builtin.models import tiny_tokenizer
 from ta.generation.generate import generate
 from ta.generation.hf_generate import sees_padding
 from ta.generation.settings import GenerateConfig
+from ta.generation.slot_cache import SlotLayer
 from ta.generation.slot_engine import choose
 from ta.model.attention import register
-from ta.model.language_model import LanguageModel
+from ta.model.language_model import LanguageModel, wrap
 
 TOKENIZER = tiny_tokenizer()
 V = len(TOKENIZER)
@@ -619,3 +620,21 @@ def test_a_models_own_temperature_is_that_of_its_answers(name):
     )
     assert ids_of(cool) == ids_of(plain)
     assert cool[0][0].logprobs != plain[0][0].logprobs  # those are of the policy
+
+
+def test_in_half_precision_keys_are_held_in_it(monkeypatch):
+    """As in training the residual stream is in half precision too: keys widened to float32 take twice the room and are cast in each step."""
+    kinds, plain = set(), SlotLayer.lazy_initialization
+    monkeypatch.setattr(
+        SlotLayer,
+        "lazy_initialization",
+        lambda layer, *states: (kinds.update(x.dtype for x in states), plain(layer, *states)),
+    )
+    wrapper, _ = wrap(build(), autocast=torch.bfloat16)
+    config, prompts = GenerateConfig(max_new_tokens=4), random_prompts(3)
+    embeds = [build().get_input_embeddings()(torch.tensor(prompt)).detach() for prompt in prompts]
+    answers = [
+        ids_of(generate(wrapper, TOKENIZER, prompts, config, [], embeds=some))
+        for some in (None, embeds)
+    ]
+    assert kinds == {torch.bfloat16} and answers[0] == answers[1]
