@@ -88,7 +88,6 @@ def generate(
     prefix = virtual and inner.active_peft_config.peft_type == "PREFIX_TUNING"
     driven = config.beams > 1 or prefix or not plain_cache(base)
     temperature = getattr(model, "temperature", 1.0)
-    sharded = hasattr(model, "unshard")
     run = base if virtual else inner
     with (
         unsharded(model, root_only=True),
@@ -104,11 +103,14 @@ def generate(
             device = next(base.parameters()).device
             if fixed_shapes is None:
                 fixed_shapes = device.type == "cuda"
-            # a graph holds the work of one device
-            whole = not sharded and {p.device for p in base.parameters()} == {device}
+            sharded = [module for module in model.modules() if hasattr(module, "unshard")]
+            held = all(getattr(module, "held", False) for module in sharded)
+            # a graph holds the work of one device, on weights that stay where they are
+            graphs = held and {p.device for p in base.parameters()} == {device}
             half = None if getattr(model, "reads_ids", False) else getattr(model, "autocast", None)
             forward = _forward(run, base, temperature, half)
-            SlotEngine(forward, work, device, fixed_shapes and whole).run()
+            answer = SlotEngine(forward, work, device, fixed_shapes and graphs).run
+            model.inside(answer) if sharded and held else answer()
     return work.answers
 
 

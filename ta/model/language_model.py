@@ -7,7 +7,7 @@ targets, V vocabulary, D model width, C classes.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -43,7 +43,7 @@ class LanguageModel(nn.Module):
     `parallel.shard` registers. These methods must not call one another.
     """
 
-    METHODS = ("loss", "logprobs", "scores", "hidden", "divergences")
+    METHODS = ("loss", "logprobs", "scores", "hidden", "divergences", "inside")
 
     # for the user: why the model does not run packed
     note = ""
@@ -122,6 +122,13 @@ class LanguageModel(nn.Module):
                 last = self._hidden(batch, embeds).flatten(0, 1)[batch.ends]  # (N, D)
                 scores = _in_float(self.base.score, last)
             return at_least_float(scores)
+
+    def inside(self, work: Callable[[], None]) -> None:
+        """Do work of many passes as one, on weights that are held whole.
+
+        Sharded blocks then leave other streams alone, as recorded passes must.
+        """
+        work()
 
     def hidden(self, batch: Batch) -> Tensor:
         """The last hidden states before the head, (B, T, D)."""

@@ -3,6 +3,7 @@
 import math
 import signal
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,7 +13,11 @@ from small import tiny
 from transformers import BertConfig, BertModel, GPT2Config, GPT2ForSequenceClassification
 
 from ta import parallel
+from ta.builtin.models import tiny_tokenizer
 from ta.data.batch import lay_out
+from ta.generation.generate import generate
+from ta.generation.graphs import Graphs
+from ta.generation.settings import GenerateConfig
 from ta.media.modalities import Modalities
 from ta.media.multimodal import MediaBatch, MediaModel
 from ta.model.adapters import AdapterConfig, add_adapter
@@ -106,6 +111,20 @@ def results_of(kind, documents):
         loss = loss + root.scores(batch).square().sum()
     else:
         loss = loss + root.loss(batch)
+    if kind == "plain":
+        prompts = [[5 + i] * (3 + i) for i in documents]
+        config, call, inside = GenerateConfig(max_new_tokens=4), Graphs.__call__, []
+
+        def recorded(graphs, *key):
+            """Within a pass of the root, where blocks do not make other streams wait."""
+            state = root._get_fsdp_state()._state_ctx if parallel.world() > 1 else None
+            inside.append(state is None or state.iter_forward_root is not None)
+            return call(graphs, *key)
+
+        with parallel.unsharded(root), mock.patch.object(Graphs, "__call__", recorded):
+            made = generate(root, tiny_tokenizer(), prompts, config, [], fixed_shapes=True)
+        assert inside and all(inside)
+        out["answers"] = torch.tensor([answer.ids for (answer,) in made])
     if kind == "media":
         out["embed"] = root.embed(batch).detach()[0]
     if kind == "retrieval":
