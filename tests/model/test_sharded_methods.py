@@ -104,13 +104,6 @@ def results_of(kind, documents):
         # as where a round of rollouts has fewer prompts than processes
         if parallel.rank() == 0:
             root.inner(input_ids=torch.arange(10, 14)[None])
-    # what an optimizer that is made after an evaluation would hold
-    held = dict(root.named_parameters())
-    assert parallel.world() == 1 or all(hasattr(value, "to_local") for value in held.values())
-    if kind == "classifier":
-        loss = loss + root.scores(batch).square().sum()
-    else:
-        loss = loss + root.loss(batch)
     if kind == "plain":
         prompts = [[5 + i] * (3 + i) for i in documents]
         config, call, inside = GenerateConfig(max_new_tokens=4), Graphs.__call__, []
@@ -125,6 +118,13 @@ def results_of(kind, documents):
             made = generate(root, tiny_tokenizer(), prompts, config, [], fixed_shapes=True)
         assert inside and all(inside)
         out["answers"] = torch.tensor([answer.ids for (answer,) in made])
+    # what an optimizer that is made after an evaluation would hold
+    held = dict(root.named_parameters())
+    assert parallel.world() == 1 or all(hasattr(value, "to_local") for value in held.values())
+    if kind == "classifier":
+        loss = loss + root.scores(batch).square().sum()
+    else:
+        loss = loss + root.loss(batch)
     if kind == "media":
         out["embed"] = root.embed(batch).detach()[0]
     if kind == "retrieval":
