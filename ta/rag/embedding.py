@@ -14,6 +14,7 @@ from tokenizers import normalizers
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from ta.data.batch import to_device
 from ta.data.micro import group_padded
 from ta.folders import ModelConfig, loading
 from ta.model.load import load_base
@@ -155,8 +156,7 @@ def embed(
     parts = []
     with torch.no_grad():
         for group in groups + [[]] * missing:
-            texts = pad([ids[i] for i in group])
-            vectors = forward(Texts(*(x.to(device) for x in texts)))
+            vectors = forward(to_device(pad([ids[i] for i in group]), device))
             parts.append(vectors[: len(group)])
     order = [*chain.from_iterable(groups)]
     place = torch.tensor(order, dtype=torch.int64, device=device).argsort()

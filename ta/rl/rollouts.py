@@ -277,14 +277,17 @@ class Rollouts:
         """Give every answer a list `name` of log p of its tokens, each process for its share."""
         answers, found, model = sampled(rows), {}, self.model
         device = next(model.parameters()).device
+        made = []
         for places in micro_places(answers, self.batches.max_tokens, model.packed):
-            some = [answers[i] for i in places]
-            batch = to_device(lay_out_answers(some, model.packed), device)
+            batch = lay_out_answers([answers[i] for i in places], model.packed)
             with torch.no_grad():
-                values = iter(function(batch).tolist())
-            for i, sample in zip(places, some, strict=True):
-                own_values = sample.answer["logprobs"]
-                found[i] = [x if x is None else next(values) for x in own_values]
+                made.append((places, function(to_device(batch, device))))
+        # a GPU is waited for once
+        for places, values in made:
+            each = iter(values.tolist())
+            for i in places:
+                own_values = answers[i].answer["logprobs"]
+                found[i] = [x if x is None else next(each) for x in own_values]
         for i, logprobs in ChainMap(*gather_objects(found)).items():
             answers[i].answer[name] = logprobs
 

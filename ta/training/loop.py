@@ -460,7 +460,9 @@ def by_record(
     both = lambda data, chosen, packed: (collate(data, chosen, packed), chosen)
     found = []
     for batch, chosen in micro_batches(prepared, records, max_tokens, packed, both):
-        found.append((chosen, values(to_device(batch, device)).cpu()))
+        found.append((chosen, values(to_device(batch, device))))
+    # a GPU is waited for once
+    found = [(chosen, rows.cpu()) for chosen, rows in found]
     shares = [part for share in gather_objects(found) for part in share]
     order = np.argsort(np.concatenate([chosen for chosen, _ in shares]))
     return torch.cat([rows for _, rows in shares])[order]

@@ -260,6 +260,7 @@ def test_graphs_on_a_gpu_give_the_plain_answers(name, monkeypatch):
         raise AssertionError(text)
 
     monkeypatch.setattr(slot_engine, "say_once", refuse)
-    model, prompts = build(name).cuda(), random_prompts(20)
+    # where there are several, not on the current one
+    model, prompts = build(name).cuda(torch.cuda.device_count() - 1), random_prompts(20)
     for settings in ({}, {"temperature": 0.9, "top_p": 0.9}, {"repetition_penalty": 1.3}):
         both(model, prompts, GenerateConfig(max_new_tokens=40, slots=8, **settings))

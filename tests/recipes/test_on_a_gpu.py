@@ -51,7 +51,8 @@ def test_a_recipe_gives_the_figures_of_the_cpu(run, tmp_path, recipe):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_runs_in_bfloat16(run, tmp_path, recipe):
-    figures(run, recipe, tmp_path / "run", *(["--compile"] if recipe == "dpo" else []))
+    more = {"dpo": "--compile", "grpo": "--deterministic", "multimodal": "--deterministic"}
+    figures(run, recipe, tmp_path / "run", *filter(None, [more.get(recipe)]))
 
 
 def test_answers_and_scores_of_a_run_are_those_of_the_cpu(run, tmp_path):
