@@ -202,15 +202,15 @@ def leads(prefixes) -> ndarray:
     return np.maximum.accumulate(np.where(prefixes == 0, np.arange(len(prefixes)), 0))
 
 
-def cuts_of(lengths: tuple[int, ...], prefixes: tuple[int, ...] = ()) -> Cuts:
-    """The Cuts of a row of these documents, on the host.
+def cuts_of(lengths: tuple[int, ...], prefixes: tuple[int, ...] = (), parts: int = 1) -> Cuts:
+    """The Cuts of a row of these documents in so many `parts` (see `part_of`), on the host.
 
     Without a document the row holds one token.
     """
     queries = np.asarray(lengths or (1,), np.int64)
     prefix = np.asarray(prefixes or (0,) * len(queries), np.int64)
     keys = queries + prefix
-    rest = rest_keys = -queries.sum() % COLUMNS
+    rest = rest_keys = -queries.sum() % (COLUMNS * parts)
     if prefixes:
         # the keys of the rest must have a query that sees them
         rest = rest or COLUMNS
@@ -314,7 +314,7 @@ def to_device(batch, device):
         pinned = gpu and batch.device.type == "cpu"
         return (batch.pin_memory() if pinned else batch).to(device, non_blocking=True)
     if gpu and isinstance(batch, Batch) and batch.packed and batch.cuts is None:
-        batch = batch._replace(cuts=cuts_of(batch.lengths, batch.prefixes))
+        batch = batch._replace(cuts=cuts_of(batch.lengths, batch.prefixes, batch.part[1]))
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(part, device) for part in batch))
     return batch

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from ta import parallel
 from ta.builtin.model_folders import tiny_folder
-from ta.data.batch import lay_out, part_of
+from ta.data.batch import lay_out, part_of, to_device
 from ta.model.adapters import AdapterConfig, add_adapter
 from ta.model.attention import register
 from ta.model.language_model import base_model, wrap
@@ -103,6 +103,17 @@ def test_every_target_is_in_one_part():
     places = torch.cat([part.learned + 128 * i for i, part in enumerate(parts)])
     assert torch.equal(places, batch.learned)
     assert torch.equal(tokens[places], batch.tokens[0][batch.learned])
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("tokens", [1, 128, 129, 300, 513])
+def test_the_kernel_of_a_gpu_gets_the_whole_row(tokens, parts, monkeypatch):
+    """Columns behind its last document it would leave as they were in memory, and their gradients too."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *_, **more: x)
+    batch = part_of(lay_out([np.ones(tokens)], [np.ones(tokens)]), 0, parts)
+    cuts = to_device(batch, "cuda").cuts
+    assert cuts.columns == cuts.queries[-1] == cuts.keys[-1] == batch.tokens.shape[1] * parts
 
 
 def test_what_cannot_be_divided_is_refused(door, tmp_path):
