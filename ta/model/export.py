@@ -282,11 +282,11 @@ def gathered(
     """
     if world() == 1:
         return None
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    trained = {name for name, parameter in named.items() if parameter.requires_grad}
     if hasattr(model, "adapter_facts"):
         # rank 0 alone holds the rows of new tokens, which decide
         trained.update(gather_objects(saved_tables(model))[0])
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     out = {}
     for name, tensor in model.state_dict().items():
         if only_trained and name not in trained:
@@ -294,7 +294,7 @@ def gathered(
         full = whole_tensor(tensor)
         if rank() == 0:
             full = full.detach().cpu()
-            out[name] = full.to(dtype) if dtype and name in parameters else full
+            out[name] = full.to(dtype) if dtype and name in named else full
     return out
 
 

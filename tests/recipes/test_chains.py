@@ -241,11 +241,11 @@ def test_a_method_between_changes_nothing_but_what_it_trains(
     [
         ("sft", (*BASE, "--adapter", "prompt", *NEW)),
         ("sft", (*BASE, "--adapter", "lora", *NEW)),
-        ("sft", ("--adapter", "lora")),
+        ("sft", ("--adapter", "lora", "--lora-modules-to-save", "embed_tokens")),
     ],
 )
 def test_one_process_goes_on_from_two(place, runs, forked, tmp_path, recipe, flags):
-    """With rows of new tokens that no adapter weight holds, and with a model that sees."""
+    """With rows of new tokens that no adapter weight holds, and with a model that sees, whose table has two names."""
     if BASE[0] not in flags:
         flags = (*flags, "--model-path", runs["see"])
     data = (*place.data[recipe], "--batch-size", 4)
