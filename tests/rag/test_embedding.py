@@ -70,6 +70,8 @@ def test_a_text_has_the_same_vector_in_any_company(folder, pooling):
 def test_prefixes_and_limit(folder):
     reading = EmbeddingSettings("mean", False, "query: ", "passage: ", 8)
     _, tokenizer = open_encoder(str(folder), reading)
+    # of no text so far, on a process that has none, as of the texts below
+    assert tokenizer.backend_tokenizer.truncation["max_length"] == 8
     query, passage = (
         tokenize(["key " * 20], tokenizer, reading, what)[0] for what in ("query", "passage")
     )
