@@ -7,8 +7,9 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
+from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
-from ta.parallel import blocks, whole_tensor, world
+from ta.parallel import blocks, local_rows, whole_tensor, world
 from ta.training.settings import OptimConfig
 
 
@@ -72,8 +73,34 @@ def make_optimizer(
     return AdamW8bit(groups, lr=config.lr, betas=betas, bf16_stochastic_round=rounded)
 
 
+class Muon(torch.optim.Muon):
+    """torch's, which makes a sharded matrix orthogonal whole, with the bits of one process.
+
+    A matrix may so have fewer rows than there are processes.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """One step; `closure` is not taken."""
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            newton_schulz = group["ns_coefficients"], group["ns_steps"], group["eps"]
+            parameters, grads, moments = [], [], []
+            self._init_group(group, parameters, grads, moments)
+            for parameter, grad, moment in zip(parameters, grads, moments, strict=True):
+                moment.lerp_(grad, 1 - momentum)
+                ahead = whole_tensor(grad.lerp(moment, momentum))
+                turned = _zeropower_via_newtonschulz(ahead, *newton_schulz)
+                parameter.mul_(1 - lr * group["weight_decay"])
+                if hasattr(parameter, "to_local"):
+                    first, rows = local_rows(parameter)
+                    parameter, turned = parameter.to_local(), turned[first : first + rows]
+                size = _adjust_lr(lr, group["adjust_lr_fn"], ahead.shape)
+                parameter.add_(turned, alpha=-size)
+
+
 class MuonAndAdamW(torch.optim.Optimizer):
-    """torch's Muon (Jordan et al. 2024) and AdamW, with one state and one list of groups.
+    """Muon (Jordan et al. 2024) and AdamW, with one state and one list of groups.
 
     `groups` are those of AdamW; the (I, O) parameters among them whose ids are `matrices` go to
     Muon, with updates as large as AdamW's (Liu et al. 2025).
@@ -94,7 +121,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
                     chosen.append({**group, "params": own})
         self.parts: list[torch.optim.Optimizer] = []
         if turned:
-            self.parts.append(torch.optim.Muon(turned, lr=lr, adjust_lr_fn="match_rms_adamw"))
+            self.parts.append(Muon(turned, lr=lr, adjust_lr_fn="match_rms_adamw"))
         if others:
             self.parts.append(torch.optim.AdamW(others, lr=lr, betas=betas))
         super().__init__([group for part in self.parts for group in part.param_groups], {})
