@@ -115,9 +115,9 @@ def init() -> str:
     if not cuda:
         keep_freed_memory()
     if world() > 1 and not torch.distributed.is_initialized():
-        # what one process does alone, such as reading a large model, may take long
+        # what one process does alone, such as reading a large model, may take half an hour
         torch.distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=1)
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=3)
         )
         atexit.register(_end_at_once)
     return device
@@ -158,6 +158,15 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
         import torch
 
         torch.distributed.all_reduce(values)
+    return values
+
+
+def of_rank_zero(values: torch.Tensor) -> torch.Tensor:
+    """The values of rank 0 on every process; `values` has the same shape on each."""
+    import torch
+
+    values = values.contiguous()
+    torch.distributed.broadcast(values, 0)
     return values
 
 

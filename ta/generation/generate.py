@@ -26,7 +26,7 @@ from ta.generation.vllm_engine import VllmEngine, generate_vllm
 from ta.model.adapters import is_prompt_learning
 from ta.model.language_model import base_model, evaluating
 from ta.model.new_rows import table_rows
-from ta.parallel import unsharded
+from ta.parallel import of_rank_zero, unsharded
 
 
 def generate(
@@ -109,7 +109,9 @@ def generate(
             graphs = held and {p.device for p in base.parameters()} == {device}
             half = None if getattr(model, "reads_ids", False) else getattr(model, "autocast", None)
             forward = _forward(run, base, temperature, half)
-            answer = SlotEngine(forward, work, device, fixed_shapes and graphs).run
+            # else processes whose last bits differ would choose other tokens, and wait for ever
+            alike = forward if held else lambda inputs: of_rank_zero(forward(inputs))
+            answer = SlotEngine(alike, work, device, fixed_shapes and graphs).run
             model.inside(answer) if sharded and held else answer()
     return work.answers
 
