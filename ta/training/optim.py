@@ -7,7 +7,6 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
-from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
 from ta.parallel import blocks, local_rows, whole_tensor, world
 from ta.training.settings import OptimConfig
@@ -74,7 +73,7 @@ def make_optimizer(
 
 
 class Muon(torch.optim.Muon):
-    """torch's, which makes a sharded matrix orthogonal whole, with the bits of one process.
+    """torch's, which makes a sharded matrix orthogonal whole, as one process does.
 
     A matrix may so have fewer rows than there are processes.
     """
@@ -82,21 +81,24 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self, closure=None) -> None:
         """One step; `closure` is not taken."""
+        if world() == 1:
+            return super().step()
+        plain = {"weight_decay": 0.0, "momentum": 0.0, "nesterov": False}
         for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
-            newton_schulz = group["ns_coefficients"], group["ns_steps"], group["eps"]
-            parameters, grads, moments = [], [], []
-            self._init_group(group, parameters, grads, moments)
-            for parameter, grad, moment in zip(parameters, grads, moments, strict=True):
+            lr, momentum, kind = group["lr"], group["momentum"], group["adjust_lr_fn"]
+            for parameter in group["params"]:
+                if (grad := parameter.grad) is None:
+                    continue
+                state = self.state[parameter]
+                moment = state.setdefault("momentum_buffer", torch.zeros_like(grad))
                 moment.lerp_(grad, 1 - momentum)
                 ahead = whole_tensor(grad.lerp(moment, momentum))
-                turned = _zeropower_via_newtonschulz(ahead, *newton_schulz)
+                change = torch.zeros_like(ahead)
+                change.grad = ahead
+                torch.optim.Muon([change], lr, adjust_lr_fn=kind, **plain).step()
                 parameter.mul_(1 - lr * group["weight_decay"])
-                if hasattr(parameter, "to_local"):
-                    first, rows = local_rows(parameter)
-                    parameter, turned = parameter.to_local(), turned[first : first + rows]
-                size = _adjust_lr(lr, group["adjust_lr_fn"], ahead.shape)
-                parameter.add_(turned, alpha=-size)
+                first, rows = local_rows(parameter)
+                parameter.to_local().add_(change[first : first + rows])
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
