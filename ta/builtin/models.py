@@ -175,14 +175,14 @@ def write_encoder(folder: str | os.PathLike, seed: int = 0, **more: Any) -> None
     _write(folder, _seeded(BertModel, BertConfig(**settings | more), seed), True)
 
 
-def write_small(folder: str | os.PathLike, seed: int = 0) -> None:
+def write_small(folder: str | os.PathLike) -> None:
     """Save a smaller language model and its tokenizer in the same way.
 
     It reads one short passage and learns within a minute to answer from it.
     """
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
     shape = {"hidden_size": 96, "intermediate_size": 240, "num_hidden_layers": 1}
-    _write(folder, tiny_model(seed, catalogue=True, **heads, **shape), True)
+    _write(folder, tiny_model(catalogue=True, **heads, **shape), True)
 
 
 def write_pictures_model(folder: str | os.PathLike, texts: tuple[str, ...]) -> None:

@@ -113,7 +113,7 @@ SHARES = (5, 3, 2)
 
 
 def _dialogues(
-    kind: str, split: Split, n: int, seed: int
+    kind: str, split: Split, n: int, seed: int = 0
 ) -> Iterator[tuple[str, random.Random, Dialogue]]:
     """n seeded (id, generator, dialogue) of a split; each kind of record has its own dialogues."""
     rng = _generator(kind, split, seed)
@@ -125,7 +125,7 @@ def _dialogues(
             made += 1
 
 
-def _generator(kind: str, split: Split, seed: int) -> random.Random:
+def _generator(kind: str, split: Split, seed: int = 0) -> random.Random:
     return random.Random(f"{kind} {split} {seed}")
 
 
@@ -160,12 +160,12 @@ def practice(split: Split, n: int) -> list[Record]:
     return chats(split, n, seed=1)
 
 
-def wordy(split: Split, n: int, seed: int = 0) -> list[Record]:
+def wordy(split: Split, n: int) -> list[Record]:
     """The same chats with three of four answers in more words.
 
     "answer" is the last answer in few words.
     """
-    records, rng = chats(split, n, seed), _generator("wordy", split, seed)
+    records, rng = chats(split, n), _generator("wordy", split)
     for message in itertools.chain(*(record["messages"] for record in records)):
         if message["role"] == "assistant" and rng.random() < CHATTY_SHARE:
             message["content"] = CHATTY.format(message["content"])
@@ -173,50 +173,50 @@ def wordy(split: Split, n: int, seed: int = 0) -> list[Record]:
 
 
 def _questions(
-    kind: str, split: Split, n: int, seed: int
+    kind: str, split: Split, n: int
 ) -> Iterator[tuple[Record, list[Record], random.Random, Turn]]:
     """n of ({"id"}, messages up to a question, generator, the turn of that question)."""
-    for name, rng, dialogue in _dialogues(kind, split, n, seed):
+    for name, rng, dialogue in _dialogues(kind, split, n):
         messages = _messages(dialogue, rng)
         turn = dialogue.turns[sum(message["role"] == "assistant" for message in messages) - 1]
         yield {"id": name}, messages[:-1], rng, turn
 
 
 def _pairs(
-    kind: str, split: Split, n: int, seed: int, worse: Callable[[random.Random, Turn], str]
+    kind: str, split: Split, n: int, worse: Callable[[random.Random, Turn], str]
 ) -> list[Record]:
     """n pairs {"id", "context", "answer_w", "answer_l"}: the right answer against a `worse` one."""
     records = []
-    for head, context, rng, turn in _questions(kind, split, n, seed):
+    for head, context, rng, turn in _questions(kind, split, n):
         better, worst = _answer(turn.answer), _answer(worse(rng, turn))
         records.append(head | {"context": context, "answer_w": better, "answer_l": worst})
     return records
 
 
-def preferences(split: Split, n: int, seed: int = 0) -> list[Record]:
+def preferences(split: Split, n: int) -> list[Record]:
     """n pairs {"id", "context", "answer_w", "answer_l"}.
 
     The right answer stands against a wrong one of the same form.
     """
-    return _pairs("preference", split, n, seed, _wrong)
+    return _pairs("preference", split, n, _wrong)
 
 
-def concise(split: Split, n: int, seed: int = 0) -> list[Record]:
+def concise(split: Split, n: int) -> list[Record]:
     """n pairs of the same form: a right answer in few words against a worse one.
 
     The worse one is the same answer in more words, or half the time a wrong answer.
     """
-    return _pairs("concise", split, n, seed, _worse)
+    return _pairs("concise", split, n, _worse)
 
 
-def labelled(split: Split, n: int, seed: int = 0) -> list[Record]:
+def labelled(split: Split, n: int) -> list[Record]:
     """n labelled answers {"id", "context", "answer", "is_desirable"}.
 
     About half are right in few words, and these are desirable; a quarter are right in more words,
     a quarter are wrong.
     """
     records = []
-    for head, context, rng, turn in _questions("labelled", split, n, seed):
+    for head, context, rng, turn in _questions("labelled", split, n):
         good = rng.random() < 0.5
         answer = _answer(turn.answer if good else _worse(rng, turn))
         records.append(head | {"context": context, "answer": answer, "is_desirable": good})
@@ -232,26 +232,26 @@ def _worse(rng: random.Random, turn: Turn) -> str:
     return CHATTY.format(turn.answer) if rng.random() < 0.5 else _wrong(rng, turn)
 
 
-def candidates(split: Split, n: int, seed: int = 0) -> list[Record]:
+def candidates(split: Split, n: int) -> list[Record]:
     """n questions {"id", "messages", "answers": [{"id", "content"}], "answer"}.
 
     One of the 2 to 4 candidates is the right "answer".
     """
     records = []
-    for head, messages, rng, turn in _questions("candidates", split, n, seed):
+    for head, messages, rng, turn in _questions("candidates", split, n):
         texts = rng.sample((turn.answer, *turn.wrong), 1 + len(turn.wrong))
         answers = [{"id": str(place), "content": text} for place, text in enumerate(texts)]
         records.append(head | {"messages": messages, "answers": answers, "answer": turn.answer})
     return records
 
 
-def classes(split: Split, n: int, seed: int = 0) -> list[Record]:
+def classes(split: Split, n: int) -> list[Record]:
     """n dialogues of one message {"id", "messages", "label"}.
 
     The message has three words, two of the label's topic (animals 0, food 1, weather 2) and one of
     another. The topics are equally frequent.
     """
-    rng = _generator("class False", split, seed)
+    rng = _generator("class False", split)
     records = []
     while len(records) < n:
         label = rng.choices(range(3))[0]
@@ -260,7 +260,7 @@ def classes(split: Split, n: int, seed: int = 0) -> list[Record]:
         rng.shuffle(words)
         if _split_of(words) == split:
             message = {"role": "user", "content": f"Words: {' '.join(words)}."}
-            name = f"class-{split}-{seed}-{len(records)}"
+            name = f"class-{split}-0-{len(records)}"
             records.append({"id": name, "messages": [message], "label": label})
     return records
 
@@ -296,14 +296,14 @@ def passages() -> list[Record]:
     return records
 
 
-def questions(split: Split, n: int, seed: int = 0) -> list[Record]:
+def questions(split: Split, n: int) -> list[Record]:
     """n questions {"id", "messages", "answer", "gold"} about `passages()`.
 
     A question shares no word with its passage: that Anna is the cat and a key the rain can only be
     learned. No training question asks for what a held-out one asks for, but each of its words
     occurs in training.
     """
-    rng = _generator("question", split, seed)
+    rng = _generator("question", split)
     numbers = {passage["id"]: passage["text"] for passage in passages()}
     facts = [fact for fact in itertools.product(PEOPLE, OBJECTS) if _split_of(fact) == split]
     records = []
@@ -312,16 +312,16 @@ def questions(split: Split, n: int, seed: int = 0) -> list[Record]:
         gold = f"{PEOPLE[person]}-{OBJECTS[thing]}"
         question = rng.choice(ASKED).format(person=person, thing=thing)
         messages = [{"role": "user", "content": question}, _answer(numbers[gold])]
-        name = f"question-{split}-{seed}-{len(records)}"
+        name = f"question-{split}-0-{len(records)}"
         record = {"id": name, "messages": messages, "answer": numbers[gold]}
         records.append(record | {"gold": [gold]})
     return records
 
 
-def readings(split: Split, n: int, seed: int = 0) -> list[Record]:
+def readings(split: Split, n: int) -> list[Record]:
     """The same questions, each after the passage that answers it, for training a generator."""
     texts = {passage["id"]: f"{passage['title']}\n{passage['text']}\n\n" for passage in passages()}
-    records = questions(split, n, seed)
+    records = questions(split, n)
     for record in records:
         asked, answer = record["messages"]
         passage = texts[record["gold"][0]]

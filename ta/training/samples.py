@@ -306,12 +306,12 @@ def _keep(samples: Sequence[Sample], step: int, settings: str, path: Path, n: in
     say(f"\n{title}\n{shown}\n")
 
 
-def whole_dialogue(chat: Sequence[dict], short: int = 400) -> str:
+def whole_dialogue(chat: Sequence[dict]) -> str:
     """The messages, a line each with its role, of a short chat; of a long one the last message."""
     if len(chat) == 1:
         return asked_text(chat)
     text = "\n".join(f"{message['role']}: {asked_text([message])}" for message in chat)
-    return text if len(text) <= short else f"… {asked_text(chat[-1:])}"
+    return text if len(text) <= 400 else f"… {asked_text(chat[-1:])}"
 
 
 def asked_text(chat: Sequence[dict]) -> str:
