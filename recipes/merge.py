@@ -118,15 +118,13 @@ def main(config: Config) -> None:
         raise ValueError(
             f"{config.model.model_path} is no adapter: give the adapter in --adapter-path"
         )
-    import torch
-
     export = ta.model.export
     out = Path(config.out).resolve()
     inputs = [Path(base).resolve(), Path(adapter).resolve()]
     with locked(out):
         check_out(config, [*inputs, media])
         model = load_base(config.model, adapter)
-        dtype = getattr(torch, config.export_dtype or "", None) or export.stored_dtype(base)
+        dtype = export.stored_dtype(base, config.export_dtype)
         export.check_room(out, export.model_bytes(model, dtype))
         tokenizer = load_tokenizer(adapter, base)
         if tokenizer is not None:

@@ -35,8 +35,6 @@ class Config:
 
 
 def main(config: Config) -> None:
-    import torch
-
     out = Path(config.out)
     with locked(out):
         if out.exists():
@@ -57,8 +55,7 @@ def main(config: Config) -> None:
             source, ta.TokenizerConfig(), ta.ChatConfig(), media.placeholders
         )
         model = ta.media.media_model_for_inference(media, tokenizer, ta.load_for_inference(source))
-        asked = getattr(torch, config.export_dtype or "", None)
-        dtype = asked or ta.model.export.stored_dtype(folders.base)
+        dtype = ta.model.export.stored_dtype(folders.base, config.export_dtype)
         gap = ta.media.export_llava(media, model, tokenizer, out, dtype)
     name = str(dtype).removeprefix("torch.")
     ta.parallel.tell(f"{config.model_path} -> {out} ({name}; logits agree to {gap:.1g})")

@@ -413,17 +413,16 @@ def _literal(source: Json, special: dict[str, int]) -> Json:
     """
     model = dict(source["model"])
     words = model["vocab"]
-    listed = [] if isinstance(words, dict) else words
-    hidden = special.keys() & {*(piece for piece, _ in listed), *(() if listed else words)}
+    listed = isinstance(words, list)
+    hidden = special.keys() & {*([word for word, _ in words] if listed else words)}
     hidden -= {f"<0x{byte:02X}>" for byte in range(256) if model.get("byte_fallback")}
     # a name nobody can write: ids must stay, so the entries must too
     secret = secrets.token_hex(16)
     name = lambda text: secret + text if text in hidden else text
-    model["vocab"] = (
-        [[name(text), score] for text, score in listed]
-        if listed
-        else {name(text): id for text, id in words.items()}
-    )
+    if listed:
+        model["vocab"] = [[name(word), score] for word, score in words]
+    else:
+        model["vocab"] = {name(word): id for word, id in words.items()}
     if model.get("unk_token"):
         model["unk_token"] = name(model["unk_token"])
     if hidden and model.get("merges"):

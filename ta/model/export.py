@@ -259,11 +259,13 @@ def _rope(settings: dict[str, Any]) -> list:
     return [settings.get("rope_parameters"), *(r for part in inner for r in _rope(part))]
 
 
-def stored_dtype(folder: str | Path) -> torch.dtype:
-    """The dtype in which a model's folder holds its weights, by its config, else by its tensors."""
+def stored_dtype(folder: str | Path, asked: str | None = None) -> torch.dtype:
+    """The dtype asked for, else that in which a model's folder holds its weights: by its config,
+    else by its tensors.
+    """
     settings = read_json(Path(folder) / "config.json")
     parts = [settings, settings.get("text_config") or {}]
-    names = [part.get(key) for part in parts for key in ("dtype", "torch_dtype")]
+    names = [asked, *(part.get(key) for part in parts for key in ("dtype", "torch_dtype"))]
     found = [getattr(torch, name, None) for name in names if isinstance(name, str)]
     for file in [] if found else sorted(Path(folder).glob("*.safetensors"))[:1]:
         with safe_open(file, "pt") as tensors:

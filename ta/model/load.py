@@ -46,15 +46,12 @@ from ta.parallel import (
 )
 
 Task = Literal["causal", "seq_cls", "encoder"]
+# the class of transformers for each, and its name in messages
 CLASSES = {
-    "causal": "AutoModelForCausalLM",
-    "seq_cls": "AutoModelForSequenceClassification",
-    "encoder": "AutoModel",
+    "causal": ("AutoModelForCausalLM", "a language model"),
+    "seq_cls": ("AutoModelForSequenceClassification", "a classifier"),
+    "encoder": ("AutoModel", "a text encoder"),
 }
-# for messages
-NAMES = {"causal": "a language model", "seq_cls": "a classifier", "encoder": "a text encoder"}
-
-
 # keyword arguments that have a flag of their own
 FLAGS = {
     "dtype": "--dtype",
@@ -131,8 +128,7 @@ def load_model(
     say(ready.note)
     if any(p.requires_grad for p in ready.parameters()):
         if whole:
-            asked = getattr(torch, compute.export_dtype or "", None)
-            ready.export_dtype = asked or stored_dtype(sources.base)
+            ready.export_dtype = stored_dtype(sources.base, compute.export_dtype)
         elif compute.export_dtype is not None:
             raise ValueError(
                 f"--export-dtype {compute.export_dtype} with an adapter, which is exported as it "
@@ -221,10 +217,11 @@ def load_base(
         arguments["device_map"] = {"": device}
     if task == "seq_cls":
         arguments["num_labels"] = num_labels
-    auto = getattr(transformers, CLASSES[task])
+    class_name, kind = CLASSES[task]
+    auto = getattr(transformers, class_name)
     dtype = torch.float64 if model.dtype == "float64" else torch.float32
     dtype = torch.bfloat16 if half else dtype
-    with loading(folder, NAMES[task]):
+    with loading(folder, kind):
         if rank() and not whole:
             loaded, info = _shapes(auto, folder, dtype, **arguments), None
         else:

@@ -52,7 +52,8 @@ def make_optimizer(
     groups = parameter_groups(model, config.weight_decay, lr_scales)
     betas = config.beta1, config.beta2
     if config.optimizer == "muon":
-        return MuonAndAdamW(groups, _of_blocks(model), config.lr, betas)
+        matrices = {id(p) for block in blocks(model) for p in block.parameters()}
+        return MuonAndAdamW(groups, matrices, config.lr, betas)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
     if world() > 1:
@@ -136,11 +137,6 @@ class MuonAndAdamW(torch.optim.Optimizer):
         """One step of both; `closure` is not taken."""
         for part in self.parts:
             part.step()
-
-
-def _of_blocks(model: nn.Module) -> set[int]:
-    """The ids of the parameters in transformer blocks."""
-    return {id(parameter) for block in blocks(model) for parameter in block.parameters()}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, rates: list[float]) -> None:
