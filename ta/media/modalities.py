@@ -147,7 +147,15 @@ def open_media(
         kind = settings["encoder"] if settings else encoders[name]
         if kind in (None, "none"):
             continue
-        path = _encoder_path(config, name, kind, settings, folder, hub)
+        given = getattr(config.files, f"{name}_encoder_path")
+        path = local_folder(given, hub) if given else settings and settings["path"]
+        if settings and path and not Path(path).is_dir():
+            raise ValueError(
+                f"the {kind} encoder of {folder} is not at {path}: give its folder in "
+                f"--{name}-encoder-path"
+            )
+        # an export of this run says where the encoder is now
+        path = path and str(Path(path).resolve())
         encoder, fingerprint = load_with_fingerprint(kind, path, device)
         if encoder.modality != name:
             raise ValueError(
@@ -177,28 +185,6 @@ def open_media(
         )
     _check_idle(config, media)
     return media
-
-
-def _encoder_path(
-    config: MediaConfig,
-    name: str,
-    kind: str,
-    settings: dict[str, Any] | None,
-    folder: str | None,
-    hub: bool,
-) -> str | None:
-    """Where an encoder lies now: in the folder given, else where `settings` say; None without one.
-
-    ValueError where that of a model's own `folder` is gone.
-    """
-    given = getattr(config.files, f"{name}_encoder_path")
-    path = local_folder(given, hub) if given else settings and settings["path"]
-    if settings and path and not Path(path).is_dir():
-        raise ValueError(
-            f"the {kind} encoder of {folder} is not at {path}: give its folder in "
-            f"--{name}-encoder-path"
-        )
-    return path and str(Path(path).resolve())
 
 
 def _projector_path(given: str | None, name: str) -> str | None:

@@ -86,7 +86,7 @@ def train(
     saves = _Checkpoints(run, model, optimizer, more_state, key)
     kept = f"--resume goes on from the newest of {saves.folder}"
     with run.held():
-        first, window = saves.resume()
+        first = saves.resume()
         _write_settings(run, key, batches.prepared)
         trackers = open_trackers(loop.log, folder, first, run.settings()) if rank() == 0 else []
         model.train()
@@ -95,13 +95,13 @@ def train(
             Signals() as stop,
             progress(batches.steps, "train", "step", done=first, show=rank() == 0) as bar,
         ):
-            log = _Log(folder, trackers, bar, window, time.monotonic())
+            log = _Log(folder, trackers, bar, time.monotonic())
             held_out = _HeldOut(run, model, evaluate, batches.steps, log, saves, stop)
             held_out.start(first)
             ready = _on_device(batches, first, device)
             for number in range(first, batches.steps):
                 if held_out.exhausted:
-                    since = f"no better {loop.keep_best} since {held_out.best}"
+                    since = f"no better {loop.keep_best} since {saves.best}"
                     say(f"stopped at step {number}: {since}")
                     break
                 seed_dropout(batches.seed, number)
@@ -133,22 +133,24 @@ def train(
                 optimizer.zero_grad(set_to_none=True)
                 if before_step:
                     total["update_seconds"] = time.perf_counter() - begun
-                log.window.add(total)
+                saves.window.add(total)
                 done = number + 1
                 last = done == batches.steps
                 if last or done % loop.log_every == 0:
-                    log.step({"step": done, "lr": lr, "grad_norm": norm})
+                    own = {"step": done, "lr": lr, "grad_norm": norm}
+                    log.step(join_figures(saves.window.mean(), own, memory()))
+                    saves.window = StepSums()
                 bar.update()
                 stopping = total["stop"] > 0 or (world() == 1 and stop.received > 0)
                 if stopping or last or done % (loop.save_every or batches.steps) == 0:
-                    saves.save(done, log.window, held_out.best)
+                    saves.save(done)
                     if stop.asked():
                         log.end(done, stop)
                 if held_out.due(done):
                     held_out.evaluate_at(done)
     figures = held_out.figures
-    if held_out.best is not None:
-        figures = saves.load_best(held_out.best)
+    if saves.best is not None:
+        figures = saves.load_best()
     if rank() == 0:
         write_report(folder)
         say(fitted(before_and_after(folder, figures)))
@@ -166,30 +168,32 @@ class _Checkpoints:
     # settings that must not differ on a resume
     key: dict[str, Any]
     damaged: dict[str, str] = field(default_factory=dict)
-    # the step of the newest
+    # the sums since the last logged step
+    window: StepSums = field(default_factory=StepSums)
+    # the step of the best evaluation, where that is asked for, and that of the newest checkpoint
+    best: int | None = None
     last: int = 0
 
     @property
     def folder(self) -> Path:
         return self.run.folder / "checkpoints"
 
-    def resume(self) -> tuple[int, StepSums]:
-        """Load the newest complete checkpoint on --resume; the number of steps done, and the sums
-        since the last logged step.
+    def resume(self) -> int:
+        """Load the newest complete checkpoint on --resume; the number of steps done.
 
         Where there is none the run starts anew, with empty logs. ValueError where checkpoint or run
         was made with other settings.
         """
         loop, folder = self.run.loop, self.run.folder
         if not loop.resume:
-            return 0, StepSums()
+            return 0
         found = checkpoint.newest(self.folder)
         if found is None:
             before = gather_objects(run_folder.read_settings(folder) if rank() == 0 else None)[0]
             changed = _changes(loop, folder, before["identity"], self.key) if before else []
             say("; ".join([f"no checkpoint in {folder}: starting before step 1", *changed]))
             _truncate_logs(folder, -1)
-            return 0, StepSums()
+            return 0
         changed = _changes(loop, found.path, found.manifest["identity"], self.key)
         step = checkpoint.load(found, self.model, self.optimizer, self.more_state)
         for name, reason in found.damaged.items():
@@ -201,10 +205,11 @@ class _Checkpoints:
             best = best_step(folder, loop)[0] if loop.keep_best else None
             checkpoint.prune(self.folder, step, loop.keep, found.damaged, best)
         self.last, self.damaged = step, found.damaged
-        return step, StepSums(found.manifest.get("logged"))
+        self.window = StepSums(found.manifest.get("logged"))
+        return step
 
-    def save(self, step: int, window: StepSums, best: int | None) -> None:
-        """Publish a checkpoint; that of the step `best` stays whatever --keep says."""
+    def save(self, step: int) -> None:
+        """Publish a checkpoint; that of the best step stays whatever --keep says."""
         checkpoint.save(
             self.folder,
             step,
@@ -214,14 +219,15 @@ class _Checkpoints:
             self.run.loop.keep,
             self.more_state,
             self.damaged,
-            window.state(),
-            best,
+            self.window.state(),
+            self.best,
         )
         self.last = step
 
-    def load_best(self, step: int) -> dict[str, float]:
+    def load_best(self) -> dict[str, float]:
         """Put the weights of the best evaluation in place; gives its figures."""
-        found, name = checkpoint.at_step(self.folder, step), self.run.loop.keep_best
+        step, name = self.best, self.run.loop.keep_best
+        found = checkpoint.at_step(self.folder, step)
         if found is None:
             raise ValueError(
                 f"the checkpoint of step {step}, the best by {name}, is gone or damaged: "
@@ -235,17 +241,15 @@ class _Checkpoints:
 
 def _truncate_logs(folder: Path, step: int) -> None:
     if rank() == 0:
-        run_folder.truncate_log(folder / "metrics.jsonl", step)
-        run_folder.truncate_log(folder / "samples.jsonl", step)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            run_folder.truncate_log(folder / name, step)
 
 
 def _write_settings(run: Run, key: dict[str, Any], prepared: Prepared) -> None:
     """Write config.json, and drops.jsonl where the records were read from files."""
-    if "folder" not in prepared.info:
-        run.record(key, {})
-        return
-    run.record(key, summary(prepared))
-    if rank() == 0:
+    known = "folder" in prepared.info
+    run.record(key, summary(prepared) if known else {})
+    if known and rank() == 0:
         write_drops(prepared, str(run.folder / "drops.jsonl"))
 
 
@@ -256,8 +260,6 @@ class _Log:
     folder: Path
     trackers: list
     bar: Any
-    # the sums since the last line
-    window: StepSums
     # when the report was last written
     reported: float
 
@@ -268,10 +270,8 @@ class _Log:
             figures = {key: value for key, value in record.items() if key != "step"}
             write(record["step"], figures, samples)
 
-    def step(self, own: dict[str, float]) -> None:
-        """Write what the steps since the last line came to, beside the last one's `own` figures."""
-        record = join_figures(self.window.mean(), own, memory())
-        self.window = StepSums()
+    def step(self, record: dict[str, float]) -> None:
+        """Write the figures of the steps since the last line, and the report now and then."""
         if rank():
             return
         self.write(record)
@@ -293,7 +293,7 @@ class _Log:
 
 @dataclass
 class _HeldOut:
-    """The evaluations of a run: when they are due, the last figures, and the best step so far."""
+    """The evaluations of a run: when they are due, the last figures, whether they get better."""
 
     run: Run
     model: nn.Module
@@ -303,8 +303,7 @@ class _HeldOut:
     saves: _Checkpoints
     stop: Signals
     figures: dict[str, float] = field(default_factory=dict)
-    # the step of the best evaluation, where that is asked for, and how many came since
-    best: int | None = None
+    # evaluations since the best one
     since: int = 0
 
     def due(self, step: int) -> bool:
@@ -329,8 +328,8 @@ class _HeldOut:
                     run_folder.truncate_log(folder / "samples.jsonl", step, evaluated=False)
                 self.evaluate_at(step)
         self._find_best()
-        if self.best == step == 0:
-            self.saves.save(0, self.log.window, 0)
+        if self.saves.best == step == 0:
+            self.saves.save(0)
 
     def evaluate_at(self, step: int) -> None:
         """Make, log and print the figures of a step; a signal ends the program.
@@ -353,16 +352,16 @@ class _HeldOut:
         stopping = self.stop.asked()
         if not stopping:
             self._find_best()
-        wanted = stopping or self.exhausted or self.best == step
+        wanted = stopping or self.exhausted or self.saves.best == step
         if wanted and step > self.saves.last:
-            self.saves.save(step, self.log.window, self.best)
+            self.saves.save(step)
         if stopping:
             self.log.end(step, self.stop)
 
     def _find_best(self) -> None:
         if self.run.loop.keep_best and self.evaluate:
             found = on_rank_zero(lambda: best_step(self.run.folder, self.run.loop))
-            self.best, self.since = gather_objects(found)[0]
+            self.saves.best, self.since = gather_objects(found)[0]
 
 
 def _on_device(batches: TrainBatches, number: int, device) -> list:
