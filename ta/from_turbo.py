@@ -421,7 +421,7 @@ def _train(given: Settings) -> None:
     flags += [*_model(given, model), *_adapter(given, model)]
     flags += [*given.flags("", TOKENIZER), *chat]
     if recipe == "multimodal":
-        flags += _media(given, "train_dataset_settings")
+        flags += _media(given)
         given.under("val_dataset_settings")
     flags += [*_trainer(given, recipe, bool(held_out)), *_samples(given, recipe)]
     services = [service for path, service in SERVICES.items() if given.has(path)]
@@ -496,9 +496,9 @@ def _samples(given: Settings, recipe: str) -> list[str]:
     return flags
 
 
-def _media(given: Settings, data: str) -> list[str]:
+def _media(given: Settings) -> list[str]:
     """The flags of encoders, projectors and media tokens."""
-    flags = []
+    flags, data = [], "train_dataset_settings"
     for kind in ("image", "audio"):
         encoder = given.under(f"modality_encoder_settings_mapping.{kind}")
         projector = given.take(f"modality_projector_mapping.{kind}")

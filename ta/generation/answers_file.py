@@ -14,7 +14,6 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from glob import escape
 from pathlib import Path
-from typing import Any
 
 from ta.chat.template import ChatConfig
 from ta.chat.tokenizer import ChatTokenizer, tokenizer_settings
@@ -36,8 +35,6 @@ class AnswersFile:
         self.path, self.resume, self.overwrite = Path(path), resume, overwrite
         self.rank, self.world = rank(), world()
         self.part = self.path.with_name(f".{self.path.name}.part-{self.rank}")
-        self.seconds, self.tokens, self.made = 0.0, 0, 0
-        self.bar: Any = None
         if resume and overwrite:
             raise ValueError(
                 "--resume goes on with an output and --overwrite deletes it: give one of the two"
@@ -103,17 +100,16 @@ class AnswersFile:
             yield self
 
     def append(self, record: dict, tokens: int = 0) -> None:
-        """Add an object, for which `tokens` were computed.
+        """Add an object, for which `tokens` were computed, within `writing`.
 
         A line torn by an earlier kill is cut off first.
         """
         append_line(self.part, record)
         self.made += 1
-        if self.bar is not None:
-            self.tokens += tokens
-            speed = self.tokens / (time.perf_counter() - self.seconds)
-            self.bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
-            self.bar.update()
+        self.tokens += tokens
+        speed = self.tokens / (time.perf_counter() - self.seconds)
+        self.bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
+        self.bar.update()
 
     def publish(self, keys: Sequence[str], done: Collection[str] = ()) -> bool:
         """Write the file in the order of `keys` and delete the parts, if all are there; else False.
