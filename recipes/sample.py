@@ -20,6 +20,7 @@ from typing import Annotated, Literal
 import ta
 from ta import Range
 from ta.command_line import SEED
+from ta.data.jsonl import naming
 from ta.data.records import check_candidates
 from ta.files import locked_file, write_jsonl
 
@@ -136,10 +137,8 @@ def main(config: Config) -> None:
             if not config.keep_duplicates:
                 answers = distinct(answers, record.data.get("rewards") or {})
                 repeated += len(record.data["answers"]) - len(answers)
-            try:
+            with naming(f"{record.path}:{record.line}"):
                 made = lines_of(config, place, record.data, answers)
-            except ValueError as error:
-                raise ValueError(f"{record.path}:{record.line}: {error}") from None
             without += not made
             if "id" in record.data and len(made) > 1:
                 made = [line | {"id": f"{line['id']}-{n}"} for n, line in enumerate(made)]

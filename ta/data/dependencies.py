@@ -62,11 +62,11 @@ def _described(value: Any, follow: Callable[[Any], str]) -> Any:
     if isinstance(value, ModuleType):
         return value.__name__
     if isinstance(value, list | tuple):
-        return [follow(item) for item in value]
+        return [*map(follow, value)]
     if isinstance(value, set | frozenset):
         return sorted(map(follow, value))
     if isinstance(value, Mapping):
-        return [[follow(key), follow(item)] for key, item in value.items()]
+        return [[*map(follow, pair)] for pair in value.items()]
     if isinstance(value, FunctionType) and _of_the_user(value.__module__):
         return ["function", *map(follow, _parts(value))]
     if isinstance(value, type) and _of_the_user(value.__module__):

@@ -59,6 +59,15 @@ def regular_file(path: str | Path, give: str = "give a .jsonl or .jsonl.gz file"
 
 
 @contextmanager
+def naming(what: str) -> Iterator[None]:
+    """A ValueError says in front what it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
+
+
+@contextmanager
 def readable_text(path: str, line: Callable[[], int]) -> Iterator[None]:
     """ValueError, with the line that is read, for a file that is no UTF-8 or no sound gzip.
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
-from ta.data.jsonl import parse_record
+from ta.data.jsonl import naming, parse_record
 from ta.data.readers import read_rows
 from ta.files import json_text
 from ta.generation.metrics import METRICS, check_metrics
@@ -46,10 +46,8 @@ def read_answers(path: str) -> list[dict]:
     """The records of a file of answers, checked; ValueError with the line of one that is none."""
     records = []
     for line, raw in read_rows(path):
-        try:
+        with naming(f"{path}:{line}"):
             records.append(check_answers(parse_record(raw)))
-        except ValueError as error:
-            raise ValueError(f"{path}:{line}: {error}") from None
     return records
 
 

@@ -5,12 +5,11 @@ What vLLM cannot honour is refused, never dropped.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ta.chat.render import Tokens
+from ta.flags import changed_settings
 from ta.folders import ModelConfig, model_folder, resolve
 from ta.generation.settings import (
     Answer,
@@ -63,12 +63,11 @@ def check_engine(
     for generation in settings if engine == "vllm" else ():
         refuse_settings(generation)
     for group in groups if engine != "vllm" else ():
-        for own in dataclasses.fields(group):
-            if getattr(group, own.name) != own.default:
-                raise ValueError(
-                    f"--{own.name.replace('_', '-')} is a setting of vLLM: add --engine vllm, "
-                    "or leave it out"
-                )
+        for name in changed_settings(group):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is a setting of vLLM: add --engine vllm, "
+                "or leave it out"
+            )
 
 
 @dataclass
@@ -187,7 +186,7 @@ def start_vllm(
 
 def _merge(model: ModelConfig, dtype: torch.dtype, folder: str, num_labels: int) -> None:
     """Write the model with its adapter merged in float32 into `folder`, in `dtype`."""
-    exact = dataclasses.replace(model, dtype="float32")
+    exact = replace(model, dtype="float32")
     merged = load_for_inference(exact, num_labels=num_labels or None)
     cast_parameters(merged, dtype)
     merged.save_pretrained(folder)

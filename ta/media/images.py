@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from ta.data.jsonl import regular_file
+from ta.data.jsonl import naming, regular_file
 from ta.folders import loading, read_json, value_of
 
 if TYPE_CHECKING:
@@ -137,10 +137,8 @@ def read_image(path: str | Path) -> np.ndarray:
         with loading(path, "a whole picture (it is broken or cut short: write it again)"):
             image.load()
             upright = ImageOps.exif_transpose(image)
-        try:
+        with naming(str(path)):
             return np.asarray(_to_rgb(upright, image.format))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
 
 
 def _to_rgb(image: Image.Image, kind: str | None) -> Image.Image:
@@ -208,10 +206,8 @@ def _processor(how: Preprocessing) -> CLIPImageProcessorPil:
 def read_pixels(path: str | Path, how: Preprocessing) -> np.ndarray:
     """Read and preprocess one picture: (3, height, width) float32; ValueError names the path."""
     image = read_image(path)
-    try:
+    with naming(str(path)):
         return preprocess(image, how)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 CLIP = Preprocessing(

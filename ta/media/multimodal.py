@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cache
 from itertools import accumulate, groupby
 from operator import itemgetter
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from ta.chat.tokenizer import ChatTokenizer
 from ta.data.batch import Batch, lay_out, to_device
+from ta.data.jsonl import naming
 from ta.data.loader import collate_chats
 from ta.data.prepare import Prepared, name_of
 from ta.files import cache_folder, content_hash, hash_json
@@ -214,7 +214,7 @@ def media_hash(media: Modalities, prepared: Prepared) -> str:
             first.setdefault(item, record)
     files = {}
     for item, record in first.items():
-        with _naming(prepared, record):
+        with naming(name_of(prepared, record)):
             files[item] = media_path(media[item[0]].root, item[1])
     (root,) = {str(Path(modality.root).resolve()) for modality in media.values()}
     notes = cache_folder("") / "hashes" / f"media-sha256-{hash_json(root)[:32]}.json"
@@ -224,7 +224,7 @@ def media_hash(media: Modalities, prepared: Prepared) -> str:
         key, cached = media_key(path), media[name].cache
         content.append((name, key, value))
         if cached is not None:
-            with _naming(prepared, first[name, path]):
+            with naming(name_of(prepared, first[name, path])):
                 check_features(cached, key, file, value)
     return hash_json(sorted(content))
 
@@ -251,15 +251,6 @@ def media_content(media: Modalities) -> list:
     return [[m.identity, content_hash(m.projector_path)] for m in media.values()]
 
 
-@contextmanager
-def _naming(prepared: Prepared, record: int) -> Iterator[None]:
-    """A ValueError names the record."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{name_of(prepared, record)}: {error}") from error
-
-
 def collate_media(
     media: Modalities, prepared: Prepared, records: np.ndarray, packed: bool, read: bool = True
 ) -> MediaBatch:
@@ -272,7 +263,7 @@ def collate_media(
     items: dict[str, list] = {name: [] for name in media}
     for record in map(int, records):
         for name, path in media_of(prepared, record):
-            with _naming(prepared, record):
+            with naming(name_of(prepared, record)):
                 items[name].append(media[name].inputs_of(path) if read else path)
     batch = MediaBatch(collate_chats(prepared, records, packed))
     return batch._replace(

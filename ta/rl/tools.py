@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from ta.chat.messages import ANSWER, template_arguments
 from ta.chat.render import render_chat, tokenize_chats
 from ta.chat.tokenizer import ChatTokenizer
+from ta.data.jsonl import naming
 from ta.files import hash_json
 from ta.generation.settings import Answer, GenerateConfig
 from ta.rl.function_pool import FunctionPool
@@ -110,10 +111,8 @@ class Tools:
         self.schemas: list[dict] = schemas
         about = [schema["function"] for schema in schemas]
         self.parameters = {tool["name"]: tool["parameters"]["properties"] for tool in about}
-        try:
+        with naming(f"--tools {config.tools}"):
             self.form = call_form(tokenizer, schemas)
-        except ValueError as error:
-            raise ValueError(f"--tools {config.tools}: {error}") from error
 
     def calls_in(self, text: str) -> tuple[str, list[Call]]:
         """(the text before the first call, the calls) of an answer; one that is broken is none."""
