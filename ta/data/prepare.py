@@ -500,8 +500,12 @@ def _build(
         for index, (source, (keep, _)) in enumerate(zip(sources, kept, strict=True)):
             for chunk in chunks(scan(index, source, keep, encoder.check, drops)):
                 jobs = [*encoder.jobs(chunk, drops)]
-                encode = lambda some: encode_dialogues(*encoder.inputs(some))
-                results = isolate_errors(encode, jobs)
+                try:
+                    results = encode_dialogues(*encoder.inputs(jobs))
+                except ValueError:
+                    # some record is wrong: encode smaller groups to find it
+                    encode = lambda some: encode_dialogues(*encoder.inputs(some))
+                    results = isolate_errors(encode, jobs)
                 done = encoder.usable(jobs, results, drops)
                 if done:
                     arrays.append(done)
