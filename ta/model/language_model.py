@@ -305,13 +305,15 @@ def _fastest(model, packing: bool, autocast: torch.dtype | None) -> tuple[Langua
     # Full precision shows whether documents see each other: a result is then off by more than
     # 2e-3. In half precision rounding alone may reach some tenths in a deep model.
     exact = 0.5 if rounded else 2e-3
+    reason = ""
     if is_prompt_learning(model):
+        reason = "prompt learning puts virtual tokens in front"
+    elif hasattr(base.get_output_embeddings(), "lora_A"):
+        # at its start it changes nothing, so that no trial shows it
+        reason = "LoRA on the head is no matrix"
+    if reason:
         check_padding(wrapper.set_mode("native"), exact)
-        return (
-            wrapper,
-            "prompt learning puts virtual tokens in front: padded batches and the model's own "
-            "logits are used",
-        )
+        return wrapper, f"{reason}: padded batches and the model's own logits are used"
     if is_encoder_classifier(base):
         check_padding(wrapper.set_mode("native"), exact)
         note = "an encoder's tokens see each other both ways: batches are padded"

@@ -3,6 +3,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from adapted import KINDS, LORA, MODELS, NEW, ROWS, base, same, train_a_step
@@ -15,6 +16,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+from ta.data.batch import lay_out
 from ta.model.adapters import (
     AdapterConfig,
     adapter_labels,
@@ -26,6 +28,7 @@ from ta.model.adapters import (
     probe_logits,
     save_adapter,
 )
+from ta.model.language_model import wrap
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -286,6 +289,17 @@ def test_lora_on_an_untied_head_and_on_the_embedding_merges(tmp_path):
         < ROWS * 16
     )
     assert same(probe_logits(merge_adapter(load_adapter(base(), tmp_path))), after)
+
+
+def test_lora_on_the_head_learns():
+    """A new one changes no logit, so that nothing shows it but its gradient."""
+    config = AdapterConfig(adapter="lora", lora_targets=("q_proj", "lm_head"))
+    wrapper, note = wrap(add_adapter(base(), config))
+    ids = np.arange(9)
+    wrapper.loss(lay_out([ids], [np.ones(9)])).backward()
+    grads = {name: p.grad for name, p in wrapper.named_parameters() if "lora_B" in name}
+    assert len(grads) == 3 and all(grad.any() for grad in grads.values())
+    assert "LoRA on the head" in note
 
 
 def test_saving_twice_gives_the_same_bytes_and_equals_a_gathered_state(tmp_path):
