@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import warm
 from conftest import ROOT
 from safetensors.torch import load_file
 
@@ -81,19 +82,24 @@ def page(tmp_path_factory):
     return folder
 
 
-def start(page, out, *more):
-    """A process that runs the copy as a user does."""
+def command(page, out, *more):
+    """What stands after `python` to run the copy as a user does."""
     flags = ("--model-path", page / "model", "--data", page / "train.jsonl", "--out", out)
     flags += ("--val-data", page / "held_out.jsonl", "--batch-size", 2, "--lr", "1e-3")
     flags += ("--steps", STEPS, "--log-every", 1, "--max-tokens", 64, "--target", 3)
     flags += ("--half-life", 20, *more)
-    return subprocess.Popen(
-        [sys.executable, str(page / "mine.py"), *map(str, flags)],
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=page,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    return [str(page / "mine.py"), *map(str, flags)]
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def ended(page, out, *more, code=0):
+    """What the copy said until its end."""
+    done = warm.run(command(page, out, *more), page, environment(), 300)
+    assert done.returncode == code, done.stderr[-3000:]
+    return done.stderr
 
 
 def logged(out):
@@ -106,9 +112,7 @@ def losses(out):
 
 @pytest.mark.slow
 def test_a_copied_page_with_a_method_of_its_own_resumes_bit_for_bit(page, tmp_path):
-    run = start(page, tmp_path / "whole")
-    said = run.communicate(timeout=300)[1]
-    assert run.returncode == 0, said[-3000:]
+    ended(page, tmp_path / "whole")
     # the policy is its reference at first: (0 - 3)^2
     assert losses(tmp_path / "whole")[1] == pytest.approx(9.0, abs=1e-5)
     evaluated = [row for row in logged(tmp_path / "whole") if "val_half_loss" in row]
@@ -123,24 +127,26 @@ def test_a_copied_page_with_a_method_of_its_own_resumes_bit_for_bit(page, tmp_pa
     assert rates == pytest.approx([1e-3 * 0.5 ** (step / 20) for step in range(STEPS)])
 
     for flag in ("--optimizer=muon", "--beta1=0.5", "--sample-records=3"):
-        none = start(page, tmp_path / "none", flag)
-        assert f"Unrecognized options: {flag[:7]}" in none.communicate(timeout=60)[1]
-        assert none.returncode == 2
+        said = ended(page, tmp_path / "none", flag, code=2)
+        assert f"Unrecognized options: {flag[:7]}" in said
     assert settings["clip"] == 1.0 and "beta1" not in settings
 
-    cut = start(page, tmp_path / "cut")
+    cut = subprocess.Popen(
+        [sys.executable, *command(page, tmp_path / "cut")],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=page,
+        env=environment(),
+    )
     log = tmp_path / "cut" / "metrics.jsonl"
     while cut.poll() is None and not (log.exists() and log.read_text().count("\n") > 3):
         time.sleep(0.02)
     cut.send_signal(signal.SIGTERM)
     assert cut.wait(timeout=60) == 143, cut.stderr.read()[-3000:]
     assert 0 < max(losses(tmp_path / "cut")) < STEPS
-    other = start(page, tmp_path / "cut", "--resume", "--target", 4)
-    assert "target was 3.0 and is 4.0" in other.communicate(timeout=60)[1]
-    assert other.returncode == 2
-    again = start(page, tmp_path / "cut", "--resume")
-    said = again.communicate(timeout=300)[1]
-    assert again.returncode == 0 and "resuming from" in said, said[-3000:]
+    said = ended(page, tmp_path / "cut", "--resume", "--target", 4, code=2)
+    assert "target was 3.0 and is 4.0" in said
+    assert "resuming from" in ended(page, tmp_path / "cut", "--resume")
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     name = f"checkpoints/step-{STEPS:08d}/shard-0.safetensors"
     ours, theirs = (load_file(tmp_path / run / name) for run in ("cut", "whole"))

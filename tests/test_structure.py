@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from ta.builtin import pictures, tasks
 from ta.builtin.model_folders import tiny_folder
 from ta.flags import EQUAL, OURS, SETTING
 
@@ -186,7 +187,7 @@ EFFECTS = {  # flag: (recipe, more flags, where it takes effect)
     "--beta": ("dpo", ("--model-path", "TINY"), "sigmoid"),
     "--adapter": ("sft", ("--adapter", "lora"), "add_adapter"),
     "--max-tokens-per-micro": ("sft", (), "split_micro"),
-    "--image-encoder": ("multimodal", (), "load_encoder"),
+    "--image-encoder": ("multimodal", ("--image-encoder", "builtin"), "load_encoder"),
 }
 
 
@@ -209,10 +210,16 @@ def test_a_flag_is_near_its_effect(flag, tmp_path, monkeypatch):
                 frame = frame.f_back
             stacks.append(stack[::-1])
 
-    more = [str(tiny_folder()) if word == "TINY" else word for word in more]
-    argv = ["x", *more, "--steps", "1", "--sample-records", "0", "--out", str(tmp_path / "run")]
-    argv += ["--cache-dir", str(tmp_path / "cache")]  # nothing is prepared before
-    monkeypatch.setattr(sys, "argv", argv)
+    if recipe == "multimodal":
+        pictures.write_pictures(tmp_path, 4, 2)
+        more = (*more, "--image-root", tmp_path / "images")
+    else:
+        kind = tasks.chats if recipe == "sft" else tasks.preferences
+        tasks.write_jsonl(tmp_path / "train.jsonl", kind("train", 8))
+    more = [tiny_folder() if word == "TINY" else word for word in more]
+    argv = ["x", *more, "--steps", 1, "--sample-records", 0, "--out", tmp_path / "run"]
+    argv += ["--data", tmp_path / "train.jsonl", "--val-data", tmp_path / "train.jsonl"]
+    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
     sys.setprofile(profile)
     try:
         with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
