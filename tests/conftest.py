@@ -1,6 +1,7 @@
 """What every test gets: no network, its own cache folder, one thread, small models built in code."""
 
 import contextlib
+import dataclasses
 import os
 import random
 import socket
@@ -9,10 +10,12 @@ import sys
 import threading
 import traceback
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import tqdm.auto
 import warm
+from tyro._parsers import ParserSpecification
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,6 +24,27 @@ ROOT = Path(__file__).parent.parent
 # the lock of progress bars is by default one of all forks: killed with it, one would stop the others
 for bars in (tqdm.tqdm, tqdm.auto.tqdm):
     bars.set_lock(threading.RLock())
+make_parser, parsers = ParserSpecification.from_callable_or_type, {}
+
+
+def _parser_once(f, **about):
+    """tyro makes the parser of a class of settings anew at each call, which takes longer than most of what tests call; here it is made once."""
+    if about["parent_classes"]:
+        return make_parser(f, **about)
+    key = f, about["description"], repr(_hints(get_args(f)[0]))
+    if key not in parsers:
+        parsers[key] = make_parser(f, **about)
+    return parsers[key]
+
+
+def _hints(settings: type) -> list:
+    """The annotations of a class of settings and of its groups; --help changes them."""
+    defaults = [field.default for field in dataclasses.fields(settings)]
+    groups = [_hints(type(default)) for default in defaults if dataclasses.is_dataclass(default)]
+    return [settings.__annotations__, *groups]
+
+
+ParserSpecification.from_callable_or_type = staticmethod(_parser_once)
 
 
 def pytest_configure(config):
