@@ -335,7 +335,7 @@ def test_cached_features_are_the_encoders_own(tmp_path):
             encoder.encode,
             layout,
             batch_size=3,
-            workers=2,
+            workers=1,
         )[0]
         == 8
     )

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from ta import parallel
 from ta.builtin.model_folders import tiny_folder
+from ta.builtin.tasks import chats, write_jsonl
 from ta.data.batch import lay_out, part_of, to_device
 from ta.model.adapters import AdapterConfig, add_adapter
 from ta.model.attention import register
@@ -128,8 +129,11 @@ def test_a_run_on_divided_rows_logs_the_same_losses(forked, tmp_path):
     shutil.copytree(source, model)
     config = LlamaConfig.from_pretrained(model, num_attention_heads=4, num_key_value_heads=2)
     LlamaForCausalLM(config).save_pretrained(model)
+    write_jsonl(tmp_path / "train.jsonl", chats("train", 32))
+    write_jsonl(tmp_path / "held_out.jsonl", chats("held_out", 16))
     flags = ("--steps", 4, "--sample-records", 2, "--eval-every", 4, "--log-every", 1)
-    flags += ("--model-path", model)
+    flags += ("--data", tmp_path / "train.jsonl", "--val-data", tmp_path / "held_out.jsonl")
+    flags += ("--batch-size", 8, "--model-path", model)
     forked("sft", "--out", tmp_path / "one", *flags)
     forked("sft", "--out", tmp_path / "two", *flags, "--context-parallel", 2, processes=2)
     one, two = (

@@ -73,10 +73,9 @@ def base(tmp_path_factory):
 @pytest.mark.parametrize("name", RUNS)
 def test_others_read_what_the_run_computes(forked, door, base, tmp_path, name):
     recipe, flags, kind, adapter = RUNS[name]
-    data = () if kind == "causal" else data_of(recipe, tmp_path)
     out = tmp_path / "run"
     quick = ("--steps", 2, "--lr", 0.01, "--sample-records", 0, "--model-path", base)
-    forked(recipe, *flags, *quick, *data, "--out", out)
+    forked(recipe, *flags, *quick, *data_of(recipe, tmp_path), "--out", out)
     final = out / "final"
     if name == "merged":
         final = tmp_path / "merged"
@@ -109,10 +108,11 @@ def test_others_read_what_the_run_computes(forked, door, base, tmp_path, name):
 
 
 def data_of(recipe, path):
-    """Four records for a recipe with a head."""
+    """Four records for a recipe."""
     ask = {"role": "user", "content": "Say hi"}
     answers = [{"role": "assistant", "content": text} for text in ("hi", "no")]
     records = {
+        "sft": {"messages": [ask, answers[0]]},
         "rm": {"prompt": [ask], "chosen": answers[:1], "rejected": answers[1:]},
         "classify": {"messages": [ask], "label": 1},
     }

@@ -270,7 +270,13 @@ def test_metrics_that_cannot_be_measured_are_refused_before_anything_is_written(
 @pytest.mark.slow
 def test_a_sharded_model_gives_the_same_answers(forked, tmp_path):
     """Two processes, each holding a part of the weights, show at step 0 what one shows, and their report tells it."""
+    tasks.write_jsonl(tmp_path / "train.jsonl", tasks.chats("train", 16))
+    tasks.write_jsonl(tmp_path / "held_out.jsonl", tasks.chats("held_out", 12))
     flags = (
+        "--data",
+        tmp_path / "train.jsonl",
+        "--val-data",
+        tmp_path / "held_out.jsonl",
         "--steps",
         2,
         "--batch-size",
