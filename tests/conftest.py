@@ -81,6 +81,15 @@ def _own_cache(tmp_path_factory):
 
 
 @pytest.fixture
+def few_records(monkeypatch):
+    """Built-in data of few records, for what runs in this process and its forks without --data."""
+    from ta.builtin import data_files, model_folders
+
+    monkeypatch.setattr(data_files, "SIZES", dict.fromkeys(data_files.SIZES, (64, 16)))
+    monkeypatch.setattr(model_folders, "PICTURES", (16, 4))
+
+
+@pytest.fixture
 def run():
     """Run a recipe as a user does: run("sft", "--steps", 2, code=0) -> CompletedProcess."""
 

@@ -58,7 +58,7 @@ def test_every_flag_exists(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", TOPICS, ids=lambda p: p.stem)
-def test_the_examples_run(path, forked, tmp_path, monkeypatch, capsys):
+def test_the_examples_run(path, forked, few_records, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     found = blocks(path)
     assert any(what in ("run", "fails") for what, _, _ in found), "a chapter has an example"

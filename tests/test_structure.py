@@ -53,15 +53,20 @@ def level(module: str) -> int:
 
 
 @functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def nodes(path: Path) -> list[ast.AST]:
-    return list(ast.walk(ast.parse(path.read_text())))
+    return list(ast.walk(tree(path)))
 
 
 @functools.cache
 def imports(module: str) -> frozenset[str]:
     """The modules of ta that a module imports anywhere, for types too."""
     found = set()
-    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+    for node in nodes(MODULES[module]):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ta":
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
@@ -112,9 +117,8 @@ def test_our_own_modules_are_imported_at_the_top():
 @functools.cache
 def imports_heavy(module: str) -> bool:
     """Whether importing a module brings torch, transformers, peft, vllm or Pillow along."""
-    heavy, tree = ("torch", "transformers", "peft", "vllm", "PIL", "tokenizers"), None
-    tree = ast.parse(MODULES[module].read_text())
-    for node in tree.body:
+    heavy = ("torch", "transformers", "peft", "vllm", "PIL", "tokenizers")
+    for node in tree(MODULES[module]).body:
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -131,7 +135,7 @@ def imports_heavy(module: str) -> bool:
 def test_one_name_stands_in_one_module():
     homes = defaultdict(set)
     for module, path in MODULES.items():
-        for node in ast.parse(path.read_text()).body:
+        for node in tree(path).body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                 homes[node.name].add(module)
     twice = {name: sorted(where) for name, where in homes.items() if len(where) > 1}

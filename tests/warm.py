@@ -21,6 +21,7 @@ PRELOADED = (
     "torch",
     "transformers",
     "peft",
+    "tyro",
     "transformers.models.llama.modeling_llama",
     "transformers.models.bert.modeling_bert",
     "transformers.models.clip.modeling_clip",
@@ -70,6 +71,8 @@ def preload() -> None:
     """Import what forks would each import."""
     for name in PRELOADED:
         importlib.import_module(name)
+    for name in (ta := importlib.import_module("ta")).__all__:
+        getattr(ta, name)
 
 
 def _serve() -> None:

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from ta.convert import convert
-from ta.media import imagebind
 from ta.media.imagebind import (
     AUDIO_HUGE,
     IMAGE_HUGE,
@@ -183,8 +182,8 @@ def test_wrong_checkpoints_are_refused(tmp_path):
 
 def test_the_command_converts_both_trunks(tmp_path, monkeypatch):
     """ImageBind's own sizes are too large for a test: these stand in their place."""
-    monkeypatch.setattr(imagebind, "IMAGE_HUGE", IMAGE)
-    monkeypatch.setattr(imagebind, "AUDIO_HUGE", AUDIO)
+    monkeypatch.setattr("ta.convert.IMAGE_HUGE", IMAGE)
+    monkeypatch.setattr("ta.convert.AUDIO_HUGE", AUDIO)
     torch.save(
         {**Published(IMAGE).state_dict(), **Published(AUDIO).state_dict()}, tmp_path / "huge.pth"
     )

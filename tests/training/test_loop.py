@@ -497,19 +497,27 @@ def test_a_resume_leaves_as_many_checkpoints_as_a_run(tmp_path):
         assert sorted(int(p.name[5:]) for p in (tmp_path / "checkpoints").iterdir()) == left
 
 
-@pytest.mark.parametrize("stop", [None, 6, 8, 10, 12])
-@pytest.mark.parametrize("patience", [0, 3])
-def test_the_best_checkpoint_is_kept_and_exported_exactly_on_resume(tmp_path, stop, patience):
-    """The weights are those of the best step of one uninterrupted run; patience counts through a resume."""
-    snapshots, plain = {}, tiny()
-    batches = batches_of(prepared(), steps=12)
+@pytest.fixture(scope="module")
+def snapshots(tmp_path_factory):
+    """{step: weights} of an uninterrupted run of kept_run's settings."""
+    found, plain = {}, tiny()
 
     def look(done):
-        snapshots[done] = weights(plain)
+        found[done] = weights(plain)
         return {"loss": LOSSES[done]}
 
-    settings = loop(tmp_path / "plain", eval_every=2)
+    settings = loop(tmp_path_factory.mktemp("plain") / "run", eval_every=2)
+    batches = batches_of(prepared(), steps=12)
     train(plain, batches, sft_step, settings, OptimConfig(lr=1e-2), evaluate=look)
+    return found
+
+
+@pytest.mark.parametrize("stop", [None, 6, 8, 10, 12])
+@pytest.mark.parametrize("patience", [0, 3])
+def test_the_best_checkpoint_is_kept_and_exported_exactly_on_resume(
+    snapshots, tmp_path, stop, patience
+):
+    """The weights are those of the best step of one uninterrupted run; patience counts through a resume."""
     model, folder, how = tiny(), tmp_path / "run", {"patience": patience}
     if stop is not None and (stop <= 10 or not patience):
         with pytest.raises(KeyboardInterrupt):
