@@ -142,7 +142,7 @@ class Rollouts:
         """The records of the round of `step` (from 0): read where they are there, else made.
 
         With config.ahead the last update of a round makes the next one too, by the weights that it
-        changes afterwards. ValueError where other weights made the records that are there.
+        changes afterwards. ValueError where its file is gone and the weights have changed since.
         """
         number, update = divmod(step, self.config.updates)
         self.join()
@@ -158,7 +158,8 @@ class Rollouts:
         return self.held[number]
 
     def _hold(self, number: int, fresh: bool, later: bool = False) -> None:
-        """Have the records of a round, from its file, which is written first where it is not there.
+        """Have the records of a round, from its file, which is written first where none is there
+        that the weights at hand have made.
 
         With `later` a server makes them while this step trains, up to `join`.
         """
@@ -171,11 +172,9 @@ class Rollouts:
         path = self.run_folder / "rollouts" / f"{number:06}.jsonl"
         rows = gather_objects(read_json_lines(path) if rank() == 0 else None)[0]
         if any(row["weights"] != weights for row in rows):
-            raise ValueError(
-                f"{path} was made by other weights than those that now train, or by an older ta, "
-                "which counted them otherwise: delete it and the files of later steps to make them "
-                "anew"
-            )
+            # a kill has lost steps, which end in other bits on another number of processes
+            say(f"{path} was made by other weights than those that now train: it is made anew")
+            rows = []
         if not rows and now != weights:
             raise ValueError(
                 f"{path} is gone, and the weights that made it too: delete the newest checkpoint "
