@@ -23,7 +23,7 @@ from ta.generation.settings import Answer, Ending, GenerateConfig, check_prompts
 from ta.generation.slot_cache import attention_for, plain_cache
 from ta.generation.slot_engine import SlotEngine, Work
 from ta.generation.vllm_engine import VllmEngine, generate_vllm
-from ta.model.adapters import is_prompt_learning
+from ta.model.adapters import is_prompt_learning, rows_in_tables
 from ta.model.language_model import base_model, evaluating
 from ta.model.new_rows import table_rows
 from ta.parallel import of_rank_zero, unsharded
@@ -92,6 +92,7 @@ def generate(
     with (
         unsharded(model, root_only=True),
         _inference_mode(model, inner, base, attention_for(base, not driven)),
+        contextlib.nullcontext() if hasattr(model, "unshard") else rows_in_tables(inner),
     ):
         if config.beams > 1:
             run_beams(inner, work, temperature, virtual)

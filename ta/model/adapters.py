@@ -713,6 +713,23 @@ def without_adapter(model: PeftModel) -> Iterator[None]:
             layer._disable_adapters = False
 
 
+@contextmanager
+def rows_in_tables(model: nn.Module) -> Iterator[None]:
+    """Inside, the rows of new tokens that train stand in the tables themselves, for generation.
+
+    In each pass peft would copy a whole table, and wait for a GPU, which a recorded step cannot.
+    The tables are not sharded.
+    """
+    layers = [module for module in model.modules() if hasattr(module, "trainable_tokens_delta")]
+    for layer in layers:
+        layer.merge()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.unmerge()
+
+
 def is_prompt_learning(model: nn.Module) -> bool:
     """Whether the model has an adapter of virtual tokens: prefix, prompt or p-tuning."""
     settings = getattr(model, "active_peft_config", None)
@@ -760,7 +777,8 @@ def _add_peft_hooks(model: PeftModel, dtype: torch.dtype) -> None:
     from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 
     def add_bias(module, inputs, output):
-        return output if module.disable_adapters else output + module.original_module.bias
+        whole = module.disable_adapters or module.token_adapter.merged
+        return output if whole else output + module.original_module.bias
 
     def widen(module, inputs):
         if module.disable_adapters:
