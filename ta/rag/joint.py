@@ -28,7 +28,7 @@ from ta.generation.metrics import measure, recall_at_k
 from ta.generation.score import by_sequence
 from ta.losses import rag_loss
 from ta.model.export import gathered, whole
-from ta.model.language_model import LanguageModel
+from ta.model.language_model import LanguageModel, evaluating
 from ta.model.logprobs import sequence_sums
 from ta.parallel import gather_objects, rank, world
 from ta.rag.embedding import Texts, embed, pad, tokenize
@@ -148,10 +148,8 @@ def with_passages(
     chats, golds = ([record[name] for record in asked] for name in ("messages", "gold"))
     given = [template_arguments(record) for record in asked]
     k = retriever.passage_settings.num_passages
-    was_training = model.training
-    model.eval()
-    _, rows, ids = find_passages(retriever, model.embed, chats, max(k, ranked), _most)
-    model.train(was_training)
+    with evaluating(model):
+        _, rows, ids = find_passages(retriever, model.embed, chats, max(k, ranked), _most)
     found = rows.tolist()
     candidates = candidate_rows(places, found, golds, k, gold, in_batch)
     joined = _joined(retriever, chats, candidates, given)
@@ -258,10 +256,8 @@ def reembedded(retriever: Retriever, model: RagModel) -> Tensor:
     index = retriever.index
     texts = [text_of(passage) for passage in read_passages(index.passages, share)]
     ids = tokenize(texts, retriever.encoder_tokenizer, index.embedding_settings, "passage")
-    was_training = model.training
-    model.eval()
-    vectors = embed(model.embed, ids, retriever.device, agree=_most)
-    model.train(was_training)
+    with evaluating(model):
+        vectors = embed(model.embed, ids, retriever.device, agree=_most)
     return torch.cat([part.to(vectors.device) for part in gather_objects(vectors.cpu())])
 
 
