@@ -76,7 +76,7 @@ def sampled_step(model, batch):
 def load_teacher(config: Config, path: ta.ModelConfig, tokenizer, model):
     """The teacher, frozen and whole on every process, which computes as the student does."""
     ta.check_same_vocabulary("--teacher-path", ta.resolve(path).tokenizer, tokenizer)
-    teacher, note = ta.wrap(ta.load_for_inference(path, next(model.parameters()).device))
+    teacher, note = ta.wrap(ta.load_for_inference(path, model.device))
     teacher.temperature = config.rollouts.temperature
     if "native" in (model.mode, teacher.mode):
         raise ValueError(

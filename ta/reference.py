@@ -154,7 +154,7 @@ def open_reference(
     choice = choose_reference(config, model, adapter)
     sources = resolve(model)
     model = replace(model, model_path=sources.base, adapter_path=sources.adapter)
-    device = str(next(policy.parameters()).device)
+    device = str(policy.device)
     policy.dropout = False
     policy.eval()
     new = adapter.adapter != "none"
@@ -210,7 +210,7 @@ def _second_model(
     # where the policy's base is frozen it is held in half precision, and so must its copy be
     adapted = model.adapter_path or adapter.adapter != "none"
     bare = not adapted and any(not p.requires_grad for p in policy.parameters())
-    device = str(next(policy.parameters()).device)
+    device = str(policy.device)
     freeze = (lambda loaded: loaded.requires_grad_(False)) if bare else None
     copy = load_model(model, adapter, compute, tokenizer, device, seed=seed, around=freeze)
     copy.requires_grad_(False).eval()

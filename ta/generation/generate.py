@@ -101,7 +101,7 @@ def generate(
         else:
             if virtual:
                 work = work._replace(embeds=_with_virtual_tokens(inner, base, prompts, embeds))
-            device = next(base.parameters()).device
+            device = base.device
             if fixed_shapes is None:
                 fixed_shapes = device.type == "cuda"
             sharded = [module for module in model.modules() if hasattr(module, "unshard")]
@@ -140,7 +140,7 @@ def _inference_mode(model, inner, base, attention: str) -> Iterator[None]:
     All is put back after.
     """
     before, settings = base.config._attn_implementation, base.generation_config
-    device, autocast = next(base.parameters()).device, getattr(model, "autocast", None)
+    device, autocast = base.device, getattr(model, "autocast", None)
     # on a GPU without cuDNN's attention: it plans anew for each length of the keys
     kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     try:

@@ -85,7 +85,7 @@ def run_driven(inner, work: Work, temperature: float, virtual: bool) -> None:
 
     temperature: of the model's own distribution. virtual: an adapter puts virtual tokens in front.
     """
-    device, config = next(inner.parameters()).device, work.ending.config
+    device, config = inner.device, work.ending.config
     again = _computes_again(inner, work, virtual)
     for batch in _batches(inner, work, config.num_answers, config.slots, virtual or again):
         rows = [work.row(*place) for place in batch]
@@ -136,7 +136,7 @@ def run_beams(inner, work: Work, temperature: float, virtual: bool) -> None:
             raise ValueError(BROKEN)
         return logps if temperature == 1.0 else (logps / temperature).log_softmax(-1)
 
-    device, ending, config = next(inner.parameters()).device, work.ending, work.ending.config
+    device, ending, config = inner.device, work.ending, work.ending.config
     n, processors = config.num_answers, [own]
     if _computes_again(inner, work, virtual):
         raise ValueError(

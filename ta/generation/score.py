@@ -100,7 +100,7 @@ def _micro_batches(
     model: LanguageModel, sequences: Sequence[Weighted], max_tokens: int = 8192
 ) -> Iterator[tuple[list[int], Batch]]:
     """(Places of some sequences, their batch on the model's device), until all have had a turn."""
-    device, sizes = next(model.parameters()).device, [len(ids) for ids, _ in sequences]
+    device, sizes = model.device, [len(ids) for ids, _ in sequences]
     for places in split_micro(sizes, max_tokens, packed=model.packed)[0]:
         if places:
             ids, weights = zip(*(sequences[i] for i in places), strict=True)

@@ -303,7 +303,7 @@ def embed_media_prompts(
     """(L, D) of each prompt that `encode_media_prompts` gave: its tokens' embeddings with its
     pictures and sounds in place. All processes must call this with equal prompts.
     """
-    device = next(model.parameters()).device
+    device = model.device
     numbers = [end // TOKENS_AT_ONCE for end in accumulate(map(len, prompts))]
     for _, group in groupby(zip(numbers, chats, prompts, strict=True), itemgetter(0)):
         _, chats_now, ids_now = zip(*group, strict=True)

@@ -142,6 +142,11 @@ class LanguageModel(nn.Module):
         return base_model(self.inner)
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights of this process are."""
+        return next(self.parameters()).device
+
+    @property
     def packed(self) -> bool:
         """Whether sequences stand one after another in one row; otherwise each has a padded row."""
         return self.mode == "packed"
@@ -172,9 +177,9 @@ class LanguageModel(nn.Module):
             copy_media(self.media_folder, folder)
 
     def _arithmetic(self) -> torch.autocast:
-        device = next(self.parameters()).device.type
+        kind, dtype = self.device.type, self.autocast
         # each weight is cast once a pass, so a cache would only keep every copy alive
-        return torch.autocast(device, self.autocast, self.autocast is not None, cache_enabled=False)
+        return torch.autocast(kind, dtype, dtype is not None, cache_enabled=False)
 
     def _inputs(self, batch: Batch) -> tuple[Batch, Tensor | None]:
         """The batch, and embeddings (B, T, D) that replace those of its tokens, or None."""

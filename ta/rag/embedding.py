@@ -94,7 +94,7 @@ def open_encoder(
             why = 'it is exact with "attention_type": "original_full" in its config.json alone'
         if not next(model.parameters()).is_meta:
             # a model of pictures or sounds, or of two texts, loads too, and then refuses a text
-            device = next(model.parameters()).device
+            device = model.device
             alone, padded = (embed(encoder, some, device)[0] for some in (ids[:1], ids))
             if len(alone) != (width := width_of(folder)):
                 why = f"its vectors have {len(alone)} numbers, by its config.json {width}"

@@ -275,7 +275,7 @@ class Rollouts:
     def _add_logprobs(self, rows: list[dict], name: str, function: Callable) -> None:
         """Give every answer a list `name` of log p of its tokens, each process for its share."""
         answers, found, model = sampled(rows), {}, self.model
-        device = next(model.parameters()).device
+        device = model.device
         made = []
         for places in micro_places(answers, self.batches.max_tokens, model.packed):
             batch = lay_out_answers([answers[i] for i in places], model.packed)
