@@ -43,9 +43,9 @@ def losses(folder):
     ]
 
 
-def loop(folder, **more):
+def loop(folder, device="cpu", **more):
     folder.mkdir(exist_ok=True)
-    return Run(LoopConfig(out=str(folder), log_every=1, **more))
+    return Run(LoopConfig(out=str(folder), log_every=1, **more), device)
 
 
 def weights(model):
@@ -424,7 +424,7 @@ def test_a_gpu_gives_the_losses_of_the_cpu_and_resumes_bitwise(tmp_path):
                 model,
                 batches_of(prepared(), steps=6),
                 sft_step,
-                loop(tmp_path / name, **more),
+                loop(tmp_path / name, device, **more),
                 OptimConfig(lr=1e-2),
                 before_step=before_step,
             )
