@@ -101,20 +101,27 @@ def generate(
         else:
             if virtual:
                 work = work._replace(embeds=_with_virtual_tokens(inner, base, prompts, embeds))
-            device = base.device
-            if fixed_shapes is None:
-                fixed_shapes = device.type == "cuda"
-            sharded = [module for module in model.modules() if hasattr(module, "unshard")]
-            held = all(getattr(module, "held", False) for module in sharded)
-            # a graph holds the work of one device, on weights that stay where they are
-            graphs = held and {p.device for p in base.parameters()} == {device}
-            half = None if getattr(model, "reads_ids", False) else getattr(model, "autocast", None)
-            forward = _forward(run, base, temperature, half)
-            # else processes whose last bits differ would choose other tokens, and wait for ever
-            alike = forward if held else lambda inputs: of_rank_zero(forward(inputs))
-            answer = SlotEngine(alike, work, device, fixed_shapes and graphs).run
-            model.inside(answer) if sharded and held else answer()
+            _run_slots(model, run, base, work, temperature, fixed_shapes)
     return work.answers
+
+
+def _run_slots(
+    model, run: Callable, base, work: Work, temperature: float, fixed_shapes: bool | None
+) -> None:
+    """Do the work in the slot engine, as `generate` says of `fixed_shapes`."""
+    device = base.device
+    if fixed_shapes is None:
+        fixed_shapes = device.type == "cuda"
+    sharded = [module for module in model.modules() if hasattr(module, "unshard")]
+    held = all(getattr(module, "held", False) for module in sharded)
+    # a graph holds the work of one device, on weights that stay where they are
+    graphs = held and {p.device for p in base.parameters()} == {device}
+    half = None if getattr(model, "reads_ids", False) else getattr(model, "autocast", None)
+    forward = _forward(run, base, temperature, half)
+    # else processes whose last bits differ would choose other tokens, and wait for ever
+    alike = forward if held else lambda inputs: of_rank_zero(forward(inputs))
+    answer = SlotEngine(alike, work, device, fixed_shapes and graphs).run
+    model.inside(answer) if sharded and held else answer()
 
 
 def limits_of(model) -> tuple[int, int | None]:
