@@ -65,7 +65,7 @@ def token_logprobs(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
             return _compiled(_logit_grads)(logits, norm, target, -share, dtype)
         return logits.sub_(norm).exp_().mul_(-share).scatter_add_(1, target, share)
 
-    return _PerPosition.apply(hidden, head.weight, head.bias, head, values, grads)
+    return _PerPosition.apply(hidden, head.weight, head.bias, head, values, grads, 1)
 
 
 Divergence = Literal["forward", "reverse", "js"]
@@ -102,7 +102,8 @@ def divergences(
     def grads(logits: Tensor, here: slice, share: Tensor, dtype: torch.dtype) -> Tensor:
         return both(logits, here)[1] * share
 
-    return _PerPosition.apply(hidden, head.weight, head.bias, head, values, grads)
+    # nine tensors of the size of the logits are alive at a time
+    return _PerPosition.apply(hidden, head.weight, head.bias, head, values, grads, 4)
 
 
 def _first_rows(head: Head, rows: int) -> Head:
@@ -118,9 +119,9 @@ def sequence_sums(values: Tensor, owners: Tensor, n: int) -> Tensor:
     return values.new_zeros(n).index_add(0, owners, values)
 
 
-def chunk_rows(device: torch.device) -> int:
-    """The number of rows of logits that a device holds at a time."""
-    return 4096 if device.type == "cuda" else 256
+def chunk_rows(device: torch.device, parts: int = 1) -> int:
+    """The number of rows of logits that a device holds at a time; a GPU so many parts fewer."""
+    return 4096 // parts if device.type == "cuda" else 256
 
 
 @lru_cache
@@ -197,9 +198,9 @@ def _cast(hidden: Tensor, head: Head, like: Tensor) -> tuple[Tensor, Head]:
     return hidden.to(dtype), head._replace(weight=head.weight.to(dtype))
 
 
-def _chunks(hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Where each chunk of positions is, and its hidden states."""
-    size = chunk_rows(hidden.device)
+def _chunks(hidden: Tensor, parts: int = 1) -> Iterator[tuple[slice, Tensor]]:
+    """Where each chunk of positions, in so many parts on a GPU, is, and its hidden states."""
+    size = chunk_rows(hidden.device, parts)
     for start in range(0, len(hidden), size):
         here = slice(start, start + size)
         yield here, hidden[here]
@@ -290,14 +291,14 @@ class _PerPosition(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head, values, grads):
+    def forward(ctx, hidden, weight, bias, head, values, grads, parts):
         """The values, chunk by chunk."""
         ctx.save_for_backward(hidden, weight, bias)
-        ctx.plan = head, grads
+        ctx.plan = head, grads, parts
         hidden, head = _cast(hidden, head, hidden)
         ctx.dtype = hidden.dtype
         out = torch.empty(len(hidden), dtype=_wide(hidden), device=hidden.device)
-        for here, h in _chunks(hidden):
+        for here, h in _chunks(hidden, parts):
             out[here] = values(_logits(h, head)[0], here)
         return out
 
@@ -305,11 +306,11 @@ class _PerPosition(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         """Gradients of any loss of the values, chunk by chunk."""
-        inputs, (head, grads) = ctx.saved_tensors, ctx.plan
+        inputs, (head, grads, parts) = ctx.saved_tensors, ctx.plan
         hidden, weight = (x.to(ctx.dtype) for x in inputs[:2])
         head = head._replace(weight=weight)
         gradients = _Gradients(hidden, head, ctx.needs_input_grad[:3])
-        for here, h in _chunks(hidden):
+        for here, h in _chunks(hidden, parts):
             logits, slope = _logits(h, head)
             rows = grads(logits, here, grad[here, None] * head.scale, gradients.dtype)
             gradients.add(here, h, rows, slope)
@@ -317,7 +318,7 @@ class _PerPosition(torch.autograd.Function):
         sums = gradients.hidden, gradients.weight, gradients.bias
         pairs = zip(sums, inputs, strict=True)
         cast = [d.to(x.dtype) if d is not None else None for d, x in pairs]
-        return *cast, None, None, None
+        return *cast, None, None, None, None
 
 
 def _divergence(

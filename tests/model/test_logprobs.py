@@ -25,7 +25,7 @@ def plain(hidden, head, targets):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_values_and_gradients_equal_full_logits(cap, scale, bias, chunk, monkeypatch):
-    monkeypatch.setattr(logprobs, "chunk_rows", lambda device: chunk)
+    monkeypatch.setattr(logprobs, "chunk_rows", lambda device, parts=1: chunk)
     torch.manual_seed(0)
     hidden, weight, b = (
         torch.randn(*shape, dtype=torch.float64, requires_grad=True)
@@ -59,7 +59,7 @@ def test_what_is_compiled_computes_the_same(bias, cap, monkeypatch):
 
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
-    monkeypatch.setattr(logprobs, "chunk_rows", lambda device: 7)
+    monkeypatch.setattr(logprobs, "chunk_rows", lambda device, parts=1: 7)
     logprobs._compiled.cache_clear()
     torch.manual_seed(0)
     hidden, weight, b = (
@@ -139,7 +139,7 @@ def test_a_second_backward_pass_is_refused():
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_divergences_equal_those_of_full_logits(kind, cap, bias, chunk, monkeypatch):
-    monkeypatch.setattr(logprobs, "chunk_rows", lambda device: chunk)
+    monkeypatch.setattr(logprobs, "chunk_rows", lambda device, parts=1: chunk)
     """In float64, values and gradients, with scales, and with a teacher of another width and a longer table."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
