@@ -8,7 +8,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from ta.parallel import blocks, local_rows, whole_tensor, world
+from ta.parallel import blocks, local_rows, rank, whole_tensor, world
 from ta.training.settings import OptimConfig
 
 
@@ -74,9 +74,9 @@ def make_optimizer(
 
 
 class Muon(torch.optim.Muon):
-    """torch's, which makes a sharded matrix orthogonal whole, as one process does.
+    """torch's; a sharded matrix is made orthogonal whole, by one of the processes.
 
-    A matrix may so have fewer rows than there are processes.
+    The result is that of one process, also where a matrix has fewer rows than there are processes.
     """
 
     @torch.no_grad()
@@ -84,22 +84,29 @@ class Muon(torch.optim.Muon):
         """One step; `closure` is not taken."""
         if world() == 1:
             return super().step()
+        matrices = [(p, g) for g in self.param_groups for p in g["params"] if p.grad is not None]
+        own: dict[int, Tensor] = {}
+        for place, (matrix, group) in enumerate(matrices):
+            moment = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix.grad))
+            moment.lerp_(matrix.grad, 1 - group["momentum"])
+            ahead = whole_tensor(matrix.grad.lerp(moment, group["momentum"]))
+            if place % world() == rank():
+                own[place] = torch.zeros_like(ahead)
+                own[place].grad = ahead
         plain = {"weight_decay": 0.0, "momentum": 0.0, "nesterov": False}
-        for group in self.param_groups:
-            lr, momentum, kind = group["lr"], group["momentum"], group["adjust_lr_fn"]
-            for parameter in group["params"]:
-                if (grad := parameter.grad) is None:
-                    continue
-                state = self.state[parameter]
-                moment = state.setdefault("momentum_buffer", torch.zeros_like(grad))
-                moment.lerp_(grad, 1 - momentum)
-                ahead = whole_tensor(grad.lerp(moment, momentum))
-                change = torch.zeros_like(ahead)
-                change.grad = ahead
-                torch.optim.Muon([change], lr, adjust_lr_fn=kind, **plain).step()
-                parameter.mul_(1 - lr * group["weight_decay"])
-                first, rows = local_rows(parameter)
-                parameter.to_local().add_(change[first : first + rows])
+        for place, change in own.items():
+            group = matrices[place][1]
+            kind = {"lr": group["lr"], "adjust_lr_fn": group["adjust_lr_fn"]}
+            torch.optim.Muon([change], **kind, **plain).step()
+            change.grad = None
+        for place, (matrix, group) in enumerate(matrices):
+            change = own.pop(place, None)
+            if change is None:
+                change = torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device)
+            torch.distributed.broadcast(change, place % world())
+            matrix.mul_(1 - group["lr"] * group["weight_decay"])
+            first, rows = local_rows(matrix)
+            matrix.to_local().add_(change[first : first + rows])
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
