@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import os
 import random
 import socket
@@ -51,6 +52,11 @@ def pytest_configure(config):
     """Bounds are those of a CPU; a GPU is seen by the tests marked gpu, where they run alone."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_sessionfinish():
+    """What is left dies with the process: at the end pytest would collect it several times."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import warm
 from conftest import ROOT
 
 sys.path.append(str(ROOT / "bench"))
@@ -18,6 +19,7 @@ TRIALS = (1, 2, 1, 1)
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("storms")
+    warm.preload()
     storms.write_inputs(folder / "given")
     assert tuple(storms.commands(folder / "given")) == NAMES
     return folder
