@@ -46,7 +46,9 @@ def losses(door, tmp_path, kind, name, rows, *more):
 @pytest.mark.parametrize(
     "name, kind, given, twin", TRAINED, ids=[f"{i}-{t[0]}" for i, t in enumerate(TRAINED)]
 )
-def test_a_file_of_a_format_trains_as_its_twin(door, tmp_path, name, kind, given, twin):
+def test_a_file_of_a_format_trains_as_its_twin(
+    door, few_records, tmp_path, name, kind, given, twin
+):
     more = ("--model-path", tiny_folder()) if kind in ("pair", "labelled") else ()
     if kind == "media":
         folder = pictures_folder()
