@@ -325,9 +325,7 @@ def test_without_a_model_the_built_in_one_is_fine_tuned_once(forked, data, tmp_p
     first, second = (
         forked("dpo", *more, "--out", tmp_path / name, processes=2, before=before) for name in "ab"
     )
-    assert (
-        "fine-tuning the built-in model" in first and "fine-tuning the built-in model" not in second
-    )
+    assert "fine-tuning the built-in model" in first and "fine-tuning" not in second
     assert (logged(tmp_path / "a")[0]["loss"], logged(tmp_path / "a")[1]["loss"]) == tuple(
         r["loss"] for r in logged(tmp_path / "b")[:2]
     )
