@@ -117,7 +117,7 @@ def init() -> str:
     if world() > 1 and not torch.distributed.is_initialized():
         # what one process does alone, such as reading a large model, may take half an hour
         torch.distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=3)
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1)
         )
         atexit.register(_end_at_once)
     return device
