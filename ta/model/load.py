@@ -39,6 +39,7 @@ from ta.parallel import (
     deterministic_operations,
     frozen_to_bfloat16,
     gather_objects,
+    on_rank_zero,
     rank,
     say,
     shard,
@@ -511,10 +512,8 @@ def _wrap_and_shard(
     media: str | None,
 ) -> LanguageModel:
     """Wrap a model and find its mode on rank 0, then compile, checkpoint and shard it as asked."""
-    if rank():
-        wrapper, note = LanguageModel(model, "packed"), ""
-    else:
-        wrapper, note = wrap(model, compute.packing, torch.bfloat16 if half else None)
+    found = on_rank_zero(lambda: wrap(model, compute.packing, torch.bfloat16 if half else None))
+    wrapper, note = (LanguageModel(model, "packed"), "") if rank() else found
     mode, note = gather_objects((wrapper.mode, note))[0]
     wrapper.set_mode(mode).media_folder = media
     if around is not None:
