@@ -59,10 +59,11 @@ class AnswersFile:
     def done(self, keys: Iterable[str]) -> dict[str, dict]:
         """{key: object} of those of `keys` that the file and its parts hold.
 
-        Torn lines are left out; where the file is to be replaced nothing counts as done. ValueError
-        where they hold something else: answers to other records, or by other settings.
+        Torn lines are left out; without `resume` nothing counts as done, for what is there is of
+        another process of this command, or to be replaced. ValueError where they hold something
+        else: answers to other records, or by other settings.
         """
-        return {} if self.overwrite else self._read(keys, alone=True)
+        return self._read(keys, alone=True) if self.resume else {}
 
     def share(self, keys: Sequence[str], done: Iterable[str] = ()) -> list[int]:
         """The numbers of the objects that this process makes: every world-th that is not `done`."""

@@ -40,6 +40,7 @@ def test_parts_of_three_processes_become_one_ordered_file(opened, tmp_path):
     out = tmp_path / "a" / "answers.jsonl"
     for rank in (2, 0, 1):
         file = opened(out, rank, 3)
+        assert not file.done(KEYS)  # what others have just made is not from before
         order = file.share(KEYS)
         assert order == list(range(rank, 20, 3))
         random.Random(rank).shuffle(order)
