@@ -214,7 +214,7 @@ def as_on_a_gpu():
     from ta.model import logprobs
 
     with (
-        patch.object(logprobs, "chunk_rows", lambda device: HEAD_ROWS),
+        patch.object(logprobs, "chunk_rows", lambda device, parts: HEAD_ROWS // parts),
         patch.object(logprobs, "_widens", lambda device: True),
         FakeTensorMode(allow_non_fake_inputs=True),
     ):

@@ -116,7 +116,10 @@ RECIPES = {
 TWICE = """
 import collections, json, runpy, sys
 import emulated_gpu
+from ta.builtin import data_files, model_folders
 
+data_files.SIZES = dict.fromkeys(data_files.SIZES, (64, 16))
+model_folders.PICTURES = (16, 4)
 page, *flags = sys.argv[1:]
 before = collections.Counter()
 for steps in ("2", "4"):

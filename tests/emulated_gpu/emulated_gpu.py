@@ -99,6 +99,14 @@ def install() -> None:
     set_attention(torch, gpu)
     set_collectives(torch)
     if log := os.environ.get("EMULATED_GPU_LOG"):
+        leave = os._exit
+
+        def written_then_left(code):
+            write(log)
+            leave(code)
+
+        # a process of a group ends by this, others by their last handler
+        os._exit = written_then_left
         atexit.register(write, log)
 
 
