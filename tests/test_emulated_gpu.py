@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +14,8 @@ from ta.builtin.model_folders import tiny_folder
 ROOT = Path(__file__).parent.parent
 EMULATION = ROOT / "tests/emulated_gpu"
 pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not shutil.which("c++"), reason="no compiler of C++ here"),
+    pytest.mark.gpu,
+    pytest.mark.skipif(os.environ.get("EMULATED_GPU") != "1", reason="runs with EMULATED_GPU=1"),
 ]
 
 

@@ -5,7 +5,7 @@ PYTHONPATH gives every Python process such a device (sitecustomize.py), so that 
 
     EMULATED_GPU=1 PYTHONPATH=tests/emulated_gpu python -m pytest -m gpu
 
-A process that ends writes what it counted into the file EMULATED_GPU_LOG, where that is set, as lines of JSON. A compiler of C++ (c++) is needed.
+A process that ends writes what it counted into the file EMULATED_GPU_LOG, where that is set, as lines of JSON. A compiler of C++ (c++) and torch built for CPUs alone are needed.
 Left out: Triton, so also torch.compile, quantized kernels, memory figures, and several devices a process.
 """
 
