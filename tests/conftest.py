@@ -22,6 +22,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 ROOT = Path(__file__).parent.parent
+# on tests/emulated_gpu there is no Triton
+COMPILES_ON_GPU = os.environ.get("EMULATED_GPU") != "1"
 # the lock of progress bars is by default one of all forks: killed with it, one would stop the others
 for bars in (tqdm.tqdm, tqdm.auto.tqdm):
     bars.set_lock(threading.RLock())
